@@ -1,0 +1,5 @@
+"""``python -m kltune`` is the ``kltune`` command."""
+
+from kltune.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Pure tensor code: no model, no file, no recipe, no print."""

@@ -1,0 +1,159 @@
+"""The price of a nat, steered so that KL(policy ‖ reference) reaches a target and stays there.
+
+Every controller is frozen and small: ``updated`` returns the next one, ``asdict`` is its whole state, and β is always
+within [beta_min, beta_max]. All see the same two numbers once per step, *before* the batch is priced, so that the price
+answers the very samples it is put on: the measured KL and the target, both in nats per response.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol, Self
+
+
+class Controller(Protocol):
+    """What a stage needs of a controller."""
+
+    beta: float
+
+    def updated(self, ref_kl: float, target: float, *, spread: float, responses: int) -> Self:
+        """The controller, and its price, for a batch.
+
+        Args:
+            ref_kl: measured KL(policy ‖ reference) of the batch, nats per response.
+            target: where it should be, nats per response.
+            spread: standard deviation of the score among responses to one prompt, under the policy as it is.
+            responses: responses in the batch.
+
+        Raises:
+            ValueError: ``ref_kl`` or ``spread`` is not finite, or ``target`` is not above 0.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FixedBeta:
+    """The price stays; the KL goes where it goes."""
+
+    beta: float
+
+    def updated(self, ref_kl: float, target: float, *, spread: float, responses: int) -> "FixedBeta":
+        """Itself."""
+        return self
+
+
+@dataclass(frozen=True)
+class Ziegler:
+    """The published adaptive penalty: integral action on log β, slow and calm.
+
+        e = clip(KL / target − 1, −0.2, 0.2),    β ← β (1 + e · responses / horizon)
+
+    With ``beta`` None the first batch sets it to the feed-forward σ/√(2·target). The multiplier is kept above 0.1:
+    at more than five horizons per batch the published formula turns negative.
+
+    Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2, and its code.
+    """
+
+    beta: float | None
+    horizon: int
+    beta_min: float
+    beta_max: float
+
+    def updated(self, ref_kl: float, target: float, *, spread: float, responses: int) -> "Ziegler":
+        """See ``Controller.updated``."""
+        _check(ref_kl, target, spread)
+        if self.beta is None:
+            return replace(self, beta=_bounded(feed_forward(spread, target), self))
+        error = min(max(ref_kl / target - 1.0, -0.2), 0.2)
+        return replace(self, beta=_bounded(self.beta * max(0.1, 1.0 + error * responses / self.horizon), self))
+
+
+@dataclass(frozen=True)
+class Dual:
+    """Dual ascent on log β, as if KL ≤ target were a constraint with a Lagrange multiplier.
+
+        log β ← log β + lr · clip(KL / target − 1, −1, 1)
+
+    Source: the log form of Rezende & Viola 2018, arXiv 1810.00597 (GECO); Haarnoja et al. 2018, arXiv 1812.05905.
+    """
+
+    beta: float | None
+    lr: float
+    beta_min: float
+    beta_max: float
+
+    def updated(self, ref_kl: float, target: float, *, spread: float, responses: int) -> "Dual":
+        """See ``Controller.updated``."""
+        _check(ref_kl, target, spread)
+        if self.beta is None:
+            return replace(self, beta=_bounded(feed_forward(spread, target), self))
+        error = min(max(ref_kl / target - 1.0, -1.0), 1.0)
+        return replace(self, beta=_bounded(self.beta * math.exp(self.lr * error), self))
+
+
+@dataclass(frozen=True)
+class LogPI:
+    """Proportional-integral control of log β around a running feed-forward, with look-ahead.
+
+        β = σ / √(2·target) · exp(kp · e + I),    e = clip(log(ahead / target), −1, 1.5),
+        ahead = KL + look_ahead · slope,          I ← I + ki · e  while |e| < 0.7
+
+    σ, the spread of the score among answers to one prompt, is measured under the policy *as it is* and smoothed: when
+    the rewarded thing is rare under the reference, its spread there says nothing of the spread the policy will meet.
+    The feed-forward is the price at which exp(score/β) tilts a Gaussian by ``target`` nats. The slope is the smoothed
+    change per step; without it the KL, which an optimizer with momentum keeps raising for a while whatever the price,
+    overshoots several times over. The integral waits until the KL is near (anti-windup) and is bounded.
+    With ``fixed_feed_forward`` the recipe's own β takes the place of σ/√(2·target).
+
+    State: spread (smoothed σ), level (last KL), slope (nats per step), integral, steps seen.
+
+    Source: derived and measured for this project; see the README, "How the target is held".
+    """
+
+    beta: float | None
+    kp: float
+    ki: float
+    look_ahead: float
+    beta_min: float
+    beta_max: float
+    fixed_feed_forward: float | None = None
+    spread: float = 0.0
+    level: float = 0.0
+    slope: float = 0.0
+    integral: float = 0.0
+    steps: int = 0
+
+    def updated(self, ref_kl: float, target: float, *, spread: float, responses: int) -> "LogPI":
+        """See ``Controller.updated``."""
+        _check(ref_kl, target, spread)
+        steps = self.steps + 1
+        smoothed = 0.9 * self.spread + 0.1 * spread
+        slope = 0.7 * self.slope + 0.3 * (ref_kl - self.level) if self.steps else 0.0
+        ahead = max(ref_kl + self.look_ahead * slope, 1e-6 * target)
+        error = min(max(math.log(ahead / target), -1.0), 1.5)
+        integral = self.integral
+        if abs(error) < 0.7:
+            integral = min(max(integral + self.ki * error, -2.0), 2.0)
+        base = self.fixed_feed_forward or feed_forward(smoothed / (1.0 - 0.9**steps), target)
+        beta = _bounded(base * math.exp(self.kp * error + integral), self)
+        return replace(self, beta=beta, spread=smoothed, level=ref_kl, slope=slope, integral=integral, steps=steps)
+
+
+def feed_forward(spread: float, target: float) -> float:
+    """The price at which an exponential tilt of Gaussian scores costs ``target`` nats: σ / √(2·target)."""
+    return spread / math.sqrt(2.0 * target)
+
+
+def state_of(controller: Controller) -> dict[str, Any]:
+    """Everything a checkpoint must hold to go on with this controller."""
+    return asdict(controller)
+
+
+def _bounded(beta: float, controller: Any) -> float:
+    return min(max(beta, controller.beta_min), controller.beta_max)
+
+
+def _check(ref_kl: float, target: float, spread: float) -> None:
+    if not (math.isfinite(ref_kl) and math.isfinite(spread)):
+        raise ValueError(f"KL is {ref_kl} nats per response and the spread of scores {spread}; both must be finite.")
+    if not target > 0.0:
+        raise ValueError(f"target is {target} nats per response; must be above 0.")

@@ -1,0 +1,146 @@
+"""Four measurements of KL(policy ‖ reference): exact over the vocabulary, and k1, k2, k3 from the sampled token alone.
+
+The first argument is always the distribution that sampled. KL(reference ‖ policy) is the same functions with the two
+swapped, on responses the *reference* sampled. A sum over a response's tokens (``per_response``) is that response's
+value, and the mean of these estimates the KL between the two distributions over whole responses (chain rule, MATH
+1.1). No estimate is ever clamped: that would bias it.
+"""
+
+import torch
+from torch import Tensor
+
+from kltune.core.logprobs import log_distribution
+from kltune.core.masking import at_least_float32, expect_same_shape
+
+ROUNDING = 1e-6     # nats per token: below −ROUNDING an exact KL is a fault, above it is float32 rounding
+
+
+def log_ratios(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """The log-ratio of each sampled token.
+
+        u = log π(a) − log π_ref(a)
+
+    Args:
+        logprobs: log π of the sampled tokens. [B, T], nats.
+        ref_logprobs: log π_ref of the same tokens. [B, T], nats.
+        mask: True on response tokens. [B, T], bool.
+
+    Returns:
+        [B, T] float32 (float64 if both are), nats, of either sign; exactly 0 outside the mask. Gradient flows.
+
+    Raises:
+        ValueError: the three shapes differ.
+    """
+    expect_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
+    return torch.where(mask, at_least_float32(logprobs) - at_least_float32(ref_logprobs), 0.0)
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Estimate KL(policy ‖ reference) at each sampled token by its log-ratio; unbiased, of either sign.
+
+        k1 = log π(a) − log π_ref(a),    a ~ π
+
+    In the reward (detached, with the tokens after it credited) it gives the gradient of the KL; as a loss its
+    expected gradient is 0 (MATH 2.1).
+
+    Source: Schulman 2020, "Approximating KL Divergence" (q is our policy, p our reference).
+
+    Args:
+        logprobs: log π of the sampled tokens. [B, T], nats.
+        ref_logprobs: log π_ref of the same tokens. [B, T], nats.
+        mask: True on response tokens. [B, T], bool.
+
+    Returns:
+        [B, T] float32 (float64 if both are), nats; exactly 0 outside the mask.
+
+    Raises:
+        ValueError: the three shapes differ.
+    """
+    return log_ratios(logprobs, ref_logprobs, mask)
+
+
+def kl_k2(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Half the squared log-ratio of each sampled token; never negative, biased as a value.
+
+        k2 = ½ (log π(a) − log π_ref(a))²,    a ~ π,    E k2 = KL + O(|π − π_ref|³)
+
+    Its use is as a loss, and then on the *response* (``losses.k2_kl_loss``): the sum over tokens given here misses how
+    a token moves the ones after it (MATH 2.1).
+
+    Source: Schulman 2020, "Approximating KL Divergence".
+
+    Args:
+        logprobs: log π of the sampled tokens. [B, T], nats.
+        ref_logprobs: log π_ref of the same tokens. [B, T], nats.
+        mask: True on response tokens. [B, T], bool.
+
+    Returns:
+        [B, T] float32 (float64 if both are), nats; exactly 0 outside the mask.
+
+    Raises:
+        ValueError: the three shapes differ.
+    """
+    return 0.5 * log_ratios(logprobs, ref_logprobs, mask).square()
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Estimate KL(policy ‖ reference) at each sampled token; unbiased and never negative.
+
+        r = π_ref(a) / π(a),    k3 = (r − 1) − log r,    a ~ π
+
+    Unbiased only if the tokens were drawn from the policy that gave ``logprobs``, unfiltered. Its variance can be
+    infinite (MATH 1.3), so an interval around it is not to be trusted. It measures; it is no loss and no reward: the
+    gradient of the one is KL(reference ‖ policy) and of the other can point uphill (MATH 2.1).
+
+    Source: Schulman 2020, "Approximating KL Divergence".
+
+    Args:
+        logprobs: log π of the sampled tokens. [B, T], nats.
+        ref_logprobs: log π_ref of the same tokens. [B, T], nats.
+        mask: True on response tokens. [B, T], bool.
+
+    Returns:
+        [B, T] float32 (float64 if both are), nats; exactly 0 outside the mask; ∞ where r overflows.
+
+    Raises:
+        ValueError: the three shapes differ.
+    """
+    log_r = -log_ratios(logprobs, ref_logprobs, mask)
+    return torch.expm1(log_r) - log_r       # expm1: near r = 1 exp(log_r) − 1 would keep no digits
+
+
+def kl_exact(logits: Tensor, ref_logits: Tensor, temperature: float) -> Tensor:
+    """KL(policy ‖ reference) of the next token, summed over the whole vocabulary.
+
+        D = Σ_v e^a (a − b),    a = log π(v), b = log π_ref(v), both at logits / τ
+
+    It is computed as Σ_v [e^a (a − b) + e^b − e^a], the same number because both sum to 1: a rounding of either
+    normaliser then cancels to first order. The plain sum is off by 1e-6 nats in float32 at 32,000 tokens, this one by
+    1e-8. Averaged over prefixes the policy itself sampled, the sum over a response's tokens is the KL of the whole
+    response (Rao-Blackwell); as a loss on those prefixes alone it misses the drift of the prefixes: see
+    ``losses.exact_kl_loss``. Gradient flows to both arguments.
+
+    Source: MATH 1.3 and 1.6; Amini et al. 2025, arXiv 2504.10637.
+
+    Args:
+        logits: the policy's. [N, V] (or [..., V]), any floating dtype.
+        ref_logits: the reference's at the same positions. Same shape.
+        temperature: τ of the sampling, above 0; it divides both.
+
+    Returns:
+        [N] float32 (float64 if both are), nats. Rounding in (−1e-6, 0) becomes 0, without touching the gradient. A
+        value that is not finite is passed on: ∞ says the reference cannot say what the policy says, NaN that the
+        logits were no numbers; what to do about it is the caller's to decide.
+
+    Raises:
+        ValueError: the shapes differ, ``temperature`` is not above 0, or a value lies below −1e-6, which no rounding
+            explains.
+    """
+    expect_same_shape(logits=logits, ref_logits=ref_logits)
+    a, b = log_distribution(logits, temperature), log_distribution(ref_logits, temperature)
+    gap = torch.where(a == -torch.inf, 0.0, a - b)      # 0 · log 0 = 0; −∞ − −∞ would be NaN
+    p = a.exp()
+    kl = (p * gap + (b.exp() - p)).sum(-1)
+    if (kl < -ROUNDING).any():
+        raise ValueError(f"exact KL is {kl.min().item():.3g} nats at a token; it cannot be negative")
+    return kl - kl.detach().clamp(max=0.0)

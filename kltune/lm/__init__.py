@@ -1,0 +1,1 @@
+"""All that touches a language model or a tokenizer."""

@@ -1,0 +1,146 @@
+"""LoRA adapters over one set of frozen weights: which are on, which are refused, which is merged.
+
+Only adapters that leave the base weights as they are can serve: then the model with every adapter off *is* the
+reference, bit for bit.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from kltune.errors import ModelError
+
+POLICY = "default"      # PEFT saves an adapter of this name at the root of the folder, where every loader looks
+VALUE = "value"
+
+# These rewrite the base weights when the adapter is made, so "adapter off" is no longer the model that was loaded.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
+
+
+class AdapterSwitch:
+    """Turns adapters on and off by flag on a list of layers found once.
+
+    PEFT's ``disable_adapter`` walks every module and takes 6-11 ms; during sampling and measuring that adds up. The
+    flags are PEFT's own, and ``Policy`` proves at start-up that adapters off gives the base model's logits.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+    def _set(self, name: str | None) -> None:
+        for layer in self.layers:
+            layer._disable_adapters = name is None
+            if name is not None:
+                layer._active_adapter = [name]
+
+    @contextmanager
+    def active(self, name: str | None) -> Iterator[None]:
+        """Within: only adapter ``name`` is on, or none. After, exceptions included: as before."""
+        before = [(layer._disable_adapters, layer._active_adapter) for layer in self.layers]
+        self._set(name)
+        try:
+            yield
+        finally:
+            for layer, (disabled, adapter) in zip(self.layers, before, strict=True):
+                layer._disable_adapters, layer._active_adapter = disabled, adapter
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The tensors of one adapter, keyed by layer number and role; objects, not a search through names."""
+        found = {}
+        for number, layer in enumerate(self.layers):
+            for role in layer.adapter_layer_names:
+                held = getattr(layer, role)
+                if name in held:
+                    parts = held[name].named_parameters() if isinstance(held[name], nn.Module) else [("", held[name])]
+                    found |= {f"{number}.{role}.{part}": tensor for part, tensor in parts}
+        return found
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder.
+
+    Raises:
+        ModelError: there is none, or it is not JSON.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = f" Did you mean {folder / 'final'}?" if (folder / "final" / "adapter_config.json").exists() else ""
+        raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing).{hint}") from None
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}: not JSON ({error}).") from None
+
+
+def refuse_base_changing(config: dict[str, Any], where: str) -> None:
+    """Raise ModelError if, with this adapter off, the model would not be the frozen base."""
+    faults = []
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+        faults.append(f"init_lora_weights is {init!r}, which rewrites the base weights; use the default or 'gaussian'")
+    if config.get("bias", "none") != "none":
+        faults.append(f"bias is {config['bias']!r}, which trains the base's own biases; use 'none'")
+    if config.get("modules_to_save"):
+        faults.append(f"modules_to_save is {config['modules_to_save']}, which trains copies of base layers; use none")
+    if config.get("trainable_token_indices"):
+        faults.append("trainable_token_indices is set, which trains rows of the base's embedding; use none")
+    if faults:
+        raise ModelError(f"{where}: with this adapter off, the model is not its frozen base: " + "; ".join(faults) + ".")
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, from safetensors only: a pickle could run code.
+
+    Raises:
+        ModelError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        pickled = " adapter_model.bin is a pickle, which kltune never opens." if (folder / "adapter_model.bin").exists() else ""
+        raise ModelError(f"{path}: no such file.{pickled}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ModelError(f"{path}: damaged ({error}).") from None
+
+
+def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float]:
+    """Add an SFT adapter into the weights of its base; the result is the reference from then on.
+
+    Done once, before anything is frozen or hashed, in float32, and rounded to the model's dtype at the end: in
+    bfloat16 small updates are partly lost to that rounding, so the share that survived is returned.
+
+    Returns:
+        (merged model, share of the update that arrived, as a projection on what was asked for; 1 in float32).
+    """
+    refuse_base_changing(read_adapter_config(folder), str(folder))
+    load_weights(folder)        # a clear error for a missing, pickled or damaged file, before PEFT looks for one
+    dtype = next(model.parameters()).dtype
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    merged = PeftModel.from_pretrained(model.float(), folder).merge_and_unload()
+    asked = arrived = 0.0
+    for name, tensor in merged.named_parameters():
+        delta = tensor.detach() - before[name].float()
+        tensor.data = tensor.detach().to(dtype)     # parameters only: rotary buffers stay float32
+        asked += delta.square().sum().item()
+        arrived += ((tensor.detach().float() - before[name].float()) * delta).sum().item()
+    if asked == 0.0:
+        raise ModelError(f"{folder}: this adapter changes nothing (every merged update is 0); is it the trained one?")
+    return merged, arrived / asked
+
+
+def finite(tensors: dict[str, Tensor], where: str) -> None:
+    """Raise ModelError at the first tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{where}: {name} holds NaN or infinity.")

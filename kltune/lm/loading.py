@@ -1,0 +1,201 @@
+"""Read models and tokenizers from a folder or the hub, and say exactly which ones they were."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from kltune.errors import ModelError, RecipeError
+from kltune.recipe import ModelSection
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a recipe's ``run.device`` means: ``auto`` is the first GPU, or the CPU.
+
+    Raises:
+        RecipeError: the device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"run.device: found {name!r}, which is not available here ({str(error).splitlines()[0]}).") from None
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Which reference this is: hashes of the frozen weights, the tokenizer and the chat template.
+
+    path, sft_adapter: where the weights came from. dtype: of the weights that were hashed. merge_survived: share of
+    the SFT adapter's update that survived rounding to that dtype (1 in float32).
+    """
+
+    path: str
+    sft_adapter: str | None
+    dtype: str
+    sha256: str
+    tokenizer_sha256: str
+    template_sha256: str
+    merge_survived: float = 1.0
+
+    @classmethod
+    def of(cls, section: ModelSection, model: nn.Module, tokenizer, merge_survived: float) -> "Fingerprint":
+        """Hash what was loaded for a recipe's ``model`` section."""
+        return cls(
+            path=section.path,
+            sft_adapter=section.sft_adapter,
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            sha256=weights_sha256(dict(model.state_dict())),
+            tokenizer_sha256=tokenizer_sha256(tokenizer),
+            template_sha256=sha256_text(tokenizer.chat_template or ""),
+            merge_survived=merge_survived,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for run.json and kltune.json."""
+        return asdict(self)
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """What of another fingerprint, as saved, is not the same: one line each, both sides named."""
+        names = {"sha256": "weights", "tokenizer_sha256": "tokenizer", "template_sha256": "chat template", "dtype": "dtype"}
+        mine = asdict(self)
+        return [
+            f"{what}: found {str(mine[key])[:12]} ({self.path}), wanted {str(other.get(key))[:12]} ({other.get('path')})"
+            for key, what in names.items()
+            if mine[key] != other.get(key)
+        ]
+
+    def describe(self) -> str:
+        """One line for the top of a run."""
+        merged = ""
+        if self.sft_adapter:
+            lost = 1.0 - self.merge_survived
+            merged = f" + {self.sft_adapter}" + (f" ({lost:.1%} of its update lost to rounding)" if lost > 0.01 else "")
+        return f"reference = {self.path}{merged}, frozen, {self.dtype}, sha256 {self.sha256[:12]} (adapter off)"
+
+    def how_to_load(self) -> str:
+        """README of a saved adapter: the lines that load it without kltune."""
+        merge = ""
+        if self.sft_adapter:
+            merge = f'base = PeftModel.from_pretrained(base, "{self.sft_adapter}").merge_and_unload()   # the reference\n'
+        return (
+            "# LoRA adapter made by kltune\n\n"
+            f"Its reference (adapter off) has weights sha256 `{self.sha256[:16]}…`, dtype {self.dtype}.\n\n"
+            "```python\nimport torch\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{self.path}", dtype=torch.{self.dtype})\n'
+            f'{merge}model = PeftModel.from_pretrained(base, "this/folder")\n```\n'
+        )
+
+
+def sha256_text(text: str) -> str:
+    """Hex digest of a text."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def weights_sha256(tensors: dict[str, Tensor]) -> str:
+    """Hex digest over names, types, shapes and bytes; tensors that share storage (tied embeddings) count once."""
+    digest, seen = hashlib.sha256(), set()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        if tensor.numel() == 0 or tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def tokenizer_sha256(tokenizer) -> str:
+    """Hex digest of how text becomes ids and back: vocabulary, special ids and, where known, the whole pipeline.
+
+    The padding and truncation that the last call left in a fast tokenizer are not part of it.
+    """
+    parts: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items()), "special": sorted(tokenizer.all_special_ids)}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        pipeline = json.loads(backend.to_str())
+        parts["pipeline"] = {key: pipeline.get(key) for key in ("normalizer", "pre_tokenizer", "model", "post_processor", "decoder")}
+    return sha256_text(json.dumps(parts, sort_keys=True))
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False):
+    """The tokenizer of a model folder or hub name, with a padding token.
+
+    Raises:
+        ModelError: there is none that transformers can read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **_locality(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.path: no tokenizer could be loaded from {path}: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id     # harmless: masks come from lengths, never from ids
+    return tokenizer
+
+
+def load_base(section: ModelSection, device: torch.device, where: str = "model.path") -> nn.Module:
+    """A causal LM in its recipe's dtype, from safetensors.
+
+    Raises:
+        ModelError: missing, not a causal LM, pickled weights only, or an adapter, which leaves the reference unsaid.
+    """
+    path = section.path
+    if Path(path).is_dir():
+        _refuse_adapter(Path(path), where)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code, **_locality(path))
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=_dtype(section.dtype, config, device), use_safetensors=True,
+            trust_remote_code=section.trust_remote_code, **_locality(path),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{where}: found {path}, which could not be loaded as a causal language model: {_first_line(error)}") from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(f"{where}: {path} is an adapter, not a model; give its base as model.path.")
+    return model.to(device)
+
+
+def check_sft_adapter(folder: Path, tokenizer) -> None:
+    """Raise ModelError unless an SFT adapter folder brings the base's own tokenizer, or none."""
+    if (folder / "tokenizer_config.json").exists():
+        brought = load_tokenizer(str(folder))
+        if tokenizer_sha256(brought) != tokenizer_sha256(tokenizer):
+            raise ModelError(
+                f"model.sft_adapter: the tokenizer in {folder} ({len(brought)} tokens) differs from the one of model.path "
+                f"({len(tokenizer)} tokens); the adapter was trained on other ids."
+            )
+
+
+def _refuse_adapter(path: Path, where: str) -> None:
+    if (path / "adapter_config.json").exists():
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ModelError(
+            f"{where}: {path} is a LoRA adapter, and which model is the reference is not said. For KL against base + this "
+            f"adapter write  model: {{path: {base}, sft_adapter: {path}}};  for KL against the bare base write  model: {{path: {base}}}."
+        )
+    if not (path / "config.json").exists():
+        raise ModelError(f"{where}: {path} holds no model (config.json is missing).")
+
+
+def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
+    """``auto`` is float32 on a CPU; on a GPU, bfloat16 for models published in half precision."""
+    if name != "auto":
+        return getattr(torch, name)
+    published = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    half = published in (torch.bfloat16, torch.float16)
+    return torch.bfloat16 if half and device.type == "cuda" else torch.float32
+
+
+def _locality(path: str) -> dict[str, bool]:
+    """A local folder never touches the network."""
+    return {"local_files_only": True} if Path(path).exists() else {}
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

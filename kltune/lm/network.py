@@ -1,0 +1,67 @@
+"""Any transformers causal LM, seen as a trunk that gives hidden states and a head that turns them into logits.
+
+Cutting there lets the head run on response positions only, a chunk at a time. Whether a model can be cut (its logits
+are just head(trunk), with no scaling or soft cap behind it) is found out by trying; where not, the logits themselves
+take the place of the hidden states, and everything else works the same with less of it at once.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+CHUNK_BYTES = 64 * 2**20        # float32 logits that may exist at once, per model; larger chunks were not faster
+TOKENS_PER_PASS = 16_384        # tokens through the trunk at once when nothing is trained
+
+
+class Network:
+    """Trunk and head of a causal LM, with whatever adapters are switched on in it."""
+
+    def __init__(self, causal: nn.Module):
+        self.causal = causal
+        self.refresh()
+        self.vocabulary = self.causal.config.get_text_config().vocab_size
+        probe = torch.tensor([[0, 1, 0]], device=next(causal.parameters()).device)
+        with torch.no_grad():
+            hidden = self.trunk(probe)
+            whole = causal(input_ids=probe, use_cache=False).logits
+            cut = self.head(hidden) if self.head is not None and self.head is not causal else None
+        self.hidden_size = hidden.shape[-1]
+        self.split = cut is not None and cut.shape == whole.shape and torch.allclose(cut, whole, rtol=1e-4, atol=1e-5)
+
+    def refresh(self) -> None:
+        """Find trunk and head again, after an adapter may have wrapped them."""
+        self._trunk = self.causal.base_model
+        self.head = self.causal.get_output_embeddings()
+
+    def trunk(self, ids: Tensor) -> Tensor:
+        """Last hidden states. [B, S] -> [B, S, H]. No mask: rows are right-padded and the model is causal."""
+        output = self._trunk(input_ids=ids, use_cache=False)
+        return output.last_hidden_state
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """What ``logits`` takes: hidden states, or the logits themselves where the model cannot be cut."""
+        return self.trunk(ids) if self.split else self.causal(input_ids=ids, use_cache=False).logits
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits in the model's own dtype. [N, H] -> [N, V]."""
+        return self.head(hidden) if self.split else hidden
+
+    def step(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+        """Feed left-padded prompts, or one more token each, and give the logits after the last. [B, V], and the cache."""
+        inputs = {"input_ids": ids, "attention_mask": attention_mask, "position_ids": position_ids,
+                  "past_key_values": cache, "use_cache": True}
+        if self.split:
+            output = self._trunk(**inputs)
+            return self.head(output.last_hidden_state[:, -1]), output.past_key_values
+        output = self.causal(**inputs)
+        return output.logits[:, -1], output.past_key_values
+
+    @property
+    def chunk_rows(self) -> int:
+        """Positions whose float32 logits may exist at once."""
+        return max(64, CHUNK_BYTES // (4 * self.vocabulary))
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """Tokens that may go through ``hidden`` at once without gradients."""
+        return TOKENS_PER_PASS if self.split else self.chunk_rows

@@ -1,0 +1,71 @@
+"""Optimizer, learning-rate schedule and the guarded step that every gradient stage takes."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from kltune.errors import DivergedError
+from kltune.recipe import OptimSection, RunSection
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimSection) -> AdamW:
+    """AdamW over exactly these tensors."""
+    return AdamW(parameters.values(), lr=optim.lr, weight_decay=optim.weight_decay)
+
+
+def total_steps(run: RunSection, rows: int, rows_per_step: int) -> int:
+    """Turns of the loop: the recipe's ``steps``, or as many as its ``epochs`` take."""
+    return run.steps if run.steps is not None else max(1, math.ceil(run.epochs * rows / rows_per_step))
+
+
+def learning_rate_share(optim: OptimSection, step: int, steps: int) -> float:
+    """Share of the recipe's learning rate at a step (1 … steps): warm-up, then the schedule towards 0 after the last.
+
+    A function of the step alone, so that resuming needs no scheduler state.
+    """
+    if step <= optim.warmup_steps:
+        return step / optim.warmup_steps
+    if optim.schedule == "constant":
+        return 1.0
+    done = (step - 1 - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    return 1.0 - done if optim.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Use ``lr`` from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def guarded_step(optimizer: Optimizer, max_grad_norm: float, what: str) -> float:
+    """Clip the gradients, take one step, clear them.
+
+    Returns:
+        The norm of all gradients together, before clipping.
+
+    Raises:
+        DivergedError: the norm is not finite; nothing was changed.
+    """
+    parameters = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+    if not math.isfinite(norm):
+        raise DivergedError(f"the gradient of the {what} is {norm}; nothing was updated. Lower optim.lr.")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def check_optimizer(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], what: str) -> None:
+    """Start-up check: something is trainable, and the optimizer holds exactly that.
+
+    Raises:
+        AssertionError: a bug in kltune.
+    """
+    held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+    assert parameters, f"{what}: nothing is trainable"
+    assert held == {id(tensor) for tensor in parameters.values()}, f"{what}: the optimizer holds other tensors"
+    assert all(tensor.requires_grad for tensor in parameters.values()), f"{what}: a tensor is frozen"
+    assert all(tensor.dtype == torch.float32 for tensor in parameters.values()), f"{what}: not float32"

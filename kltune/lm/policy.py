@@ -1,0 +1,344 @@
+"""A policy and its reference on one set of frozen weights.
+
+The policy is a base model with a LoRA adapter on; the reference is the same weights with the adapter off. The value
+function is one more adapter on the same trunk with a small head, so fitting values cannot move the policy. Only full
+fine-tuning (``kltune sft`` with ``lora: null``) holds a second, frozen copy of the model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kltune.core.divergence import kl_exact
+from kltune.core.logprobs import token_entropy, token_logprobs
+from kltune.errors import ModelError, RecipeError
+from kltune.lm.adapters import (
+    POLICY,
+    VALUE,
+    AdapterSwitch,
+    finite,
+    load_weights,
+    merge_adapter,
+    read_adapter_config,
+    refuse_base_changing,
+)
+from kltune.lm.heads import ValueHead
+from kltune.lm.loading import Fingerprint, check_sft_adapter, load_base, load_tokenizer, weights_sha256
+from kltune.lm.network import Network
+from kltune.recipe import LoraSection, ModelSection
+
+
+@dataclass(frozen=True)
+class TokenMeasures:
+    """What teacher forcing tells of N scored tokens; each [N] float32, in nats.
+
+    logprobs, ref_logprobs: of the tokens. ref_kl: exact KL(policy ‖ reference) at their positions, over the whole
+    vocabulary. entropy, ref_entropy: of the distributions there. The last three are None unless asked for.
+    """
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    ref_kl: Tensor | None
+    entropy: Tensor | None
+    ref_entropy: Tensor | None
+
+
+class Policy:
+    """A causal language model with a trainable adapter, and the reference behind it."""
+
+    def __init__(self, model: nn.Module, tokenizer, fingerprint: Fingerprint, *, frozen: nn.Module | None = None):
+        """Take a loaded model. With ``frozen``, every weight of ``model`` is trained and ``frozen`` is the reference."""
+        self.tokenizer = tokenizer
+        self.fingerprint = fingerprint
+        self.device = next(model.parameters()).device
+        self.end_ids = end_token_ids(model, tokenizer)
+        self.max_context = getattr(model.config, "max_position_embeddings", None)
+        self.value_head: ValueHead | None = None
+        self.full = frozen is not None
+        # state_dict tensors share storage with the parameters, so hashing them later sees what they hold then.
+        self._reference_tensors = dict((frozen or model).state_dict())
+        (frozen or model).requires_grad_(False)
+        self.model = model
+        self.network = Network(model)
+        self._reference_network = Network(frozen) if self.full else self.network
+        self._switch = AdapterSwitch(model)
+        model.eval()            # dropout anywhere would make old, new and reference log-probs disagree
+
+    # --- adapters -----------------------------------------------------------------------------------------------
+
+    def add_adapter(self, lora: LoraSection) -> None:
+        """Put a fresh LoRA adapter on the trunk: until it is trained, policy = reference."""
+        targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+        config = LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+        )
+        self._wrap(config)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Put a saved adapter on the trunk, every tensor accounted for.
+
+        Raises:
+            ModelError: it would change the base, holds NaN, or its tensors do not fit this model one to one.
+        """
+        refuse_base_changing(read_adapter_config(folder), str(folder))
+        weights = load_weights(folder)
+        finite(weights, str(folder))
+        if POLICY not in getattr(self.model, "peft_config", {}):
+            config = PeftConfig.from_pretrained(folder)
+            config.inference_mode = False
+            self._wrap(config)
+        outcome = set_peft_model_state_dict(self.model, weights, adapter_name=POLICY)
+        missing = [key for key in outcome.missing_keys if ".lora_" in key and f".{VALUE}." not in key]
+        if missing or outcome.unexpected_keys:
+            raise ModelError(
+                f"{folder}: the adapter does not fit {self.fingerprint.path}: {len(missing)} of its layers have no tensor in "
+                f"the file, {len(outcome.unexpected_keys)} tensors in the file have no layer; was it made for another model?"
+            )
+
+    def _wrap(self, config: PeftConfig) -> None:
+        self.model = get_peft_model(self.model, config, adapter_name=POLICY)
+        self._switch = AdapterSwitch(self.model)
+        if not self._switch.layers:
+            raise ModelError(f"lora.targets {config.target_modules} matches no layer of {self.fingerprint.path}.")
+        self.model.eval()
+        self.network.refresh()
+
+    def add_value_function(self, lora: LoraSection) -> None:
+        """Add a value head that reads the trunk through a LoRA adapter of its own.
+
+        Separate tensors, separate optimizer: fitting values cannot move the policy by a single bit.
+        """
+        self.model.add_adapter(VALUE, LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, target_modules=self.model.peft_config[POLICY].target_modules,
+            task_type="CAUSAL_LM",
+        ))
+        self._switch = AdapterSwitch(self.model)
+        for tensor in self.trainable_parameters().values():
+            tensor.requires_grad_(True)         # PEFT froze the policy's when it added the second adapter
+        self.value_head = ValueHead(self.network.hidden_size).to(self.device)
+        for tensor in self.value_parameters().values():
+            tensor.requires_grad_(True)
+        self.model.eval()
+
+    def load_value_parameters(self, tensors: dict[str, Tensor]) -> None:
+        """Put saved tensors of the value function back; names and shapes must be its own."""
+        for name, parameter in self.value_parameters().items():
+            parameter.data.copy_(tensors[name])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights; adapters and heads are float32."""
+        return getattr(torch, self.fingerprint.dtype)
+
+    def prompt_limit(self, wanted: int | None, max_new_tokens: int) -> int:
+        """The longest prompt that leaves room for a response, or what the recipe wants if that is shorter.
+
+        Raises:
+            RecipeError: the model's context cannot hold what the recipe wants.
+        """
+        if self.max_context is None:
+            return wanted or 512
+        room = self.max_context - max_new_tokens
+        if room < 1 or (wanted or 1) > room:
+            raise RecipeError(
+                f"data.max_prompt_tokens ({wanted or 'default'}) + sampling.max_new_tokens ({max_new_tokens}) do not fit the "
+                f"context of {self.fingerprint.path}, {self.max_context} tokens; lower one of them."
+            )
+        return wanted or room
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """The policy's own tensors by name: those of its adapter, or all in full fine-tuning."""
+        return dict(self.model.named_parameters()) if self.full else self._switch.parameters(POLICY)
+
+    def value_parameters(self) -> dict[str, nn.Parameter]:
+        """The value function's tensors by name: its adapter and its head."""
+        if self.value_head is None:
+            return {}
+        head = {f"head.{name}": tensor for name, tensor in self.value_head.named_parameters()}
+        return self._switch.parameters(VALUE) | head
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within: this object is the reference, the frozen weights alone. After, exceptions included: the policy."""
+        if self.full:
+            policy, self.network = self.network, self._reference_network
+            try:
+                yield
+            finally:
+                self.network = policy
+        else:
+            with self._switch.active(None):
+                yield
+
+    @contextmanager
+    def dropout(self) -> Iterator[None]:
+        """Within: training mode, for supervised stages whose recipe asks for dropout."""
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
+
+    def frozen_sha256(self) -> str:
+        """Hash of the frozen weights as they are now; equal to ``fingerprint.sha256`` for as long as nothing moved them."""
+        return weights_sha256(self._reference_tensors)
+
+    def save(self, folder: Path) -> None:
+        """Write what a loader needs: a plain PEFT adapter (or the full model) and the tokenizer."""
+        if self.full:
+            self.model.save_pretrained(folder)
+        else:
+            self.model.save_pretrained(folder, selected_adapters=[POLICY], save_embedding_layers=False)
+            (folder / "README.md").write_text(self.fingerprint.how_to_load(), encoding="utf-8")
+        self.tokenizer.save_pretrained(folder)
+
+    # --- measuring ----------------------------------------------------------------------------------------------
+
+    def scored_hidden(self, ids: Tensor, scored: Tensor) -> Tensor:
+        """Hidden states that predict the scored tokens. [N, H]; position i − 1 predicts token i."""
+        return self.network.hidden(ids)[:, :-1][scored[:, 1:]]
+
+    def logprobs(self, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities of the scored tokens, differentiable. [N] float32, nats."""
+        return self._logprobs(self.scored_hidden(ids, scored), ids[scored], temperature)
+
+    def logprobs_and_ref_kl(self, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and exact KL(policy ‖ reference) per token, both differentiable. Each [N] float32, nats."""
+        with torch.no_grad(), self.reference():
+            ref_hidden = self.scored_hidden(ids, scored)
+        hidden = self.scored_hidden(ids, scored)
+        ref_kl = self._chunked(
+            lambda part, ref_part: kl_exact(self.network.logits(part), self._ref_logits(ref_part), temperature), hidden, ref_hidden
+        )
+        return self._logprobs(hidden, ids[scored], temperature), ref_kl
+
+    def values(self, ids: Tensor, scored: Tensor) -> Tensor:
+        """Expected return before each scored token, differentiable in the value function only. [N] float32."""
+        with self._switch.active(VALUE):
+            return self.value_head(self.network.trunk(ids)[:, :-1][scored[:, 1:]])
+
+    @torch.no_grad()
+    def measure(self, ids: Tensor, scored: Tensor, temperature: float = 1.0, *, exact: bool = True) -> TokenMeasures:
+        """Teacher-force sequences through policy and reference; rows go in parts, so memory is bounded.
+
+        Args:
+            ids: right-padded sequences. [B, S] int64.
+            scored: True on the tokens to measure, never in column 0. [B, S] bool.
+            temperature: of both distributions; the one the tokens were sampled at.
+            exact: also sum over the vocabulary, for exact KL and entropies.
+        """
+        parts = [self._measure_part(*part, temperature, exact) for part in self._parts(ids, scored)]
+        columns = zip(*parts, strict=True)
+        return TokenMeasures(*(None if column[0] is None else torch.cat(column) for column in columns))
+
+    def _measure_part(self, ids: Tensor, scored: Tensor, temperature: float, exact: bool) -> tuple[Tensor | None, ...]:
+        tokens = ids[scored]
+        hidden = self.scored_hidden(ids, scored)
+        with self.reference():
+            ref_hidden = self.scored_hidden(ids, scored)
+
+        def stats(part: Tensor, ref_part: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
+            logits, ref_logits = self.network.logits(part), self._ref_logits(ref_part)
+            found = [token_logprobs(logits, chosen, temperature), token_logprobs(ref_logits, chosen, temperature)]
+            if exact:
+                found += [kl_exact(logits, ref_logits, temperature), token_entropy(logits, temperature),
+                          token_entropy(ref_logits, temperature)]
+            return tuple(found)
+
+        rows = self.network.chunk_rows
+        chunks = [stats(*part) for part in zip(hidden.split(rows), ref_hidden.split(rows), tokens.split(rows), strict=True)]
+        found = tuple(torch.cat(column) for column in zip(*chunks, strict=True))
+        return found if exact else (*found, None, None, None)
+
+    @torch.no_grad()
+    def measure_values(self, ids: Tensor, scored: Tensor) -> Tensor:
+        """``values`` without gradients, rows in parts. [N] float32."""
+        return torch.cat([self.values(*part) for part in self._parts(ids, scored)])
+
+    @torch.no_grad()
+    def measure_logprobs(self, ids: Tensor, scored: Tensor) -> Tensor:
+        """``logprobs`` at temperature 1 without gradients, rows in parts. [N] float32, nats."""
+        return torch.cat([self.logprobs(*part) for part in self._parts(ids, scored)])
+
+    def _parts(self, ids: Tensor, scored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Runs of rows that fit through the trunk at once, each trimmed to its longest row."""
+        rows = max(1, self.network.tokens_per_pass // ids.shape[1])
+        for part, marks in zip(ids.split(rows), scored.split(rows), strict=True):
+            width = int(marks.nonzero()[:, 1].max()) + 1
+            yield part[:, :width], marks[:, :width]
+
+    def _ref_logits(self, ref_hidden: Tensor) -> Tensor:
+        with torch.no_grad(), self.reference():        # the head itself may carry an adapter
+            return self.network.logits(ref_hidden)
+
+    def _logprobs(self, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+        return self._chunked(
+            lambda part, chosen: token_logprobs(self.network.logits(part), chosen, temperature), hidden, tokens
+        )
+
+    def _chunked(self, function, *tensors: Tensor) -> Tensor:
+        """Apply a per-token function chunk by chunk; with gradients, a chunk's logits are recomputed in the backward."""
+        rows = self.network.chunk_rows
+        if len(tensors[0]) <= rows:
+            return function(*tensors)
+        save = torch.is_grad_enabled()
+        parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+        return torch.cat([checkpoint(function, *part, use_reentrant=False) if save else function(*part) for part in parts])
+
+
+def end_token_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
+    """Every token that ends a text: those of the generation config and the tokenizer's.
+
+    Raises:
+        ModelError: there is none, so that no response could ever end.
+    """
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = listed if listed is not None else getattr(model.config, "eos_token_id", None)
+    ids = {*(listed if isinstance(listed, list | tuple) else [listed]), tokenizer.eos_token_id} - {None}
+    if not ids:
+        raise ModelError("Neither generation_config.json nor the tokenizer names an end token (eos_token_id).")
+    return tuple(sorted(ids))
+
+
+def load_policy(section: ModelSection, lora: LoraSection | None, *, device: torch.device, where: str = "model.path") -> Policy:
+    """Load base and tokenizer, merge the SFT adapter if the recipe names one, and add a fresh adapter.
+
+    Args:
+        section: the recipe's ``model``.
+        lora: the recipe's ``lora``; None trains every weight and keeps a frozen second copy as the reference.
+        device: where the weights live.
+        where: what to call the model in error messages.
+
+    Raises:
+        ModelError: missing, not a causal LM, an adapter, a tokenizer that differs, or a base-changing SFT adapter.
+    """
+    policy = load_reference(section, device=device, where=where, full=lora is None)
+    if lora is not None:
+        policy.add_adapter(lora)
+    return policy
+
+
+def load_reference(section: ModelSection, *, device: torch.device, where: str = "model.path", full: bool = False) -> Policy:
+    """A Policy without an adapter: for now policy and reference are the same frozen weights (two copies if ``full``)."""
+    if full and section.dtype == "bfloat16":
+        raise ModelError("model.dtype: full fine-tuning (lora: null) needs float32; in bfloat16 small updates round to nothing.")
+    if full:
+        section = section.model_copy(update={"dtype": "float32"})
+    model = load_base(section, device, where)
+    tokenizer = load_tokenizer(section.path, section.trust_remote_code)
+    survived = 1.0
+    if section.sft_adapter is not None:
+        check_sft_adapter(Path(section.sft_adapter), tokenizer)
+        model, survived = merge_adapter(model, Path(section.sft_adapter))
+    fingerprint = Fingerprint.of(section, model, tokenizer, merge_survived=survived)
+    if not full:
+        return Policy(model, tokenizer, fingerprint)
+    trained = load_base(section, device, where)
+    trained.load_state_dict(model.state_dict())
+    return Policy(trained, tokenizer, fingerprint, frozen=model)

@@ -1,0 +1,234 @@
+"""Rows of a data file, each with the place it was read from.
+
+JSONL and CSV have readers of their own here because a fault in the data must be named as ``file:line``, which the
+readers of ``datasets`` and pandas cannot do: they stop at the first bad line, or skip it, without its number.
+"""
+
+import csv
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kltune.errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", ".parquet")
+# load_dataset reads these names as "all files below the working folder", which nobody means by `prompts: json`.
+BUILDER_NAMES = frozenset({"arrow", "csv", "json", "pandas", "parquet", "text", "xml", "webdataset"})
+
+
+class RowFault(Exception):
+    """One row cannot be used; the message says what was found and what was wanted, not where."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a source: its fields, or the reason why it has none."""
+
+    where: str                  # "prompts.jsonl:12", "prompts.parquet:row 12", "org/name:train:row 12"
+    fields: dict[str, Any]
+    fault: str = ""             # not empty: the row could not be read, and fields is empty
+
+
+def read_rows(source: str) -> Iterator[Row]:
+    """Read the rows of a JSONL, CSV or Parquet file, or of a dataset that ``datasets`` can load.
+
+    A path never touches the network: only a source that is no file here, and does not look like one, is a name.
+    A row that cannot be read comes back with its fault, so that the caller can list all of them.
+
+    Args:
+        source: path of a ``.jsonl``, ``.json`` (one object a line), ``.csv`` (each also ``.gz``) or ``.parquet`` file,
+            or ``name``, ``name:split`` or ``name:config:split`` of a dataset (split ``train`` by default).
+
+    Returns:
+        The rows in the order of the source; blank lines are not rows.
+
+    Raises:
+        DataError: no such file or dataset, a kind of file that is not read here, or a damaged file.
+    """
+    path = os.path.expanduser(source)
+    kind = path.lower().removesuffix(".gz")
+    if os.path.isdir(path) or os.path.isdir(path.partition(":")[0]):
+        raise DataError(f"{source} is a folder, wanted a file: {', '.join(SUFFIXES)}.")
+    if not os.path.exists(path):
+        if _looks_like_a_path(path):
+            raise DataError(f"{source} does not exist.")
+        yield from _dataset_rows(source)
+    elif not path.lower().endswith(SUFFIXES):
+        raise DataError(f"{source} is no kind of data file that can be read here: {', '.join(SUFFIXES)}.")
+    elif kind.endswith(".csv"):
+        yield from _csv_rows(path)
+    elif kind.endswith(".parquet"):
+        yield from _parquet_rows(path)
+    else:
+        yield from _json_rows(path)
+
+
+def _looks_like_a_path(path: str) -> bool:
+    # One slash alone says nothing: `org/name` is how the hub names a dataset.
+    return path.lower().endswith(SUFFIXES) or path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path
+
+
+def _lines(path: str) -> Iterator[tuple[str, bytes]]:
+    """``file:line`` and the bytes of each line, without a byte order mark; the line end is kept."""
+    name, number = os.path.basename(path), 0
+    try:
+        with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                yield f"{name}:{number}", line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{name}:{number + 1}: the gzip file is cut off or damaged here ({error}).") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _json_rows(path: str) -> Iterator[Row]:
+    for where, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            yield Row(where, _parse_object(line))
+        except RowFault as fault:
+            yield Row(where, {}, str(fault))
+
+
+def _parse_object(line: bytes) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8")
+        if "\0" in text:
+            raise RowFault(f"found a NUL byte at byte {line.index(0) + 1}, wanted text")
+        value = json.loads(text, object_pairs_hook=_without_repeats)
+    except UnicodeDecodeError as error:
+        raise RowFault(f"not UTF-8: found byte 0x{line[error.start]:02x} at byte {error.start + 1}") from error
+    except json.JSONDecodeError as error:
+        raise RowFault(f"not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:       # a number of thousands of digits; thousands of open brackets
+        raise RowFault(f"not JSON that can be read: {error}") from error
+    if isinstance(value, list):
+        raise RowFault("found a list, wanted one object a line (`jq -c '.[]' FILE` makes that of a JSON list)")
+    if not isinstance(value, dict):
+        raise RowFault(f"found {describe(value)}, wanted an object")
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):        # json would keep the last one and say nothing
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise RowFault(f'field "{repeated}": found twice in one object')
+    return fields
+
+
+def _csv_rows(path: str) -> Iterator[Row]:
+    """Rows below a header line; a row of several lines has the number of its first one."""
+    # Bytes that are not UTF-8 go through as lone surrogates: an error here would end the csv reader.
+    lines = (line.decode("utf-8", errors="surrogateescape") for _, line in _lines(path))
+    name, header = os.path.basename(path), None
+    limit = csv.field_size_limit(2**31 - 1)     # the default refuses a cell of more than 128 KiB
+    try:
+        reader = csv.reader(lines, strict=True)
+        while True:
+            where = f"{name}:{reader.line_num + 1}"
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                yield Row(where, {}, f"not CSV: {error}")
+                continue
+            if cells is None:
+                return
+            if header is None and cells:
+                header = _checked_header(where, cells)
+            elif cells:                         # a blank line has none
+                yield _csv_row(where, header, cells)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _checked_header(where: str, cells: list[str]) -> list[str]:
+    repeated = [name for name in cells if cells.count(name) > 1]
+    if repeated:
+        raise DataError(f'{where}: column "{repeated[0]}" is found twice in the header.')
+    return cells
+
+
+def _csv_row(where: str, header: list[str], cells: list[str]) -> Row:
+    if len(cells) != len(header):
+        return Row(where, {}, f"found {len(cells)} cells, wanted {len(header)} as in the header")
+    broken = next((name for name, cell in zip(header, cells, strict=True) if has_surrogate(cell)), None)
+    if broken is not None:
+        return Row(where, {}, f'field "{broken}": not UTF-8')
+    return Row(where, dict(zip(header, cells, strict=True)))
+
+
+def _parquet_rows(path: str) -> Iterator[Row]:
+    import pyarrow  # slow to load, and needed for this kind of file only
+    from pyarrow import parquet
+
+    name, number = os.path.basename(path), 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for fields in _batch_rows(batch):
+                    number += 1
+                    where = f"{name}:row {number}"
+                    yield Row(where, {}, "holds text that is not UTF-8") if fields is None else Row(where, fields)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is damaged, or no Parquet file, after row {number}: {error}") from error
+
+
+def _batch_rows(batch: Any) -> list[dict[str, Any] | None]:
+    """The rows of an Arrow batch; None for a row with text that is not UTF-8, which spoils its whole batch."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [None]
+    return [row for at in range(batch.num_rows) for row in _batch_rows(batch.slice(at, 1))]
+
+
+def _dataset_rows(source: str) -> Iterator[Row]:
+    name, config, split = _dataset_name(source)
+    import datasets  # takes seconds to load, and a path does not need it
+
+    try:
+        loaded = datasets.load_dataset(name, config, split=split)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{source} is no file here and no dataset that could be loaded: {reason}") from error
+    for number, fields in enumerate(loaded, start=1):
+        yield Row(f"{source}:row {number}", fields)
+
+
+def _dataset_name(source: str) -> tuple[str, str | None, str]:
+    """``name[:config][:split]`` taken apart; a split may be a slice, ``train[:10]``, with a colon of its own."""
+    parts = re.split(r":(?![^\[]*\])", source)
+    if len(parts) > 3 or not all(parts) or parts[0] in BUILDER_NAMES:
+        raise DataError(f"{source!r} is no file here, and no dataset's name: name, name:split or name:config:split.")
+    if len(parts) == 3:
+        return parts[0], parts[1], parts[2]
+    return parts[0], None, parts[1] if len(parts) == 2 else "train"
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether the text holds half of a surrogate pair, which no tokenizer and no UTF-8 file can take."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def describe(value: Any) -> str:
+    """What was found, in the words of an error message."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, str):
+        return "empty text" if not value else f"the text {value[:40]!r}" if value.strip() else "only white space"
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    return {list: "a list", dict: "an object"}.get(type(value), f"a {type(value).__name__}")

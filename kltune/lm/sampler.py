@@ -1,0 +1,132 @@
+"""Draw responses from the policy, unfiltered, at one temperature, with a KV cache.
+
+Every response has its own row of uniform random numbers and a token is the inverse of the cumulative distribution at
+one of them. So a response depends on its prompt, its numbers and the weights alone: not on the batch it was drawn in,
+nor on which other responses had ended; and two policies that are given the same numbers answer alike as far as they
+agree, which is what makes paired comparisons sharp.
+
+The model's own generation_config is not consulted: a repetition penalty or a top-p hidden there would make the sampled
+distribution another one than the distribution that is measured.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kltune.errors import DivergedError
+from kltune.lm.batches import Samples, pad_right, response_scatter
+from kltune.lm.data import Prompt
+from kltune.lm.policy import Policy
+
+ROWS_PER_PASS = 512         # responses sampled side by side; the cache is what takes the memory
+COMPACT_BELOW = 0.8         # drop finished rows from the cache once fewer than this share is still going
+
+
+def uniform_numbers(rng: np.random.Generator, responses: int, max_new_tokens: int) -> Tensor:
+    """The random numbers of a batch, one row per response. [B, T] float64 in [0, 1)."""
+    return torch.from_numpy(rng.random((responses, max_new_tokens)))
+
+
+@torch.no_grad()
+def sample(policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, *, temperature: float) -> Samples:
+    """Draw ``len(uniforms) / len(prompts)`` responses to each prompt; those of one prompt lie side by side.
+
+    Args:
+        policy: whoever is active: within ``policy.reference()``, the reference.
+        prompts: P token sequences.
+        uniforms: the random numbers, a row per response; its width is the length limit. [B, T].
+        temperature: divides the logits.
+
+    Raises:
+        ValueError: B is not a multiple of P.
+        DivergedError: a logit is NaN or infinite.
+    """
+    per_prompt, rest = divmod(len(uniforms), len(prompts))
+    if rest or per_prompt == 0:
+        raise ValueError(f"{len(uniforms)} rows of random numbers do not divide among {len(prompts)} prompts.")
+    step = max(1, ROWS_PER_PASS // per_prompt)
+    tokens, logprobs = [], []
+    for start in range(0, len(prompts), step):
+        part = prompts[start : start + step]
+        rows = slice(start * per_prompt, (start + len(part)) * per_prompt)
+        drawn, seen = _decode(policy, part, per_prompt, uniforms[rows].to(policy.device), temperature)
+        tokens += drawn
+        logprobs += seen
+    return _assemble(policy, prompts, per_prompt, tokens, logprobs, limit=uniforms.shape[1])
+
+
+def _decode(policy: Policy, prompts: Sequence[Prompt], per_prompt: int, uniforms: Tensor, temperature: float):
+    """The token ids and log-probabilities of each response, as lists."""
+    device, limit = policy.device, uniforms.shape[1]
+    ends = torch.tensor(policy.end_ids, device=device)
+    ids, mask = (tensor.to(device) for tensor in _left_padded(prompts, policy.tokenizer.pad_token_id))
+    logits, cache = policy.network.step(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), None)
+    if per_prompt > 1:              # each prompt went through the model once; its cache serves all its responses
+        cache.batch_repeat_interleave(per_prompt)
+        logits, mask = (tensor.repeat_interleave(per_prompt, dim=0) for tensor in (logits, mask))
+
+    count = len(uniforms)
+    tokens = torch.zeros(count, limit, dtype=torch.long, device=device)
+    logprobs = torch.zeros(count, limit, device=device)
+    lengths = torch.full((count,), limit, device=device)
+    alive = torch.arange(count, device=device)      # the response that each row of the cache belongs to
+    going = torch.ones(count, dtype=torch.bool, device=device)      # per row of the cache
+    for t in range(limit):
+        drawn, seen = _draw(logits, uniforms[alive, t], temperature)
+        tokens[alive[going], t], logprobs[alive[going], t] = drawn[going], seen[going]
+        ended = going & torch.isin(drawn, ends)
+        lengths[alive[ended]] = t + 1
+        going &= ~ended
+        left = int(going.sum())
+        if left == 0 or t == limit - 1:
+            break
+        if left < COMPACT_BELOW * len(alive):
+            keep = going.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            alive, mask, drawn, going = alive[keep], mask[keep], drawn[keep], going[keep]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        logits, cache = policy.network.step(drawn[:, None], mask, mask.sum(1, keepdim=True) - 1, cache)
+    sizes = lengths.tolist()
+    return ([row[:size] for row, size in zip(tokens.tolist(), sizes, strict=True)],
+            [row[:size] for row, size in zip(logprobs.tolist(), sizes, strict=True)])
+
+
+def _draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Invert the cumulative distribution. [R, V], [R] -> tokens [R], their log-probabilities [R]."""
+    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    # float64: a float32 sum over 100,000 tokens is off by more than a rare token's probability. MPS has none.
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    cumulative = logprobs.to(wide).exp().cumsum(dim=-1)
+    if not torch.isfinite(cumulative[:, -1]).all():
+        raise DivergedError("sampling: the policy's logits are not finite; lower optim.lr or raise kl.beta.")
+    target = uniforms.to(wide)[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1).squeeze(1)
+    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+
+
+def _left_padded(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor]:
+    """Prompts that end in the same column, as decoding wants them: ids and attention mask, [P, width] each."""
+    rows = [prompt.ids[::-1] for prompt in prompts]
+    ids = pad_right(rows, pad).flip(1)
+    return ids, pad_right([[1] * len(row) for row in rows], 0).flip(1)
+
+
+def _assemble(policy: Policy, prompts: Sequence[Prompt], per_prompt: int, tokens: list[list[int]],
+              logprobs: list[list[float]], limit: int) -> Samples:
+    owner = [index for index in range(len(prompts)) for _ in range(per_prompt)]
+    asked = [list(prompts[index].ids) for index in owner]
+    ids = pad_right([p + r for p, r in zip(asked, tokens, strict=True)], policy.tokenizer.pad_token_id)
+    scored = pad_right([[False] * len(p) + [True] * len(r) for p, r in zip(asked, tokens, strict=True)], False, torch.bool)
+    response_mask = pad_right([[True] * len(row) for row in tokens], False, torch.bool)
+    truncated = torch.tensor([len(row) == limit and row[-1] not in policy.end_ids for row in tokens])
+    flat = torch.tensor([value for row in logprobs for value in row])
+    texts = policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    device = policy.device
+    return Samples(
+        ids=ids.to(device), scored=scored.to(device), response_mask=response_mask.to(device),
+        prompt_index=torch.tensor(owner, device=device), truncated=truncated.to(device),
+        logprobs=response_scatter(flat, response_mask).to(device),
+        prompts=tuple(prompts[index].text for index in owner), responses=tuple(texts),
+    )

@@ -1,0 +1,49 @@
+"""What a run is: frozen sections read from YAML, checked all at once, and written back with every default.
+
+    sections.py   the keys, their units, ranges and defaults; one class per stage
+    nodes.py      YAML text to a tree that remembers lines
+    reading.py    tree and ``--set`` to a recipe
+    checks.py     keys that do not fit together
+    wording.py    how faults are said; names that other tools use
+    writing.py    YAML, digest, differences, JSON schema
+    packaged.py   the recipes that come with kltune
+
+Nothing here imports torch: a wrong recipe is answered before the first model is thought of.
+"""
+
+from kltune.recipe.faults import Fault, Place, RecipeFaults
+from kltune.recipe.packaged import find_recipe, packaged_recipes, recipes_folder
+from kltune.recipe.reading import load_recipe
+from kltune.recipe.sections import (
+    STAGES,
+    ClassifierReward,
+    DataSection,
+    DPORecipe,
+    DPOSection,
+    EvalSection,
+    FunctionReward,
+    KLSection,
+    LoraSection,
+    ModelReward,
+    ModelSection,
+    OptimSection,
+    PPORecipe,
+    PPOSection,
+    Recipe,
+    RewardEntry,
+    RewardRecipe,
+    RunSection,
+    SamplingSection,
+    SFTRecipe,
+    TRPORecipe,
+    TRPOSection,
+)
+from kltune.recipe.writing import differing_keys, dump_recipe, recipe_digest, recipe_schema
+
+__all__ = [
+    "STAGES", "ClassifierReward", "DPORecipe", "DPOSection", "DataSection", "EvalSection", "Fault", "FunctionReward",
+    "KLSection", "LoraSection", "ModelReward", "ModelSection", "OptimSection", "PPORecipe", "PPOSection", "Place",
+    "Recipe", "RecipeFaults", "RewardEntry", "RewardRecipe", "RunSection", "SFTRecipe", "SamplingSection",
+    "TRPORecipe", "TRPOSection", "differing_keys", "dump_recipe", "find_recipe", "load_recipe", "packaged_recipes",
+    "recipe_digest", "recipe_schema", "recipes_folder",
+]

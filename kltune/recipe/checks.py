@@ -1,0 +1,217 @@
+"""Whether the keys of a recipe fit together: each rule names the keys it concerns, what is wrong and what to write.
+
+A rule that concerns a key which is already faulty keeps quiet: it would judge a value nobody wrote.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kltune.recipe.sections import PATH_KEYS, KLSection, Recipe
+
+Clash = tuple[tuple[str, ...], str]          # the dotted keys concerned, the first of which is where it is shown
+FUNCTION = re.compile(r"(?P<file>[^:]+\.py):(?P<name>[A-Za-z_]\w*)")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".jsonl.gz")
+SOURCES = {"sft": "texts", "reward": "pairs", "ppo": "prompts", "trpo": "prompts"}
+SCORED = "the score has to come from somewhere: write reward: [{kind: function, path: rewards.py:score}]"
+
+BAD_PRICES = {
+    ("loss", "k1"): "k1 as a loss has an expected gradient of exactly zero: the price would be noise; write exact",
+    ("reward", "k2"): "k2 in the reward does not have the gradient of the KL; write k1",
+    ("reward", "exact"): "the exact KL at a position does not depend on the token sampled there, so in the reward it "
+                         "prices nothing at its own step; write k1, or kl.placement: loss",
+}
+CONTROLLER_KEYS = {
+    "horizon": "ziegler", "kp": "log_pi", "ki": "log_pi", "look_ahead": "log_pi", "dual_lr": "dual",
+}
+UNREAD = {
+    "sft": {"sampling.prompts_per_step": "sft learns from texts: optim.batch_size is the batch"},
+    "ppo": {"optim.batch_size": "the batch of ppo is sampling.prompts_per_step x responses_per_prompt"},
+    "trpo": {"optim.batch_size": "the batch of trpo is sampling.prompts_per_step x responses_per_prompt"},
+}
+
+
+def clashes(recipe: Recipe, folder: Path, trusted: bool = False) -> Iterator[Clash]:
+    """Every pair of keys that cannot stand together.
+
+    Args:
+        recipe: validated section by section, paths as written.
+        folder: the recipe's folder.
+        trusted: the recipe is the one kltune wrote into a run folder, so absolute paths of functions are its own.
+    """
+    yield from sources(recipe)
+    yield from lengths(recipe)
+    yield from unread(recipe)
+    for key, value in path_values(recipe):
+        yield from misplaced(key, value, folder)
+    for key, value in function_values(recipe):
+        yield from function_file(key, value, folder, trusted)
+    if hasattr(recipe, "kl"):
+        yield from budget(recipe.kl)
+        yield from control(recipe.kl)
+        yield from policy_update(recipe)
+
+
+def sources(recipe: Recipe) -> Iterator[Clash]:
+    """Each stage needs its rows, and refuses rows that it would not read."""
+    needed = SOURCES.get(recipe.stage)
+    if needed is None:
+        needed = "pairs" if recipe.dpo.source == "file" else "prompts"
+    if getattr(recipe.data, needed) is None:
+        yield (f"data.{needed}",), f"missing; the {recipe.stage} stage reads its rows from data.{needed}"
+    allowed = {"prompts", "pairs"} if recipe.stage == "dpo" else {needed}
+    for other in {"prompts", "texts", "pairs"} - allowed:
+        if getattr(recipe.data, other) is not None:
+            yield (f"data.{other}",), f"the {recipe.stage} stage does not read it; data.{needed} is what it reads"
+    if not hasattr(recipe, "reward"):
+        return
+    if needed == "prompts" and not recipe.reward:
+        yield ("reward",), f"missing; {SCORED}"
+    if needed == "pairs" and recipe.reward:
+        yield ("reward",), "read only with dpo.source: online; pairs from a file are judged already"
+
+
+def lengths(recipe: Recipe) -> Iterator[Clash]:
+    """The run has one length, and the warm-up ends within it."""
+    run = recipe.run
+    if run.steps is None and run.epochs is None:
+        yield ("run.steps", "run.epochs"), "found neither run.steps nor run.epochs, wanted one of them"
+    if run.steps is not None and run.epochs is not None:
+        yield ("run.steps", "run.epochs"), f"found steps {run.steps} and epochs {run.epochs:g}, wanted one of them"
+    if run.steps is not None and recipe.optim.warmup_steps > run.steps:
+        yield (("optim.warmup_steps", "run.steps"),
+               f"found {recipe.optim.warmup_steps}, wanted at most run.steps, {run.steps}")
+
+
+def unread(recipe: Recipe) -> Iterator[Clash]:
+    """A key that the stage shares with others but does not read may only hold its default."""
+    for key, why in UNREAD.get(recipe.stage, {}).items():
+        section, name = key.split(".")
+        holder = getattr(recipe, section)
+        if getattr(holder, name) != type(holder).model_fields[name].default:
+            yield (key,), f"the {recipe.stage} stage does not read it; {why}"
+
+
+def budget(kl: KLSection) -> Iterator[Clash]:
+    """The price is paid in a way whose gradient is the KL's, and the cap leaves room for the target."""
+    reason = BAD_PRICES.get((kl.placement, kl.estimator))
+    if reason:
+        yield ("kl.estimator", "kl.placement"), f"found {kl.estimator} with placement {kl.placement}: {reason}"
+    if kl.control == "target" and kl.target is not None and kl.hard_cap is not None and kl.target >= kl.hard_cap:
+        yield ("kl.hard_cap", "kl.target"), f"found {kl.hard_cap:g}, wanted more than kl.target, {kl.target:g}"
+    if kl.unit == "nats_per_token" and kl.control == "target" and "target" not in kl.model_fields_set:
+        yield ("kl.target", "kl.unit"), "missing; with unit nats_per_token write the target, 0.05 is a start"
+
+
+def control(kl: KLSection) -> Iterator[Clash]:
+    """A fixed beta is a number; a steered one starts within its bounds; no gain is given to another controller."""
+    if kl.control == "fixed" and kl.beta == "auto":
+        yield ("kl.beta", "kl.control"), "found auto with control: fixed, wanted a number, such as 0.1 (score per nat)"
+    if kl.control == "target" and kl.target is None:
+        yield ("kl.target", "kl.control"), "found nothing (null) with control: target, wanted a number above 0"
+    if kl.beta_min >= kl.beta_max:
+        yield ("kl.beta_min", "kl.beta_max"), f"found {kl.beta_min:g}, wanted less than kl.beta_max, {kl.beta_max:g}"
+    elif kl.control == "target" and kl.beta != "auto" and not kl.beta_min <= kl.beta <= kl.beta_max:
+        yield (("kl.beta", "kl.beta_min", "kl.beta_max", "kl.control"),
+               f"found {kl.beta:g}, wanted between kl.beta_min, {kl.beta_min:g}, and kl.beta_max, {kl.beta_max:g}")
+    for name, controller in CONTROLLER_KEYS.items():
+        if controller != kl.controller and getattr(kl, name) != type(kl).model_fields[name].default:
+            yield ((f"kl.{name}", "kl.controller"),
+                   f"read only by controller {controller}, and kl.controller is {kl.controller}; remove it")
+
+
+def policy_update(recipe: Any) -> Iterator[Clash]:
+    """Dropout, baselines and minibatches of ppo, trpo and dpo."""
+    if recipe.lora.dropout != 0:
+        yield (("lora.dropout",), f"found {recipe.lora.dropout:g}, wanted 0: with dropout the same policy gives "
+               "different logprobs each time, so ratios and KL would be noise")
+    sampling, stage = recipe.sampling, recipe.stage
+    section = getattr(recipe, stage)
+    baseline = getattr(section, "baseline", None)
+    if baseline in ("rloo", "grpo") and sampling.responses_per_prompt < 2:
+        yield (("sampling.responses_per_prompt", f"{stage}.baseline"),
+               f"found {sampling.responses_per_prompt}, wanted at least 2: {baseline} compares a response with the "
+               "others to the same prompt")
+    if stage == "dpo" and section.source == "online" and sampling.responses_per_prompt < 2:
+        yield (("sampling.responses_per_prompt", "dpo.source"),
+               f"found {sampling.responses_per_prompt}, wanted at least 2: a pair needs two responses")
+    size = getattr(section, "minibatch_size", None)
+    responses = responses_per_step(recipe)
+    if size is not None and "minibatch_size" in section.model_fields_set and responses % size:
+        yield ((f"{stage}.minibatch_size", "sampling.prompts_per_step", "sampling.responses_per_prompt"),
+               f"found {size}, wanted a divisor of the {responses} responses of a step "
+               f"(prompts_per_step {sampling.prompts_per_step} x responses_per_prompt {sampling.responses_per_prompt})")
+
+
+def responses_per_step(recipe: Any) -> int:
+    """Responses sampled in one step."""
+    return recipe.sampling.prompts_per_step * recipe.sampling.responses_per_prompt
+
+
+def path_values(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Every key whose value may be a path, functions aside, with its value."""
+    whole = recipe.model_dump()
+    for pattern in PATH_KEYS:
+        for key, holder in holders(whole, pattern):
+            value = holder.get(key.rsplit(".", 1)[1])
+            if value is not None and holder.get("kind") != "function":
+                yield key, value
+
+
+def function_values(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Every key that names a Python function, with its value."""
+    whole = recipe.model_dump()
+    for pattern in ("reward.*.path", "eval.gold.path"):
+        for key, holder in holders(whole, pattern):
+            if holder.get("kind") == "function":
+                yield key, holder["path"]
+
+
+def holders(whole: dict[str, Any], pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The sections that hold the last key of a dotted pattern, each with the full dotted key."""
+    *steps, last = pattern.split(".")
+    found: list[tuple[str, Any]] = [("", whole)]
+    for step in steps:
+        if step == "*":
+            found = [(f"{key}{i}.", entry) for key, entries in found for i, entry in enumerate(entries)]
+        else:
+            found = [(f"{key}{step}.", value[step]) for key, value in found if value.get(step) is not None]
+    for key, value in found:
+        yield key + last, value
+
+
+def absolute(value: str, folder: Path) -> str:
+    """A path made absolute from the recipe's folder; a name that is no path there is kept, for the hub."""
+    path = os.path.abspath(folder / os.path.expanduser(value))
+    return path if looks_local(value) or os.path.exists(path) else value
+
+
+def looks_local(value: str) -> bool:
+    """Whether a value can only be meant as a path."""
+    return value.startswith(("./", "../", "/", "~/")) or value in (".", "..") or value.lower().endswith(DATA_SUFFIXES)
+
+
+def misplaced(key: str, value: str, folder: Path) -> Iterator[Clash]:
+    """Refuse addresses, and paths that only exist from where the command was started."""
+    if "://" in value:
+        yield (key,), f"found the address {value}, wanted a file, a folder or a hub name; download it first"
+    elif key != "run.output" and not os.path.exists(folder / os.path.expanduser(value)) and os.path.exists(value):
+        yield ((key,), f"found {value}, which is in the current folder but not in the recipe's; paths start at the "
+               f"recipe: write {os.path.relpath(value, folder)}")
+
+
+def function_file(key: str, value: str, folder: Path, trusted: bool) -> Iterator[Clash]:
+    """A reward function lies beside the recipe: a recipe alone never chooses which code of this machine runs."""
+    parts = FUNCTION.fullmatch(value)
+    if not parts:
+        yield (key,), f"found {value}, wanted file.py:function, such as rewards.py:score"
+        return
+    file = folder / parts["file"]
+    home = os.path.realpath(folder)
+    inside = os.path.realpath(file).startswith(os.path.join(home, "")) and ".." not in Path(parts["file"]).parts
+    if not inside and not trusted:
+        yield (key,), f"found {parts['file']}, wanted a file in the recipe's own folder; copy it beside the recipe"
+    elif not os.path.isfile(file):
+        yield (key,), f"found {parts['file']}, but there is no such file in {folder}; create it, or correct the name"

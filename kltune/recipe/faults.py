@@ -1,0 +1,59 @@
+"""Where a recipe is wrong and how that is said: every fault has a place, and all faults travel in one error."""
+
+from dataclasses import dataclass, replace
+
+from kltune.errors import RecipeError
+
+MOST_SHOWN = 50
+
+
+@dataclass(frozen=True)
+class Place:
+    """A spot in a recipe file, or the ``--set`` that put a value there. Lines and columns count from 1."""
+
+    file: str
+    line: int = 1
+    column: int = 1
+    override: str | None = None
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}:{self.column}" if self.override is None else f"--set {self.override}"
+        return printable(where)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong: where, under which key, and what to do about it."""
+
+    place: Place
+    key: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.key}: {self.text}" if self.key else f"{self.place}: {self.text}"
+
+
+class RecipeFaults(RecipeError):
+    """A recipe with its faults, in the order of the file.
+
+    Args:
+        file: the recipe as the user named it.
+        faults: at least one.
+    """
+
+    def __init__(self, file: str, faults: list[Fault]):
+        ordered = sorted(
+            dict.fromkeys(replace(fault, key=printable(fault.key), text=printable(fault.text)) for fault in faults),
+            key=lambda fault: (fault.place.override is not None, fault.place.line, fault.place.column),
+        )
+        self.file, self.faults = file, ordered
+        count = "1 fault" if len(ordered) == 1 else f"{len(ordered)} faults"
+        lines = [f"  {fault}" for fault in ordered[:MOST_SHOWN]]
+        if len(ordered) > MOST_SHOWN:
+            lines.append(f"  and {len(ordered) - MOST_SHOWN} more")
+        super().__init__("\n".join([f"{printable(file)} has {count}", *lines]))
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped, so that a recipe cannot move the reader's cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,258 @@
+"""From a YAML file and ``--set`` overrides to a recipe; every fault at once, each with its place."""
+
+import copy
+import errno
+import os
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from kltune.recipe.checks import absolute, clashes, function_values, path_values, responses_per_step
+from kltune.recipe.faults import Fault, Place, RecipeFaults
+from kltune.recipe.nodes import MAX_BYTES, KeyPath, Node, Plain, decode, read_nodes
+from kltune.recipe.packaged import find_recipe, packaged_recipes
+from kltune.recipe.sections import STAGES, Recipe
+from kltune.recipe.wording import dotted, found, listed, schema_at, unknown_key, wanted, wrong_value
+
+KINDS = ("function", "model", "classifier")
+
+
+def load_recipe(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), stage: str | None = None, output: str | None = None
+) -> Recipe:
+    """Read, override and check one recipe.
+
+    Relative paths start at the recipe's folder; a value that names nothing there and does not look like a path is
+    kept, because it may be a hub name. The output of a packaged recipe starts at the current folder instead.
+
+    Args:
+        path: a YAML file, or the name of a packaged recipe such as ``tiny/ppo_target`` where no such file exists.
+        overrides: ``section.key=value`` each, the value in YAML; a later one wins.
+        stage: the stage that the command runs; the file must say the same.
+        output: replaces ``run.output``, and starts at the current folder.
+
+    Returns:
+        The recipe of its stage, paths absolute, defaults filled in.
+
+    Raises:
+        RecipeError: all faults, with file, line and column, or with the ``--set`` they come from.
+    """
+    name = os.fspath(path)
+    file = find_recipe(name)
+    root, faults = read_nodes(decode(read_bytes(file, name), name), name)
+    if root is None or not isinstance(root.value, dict):
+        what = "an empty file" if root is None or root.value is None else found(root)
+        text = f"found {what}, wanted sections such as stage: and model:"
+        raise RecipeFaults(name, [*faults, Fault(Place(name), "", text)])
+    for override in overrides:
+        faults += apply_override(root, override, name)
+
+    chosen, stage_faults = choose_stage(root, stage, name)
+    faults += stage_faults
+    if chosen is None:
+        raise RecipeFaults(name, faults)
+    folder = file.parent.absolute()
+    recipe, more = check(root, chosen, folder, trusted=(folder / "run.json").is_file())
+    faults += more
+    if faults or recipe is None:
+        raise RecipeFaults(name, faults)
+    return settle(recipe, file, output)
+
+
+def read_bytes(file: Path, name: str) -> bytes:
+    """The file's bytes, one more than allowed at most."""
+    try:
+        with open(file, "rb") as handle:
+            return handle.read(MAX_BYTES + 1)
+    except OSError as error:
+        reason = "a folder; name the YAML file in it" if error.errno == errno.EISDIR else error.strerror
+        raise RecipeFaults(name, [Fault(Place(name), "", f"cannot be read: {reason}")]) from error
+
+
+def choose_stage(root: Node, command: str | None, name: str) -> tuple[str | None, list[Fault]]:
+    """The stage to check against, and what is wrong with the file's own."""
+    node = root.at(("stage",))
+    if node is None:
+        text = f"missing; wanted stage: {listed(list(STAGES))}"
+        return command, [Fault(root.place, "stage", text + (f"; this command runs {command}" if command else ""))]
+    if not isinstance(node.value, str) or node.value not in STAGES:
+        schema = {"enum": list(STAGES), "description": "what this recipe runs"}
+        return command, [Fault(node.place, "stage", wrong_value(("stage",), node, schema))]
+    if command is not None and node.value != command:
+        text = f"found {node.value}, but the command is kltune {command}; run kltune {node.value}, or another recipe"
+        return node.value, [Fault(node.place, "stage", text)]
+    return node.value, []
+
+
+def apply_override(root: Node, override: str, name: str) -> list[Fault]:
+    """Put the value of one ``--set`` into the tree; its place from then on is the ``--set``."""
+    place = Place(name, override=override)
+    key, equals, text = override.partition("=")
+    path = tuple(int(step) if step.isdecimal() and step.isascii() else step for step in key.strip().split("."))
+    if not equals or "" in path:
+        return [Fault(place, "", "wanted section.key=value, such as --set kl.target=4")]
+    node, faults = read_nodes(decode(os.fsencode(text), name), name, override)
+    node = node or Node(None, place)
+    parent = root
+    for depth, step in enumerate(path[:-1]):
+        child = parent.at((step,))
+        if child is None or child.value is None:                  # a section the file does not mention
+            if not isinstance(parent.value, dict) or not isinstance(step, str):
+                return [*faults, Fault(place, dotted(path[: depth + 1]), f"not found; {contents(parent)}")]
+            child = Node({}, place)
+            parent.value[step], parent.key_places[step] = child, place
+        parent = child
+    match parent.value, path[-1]:
+        case dict() as section, str() as last:
+            section[last], parent.key_places[last] = node, place
+        case list() as entries, int() as index if index < len(entries):
+            entries[index] = node
+        case _:
+            return [*faults, Fault(place, key, f"cannot be set; {contents(parent)}")]
+    return faults
+
+
+def contents(node: Node) -> str:
+    """What a --set met where it wanted a section or a list."""
+    if isinstance(node.value, list):
+        return f"the recipe has a list of {len(node.value)} here, counted from 0"
+    if isinstance(node.value, dict):
+        return "the recipe has a section here, whose keys are names"
+    return f"the recipe has {found(node)} here"
+
+
+def check(root: Node, stage: str, folder: Path, trusted: bool) -> tuple[Recipe | None, list[Fault]]:
+    """Validate the tree, then the rules between keys on as much of it as is sound."""
+    plain = {**root.plain(), "stage": stage}
+    faults: dict[KeyPath, Fault] = {}
+    try:
+        recipe = STAGES[stage].model_validate(plain)
+    except ValidationError as error:
+        faults = field_faults(error.errors(include_url=False), root, stage)
+        recipe = sound_part(plain, stage, list(faults))
+    if recipe is None:
+        return None, list(faults.values())
+    names = [dotted(path) for path in faults]
+    between = [
+        Fault(place_of_clash(root, keys), keys[0], text)
+        for keys, text in clashes(recipe, folder, trusted)
+        if not any(overlap(key, name) for key in keys for name in names)
+    ]
+    return recipe, [*faults.values(), *between]
+
+
+def overlap(key: str, other: str) -> bool:
+    """Whether two dotted keys are the same, or one lies inside the other."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+
+
+def place_of_clash(root: Node, keys: Iterable[str]) -> Place:
+    """Where the first key of a rule stands; if the recipe does not write it, the first one it does write."""
+    paths = [tuple(int(step) if step.isdecimal() else step for step in key.split(".")) for key in keys]
+    written = [path for path in paths if root.at(path) is not None]
+    return root.place_of((written or paths)[0])
+
+
+def field_faults(errors: list[ErrorDetails], root: Node, stage: str) -> dict[KeyPath, Fault]:
+    """pydantic's errors as faults, one for each key, in our words."""
+    faults: dict[KeyPath, Fault] = {}
+    for error in errors:
+        if error["type"] == "default_factory_not_called":         # follows from a fault in another key
+            continue
+        path = path_of(error, root)
+        node = root.at(path)
+        if error["type"] == "extra_forbidden":
+            fault = Fault(root.place_of_key(path), dotted(path), unknown_key(stage, path, root))
+        elif error["type"] == "missing":
+            schema = schema_at(stage, path, root)
+            text = f"missing, wanted {wanted(schema)} ({schema['description']})"
+            fault = Fault(root.place_of(path), dotted(path), text)
+        elif error["type"].startswith("union_tag"):
+            kind = root.at((*path, "kind"))
+            path = (*path, "kind")
+            what = f"found {found(kind)}" if kind else "missing"
+            near = get_close_matches(str(kind.value), KINDS, 1) if kind else []
+            text = f"{what}, wanted {listed(list(KINDS))}" + (f"; did you mean {near[0]}?" if near else "")
+            fault = Fault(root.place_of(path), dotted(path), text)
+        else:
+            assert node is not None, error
+            fault = Fault(node.place, dotted(path), wrong_value(path, node, schema_at(stage, path, root)))
+        faults.setdefault(path, fault)
+    # of a key and something inside it, the inner fault says more
+    return {path: fault for path, fault in faults.items()
+            if not any(other != path and other[: len(path)] == path for other in faults)}
+
+
+def path_of(error: ErrorDetails, root: Node) -> KeyPath:
+    """Where an error is in the tree; pydantic's own steps (which option of a union it tried) are left out."""
+    path: KeyPath = ()
+    steps = error["loc"]
+    for depth, step in enumerate(steps):
+        is_kind = step in KINDS and ((path[:1] == ("reward",) and len(path) == 2) or path == ("eval", "gold"))
+        is_kind = is_kind and steps[depth - 1] != step      # the step after it may be a key of that very name
+        last_missing = error["type"] == "missing" and depth == len(steps) - 1
+        if not is_kind and (root.at((*path, step)) is not None or last_missing):
+            path = (*path, step)
+    return path
+
+
+def sound_part(plain: dict[str, Plain], stage: str, bad: list[KeyPath]) -> Recipe | None:
+    """The recipe without its faulty values, what is required filled in, so that the rest can be checked."""
+    sound = copy.deepcopy(plain)
+    for path in bad:
+        holder: Plain = sound
+        for step in path[:-1]:
+            if isinstance(holder, dict) and isinstance(holder.get(step), list) and step != "reward":
+                holder.pop(step)                           # a list with a faulty entry goes as a whole
+            holder = holder[step] if isinstance(holder, list) else holder.get(step, {})
+        if isinstance(holder, list):
+            holder[path[-1]] = None                        # the other entries keep their numbers
+        else:
+            holder.pop(path[-1], None)
+    model, reward, evaluation = sound.get("model"), sound.get("reward"), sound.get("eval")
+    sound["model"] = {"path": "?", **(model if isinstance(model, dict) else {})}
+    if isinstance(reward, list):
+        sound["reward"] = [entry if is_scorer(entry) else {"kind": "model", "path": "?"} for entry in reward]
+    if isinstance(evaluation, dict) and not is_scorer(evaluation.get("gold")):
+        evaluation.pop("gold", None)
+    try:
+        return STAGES[stage].model_validate(sound)
+    except ValidationError:
+        return None          # faults that hide each other; the second look comes when these are put right
+
+
+def is_scorer(entry: Plain) -> bool:
+    """Whether a reward entry still has what every scorer needs."""
+    return isinstance(entry, dict) and entry.get("kind") in KINDS and "path" in entry
+
+
+def settle(recipe: Recipe, file: Path, output: str | None) -> Recipe:
+    """Make paths absolute and write out the defaults that depend on other keys."""
+    folder = file.parent.absolute()
+    whole = recipe.model_dump()
+    for key, value in path_values(recipe):
+        put(whole, key, absolute(value, folder))
+    for key, value in function_values(recipe):
+        put(whole, key, os.path.abspath(folder / value))
+    packaged = file in packaged_recipes().values()
+    chosen = output or (recipe.run.output if "output" in recipe.run.model_fields_set else f"runs/{file.stem}")
+    start = Path.cwd() if output or packaged else folder
+    whole["run"]["output"] = os.path.abspath(start / os.path.expanduser(chosen))
+    if recipe.stage == "ppo" and "minibatch_size" not in recipe.ppo.model_fields_set:
+        responses = responses_per_step(recipe)
+        whole["ppo"]["minibatch_size"] = next(size for size in range(64, 0, -1) if responses % size == 0)
+    settled = type(recipe).model_validate(whole)
+    settled._folder = folder
+    return settled
+
+
+def put(whole: dict[str, Plain], key: str, value: str) -> None:
+    """Set a dotted key in nested dicts and lists."""
+    *steps, last = key.split(".")
+    holder: Plain = whole
+    for step in steps:
+        holder = holder[int(step)] if isinstance(holder, list | tuple) else holder[step]
+    holder[last] = value

@@ -1,0 +1,316 @@
+"""What a recipe may say: one frozen section per concern, one class per stage.
+
+Every field carries its meaning, unit and range, because the same words serve the error messages, the JSON schema for
+editors and the reader of this page. A section has the same keys in every stage that reads it; what a stage does not
+read is refused by name (``checks.py``), so no key is ever ignored in silence.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe: no unknown keys, no guessing of types, finite numbers only."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), validate_default=True
+    )
+
+
+class ModelSection(Section):
+    """The frozen weights; with the policy's adapter off they are the reference."""
+
+    path: Text = Field(description="folder of a model, or its name on the hub")
+    sft_adapter: Text | None = Field(
+        None, description="a LoRA from kltune sft, merged into the base: base + SFT is then the reference"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="type of the frozen weights; adapters are always trained in float32"
+    )
+    trust_remote_code: bool = Field(False, description="run Python that ships with the model; off unless you read it")
+
+
+class LoraSection(Section):
+    """The adapter that is trained."""
+
+    rank: int = Field(16, ge=1, le=4096, description="rank of each update matrix")
+    alpha: Positive = Field(32.0, description="the update is scaled by alpha / rank")
+    targets: Literal["all-linear"] | Annotated[tuple[Text, ...], Field(strict=False, min_length=1)] = Field(
+        "all-linear", description="which linear layers get an adapter: all-linear, or a list of layer names"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="must be 0 in ppo, trpo and dpo, where logprobs are compared")
+
+
+class DataSection(Section):
+    """Where rows come from, and what happens to rows that do not fit."""
+
+    prompts: Text | None = Field(None, description="prompts to respond to (ppo, trpo, online dpo): file or hub name")
+    texts: Text | None = Field(None, description="texts to imitate (sft): file or hub name")
+    pairs: Text | None = Field(None, description="chosen and rejected responses (dpo, reward): file or hub name")
+    template: Literal["auto", "none", "chat"] = Field(
+        "auto", description="auto uses the chat template if the rows are messages"
+    )
+    max_prompt_tokens: Count | None = Field(
+        None, description="tokens; null leaves what the model's context has beside the response"
+    )
+    max_response_tokens: Count = Field(512, description="tokens of a response that is read from data")
+    on_overlong: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="truncate cuts prompts from the left and responses from the right, and counts them"
+    )
+    on_bad_row: Literal["error", "skip"] = Field("error", description="skip is counted, and at most 1 % of the rows")
+
+
+class SamplingSection(Section):
+    """How the policy responds: plain sampling from its own distribution, never cut off or renormalised."""
+
+    prompts_per_step: Count = Field(64, description="prompts drawn for one step")
+    responses_per_prompt: Count = Field(1, description="responses to each prompt; rloo and grpo need at least 2")
+    max_new_tokens: Count = Field(128, description="tokens; a longer response is cut there")
+    temperature: float = Field(
+        1.0, ge=0.1, le=10, description="divides the logits; KL is measured at this same temperature"
+    )
+    missing_end_penalty: NotNegative = Field(
+        0.0, description="subtracted from the score of a response that never ended"
+    )
+
+
+class FunctionReward(Section):
+    """A Python function ``score(prompts, responses) -> list[float]`` beside the recipe."""
+
+    kind: Literal["function"] = Field(description="a Python function")
+    path: Text = Field(description="file.py:function, the file in the recipe's own folder")
+    weight: float = Field(1.0, description="factor in the sum of scores")
+    normalize: bool = Field(False, description="standardise on responses of the reference")
+    name: Text | None = Field(None, description="its name in the metrics")
+
+
+class ModelReward(Section):
+    """A reward model: a kltune reward adapter, or a sequence classifier with one output."""
+
+    kind: Literal["model"] = Field(description="a reward model")
+    path: Text = Field(description="folder of a kltune reward adapter or a model, or a hub name")
+    weight: float = Field(1.0, description="factor in the sum of scores")
+    normalize: bool = Field(False, description="standardise on responses of the reference")
+    name: Text | None = Field(None, description="its name in the metrics")
+    input: Literal["prompt_response", "response"] = Field("prompt_response", description="what the model reads")
+
+
+class ClassifierReward(Section):
+    """A text classifier, scored by how sure it is of one label."""
+
+    kind: Literal["classifier"] = Field(description="a text classifier")
+    path: Text = Field(description="folder of a model, or a hub name")
+    label: Text | None = Field(None, description="the label to raise; null only for a model with a single output")
+    output: Literal["logit", "probability"] = Field("logit", description="the label's log-odds, or its probability")
+    weight: float = Field(1.0, description="factor in the sum of scores")
+    normalize: bool = Field(False, description="standardise on responses of the reference")
+    name: Text | None = Field(None, description="its name in the metrics")
+    input: Literal["prompt_response", "response"] = Field("response", description="what the classifier reads")
+
+
+RewardEntry = Annotated[FunctionReward | ModelReward | ClassifierReward, Field(discriminator="kind")]
+RewardList = Annotated[tuple[RewardEntry, ...], Field(strict=False)]
+
+
+class KLSection(Section):
+    """The budget: how far from the reference, in which unit, priced where, steered how."""
+
+    control: Literal["fixed", "target"] = Field("target", description="keep beta, or steer it until the KL is target")
+    beta: Literal["auto"] | NotNegative = Field(
+        "auto", description="score per nat; auto follows the spread of the scores; 0 measures without a price"
+    )
+    target: Positive | None = Field(6.0, description="KL(policy‖reference) to hold, in kl.unit; 6 nats is a start")
+    unit: Literal["nats_per_response", "nats_per_token"] = Field(
+        "nats_per_response", description="unit of target and hard_cap"
+    )
+    placement: Literal["reward", "loss"] = Field("reward", description="where the price is paid")
+    estimator: Literal["k1", "k2", "exact"] = Field(
+        default_factory=lambda section: "exact" if section.get("placement") == "loss" else "k1",
+        description="what is priced; default k1 with placement reward, exact with placement loss",
+    )
+    controller: Literal["log_pi", "ziegler", "dual"] = Field("log_pi", description="how target steers beta")
+    hard_cap: Positive | None = Field(None, description="in kl.unit; no checkpoint beyond it is ever called final")
+    on_cap: Literal["rollback", "stop"] = Field("rollback", description="what happens beyond hard_cap")
+    exact: bool = Field(True, description="measure the KL over the full vocabulary at every step")
+    beta_min: Positive = Field(1e-4, description="score per nat; beta is steered within beta_min and beta_max")
+    beta_max: Positive = Field(1e3, description="score per nat")
+    horizon: Positive = Field(10000.0, description="responses (ziegler); larger is calmer")
+    kp: NotNegative = Field(1.0, description="gain on the error now (log_pi)")
+    ki: NotNegative = Field(0.03, description="gain on the error summed over steps (log_pi)")
+    look_ahead: NotNegative = Field(4.0, description="steps ahead that the KL is extrapolated (log_pi)")
+    dual_lr: Positive = Field(0.02, description="step size of the multiplier (dual)")
+
+
+class PPOSection(Section):
+    """Clipped policy steps."""
+
+    baseline: Literal["value", "rloo", "grpo"] = Field("value", description="what a response is compared with")
+    epochs: Count = Field(4, description="passes over one step's responses")
+    minibatch_size: Count = Field(
+        64, description="responses per update; must divide a step's responses; default: as many of them as fit in 64"
+    )
+    clip_range: Positive = Field(0.2, description="a token's probability ratio counts within 1 ± clip_range")
+    value_clip_range: Positive = Field(0.2, description="a value may move this far from the old one, in score units")
+    value_coef: NotNegative = Field(0.1, description="weight of the value loss")
+    gamma: Fraction = Field(1.0, description="discount per token")
+    gae_lambda: Fraction = Field(0.95, description="1 is unbiased, lower is calmer")
+    stop_step_kl: Positive | None = Field(
+        None, description="nats per response; leaves the epochs once KL(old‖new) passes it; null never does"
+    )
+    value_lr: Positive | None = Field(None, description="learning rate of the value function; null is optim.lr")
+
+
+class TRPOSection(Section):
+    """Natural-gradient steps inside a KL ball."""
+
+    max_step_kl: Positive = Field(0.2, description="nats per response; KL(old‖new) of one step never passes it")
+    cg_iterations: Count = Field(10, description="conjugate-gradient iterations")
+    damping: Literal["auto"] | NotNegative = Field("auto", description="added to the curvature; auto adapts")
+    line_search_steps: Count = Field(10, description="tries before a step is given up")
+    baseline: Literal["value", "rloo", "grpo"] = Field("value", description="what a response is compared with")
+
+
+class DPOSection(Section):
+    """Preference pairs."""
+
+    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = Field("sigmoid", description="which preference loss")
+    beta: Positive = Field(0.1, description="larger stays closer to the reference")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs assumed to be the wrong way round")
+    source: Literal["file", "online"] = Field("file", description="pairs from data.pairs, or sampled and scored")
+
+
+class OptimSection(Section):
+    """AdamW and its schedule."""
+
+    lr: Positive = Field(1e-4, description="learning rate of the adapter")
+    batch_size: Count = Field(32, description="rows or pairs per step (sft, reward, dpo from a file)")
+    micro_batch_size: Count | None = Field(
+        None, description="sequences in memory at once; changes memory and speed, not the result; null chooses"
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="course of lr after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps over which lr rises from 0")
+    max_grad_norm: Positive = Field(1.0, description="a larger gradient is scaled down to this norm")
+    weight_decay: NotNegative = Field(0.0, description="decoupled, per unit of lr")
+
+
+class RunSection(Section):
+    """How long, how often, where."""
+
+    epochs: Positive | None = Field(None, description="passes over the data, instead of steps")
+    steps: Count | None = Field(
+        default_factory=lambda section: 100 if section.get("epochs") is None else None,
+        description="turns of the loop; default 100, or null when epochs is given",
+    )
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="same seed, same machine: same run")
+    save_every: Count = Field(20, description="steps between checkpoints")
+    eval_every: Count = Field(20, description="steps between evaluations")
+    keep: Count = Field(3, description="checkpoints kept")
+    output: Text = Field("runs/name", description="folder of the run; default runs/ and the recipe file's name")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = Field(
+        "auto", description="auto, cpu, mps, cuda or cuda:1"
+    )
+
+
+class EvalSection(Section):
+    """Held-out measurements."""
+
+    prompts: Text | None = Field(None, description="held-out prompts for KL and score; null measures on data.prompts")
+    responses: Count = Field(128, description="responses per measurement")
+    texts: Text | None = Field(None, description="held-out human texts for the alignment tax")
+    gold: RewardEntry | None = Field(None, description="a scorer that is measured and never trained on")
+
+
+class Recipe(Section):
+    """What all stages share, and where the file was."""
+
+    stage: str = Field(description="what this recipe runs")
+    _folder: Path = PrivateAttr(default=Path("."))
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the recipe file; relative paths in the file start there."""
+        return self._folder
+
+    def __eq__(self, other: object) -> bool:
+        """Recipes are equal if they say the same, wherever their files are."""
+        return type(self) is type(other) and self.model_dump() == other.model_dump()
+
+    __hash__ = None
+
+
+class SFTRecipe(Recipe):
+    """Imitate texts; ``lora: null`` trains every weight."""
+
+    stage: Literal["sft"] = Field(description="what this recipe runs")
+    model: ModelSection = Field(description="the frozen weights")
+    lora: LoraSection | None = Field(default_factory=LoraSection, description="the adapter; null trains every weight")
+    data: DataSection = Field(default_factory=DataSection, description="rows")
+    sampling: SamplingSection = Field(default_factory=SamplingSection, description="responses on which KL is measured")
+    optim: OptimSection = Field(default_factory=OptimSection, description="optimizer")
+    run: RunSection = Field(default_factory=RunSection, description="length, seed, output")
+    eval: EvalSection = Field(default_factory=EvalSection, description="held-out measurements")
+
+
+class RewardRecipe(Recipe):
+    """Fit a Bradley-Terry reward model to preference pairs."""
+
+    stage: Literal["reward"] = Field(description="what this recipe runs")
+    model: ModelSection = Field(description="the frozen weights")
+    lora: LoraSection = Field(default_factory=LoraSection, description="the adapter")
+    data: DataSection = Field(default_factory=DataSection, description="rows")
+    optim: OptimSection = Field(default_factory=OptimSection, description="optimizer")
+    run: RunSection = Field(default_factory=RunSection, description="length, seed, output")
+    eval: EvalSection = Field(default_factory=EvalSection, description="held-out measurements")
+
+
+class RLRecipe(Recipe):
+    """The sections that ppo, trpo and dpo have in common."""
+
+    model: ModelSection = Field(description="the frozen weights")
+    lora: LoraSection = Field(default_factory=LoraSection, description="the adapter")
+    data: DataSection = Field(default_factory=DataSection, description="rows")
+    sampling: SamplingSection = Field(default_factory=SamplingSection, description="how the policy responds")
+    reward: RewardList = Field((), description="scorers; the score is their weighted sum")
+    kl: KLSection = Field(default_factory=KLSection, description="the budget")
+    optim: OptimSection = Field(default_factory=OptimSection, description="optimizer")
+    run: RunSection = Field(default_factory=RunSection, description="length, seed, output")
+    eval: EvalSection = Field(default_factory=EvalSection, description="held-out measurements")
+
+
+class PPORecipe(RLRecipe):
+    """Raise the score with clipped policy steps while KL to the reference is held."""
+
+    stage: Literal["ppo"] = Field(description="what this recipe runs")
+    ppo: PPOSection = Field(default_factory=PPOSection, description="clipped policy steps")
+
+
+class TRPORecipe(RLRecipe):
+    """The same with natural-gradient steps inside a KL ball."""
+
+    stage: Literal["trpo"] = Field(description="what this recipe runs")
+    trpo: TRPOSection = Field(default_factory=TRPOSection, description="natural-gradient steps")
+
+
+class DPORecipe(RLRecipe):
+    """Learn from preference pairs while KL to the reference is measured."""
+
+    stage: Literal["dpo"] = Field(description="what this recipe runs")
+    dpo: DPOSection = Field(default_factory=DPOSection, description="preference pairs")
+
+
+STAGES: dict[str, type[Recipe]] = {
+    "sft": SFTRecipe, "reward": RewardRecipe, "ppo": PPORecipe, "trpo": TRPORecipe, "dpo": DPORecipe,
+}
+# dotted keys whose value may be a path; "*" stands for each entry of a list
+PATH_KEYS = (
+    "model.path", "model.sft_adapter", "data.prompts", "data.texts", "data.pairs", "reward.*.path",
+    "run.output", "eval.prompts", "eval.texts", "eval.gold.path",
+)

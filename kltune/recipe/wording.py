@@ -1,0 +1,234 @@
+"""How a fault is put into words: what was found, what was wanted, and the nearest thing that would have been right."""
+
+import re
+from difflib import get_close_matches
+from typing import Any
+
+from kltune.recipe.nodes import KeyPath, Node
+from kltune.recipe.sections import STAGES
+
+NUMBER_LIKE = re.compile(r"[-+]?[0-9.][0-9_.:eE+xXobOBa-fA-F-]*")
+SCHEMAS: dict[str, dict[str, Any]] = {}
+
+RENORMALISED = (
+    "kltune samples from the whole distribution: with a renormalised one the logprobs, and so the KL, would be of "
+    "another policy; remove it (sampling.temperature is scored as it is sampled)"
+)
+REFERENCE_CHANGED = (
+    "it would change weights outside the adapter, so the policy with its adapter off would no longer be the reference; "
+    "remove it"
+)
+# names that other tools use, by bare key or by dotted key; the dotted one wins
+FOREIGN = {
+    **dict.fromkeys(("init_kl_coef", "kl_coef", "kl_coeff", "kl_penalty_coef", "kl_loss_coef", "kl_ctl_value"),
+                    "called kl.beta here (score per nat)"),
+    "target_kl": "KL to the reference is kl.target here; KL(old‖new) of one update is ppo.stop_step_kl or "
+                 "trpo.max_step_kl",
+    "kl_target": "called kl.target here", "kl_horizon": "called kl.horizon here",
+    "adap_kl_ctrl": "write kl.control: target (steered) or fixed", "kl_estimator": "called kl.estimator here",
+    "kl_penalty": "write kl.placement and kl.estimator", "use_kl_loss": "write kl.placement: loss",
+    **dict.fromkeys(("learning_rate", "actor_learning_rate"), "called optim.lr here"),
+    "critic_learning_rate": "called ppo.value_lr here",
+    **dict.fromkeys(("top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"),
+                    RENORMALISED),
+    "do_sample": "kltune always samples; remove it",
+    **dict.fromkeys(("bias", "lora_bias", "modules_to_save", "init_lora_weights"), REFERENCE_CHANGED),
+    **dict.fromkeys(("r", "lora_r", "lora_rank"), "called lora.rank here"),
+    "lora_alpha": "called lora.alpha here", "lora_dropout": "called lora.dropout here",
+    **dict.fromkeys(("target_modules", "lora_target_modules", "lora_target"), "called lora.targets here"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs", "total_epochs"), "called run.epochs here"),
+    **dict.fromkeys(("num_ppo_epochs", "ppo_epochs", "noptepochs"), "called ppo.epochs here"),
+    **dict.fromkeys(("max_steps", "total_steps", "num_steps"), "called run.steps here"),
+    **dict.fromkeys(("per_device_train_batch_size", "train_batch_size"),
+                    "write optim.batch_size (sft, reward, dpo) or sampling.prompts_per_step (ppo, trpo); "
+                    "optim.micro_batch_size is what fits in memory"),
+    "rollout_batch_size": "called sampling.prompts_per_step here",
+    **dict.fromkeys(("gradient_accumulation_steps", "micro_train_batch_size"),
+                    "write optim.micro_batch_size, the sequences in memory at once"),
+    **dict.fromkeys(("mini_batch_size", "num_mini_batches"), "called ppo.minibatch_size here (responses per update)"),
+    **dict.fromkeys(("cliprange", "clip_eps", "eps_clip", "clip_ratio"), "called ppo.clip_range here"),
+    **dict.fromkeys(("cliprange_value", "value_clip"), "called ppo.value_clip_range here"),
+    "vf_coef": "called ppo.value_coef here", "lam": "called ppo.gae_lambda here", "lambd": "called ppo.gae_lambda here",
+    **dict.fromkeys(("num_generations", "rloo_k", "n_samples_per_prompt", "num_return_sequences"),
+                    "called sampling.responses_per_prompt here"),
+    **dict.fromkeys(("response_length", "max_length", "max_completion_length", "generate_max_len"),
+                    "write sampling.max_new_tokens (responses sampled) or data.max_response_tokens (responses read)"),
+    **dict.fromkeys(("max_prompt_length", "prompt_max_len"), "called data.max_prompt_tokens here"),
+    "missing_eos_penalty": "called sampling.missing_end_penalty here",
+    **dict.fromkeys(("model_name_or_path", "model_name", "pretrain", "base_model"), "called model.path here"),
+    "model.name": "called model.path here",
+    **dict.fromkeys(("ref_model", "reference", "ref_model_path"),
+                    "the reference is model.path (and model.sft_adapter) with the policy's adapter off; remove it"),
+    **dict.fromkeys(("reward_model", "reward_model_path", "reward_pretrain"),
+                    "write reward: [{kind: model, path: ...}]"),
+    **dict.fromkeys(("output_dir", "save_path"), "called run.output here"),
+    **dict.fromkeys(("save_steps", "save_freq"), "called run.save_every here"),
+    **dict.fromkeys(("eval_steps", "test_freq"), "called run.eval_every here"),
+    "save_total_limit": "called run.keep here", "torch_dtype": "called model.dtype here",
+    "bf16": "write model.dtype: bfloat16",
+    "fp16": "float16 loses small probabilities; write model.dtype: bfloat16 or float32",
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "called optim.schedule here"),
+    "warmup_ratio": "write optim.warmup_steps, a number of steps",
+    "max_gradient_norm": "called optim.max_grad_norm here",
+    **dict.fromkeys(("dataset", "dataset_name", "train_file"), "write data.prompts, data.texts or data.pairs"),
+    **dict.fromkeys(("trainer", "algorithm", "algo"), "called stage here: sft, reward, ppo, trpo or dpo"),
+    "env": "a recipe sets no environment variables; set them in the shell", "<<": "write the values out",
+}
+
+
+# values that deserve a reason rather than a list of the right ones
+REFUSED_VALUES = {
+    ("kl.estimator", "k3"): "as a loss k3 has the gradient of the forward KL(reference‖policy), and in the reward it "
+                            "can point uphill; k3 is only measured, by eval-kl",
+    ("model.dtype", "float16"): "float16 loses small probabilities",
+    ("sampling.temperature", 0): "greedy decoding has no distribution to measure a KL on",
+}
+
+
+def dotted(path: KeyPath) -> str:
+    """('reward', 0, 'path') is written reward.0.path."""
+    return ".".join(map(str, path))
+
+
+def schema_of(stage: str) -> dict[str, Any]:
+    """JSON schema of one stage, built once."""
+    if stage not in SCHEMAS:
+        SCHEMAS[stage] = STAGES[stage].model_json_schema()
+    return SCHEMAS[stage]
+
+
+def schema_at(stage: str, path: KeyPath, root: Node) -> dict[str, Any]:
+    """The schema of the value under a path, following the options that the recipe took; {} where nothing may be."""
+    whole = schema_of(stage)
+    here, described = whole, {}
+    for depth, step in enumerate(path):
+        here = section_schema(whole, here, root.at(path[:depth]))
+        here = here.get("items", {}) if isinstance(step, int) else here.get("properties", {}).get(step, {})
+        described = here
+    node = root.at(path)
+    target = section_schema(whole, here, node) if node and isinstance(node.value, dict) else here
+    return {**target, "description": described.get("description", "")}
+
+
+def section_schema(whole: dict[str, Any], schema: dict[str, Any], node: Node | None) -> dict[str, Any]:
+    """Follow a reference, the mapping among several options, or the kind of a reward entry."""
+    if "$ref" in schema:
+        return section_schema(whole, whole["$defs"][schema["$ref"].rsplit("/", 1)[1]], node)
+    if "discriminator" in schema:
+        kind = node.at(("kind",)) if node else None
+        reference = schema["discriminator"]["mapping"].get(kind.value if kind else None) if kind else None
+        return section_schema(whole, {"$ref": reference}, node) if reference else schema
+    inner = ("$ref", "discriminator", "items")
+    structured = [option for option in schema.get("anyOf", []) if any(name in option for name in inner)]
+    return section_schema(whole, structured[0], node) if structured else schema
+
+
+def wanted(schema: dict[str, Any], found_number: float = 0) -> str:
+    """A schema in words: "a number above 0", "linear, cosine or constant".
+
+    An upper limit that only guards against nonsense is named to those who passed it, given as ``found_number``.
+    """
+    if "anyOf" in schema:
+        return " or ".join(wanted(option, found_number) for option in schema["anyOf"])
+    if "enum" in schema:
+        return listed(schema["enum"])
+    if "const" in schema:
+        return str(schema["const"])
+    if "$ref" in schema:
+        return "a section of keys"
+    if "oneOf" in schema:
+        return "a section with a kind: " + listed(sorted(schema["discriminator"]["mapping"]))
+    names = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null",
+             "string": "text", "array": "a list", "object": "a section of keys"}
+    limits = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
+    words = [
+        f"{word} {schema[limit]:,.12g}" for limit, word in limits.items()
+        if limit in schema and (schema[limit] < 1e9 or found_number > schema[limit])
+    ]
+    return " ".join([names.get(schema.get("type", ""), "another value"), " and ".join(words)]).strip()
+
+
+def listed(words: list[str]) -> str:
+    """a, b or c."""
+    return ", ".join(words[:-1]) + " or " + words[-1] if len(words) > 1 else "".join(words)
+
+
+def found(node: Node | None) -> str:
+    """A value as the reader wrote it, with its type where that is the trouble."""
+    match node.value if node else None:
+        case None:
+            return "nothing (null)"
+        case bool() as value:
+            return str(value).lower()
+        case dict():
+            return "a section"
+        case list() as entries:
+            return f"a list of {len(entries)}"
+        case str() as text:
+            short = text if len(text) <= 60 else text[:57] + "..."
+            return f'"{short}" (text in quotes)' if node.quoted else f'"{short}"'
+        case number:
+            short = str(number)
+            return short if len(short) <= 30 else short[:27] + "..."
+
+
+def wrong_value(path: KeyPath, node: Node, schema: dict[str, Any]) -> str:
+    """found ..., wanted ...: the meaning of the key, and a way out where one is plain."""
+    number = node.value if isinstance(node.value, int | float) else 0
+    text = f"found {found(node)}, wanted {wanted(schema, number)}"
+    if schema.get("description"):
+        text += f" ({schema['description']})"
+    reason = None if isinstance(node.value, dict | list | bool) else REFUSED_VALUES.get((dotted(path), node.value))
+    way_out = reason or advice(node, schema)
+    return f"{text}; {way_out}" if way_out else text
+
+
+def advice(node: Node, schema: dict[str, Any]) -> str:
+    """What to write instead, if the value shows what was meant."""
+    options = schema.get("anyOf", [schema])
+    types = {option.get("type") for option in options}
+    choices = [str(c) for option in options for c in option.get("enum", [option["const"]] if "const" in option else [])]
+    match node.value:
+        case str() as text:
+            if near := get_close_matches(text.lower(), choices, 1):
+                return f"did you mean {near[0]}?"
+            if text == "None" and "null" in types:
+                return "write null"
+            if "boolean" in types and text.lower() in {"yes", "on", "y", "no", "off", "n", "true", "false"}:
+                return f"write {'true' if text.lower() in {'yes', 'on', 'y', 'true'} else 'false'}, without quotes"
+            if types & {"integer", "number"} and NUMBER_LIKE.fullmatch(text):
+                return "remove the quotes" if node.quoted else "write plain decimal digits, without leading zeros"
+        case bool():
+            return ""
+        case int() | float() as number:
+            if "integer" in types and isinstance(number, float) and number.is_integer():
+                return f"write {int(number)}"
+            if "string" in types and not types & {"integer", "number"}:
+                return "put it in quotes"
+        case None:
+            return "write a value or remove the line"
+        case dict():
+            if "array" in types:
+                return "start each entry with a dash"
+    return ""
+
+
+def unknown_key(stage: str, path: KeyPath, root: Node) -> str:
+    """Why a key is not known here: the name it has in kltune, the section it belongs to, or the nearest name."""
+    key = str(path[-1])
+    sections = schema_of(stage)["properties"]
+    siblings = list(schema_at(stage, path[:-1], root).get("properties", {}))
+    if len(path) == 1 and any(key in cls.model_fields for cls in STAGES.values()):
+        readers = listed([name for name, cls in STAGES.items() if key in cls.model_fields])
+        return f"the {stage} stage does not read this section ({readers} does); remove it"
+    sentence = FOREIGN.get(dotted(path)) or FOREIGN.get(key)
+    if sentence:
+        return f"unknown key; {sentence}"
+    homes = [f"{name}.{key}" for name in sections if key in schema_at(stage, (name,), root).get("properties", {})]
+    if near := get_close_matches(key, siblings, 1):
+        return f"unknown key; did you mean {near[0]}?"
+    if homes:
+        return f"unknown key here; it belongs to another section: write {listed(homes)}"
+    if key in STAGES:
+        return f"unknown key; did you mean stage: {key}?"
+    return f"unknown key; known here: {', '.join(siblings)}"

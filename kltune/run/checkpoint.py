@@ -1,0 +1,340 @@
+"""Saving and loading: a checkpoint is whole or it is not there, and nothing in it is ever unpickled.
+
+    checkpoints/step-000020/
+        adapter_config.json, adapter_model.safetensors, tokenizer files     plain PEFT, written by the policy
+        kltune.json          {"schema", "kltune_version", "step", reference, measured KL, ...}
+        state/*.safetensors  tensors that resume needs, one file per group (optimizer, value head, ...)
+        state/state.json     everything else that resume needs
+        manifest.json        sha256 and size of every file above; written last
+
+A save fills a hidden folder, flushes every file to the disk, and renames the folder: a kill or a power cut at any
+moment leaves the folder under its hidden name (removed at the next save) or complete under its own.
+"""
+
+import os
+import re
+import shutil
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+import kltune
+from kltune.errors import CheckpointError, DivergedError
+from kltune.run.manifest import read_json, seal, verify, write_json
+from kltune.run.storage import nonfinite_keys, storing, sync_folder
+
+SCHEMA = "kltune.checkpoint/1"
+STEP_FOLDER = re.compile(r"step-\d{6,}")
+
+
+def save_checkpoint(
+    run_folder: Path,
+    step: int,
+    write_adapter: Callable[[Path], None],
+    *,
+    info: dict[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Save everything that a run needs to continue exactly from after ``step``, and drop the oldest checkpoints.
+
+    Args:
+        run_folder: the run's folder; the checkpoint becomes ``checkpoints/step-000020`` in it.
+        step: steps done.
+        write_adapter: writes adapter and tokenizer files into the folder it is given.
+        info: what ``read_info`` gives back (reference, measured KL); ``schema`` and ``step`` are added.
+        tensors: groups of named tensors, as ``{"optimizer": {...}, "value_head": {...}}``.
+        state: JSON values with text keys, as controllers and counters; floats come back bit for bit.
+        keep: how many of the newest checkpoints stay, this one included; at least 1.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        DivergedError: a tensor or a number is not finite. StorageError: it cannot be written. In both cases nothing
+            was saved and the checkpoints before it are intact.
+    """
+    refuse_nonfinite({f"{group}/{name}": tensor for group, named in tensors.items() for name, tensor in named.items()})
+    refuse_nonfinite_state(state)
+    target = run_folder / "checkpoints" / f"step-{step:06d}"
+    with storing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(run_folder)
+
+    def write(folder: Path) -> None:
+        write_adapter(folder)
+        write_json(folder / "kltune.json", _stamped(info, step=step))
+        write_json(folder / "state" / "state.json", state)
+        for group, named in tensors.items():
+            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+            save_file(whole, folder / "state" / f"{group}.safetensors")
+
+    _fill_and_rename(target, write)
+    _drop_oldest(target, keep)
+    return target
+
+
+def save_final(run_folder: Path, write_adapter: Callable[[Path], None], *, info: dict[str, Any]) -> Path:
+    """Save the adapter to use as ``final/``, in place of one that is there. Returns and raises as `save_checkpoint`."""
+    clear_leftovers(run_folder)
+
+    def write(folder: Path) -> None:
+        write_adapter(folder)
+        write_json(folder / "kltune.json", _stamped(info))
+
+    return _fill_and_rename(run_folder / "final", write)
+
+
+def latest_checkpoint(run_folder: Path) -> Path | None:
+    """The newest complete and undamaged checkpoint of a run, or None; each damaged one gives a warning on stderr.
+
+    The step comes from kltune.json: a folder that was renamed does not become newer.
+    """
+    found = []
+    for folder in _step_folders(Path(run_folder)):
+        try:
+            found.append((saved_step(folder), folder))
+        except CheckpointError as error:
+            _warn_damaged(error)
+    for _, folder in sorted(found, reverse=True):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            _warn_damaged(error)
+        else:
+            return folder
+    return None
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The folder to load from: a run's ``final`` (else its newest checkpoint), or the checkpoint or model itself.
+
+    A folder with a manifest is checked against it, so that damaged weights are never measured.
+
+    Raises:
+        CheckpointError: there is nothing to load, it is damaged, or its weights are pickled.
+    """
+    folder = Path(path)
+    if (folder / "run.json").exists():
+        final = folder / "final"
+        checkpoint = final if final.exists() else latest_checkpoint(folder)
+        if checkpoint is None:
+            raise CheckpointError(f"{folder} is a run that has saved nothing yet: no final/ and no checkpoint.")
+        folder = checkpoint
+    if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
+        raise CheckpointError(
+            f"{path} holds no checkpoint: wanted a run folder, a checkpoint, a PEFT adapter or a model "
+            "(adapter_config.json or config.json)."
+        )
+    if (folder / "adapter_model.bin").exists() and not (folder / "adapter_model.safetensors").exists():
+        raise CheckpointError(
+            f"{folder / 'adapter_model.bin'} is a pickle, which kltune never opens; save it again as safetensors."
+        )
+    if (folder / "manifest.json").exists():
+        verify(folder)
+    return folder
+
+
+def read_info(checkpoint: Path) -> dict[str, Any]:
+    """The contents of kltune.json: step, reference, measured KL.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or from a kltune that this one does not know.
+    """
+    info = read_json(checkpoint / "kltune.json")
+    if not isinstance(info, dict) or info.get("schema") != SCHEMA:
+        raise CheckpointError(f"{checkpoint / 'kltune.json'} is not of schema {SCHEMA}.")
+    return info
+
+
+def saved_step(checkpoint: Path) -> int:
+    """How many steps were done when a checkpoint was saved, from kltune.json and never from the folder's name.
+
+    Raises:
+        CheckpointError: it does not say.
+    """
+    step = read_info(checkpoint).get("step")
+    if not isinstance(step, int):
+        raise CheckpointError(f"{checkpoint / 'kltune.json'} does not say at which step it was saved.")
+    return step
+
+
+def read_state(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The ``tensors`` (on the CPU) and the ``state`` that `save_checkpoint` was given.
+
+    Raises:
+        CheckpointError: a file is missing or is not what was saved.
+    """
+    names = [name for name in verify(checkpoint, inside="state/") if name.endswith(".safetensors")]
+    try:
+        tensors = {Path(name).stem: load_file(checkpoint / name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{checkpoint} is damaged: {error}") from error
+    return tensors, read_json(checkpoint / "state" / "state.json")
+
+
+def optimizer_tensors(optimizer: Optimizer, parameter_names: Iterable[str]) -> dict[str, Tensor]:
+    """The optimizer's memory by parameter name, as ``{"layer.weight/exp_avg": ...}``, for `save_checkpoint`.
+
+    Args:
+        optimizer: AdamW, or any whose state is tensors. Learning rate and betas are not in it: they are the recipe's.
+        parameter_names: one for each parameter, in the order in which the optimizer was given them.
+    """
+    return {
+        f"{name}/{entry}": tensor
+        for name, parameter, _ in _named_parameters(optimizer, parameter_names)
+        for entry, tensor in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(optimizer: Optimizer, parameter_names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave, bit for bit; the next step is the one an unbroken run would take.
+
+    Not ``optimizer.load_state_dict``: it goes by position, and rounds the state to the parameter's dtype.
+
+    Raises:
+        CheckpointError: a name or a shape does not fit this optimizer's parameters.
+    """
+    rest: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        name, _, entry = key.rpartition("/")
+        rest[name][entry] = tensor
+    for name, parameter, group in _named_parameters(optimizer, parameter_names):
+        optimizer.state[parameter] = {
+            entry: _placed(f"{name}/{entry}", tensor, parameter, group) for entry, tensor in rest.pop(name, {}).items()
+        }
+    if rest:
+        raise CheckpointError(f"the optimizer state is of {len(rest)} parameters that are not trained, as {min(rest)}.")
+
+
+def _placed(key: str, tensor: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+    if tensor.ndim and tensor.shape != parameter.shape:
+        raise CheckpointError(f"optimizer state {key} is {list(tensor.shape)}, its parameter {list(parameter.shape)}.")
+    # AdamW's step counter stays on the CPU unless the kernel reads it; all else lies beside its parameter.
+    on_cpu = key.endswith("/step") and not (group.get("fused") or group.get("capturable"))
+    return tensor.clone() if on_cpu else tensor.to(parameter.device, copy=True)
+
+
+def _named_parameters(optimizer: Optimizer, names: Iterable[str]) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+    pairs = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
+    return ((name, parameter, group) for name, (parameter, group) in zip(list(names), pairs, strict=True))
+
+
+def refuse_nonfinite(tensors: Mapping[str, Tensor]) -> None:
+    """Stop before a poisoned number reaches the disk.
+
+    Raises:
+        DivergedError: a tensor holds NaN or infinity; names the first.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise DivergedError(
+                f"{name} has {bad:,} of {tensor.numel():,} numbers that are not finite; nothing was saved. "
+                "Lower optim.lr and resume from the last checkpoint."
+            )
+
+
+def refuse_nonfinite_state(state: dict[str, Any]) -> None:
+    """The same guard for plain numbers.
+
+    Raises:
+        DivergedError: a number is NaN or infinite; names the first.
+    """
+    if names := nonfinite_keys(state):
+        raise DivergedError(f"{names[0]} is not finite; nothing was saved. Resume from the last checkpoint.")
+
+
+def clear_leftovers(run_folder: Path) -> None:
+    """Remove what a killed save left behind; finish an exchange that was cut in two by putting the old folder back.
+
+    Only the holder of the run's lock may call it: another run's hidden folder would be its save in progress.
+    """
+    for parent in (run_folder, run_folder / "checkpoints"):
+        for aside in parent.glob(".old-*"):
+            name = parent / aside.name.removeprefix(".old-")
+            if name.exists():
+                _remove(aside)
+            else:
+                aside.rename(name)
+        for leftover in parent.glob(".tmp-*"):
+            _remove(leftover)
+
+
+def _fill_and_rename(target: Path, write: Callable[[Path], None]) -> Path:
+    """Fill a hidden folder, prove it whole, flush it, and only then give it its name."""
+    hidden = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    aside = target.with_name(f".old-{target.name}")
+    with storing(target):
+        try:
+            (hidden / "state").mkdir(parents=True)
+            write(hidden)
+            for weights in sorted(hidden.glob("*.safetensors")):
+                _refuse_nonfinite_file(weights)
+            seal(hidden)
+            if target.exists():      # a folder cannot be renamed onto one that is not empty
+                _remove(aside)
+                target.rename(aside)
+            hidden.rename(target)
+            sync_folder(target.parent)
+        except BaseException:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise
+    _remove(aside)
+    return target
+
+
+def _refuse_nonfinite_file(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
+            refuse_nonfinite({name: file.get_tensor(name)})
+
+
+def _drop_oldest(newest: Path, keep: int) -> None:
+    """Keep ``newest`` and the ``keep - 1`` before it; what is numbered beyond it is damaged, or it had been resumed."""
+    others = [(_step_of(folder), folder) for folder in _step_folders(newest.parent.parent) if folder != newest]
+    before = sorted(pair for pair in others if pair[0] <= _step_of(newest))
+    beyond = [pair for pair in others if pair[0] > _step_of(newest)]
+    for _, folder in (*before[: max(len(before) - (keep - 1), 0)], *beyond):
+        # Its name goes first: a kill during the deletion must not leave half a checkpoint that looks whole.
+        hidden = folder.with_name(f".tmp-removed-{folder.name}")
+        _remove(hidden)
+        _remove(folder.rename(hidden))
+
+
+def _step_folders(run_folder: Path) -> list[Path]:
+    found = (run_folder / "checkpoints").glob("step-*")
+    return [folder for folder in found if STEP_FOLDER.fullmatch(folder.name) and folder.is_dir()]
+
+
+def _step_of(folder: Path) -> int:
+    """What kltune.json says; the folder's name only where that cannot be read."""
+    try:
+        return saved_step(folder)
+    except CheckpointError:
+        return int(folder.name.removeprefix("step-"))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _stamped(info: dict[str, Any], **more: Any) -> dict[str, Any]:
+    refuse_nonfinite_state(info)
+    return {"schema": SCHEMA, "kltune_version": kltune.__version__, **more, **info}
+
+
+def _warn_damaged(error: CheckpointError) -> None:
+    print(f"warning: {error} Falling back to the checkpoint before it.", file=sys.stderr)

@@ -1,0 +1,207 @@
+"""The only writer of numbers: metrics.jsonl, samples.jsonl, TensorBoard, and the screen (stderr, never stdout)."""
+
+import contextlib
+import importlib.util
+import io
+import math
+import os
+import sys
+import time
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from kltune.run.storage import append_line, redact, storing, to_json, visible, without_nonfinite
+
+PLAIN_LINE_SECONDS = 10.0
+Number = float | int | None
+# label, names (the first that was measured is shown), number format, unit
+COLUMNS = (
+    ("score", ("score/mean",), ".3f", ""),
+    ("loss", ("loss/mean",), ".4f", ""),
+    ("perplexity", ("eval/perplexity",), ".3f", ""),
+    ("accuracy", ("eval/accuracy", "accuracy/mean"), ".3f", ""),
+    ("beta", ("kl/beta",), ".4g", ""),
+    ("", ("responses_per_second", "examples_per_second"), ".1f", "/s"),
+)
+TENSORBOARD_FAILURES = (ImportError, OSError, TypeError, ValueError, RuntimeError, AttributeError)
+
+
+class Report:
+    """Write one row per step, for people and for programs, from the same numbers.
+
+    Used as a context manager. On a terminal a live line stays at the bottom; elsewhere (a pipe, NO_COLOR, CI,
+    TERM=dumb) there are plain lines only: the first step, the last, those with an evaluation, else one in ten seconds.
+
+    Args:
+        folder: the run's.
+        stage: shown in front, as "ppo".
+        total_steps: of the whole run.
+        target: the KL target, in ``unit``, or None.
+        start_step: steps already done when resuming.
+        unit: nats_per_response or nats_per_token.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stage: str,
+        total_steps: int,
+        *,
+        target: float | None = None,
+        start_step: int = 0,
+        unit: str = "nats_per_response",
+    ):
+        self.folder, self.stage, self.total_steps, self.start_step = Path(folder), stage, total_steps, start_step
+        self.target, self.unit = target, unit
+        self._files: dict[str, io.FileIO] = {}
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._tensorboard: Any = None
+        self._tensorboard_tried = False
+        self._began = self._printed_at = -math.inf
+
+    def __enter__(self) -> Self:
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            with storing(self.folder / name):
+                # Unbuffered, so that a line that does not fit is not tried again when the file is closed.
+                self._files[name] = open(self.folder / name, "ab", buffering=0)
+        self._began = time.monotonic()
+        if is_live(sys.stderr):
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
+                TextColumn("{task.fields[row]}", markup=False), console=self._console, transient=True,
+            )
+            self._task = self._progress.add_task(self.stage, total=self.total_steps, completed=self.start_step, row="")
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._tensorboard is not None:
+            with contextlib.suppress(*TENSORBOARD_FAILURES):
+                self._tensorboard.close()
+        for file in self._files.values():
+            file.close()
+
+    def step(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Record one step.
+
+        Args:
+            step: counted from 1.
+            metrics: name to number, None where not measured. A number that is not finite is written as null and its
+                name listed under "nonfinite".
+
+        Raises:
+            StorageError: metrics.jsonl cannot be written.
+        """
+        numbers = {name: _plain_number(value) for name, value in metrics.items()}
+        self._append("metrics.jsonl", {"step": step, **numbers})
+        self._draw(step, numbers)
+        row = self._row(step, numbers)
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step, row=row)
+        if self._is_due(step, numbers):
+            self._printed_at = time.monotonic()
+            self.say(f"{self.stage} {step}/{self.total_steps}  {row}")
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record a few responses, as ``{"prompt", "response", "score", "ref_kl"}`` each.
+
+        Raises:
+            StorageError: samples.jsonl cannot be written.
+        """
+        for row in rows:
+            self._append("samples.jsonl", {"step": step, **row})
+
+    def say(self, text: str) -> None:
+        """Print one message on stderr; above the live line, if there is one."""
+        text = visible(redact(text))
+        if self._progress is not None:
+            self._console.print(Text(text))
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Print a warning on stderr."""
+        self.say(f"warning: {text}")
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        append_line(self._files[name], self.folder / name, to_json(without_nonfinite(row)))
+
+    def _is_due(self, step: int, metrics: Mapping[str, Number]) -> bool:
+        edge = step in (self.start_step + 1, self.total_steps)
+        evaluated = any(name.startswith("eval/") and value is not None for name, value in metrics.items())
+        return edge or evaluated or time.monotonic() - self._printed_at >= PLAIN_LINE_SECONDS
+
+    def _row(self, step: int, metrics: Mapping[str, Number]) -> str:
+        """The measured ones of: score  KL ± its error of its target  loss  beta  speed  time left."""
+        cells = [self._kl_cell(metrics)]
+        for label, names, form, unit in COLUMNS:
+            value = next((metrics[name] for name in names if metrics.get(name) is not None), None)
+            cells.append("" if value is None else f"{label} {value:{form}}{unit}".strip())
+        return "  ".join(cell for cell in (*cells, self._time_left(step)) if cell)
+
+    def _kl_cell(self, metrics: Mapping[str, Number]) -> str:
+        value, error = metrics.get(f"kl/ref_{self.unit}"), metrics.get("kl/ref_stderr")
+        if value is None:
+            return ""
+        # kl/ref_stderr is per response, whatever the target's unit
+        spread = f" ± {error:.2g}" if error is not None and self.unit == "nats_per_response" else ""
+        goal = f" of {self.target:g}" if self.target is not None else ""
+        return f"KL {value:.3g}{spread}{goal} {self.unit.replace('_per_', '/')}"
+
+    def _time_left(self, step: int) -> str:
+        done, left = step - self.start_step, self.total_steps - step
+        if done < 1 or left < 1:
+            return ""
+        seconds = round((time.monotonic() - self._began) / done * left)
+        minutes, hours = seconds // 60, seconds // 3600
+        return f"{hours}h{minutes % 60:02}m left" if hours else f"{minutes}m{seconds % 60:02}s left"
+
+    def _draw(self, step: int, metrics: Mapping[str, Number]) -> None:
+        """Curves for TensorBoard, if it is installed; its troubles never stop a run."""
+        if not self._tensorboard_tried:
+            self._tensorboard_tried = True
+            self._tensorboard = self._open_tensorboard(step)
+        if self._tensorboard is None:
+            return
+        try:
+            for name, value in metrics.items():
+                if isinstance(value, int | float):
+                    self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        except TENSORBOARD_FAILURES as error:
+            self._tensorboard = None
+            self.warn(f"TensorBoard stopped writing ({error}); metrics.jsonl goes on.")
+
+    def _open_tensorboard(self, step: int) -> Any:
+        if importlib.util.find_spec("tensorboard") is None:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # here, because it takes a second to import
+
+            return SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
+        except TENSORBOARD_FAILURES as error:
+            self.warn(f"no TensorBoard curves ({error}); metrics.jsonl is written.")
+            return None
+
+
+def is_live(stream: TextIO) -> bool:
+    """Whether a moving line may be drawn there: a terminal, and nothing in the environment asks for plain text."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("CI") or os.environ.get("TERM") == "dumb"
+    return stream.isatty() and not plain
+
+
+def _plain_number(value: Any) -> Number:
+    """A Python number from a tensor or numpy scalar of one element."""
+    return value if value is None or isinstance(value, int | float) else float(value)

@@ -1,0 +1,313 @@
+"""A run and its folder: who may write there, where it starts, what asks it to stop, and how it ended."""
+
+import contextlib
+import errno
+import fcntl
+import importlib.metadata
+import os
+import platform
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+import kltune
+from kltune.errors import BusyError, CheckpointError, Interrupted, RecipeError, StorageError
+from kltune.recipe import Recipe, differing_keys, dump_recipe, load_recipe, recipe_digest
+from kltune.run.checkpoint import clear_leftovers, latest_checkpoint, saved_step
+from kltune.run.manifest import read_json
+from kltune.run.storage import read_jsonl, redact, storing, to_json, without_nonfinite, write_whole
+
+SCHEMA = "kltune.run/1"
+SAME_SIGNAL_SECONDS = 0.1      # `timeout` and wrappers that forward send one signal twice, within milliseconds
+NO_LOCKS_HERE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+class Run:
+    """One run while it is open; made by `open_run`.
+
+    Attributes:
+        recipe: as it was loaded.
+        folder: where everything is written.
+        resume_from: the checkpoint to continue from, or None.
+        start_step: steps already done: 0, or those of ``resume_from``.
+        stop_signal: the number of the signal that asked the run to stop after this step, or None.
+    """
+
+    def __init__(self, recipe: Recipe, record: dict[str, Any], resume_from: Path | None):
+        self.recipe = recipe
+        self.folder = Path(recipe.run.output)
+        self.resume_from = resume_from
+        self.start_step = saved_step(resume_from) if resume_from else 0
+        self.stop_signal: int | None = None
+        self._signalled_at = 0.0
+        self._opened_at = time.monotonic()
+        self._record = record
+
+    def rng(self, stream: str, step: int) -> np.random.Generator:
+        """Random numbers for one purpose in one step, the same whether the run was ever interrupted or not.
+
+        Args:
+            stream: the purpose, as "sampling"; two streams never share numbers.
+            step: the step that draws them.
+        """
+        return np.random.default_rng([self.recipe.run.seed, zlib.crc32(stream.encode()), step])
+
+    def seconds(self) -> float:
+        """Seconds since the run was opened, by wall clock; earlier sessions of a resumed run are not in it."""
+        return time.monotonic() - self._opened_at
+
+    def set_reference(self, reference: dict[str, Any]) -> None:
+        """Record the reference that every KL of this run is measured against.
+
+        Raises:
+            CheckpointError: the run was started against another one.
+        """
+        before = self._record["reference"] if self.resume_from else None
+        for name in ("sha256", "tokenizer_sha256", "template_sha256"):
+            if before and before.get(name) != reference.get(name):
+                raise CheckpointError(
+                    f"{self.folder} was started against another reference: {name} was {before.get(name)}, now "
+                    f"{reference.get(name)}. Put the model's files back, or choose another --output."
+                )
+        self._write_record(reference=reference)
+
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Write result.json and call the run finished.
+
+        Args:
+            result: what ``--json`` prints.
+
+        Returns:
+            The result as it was written: null for every number that is not finite, their names under "nonfinite".
+        """
+        result = without_nonfinite(result)
+        write_whole(self.folder / "result.json", to_json(result, indent=2) + "\n")
+        self._write_record(status="finished", ended=_now())
+        return result
+
+    def _close(self, error: BaseException | None) -> None:
+        if self._record["status"] != "running":
+            return
+        status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        with contextlib.suppress(StorageError):      # on a full disk the error that is on its way says more
+            self._write_record(status=status, ended=_now(), error=_one_line(error))
+
+    def _write_record(self, **changes: Any) -> None:
+        self._record = {**self._record, **changes}
+        write_whole(self.folder / "run.json", to_json(self._record, indent=2) + "\n")
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.stop_signal is None:
+            self.stop_signal, self._signalled_at = number, time.monotonic()
+            # Not print: the signal may have come in the middle of one, and buffered writing cannot be entered twice.
+            name = signal.Signals(number).name
+            os.write(2, f"{name}: finishing this step, then saving; a second signal ends at once.\n".encode())
+        elif number != self.stop_signal or time.monotonic() - self._signalled_at > SAME_SIGNAL_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+@contextlib.contextmanager
+def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
+    """Take the run's folder, decide where to start, and record how it ended.
+
+    Inside, the first SIGINT or SIGTERM sets ``run.stop_signal`` and the second ends the process. Leaving by
+    `Interrupted` records the status "interrupted", leaving in any other way without `Run.finish` "failed".
+
+    Args:
+        recipe: its ``run.output`` is the folder; made if need be.
+        resume: continue an unfinished run of the same recipe from its newest checkpoint; in an empty folder, start.
+
+    Raises:
+        RecipeError: the folder holds something else, a finished run, an unfinished one without ``resume``, or one of
+            another recipe. BusyError: another process has it. StorageError: it cannot be written.
+    """
+    folder = Path(recipe.run.output)
+    _claim(folder)
+    with _locked(folder):
+        clear_leftovers(folder)
+        previous = _read_record(folder)
+        resume_from = _where_to_start(recipe, previous, resume=resume)
+        run = Run(recipe, _new_record(recipe, previous, resume_from), resume_from)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _cut_after(folder / name, run.start_step if resume_from else -1)
+        run._write_record()      # before recipe.yaml: it is what makes the folder a run's
+        write_whole(folder / "recipe.yaml", redact(dump_recipe(recipe)))
+        try:
+            with _catching_signals(run):
+                yield run
+        except BaseException as error:
+            run._close(error)
+            raise
+        run._close(None)
+
+
+def finished_result(recipe: Recipe) -> dict[str, Any] | None:
+    """The result of a run that this recipe has already finished in its folder; None if there is none.
+
+    Raises:
+        RecipeError: the folder holds a finished run of another recipe; names the keys.
+    """
+    folder = Path(recipe.run.output)
+    record = _read_record(folder)
+    if record is None or not _is_finished(folder, record):
+        return None
+    _refuse_another_recipe(recipe, record)
+    return read_json(folder / "result.json")
+
+
+def _claim(folder: Path) -> None:
+    """Make the folder, or make sure that it is ours: what kltune did not make is left alone."""
+    try:
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise RecipeError(f"{folder} cannot be a folder: a file has that name. Choose another --output.") from error
+    with storing(folder):
+        strangers = sorted(path.name for path in folder.iterdir() if path.name != ".lock" and path.name[:5] != ".tmp-")
+    if strangers and _read_record(folder) is None:
+        raise RecipeError(
+            f"{folder} is not empty and is no kltune run (it holds {', '.join(strangers[:3])}"
+            f"{', ...' if len(strangers) > 3 else ''}). Choose another --output."
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the system frees it whenever the process ends, however it ends."""
+    path = folder / ".lock"
+    with storing(path):
+        file = open(path, "a+", encoding="utf-8")      # noqa: SIM115 (closed just below)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise BusyError(f"{folder} is in use by {holder}: wait, or choose another --output.") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS_HERE:
+                raise
+            print(f"warning: {folder} is on a file system without locks; start no second run there.", file=sys.stderr)
+        with storing(path):
+            file.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        yield
+
+
+def _where_to_start(recipe: Recipe, previous: dict[str, Any] | None, *, resume: bool) -> Path | None:
+    """The checkpoint to continue from, or None for the beginning."""
+    folder = Path(recipe.run.output)
+    if _is_finished(folder, previous):
+        raise RecipeError(f"{folder} holds a finished run. Choose another --output.")
+    stepped = any(row.get("step", 0) > 0 for row in read_jsonl(folder / "metrics.jsonl"))
+    if previous is None or not (stepped or any((folder / "checkpoints").glob("step-*"))):
+        return None      # a run that failed before its first step has nothing to lose
+    checkpoint = latest_checkpoint(folder)
+    if not resume:
+        step = saved_step(checkpoint) if checkpoint else 0
+        raise RecipeError(
+            f"{folder} holds an unfinished run (step {step}): add --resume to continue it, or choose another --output."
+        )
+    _refuse_another_recipe(recipe, previous)
+    return checkpoint
+
+
+def _is_finished(folder: Path, record: dict[str, Any] | None) -> bool:
+    return record is not None and record.get("status") == "finished" and (folder / "result.json").exists()
+
+
+def _refuse_another_recipe(recipe: Recipe, record: dict[str, Any]) -> None:
+    """A folder holds the numbers of one recipe; only where and how many checkpoints are kept may change."""
+    folder = Path(recipe.run.output)
+    if record.get("recipe_sha256") == recipe_digest(recipe):
+        return
+    try:
+        changes = differing_keys(load_recipe(folder / "recipe.yaml"), recipe)
+    except RecipeError as error:
+        changes = [f"recipe.yaml there cannot be compared: {error}"]
+    lines = "".join(f"\n  {redact(change)}" for change in changes)
+    raise RecipeError(
+        f"{folder} holds a run of another recipe:{lines}\nSet the old values again, or choose another --output."
+    )
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    try:
+        record = read_json(folder / "run.json")
+    except CheckpointError:
+        return None
+    return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
+
+
+def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Path | None) -> dict[str, Any]:
+    continued = previous if previous is not None and resume_from is not None else {}
+    versions = _versions()
+    if continued and continued.get("versions") != versions:
+        print("warning: resuming with other library versions: numbers may differ in the last digits.", file=sys.stderr)
+    resumed_at = [saved_step(resume_from)] if resume_from else []
+    return {
+        "schema": SCHEMA,
+        "kltune_version": kltune.__version__,
+        "stage": recipe.stage,
+        "status": "running",
+        "seed": recipe.run.seed,
+        "reference": continued.get("reference"),
+        "versions": versions,
+        "started": continued.get("started", _now()),
+        "ended": None,
+        "recipe_sha256": recipe_digest(recipe),
+        "command": redact(shlex.join(["kltune", *sys.argv[1:]]), arguments=True),
+        "resumed_at": [*continued.get("resumed_at", []), *resumed_at],
+        "error": None,
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version(), "kltune": kltune.__version__}
+    for name in ("torch", "transformers", "peft"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drop the lines of steps that will be done again, and a last line that a kill cut short."""
+    if path.exists():
+        kept = [to_json(row) + "\n" for row in read_jsonl(path) if row.get("step", 0) <= step]
+        write_whole(path, "".join(kept))
+
+
+@contextlib.contextmanager
+def _catching_signals(run: Run) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():      # Python lets only the main thread install them
+        yield
+        return
+    before = {number: signal.signal(number, run._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _one_line(error: BaseException | None) -> str:
+    if error is None:
+        return "the stage ended without a result"
+    message = str(error).strip().partition("\n")[0][:500]
+    return redact(f"{type(error).__name__}: {message}" if message else type(error).__name__)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""One file per algorithm, readable alone from top to bottom; they never import each other."""

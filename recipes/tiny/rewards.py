@@ -1,0 +1,41 @@
+"""The reward of the tiny recipes: how much a review praises, counted in words.
+
+    score = praise words − blame words, kept between −5 and +5
+
+Easy to understand, and easy to cheat: nothing asks for sense, style or a fault honestly named. Without a price on KL
+the policy soon learns to chain praise ("is perfect and lovely, and the superb, great ..."); with a budget it may only
+lean that way. A count of words also misreads "not great" as praise. Both are the point of the example: a reward is a
+stand-in for what one wants, and the KL budget is what keeps a policy from taking it literally.
+
+To use a rule of your own, keep the signature: one finite number for each response, higher is better.
+"""
+
+import re
+
+PRAISE = frozenset(
+    "good great excellent wonderful lovely superb brilliant delightful fantastic charming perfect beautiful impressive "
+    "enjoyable pleasant terrific splendid marvellous outstanding amazing love loved enjoyed adored joy recommend "
+    "recommended best".split()
+)
+BLAME = frozenset(
+    "bad awful terrible poor dull boring disappointing dreadful horrible weak annoying frustrating clumsy ugly useless "
+    "tedious unpleasant shoddy hopeless miserable hated disliked regret mistake worst sadly avoid".split()
+)
+BOUND = 5.0
+
+
+def score(prompts: list[str], responses: list[str]) -> list[float]:
+    """One number per response; the prompts are not looked at.
+
+    Examples:
+        " is great."                                   →  1.0
+        " is great, but the screen is poor and dull."  → −1.0
+        " is fine."                                    →  0.0
+    """
+    return [_net_praise(response) for response in responses]
+
+
+def _net_praise(response: str) -> float:
+    words = re.findall(r"[a-z]+", response.lower())
+    net = sum(word in PRAISE for word in words) - sum(word in BLAME for word in words)
+    return min(max(float(net), -BOUND), BOUND)
