@@ -1,4 +1,4 @@
-"""The front door: thin typed commands; a stage is imported inside its command, so that help and wrong recipes are quick.
+"""The front door: thin typed commands. A stage is imported inside its command, so help and wrong recipes are quick.
 
 stdout carries the result and nothing else. Everything a user can put right ends in one message on stderr and the exit
 code of its kind (``errors.py``); a traceback means a bug in kltune, exit code 1.
@@ -16,17 +16,16 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from kltune import __version__
-from kltune.errors import Interrupted, KltuneError, RecipeError, StorageError
+from kltune.errors import Interrupted, KltuneError, StorageError
 from kltune.recipe import (
-    Recipe,
     RecipeFaults,
+    copy_recipe,
     dump_recipe,
-    find_recipe,
     load_recipe,
     packaged_recipes,
     recipe_schema,
+    recipe_text,
 )
-from kltune.recipe.copying import copy_recipe
 
 QUIET_LIBRARIES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -118,9 +117,9 @@ def ppo(
 
 
 @app.command("eval-kl")
-def eval_kl(
+def eval_kl_command(
     checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Runs, checkpoints or adapters.")],
-    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Take prompts and sampling from a recipe.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Where prompts and sampling come from.")] = None,
     reference: Annotated[str | None, typer.Option(metavar="MODEL", help="Instead of the recorded reference.")] = None,
     prompts: Annotated[str | None, typer.Option(metavar="FILE", help="Prompts to respond to.")] = None,
     responses: Annotated[int | None, typer.Option(min=2, help="Responses to sample.")] = None,
@@ -141,16 +140,18 @@ def eval_kl(
 
     Exit code 0: within --max-kl (or none given); 3: over it; 4: undecided, more responses are needed.
     """
-    loaded = load_recipe(recipe) if recipe is not None else None
-    from kltune.stages import eval_kl as stage
+    if recipe is not None:
+        load_recipe(recipe)      # its faults are told before anything slow is imported
+    from kltune.stages.eval_kl import EvalKLOptions, render
+    from kltune.stages.eval_kl import eval_kl as measure
 
-    options = stage.EvalKLOptions(
-        recipe=loaded, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
+    options = EvalKLOptions(
+        recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
         temperature=temperature, seed=seed, max_kl=max_kl, unit=unit.value, confidence=confidence,
         direction=direction.value, texts=texts, top=top,
     )
-    document, code = stage.eval_kl(checkpoints, options)
-    emit(to_json(document) if as_json else stage.render(document))
+    document, code = measure(checkpoints, options)
+    emit(to_json(document) if as_json else render(document))
     raise typer.Exit(code)
 
 
@@ -179,14 +180,14 @@ def list_recipes() -> None:
     names = packaged_recipes()
     width = max(map(len, names), default=0)
     for name, file in names.items():
-        first = file.read_text(encoding="utf-8").partition("\n")[0]
+        first = recipe_text(str(file)).partition("\n")[0]
         emit(f"{name:<{width}}  {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
 
 
 @recipes.command("show")
 def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
     """Print a packaged recipe as it was written."""
-    emit(find_recipe(name).read_text(encoding="utf-8").rstrip("\n"))
+    emit(recipe_text(name).rstrip("\n"))
 
 
 @recipes.command("copy")

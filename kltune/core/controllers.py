@@ -6,7 +6,7 @@ answers the very samples it is put on: the measured KL and the target, both in n
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 
@@ -94,17 +94,22 @@ class Dual:
 class LogPI:
     """Proportional-integral control of log β around a running feed-forward, with look-ahead.
 
-        β = σ / √(2·target) · exp(kp · e + I),    e = clip(log(ahead / target), −1, 1.5),
-        ahead = KL + look_ahead · slope,          I ← I + ki · e  while |e| < 0.7
+        β = σ / √(2·target) · exp(kp · e + I),     e = clip(log(ahead / target), −1, 1.5)
+        ahead = KL + look_ahead · slope,           I ← I + ki · e  while |e| < 0.7
 
     σ, the spread of the score among answers to one prompt, is measured under the policy *as it is* and smoothed: when
     the rewarded thing is rare under the reference, its spread there says nothing of the spread the policy will meet.
-    The feed-forward is the price at which exp(score/β) tilts a Gaussian by ``target`` nats. The slope is the smoothed
-    change per step; without it the KL, which an optimizer with momentum keeps raising for a while whatever the price,
-    overshoots several times over. The integral waits until the KL is near (anti-windup) and is bounded.
-    With ``fixed_feed_forward`` the recipe's own β takes the place of σ/√(2·target).
+    The feed-forward is the price at which exp(score/β) tilts a Gaussian by ``target`` nats.
 
-    State: spread (smoothed σ), level (last KL), slope (nats per step), integral, steps seen.
+    The gain is low on purpose. Near the target the score's gradient and the price's nearly cancel, and an optimizer
+    that normalises its step (Adam, whitened advantages) makes a full-sized step of whatever is left: one step with a
+    wrong price moves the KL as far as any. A gain of 1 then makes the KL swing by ± 20-40 % with a period of 2 to 4
+    steps; 0.5 does not. Look-ahead is for momentum, which keeps moving the KL for some optimizer updates whatever the
+    price: it matters with one update per step and is nothing with sixteen, so it is given in updates. The integral
+    removes what offset the feed-forward leaves; it waits until the KL is near (anti-windup) and is bounded.
+    With ``fixed_feed_forward`` the recipe's own β takes the place of σ / √(2·target).
+
+    State: spread (smoothed σ), level (last KL), slope (smoothed, nats per step), integral, steps seen.
 
     Source: derived and measured for this project; see the README, "How the target is held".
     """
@@ -112,7 +117,7 @@ class LogPI:
     beta: float | None
     kp: float
     ki: float
-    look_ahead: float
+    look_ahead: float  # steps
     beta_min: float
     beta_max: float
     fixed_feed_forward: float | None = None
@@ -127,7 +132,7 @@ class LogPI:
         _check(ref_kl, target, spread)
         steps = self.steps + 1
         smoothed = 0.9 * self.spread + 0.1 * spread
-        slope = 0.7 * self.slope + 0.3 * (ref_kl - self.level) if self.steps else 0.0
+        slope = 0.7 * self.slope + 0.3 * (ref_kl - self.level)  # before step 1 the KL is 0: the policy is the reference
         ahead = max(ref_kl + self.look_ahead * slope, 1e-6 * target)
         error = min(max(math.log(ahead / target), -1.0), 1.5)
         integral = self.integral
@@ -141,11 +146,6 @@ class LogPI:
 def feed_forward(spread: float, target: float) -> float:
     """The price at which an exponential tilt of Gaussian scores costs ``target`` nats: σ / √(2·target)."""
     return spread / math.sqrt(2.0 * target)
-
-
-def state_of(controller: Controller) -> dict[str, Any]:
-    """Everything a checkpoint must hold to go on with this controller."""
-    return asdict(controller)
 
 
 def _bounded(beta: float, controller: Any) -> float:

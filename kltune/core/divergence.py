@@ -12,8 +12,6 @@ from torch import Tensor
 from kltune.core.logprobs import log_distribution
 from kltune.core.masking import at_least_float32, expect_same_shape
 
-ROUNDING = 1e-6     # nats per token: below −ROUNDING an exact KL is a fault, above it is float32 rounding
-
 
 def log_ratios(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     """The log-ratio of each sampled token.
@@ -114,11 +112,11 @@ def kl_exact(logits: Tensor, ref_logits: Tensor, temperature: float) -> Tensor:
 
         D = Σ_v e^a (a − b),    a = log π(v), b = log π_ref(v), both at logits / τ
 
-    It is computed as Σ_v [e^a (a − b) + e^b − e^a], the same number because both sum to 1: a rounding of either
-    normaliser then cancels to first order. The plain sum is off by 1e-6 nats in float32 at 32,000 tokens, this one by
-    1e-8. Averaged over prefixes the policy itself sampled, the sum over a response's tokens is the KL of the whole
-    response (Rao-Blackwell); as a loss on those prefixes alone it misses the drift of the prefixes: see
-    ``losses.exact_kl_loss``. Gradient flows to both arguments.
+    It is computed as Σ_v [e^a (a − b) + e^b − e^a], the same number because both sum to 1, but with no term below 0,
+    and a rounding of either normaliser cancels to first order: off by 1e-8 nats in float32 at 32,000 tokens where the
+    plain sum is off by 1e-6, of either sign. Averaged over prefixes the policy itself sampled, the sum over a
+    response's tokens is the KL of the whole response (Rao-Blackwell); as a loss on those prefixes alone it misses the
+    drift of the prefixes: see ``losses.exact_kl_loss``. Gradient flows to both arguments.
 
     Source: MATH 1.3 and 1.6; Amini et al. 2025, arXiv 2504.10637.
 
@@ -128,19 +126,45 @@ def kl_exact(logits: Tensor, ref_logits: Tensor, temperature: float) -> Tensor:
         temperature: τ of the sampling, above 0; it divides both.
 
     Returns:
-        [N] float32 (float64 if both are), nats. Rounding in (−1e-6, 0) becomes 0, without touching the gradient. A
-        value that is not finite is passed on: ∞ says the reference cannot say what the policy says, NaN that the
-        logits were no numbers; what to do about it is the caller's to decide.
+        [N] float32 (float64 if both are), nats, never negative: what rounding leaves below 0 (about −1e-7) becomes 0,
+        without touching the gradient. A value that is not finite is passed on: ∞ says the reference cannot say what
+        the policy says, NaN that the logits were no numbers; what to do about it is the caller's to decide.
 
     Raises:
-        ValueError: the shapes differ, ``temperature`` is not above 0, or a value lies below −1e-6, which no rounding
-            explains.
+        ValueError: the shapes differ, or ``temperature`` is not above 0.
     """
     expect_same_shape(logits=logits, ref_logits=ref_logits)
     a, b = log_distribution(logits, temperature), log_distribution(ref_logits, temperature)
-    gap = torch.where(a == -torch.inf, 0.0, a - b)      # 0 · log 0 = 0; −∞ − −∞ would be NaN
     p = a.exp()
-    kl = (p * gap + (b.exp() - p)).sum(-1)
-    if (kl < -ROUNDING).any():
-        raise ValueError(f"exact KL is {kl.min().item():.3g} nats at a token; it cannot be negative")
+    kl = (p * _gap(a, b) + (b.exp() - p)).sum(-1)
     return kl - kl.detach().clamp(max=0.0)
+
+
+def log_ratio_variance(logits: Tensor, ref_logits: Tensor, temperature: float) -> Tensor:
+    """The variance of the next token's log-ratio when the policy chooses it.
+
+        V = Σ_v e^a (a − b − D)²,    D = KL(policy ‖ reference) at this position
+
+    Summed along responses it is the variance of k1 − exact that honest sampling implies, rare tokens included that a
+    sample may not hold: see ``intervals.agreement_z``.
+
+    Args:
+        logits: the policy's. [N, V] (or [..., V]), any floating dtype.
+        ref_logits: the reference's at the same positions. Same shape.
+        temperature: τ of the sampling, above 0; it divides both.
+
+    Returns:
+        [N] float32 (float64 if both are), nats², never negative.
+
+    Raises:
+        ValueError: the shapes differ, or ``temperature`` is not above 0.
+    """
+    expect_same_shape(logits=logits, ref_logits=ref_logits)
+    a, b = log_distribution(logits, temperature), log_distribution(ref_logits, temperature)
+    p, gap = a.exp(), _gap(a, b)
+    return (p * (gap - (p * gap).sum(-1, keepdim=True)).square()).sum(-1)
+
+
+def _gap(a: Tensor, b: Tensor) -> Tensor:
+    """a − b where the policy can go, and 0 where it cannot: 0 · log 0 = 0, and −∞ − −∞ would be NaN."""
+    return torch.where(a == -torch.inf, 0.0, a - b)

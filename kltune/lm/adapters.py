@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from kltune.errors import ModelError
 
-POLICY = "default"      # PEFT saves an adapter of this name at the root of the folder, where every loader looks
+POLICY = "default"  # PEFT saves an adapter of this name at the root of the folder, where every loader looks
 VALUE = "value"
 
 # These rewrite the base weights when the adapter is made, so "adapter off" is no longer the model that was loaded.
@@ -67,16 +67,19 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The adapter_config.json of a folder.
 
     Raises:
-        ModelError: there is none, or it is not JSON.
+        ModelError: there is none, it is not JSON, or the adapter is not a LoRA.
     """
     path = folder / "adapter_config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         hint = f" Did you mean {folder / 'final'}?" if (folder / "final" / "adapter_config.json").exists() else ""
         raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing).{hint}") from None
     except json.JSONDecodeError as error:
         raise ModelError(f"{path}: not JSON ({error}).") from None
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{folder}: an adapter of type {config.get('peft_type')}; kltune reads LORA.")
+    return config
 
 
 def refuse_base_changing(config: dict[str, Any], where: str) -> None:
@@ -91,8 +94,14 @@ def refuse_base_changing(config: dict[str, Any], where: str) -> None:
         faults.append(f"modules_to_save is {config['modules_to_save']}, which trains copies of base layers; use none")
     if config.get("trainable_token_indices"):
         faults.append("trainable_token_indices is set, which trains rows of the base's embedding; use none")
+    if config.get("layer_replication"):
+        faults.append("layer_replication is set, which gives the base other layers; use none")
+    if config.get("kasa_config") is not None:
+        faults.append("kasa_config is set, which cuts the base weights down; use none")
     if faults:
-        raise ModelError(f"{where}: with this adapter off, the model is not its frozen base: " + "; ".join(faults) + ".")
+        raise ModelError(
+            f"{where}: with this adapter off, the model is not its frozen base: " + "; ".join(faults) + "."
+        )
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -106,12 +115,53 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
     path = folder / "adapter_model.safetensors"
     if not path.exists():
-        pickled = " adapter_model.bin is a pickle, which kltune never opens." if (folder / "adapter_model.bin").exists() else ""
+        pickled = (
+            " adapter_model.bin is a pickle, which kltune never opens."
+            if (folder / "adapter_model.bin").exists()
+            else ""
+        )
         raise ModelError(f"{path}: no such file.{pickled}")
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ModelError(f"{path}: damaged ({error}).") from None
+
+
+def wrap(model: nn.Module, config: PeftConfig, what: str) -> PeftModel:
+    """Put the layers of an adapter on a model.
+
+    Args:
+        model: changed in place.
+        config: of the adapter.
+        what: where the names of the layers come from, for the error.
+
+    Raises:
+        ModelError: no layer has one of the names, or a layer is of a kind that LoRA cannot serve.
+    """
+    try:
+        return get_peft_model(model, config, adapter_name=POLICY)
+    except ValueError as error:
+        raise ModelError(f"{what} does not fit {model.name_or_path}: {error}") from error
+
+
+def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
+    """Load tensors into the layers that were made for them, one to one.
+
+    Raises:
+        ModelError: a tensor is too many, missing, not finite, or of another shape.
+    """
+    finite(weights, str(folder))
+    misfit = f"{folder}: the adapter does not fit {model.name_or_path}"
+    try:
+        outcome = set_peft_model_state_dict(model, weights, adapter_name=POLICY)
+    except RuntimeError as error:  # load_state_dict lists each wrong shape on a line of its own
+        raise ModelError(f"{misfit}: {str(error).splitlines()[-1].strip()}") from error
+    missing = [key for key in outcome.missing_keys if ".lora_" in key and f".{VALUE}." not in key]
+    if missing or outcome.unexpected_keys:
+        raise ModelError(
+            f"{misfit}: {len(missing)} of its layers have no tensor in the file, {len(outcome.unexpected_keys)} tensors "
+            "in the file have no layer; was it made for another model?"
+        )
 
 
 def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float]:
@@ -122,16 +172,21 @@ def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float]:
 
     Returns:
         (merged model, share of the update that arrived, as a projection on what was asked for; 1 in float32).
+
+    Raises:
+        ModelError: it changes the base in other ways, does not fit it one to one, or changes nothing.
     """
     refuse_base_changing(read_adapter_config(folder), str(folder))
-    load_weights(folder)        # a clear error for a missing, pickled or damaged file, before PEFT looks for one
+    weights = load_weights(folder)
     dtype = next(model.parameters()).dtype
     before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-    merged = PeftModel.from_pretrained(model.float(), folder).merge_and_unload()
+    adapted = wrap(model.float(), PeftConfig.from_pretrained(folder), str(folder))
+    fill(adapted, weights, folder)
+    merged = adapted.merge_and_unload()
     asked = arrived = 0.0
     for name, tensor in merged.named_parameters():
         delta = tensor.detach() - before[name].float()
-        tensor.data = tensor.detach().to(dtype)     # parameters only: rotary buffers stay float32
+        tensor.data = tensor.detach().to(dtype)  # parameters only: rotary buffers stay float32
         asked += delta.square().sum().item()
         arrived += ((tensor.detach().float() - before[name].float()) * delta).sum().item()
     if asked == 0.0:

@@ -64,6 +64,7 @@ class Rollout(Samples):
     logprobs, ref_logprobs: of the sampled tokens under policy and reference.
     ref_kl: exact KL(policy ‖ reference) at each position, over the whole vocabulary; None where not measured.
     entropy, ref_entropy: of the next-token distributions; None where not measured.
+    log_ratio_variance: of log π − log π_ref under π at each position, nats²; None where not measured.
     values: what the value function expected before each token; None without one.
     """
 
@@ -71,6 +72,7 @@ class Rollout(Samples):
     ref_kl: Tensor | None
     entropy: Tensor | None
     ref_entropy: Tensor | None
+    log_ratio_variance: Tensor | None
     values: Tensor | None = None
 
     def select(self, rows: Tensor) -> "Rollout":

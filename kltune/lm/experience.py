@@ -24,8 +24,8 @@ from kltune.lm.sampler import sample, uniform_numbers
 from kltune.lm.scorers import Scorer
 from kltune.recipe import KLSection, SamplingSection
 
-REFERENCE_SAMPLES = 256     # responses a reward is standardised on (lm-human-preferences: 256)
-WHITEN_FLOOR = 0.01         # of the spread of the scores: near the optimum all shaped returns coincide (MATH 2.4)
+REFERENCE_SAMPLES = 256  # responses a reward is standardised on (lm-human-preferences: 256)
+WHITEN_FLOOR = 0.01  # of the spread of the scores: near the optimum all shaped returns coincide (MATH 2.4)
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,16 @@ class Experience:
         return replace(self, rollout=rollout, advantages=self.advantages[rows, :width], returns=returns)
 
 
-def collect(policy: Policy, prompts: Sequence[Prompt], sampling: SamplingSection, *, step: int, seed: int,
-            rng: np.random.Generator, exact: bool) -> Rollout:
+def collect(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    sampling: SamplingSection,
+    *,
+    step: int,
+    seed: int,
+    rng: np.random.Generator,
+    exact: bool,
+) -> Rollout:
     """The responses of one step, measured under policy, reference and, if there is one, the value function.
 
     Args:
@@ -71,8 +79,15 @@ def collect(policy: Policy, prompts: Sequence[Prompt], sampling: SamplingSection
     return replace(rollout, values=response_scatter(values, rollout.response_mask))
 
 
-def standardize(scorer: Scorer, policy: Policy, prompts: Sequence[Prompt], sampling: SamplingSection, *, seed: int,
-                rng: np.random.Generator) -> Scorer:
+def standardize(
+    scorer: Scorer,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    sampling: SamplingSection,
+    *,
+    seed: int,
+    rng: np.random.Generator,
+) -> Scorer:
     """The scorer with its ``normalize`` sources shifted and scaled to mean 0, sd 1 on responses of the reference."""
     chosen = [prompts[i] for i in shuffled_positions(len(prompts), 0, REFERENCE_SAMPLES, seed)]
     uniforms = uniform_numbers(rng, len(chosen), sampling.max_new_tokens)
@@ -87,8 +102,8 @@ def score(scorer: Scorer, rollout: Rollout, missing_end_penalty: float) -> Tenso
     return total - missing_end_penalty * rollout.truncated
 
 
-def controller_of(kl: KLSection) -> Controller:
-    """The controller that a recipe's ``kl`` section asks for."""
+def controller_of(kl: KLSection, updates_per_step: int) -> Controller:
+    """The controller that a recipe's ``kl`` section asks for; ``look_ahead`` turns from updates into steps."""
     beta = None if kl.beta == "auto" else float(kl.beta)
     bounds = {"beta_min": kl.beta_min, "beta_max": kl.beta_max}
     if kl.control == "fixed":
@@ -97,7 +112,8 @@ def controller_of(kl: KLSection) -> Controller:
         return Ziegler(beta, horizon=kl.horizon, **bounds)
     if kl.controller == "dual":
         return Dual(beta, lr=kl.dual_lr, **bounds)
-    return LogPI(beta, kp=kl.kp, ki=kl.ki, look_ahead=kl.look_ahead, fixed_feed_forward=beta, **bounds)
+    ahead = kl.look_ahead / updates_per_step
+    return LogPI(beta, kp=kl.kp, ki=kl.ki, look_ahead=ahead, fixed_feed_forward=beta, **bounds)
 
 
 def measured_kl(rollout: Rollout) -> KLSummary:
@@ -106,8 +122,16 @@ def measured_kl(rollout: Rollout) -> KLSummary:
     return summarize(name, response_kl(rollout), rollout.lengths, rollout.prompt_index)
 
 
-def priced(controller: Controller, kl: KLSection, rollout: Rollout, scores: Tensor, ref_kl: float, *, baseline: str,
-           per_prompt: int) -> Controller:
+def priced(
+    controller: Controller,
+    kl: KLSection,
+    rollout: Rollout,
+    scores: Tensor,
+    ref_kl: float,
+    *,
+    baseline: str,
+    per_prompt: int,
+) -> Controller:
     """The controller after it has seen a batch and before the batch is priced.
 
     A target per token becomes one per response by the batch's mean length.
@@ -118,8 +142,17 @@ def priced(controller: Controller, kl: KLSection, rollout: Rollout, scores: Tens
     return controller.updated(ref_kl, (kl.target or 0.0) * tokens, spread=spread, responses=len(scores))
 
 
-def shape(rollout: Rollout, scores: Tensor, beta: float, *, baseline: str, placement: str, per_prompt: int, gamma: float,
-          gae_lambda: float) -> Experience:
+def shape(
+    rollout: Rollout,
+    scores: Tensor,
+    beta: float,
+    *,
+    baseline: str,
+    placement: str,
+    per_prompt: int,
+    gamma: float,
+    gae_lambda: float,
+) -> Experience:
     """Advantages of a batch, its KL priced in the reward (k1, detached) or left to the loss.
 
     ``value``: GAE on per-token rewards, whitened. ``rloo``: score − β·U against the mean of the prompt's other
@@ -131,7 +164,7 @@ def shape(rollout: Rollout, scores: Tensor, beta: float, *, baseline: str, place
     kl_weight = 0.0 if in_reward else beta
     if baseline == "value":
         advantages, returns = gae(penalize(scores, log_ratio, beta, mask), rollout.values, mask, gamma, gae_lambda)
-        if in_reward:       # a KL in the loss would be repriced by dividing
+        if in_reward:  # a KL in the loss would be repriced by dividing
             floor = max(WHITEN_FLOOR * scores.std().item(), 1e-8)
             advantages = masked_whiten(advantages, mask, floor)
         return Experience(rollout, advantages, returns, kl_weight)

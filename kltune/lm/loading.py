@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -25,7 +26,9 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"run.device: found {name!r}, which is not available here ({str(error).splitlines()[0]}).") from None
+        raise RecipeError(
+            f"run.device: found {name!r}, which is not available here ({str(error).splitlines()[0]})."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,16 @@ class Fingerprint:
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """What of another fingerprint, as saved, is not the same: one line each, both sides named."""
-        names = {"sha256": "weights", "tokenizer_sha256": "tokenizer", "template_sha256": "chat template", "dtype": "dtype"}
+        names = {
+            "sha256": "weights",
+            "tokenizer_sha256": "tokenizer",
+            "template_sha256": "chat template",
+            "dtype": "dtype",
+        }
         mine = asdict(self)
         return [
-            f"{what}: found {str(mine[key])[:12]} ({self.path}), wanted {str(other.get(key))[:12]} ({other.get('path')})"
+            f"{what}: found {str(mine[key])[:12]} ({self.path}), "
+            f"wanted {str(other.get(key))[:12]} ({other.get('path')})"
             for key, what in names.items()
             if mine[key] != other.get(key)
         ]
@@ -83,7 +92,9 @@ class Fingerprint:
         """README of a saved adapter: the lines that load it without kltune."""
         merge = ""
         if self.sft_adapter:
-            merge = f'base = PeftModel.from_pretrained(base, "{self.sft_adapter}").merge_and_unload()   # the reference\n'
+            merge = (
+                f'base = PeftModel.from_pretrained(base, "{self.sft_adapter}").merge_and_unload()   # the reference\n'
+            )
         return (
             "# LoRA adapter made by kltune\n\n"
             f"Its reference (adapter off) has weights sha256 `{self.sha256[:16]}…`, dtype {self.dtype}.\n\n"
@@ -116,26 +127,47 @@ def tokenizer_sha256(tokenizer) -> str:
 
     The padding and truncation that the last call left in a fast tokenizer are not part of it.
     """
-    parts: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items()), "special": sorted(tokenizer.all_special_ids)}
+    parts: dict[str, Any] = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "special": sorted(tokenizer.all_special_ids),
+    }
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         pipeline = json.loads(backend.to_str())
-        parts["pipeline"] = {key: pipeline.get(key) for key in ("normalizer", "pre_tokenizer", "model", "post_processor", "decoder")}
+        parts["pipeline"] = {
+            key: pipeline.get(key) for key in ("normalizer", "pre_tokenizer", "model", "post_processor", "decoder")
+        }
     return sha256_text(json.dumps(parts, sort_keys=True))
+
+
+def end_token_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
+    """Every token that ends a text: those of the generation config and the tokenizer's.
+
+    Raises:
+        ModelError: there is none, so that no response could ever end.
+    """
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = listed if listed is not None else getattr(model.config, "eos_token_id", None)
+    ids = {*(listed if isinstance(listed, list | tuple) else [listed]), tokenizer.eos_token_id} - {None}
+    if not ids:
+        raise ModelError("Neither generation_config.json nor the tokenizer names an end token (eos_token_id).")
+    return tuple(sorted(ids))
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False):
     """The tokenizer of a model folder or hub name, with a padding token.
 
     Raises:
-        ModelError: there is none that transformers can read.
+        ModelError: there is none that transformers can read, or it has neither a padding nor an end token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **_locality(path))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.path: no tokenizer could be loaded from {path}: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError(f"model.path: the tokenizer of {path} names no end token; set eos_token in its config.")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id     # harmless: masks come from lengths, never from ids
+        tokenizer.pad_token_id = tokenizer.eos_token_id  # harmless: masks come from lengths, never from ids
     return tokenizer
 
 
@@ -143,32 +175,53 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
     """A causal LM in its recipe's dtype, from safetensors.
 
     Raises:
-        ModelError: missing, not a causal LM, pickled weights only, or an adapter, which leaves the reference unsaid.
+        ModelError: missing, damaged, not a causal LM, pickled weights only, a tensor missing or of another shape, or
+            an adapter, which leaves the reference unsaid.
     """
     path = section.path
     if Path(path).is_dir():
         _refuse_adapter(Path(path), where)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code, **_locality(path))
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=_dtype(section.dtype, config, device), use_safetensors=True,
-            trust_remote_code=section.trust_remote_code, **_locality(path),
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=_dtype(section.dtype, config, device),
+            use_safetensors=True,
+            trust_remote_code=section.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below
+            **_locality(path),
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{where}: found {path}, which could not be loaded as a causal language model: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"{where}: found {path}, which could not be loaded as a causal language model: {_first_line(error)}"
+        ) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(f"{where}: {path} is an adapter, not a model; give its base as model.path.")
+    made_up = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    if made_up:
+        raise ModelError(
+            f"{where}: the files of {path} do not hold {', '.join(made_up[:3])}{', …' if len(made_up) > 3 else ''} in the "
+            "shape that its config.json says; transformers would put random numbers there."
+        )
     return model.to(device)
 
 
-def check_sft_adapter(folder: Path, tokenizer) -> None:
-    """Raise ModelError unless an SFT adapter folder brings the base's own tokenizer, or none."""
+def check_same_tokenizer(folder: Path, tokenizer, what: str) -> None:
+    """Raise ModelError if a folder brings a tokenizer other than this one; a folder without one is fine.
+
+    Args:
+        folder: an adapter or model.
+        tokenizer: the reference's.
+        what: what to call the folder, as "model.sft_adapter".
+    """
     if (folder / "tokenizer_config.json").exists():
         brought = load_tokenizer(str(folder))
         if tokenizer_sha256(brought) != tokenizer_sha256(tokenizer):
             raise ModelError(
-                f"model.sft_adapter: the tokenizer in {folder} ({len(brought)} tokens) differs from the one of model.path "
-                f"({len(tokenizer)} tokens); the adapter was trained on other ids."
+                f"{what}: the tokenizer in {folder} ({len(brought)} tokens) differs from the reference's "
+                f"({len(tokenizer)} tokens, from {tokenizer.name_or_path}); the same text would be other ids."
             )
 
 
@@ -176,8 +229,9 @@ def _refuse_adapter(path: Path, where: str) -> None:
     if (path / "adapter_config.json").exists():
         base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         raise ModelError(
-            f"{where}: {path} is a LoRA adapter, and which model is the reference is not said. For KL against base + this "
-            f"adapter write  model: {{path: {base}, sft_adapter: {path}}};  for KL against the bare base write  model: {{path: {base}}}."
+            f"{where}: {path} is a LoRA adapter, and which model is the reference is not said. For KL against base + "
+            f"this adapter write  model: {{path: {base}, sft_adapter: {path}}};  for KL against the bare base write  "
+            f"model: {{path: {base}}}."
         )
     if not (path / "config.json").exists():
         raise ModelError(f"{where}: {path} holds no model (config.json is missing).")

@@ -18,7 +18,9 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimSection) 
 
 def total_steps(run: RunSection, rows: int, rows_per_step: int) -> int:
     """Turns of the loop: the recipe's ``steps``, or as many as its ``epochs`` take."""
-    return run.steps if run.steps is not None else max(1, math.ceil(run.epochs * rows / rows_per_step))
+    if run.steps is not None:
+        return run.steps
+    return max(1, math.ceil(round(run.epochs * rows / rows_per_step, 6)))  # 0.07 · 100 is 7.000000000000001
 
 
 def learning_rate_share(optim: OptimSection, step: int, steps: int) -> float:

@@ -11,27 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kltune.core.divergence import kl_exact
+from kltune.core.divergence import kl_exact, log_ratio_variance
 from kltune.core.logprobs import token_entropy, token_logprobs
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.adapters import (
     POLICY,
     VALUE,
     AdapterSwitch,
-    finite,
+    fill,
     load_weights,
-    merge_adapter,
     read_adapter_config,
     refuse_base_changing,
+    wrap,
 )
 from kltune.lm.heads import ValueHead
-from kltune.lm.loading import Fingerprint, check_sft_adapter, load_base, load_tokenizer, weights_sha256
+from kltune.lm.loading import Fingerprint, end_token_ids, weights_sha256
 from kltune.lm.network import Network
-from kltune.recipe import LoraSection, ModelSection
+from kltune.recipe import LoraSection
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class TokenMeasures:
     """What teacher forcing tells of N scored tokens; each [N] float32, in nats.
 
     logprobs, ref_logprobs: of the tokens. ref_kl: exact KL(policy ‖ reference) at their positions, over the whole
-    vocabulary. entropy, ref_entropy: of the distributions there. The last three are None unless asked for.
+    vocabulary. entropy, ref_entropy: of the distributions there. log_ratio_variance: of log π − log π_ref under π there,
+    nats². The last four are None unless asked for.
     """
 
     logprobs: Tensor
@@ -47,13 +48,14 @@ class TokenMeasures:
     ref_kl: Tensor | None
     entropy: Tensor | None
     ref_entropy: Tensor | None
+    log_ratio_variance: Tensor | None
 
 
 class Policy:
     """A causal language model with a trainable adapter, and the reference behind it."""
 
     def __init__(self, model: nn.Module, tokenizer, fingerprint: Fingerprint, *, frozen: nn.Module | None = None):
-        """Take a loaded model. With ``frozen``, every weight of ``model`` is trained and ``frozen`` is the reference."""
+        """Take a loaded model. With ``frozen``, all of ``model`` is trained and ``frozen`` is the reference."""
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.device = next(model.parameters()).device
@@ -68,7 +70,7 @@ class Policy:
         self.network = Network(model)
         self._reference_network = Network(frozen) if self.full else self.network
         self._switch = AdapterSwitch(model)
-        model.eval()            # dropout anywhere would make old, new and reference log-probs disagree
+        model.eval()  # dropout anywhere would make old, new and reference log-probs disagree
 
     # --- adapters -----------------------------------------------------------------------------------------------
 
@@ -78,7 +80,7 @@ class Policy:
         config = LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
         )
-        self._wrap(config)
+        self._wrap(config, what="lora.targets")
 
     def load_adapter(self, folder: Path) -> None:
         """Put a saved adapter on the trunk, every tensor accounted for.
@@ -88,24 +90,23 @@ class Policy:
         """
         refuse_base_changing(read_adapter_config(folder), str(folder))
         weights = load_weights(folder)
-        finite(weights, str(folder))
         if POLICY not in getattr(self.model, "peft_config", {}):
             config = PeftConfig.from_pretrained(folder)
             config.inference_mode = False
-            self._wrap(config)
-        outcome = set_peft_model_state_dict(self.model, weights, adapter_name=POLICY)
-        missing = [key for key in outcome.missing_keys if ".lora_" in key and f".{VALUE}." not in key]
-        if missing or outcome.unexpected_keys:
-            raise ModelError(
-                f"{folder}: the adapter does not fit {self.fingerprint.path}: {len(missing)} of its layers have no tensor in "
-                f"the file, {len(outcome.unexpected_keys)} tensors in the file have no layer; was it made for another model?"
-            )
+            self._wrap(config, what=str(folder))
+        fill(self.model, weights, folder)
 
-    def _wrap(self, config: PeftConfig) -> None:
-        self.model = get_peft_model(self.model, config, adapter_name=POLICY)
+    def load_trained(self, folder: Path) -> None:
+        """Put back what was trained: the adapter, or in full fine-tuning every weight."""
+        if not self.full:
+            self.load_adapter(folder)
+            return
+        saved = type(self.model).from_pretrained(folder, dtype=self.dtype, use_safetensors=True, local_files_only=True)
+        self.model.load_state_dict(saved.state_dict())
+
+    def _wrap(self, config: PeftConfig, what: str) -> None:
+        self.model = wrap(self.model, config, what)
         self._switch = AdapterSwitch(self.model)
-        if not self._switch.layers:
-            raise ModelError(f"lora.targets {config.target_modules} matches no layer of {self.fingerprint.path}.")
         self.model.eval()
         self.network.refresh()
 
@@ -114,13 +115,18 @@ class Policy:
 
         Separate tensors, separate optimizer: fitting values cannot move the policy by a single bit.
         """
-        self.model.add_adapter(VALUE, LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, target_modules=self.model.peft_config[POLICY].target_modules,
-            task_type="CAUSAL_LM",
-        ))
+        self.model.add_adapter(
+            VALUE,
+            LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                target_modules=self.model.peft_config[POLICY].target_modules,
+                task_type="CAUSAL_LM",
+            ),
+        )
         self._switch = AdapterSwitch(self.model)
         for tensor in self.trainable_parameters().values():
-            tensor.requires_grad_(True)         # PEFT froze the policy's when it added the second adapter
+            tensor.requires_grad_(True)  # PEFT froze the policy's when it added the second adapter
         self.value_head = ValueHead(self.network.hidden_size).to(self.device)
         for tensor in self.value_parameters().values():
             tensor.requires_grad_(True)
@@ -147,8 +153,8 @@ class Policy:
         room = self.max_context - max_new_tokens
         if room < 1 or (wanted or 1) > room:
             raise RecipeError(
-                f"data.max_prompt_tokens ({wanted or 'default'}) + sampling.max_new_tokens ({max_new_tokens}) do not fit the "
-                f"context of {self.fingerprint.path}, {self.max_context} tokens; lower one of them."
+                f"data.max_prompt_tokens ({wanted or 'default'}) + sampling.max_new_tokens ({max_new_tokens}) do not fit "
+                f"the context of {self.fingerprint.path}, {self.max_context} tokens; lower one of them."
             )
         return wanted or room
 
@@ -186,7 +192,7 @@ class Policy:
             self.model.eval()
 
     def frozen_sha256(self) -> str:
-        """Hash of the frozen weights as they are now; equal to ``fingerprint.sha256`` for as long as nothing moved them."""
+        """Hash of the frozen weights as they are now; ``fingerprint.sha256`` for as long as nothing moved them."""
         return weights_sha256(self._reference_tensors)
 
     def save(self, folder: Path) -> None:
@@ -214,7 +220,9 @@ class Policy:
             ref_hidden = self.scored_hidden(ids, scored)
         hidden = self.scored_hidden(ids, scored)
         ref_kl = self._chunked(
-            lambda part, ref_part: kl_exact(self.network.logits(part), self._ref_logits(ref_part), temperature), hidden, ref_hidden
+            lambda part, ref_part: kl_exact(self.network.logits(part), self._ref_logits(ref_part), temperature),
+            hidden,
+            ref_hidden,
         )
         return self._logprobs(hidden, ids[scored], temperature), ref_kl
 
@@ -224,7 +232,9 @@ class Policy:
             return self.value_head(self.network.trunk(ids)[:, :-1][scored[:, 1:]])
 
     @torch.no_grad()
-    def measure(self, ids: Tensor, scored: Tensor, temperature: float = 1.0, *, exact: bool = True) -> TokenMeasures:
+    def measure(
+        self, ids: Tensor, scored: Tensor, temperature: float = 1.0, *, exact: bool = True, swap: bool = False
+    ) -> TokenMeasures:
         """Teacher-force sequences through policy and reference; rows go in parts, so memory is bounded.
 
         Args:
@@ -232,29 +242,32 @@ class Policy:
             scored: True on the tokens to measure, never in column 0. [B, S] bool.
             temperature: of both distributions; the one the tokens were sampled at.
             exact: also sum over the vocabulary, for exact KL and entropies.
+            swap: let the two change places: then ``ref_kl`` is KL(reference ‖ policy), for the reference's samples.
         """
-        parts = [self._measure_part(*part, temperature, exact) for part in self._parts(ids, scored)]
+        parts = [self._measure_part(*part, temperature, exact, swap) for part in self._parts(ids, scored)]
         columns = zip(*parts, strict=True)
         return TokenMeasures(*(None if column[0] is None else torch.cat(column) for column in columns))
 
-    def _measure_part(self, ids: Tensor, scored: Tensor, temperature: float, exact: bool) -> tuple[Tensor | None, ...]:
-        tokens = ids[scored]
+    def _measure_part(self, ids: Tensor, scored: Tensor, temperature: float, exact: bool, swap: bool):
         hidden = self.scored_hidden(ids, scored)
         with self.reference():
             ref_hidden = self.scored_hidden(ids, scored)
 
-        def stats(part: Tensor, ref_part: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
-            logits, ref_logits = self.network.logits(part), self._ref_logits(ref_part)
-            found = [token_logprobs(logits, chosen, temperature), token_logprobs(ref_logits, chosen, temperature)]
+        def stats(part: Tensor, ref_part: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+            first, second = self.network.logits(part), self._ref_logits(ref_part)
+            if swap:
+                first, second = second, first
+            found = [token_logprobs(logits, tokens, temperature) for logits in (first, second)]
             if exact:
-                found += [kl_exact(logits, ref_logits, temperature), token_entropy(logits, temperature),
-                          token_entropy(ref_logits, temperature)]
+                found.append(kl_exact(first, second, temperature))
+                found += [token_entropy(logits, temperature) for logits in (first, second)]
+                found.append(log_ratio_variance(first, second, temperature))
             return tuple(found)
 
         rows = self.network.chunk_rows
-        chunks = [stats(*part) for part in zip(hidden.split(rows), ref_hidden.split(rows), tokens.split(rows), strict=True)]
-        found = tuple(torch.cat(column) for column in zip(*chunks, strict=True))
-        return found if exact else (*found, None, None, None)
+        chunks = zip(hidden.split(rows), ref_hidden.split(rows), ids[scored].split(rows), strict=True)
+        found = tuple(torch.cat(column) for column in zip(*(stats(*chunk) for chunk in chunks), strict=True))
+        return found if exact else (*found, None, None, None, None)
 
     @torch.no_grad()
     def measure_values(self, ids: Tensor, scored: Tensor) -> Tensor:
@@ -274,7 +287,7 @@ class Policy:
             yield part[:, :width], marks[:, :width]
 
     def _ref_logits(self, ref_hidden: Tensor) -> Tensor:
-        with torch.no_grad(), self.reference():        # the head itself may carry an adapter
+        with torch.no_grad(), self.reference():  # the head itself may carry an adapter
             return self.network.logits(ref_hidden)
 
     def _logprobs(self, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
@@ -283,62 +296,12 @@ class Policy:
         )
 
     def _chunked(self, function, *tensors: Tensor) -> Tensor:
-        """Apply a per-token function chunk by chunk; with gradients, a chunk's logits are recomputed in the backward."""
+        """Apply a per-token function chunk by chunk; with gradients, the backward recomputes a chunk's logits."""
         rows = self.network.chunk_rows
         if len(tensors[0]) <= rows:
             return function(*tensors)
         save = torch.is_grad_enabled()
         parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
-        return torch.cat([checkpoint(function, *part, use_reentrant=False) if save else function(*part) for part in parts])
-
-
-def end_token_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
-    """Every token that ends a text: those of the generation config and the tokenizer's.
-
-    Raises:
-        ModelError: there is none, so that no response could ever end.
-    """
-    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = listed if listed is not None else getattr(model.config, "eos_token_id", None)
-    ids = {*(listed if isinstance(listed, list | tuple) else [listed]), tokenizer.eos_token_id} - {None}
-    if not ids:
-        raise ModelError("Neither generation_config.json nor the tokenizer names an end token (eos_token_id).")
-    return tuple(sorted(ids))
-
-
-def load_policy(section: ModelSection, lora: LoraSection | None, *, device: torch.device, where: str = "model.path") -> Policy:
-    """Load base and tokenizer, merge the SFT adapter if the recipe names one, and add a fresh adapter.
-
-    Args:
-        section: the recipe's ``model``.
-        lora: the recipe's ``lora``; None trains every weight and keeps a frozen second copy as the reference.
-        device: where the weights live.
-        where: what to call the model in error messages.
-
-    Raises:
-        ModelError: missing, not a causal LM, an adapter, a tokenizer that differs, or a base-changing SFT adapter.
-    """
-    policy = load_reference(section, device=device, where=where, full=lora is None)
-    if lora is not None:
-        policy.add_adapter(lora)
-    return policy
-
-
-def load_reference(section: ModelSection, *, device: torch.device, where: str = "model.path", full: bool = False) -> Policy:
-    """A Policy without an adapter: for now policy and reference are the same frozen weights (two copies if ``full``)."""
-    if full and section.dtype == "bfloat16":
-        raise ModelError("model.dtype: full fine-tuning (lora: null) needs float32; in bfloat16 small updates round to nothing.")
-    if full:
-        section = section.model_copy(update={"dtype": "float32"})
-    model = load_base(section, device, where)
-    tokenizer = load_tokenizer(section.path, section.trust_remote_code)
-    survived = 1.0
-    if section.sft_adapter is not None:
-        check_sft_adapter(Path(section.sft_adapter), tokenizer)
-        model, survived = merge_adapter(model, Path(section.sft_adapter))
-    fingerprint = Fingerprint.of(section, model, tokenizer, merge_survived=survived)
-    if not full:
-        return Policy(model, tokenizer, fingerprint)
-    trained = load_base(section, device, where)
-    trained.load_state_dict(model.state_dict())
-    return Policy(trained, tokenizer, fingerprint, frozen=model)
+        return torch.cat(
+            [checkpoint(function, *part, use_reentrant=False) if save else function(*part) for part in parts]
+        )

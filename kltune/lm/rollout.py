@@ -1,6 +1,7 @@
 """Sample from the policy, then measure what was sampled by teacher forcing."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 
 import torch
@@ -18,8 +19,15 @@ from kltune.lm.sampler import sample
 MEAN_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 
 
-def sample_rollout(policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, *, temperature: float,
-                   exact: bool = True) -> Rollout:
+def sample_rollout(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    uniforms: Tensor,
+    *,
+    temperature: float,
+    exact: bool = True,
+    from_reference: bool = False,
+) -> Rollout:
     """Draw responses from the policy and measure log-probabilities and exact KL(policy ‖ reference) on them.
 
     The log-probabilities are computed afresh rather than taken from the sampler, by the same function that training
@@ -31,18 +39,16 @@ def sample_rollout(policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, 
         uniforms: random numbers, [B, T] with B a multiple of P; see ``sampler.sample``.
         temperature: of sampling and of everything measured.
         exact: sum over the vocabulary for exact KL and entropies; without it they are None.
+        from_reference: let the two change places: the reference responds, and ``ref_kl`` is KL(reference ‖ policy).
 
     Raises:
         DivergedError: a log-probability or KL is not finite.
         ModelError: the sampler drew from another distribution than the one measured.
     """
-    return measure_samples(policy, sample(policy, prompts, uniforms, temperature=temperature), temperature, exact=exact)
-
-
-def measure_samples(policy: Policy, samples: Samples, temperature: float, *, exact: bool = True) -> Rollout:
-    """What ``sample_rollout`` measures, on samples of the policy that are there already."""
+    with policy.reference() if from_reference else nullcontext():
+        samples = sample(policy, prompts, uniforms, temperature=temperature)
     mask = samples.response_mask
-    measured = policy.measure(samples.ids, samples.scored, temperature, exact=exact)
+    measured = policy.measure(samples.ids, samples.scored, temperature, exact=exact, swap=from_reference)
     flat = {field.name: getattr(measured, field.name) for field in fields(measured)}
     for name, values in flat.items():
         if values is not None and not torch.isfinite(values).all():
@@ -57,7 +63,7 @@ def _check_sampler(samples: Samples, logprobs: Tensor, dtype: torch.dtype) -> No
     gap = per_response((samples.logprobs - logprobs).abs(), samples.response_mask).sum() / samples.response_mask.sum()
     if gap.item() > MEAN_GAP[dtype]:
         raise ModelError(
-            f"The sampler's log-probabilities differ from teacher forcing by {gap.item():.3g} nats per token on average "
-            f"(allowed: {MEAN_GAP[dtype]}), so the text was not drawn from the distribution that is measured. Does the model "
-            "need positions, a mask or a cache that kltune does not give it?"
+            f"The sampler's log-probabilities differ from teacher forcing by {gap.item():.3g} nats per token on "
+            f"average (allowed: {MEAN_GAP[dtype]}), so the text was not drawn from the distribution that is measured. "
+            "Does the model need positions, a mask or a cache that kltune does not give it?"
         )

@@ -20,8 +20,8 @@ from kltune.lm.batches import Samples, pad_right, response_scatter
 from kltune.lm.data import Prompt
 from kltune.lm.policy import Policy
 
-ROWS_PER_PASS = 512         # responses sampled side by side; the cache is what takes the memory
-COMPACT_BELOW = 0.8         # drop finished rows from the cache once fewer than this share is still going
+ROWS_PER_PASS = 512  # responses sampled side by side; the cache is what takes the memory
+COMPACT_BELOW = 0.8  # drop finished rows from the cache once fewer than this share is still going
 
 
 def uniform_numbers(rng: np.random.Generator, responses: int, max_new_tokens: int) -> Tensor:
@@ -63,7 +63,7 @@ def _decode(policy: Policy, prompts: Sequence[Prompt], per_prompt: int, uniforms
     ends = torch.tensor(policy.end_ids, device=device)
     ids, mask = (tensor.to(device) for tensor in _left_padded(prompts, policy.tokenizer.pad_token_id))
     logits, cache = policy.network.step(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), None)
-    if per_prompt > 1:              # each prompt went through the model once; its cache serves all its responses
+    if per_prompt > 1:  # each prompt went through the model once; its cache serves all its responses
         cache.batch_repeat_interleave(per_prompt)
         logits, mask = (tensor.repeat_interleave(per_prompt, dim=0) for tensor in (logits, mask))
 
@@ -71,8 +71,8 @@ def _decode(policy: Policy, prompts: Sequence[Prompt], per_prompt: int, uniforms
     tokens = torch.zeros(count, limit, dtype=torch.long, device=device)
     logprobs = torch.zeros(count, limit, device=device)
     lengths = torch.full((count,), limit, device=device)
-    alive = torch.arange(count, device=device)      # the response that each row of the cache belongs to
-    going = torch.ones(count, dtype=torch.bool, device=device)      # per row of the cache
+    alive = torch.arange(count, device=device)  # the response that each row of the cache belongs to
+    going = torch.ones(count, dtype=torch.bool, device=device)  # per row of the cache
     for t in range(limit):
         drawn, seen = _draw(logits, uniforms[alive, t], temperature)
         tokens[alive[going], t], logprobs[alive[going], t] = drawn[going], seen[going]
@@ -89,8 +89,10 @@ def _decode(policy: Policy, prompts: Sequence[Prompt], per_prompt: int, uniforms
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         logits, cache = policy.network.step(drawn[:, None], mask, mask.sum(1, keepdim=True) - 1, cache)
     sizes = lengths.tolist()
-    return ([row[:size] for row, size in zip(tokens.tolist(), sizes, strict=True)],
-            [row[:size] for row, size in zip(logprobs.tolist(), sizes, strict=True)])
+    return (
+        [row[:size] for row, size in zip(tokens.tolist(), sizes, strict=True)],
+        [row[:size] for row, size in zip(logprobs.tolist(), sizes, strict=True)],
+    )
 
 
 def _draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -113,20 +115,32 @@ def _left_padded(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor]:
     return ids, pad_right([[1] * len(row) for row in rows], 0).flip(1)
 
 
-def _assemble(policy: Policy, prompts: Sequence[Prompt], per_prompt: int, tokens: list[list[int]],
-              logprobs: list[list[float]], limit: int) -> Samples:
+def _assemble(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    per_prompt: int,
+    tokens: list[list[int]],
+    logprobs: list[list[float]],
+    limit: int,
+) -> Samples:
     owner = [index for index in range(len(prompts)) for _ in range(per_prompt)]
     asked = [list(prompts[index].ids) for index in owner]
     ids = pad_right([p + r for p, r in zip(asked, tokens, strict=True)], policy.tokenizer.pad_token_id)
-    scored = pad_right([[False] * len(p) + [True] * len(r) for p, r in zip(asked, tokens, strict=True)], False, torch.bool)
+    scored = pad_right(
+        [[False] * len(p) + [True] * len(r) for p, r in zip(asked, tokens, strict=True)], False, torch.bool
+    )
     response_mask = pad_right([[True] * len(row) for row in tokens], False, torch.bool)
     truncated = torch.tensor([len(row) == limit and row[-1] not in policy.end_ids for row in tokens])
     flat = torch.tensor([value for row in logprobs for value in row])
     texts = policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     device = policy.device
     return Samples(
-        ids=ids.to(device), scored=scored.to(device), response_mask=response_mask.to(device),
-        prompt_index=torch.tensor(owner, device=device), truncated=truncated.to(device),
+        ids=ids.to(device),
+        scored=scored.to(device),
+        response_mask=response_mask.to(device),
+        prompt_index=torch.tensor(owner, device=device),
+        truncated=truncated.to(device),
         logprobs=response_scatter(flat, response_mask).to(device),
-        prompts=tuple(prompts[index].text for index in owner), responses=tuple(texts),
+        prompts=tuple(prompts[index].text for index in owner),
+        responses=tuple(texts),
     )

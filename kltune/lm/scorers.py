@@ -6,7 +6,7 @@ finite number per response; anything else names the row and stops the run.
 
 import hashlib
 import inspect
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +21,12 @@ from kltune.recipe import ClassifierReward, FunctionReward, ModelReward
 ScoreFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 RewardSource = FunctionReward | ModelReward | ClassifierReward
 
+LARGEST = torch.finfo(torch.float32).max  # of a score: what is larger would become infinite
+
 
 @dataclass(frozen=True)
 class Source:
-    """One source of scores. identity: what run.json records of it; shift, scale: standardisation on reference samples."""
+    """One source of scores. identity: what run.json records; shift, scale: standardisation on reference samples."""
 
     name: str
     function: ScoreFunction
@@ -81,8 +83,8 @@ class Scorer:
         shift, scale = scores.mean().item(), scores.std().item()
         if not scale > 1e-6:
             raise ScorerError(
-                f"reward {source.name}: all {len(scores)} reference samples score {shift:.4g}, so normalize: true has no "
-                "spread to divide by; set normalize: false."
+                f"reward {source.name}: all {len(scores)} reference samples score {shift:.4g}, so normalize: true has "
+                "no spread to divide by; set normalize: false."
             )
         return replace(source, shift=shift, scale=scale)
 
@@ -101,17 +103,19 @@ def run_source(source: Source, prompts: Sequence[str], responses: Sequence[str])
         scores = source.function(list(prompts), list(responses))
     except KltuneError:
         raise
-    except Exception as error:      # noqa: BLE001  a user's function may raise anything; the row is found and named
+    except Exception as error:  # noqa: BLE001  a user's function may raise anything; the row is found and named
         row, cause = _failing_row(source, prompts, responses, error)
         raise ScorerError(f"reward {source.name}: {row} raised {type(cause).__name__}: {cause}") from cause
     return _checked(source.name, scores, prompts, responses)
 
 
-def _failing_row(source: Source, prompts: Sequence[str], responses: Sequence[str], error: Exception) -> tuple[str, Exception]:
+def _failing_row(
+    source: Source, prompts: Sequence[str], responses: Sequence[str], error: Exception
+) -> tuple[str, Exception]:
     for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         try:
             source.function([prompt], [response])
-        except Exception as cause:      # noqa: BLE001  as above
+        except Exception as cause:  # noqa: BLE001  as above
             return _row(index, prompt, response), cause
     return f"the batch of {len(responses)} (each row alone is fine)", error
 
@@ -119,12 +123,17 @@ def _failing_row(source: Source, prompts: Sequence[str], responses: Sequence[str
 def _checked(name: str, scores: Sequence[float], prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
     values = scores.tolist() if hasattr(scores, "tolist") else scores
     if not isinstance(values, list | tuple):
-        raise ScorerError(f"reward {name}: returned {type(scores).__name__}, wanted a list of {len(responses)} numbers.")
+        raise ScorerError(
+            f"reward {name}: returned {type(scores).__name__}, wanted a list of {len(responses)} numbers."
+        )
     if len(values) != len(responses):
-        raise ScorerError(f"reward {name}: returned {len(values)} scores for {len(responses)} responses; wanted one each.")
+        raise ScorerError(
+            f"reward {name}: returned {len(values)} scores for {len(responses)} responses; wanted one each."
+        )
+    values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]  # NumPy, torch
     for index, value in enumerate(values):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
+        if not number or not abs(value) <= LARGEST:  # NaN is not <= anything
             where = _row(index, prompts[index], responses[index])
             raise ScorerError(f"reward {name}: {where} got {value!r}, wanted a finite number.")
     return torch.tensor(values, dtype=torch.float32)
@@ -160,17 +169,20 @@ def _load_function(entry: FunctionReward, folder: Path) -> tuple[ScoreFunction, 
     path = folder / file
     try:
         code = path.read_bytes()
-        module = ModuleType(path.stem)
-        module.__file__ = str(path)
-        exec(compile(code, str(path), "exec"), module.__dict__)      # what was hashed is what runs
     except OSError as error:
         raise ScorerError(f"reward {entry.path}: {path} cannot be read ({error.strerror}).") from None
-    except Exception as error:      # noqa: BLE001  importing a user's file may raise anything
+    digest = hashlib.sha256(code).hexdigest()
+    module = ModuleType(f"{path.stem}_{digest[:12]}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses and pickle look a class's module up by name
+    try:
+        exec(compile(code, str(path), "exec"), module.__dict__)  # what was hashed is what runs
+    except Exception as error:
         raise ScorerError(f"reward {entry.path}: importing {path} raised {type(error).__name__}: {error}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ScorerError(f"reward {entry.path}: {path} has no function {attribute!r}.")
-    return function, {"path": entry.path, "sha256": hashlib.sha256(code).hexdigest()}
+    return function, {"path": entry.path, "sha256": digest}
 
 
 def _load_model(entry: ModelReward | ClassifierReward, device: torch.device) -> tuple[ScoreFunction, dict[str, str]]:
@@ -179,30 +191,50 @@ def _load_model(entry: ModelReward | ClassifierReward, device: torch.device) -> 
     local = {"local_files_only": True} if Path(entry.path).exists() else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(entry.path, **local)
-        model = AutoModelForSequenceClassification.from_pretrained(entry.path, use_safetensors=True, **local)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            entry.path, use_safetensors=True, output_loading_info=True, **local
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ScorerError(f"reward {entry.path}: could not be loaded as a sequence classifier: {error}") from error
+    if report["missing_keys"]:
+        raise ScorerError(
+            f"reward {entry.path}: its files hold no {', '.join(sorted(report['missing_keys']))}, and random numbers "
+            "in their place would make every score noise; is it a trained classifier?"
+        )
     model = model.to(device).eval().requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id      # decoder classifiers read the last token before padding
+        model.config.pad_token_id = tokenizer.pad_token_id  # decoder classifiers read the last token before padding
     choose = _chosen_logit(entry, model)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    accepted = inspect.signature(model.forward).parameters      # some tokenizers give token_type_ids to models without
+    limit = _longest(model)
+    accepted = inspect.signature(model.forward).parameters  # some tokenizers give token_type_ids to models without
 
     @torch.no_grad()
     def score(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         texts = [p + r if entry.input == "prompt_response" else r for p, r in zip(prompts, responses, strict=True)]
         scores: list[float] = []
         for start in range(0, len(texts), 32):
-            encoded = tokenizer(texts[start : start + 32], padding=True, truncation=limit is not None,
-                                max_length=limit, return_tensors="pt").to(device)
+            encoded = tokenizer(
+                texts[start : start + 32],
+                padding=True,
+                truncation=limit is not None,
+                max_length=limit,
+                return_tensors="pt",
+            ).to(device)
             inputs = {name: tensor for name, tensor in encoded.items() if name in accepted}
             scores += choose(model(**inputs).logits.float()).tolist()
         return scores
 
     return score, {"path": entry.path}
+
+
+def _longest(model: torch.nn.Module) -> int | None:
+    """How many tokens a classifier reads; None: no limit is known."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
+    return limit - (padding[0] + 1) if limit and padding else limit  # RoBERTa's positions start behind the padding id
 
 
 def _chosen_logit(entry: ModelReward | ClassifierReward, model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
@@ -214,8 +246,11 @@ def _chosen_logit(entry: ModelReward | ClassifierReward, model: torch.nn.Module)
                 f"({', '.join(model.config.label2id)}); use kind: classifier and name a label."
             )
         return lambda logits: logits[:, 0]
-    if entry.label not in model.config.label2id:
+    single = model.config.num_labels == 1
+    if entry.label not in model.config.label2id and not (single and entry.label is None):
         raise ScorerError(f"reward {entry.path}: no label {entry.label!r}; it has {', '.join(model.config.label2id)}.")
+    if single:  # there is no other label to hold it against: the output is the log-odds itself
+        return lambda logits: logits[:, 0].sigmoid() if entry.output == "probability" else logits[:, 0]
     index = model.config.label2id[entry.label]
     if entry.output == "probability":
         return lambda logits: logits.softmax(-1)[:, index]

@@ -25,14 +25,14 @@ def check_fresh_policy(policy: Policy, prompts: Sequence[Prompt]) -> None:
     once, again = policy.measure(ids, scored), policy.measure(ids, scored)
     if not torch.equal(once.logprobs, again.logprobs):
         raise ModelError(
-            f"{policy.fingerprint.path}: two passes over the same tokens differ, so something in the model draws random "
-            "numbers; every KL would be noise. Dropout is off here: look for custom code in the model."
+            f"{policy.fingerprint.path}: two passes over the same tokens differ, so something in the model draws "
+            "random numbers; every KL would be noise. Dropout is off here: look for custom code in the model."
         )
     worst = once.ref_kl.max().item()
     if worst != 0.0:
         raise ModelError(
-            f"{policy.fingerprint.path}: before training, KL(policy ‖ reference) is {worst:.3g} nats at a token and not 0, "
-            "so adapter-off is not the policy's own start. Likely: an adapter that is not fresh, or a layer that the "
+            f"{policy.fingerprint.path}: before training, KL(policy ‖ reference) is {worst:.3g} nats at a token and not "
+            "0, so adapter-off is not the policy's own start. Likely: an adapter that is not fresh, or a layer that the "
             "adapter changes even at 0."
         )
 
@@ -46,6 +46,6 @@ def check_frozen(policy: Policy) -> None:
     now = policy.frozen_sha256()
     if now != policy.fingerprint.sha256:
         raise ModelError(
-            f"The frozen weights changed during the run: sha256 {policy.fingerprint.sha256[:12]} at the start, {now[:12]} now. "
-            "Nothing measured in this run can be trusted."
+            f"The frozen weights changed during the run: sha256 {policy.fingerprint.sha256[:12]} at the start, "
+            f"{now[:12]} now. Nothing measured in this run can be trusted."
         )

@@ -41,6 +41,7 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 1024       # tokens, 256 of them the single bytes
 CONTEXT = 256           # tokens
 ROW = 128               # tokens per packed row: several reviews, so that positions beyond one review are trained too
+OPEN_ROWS = 20          # the last rows, which a text may still go into
 PRETRAIN_TEXTS = 24_000
 PRETRAIN_STEPS = 400
 BATCH = 16              # rows per step
@@ -134,12 +135,13 @@ def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, 
         ids [rows, ROW] int64, padded on the right, and labels [rows, ROW], which hold ``IGNORED`` on the padding and on
         every ``<s>``: nothing can be learnt about where the next text begins.
     """
-    rows: list[list[int]] = [[]]
+    rows: list[list[int]] = []
     for ids in tokenizer(texts)["input_ids"]:
         document = [*ids, tokenizer.eos_token_id][:ROW]
-        if len(rows[-1]) + len(document) > ROW:
-            rows.append([])
-        rows[-1] += document
+        room = next((row for row in rows[-OPEN_ROWS:] if len(row) + len(document) <= ROW), None)
+        if room is None:
+            rows.append(room := [])
+        room += document
     packed = torch.full((len(rows), ROW), tokenizer.pad_token_id)
     for index, row in enumerate(rows):
         packed[index, : len(row)] = torch.tensor(row)

@@ -7,13 +7,15 @@
     wording.py    how faults are said; names that other tools use
     writing.py    YAML, digest, differences, JSON schema
     packaged.py   the recipes that come with kltune
+    copying.py    one of them as the start of your own
 
 Nothing here imports torch: a wrong recipe is answered before the first model is thought of.
 """
 
+from kltune.recipe.copying import copy_recipe
 from kltune.recipe.faults import Fault, Place, RecipeFaults
 from kltune.recipe.packaged import find_recipe, packaged_recipes, recipes_folder
-from kltune.recipe.reading import load_recipe
+from kltune.recipe.reading import load_recipe, recipe_text
 from kltune.recipe.sections import (
     STAGES,
     ClassifierReward,
@@ -44,6 +46,6 @@ __all__ = [
     "STAGES", "ClassifierReward", "DPORecipe", "DPOSection", "DataSection", "EvalSection", "Fault", "FunctionReward",
     "KLSection", "LoraSection", "ModelReward", "ModelSection", "OptimSection", "PPORecipe", "PPOSection", "Place",
     "Recipe", "RecipeFaults", "RewardEntry", "RewardRecipe", "RunSection", "SFTRecipe", "SamplingSection",
-    "TRPORecipe", "TRPOSection", "differing_keys", "dump_recipe", "find_recipe", "load_recipe", "packaged_recipes",
-    "recipe_digest", "recipe_schema", "recipes_folder",
+    "TRPORecipe", "TRPOSection", "copy_recipe", "differing_keys", "dump_recipe", "find_recipe", "load_recipe",
+    "packaged_recipes", "recipe_digest", "recipe_schema", "recipe_text", "recipes_folder",
 ]

@@ -42,7 +42,7 @@ def load_recipe(
     """
     name = os.fspath(path)
     file = find_recipe(name)
-    root, faults = read_nodes(decode(read_bytes(file, name), name), name)
+    root, faults = read_nodes(recipe_text(name), name)
     if root is None or not isinstance(root.value, dict):
         what = "an empty file" if root is None or root.value is None else found(root)
         text = f"found {what}, wanted sections such as stage: and model:"
@@ -62,11 +62,18 @@ def load_recipe(
     return settle(recipe, file, output)
 
 
-def read_bytes(file: Path, name: str) -> bytes:
-    """The file's bytes, one more than allowed at most."""
+def recipe_text(name: str) -> str:
+    """The text of a recipe, as written.
+
+    Args:
+        name: a path, or the name of a packaged recipe.
+
+    Raises:
+        RecipeError: there is none, or it cannot be read, or it is no text.
+    """
     try:
-        with open(file, "rb") as handle:
-            return handle.read(MAX_BYTES + 1)
+        with open(find_recipe(name), "rb") as handle:
+            return decode(handle.read(MAX_BYTES + 1), name)
     except OSError as error:
         reason = "a folder; name the YAML file in it" if error.errno == errno.EISDIR else error.strerror
         raise RecipeFaults(name, [Fault(Place(name), "", f"cannot be read: {reason}")]) from error

@@ -224,7 +224,11 @@ def unknown_key(stage: str, path: KeyPath, root: Node) -> str:
     sentence = FOREIGN.get(dotted(path)) or FOREIGN.get(key)
     if sentence:
         return f"unknown key; {sentence}"
-    homes = [f"{name}.{key}" for name in sections if key in schema_at(stage, (name,), root).get("properties", {})]
+    whole = schema_of(stage)
+    homes = [
+        f"{name}.{key}" for name, schema in sections.items()
+        if key in section_schema(whole, schema, None).get("properties", {})
+    ]
     if near := get_close_matches(key, siblings, 1):
         return f"unknown key; did you mean {near[0]}?"
     if homes:

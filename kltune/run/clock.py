@@ -21,4 +21,6 @@ class Clock:
         whole = time.perf_counter() - self._began
         working = max(whole - self._laps.get("eval", 0.0), 1e-9)
         return {f"time/{name}_seconds": seconds for name, seconds in self._laps.items()} | {
-            "time/step_seconds": whole, f"{what}_per_second": rows / working}
+            "time/step_seconds": whole,
+            f"{what}_per_second": rows / working,
+        }

@@ -18,6 +18,10 @@ from kltune.run.plots import TOLERANCE, Limits, draw, plots_for, svg_of
 from kltune.run.storage import read_jsonl, visible, write_whole
 
 FIRST_SAMPLES, LAST_SAMPLES = 4, 10
+RECORDED = (
+    "stage", "status", "seed", "reference", "versions", "started", "ended", "recipe_sha256", "command", "resumed_at",
+    "error",
+)
 LONGEST_TEXT = 1500      # characters of a prompt or response on the page
 
 
@@ -52,22 +56,22 @@ def write_page(folder: Path) -> Path:
     files = read_files(Path(folder))
     environment = Environment(
         loader=PackageLoader("kltune", "run"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    environment.filters |= {"number": number, "duration": duration, "text": shortened}
+    environment.filters |= {"number": number, "duration": duration, "text": shortened, "date": date}
     page = environment.get_template("page.html.j2").render(
         name=files.folder.resolve().name,
-        stage=files.record.get("stage", "run"),
+        stage=files.record["stage"] or "run",
         record=files.record,
-        reference=files.record.get("reference") or {},
+        reference={"path": None, "sha256": None, **(files.record["reference"] or {})},
         verdict=verdict_of(files),
         facts=facts_of(files),
         pictures=pictures_of(files),
         samples=chosen_samples(files.samples),
         timings=timings_of(files.metrics),
         measured=measured_of(files.metrics),
-        recipe_text=visible(files.recipe_text),
-        again=f"kltune {files.record.get('stage', '')} --recipe {shlex.quote(str(files.folder / 'recipe.yaml'))} "
+        recipe_text=files.recipe_text,
+        again=f"kltune {files.record['stage']} --recipe {shlex.quote(str(files.folder / 'recipe.yaml'))} "
         "--output runs/again",
     )
     path = files.folder / "report.html"
@@ -89,7 +93,7 @@ def read_files(folder: Path) -> Files:
         recipe = yaml.safe_load(recipe_text)
     return Files(
         folder=folder,
-        record=read_json(folder / "run.json"),
+        record={**dict.fromkeys(RECORDED), **read_json(folder / "run.json")},
         recipe_text=recipe_text,
         recipe=recipe if isinstance(recipe, dict) else {},
         metrics=read_jsonl(folder / "metrics.jsonl"),
@@ -105,21 +109,29 @@ def verdict_of(files: Files) -> Verdict:
         return _final_verdict(files)
     done = files.metrics[-1].get("step", 0) if files.metrics else 0
     where = f"step {done:,} of {total:,}" if total else f"step {done:,}"
-    so_far = _so_far(files)
-    if status == "interrupted":
-        return Verdict("interrupted", "plain", f"Stopped at {where}; --resume continues it. {so_far}")
-    if status == "failed":
-        return Verdict("failed", "bad", f"Failed at {where}: {files.record.get('error') or 'no reason recorded'}. {so_far}")
-    return Verdict("running", "plain", f"At {where} when this page was written, with no final measurement yet. {so_far}")
+    reason = files.record.get("error") or "no reason recorded"
+    word, tone, sentence = {
+        "interrupted": ("interrupted", "plain", f"Stopped at {where}; --resume continues it."),
+        "failed": ("failed", "bad", f"Failed at {where}: {reason}."),
+    }.get(str(status), ("running", "plain", f"At {where} when this page was written; no final measurement yet."))
+    return Verdict(word, tone, f"{sentence} {_so_far(files)}".strip())
 
 
 def _so_far(files: Files) -> str:
-    last = files.metrics[-1] if files.metrics else {}
-    value, error = last.get("kl/ref_nats_per_response"), last.get("kl/ref_stderr")
+    value, error = _newest_kl(files)
     if value is None:
         return ""
     spread = f" ± {number(error)}" if error is not None else ""
-    return f"KL to the reference in the last batch: {number(value)}{spread} nats per response."
+    return f"KL to the reference when last measured: {number(value)}{spread} nats per response."
+
+
+def _newest_kl(files: Files) -> tuple[float | None, float | None]:
+    """KL of the last batch, or of the last evaluation where batches have none; with its standard error."""
+    for row in reversed(files.metrics):
+        for name in ("kl/ref", "eval/kl_ref"):
+            if row.get(f"{name}_nats_per_response") is not None:
+                return row[f"{name}_nats_per_response"], row.get(f"{name}_stderr")
+    return None, None
 
 
 def _final_verdict(files: Files) -> Verdict:
@@ -133,7 +145,7 @@ def _final_verdict(files: Files) -> Verdict:
     if limits.target:
         share = value / limits.target - 1
         side = "above" if share > 0 else "below"
-        sentences.append(f"That is {abs(share):.0%} {side} the target of {number(limits.target)}.")
+        sentences.append(f"That is {100 * abs(share):.0f} % {side} the target of {number(limits.target)}.")
         on_target = abs(share) <= TOLERANCE
         word = "on target" if on_target else f"{side} target"
         tone = "good" if on_target else "bad" if share > 0 else "plain"
@@ -171,7 +183,7 @@ def facts_of(files: Files) -> list[tuple[str, str]]:
     seconds = files.result.get("seconds", sum(row.get("time/step_seconds") or 0 for row in files.metrics))
     value, error = kl.get("nats_per_response"), kl.get("stderr")
     if not files.result:
-        value, error = last.get("kl/ref_nats_per_response"), last.get("kl/ref_stderr")
+        value, error = _newest_kl(files)
     facts = {
         "KL, nats per response": f"{number(value)} ± {number(error)}" if error is not None else number(value),
         "KL target": number(limits_of(files).target),
@@ -187,7 +199,7 @@ def pictures_of(files: Files) -> list[tuple[str, Markup]]:
     limits = limits_of(files)
     drawn = [(plot.title, draw(plot, files.metrics, limits)) for plot in plots_for(limits)]
     return [
-        (title, Markup(svg_of(figure, f"plot-{place}")))      # noqa: S704 (made of numbers and metric names by matplotlib)
+        (title, Markup(svg_of(figure, f"plot-{place}", title)))      # safe: matplotlib escapes the names of the curves
         for place, (title, figure) in enumerate(drawn) if figure is not None
     ]
 
@@ -205,9 +217,11 @@ def timings_of(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, float, floa
     names = dict.fromkeys(name for row in metrics for name in row if name.startswith("time/"))
     totals = {name: sum(row.get(name) or 0.0 for row in metrics) for name in names}
     whole = totals.pop("time/step_seconds", None) or sum(totals.values())
+    if not whole:
+        return []
     phases = sorted(totals.items(), key=lambda pair: -pair[1])
-    rows = [(name.removeprefix("time/").removesuffix("_seconds"), seconds, seconds / whole) for name, seconds in phases if whole]
-    return [*rows, ("all steps", whole, 1.0)] if rows else []
+    rows = [(name.removeprefix("time/").removesuffix("_seconds"), seconds, seconds / whole) for name, seconds in phases]
+    return [*rows, ("all steps", whole, 1.0)]
 
 
 def measured_of(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, Any, Any]]:
@@ -235,8 +249,13 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def date(stamp: str | None) -> str:
+    """``2026-11-22T15:00:00+00:00`` as 2026-11-22 15:00 UTC, which is how run.json keeps time."""
+    return f"{stamp[:16].replace('T', ' ')} UTC" if stamp else "–"
+
+
 def shortened(value: Any) -> str:
-    """A prompt or response: control characters visible, the end cut off if it is very long."""
-    text = visible(str(value))
+    """A prompt or response, its end cut off if it is very long."""
+    text = str(value)
     rest = len(text) - LONGEST_TEXT
     return text if rest <= 0 else f"{text[:LONGEST_TEXT]} … ({rest:,} more characters in samples.jsonl)"

@@ -152,10 +152,12 @@ class Report:
         return "  ".join(cell for cell in (*cells, self._time_left(step)) if cell)
 
     def _kl_cell(self, metrics: Mapping[str, Number]) -> str:
-        value, error = metrics.get(f"kl/ref_{self.unit}"), metrics.get("kl/ref_stderr")
+        of_batch = metrics.get(f"kl/ref_{self.unit}") is not None      # sft and dpo measure it in evaluations only
+        name = "kl/ref" if of_batch else "eval/kl_ref"
+        value, error = metrics.get(f"{name}_{self.unit}"), metrics.get(f"{name}_stderr")
         if value is None:
             return ""
-        # kl/ref_stderr is per response, whatever the target's unit
+        # the standard error is per response, whatever the target's unit
         spread = f" ± {error:.2g}" if error is not None and self.unit == "nats_per_response" else ""
         goal = f" of {self.target:g}" if self.target is not None else ""
         return f"KL {value:.3g}{spread}{goal} {self.unit.replace('_per_', '/')}"

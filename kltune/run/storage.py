@@ -144,8 +144,8 @@ def nonfinite_keys(value: Any, where: str = "") -> list[str]:
 
 def without_nonfinite(value: dict[str, Any]) -> dict[str, Any]:
     """A copy with null for every NaN and infinity, and their names under "nonfinite" if there are any."""
-    names = nonfinite_keys(value)
-    return {**_nulled(value), "nonfinite": names} if names else value
+    names, nulled = nonfinite_keys(value), _nulled(value)
+    return {**nulled, "nonfinite": names} if names else nulled
 
 
 def _nulled(value: Any) -> Any:

@@ -7,23 +7,21 @@ meets a target. Sources: Schulman et al. 2017, arXiv 1707.06347 (clipping); Zieg
 section 2.2 (KL in the reward, and a target for it).
 """
 
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kltune.core.controllers import Controller
 from kltune.core.divergence import kl_k3
 from kltune.core.intervals import KLSummary
 from kltune.core.losses import clip_fraction, clipped_policy_loss, clipped_value_loss, exact_kl_loss, k2_kl_loss
 from kltune.core.masking import per_response
-from kltune.errors import Interrupted, ModelError
+from kltune.errors import Interrupted, ModelError, RecipeError
 from kltune.lm.batches import Rollout, response_scatter
 from kltune.lm.data import Prompt, load_prompts
-from kltune.lm.evaluate import HeldOut, described, evaluate, kl_result, load_held_out
+from kltune.lm.evaluate import HeldOut, described, evaluate, kl_result, load_held_out, measure_settings
 from kltune.lm.experience import (
     Experience,
     batch_metrics,
@@ -38,20 +36,16 @@ from kltune.lm.experience import (
     standardize,
 )
 from kltune.lm.loading import pick_device
-from kltune.lm.optim import (
-    check_optimizer,
-    guarded_step,
-    learning_rate_share,
-    make_optimizer,
-    set_learning_rate,
-    total_steps,
-)
-from kltune.lm.policy import Policy, load_policy
-from kltune.lm.scorers import Scorer, load_scorer
+from kltune.lm.opening import load_policy
+from kltune.lm.optim import check_optimizer, guarded_step, learning_rate_share, make_optimizer, total_steps
+from kltune.lm.policy import Policy
+from kltune.lm.scorers import load_scorer
 from kltune.lm.selftest import check_fresh_policy, check_frozen
 from kltune.recipe import PPORecipe
-from kltune.run.checkpoint import load_optimizer, optimizer_tensors, read_state, save_checkpoint, save_final
+from kltune.run.checkpoint import save_checkpoint, save_final
 from kltune.run.clock import Clock
+from kltune.run.learner import Learner
+from kltune.run.page import write_page
 from kltune.run.report import Report
 from kltune.run.session import Run, finished_result, open_run
 
@@ -59,45 +53,16 @@ from kltune.run.session import Run, finished_result, open_run
 FIRST_RATIO_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
-@dataclass
-class Learner:
-    """All that training changes, and so all that a checkpoint holds."""
+@dataclass(frozen=True)
+class Job:
+    """What stays the same from step to step."""
 
-    policy: Policy
-    optimizer: torch.optim.Optimizer
-    value_optimizer: torch.optim.Optimizer | None
-    controller: Controller
-    scorer: Scorer
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What an exact resume needs besides the adapter itself."""
-        named = {"optimizer": optimizer_tensors(self.optimizer, self.policy.trainable_parameters())}
-        if self.value_optimizer is not None:
-            values = self.policy.value_parameters()
-            named |= {"value": dict(values), "value_optimizer": optimizer_tensors(self.value_optimizer, values)}
-        return named
-
-    def state(self) -> dict[str, Any]:
-        """The rest, as plain values."""
-        return {"controller": asdict(self.controller), "scorer": self.scorer.state()}
-
-    def set_learning_rates(self, recipe: PPORecipe, share: float) -> None:
-        """The recipe's learning rates, times what the schedule leaves of them."""
-        set_learning_rate(self.optimizer, share * recipe.optim.lr)
-        if self.value_optimizer is not None:
-            set_learning_rate(self.value_optimizer, share * (recipe.ppo.value_lr or recipe.optim.lr))
-
-    def restore(self, checkpoint: Path) -> None:
-        """Go on exactly from what ``tensors``, ``state`` and the adapter of a checkpoint say."""
-        tensors, state = read_state(checkpoint)
-        self.policy.load_adapter(checkpoint)
-        load_optimizer(self.optimizer, self.policy.trainable_parameters(), tensors["optimizer"])
-        if self.value_optimizer is not None:
-            values = self.policy.value_parameters()
-            self.policy.load_value_parameters(tensors["value"])
-            load_optimizer(self.value_optimizer, values, tensors["value_optimizer"])
-        self.controller = replace(self.controller, **state["controller"])
-        self.scorer = self.scorer.restored(state["scorer"])
+    recipe: PPORecipe
+    run: Run
+    report: Report
+    prompts: list[Prompt]
+    held_out: HeldOut
+    steps: int
 
 
 def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
@@ -110,11 +75,13 @@ def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
     Returns:
         The object of ``result.json``.
     """
+    if recipe.kl.hard_cap is not None:
+        raise RecipeError("kl.hard_cap: this version of kltune ppo has no hard cap; remove the key and use kl.target.")
     done = finished_result(recipe)
     if done is not None:
         return done
     with open_run(recipe, resume=resume) as run:
-        torch.manual_seed(recipe.run.seed)      # the adapter's initial weights; everything later has its own numbers
+        torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
         policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))
         run.set_reference(policy.fingerprint.as_dict())
         prompts, held_out = load_data(recipe, policy)
@@ -124,55 +91,21 @@ def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
         with Report(run.folder, "ppo", steps, target=target, start_step=run.start_step, unit=recipe.kl.unit) as report:
             for note in (policy.fingerprint.describe(), *held_out.notes):
                 report.say(note)
+            job = Job(recipe, run, report, prompts, held_out, steps)
             for step in range(run.start_step + 1, steps + 1):
-                take_step(recipe, run, report, learner, prompts, held_out, step, steps)
-            return finish(recipe, run, learner, held_out, report, steps)
-
-
-def take_step(recipe: PPORecipe, run: Run, report: Report, learner: Learner, prompts: list[Prompt], held_out: HeldOut,
-              step: int, steps: int) -> None:
-    """One turn of the loop: respond, score, measure, price, improve, record."""
-    sampling, ppo = recipe.sampling, recipe.ppo
-    clock = Clock()
-    rollout = collect(learner.policy, prompts, sampling, step=step, seed=recipe.run.seed, rng=run.rng("sampling", step),
-                      exact=recipe.kl.exact)
-    clock.lap("sample")
-    scores = score(learner.scorer, rollout, sampling.missing_end_penalty)
-    clock.lap("score")
-
-    distance = measured_kl(rollout)
-    learner.controller = priced(learner.controller, recipe.kl, rollout, scores, distance.nats_per_response,
-                                baseline=ppo.baseline, per_prompt=sampling.responses_per_prompt)
-    beta = learner.controller.beta
-    experience = shape(rollout, scores, beta, baseline=ppo.baseline, placement=recipe.kl.placement,
-                       per_prompt=sampling.responses_per_prompt, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda)
-    share = learning_rate_share(recipe.optim, step, steps)
-    learner.set_learning_rates(recipe, share)
-    update = improve(recipe, learner, experience, run.rng("minibatches", step))
-    clock.lap("update")
-
-    metrics = batch_metrics(rollout, scores, distance, beta) | update | {"optim/lr": share * recipe.optim.lr}
-    evaluates = step % recipe.run.eval_every == 0 and step < steps      # after the last step, `finish` evaluates
-    if evaluates:
-        metrics |= evaluate(learner.policy, held_out, sampling, learner.scorer, seed=recipe.run.seed)[0]
-        clock.lap("eval")
-    report.step(step, metrics | clock.metrics(len(scores)))
-    if evaluates or step in (1, steps):
-        report.samples(step, sample_rows(rollout, scores, response_kl(rollout)))
-    if step % recipe.run.save_every == 0 or step == steps or run.stop_signal:
-        save(recipe, run, learner, step, distance)
-    if run.stop_signal and step < steps:
-        raise Interrupted(f"stopped after step {step} of {steps}; --resume goes on from there.", run.stop_signal)
+                take_step(job, learner, step)
+            return finish(job, learner)
 
 
 def load_data(recipe: PPORecipe, policy: Policy) -> tuple[list[Prompt], HeldOut]:
     """Training prompts, and what evaluations are made on."""
     data = recipe.data
     limit = policy.prompt_limit(data.max_prompt_tokens, recipe.sampling.max_new_tokens)
-    prompts, counts = load_prompts(data.prompts, policy.tokenizer, max_tokens=limit, template=data.template,
-                                   on_overlong=data.on_overlong, on_bad_row=data.on_bad_row)
-    held_out = load_held_out(recipe.eval, data, policy, prompts, prompt_limit=limit, folder=recipe.folder)
-    return prompts, replace(held_out, notes=(described(data.prompts, counts), *held_out.notes))
+    rules = {"template": data.template, "on_overlong": data.on_overlong, "on_bad_row": data.on_bad_row}
+    prompts, counts = load_prompts(data.prompts, policy.tokenizer, max_tokens=limit, **rules)
+    note = described(data.prompts, counts)
+    held_out = load_held_out(recipe.eval, data, policy, prompts, prompt_limit=limit, folder=recipe.folder, note=note)
+    return prompts, held_out
 
 
 def make_learner(recipe: PPORecipe, policy: Policy, prompts: list[Prompt], run: Run) -> Learner:
@@ -185,15 +118,57 @@ def make_learner(recipe: PPORecipe, policy: Policy, prompts: list[Prompt], run: 
     optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim)
     check_optimizer(optimizer, policy.trainable_parameters(), "policy")
     scorer = load_scorer(recipe.reward, recipe.folder, policy.device)
-    learner = Learner(policy, optimizer, value_optimizer, controller_of(recipe.kl), scorer)
+    responses = recipe.sampling.prompts_per_step * recipe.sampling.responses_per_prompt
+    controller = controller_of(recipe.kl, updates_per_step=recipe.ppo.epochs * responses // recipe.ppo.minibatch_size)
+    learner = Learner(policy, optimizer, value_optimizer, controller, scorer)
     if run.resume_from is not None:
         learner.restore(run.resume_from)
-    else:
-        check_fresh_policy(policy, prompts)
-        if scorer.wants_reference_samples:
-            learner.scorer = standardize(scorer, policy, prompts, recipe.sampling, seed=recipe.run.seed,
-                                         rng=run.rng("reference", 0))
+        return learner
+    check_fresh_policy(policy, prompts)
+    if scorer.wants_reference_samples:
+        rng = run.rng("reference", 0)
+        learner.scorer = standardize(scorer, policy, prompts, recipe.sampling, seed=recipe.run.seed, rng=rng)
     return learner
+
+
+def take_step(job: Job, learner: Learner, step: int) -> None:
+    """One turn of the loop: respond, measure, score, price, improve, record."""
+    recipe, run, sampling, ppo = job.recipe, job.run, job.recipe.sampling, job.recipe.ppo
+    clock = Clock()
+    rng = run.rng("sampling", step)
+    rollout = collect(
+        learner.policy, job.prompts, sampling, step=step, seed=recipe.run.seed, rng=rng, exact=recipe.kl.exact
+    )
+    clock.lap("sample")
+    scores = score(learner.scorer, rollout, sampling.missing_end_penalty)
+    clock.lap("score")
+
+    distance = measured_kl(rollout)
+    group = {"baseline": ppo.baseline, "per_prompt": sampling.responses_per_prompt}
+    learner.controller = priced(
+        learner.controller, recipe.kl, rollout, scores, distance.nats_per_response, **group
+    )
+    beta = learner.controller.beta
+    experience = shape(
+        rollout, scores, beta, placement=recipe.kl.placement, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda, **group
+    )
+    share = learning_rate_share(recipe.optim, step, job.steps)
+    learner.set_learning_rates(share * recipe.optim.lr, share * (ppo.value_lr or recipe.optim.lr))
+    update = improve(recipe, learner, experience, run.rng("minibatches", step))
+    clock.lap("update")
+
+    metrics = batch_metrics(rollout, scores, distance, beta) | update | {"optim/lr": share * recipe.optim.lr}
+    evaluates = step % recipe.run.eval_every == 0 and step < job.steps  # after the last step, `finish` evaluates
+    if evaluates:
+        metrics |= evaluate(learner.policy, job.held_out, sampling, learner.scorer, seed=recipe.run.seed)[0]
+        clock.lap("eval")
+    job.report.step(step, metrics | clock.metrics(len(scores)))
+    if evaluates or step in (1, job.steps):
+        job.report.samples(step, sample_rows(rollout, scores, response_kl(rollout)))
+    if step % recipe.run.save_every == 0 or step == job.steps or run.stop_signal:
+        save(job, learner, step, distance)
+    if run.stop_signal and step < job.steps:
+        raise Interrupted(f"stopped after step {step} of {job.steps}; --resume goes on from there.", run.stop_signal)
 
 
 def improve(recipe: PPORecipe, learner: Learner, experience: Experience, rng: np.random.Generator) -> dict[str, float]:
@@ -217,7 +192,10 @@ def improve(recipe: PPORecipe, learner: Learner, experience: Experience, rng: np
 def averaged(done: list[dict[str, float]]) -> dict[str, float]:
     """Means over the minibatches of one step; the step KL is that of the last one, after all the others' updates."""
     means = {name: sum(stats[name] for stats in done) / len(done) for name in done[0]}
-    return means | {"kl/step_nats_per_response": done[-1]["kl/step_nats_per_response"], "ppo/minibatches": float(len(done))}
+    return means | {
+        "kl/step_nats_per_response": done[-1]["kl/step_nats_per_response"],
+        "ppo/minibatches": float(len(done)),
+    }
 
 
 def policy_step(recipe: PPORecipe, learner: Learner, part: Experience, *, first: bool) -> dict[str, float]:
@@ -281,40 +259,54 @@ def check_first_ratio(logprobs: Tensor, old: Rollout, policy: Policy) -> None:
     allowed = FIRST_RATIO_GAP[policy.dtype]
     if gap > allowed:
         raise ModelError(
-            f"Before any update, a log-probability differs by {gap:.3g} nats from the rollout's (allowed: {allowed}): the "
-            "model's output depends on the batch it is in. kltune cannot train it."
+            f"Before any update, a log-probability differs by {gap:.3g} nats from the rollout's (allowed: {allowed}): "
+            "the model's output depends on the batch it is in. kltune cannot train it."
         )
 
 
-def save(recipe: PPORecipe, run: Run, learner: Learner, step: int, distance: KLSummary) -> None:
-    """A checkpoint that an exact resume can start from."""
-    save_checkpoint(run.folder, step, learner.policy.save, info=about(recipe, learner.policy, kl=asdict(distance)),
-                    tensors=learner.tensors(), state=learner.state(), keep=recipe.run.keep)
+def save(job: Job, learner: Learner, step: int, distance: KLSummary) -> None:
+    """A checkpoint that an exact resume can start from. Its KL is that of the step's batch: before the step's update."""
+    info = about(job.recipe, learner.policy, asdict(distance))
+    save_checkpoint(
+        job.run.folder, step, learner.policy.save, info=info, tensors=learner.tensors(), state=learner.state(),
+        keep=job.recipe.run.keep,
+    )
 
 
-def about(recipe: PPORecipe, policy: Policy, kl: dict[str, Any] | None) -> dict[str, Any]:
-    """What kltune.json says of a checkpoint: its reference, how its KL is measured, and what it was.
-
-    ``kl`` in a checkpoint is that of the step's batch, so of the policy before the step's update.
-    """
-    return {"stage": "ppo", "reference": policy.fingerprint.as_dict(), "kl": kl, "measure": {
-        "prompts": recipe.eval.prompts or recipe.data.prompts, "template": recipe.data.template,
-        "max_prompt_tokens": recipe.data.max_prompt_tokens, "max_new_tokens": recipe.sampling.max_new_tokens,
-        "temperature": recipe.sampling.temperature}}
+def about(recipe: PPORecipe, policy: Policy, kl: dict[str, Any]) -> dict[str, Any]:
+    """What kltune.json says of a checkpoint: its reference, its KL, and how that is measured again."""
+    settings = measure_settings(recipe.eval.prompts or recipe.data.prompts, recipe.data, recipe.sampling)
+    return {"stage": "ppo", "kind": "adapter", "reference": policy.fingerprint.as_dict(), "kl": kl, "measure": settings}
 
 
-def finish(recipe: PPORecipe, run: Run, learner: Learner, held_out: HeldOut, report: Report, steps: int) -> dict[str, Any]:
+def finish(job: Job, learner: Learner) -> dict[str, Any]:
     """Prove the reference is untouched, save ``final``, measure it afresh, and write the result."""
-    check_frozen(learner.policy)
-    report.say(f"measuring final on {held_out.responses} responses")
-    metrics, measured = evaluate(learner.policy, held_out, recipe.sampling, learner.scorer, seed=recipe.run.seed)
+    recipe, policy = job.recipe, learner.policy
+    check_frozen(policy)
+    job.report.say(f"measuring final on {job.held_out.responses} responses")
+    metrics, measured = evaluate(
+        policy, job.held_out, recipe.sampling, learner.scorer, seed=recipe.run.seed, compare=True
+    )
     kl = kl_result(measured)
-    final = save_final(run.folder, learner.policy.save, info=about(recipe, learner.policy, kl=kl))
-    result = {
-        "schema": "kltune.result/1", "status": "finished", "stage": "ppo", "output": str(run.folder), "final": str(final),
-        "steps": steps, "kl": kl, "target": recipe.kl.target if recipe.kl.control == "target" else None,
-        "unit": recipe.kl.unit, "beta": learner.controller.beta, "score": metrics["eval/score_mean"],
-        "score_stderr": metrics["eval/score_stderr"], "reference": learner.policy.fingerprint.as_dict(),
-        "eval": metrics, "held_out": recipe.eval.prompts is not None, "seconds": run.seconds(),
-    }
-    return run.finish(result)
+    final = save_final(job.run.folder, policy.save, info=about(recipe, policy, kl))
+    result = job.run.finish({
+        "schema": "kltune.result/1",
+        "status": "finished",
+        "stage": "ppo",
+        "output": str(job.run.folder),
+        "final": str(final),
+        "steps": job.steps,
+        "kl": kl,
+        "target": recipe.kl.target if recipe.kl.control == "target" else None,
+        "unit": recipe.kl.unit,
+        "beta": learner.controller.beta,
+        "score": metrics["eval/score_mean"],
+        "score_stderr": metrics["eval/score_stderr"],
+        "reference_score": metrics["eval/reference_score_mean"],
+        "reference": policy.fingerprint.as_dict(),
+        "eval": metrics,
+        "held_out": recipe.eval.prompts is not None,
+        "seconds": job.run.seconds(),
+    })
+    write_page(job.run.folder)
+    return result

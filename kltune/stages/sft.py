@@ -1,0 +1,179 @@
+"""Supervised fine-tuning: the reference of the stages that follow.
+
+    minimise  −Σ log π(token)  over the scored tokens, per token
+
+on responses only where there is a prompt. With ``lora`` the base stays frozen under an adapter; with ``lora: null``
+every weight is trained and a frozen copy is kept. Either way the KL from the model it started from is measured, like
+everywhere else: a supervised stage moves a model too.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from kltune.errors import Interrupted
+from kltune.lm.data import Example, load_examples, shuffled_positions
+from kltune.lm.evaluate import (
+    HeldOut,
+    described,
+    evaluate,
+    example_batch,
+    kl_result,
+    load_held_out,
+    log_perplexity,
+    measure_settings,
+)
+from kltune.lm.loading import pick_device
+from kltune.lm.opening import load_policy
+from kltune.lm.optim import (
+    check_optimizer,
+    guarded_step,
+    learning_rate_share,
+    make_optimizer,
+    set_learning_rate,
+    total_steps,
+)
+from kltune.lm.policy import Policy
+from kltune.lm.selftest import check_frozen
+from kltune.recipe import SFTRecipe
+from kltune.run.checkpoint import load_optimizer, optimizer_tensors, read_state, save_checkpoint, save_final
+from kltune.run.clock import Clock
+from kltune.run.page import write_page
+from kltune.run.report import Report
+from kltune.run.session import Run, finished_result, open_run
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same from step to step."""
+
+    recipe: SFTRecipe
+    run: Run
+    report: Report
+    examples: list[Example]
+    held_out: HeldOut
+    steps: int
+
+
+def run_sft(recipe: SFTRecipe, resume: bool) -> dict[str, Any]:
+    """``kltune sft``: imitate texts, save the adapter (or the model), and measure what was saved.
+
+    Args:
+        recipe: what to do.
+        resume: go on from the newest checkpoint in the output folder.
+
+    Returns:
+        The object of ``result.json``.
+    """
+    done = finished_result(recipe)
+    if done is not None:
+        return done
+    with open_run(recipe, resume=resume) as run:
+        torch.manual_seed(recipe.run.seed)  # the adapter's initial weights
+        policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))
+        run.set_reference(policy.fingerprint.as_dict())
+        examples, held_out = load_data(recipe, policy)
+        optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim)
+        check_optimizer(optimizer, policy.trainable_parameters(), "model" if policy.full else "adapter")
+        if run.resume_from is not None:
+            policy.load_trained(run.resume_from)
+            load_optimizer(optimizer, policy.trainable_parameters(), read_state(run.resume_from)[0]["optimizer"])
+        steps = total_steps(recipe.run, len(examples), recipe.optim.batch_size)
+        with Report(run.folder, "sft", steps, start_step=run.start_step) as report:
+            for note in (policy.fingerprint.describe(), *held_out.notes):
+                report.say(note)
+            job = Job(recipe, run, report, examples, held_out, steps)
+            for step in range(run.start_step + 1, steps + 1):
+                take_step(job, policy, optimizer, step)
+            return finish(job, policy)
+
+
+def load_data(recipe: SFTRecipe, policy: Policy) -> tuple[list[Example], HeldOut]:
+    """Training texts, and what evaluations are made on. A prompt takes at most half of the model's context."""
+    data, context = recipe.data, policy.max_context
+    limit = policy.prompt_limit(data.max_prompt_tokens, min(data.max_response_tokens, (context or 1024) // 2))
+    room = data.max_response_tokens if context is None else min(data.max_response_tokens, context - limit)
+    rules = {"template": data.template, "on_overlong": data.on_overlong, "on_bad_row": data.on_bad_row}
+    limits = {"max_prompt_tokens": limit, "max_response_tokens": room}
+    end = policy.tokenizer.eos_token_id
+    examples, counts = load_examples(data.texts, policy.tokenizer, end_token=end, **limits, **rules)
+    note = described(data.texts, counts)
+    held_out = load_held_out(recipe.eval, data, policy, [], prompt_limit=limit, folder=recipe.folder, note=note)
+    return examples, held_out
+
+
+def take_step(job: Job, policy: Policy, optimizer: Optimizer, step: int) -> None:
+    """One batch of texts, one update, one row of the report."""
+    recipe, run, size = job.recipe, job.run, job.recipe.optim.batch_size
+    clock = Clock()
+    positions = shuffled_positions(len(job.examples), (step - 1) * size, size, recipe.run.seed)
+    lr = learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr
+    set_learning_rate(optimizer, lr)
+    torch.manual_seed(int(run.rng("dropout", step).integers(2**62)))  # keyed by the step, so that resuming is exact
+    metrics = imitate(recipe, policy, optimizer, [job.examples[i] for i in positions]) | {"optim/lr": lr}
+    clock.lap("update")
+
+    if step % recipe.run.eval_every == 0 and step < job.steps:  # after the last step, `finish` evaluates
+        metrics |= evaluate(policy, job.held_out, recipe.sampling, None, seed=recipe.run.seed)[0]
+        clock.lap("eval")
+    job.report.step(step, metrics | clock.metrics(size, "examples"))
+    if step % recipe.run.save_every == 0 or step == job.steps or run.stop_signal:
+        tensors = {"optimizer": optimizer_tensors(optimizer, policy.trainable_parameters())}
+        info = about(recipe, policy, None)
+        save_checkpoint(run.folder, step, policy.save, info=info, tensors=tensors, state={}, keep=recipe.run.keep)
+    if run.stop_signal and step < job.steps:
+        raise Interrupted(f"stopped after step {step} of {job.steps}; --resume goes on from there.", run.stop_signal)
+
+
+def imitate(recipe: SFTRecipe, policy: Policy, optimizer: Optimizer, batch: list[Example]) -> dict[str, float | None]:
+    """One step on a batch, in micro-batches whose gradients add up to that of the mean over all its scored tokens."""
+    tokens = sum(sum(example.scored) for example in batch)
+    size = recipe.optim.micro_batch_size or len(batch)
+    loss = 0.0
+    with policy.dropout() if recipe.lora is not None and recipe.lora.dropout > 0.0 else nullcontext():
+        for start in range(0, len(batch), size):
+            ids, scored = example_batch(batch[start : start + size], policy)
+            part = -policy.logprobs(ids, scored).sum() / tokens
+            part.backward()
+            loss += part.item()
+    norm = guarded_step(optimizer, recipe.optim.max_grad_norm, "policy")
+    return {"loss/mean": loss, "sft/grad_norm": norm, "sft/tokens": float(tokens)}
+
+
+def about(recipe: SFTRecipe, policy: Policy, kl: dict[str, Any] | None) -> dict[str, Any]:
+    """What kltune.json says of a checkpoint: what it started from, its KL, and how that is measured again."""
+    settings = measure_settings(recipe.eval.prompts, recipe.data, recipe.sampling)
+    kind = "full" if policy.full else "adapter"
+    return {"stage": "sft", "kind": kind, "reference": policy.fingerprint.as_dict(), "kl": kl, "measure": settings}
+
+
+def finish(job: Job, policy: Policy) -> dict[str, Any]:
+    """Prove the start is untouched, save ``final``, measure it afresh, and write the result."""
+    recipe, texts = job.recipe, job.held_out.texts
+    check_frozen(policy)
+    metrics, measured = evaluate(policy, job.held_out, recipe.sampling, None, seed=recipe.run.seed)
+    if texts:
+        with policy.reference():
+            metrics["eval/reference_texts_nats_per_token"] = log_perplexity(policy, texts)
+    kl = None if measured is None else kl_result(measured)
+    final = save_final(job.run.folder, policy.save, info=about(recipe, policy, kl))
+    result = job.run.finish({
+        "schema": "kltune.result/1",
+        "status": "finished",
+        "stage": "sft",
+        "output": str(job.run.folder),
+        "final": str(final),
+        "steps": job.steps,
+        "kl": kl,
+        "target": None,
+        "score": None,
+        "perplexity": metrics.get("eval/perplexity"),
+        "reference": policy.fingerprint.as_dict(),
+        "eval": metrics,
+        "seconds": job.run.seconds(),
+    })
+    write_page(job.run.folder)
+    return result

@@ -1,0 +1,94 @@
+"""Small models for every room that needs one; heavy imports wait until a test asks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from kltune.lm.policy import Policy
+
+STORIES = Path(__file__).resolve().parents[1].parent / "shared" / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def stories_model() -> Path:
+    """The folder of a 260,000-parameter Llama that tells stories; the test is skipped where it is absent."""
+    if not (STORIES / "model.safetensors").is_file():
+        pytest.skip("../shared/models/stories260K, beside the repository, is not here")
+    return STORIES
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from an architecture (``tiny_policies.ARCHITECTURES``) to a folder with a random model and tokenizer.
+
+    The folders are shared by all tests: change a copy, never the folder.
+    """
+    from tests.tiny_policies import save_tiny_model
+
+    folders: dict[str, Path] = {}
+
+    def folder(architecture: str = "llama") -> Path:
+        if architecture not in folders:
+            folders[architecture] = save_tiny_model(tmp_path_factory.mktemp(architecture), architecture)
+        return folders[architecture]
+
+    return folder
+
+
+@pytest.fixture
+def open_policy(tiny_model: Callable[[str], Path]) -> Callable[..., "Policy"]:
+    """A function that opens a policy with a fresh adapter: by architecture, or ``path=`` any model folder.
+
+    Other keywords are keys of the recipe's ``model`` section; ``lora=None`` is full fine-tuning.
+    """
+    import torch
+
+    from kltune.lm.opening import load_policy
+    from kltune.recipe import LoraSection, ModelSection
+
+    small = LoraSection(rank=4, alpha=8.0)
+
+    def open_one(architecture: str = "llama", *, lora=small, path=None, **section) -> "Policy":
+        torch.manual_seed(0)  # the adapter's first weights
+        model = ModelSection(path=str(path or tiny_model(architecture)), **section)
+        return load_policy(model, lora, device=torch.device("cpu"))
+
+    return open_one
+
+
+@pytest.fixture
+def policy(open_policy: Callable[..., "Policy"]) -> "Policy":
+    """A tiny Llama with a fresh adapter."""
+    return open_policy()
+
+
+@pytest.fixture
+def trained_policy(policy: "Policy") -> "Policy":
+    """A tiny Llama whose adapter holds random numbers: far from its reference."""
+    from tests.tiny_policies import randomize
+
+    randomize(policy.trainable_parameters())
+    return policy
+
+
+@pytest.fixture
+def tiny_lm_policy(tmp_path: Path, open_policy: Callable[..., "Policy"]) -> "Policy":
+    """ORACLE-B as kltune opens it: the reference is ρ, the policy π of the `eval-kl` fixture (MATH 8.2).
+
+    The adapter sits on the head and holds the difference of the two tables exactly.
+    """
+    import torch
+
+    from kltune.recipe import LoraSection
+    from tests.oracles import save_tiny_lm, tiny_policy_logits, tiny_reference_logits
+
+    folder = save_tiny_lm(tmp_path / "tiny_lm")
+    policy = open_policy(path=folder, lora=LoraSection(rank=3, alpha=3.0, targets=("lm_head",)))
+    tensors = {name.rpartition("lora_")[2][0]: tensor for name, tensor in policy.trainable_parameters().items()}
+    with torch.no_grad():
+        tensors["A"].copy_((tiny_policy_logits() - tiny_reference_logits()).T)
+        tensors["B"].zero_()[:3].copy_(torch.eye(3))
+    return policy

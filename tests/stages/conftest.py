@@ -1,0 +1,209 @@
+"""Whole stages on models that take a second: a random Llama that speaks single letters, and the listed models of MATH 8."""
+
+import json
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kltune.recipe import Recipe, load_recipe
+from tests.oracles import BANDIT_REFERENCE, save_tiny_lm
+
+LETTERS = string.ascii_lowercase + " .,"
+SPECIAL = ("<s>", "</s>", "<pad>")
+PROMPTS = ("the ", "once a", "what if ", "no", "my cat", "in may ", "oh", "we sat by", "he ran", "ten ", "up", "a dog is ")
+HELD_OUT = ("she ", "two by", "if not", "so", "a fish ", "old men", "it was ", "run", "at ten ", "you")
+
+# What the tiny model is taught or scored for. score: a's per response.
+REWARDS = '''
+import json
+
+def score(prompts, responses):
+    """How often a response says a."""
+    return [float(response.count("a")) for response in responses]
+
+def nan_later(prompts, responses, calls=[]):
+    """Finite in the first call only."""
+    calls.append(None)
+    return [float("nan") if len(calls) > 1 else 0.5 * row for row in range(len(responses))]
+
+def arms(prompts, responses):
+    """The bandit's rewards, 0 to 3."""
+    return [float("wxyz".index(response.strip())) for response in responses]
+
+def tiny(prompts, responses):
+    """TinyLM's reward but for the half point an unfinished response loses."""
+    words = ["".join(response.split()) for response in responses]
+    return [float(word.count("a") + ("ab" in word)) for word in words]
+'''
+
+PPO = {
+    "stage": "ppo",
+    "lora": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj", "down_proj"]},
+    "data": {"prompts": "prompts.jsonl"},
+    "sampling": {"prompts_per_step": 8, "responses_per_prompt": 2, "max_new_tokens": 6},
+    "reward": [{"kind": "function", "path": "rewards.py:score"}],
+    "kl": {"target": 0.5},
+    "ppo": {"epochs": 2, "minibatch_size": 8},
+    "optim": {"lr": 0.02},
+    "run": {"steps": 4, "save_every": 100, "eval_every": 100},
+    "eval": {"prompts": "held_out.jsonl", "responses": 10},
+}
+SFT = {
+    "stage": "sft",
+    "lora": {"rank": 4, "alpha": 8.0},
+    "data": {"texts": "texts.jsonl"},
+    "sampling": {"max_new_tokens": 6},
+    "optim": {"lr": 0.02, "batch_size": 6},
+    "run": {"steps": 4, "save_every": 100, "eval_every": 100},
+    "eval": {"prompts": "held_out.jsonl", "responses": 10, "texts": "held_out_texts.jsonl"},
+}
+ORACLE = {
+    "stage": "ppo",
+    "lora": {"rank": 4, "alpha": 4.0, "targets": ["lm_head"]},
+    "data": {"prompts": "prompts.jsonl"},
+    "sampling": {"prompts_per_step": 1, "responses_per_prompt": 256},
+    "kl": {"control": "fixed", "beta": 1.0},
+    "run": {"save_every": 1000, "eval_every": 1000},
+    "eval": {"responses": 256},
+}
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, ``<s>`` before every text."""
+    ids = {piece: number for number, piece in enumerate((*SPECIAL, *LETTERS))}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="."))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def small_llama(vocabulary: int, *, layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
+    """Random weights, large enough that the next letter depends on the ones before."""
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
+        max_position_embeddings=64, initializer_range=0.25, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random Llama as a folder."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    small_llama(len(SPECIAL) + len(LETTERS)).save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bandit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ORACLE-A as a real Llama: behind the prompt its four arms have the probabilities ρ, all else 0.
+
+    One prompt is one hidden state h, and the head's rows are log ρ(v) · h / |h|².
+    """
+    folder = tmp_path_factory.mktemp("models") / "bandit"
+    ids = {piece: number for number, piece in enumerate((*SPECIAL, *"wxyza"))}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model = small_llama(len(ids), layers=1)
+    with torch.no_grad():
+        hidden = model.model(input_ids=torch.tensor([[0]])).last_hidden_state[0, -1]
+        logits = torch.full((len(ids),), -1e4)
+        logits[3:7] = BANDIT_REFERENCE.float().log()
+        model.lm_head.weight.copy_(logits[:, None] * hidden / hidden.square().sum())
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_lm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ORACLE-B as a folder."""
+    return save_tiny_lm(tmp_path_factory.mktemp("models") / "tiny_lm")
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A JSONL file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_recipe(folder: Path, base: dict[str, Any], model: Path, prompts: tuple[str, ...] = PROMPTS) -> Path:
+    """A recipe with its data and rewards in ``folder``; its output is ``folder/run``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "prompts.jsonl", [{"prompt": text} for text in prompts])
+    write_rows(folder / "held_out.jsonl", [{"prompt": text} for text in HELD_OUT])
+    texts = [{"prompt": text, "response": f"{text[::-1]}a."} for text in PROMPTS]
+    write_rows(folder / "texts.jsonl", texts)
+    write_rows(folder / "held_out_texts.jsonl", [{"prompt": t, "response": f"{t[::-1]}a."} for t in HELD_OUT])
+    (folder / "rewards.py").write_text(REWARDS, encoding="utf-8")
+    whole = base | {"model": {"path": str(model)}, "run": base["run"] | {"output": str(folder / "run")}}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(whole), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def ppo_file(tmp_path: Path, llama: Path) -> Path:
+    """A PPO recipe on the random Llama; its run goes to ``run`` beside it."""
+    return write_recipe(tmp_path / "ppo", PPO, llama)
+
+
+@pytest.fixture
+def sft_file(tmp_path: Path, llama: Path) -> Path:
+    """An SFT recipe on the random Llama."""
+    return write_recipe(tmp_path / "sft", SFT, llama)
+
+
+@pytest.fixture
+def ppo_recipe(ppo_file: Path) -> MakeRecipe:
+    """A function from overrides (and an output) to the PPO recipe."""
+    return lambda *overrides, output=None: load_recipe(ppo_file, overrides, output=output)
+
+
+@pytest.fixture
+def sft_recipe(sft_file: Path) -> MakeRecipe:
+    """A function from overrides (and an output) to the SFT recipe."""
+    return lambda *overrides, output=None: load_recipe(sft_file, overrides, output=output)
+
+
+@pytest.fixture
+def bandit_recipe(tmp_path: Path, bandit: Path) -> MakeRecipe:
+    """A function from overrides to a recipe on ORACLE-A at β = 1."""
+    base = ORACLE | {"reward": [{"kind": "function", "path": "rewards.py:arms"}]}
+    base["sampling"] = base["sampling"] | {"max_new_tokens": 1}
+    path = write_recipe(tmp_path / "bandit", base, bandit, ("<s>",))
+    return lambda *overrides: load_recipe(path, overrides)
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path, tiny_lm_folder: Path) -> MakeRecipe:
+    """A function from overrides to a recipe on ORACLE-B at β = 1."""
+    base = ORACLE | {"reward": [{"kind": "function", "path": "rewards.py:tiny"}]}
+    base["sampling"] = base["sampling"] | {"max_new_tokens": 3, "missing_end_penalty": 0.5}
+    path = write_recipe(tmp_path / "tiny", base, tiny_lm_folder, ("<s>",))
+    return lambda *overrides: load_recipe(path, overrides)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

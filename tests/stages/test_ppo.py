@@ -1,0 +1,285 @@
+"""``kltune ppo`` from recipe to result: what it leaves behind, what it keeps still, what it refuses."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from kltune.errors import DivergedError, ModelError, ScorerError
+from kltune.lm.policy import Policy
+from kltune.recipe import load_recipe
+from kltune.stages import ppo
+from kltune.stages.ppo import run_ppo
+from tests.stages.conftest import read_jsonl
+
+STEP_KEYS = {
+    "step",
+    "kl/ref_nats_per_response",
+    "kl/ref_stderr",
+    "kl/ref_nats_per_token",
+    "kl/beta",
+    "kl/step_nats_per_response",
+    "score/mean",
+    "time/step_seconds",
+    "time/sample_seconds",
+    "time/update_seconds",
+    "responses_per_second",
+}
+RESULT_KEYS = {"schema", "status", "output", "final", "steps", "kl", "target", "score", "seconds"}
+RUN_KEYS = {"schema", "kltune_version", "stage", "status", "seed", "reference", "versions", "started", "ended"}
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+@contextmanager
+def keeping_policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Policy]]:
+    """The policies that runs load while this lasts."""
+    kept: list[Policy] = []
+    load = ppo.load_policy
+
+    def keep(*args, **keys):
+        kept.append(load(*args, **keys))
+        return kept[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "load_policy", keep)
+        yield kept
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def status(folder: Path) -> str:
+    return json.loads((folder / "run.json").read_text())["status"]
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_the_contract_promises(ppo_recipe, llama, monkeypatch):
+    recipe = ppo_recipe("run.steps=4", "run.save_every=2", "run.eval_every=3")
+    with keeping_policy(monkeypatch) as policies:
+        result = run_ppo(recipe, resume=False)
+    folder = Path(recipe.run.output)
+
+    assert load_recipe(folder / "recipe.yaml") == recipe
+    record = json.loads((folder / "run.json").read_text())
+    assert record.keys() >= RUN_KEYS
+    assert (record["status"], record["stage"], record["seed"]) == ("finished", "ppo", 0)
+    assert record["reference"].keys() >= {"path", "sha256", "tokenizer_sha256", "template_sha256"}
+
+    rows = read_jsonl(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row.keys() >= STEP_KEYS and "nonfinite" not in row for row in rows)
+    assert [("eval/kl_ref_nats_per_response" in row) for row in rows] == [False, False, True, False]
+    samples = read_jsonl(folder / "samples.jsonl")
+    assert {row["step"] for row in samples} == {1, 3, 4}
+    assert all(row.keys() >= {"prompt", "response", "score", "ref_kl"} for row in samples)
+
+    checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert checkpoints == ["step-000002", "step-000004"]
+    for saved in (folder / "checkpoints" / "step-000004", folder / "final"):
+        info = json.loads((saved / "kltune.json").read_text())
+        assert {path.name for path in saved.iterdir()} >= ADAPTER_FILES | {"kltune.json"}
+        assert info["reference"] == record["reference"]
+        assert info["kl"]["nats_per_response"] >= 0.0
+    assert (folder / "checkpoints" / "step-000004" / "state" / "state.json").exists()
+
+    assert result == json.loads((folder / "result.json").read_text())
+    assert result.keys() >= RESULT_KEYS
+    assert result["kl"].keys() >= {"nats_per_response", "stderr", "ci95"}
+    assert (result["status"], result["steps"], result["target"]) == ("finished", 4, 0.5)
+    assert result["final"] == str(folder / "final")
+    assert result["kl"]["prompts"] == 10  # the held-out ones
+
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.lower().startswith("<!doctype html")
+    assert "http://" not in page.replace("http://www.w3.org/", "")  # one page, nothing fetched
+
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).state_dict()
+    for name, tensor in policies[0]._reference_tensors.items():
+        assert torch.equal(tensor, base[name]), f"{name} moved"
+    assert len(policies[0]._reference_tensors) == len(base)
+
+
+def test_nothing_has_moved_before_step_one(ppo_recipe):
+    recipe = ppo_recipe("run.steps=2")
+    run_ppo(recipe, resume=False)
+    first, second = read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
+    assert first["kl/ref_nats_per_response"] == first["kl/ref_nats_per_token"] == 0.0
+    assert first["kl/ref_k1_nats_per_response"] == 0.0
+    assert second["kl/ref_nats_per_response"] > 0.0
+
+
+@pytest.mark.parametrize("baseline", ["value", "rloo", "grpo"])
+def test_a_reward_is_raised(ppo_recipe, baseline):
+    recipe = ppo_recipe(
+        f"ppo.baseline={baseline}", "kl.target=4", "run.steps=15", "sampling.responses_per_prompt=4",
+        "ppo.minibatch_size=16", "lora.targets=[lm_head]",
+    )
+    run_ppo(recipe, resume=False)
+    scores = [row["score/mean"] for row in read_jsonl(Path(recipe.run.output) / "metrics.jsonl")]
+    assert sum(scores[-3:]) > 2 * sum(scores[:3])
+
+
+def test_a_finished_run_is_not_run_again(ppo_recipe, monkeypatch):
+    recipe = ppo_recipe("run.steps=1")
+    result = run_ppo(recipe, resume=False)
+    monkeypatch.delattr(ppo, "take_step")
+    monkeypatch.delattr(ppo, "load_policy")
+    assert run_ppo(recipe, resume=False) == result
+    assert run_ppo(recipe, resume=True) == result
+
+
+def test_prompts_go_round_in_reshuffled_epochs(ppo_recipe, monkeypatch):
+    seen: list[str] = []
+    collect = ppo.collect
+    monkeypatch.setattr(ppo, "collect", lambda *args, **keys: seen.append(r := collect(*args, **keys)) or r)
+    run_ppo(ppo_recipe("run.steps=3", "sampling.prompts_per_step=8"), resume=False)
+    asked = [rollout.prompts[i] for rollout in seen for i in range(0, 16, 2)]
+    assert len(set(asked[:12])) == len(set(asked[12:24])) == 12
+    assert asked[:12] != asked[12:24]
+
+
+# --- units ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_target_per_token_is_the_target_per_response_of_its_length(ppo_recipe, monkeypatch):
+    targets = []
+    from kltune.core.controllers import LogPI
+
+    def spy(self, ref_kl, target, *, spread, responses):
+        targets.append(target)
+        return replace(self, beta=1.0)
+
+    monkeypatch.setattr(LogPI, "updated", spy)
+    recipe = ppo_recipe("kl.unit=nats_per_token", "kl.target=0.1", "run.steps=2")
+    run_ppo(recipe, resume=False)
+    lengths = [row["response/tokens"] for row in read_jsonl(Path(recipe.run.output) / "metrics.jsonl")]
+    assert targets == pytest.approx([0.1 * length for length in lengths])
+
+
+# --- one update -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("price", [(), ("kl.placement=loss",), ("kl.placement=loss", "kl.estimator=k2")])
+def test_micro_batches_add_up_to_the_minibatch(ppo_recipe, tmp_path, price):
+    finals = []
+    for name, micro in (("whole", "null"), ("parts", "3")):
+        recipe = ppo_recipe(f"optim.micro_batch_size={micro}", "run.steps=2", *price, output=str(tmp_path / name))
+        finals.append(adapter(Path(run_ppo(recipe, resume=False)["final"])))
+    whole, parts = finals
+    gap = max((whole[name] - parts[name]).abs().max().item() for name in whole)
+    # Adam turns a gradient's sign into a step of lr = 0.02, so that 2e-5 is a relative error of 1e-3 in one weight.
+    assert gap < 2e-5
+    assert max(tensor.abs().max().item() for name, tensor in whole.items() if "lora_B" in name) > 0.01
+
+
+def test_the_gradients_of_micro_batches_add_up(ppo_recipe, monkeypatch):
+    gradients: dict[str, list[torch.Tensor]] = {}
+    step = ppo.guarded_step
+
+    def spy(optimizer, max_grad_norm, what):
+        found = [p.grad.clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients.setdefault(what, []).append(torch.cat([grad.flatten() for grad in found]))
+        return step(optimizer, max_grad_norm, what)
+
+    monkeypatch.setattr(ppo, "guarded_step", spy)
+    folder = Path(ppo_recipe().run.output).parent
+    for micro in ("null", "3"):
+        recipe = ppo_recipe(
+            f"optim.micro_batch_size={micro}", "run.steps=1", "ppo.epochs=1", "ppo.minibatch_size=16",
+            output=str(folder / f"micro-{micro}"),
+        )
+        run_ppo(recipe, resume=False)
+    for what, (whole, parts) in gradients.items():
+        assert whole.norm() > 0, what
+        assert torch.allclose(whole, parts, rtol=0, atol=1e-6), what
+
+
+def test_a_step_is_left_early_once_it_has_gone_far_enough(ppo_recipe):
+    recipe = ppo_recipe("ppo.epochs=10", "ppo.stop_step_kl=0.01", "optim.lr=0.05", "run.steps=2")
+    run_ppo(recipe, resume=False)
+    for row in read_jsonl(Path(recipe.run.output) / "metrics.jsonl"):
+        assert 1 < row["ppo/minibatches"] < 20
+        assert row["kl/step_nats_per_response"] > 0.015
+
+
+def test_without_a_limit_every_epoch_is_walked(ppo_recipe):
+    recipe = ppo_recipe("ppo.epochs=3", "run.steps=1")
+    run_ppo(recipe, resume=False)
+    (row,) = read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
+    assert row["ppo/minibatches"] == 6
+
+
+def test_log_probs_that_are_not_the_policys_own_are_refused(ppo_recipe, monkeypatch):
+    collect = ppo.collect
+
+    def tampered(*args, **keys):
+        rollout = collect(*args, **keys)
+        return replace(rollout, logprobs=rollout.logprobs - 0.01 * rollout.response_mask)
+
+    monkeypatch.setattr(ppo, "collect", tampered)
+    recipe = ppo_recipe()
+    with pytest.raises(ModelError, match=r"a log-probability differs by 0\.01 nats"):
+        run_ppo(recipe, resume=False)
+    assert status(Path(recipe.run.output)) == "failed"
+    assert not (Path(recipe.run.output) / "checkpoints").exists()
+
+
+# --- numbers that are none ----------------------------------------------------------------------------------------------
+
+
+def test_a_score_that_is_no_number_stops_the_run(ppo_recipe, ppo_file):
+    ppo_file.write_text(ppo_file.read_text().replace("rewards.py:score", "rewards.py:nan_later"))
+    recipe = ppo_recipe("run.save_every=1")
+    with pytest.raises(ScorerError, match="nan") as caught:
+        run_ppo(recipe, resume=False)
+    folder = Path(recipe.run.output)
+    assert caught.value.exit_code == 5
+    assert status(folder) == "failed"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000001"]
+    assert not (folder / "final").exists()
+    assert not (folder / "result.json").exists()
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_and_nothing_of_it_is_saved(ppo_recipe, monkeypatch):
+    calls = []
+    loss = ppo.clipped_policy_loss
+
+    def poisoned(*args):
+        calls.append(None)
+        return loss(*args) * (math.nan if len(calls) == 6 else 1.0)  # the second minibatch of the second step
+
+    monkeypatch.setattr(ppo, "clipped_policy_loss", poisoned)
+    with keeping_policy(monkeypatch) as policies, pytest.raises(DivergedError) as caught:
+        run_ppo(recipe := ppo_recipe("run.save_every=1"), resume=False)
+    folder = Path(recipe.run.output)
+    assert caught.value.exit_code == 6
+    assert status(folder) == "failed"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000001"]
+    assert not (folder / "final").exists()
+    assert all(torch.isfinite(p).all() for p in policies[0].trainable_parameters().values())
+
+
+def test_weights_that_stop_being_numbers_are_never_saved(ppo_recipe, monkeypatch):
+    improve = ppo.improve
+
+    def broken(recipe, learner, experience, rng):
+        stats = improve(recipe, learner, experience, rng)
+        next(iter(learner.policy.trainable_parameters().values())).data[0, 0] = math.nan
+        return stats
+
+    monkeypatch.setattr(ppo, "improve", broken)
+    recipe = ppo_recipe("run.save_every=1")
+    with pytest.raises(DivergedError) as caught:
+        run_ppo(recipe, resume=False)
+    assert caught.value.exit_code == 6
+    assert list((Path(recipe.run.output) / "checkpoints").glob("*")) == []
