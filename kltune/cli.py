@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -162,8 +163,10 @@ def demo(
 ) -> None:
     """The whole walk on a tiny model: no download, no GPU, a few minutes."""
     from kltune.demo import run_demo
+    from kltune.demo import summary as table
 
-    show_result(run_demo(output), as_json)
+    result = run_demo(output)
+    emit(to_json(result) if as_json else table(result))
 
 
 @app.command()
@@ -301,6 +304,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
+    # Libraries warn each other of renamed attributes; no user of kltune can do anything about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b.*")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")     # a terminal without ‖ still gets its answer

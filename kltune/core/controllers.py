@@ -104,7 +104,7 @@ class LogPI:
     The gain is low on purpose. Near the target the score's gradient and the price's nearly cancel, and an optimizer
     that normalises its step (Adam, whitened advantages) makes a full-sized step of whatever is left: one step with a
     wrong price moves the KL as far as any. A gain of 1 then makes the KL swing by ± 20-40 % with a period of 2 to 4
-    steps; 0.5 does not. Look-ahead is for momentum, which keeps moving the KL for some optimizer updates whatever the
+    steps, 0.5 by ± 10 %. Look-ahead is for momentum, which keeps moving the KL for some optimizer updates whatever the
     price: it matters with one update per step and is nothing with sixteen, so it is given in updates. The integral
     removes what offset the feed-forward leaves; it waits until the KL is near (anti-windup) and is bounded.
     With ``fixed_feed_forward`` the recipe's own β takes the place of σ / √(2·target).

@@ -138,6 +138,7 @@ def wrap(model: nn.Module, config: PeftConfig, what: str) -> PeftModel:
     Raises:
         ModelError: no layer has one of the names, or a layer is of a kind that LoRA cannot serve.
     """
+    config.base_model_name_or_path = None  # PEFT would warn of another path; hashes tell bases apart
     try:
         return get_peft_model(model, config, adapter_name=POLICY)
     except ValueError as error:
@@ -159,8 +160,8 @@ def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
     missing = [key for key in outcome.missing_keys if ".lora_" in key and f".{VALUE}." not in key]
     if missing or outcome.unexpected_keys:
         raise ModelError(
-            f"{misfit}: {len(missing)} of its layers have no tensor in the file, {len(outcome.unexpected_keys)} tensors "
-            "in the file have no layer; was it made for another model?"
+            f"{misfit}: {len(missing)} of its layers have no tensor in the file, {len(outcome.unexpected_keys)} "
+            "tensors in the file have no layer; was it made for another model?"
         )
 
 

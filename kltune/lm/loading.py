@@ -202,8 +202,8 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
     made_up = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if made_up:
         raise ModelError(
-            f"{where}: the files of {path} do not hold {', '.join(made_up[:3])}{', …' if len(made_up) > 3 else ''} in the "
-            "shape that its config.json says; transformers would put random numbers there."
+            f"{where}: the files of {path} lack {', '.join(made_up[:3])}{', …' if len(made_up) > 3 else ''} or hold it "
+            "in another shape than config.json says; transformers would put random numbers there."
         )
     return model.to(device)
 

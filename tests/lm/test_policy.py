@@ -241,6 +241,7 @@ def test_what_is_measured_is_what_the_full_logits_of_the_plain_model_say(
         "ref_kl": (p.exp() * (p - q)).sum(-1),
         "entropy": -(p.exp() * p).sum(-1),
         "ref_entropy": -(q.exp() * q).sum(-1),
+        "log_ratio_variance": (p.exp() * (p - q).square()).sum(-1) - (p.exp() * (p - q)).sum(-1).square(),
     }
     measured = policy.measure(IDS, SCORED, temperature)
     for name, numbers in by_hand.items():
@@ -275,7 +276,8 @@ def test_a_soft_cap_that_small_logits_do_not_feel_is_still_seen(open_policy, tmp
 
 def test_unwanted_numbers_are_not_computed(trained_policy):
     measured = trained_policy.measure(IDS, SCORED, exact=False)
-    assert (measured.ref_kl, measured.entropy, measured.ref_entropy) == (None, None, None)
+    unwanted = ("ref_kl", "entropy", "ref_entropy", "log_ratio_variance")
+    assert [getattr(measured, name) for name in unwanted] == [None] * 4
     full = trained_policy.measure(IDS, SCORED)
     assert torch.equal(measured.logprobs, full.logprobs)
     assert torch.equal(measured.ref_logprobs, full.ref_logprobs)
@@ -329,7 +331,7 @@ def test_the_rest_of_the_batch_and_its_padding_change_no_number(open_policy, mon
     def check(ids: Tensor, scored: Tensor, order: Tensor) -> None:
         """``order``: which token of the first measurement each token here is."""
         again = policy.measure(ids, scored)
-        for name in ("logprobs", "ref_logprobs", "ref_kl", "entropy", "ref_entropy"):
+        for name in ("logprobs", "ref_logprobs", "ref_kl", "entropy", "ref_entropy", "log_ratio_variance"):
             assert (getattr(again, name) - getattr(once, name)[order]).abs().max() < 1e-5, name
 
     number = torch.zeros_like(IDS).masked_scatter(SCORED, torch.arange(int(SCORED.sum())))
@@ -434,6 +436,12 @@ def test_full_fine_tuning_keeps_a_second_copy_as_its_reference(open_policy, tiny
     policy.save(tmp_path)
     with torch.no_grad():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(input_ids=IDS).logits, after)
+    resumed = open_policy(lora=None)
+    resumed.load_trained(tmp_path)
+    assert torch.equal(all_logits(resumed), after)
+    check_frozen(resumed)
+    train_policy(resumed)
+    assert not torch.equal(all_logits(resumed), after)
 
 
 # --- room ----------------------------------------------------------------------------------------------------------

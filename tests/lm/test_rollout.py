@@ -22,7 +22,7 @@ from tests.tiny_policies import plain_logprobs
 PROMPTS = [Prompt(tuple(ids), "text", "prompts.jsonl:1") for ids in ([3, 4], [9], [20, 21, 22, 23, 24, 25, 26])]
 UNIFORMS = uniform_numbers(np.random.default_rng(3), 4 * len(PROMPTS), 30)
 START = Prompt((BOS,), "<s>", "prompts.jsonl:1")
-MEASURED = ("logprobs", "ref_logprobs", "ref_kl", "entropy", "ref_entropy")
+MEASURED = ("logprobs", "ref_logprobs", "ref_kl", "entropy", "ref_entropy", "log_ratio_variance")
 
 # MATH 8.2: KL of the fixture's policy to ρ, by temperature, and the other way round.
 POLICY_KL, POLICY_KL_COOL, REFERENCE_KL = 0.11253952, 0.188646, 0.12869274
@@ -115,7 +115,8 @@ def test_every_number_stands_at_its_own_token(rollout, trained_policy):
 
 def test_without_exact_measures_they_are_none_rather_than_0(trained_policy):
     rollout = sample_rollout(trained_policy, PROMPTS, UNIFORMS, temperature=1.0, exact=False)
-    assert (rollout.ref_kl, rollout.entropy, rollout.ref_entropy, rollout.values) == (None, None, None, None)
+    unwanted = ("ref_kl", "entropy", "ref_entropy", "log_ratio_variance", "values")
+    assert [getattr(rollout, name) for name in unwanted] == [None] * 5
     assert rollout.logprobs.shape == rollout.response_mask.shape
 
 

@@ -1,8 +1,9 @@
-"""Whole stages on models that take a second: a random Llama that speaks single letters, and the listed models of MATH 8."""
+"""Whole stages in a second: on a random Llama that speaks single letters, and on the listed models of MATH 8."""
 
 import json
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,18 @@ import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kltune.cli import main
 from kltune.recipe import Recipe, load_recipe
+from kltune.stages import ppo, sft
 from tests.oracles import BANDIT_REFERENCE, save_tiny_lm
 
 LETTERS = string.ascii_lowercase + " .,"
 SPECIAL = ("<s>", "</s>", "<pad>")
-PROMPTS = ("the ", "once a", "what if ", "no", "my cat", "in may ", "oh", "we sat by", "he ran", "ten ", "up", "a dog is ")
+PROMPTS = ("the ", "once a", "what if ", "no", "my cat", "in may ", "oh", "we sat", "he ran", "ten ", "up", "a dog ")
 HELD_OUT = ("she ", "two by", "if not", "so", "a fish ", "old men", "it was ", "run", "at ten ", "you")
 
 # What the tiny model is taught or scored for. score: a's per response.
 REWARDS = '''
-import json
-
 def score(prompts, responses):
     """How often a response says a."""
     return [float(response.count("a")) for response in responses]
@@ -75,6 +76,7 @@ ORACLE = {
 }
 
 MakeRecipe = Callable[..., Recipe]
+EvalKL = Callable[..., tuple[int, dict[str, Any], str]]
 
 
 def letter_tokenizer() -> PreTrainedTokenizerFast:
@@ -207,3 +209,41 @@ def tiny_recipe(tmp_path: Path, tiny_lm_folder: Path) -> MakeRecipe:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@contextmanager
+def without_page() -> Iterator[None]:
+    """Within: runs leave out report.html, whose drawing takes longer than they do."""
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in (ppo, sft):
+            patch.setattr(stage, "write_page", lambda folder: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_page() -> Iterator[None]:
+    """``without_page`` everywhere; ``test_ppo`` puts the page back for one run."""
+    with without_page():
+        yield
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+    """A finished PPO run on the random Llama, a nat or so away from it."""
+    path = write_recipe(tmp_path_factory.mktemp("trained"), PPO, llama)
+    with without_page():
+        return Path(ppo.run_ppo(load_recipe(path, ["kl.target=2", "run.steps=8"]), resume=False)["output"])
+
+
+@pytest.fixture
+def eval_kl(capsys: pytest.CaptureFixture) -> EvalKL:
+    """``kltune eval-kl ... --json`` in this process: exit code, document (its text without --json), stderr."""
+
+    def call(*arguments: object, as_json: bool = True) -> tuple[int, dict[str, Any], str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(["eval-kl", *map(str, arguments), *(["--json"] if as_json else [])])
+        out, err = capsys.readouterr()
+        return caught.value.code, json.loads(out) if as_json and out else {"text": out}, err
+
+    return call

@@ -1,9 +1,9 @@
-"""The real PPO, with its real sampler, scorer, advantages and losses, finds the optimum that can be listed (MATH 8.1, 8.2).
+"""The real PPO, with its real sampler, scorer, advantages and losses, finds the optimum that can be listed (MATH 8).
 
     π* = ρ e^{r/β} / Z    is the one maximiser of    E[r] − β KL(π ‖ ρ)
 
-Nothing of π* is known to the code under test: it samples 256 responses per step from a transformers model with a LoRA on
-its head, and is asked at the end for the probability of every response there is. GRPO is not asked: dividing each
+Nothing of π* is known to the code under test: it samples 256 responses per step from a transformers model with a LoRA
+on its head, and is asked at the end for the probability of every response there is. GRPO is not asked: dividing each
 score by the spread of its group, its optimum is that of another reward.
 """
 

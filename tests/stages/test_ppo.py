@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from kltune.errors import DivergedError, ModelError, ScorerError
 from kltune.lm.policy import Policy
 from kltune.recipe import load_recipe
+from kltune.run.page import write_page
 from kltune.stages import ppo
 from kltune.stages.ppo import run_ppo
 from tests.stages.conftest import read_jsonl
@@ -60,11 +61,12 @@ def status(folder: Path) -> str:
     return json.loads((folder / "run.json").read_text())["status"]
 
 
-# --- a whole run ------------------------------------------------------------------------------------------------------
+# --- a whole run -----------------------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_what_the_contract_promises(ppo_recipe, llama, monkeypatch):
     recipe = ppo_recipe("run.steps=4", "run.save_every=2", "run.eval_every=3")
+    monkeypatch.setattr(ppo, "write_page", write_page)
     with keeping_policy(monkeypatch) as policies:
         result = run_ppo(recipe, resume=False)
     folder = Path(recipe.run.output)
@@ -148,7 +150,7 @@ def test_prompts_go_round_in_reshuffled_epochs(ppo_recipe, monkeypatch):
     assert asked[:12] != asked[12:24]
 
 
-# --- units ------------------------------------------------------------------------------------------------------------
+# --- units -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_target_per_token_is_the_target_per_response_of_its_length(ppo_recipe, monkeypatch):
@@ -166,7 +168,7 @@ def test_a_target_per_token_is_the_target_per_response_of_its_length(ppo_recipe,
     assert targets == pytest.approx([0.1 * length for length in lengths])
 
 
-# --- one update -------------------------------------------------------------------------------------------------------
+# --- one update ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("price", [(), ("kl.placement=loss",), ("kl.placement=loss", "kl.estimator=k2")])
@@ -234,7 +236,7 @@ def test_log_probs_that_are_not_the_policys_own_are_refused(ppo_recipe, monkeypa
     assert not (Path(recipe.run.output) / "checkpoints").exists()
 
 
-# --- numbers that are none ----------------------------------------------------------------------------------------------
+# --- numbers that are none -------------------------------------------------------------------------------------------
 
 
 def test_a_score_that_is_no_number_stops_the_run(ppo_recipe, ppo_file):

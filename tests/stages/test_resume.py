@@ -1,4 +1,4 @@
-"""A run that was stopped, or killed, and continued is the run that was never stopped: to the last bit, on one machine."""
+"""A run that was stopped, or killed, and continued is the run that was never stopped, to the last bit."""
 
 import json
 import os
@@ -145,7 +145,7 @@ def test_the_last_step_is_not_interrupted(ppo_recipe, monkeypatch):
     assert run_ppo(recipe, resume=False)["status"] == "finished"
 
 
-# --- real processes -------------------------------------------------------------------------------------------------
+# --- real processes --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
