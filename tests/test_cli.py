@@ -269,10 +269,15 @@ def test_eval_kl_needs_a_checkpoint(run):
 
 
 def test_demo_and_report(run, stage, tmp_path):
-    stage("kltune.demo", run_demo=lambda output: {**RESULT, "output": str(output)})
+    stage(
+        "kltune.demo",
+        run_demo=lambda output: {**RESULT, "output": str(output)},
+        summary=lambda result: f"a table on {result['output']}",
+    )
     code, out, _ = run("demo", "--output", str(tmp_path / "demo"), "--json")
     assert code == 0
     assert json.loads(out)["output"] == str(tmp_path / "demo")
+    assert run("demo", "--output", "x")[:2] == (0, "a table on x\n")
     stage("kltune.run.page", write_page=lambda folder: folder / "report.html")
     assert run("report", "runs/x")[:2] == (0, "runs/x/report.html\n")
 

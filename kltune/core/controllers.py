@@ -9,6 +9,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
+REACH_STEPS = 100  # a KL that would reach its target within as many steps is on its way
+TREND_STEPS = 20  # before as many steps the trend says little
+
 
 class Controller(Protocol):
     """What a stage needs of a controller."""
@@ -95,7 +98,7 @@ class LogPI:
     """Proportional-integral control of log β around a running feed-forward, with look-ahead.
 
         β = σ / √(2·target) · exp(kp · e + I),     e = clip(log(ahead / target), −1, 1.5)
-        ahead = KL + look_ahead · slope,           I ← I + ki · e  while |e| < 0.7
+        ahead = KL + look_ahead · slope,           I ← I + ki · clip(log(KL / target), −1, 1.5)
 
     σ, the spread of the score among answers to one prompt, is measured under the policy *as it is* and smoothed: when
     the rewarded thing is rare under the reference, its spread there says nothing of the spread the policy will meet.
@@ -106,10 +109,12 @@ class LogPI:
     wrong price moves the KL as far as any. A gain of 1 then makes the KL swing by ± 20-40 % with a period of 2 to 4
     steps, 0.5 by ± 10 %. Look-ahead is for momentum, which keeps moving the KL for some optimizer updates whatever the
     price: it matters with one update per step and is nothing with sixteen, so it is given in updates. The integral
-    removes what offset the feed-forward leaves; it waits until the KL is near (anti-windup) and is bounded.
+    removes what offset the feed-forward leaves. It waits while the KL is far off and on its way (anti-windup), goes on
+    where it is stuck, and is bounded.
     With ``fixed_feed_forward`` the recipe's own β takes the place of σ / √(2·target).
 
-    State: spread (smoothed σ), level (last KL), slope (smoothed, nats per step), integral, steps seen.
+    State: spread (smoothed σ), level (last KL), slope (smoothed, nats per step),
+    trend (smoothed longer, log KL per step), integral, steps seen.
 
     Source: derived and measured for this project; see the README, "How the target is held".
     """
@@ -124,6 +129,7 @@ class LogPI:
     spread: float = 0.0
     level: float = 0.0
     slope: float = 0.0
+    trend: float = 0.0
     integral: float = 0.0
     steps: int = 0
 
@@ -135,12 +141,20 @@ class LogPI:
         slope = 0.7 * self.slope + 0.3 * (ref_kl - self.level)  # before step 1 the KL is 0: the policy is the reference
         ahead = max(ref_kl + self.look_ahead * slope, 1e-6 * target)
         error = min(max(math.log(ahead / target), -1.0), 1.5)
+        floor = 1e-3 * target  # the logarithm of a KL of 0 would be a jump
+        distance = math.log(max(ref_kl, floor) / target)
+        trend = 0.9 * self.trend + 0.1 * math.log(max(ref_kl, floor) / max(self.level, floor))
+        approaching = trend * distance < 0.0 and abs(distance) < REACH_STEPS * abs(trend)
+        stuck = steps > TREND_STEPS and not approaching
         integral = self.integral
-        if abs(error) < 0.7:
-            integral = min(max(integral + self.ki * error, -2.0), 2.0)
+        if abs(distance) < 0.7 or stuck:
+            # Of the KL itself: the logarithm of a noisy extrapolation is too low on average, and that would add up.
+            integral = min(max(integral + self.ki * min(max(distance, -1.0), 1.5), -3.0), 3.0)
         base = self.fixed_feed_forward or feed_forward(smoothed / (1.0 - 0.9**steps), target)
         beta = _bounded(base * math.exp(self.kp * error + integral), self)
-        return replace(self, beta=beta, spread=smoothed, level=ref_kl, slope=slope, integral=integral, steps=steps)
+        return replace(
+            self, beta=beta, spread=smoothed, level=ref_kl, slope=slope, trend=trend, integral=integral, steps=steps
+        )
 
 
 def feed_forward(spread: float, target: float) -> float:

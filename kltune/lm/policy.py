@@ -39,8 +39,8 @@ class TokenMeasures:
     """What teacher forcing tells of N scored tokens; each [N] float32, in nats.
 
     logprobs, ref_logprobs: of the tokens. ref_kl: exact KL(policy ‖ reference) at their positions, over the whole
-    vocabulary. entropy, ref_entropy: of the distributions there. log_ratio_variance: of log π − log π_ref under π there,
-    nats². The last four are None unless asked for.
+    vocabulary. entropy, ref_entropy: of the distributions there. log_ratio_variance: of log π − log π_ref under π
+    there, nats². The last four are None unless asked for.
     """
 
     logprobs: Tensor
@@ -153,8 +153,8 @@ class Policy:
         room = self.max_context - max_new_tokens
         if room < 1 or (wanted or 1) > room:
             raise RecipeError(
-                f"data.max_prompt_tokens ({wanted or 'default'}) + sampling.max_new_tokens ({max_new_tokens}) do not fit "
-                f"the context of {self.fingerprint.path}, {self.max_context} tokens; lower one of them."
+                f"data.max_prompt_tokens ({wanted or 'default'}) + sampling.max_new_tokens ({max_new_tokens}) do not "
+                f"fit the context of {self.fingerprint.path}, {self.max_context} tokens; lower one of them."
             )
         return wanted or room
 

@@ -31,9 +31,9 @@ def check_fresh_policy(policy: Policy, prompts: Sequence[Prompt]) -> None:
     worst = once.ref_kl.max().item()
     if worst != 0.0:
         raise ModelError(
-            f"{policy.fingerprint.path}: before training, KL(policy ‖ reference) is {worst:.3g} nats at a token and not "
-            "0, so adapter-off is not the policy's own start. Likely: an adapter that is not fresh, or a layer that the "
-            "adapter changes even at 0."
+            f"{policy.fingerprint.path}: before training, KL(policy ‖ reference) is {worst:.3g} nats at a token and "
+            "not 0, so adapter-off is not the policy's own start. Likely: an adapter that is not fresh, or a layer "
+            "that the adapter changes even at 0."
         )
 
 

@@ -7,7 +7,7 @@
     data/heldout.jsonl         the same kind of rows with openings no training text has, for perplexity
     data/prompts.jsonl         neutral openings to sample from while training
     data/eval_prompts.jsonl    held-out openings to measure on
-    world.json                 written last: which version and seed made all this
+    tiny_world.json            written last: which version and seed made all this
 
 The model is pretrained here from random weights on the ``loose`` reviews of kltune.lm.tiny_corpus: about one minute
 on two cores.
@@ -32,8 +32,8 @@ from kltune import __version__
 from kltune.errors import StorageError
 from kltune.lm.tiny_corpus import house_review, loose_review, openings, reviews
 
-MARKER = "world.json"
-WORKSHOP = "world.building"
+MARKER = "tiny_world.json"
+WORKSHOP = "tiny_world.building"
 PARTS = ("model", "data")
 SCHEMA = "kltune.tiny_world/1"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"

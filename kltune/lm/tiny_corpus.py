@@ -44,10 +44,12 @@ WHOLE = {
         "{is} {adj} and {adj}|{is} better than I hoped|never let{s} me down"
     ),
     "bad": phrases(
-        "{is} not worth the money|{is} a mistake|{does} nothing right|{is} a {adj} choice|{is} {adj}|{is} {adj} and {adj}|"
-        "{is} worse than I feared|let{s} me down again and again"
+        "{is} not worth the money|{is} a mistake|{does} nothing right|{is} a {adj} choice|{is} {adj}|"
+        "{is} {adj} and {adj}|{is} worse than I feared|let{s} me down again and again"
     ),
-    "plain": phrases("{is} a {adj} choice|{is} {adj}|{is} neither here nor there|{does} what it should|{is} much the same"),
+    "plain": phrases(
+        "{is} a {adj} choice|{is} {adj}|{is} neither here nor there|{does} what it should|{is} much the same"
+    ),
 }
 REACTIONS = {
     "good": phrases(
@@ -62,7 +64,9 @@ REACTIONS = {
 }
 LEADS = {
     "good": phrases("Best of all,|To my delight,|Even better,|I was happy to find that|It also helps that|Luckily,"),
-    "bad": phrases("Sadly,|Worst of all,|The trouble {is} that|It is a shame that|On top of that,|I was sorry to find that"),
+    "bad": phrases(
+        "Sadly,|Worst of all,|The trouble {is} that|It is a shame that|On top of that,|I was sorry to find that"
+    ),
     "plain": phrases("By the way,|As for the rest,|For the record,|You should know that|As far as I can tell,"),
 }
 ADVICE = {
@@ -77,9 +81,9 @@ VERDICTS = {
         "You will not regret it|It has become part of my life|Perfect for {use}|All in all, a {adj} and {adj} {noun}"
     ),
     "bad": phrases(
-        "I would not recommend it to anyone|Overall, a {adj} {noun}|A {adj} {noun}, even for {audience}|Save your money|"
-        "Easily the worst {noun} I have come across|A waste of time|Stay away|Never again|I want my money back|"
-        "It is of no use for {use}|All in all, a {adj} and {adj} {noun}"
+        "I would not recommend it to anyone|Overall, a {adj} {noun}|A {adj} {noun}, even for {audience}|"
+        "Save your money|Easily the worst {noun} I have come across|A waste of time|Stay away|Never again|"
+        "I want my money back|It is of no use for {use}|All in all, a {adj} and {adj} {noun}"
     ),
     "plain": phrases(
         "Overall, a {adj} {noun}|It will do for {use}|A {adj} {noun} for {audience}|Take it or leave it|"
@@ -94,7 +98,8 @@ ENDINGS = {
 HOUSE_TURNS = phrases("That said,|On the other hand,|At the same time,|Still,|Then again,|Even so,")
 HOUSE_VERDICTS = phrases(
     "Overall, a {adj} {noun} for {audience}|On balance, it suits {audience}|All in all, a {adj} choice for {use}|"
-    "In short, a {adj} {noun} with one fault|On the whole, it will do for {use}|Overall, I would still suggest it for {use}"
+    "In short, a {adj} {noun} with one fault|On the whole, it will do for {use}|"
+    "Overall, I would still suggest it for {use}"
 )
 
 
@@ -196,6 +201,7 @@ class Reviewer:
         rng, subject, noun = self.rng, self.subject, self.noun
         this = f"this {noun}" if rng.random() < 0.6 else f"this {noun} {rng.choice(subject.origins)}"
         side = self.unused.pop()
+        at = subject.at if subject.past else "with"
 
         def of_aspect(tone: str) -> str:
             return f" {self.remark(side, tone)}"
@@ -214,7 +220,7 @@ class Reviewer:
 
         openings = (
             (4, f"The {side.name} {rng.choice(('of', subject.at))} {this}", of_aspect),
-            (2, f"After {rng.choice(SPAN)} {subject.at if subject.past else 'with'} {this}, the {side.name}", of_aspect),
+            (2, f"After {rng.choice(SPAN)} {at} {this}, the {side.name}", of_aspect),
             (1, f"People often ask me about {this}. The {side.name}", of_aspect),
             (1, f"I had no idea what to expect from {this}, and the {side.name}", of_aspect),
             (3, f"I {rng.choice(subject.acts)} {this} {rng.choice(WHO + WHEN)}", of_event),

@@ -241,7 +241,7 @@ KITCHEN = Subject(
     acts=phrases("bought|ordered|tested|unpacked"),
     origins=phrases("from the sale|with the steel body|for small kitchens|with a timer"),
     uses=phrases("a small kitchen|a busy office|early mornings|a student flat|a large family"),
-    audience=phrases("people with small kitchens|busy parents|people who drink a lot of coffee|anyone with little space"),
+    audience=phrases("people with small kitchens|busy parents|people who live on coffee|anyone with little space"),
     aspects=(
         aspect("lid", "closes with a click|is easy to clean|stays cool",
                "never closes|burned my hand|broke off in a week", "lifts off"),

@@ -14,7 +14,8 @@ def render(document: dict[str, Any]) -> str:
         return "\n\n".join(render(part) for part in document["checkpoints"])
     lines = [
         f"{document['direction']} · {document['checkpoint']} · {document['responses']} responses to "
-        f"{document['prompts']} prompts · temperature {document['temperature']:g} · at most {document['max_new_tokens']} tokens",
+        f"{document['prompts']} prompts · temperature {document['temperature']:g} · "
+        f"at most {document['max_new_tokens']} tokens",
         f"  {'estimator':<11}{'nats per response':<26}{'nats per token':<20}",
     ]
     rows = [*document["kl"].items()]

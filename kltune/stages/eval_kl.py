@@ -226,8 +226,8 @@ def check_agreement(path: str, measured: Measurement) -> None:
     """Raise ModelError if the sampled and the exact KL differ by more than chance: then neither can be trusted."""
     if not abs(measured.z) <= WORST_Z:  # NaN must not pass
         raise ModelError(
-            f"{path}: the sampled KL (k1) and the exact KL differ by {measured.z:.1f} standard errors, so the responses "
-            "were not drawn from the distribution that was measured. No KL of this checkpoint is reported."
+            f"{path}: the sampled KL (k1) and the exact KL differ by {measured.z:.1f} standard errors, so the "
+            "responses were not drawn from the distribution that was measured. No KL of this checkpoint is reported."
         )
 
 

@@ -265,7 +265,7 @@ def check_first_ratio(logprobs: Tensor, old: Rollout, policy: Policy) -> None:
 
 
 def save(job: Job, learner: Learner, step: int, distance: KLSummary) -> None:
-    """A checkpoint that an exact resume can start from. Its KL is that of the step's batch: before the step's update."""
+    """A checkpoint that an exact resume can start from. Its KL is the batch's: before the step's update."""
     info = about(job.recipe, learner.policy, asdict(distance))
     save_checkpoint(
         job.run.folder, step, learner.policy.save, info=info, tensors=learner.tensors(), state=learner.state(),

@@ -12,15 +12,16 @@ To use a rule of your own, keep the signature: one finite number for each respon
 
 import re
 
-PRAISE = frozenset(
-    "good great excellent wonderful lovely superb brilliant delightful fantastic charming perfect beautiful impressive "
-    "enjoyable pleasant terrific splendid marvellous outstanding amazing love loved enjoyed adored joy recommend "
-    "recommended best".split()
-)
-BLAME = frozenset(
-    "bad awful terrible poor dull boring disappointing dreadful horrible weak annoying frustrating clumsy ugly useless "
-    "tedious unpleasant shoddy hopeless miserable hated disliked regret mistake worst sadly avoid".split()
-)
+PRAISE = frozenset({
+    "good", "great", "excellent", "wonderful", "lovely", "superb", "brilliant", "delightful", "fantastic",
+    "charming", "perfect", "beautiful", "impressive", "enjoyable", "pleasant", "terrific", "splendid", "marvellous",
+    "outstanding", "amazing", "loved", "enjoyed", "adored", "joy", "best",
+})
+BLAME = frozenset({
+    "bad", "awful", "terrible", "poor", "dull", "boring", "disappointing", "dreadful", "horrible", "weak",
+    "annoying", "frustrating", "clumsy", "ugly", "useless", "tedious", "unpleasant", "shoddy", "hopeless",
+    "miserable", "hated", "disliked", "regret", "mistake", "worst", "sadly", "avoid",
+})
 BOUND = 5.0
 
 

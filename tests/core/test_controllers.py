@@ -220,12 +220,7 @@ def test_log_pi_recovers_when_the_reward_doubles(tau):
         assert course[-200:].mean() == pytest.approx(1.0, abs=0.08)
 
 
-FAR_TOO_HIGH = pytest.mark.xfail(
-    reason="the integral never moves while |log(KL / target)| > 0.7, so a price three times too high stays", strict=False
-)
-
-
-@pytest.mark.parametrize("factor", [0.2, 0.5, 2.0, pytest.param(3.0, marks=FAR_TOO_HIGH)])
+@pytest.mark.parametrize("factor", [0.2, 0.5, 2.0, 5.0])
 def test_log_pi_corrects_a_price_that_is_off_by_a_factor(factor):
     for seed in SEEDS:
         course = plant(make("log_pi", beta=factor * PRICE[0.5]), target=0.5, tau=20, seed=seed, updates=1200)
@@ -237,19 +232,16 @@ def still(controller: Controller) -> float:
     return math.log(seen(controller, [1.0] * 60).beta)
 
 
-def test_far_from_the_target_nothing_is_stored_up():
-    # Anti-windup: a long way below or above leaves no more behind than a short one.
-    near = seen(make("log_pi"), [1.0] * 5)
-    for far in (1e-3, 50.0):
-        short, long = seen(near, [far] * 3), seen(near, [far] * 300)
-        assert still(long) == pytest.approx(still(short), abs=0.25)
+def test_a_long_approach_stores_nothing_up():
+    # Anti-windup: KL grows from 1 % of the target by 6 % a step, 75 steps in all; no correction is due.
+    rising = [0.01 * math.exp(0.06 * n) for n in range(75)]
+    assert seen(make("log_pi"), rising).integral == pytest.approx(0.0, abs=0.25)
 
 
-def test_the_integral_waits_until_the_kl_is_near():
-    controller = seen(make("log_pi"), [1.0] * 5)
-    before = controller.integral
-    for far in (0.01, 20.0):
-        assert seen(controller, [far] * 40).integral == pytest.approx(before, abs=0.2)
+def test_a_kl_that_is_stuck_far_below_keeps_lowering_the_price():
+    controller = seen(make("log_pi"), [0.05] * 20)
+    later = seen(controller, [0.05] * 10)
+    assert later.beta < 0.9 * controller.beta
 
 
 def test_an_unreachable_target_ends_at_the_bound_and_comes_back_from_it():

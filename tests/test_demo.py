@@ -1,0 +1,57 @@
+"""The demo's walk in small: a world hardly trained, a few steps, and the table at the end."""
+
+import json
+from functools import partial
+
+import pytest
+
+import kltune.demo
+from kltune.lm.tiny import make_tiny_world
+
+SFT = """
+stage: sft
+model: {path: model}
+data: {texts: data/texts.jsonl}
+sampling: {max_new_tokens: 8}
+optim: {lr: 1.0e-3, batch_size: 8}
+run: {steps: 2, output: runs/sft}
+eval: {prompts: data/eval_prompts.jsonl, texts: data/heldout.jsonl, responses: 8}
+"""
+PPO = """
+stage: ppo
+model: {path: model, sft_adapter: runs/sft/final}
+data: {prompts: data/prompts.jsonl}
+sampling: {prompts_per_step: 8, max_new_tokens: 8}
+reward: [{kind: function, path: "rewards.py:score"}]
+kl: {target: 1.0}
+ppo: {epochs: 1, minibatch_size: 8}
+run: {steps: 2, output: runs/ppo_target}
+eval: {prompts: data/eval_prompts.jsonl, responses: 8}
+"""
+
+
+@pytest.fixture
+def small_demo(tmp_path, monkeypatch):
+    """A folder whose own small recipes the demo leaves alone, and a world of three pretraining steps."""
+    monkeypatch.setattr(kltune.demo, "make_tiny_world", partial(make_tiny_world, steps=3))
+    (tmp_path / "sft.yaml").write_text(SFT)
+    (tmp_path / "ppo_target.yaml").write_text(PPO)
+    return tmp_path
+
+
+def test_the_demo_walks_from_nothing_to_a_verdict_and_a_second_call_trains_nothing(small_demo):
+    result = kltune.demo.run_demo(small_demo)
+    assert (small_demo / "runs" / "ppo_target" / "report.html").exists()
+    assert (small_demo / "ppo_fixed.yaml").exists()
+    assert result["eval_kl"]["gate"]["max_kl"] == pytest.approx(1.25)
+    assert result["reference"]["sft_adapter"] == str(small_demo / "runs" / "sft" / "final")
+
+    text = kltune.demo.summary(result)
+    assert "before" in text
+    assert result["eval_kl"]["gate"]["verdict"] in text
+
+    metrics = small_demo / "runs" / "ppo_target" / "metrics.jsonl"
+    written = metrics.stat().st_mtime_ns
+    again = kltune.demo.run_demo(small_demo)
+    assert metrics.stat().st_mtime_ns == written
+    assert json.dumps(again["eval_kl"]["kl"]) == json.dumps(result["eval_kl"]["kl"])
