@@ -109,7 +109,7 @@ class LogPI:
     wrong price moves the KL as far as any. A gain of 1 then makes the KL swing by ± 20-40 % with a period of 2 to 4
     steps, 0.5 by ± 10 %. Look-ahead is for momentum, which keeps moving the KL for some optimizer updates whatever the
     price: it matters with one update per step and is nothing with sixteen, so it is given in updates. The integral
-    removes what offset the feed-forward leaves. It waits while the KL is far off and on its way (anti-windup), goes on
+    removes what offset the feed-forward leaves. It waits while the KL is far below and on its way (anti-windup), goes on
     where it is stuck, and is bounded.
     With ``fixed_feed_forward`` the recipe's own β takes the place of σ / √(2·target).
 
@@ -147,7 +147,7 @@ class LogPI:
         approaching = trend * distance < 0.0 and abs(distance) < REACH_STEPS * abs(trend)
         stuck = steps > TREND_STEPS and not approaching
         integral = self.integral
-        if abs(distance) < 0.7 or stuck:
+        if distance > -0.7 or stuck:
             # Of the KL itself: the logarithm of a noisy extrapolation is too low on average, and that would add up.
             integral = min(max(integral + self.ki * min(max(distance, -1.0), 1.5), -3.0), 3.0)
         base = self.fixed_feed_forward or feed_forward(smoothed / (1.0 - 0.9**steps), target)

@@ -190,12 +190,12 @@ def test_an_update_leaves_the_controller_before_it_alone(name):
 @pytest.mark.parametrize("target", PRICE)
 @pytest.mark.parametrize("tau", [20, 50, 150])
 def test_log_pi_reaches_the_target_and_stays(target, tau):
-    # Measured, worst of five seeds: peak 1.34, 1.39, 1.50 for τ 20, 50, 150; within ± 30 % for good after 99, 180, 408
-    # updates; mean of the second half 0.98 to 1.03.
+    # Five seeds, 800 updates: a slow plant (τ 150) is still coming back from its overshoot when a fast one has long
+    # settled. MATH 3.6 has the same shape for every controller.
     for seed in SEEDS:
         course = plant(make("log_pi", target), target=target, tau=tau, seed=seed)
         assert course.max() < 1.9
-        assert settled_after(course, band=0.3) < 550
+        assert settled_after(course, band=0.3) < (300 if tau < 150 else 750)
         assert course[400:].mean() == pytest.approx(1.0, abs=0.06)
 
 
