@@ -77,6 +77,11 @@ class Policy:
     def add_adapter(self, lora: LoraSection) -> None:
         """Put a fresh LoRA adapter on the trunk: until it is trained, policy = reference."""
         targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+        names = [name for name, _ in self.model.named_modules()]
+        if isinstance(targets, list):       # PEFT is content if one of several names matches
+            unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+            if unknown:
+                raise ModelError(f"lora.targets: {', '.join(unknown)} names no layer of {self.fingerprint.path}.")
         config = LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
         )
@@ -184,12 +189,15 @@ class Policy:
 
     @contextmanager
     def dropout(self) -> Iterator[None]:
-        """Within: training mode, for supervised stages whose recipe asks for dropout."""
-        self.model.train()
+        """Within: the adapter's own dropout is on, for supervised stages; the base's stays off, as everywhere."""
+        own = [layer.lora_dropout[POLICY] for layer in self._switch.layers]
         try:
+            for module in own:
+                module.train()
             yield
         finally:
-            self.model.eval()
+            for module in own:
+                module.eval()
 
     def frozen_sha256(self) -> str:
         """Hash of the frozen weights as they are now; ``fingerprint.sha256`` for as long as nothing moved them."""

@@ -289,7 +289,16 @@ def test_dropout_in_the_models_config_draws_nothing(open_policy):
     randomize(policy.trainable_parameters())
     assert torch.equal(policy.logprobs(IDS, SCORED), policy.logprobs(IDS, SCORED))
     with policy.dropout():
+        assert torch.equal(policy.logprobs(IDS, SCORED), policy.logprobs(IDS, SCORED))
+
+
+def test_only_the_adapters_own_dropout_can_be_switched_on(open_policy):
+    policy = open_policy("gpt2", lora=LoraSection(rank=4, alpha=8.0, dropout=0.5))
+    randomize(policy.trainable_parameters())
+    with policy.dropout():
         assert not torch.equal(policy.logprobs(IDS, SCORED), policy.logprobs(IDS, SCORED))
+        with policy.reference():
+            assert torch.equal(policy.logprobs(IDS, SCORED), policy.logprobs(IDS, SCORED))
     assert torch.equal(policy.logprobs(IDS, SCORED), policy.logprobs(IDS, SCORED))
 
 
@@ -460,6 +469,8 @@ def test_prompts_get_the_room_that_the_response_leaves(policy):
 def test_targets_that_match_no_layer_are_named(open_policy):
     with pytest.raises((ModelError, RecipeError), match="no_such_layer"):
         open_policy(lora=LoraSection(rank=2, alpha=2.0, targets=("no_such_layer",)))
+    with pytest.raises(ModelError, match="q_prj names no layer"):
+        open_policy(lora=LoraSection(rank=2, alpha=2.0, targets=("v_proj", "q_prj")))
 
 
 def test_a_real_model_measures_as_its_full_logits_do(open_policy, stories_model):
