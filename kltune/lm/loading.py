@@ -225,6 +225,24 @@ def check_same_tokenizer(folder: Path, tokenizer, what: str) -> None:
             )
 
 
+def check_made_for(folder: Path, model: nn.Module, path: str) -> None:
+    """Raise ModelError if kltune made this adapter on other weights; one made elsewhere does not say.
+
+    Weights of another dtype hash differently though they are the same, so only like is compared with like.
+    """
+    record = folder / "kltune.json"
+    if not record.exists():
+        return
+    made = json.loads(record.read_text(encoding="utf-8"))["reference"]
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    found = weights_sha256(dict(model.state_dict()))
+    if made["sft_adapter"] is None and made["dtype"] == dtype and made["sha256"] != found:
+        raise ModelError(
+            f"model.sft_adapter: {folder} was trained on {made['path']} (weights {made['sha256'][:12]}), but model.path "
+            f"is {path} (weights {found[:12]}); give the model it was trained on."
+        )
+
+
 def _refuse_adapter(path: Path, where: str) -> None:
     if (path / "adapter_config.json").exists():
         base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")

@@ -6,7 +6,7 @@ import torch
 
 from kltune.errors import ModelError
 from kltune.lm.adapters import merge_adapter
-from kltune.lm.loading import Fingerprint, check_same_tokenizer, load_base, load_tokenizer
+from kltune.lm.loading import Fingerprint, check_made_for, check_same_tokenizer, load_base, load_tokenizer
 from kltune.lm.policy import Policy
 from kltune.recipe import LoraSection, ModelSection
 
@@ -46,6 +46,7 @@ def load_reference(
     survived = 1.0
     if section.sft_adapter is not None:
         check_same_tokenizer(Path(section.sft_adapter), tokenizer, what="model.sft_adapter")
+        check_made_for(Path(section.sft_adapter), model, section.path)
         model, survived = merge_adapter(model, Path(section.sft_adapter))
     fingerprint = Fingerprint.of(section, model, tokenizer, merge_survived=survived)
     if not full:

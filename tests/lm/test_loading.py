@@ -252,6 +252,18 @@ def test_an_sft_adapter_for_another_model_is_refused(open_policy, adapter):
         open_policy("gpt2", sft_adapter=str(adapter))
 
 
+def test_an_sft_adapter_that_kltune_made_on_other_weights_is_refused(open_policy, adapter, trained_policy):
+    made = trained_policy.fingerprint.as_dict()
+    (adapter / "kltune.json").write_text(json.dumps({"reference": made}))
+    open_policy(sft_adapter=str(adapter))
+    (adapter / "kltune.json").write_text(json.dumps({"reference": made | {"sha256": "0" * 64, "path": "elsewhere"}}))
+    with pytest.raises(ModelError, match="was trained on elsewhere"):
+        open_policy(sft_adapter=str(adapter))
+    # the same weights in another dtype hash differently: that is no reason to refuse
+    (adapter / "kltune.json").write_text(json.dumps({"reference": made | {"sha256": "0" * 64, "dtype": "bfloat16"}}))
+    open_policy(sft_adapter=str(adapter))
+
+
 def test_an_sft_adapter_with_another_tokenizer_is_refused(open_policy, adapter):
     word_tokenizer(words=30).save_pretrained(adapter)
     with pytest.raises(ModelError, match=r"^model\.sft_adapter: the tokenizer .* \(33 tokens\) differs .* \(40 tok"):
