@@ -109,8 +109,8 @@ class LogPI:
     wrong price moves the KL as far as any. A gain of 1 then makes the KL swing by ± 20-40 % with a period of 2 to 4
     steps, 0.5 by ± 10 %. Look-ahead is for momentum, which keeps moving the KL for some optimizer updates whatever the
     price: it matters with one update per step and is nothing with sixteen, so it is given in updates. The integral
-    removes what offset the feed-forward leaves. It waits while the KL is far below and on its way (anti-windup), goes on
-    where it is stuck, and is bounded.
+    removes what offset the feed-forward leaves. It waits while the KL is far below and on its way (anti-windup), goes
+    on where it is stuck, and is bounded.
     With ``fixed_feed_forward`` the recipe's own β takes the place of σ / √(2·target).
 
     State: spread (smoothed σ), level (last KL), slope (smoothed, nats per step),

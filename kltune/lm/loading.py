@@ -238,8 +238,8 @@ def check_made_for(folder: Path, model: nn.Module, path: str) -> None:
     found = weights_sha256(dict(model.state_dict()))
     if made["sft_adapter"] is None and made["dtype"] == dtype and made["sha256"] != found:
         raise ModelError(
-            f"model.sft_adapter: {folder} was trained on {made['path']} (weights {made['sha256'][:12]}), but model.path "
-            f"is {path} (weights {found[:12]}); give the model it was trained on."
+            f"model.sft_adapter: {folder} was trained on {made['path']} (weights {made['sha256'][:12]}), but "
+            f"model.path is {path} (weights {found[:12]}); give the model it was trained on."
         )
 
 
@@ -247,8 +247,8 @@ def _refuse_adapter(path: Path, where: str) -> None:
     if (path / "adapter_config.json").exists():
         base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         raise ModelError(
-            f"{where}: {path} is a LoRA adapter, and which model is the reference is not said. For KL against base + "
-            f"this adapter write  model: {{path: {base}, sft_adapter: {path}}};  for KL against the bare base write  "
+            f"{where}: {path} is a LoRA adapter, and which model is the reference is not said. For KL against base "
+            f"+ this adapter write  model: {{path: {base}, sft_adapter: {path}}};  for KL against the bare base write  "
             f"model: {{path: {base}}}."
         )
     if not (path / "config.json").exists():

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kltune.core.divergence import kl_exact, log_ratio_variance
 from kltune.core.logprobs import token_entropy, token_logprobs
-from kltune.errors import RecipeError
+from kltune.errors import ModelError, RecipeError
 from kltune.lm.adapters import (
     POLICY,
     VALUE,
