@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,13 +89,31 @@ class Scorer:
             )
         return replace(source, shift=shift, scale=scale)
 
-    def state(self) -> list[dict[str, float]]:
-        """The standardisation of each source, for a checkpoint."""
-        return [{"shift": source.shift, "scale": source.scale} for source in self.sources]
+    @property
+    def identity(self) -> list[dict[str, Any]]:
+        """Where the scores come from: each source's kind, path and weight, and the sha256 of a Python file."""
+        return [{"name": source.name, "weight": source.weight, **source.identity} for source in self.sources]
 
-    def restored(self, state: Sequence[dict[str, float]]) -> "Scorer":
-        """The same sources with the standardisation a checkpoint holds."""
-        return Scorer([replace(source, **saved) for source, saved in zip(self.sources, state, strict=True)])
+    def state(self) -> list[dict[str, Any]]:
+        """The standardisation and identity of each source, for a checkpoint."""
+        return [
+            {"shift": source.shift, "scale": source.scale, "identity": source.identity} for source in self.sources
+        ]
+
+    def restored(self, state: Sequence[dict[str, Any]]) -> "Scorer":
+        """The same sources with the standardisation a checkpoint holds.
+
+        Raises:
+            ScorerError: a reward function is not the one that the checkpoint was trained on.
+        """
+        for source, saved in zip(self.sources, state, strict=True):
+            if source.identity != saved["identity"]:
+                raise ScorerError(
+                    f"reward {source.name}: found {source.identity}, but the run was started with {saved['identity']}; "
+                    "put the file back, or start a new run."
+                )
+        scales = [{"shift": saved["shift"], "scale": saved["scale"]} for saved in state]
+        return Scorer([replace(source, **scale) for source, scale in zip(self.sources, scales, strict=True)])
 
 
 def run_source(source: Source, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:

@@ -82,6 +82,10 @@ class Run:
                 )
         self._write_record(reference=reference)
 
+    def record(self, **facts: Any) -> None:
+        """Add facts to run.json, as where the scores came from."""
+        self._write_record(**facts)
+
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write result.json and call the run finished.
 

@@ -120,6 +120,7 @@ def make_learner(recipe: PPORecipe, policy: Policy, prompts: list[Prompt], run: 
     scorer = load_scorer(recipe.reward, recipe.folder, policy.device)
     responses = recipe.sampling.prompts_per_step * recipe.sampling.responses_per_prompt
     controller = controller_of(recipe.kl, updates_per_step=recipe.ppo.epochs * responses // recipe.ppo.minibatch_size)
+    run.record(rewards=scorer.identity)
     learner = Learner(policy, optimizer, value_optimizer, controller, scorer)
     if run.resume_from is not None:
         learner.restore(run.resume_from)

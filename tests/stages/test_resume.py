@@ -1,5 +1,6 @@
 """A run that was stopped, or killed, and continued is the run that was never stopped, to the last bit."""
 
+import hashlib
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from kltune.cli import main
-from kltune.errors import Interrupted
+from kltune.errors import Interrupted, ScorerError
 from kltune.recipe import Recipe, load_recipe
 from kltune.run.report import Report
 from kltune.stages.ppo import run_ppo
@@ -95,6 +96,26 @@ def test_a_stopped_ppo_run_goes_on_bit_for_bit(ppo_recipe, monkeypatch, tmp_path
     assert_same_run(Path(broken.run.output), Path(unbroken.run.output), STEPS)
     held = saved_tensors(Path(broken.run.output), STEPS)
     assert any("state/value.safetensors:head" in name for name in held) == (baseline == "value")
+
+
+def test_a_run_does_not_go_on_with_another_reward_function(ppo_recipe, monkeypatch, tmp_path):
+    recipe = ppo_recipe("run.steps=3", output=str(tmp_path / "run"))
+    record = Report.step
+
+    def step_and_signal(self: Report, step: int, metrics: dict) -> None:
+        record(self, step, metrics)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "step", step_and_signal)
+        with pytest.raises(Interrupted):
+            run_ppo(recipe, resume=False)
+    file = recipe.folder / "rewards.py"
+    known = json.loads((tmp_path / "run" / "run.json").read_text())["rewards"]
+    assert known[0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    file.write_text(file.read_text() + "\n# changed\n")
+    with pytest.raises(ScorerError, match="but the run was started with"):
+        run_ppo(recipe, resume=True)
 
 
 @pytest.mark.parametrize("controller", ["ziegler", "dual"])
