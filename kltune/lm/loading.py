@@ -181,6 +181,8 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
     path = section.path
     if Path(path).is_dir():
         _refuse_adapter(Path(path), where)
+    elif Path(path).is_absolute():  # recipes make the paths they know absolute; hub names never are
+        raise ModelError(f"{where}: {path} is no folder here; give the folder of a model, or a name on the hub.")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code, **_locality(path))
         model, report = AutoModelForCausalLM.from_pretrained(

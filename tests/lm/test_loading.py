@@ -287,6 +287,11 @@ def test_a_folder_without_a_model_is_named(open_policy, tmp_path, folder):
         open_policy(path=tmp_path / folder)
 
 
+def test_a_folder_that_is_not_there_is_named(open_policy, tmp_path):
+    with pytest.raises(ModelError, match=r"^model\.path: .*nowhere is no folder here"):
+        open_policy(path=tmp_path / "nowhere")
+
+
 def test_a_folder_without_a_tokenizer_is_named(open_policy, tiny_model, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny_model() / name, tmp_path)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from kltune.errors import DivergedError, ModelError, ScorerError
+from kltune.errors import DivergedError, ModelError, RecipeError, ScorerError
 from kltune.lm.policy import Policy
 from kltune.recipe import load_recipe
 from kltune.run.page import write_page
@@ -285,3 +285,10 @@ def test_weights_that_stop_being_numbers_are_never_saved(ppo_recipe, monkeypatch
         run_ppo(recipe, resume=False)
     assert caught.value.exit_code == 6
     assert list((Path(recipe.run.output) / "checkpoints").glob("*")) == []
+
+
+def test_a_hard_cap_is_refused_rather_than_ignored(ppo_recipe, tmp_path):
+    recipe = ppo_recipe("kl.hard_cap=50", output=str(tmp_path / "run"))
+    with pytest.raises(RecipeError, match=r"kl\.hard_cap"):
+        run_ppo(recipe, resume=False)
+    assert not (tmp_path / "run").exists()
