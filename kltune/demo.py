@@ -62,9 +62,8 @@ def summary(result: dict[str, Any]) -> str:
     ]
     table = "\n".join(f"  {name:<8}{old:<10}{new:<16}{note}".rstrip() for name, old, new, note in rows)
     nats = texts["eval/texts_nats_per_token"], texts["eval/reference_texts_nats_per_token"]
-    held = gate["verdict"] == "pass"
     return "\n".join((
-        "PPO raised the score and held its KL budget:" if held else "PPO did not hold its KL budget:",
+        headline(raised=after - before > 2.0 * result["score_stderr"], verdict=gate["verdict"]),
         table,
         "",
         "  before: the reference, base + SFT (held-out reviews: "
@@ -73,6 +72,13 @@ def summary(result: dict[str, Any]) -> str:
         f"  measure it again        kltune eval-kl {result['output']} --max-kl {gate['max_kl']:g}",
         f"  change it and run again {Path(result['output']).parents[1] / 'ppo_target.yaml'}",
     ))
+
+
+def headline(*, raised: bool, verdict: str) -> str:
+    """What happened, and no more than that: a score within two standard errors of where it was did not rise."""
+    score = "PPO raised the score" if raised else "PPO did not raise the score"
+    place = {"pass": "within", "fail": "over", "inconclusive": "perhaps within, perhaps over"}[verdict]
+    return f"{score} and is {place} its KL budget:"
 
 
 def say(text: str) -> None:

@@ -55,3 +55,15 @@ def test_the_demo_walks_from_nothing_to_a_verdict_and_a_second_call_trains_nothi
     again = kltune.demo.run_demo(small_demo)
     assert metrics.stat().st_mtime_ns == written
     assert json.dumps(again["eval_kl"]["kl"]) == json.dumps(result["eval_kl"]["kl"])
+
+
+@pytest.mark.parametrize(
+    ("raised", "verdict", "said"),
+    [
+        (True, "pass", "PPO raised the score and is within its KL budget:"),
+        (False, "fail", "PPO did not raise the score and is over its KL budget:"),
+        (True, "inconclusive", "PPO raised the score and is perhaps within, perhaps over its KL budget:"),
+    ],
+)
+def test_the_headline_says_what_happened(raised, verdict, said):
+    assert kltune.demo.headline(raised=raised, verdict=verdict) == said
