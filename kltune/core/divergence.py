@@ -6,6 +6,8 @@ value, and the mean of these estimates the KL between the two distributions over
 1.1). No estimate is ever clamped: that would bias it.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -136,33 +138,78 @@ def kl_exact(logits: Tensor, ref_logits: Tensor, temperature: float) -> Tensor:
     expect_same_shape(logits=logits, ref_logits=ref_logits)
     a, b = log_distribution(logits, temperature), log_distribution(ref_logits, temperature)
     p = a.exp()
-    kl = (p * _gap(a, b) + (b.exp() - p)).sum(-1)
-    return kl - kl.detach().clamp(max=0.0)
+    return _never_below_zero((p * _gap(a, b) + (b.exp() - p)).sum(-1))
 
 
-def log_ratio_variance(logits: Tensor, ref_logits: Tensor, temperature: float) -> Tensor:
-    """The variance of the next token's log-ratio when the policy chooses it.
+class Comparison(NamedTuple):
+    """Two next-token distributions held against each other; the first is the one that samples. Each [N], nats.
 
-        V = Σ_v e^a (a − b − D)²,    D = KL(policy ‖ reference) at this position
+    kl: KL(first ‖ second), over the whole vocabulary. entropy, ref_entropy: of the first and of the second.
+    log_ratio_variance: of log first − log second under the first, nats².
+    """
 
-    Summed along responses it is the variance of k1 − exact that honest sampling implies, rare tokens included that a
+    kl: Tensor
+    entropy: Tensor
+    ref_entropy: Tensor
+    log_ratio_variance: Tensor
+
+
+def compare(logprobs: Tensor, ref_logprobs: Tensor) -> Comparison:
+    """All that is measured of two next-token distributions, from one pass over the vocabulary.
+
+        D = Σ_v e^a (a − b),    H = −Σ_v e^a a,    V = Σ_v e^a (a − b − D)²
+
+    V, summed along responses, is the variance of k1 − exact that honest sampling implies, rare tokens included that a
     sample may not hold: see ``intervals.agreement_z``.
 
     Args:
-        logits: the policy's. [N, V] (or [..., V]), any floating dtype.
-        ref_logits: the reference's at the same positions. Same shape.
-        temperature: τ of the sampling, above 0; it divides both.
+        logprobs: a, log π of every token, as ``log_distribution`` gives them. [N, V] (or [..., V]).
+        ref_logprobs: b, log π_ref at the same positions. Same shape.
 
     Returns:
-        [N] float32 (float64 if both are), nats², never negative.
+        Four tensors of [N]; kl as ``kl_exact`` describes it.
 
     Raises:
-        ValueError: the shapes differ, or ``temperature`` is not above 0.
+        ValueError: the shapes differ.
     """
-    expect_same_shape(logits=logits, ref_logits=ref_logits)
-    a, b = log_distribution(logits, temperature), log_distribution(ref_logits, temperature)
-    p, gap = a.exp(), _gap(a, b)
-    return (p * (gap - (p * gap).sum(-1, keepdim=True)).square()).sum(-1)
+    expect_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    p, q, gap = logprobs.exp(), ref_logprobs.exp(), _gap(logprobs, ref_logprobs)
+    weighted = p * gap
+    mean = weighted.sum(-1, keepdim=True)
+    return Comparison(
+        kl=_never_below_zero((weighted + (q - p)).sum(-1)),
+        entropy=_entropy(p, logprobs),
+        ref_entropy=_entropy(q, ref_logprobs),
+        log_ratio_variance=(p * (gap - mean).square()).sum(-1),
+    )
+
+
+def kl_by_token(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """What each token of the vocabulary adds to KL(policy ‖ reference), over several positions together.
+
+        K_v = Σ_n [e^a (a − b) + e^b − e^a]
+
+    No part is below 0 and all of them add up to Σ_n D_n, so each has a share: that of a token the policy says more
+    often than its reference, and that of one it has given up.
+
+    Args:
+        logprobs: a, log π of every token. [N, V].
+        ref_logprobs: b, log π_ref at the same positions. [N, V].
+
+    Returns:
+        [V], nats, summed over the N positions.
+    """
+    p = logprobs.exp()
+    return (p * _gap(logprobs, ref_logprobs) + (ref_logprobs.exp() - p)).sum(0)
+
+
+def _never_below_zero(kl: Tensor) -> Tensor:
+    """What rounding leaves below 0 becomes 0, without touching the gradient; NaN and ∞ pass."""
+    return kl - kl.detach().clamp(max=0.0)
+
+
+def _entropy(p: Tensor, logprobs: Tensor) -> Tensor:
+    return -(p * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
 
 
 def _gap(a: Tensor, b: Tensor) -> Tensor:

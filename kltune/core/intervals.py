@@ -1,4 +1,4 @@
-"""How sure a measured KL is: standard errors by prompt, confidence intervals, and whether a budget is held.
+"""How sure a measured KL is: standard errors by prompt and confidence intervals.
 
 Responses to one prompt are alike, so the prompt is the unit that counts (a cluster). Both figures are ratios of sums,
 nats / responses and nats / tokens, and both get the standard error of a ratio; with equally many responses per prompt
@@ -8,18 +8,17 @@ divergence are correlated, and that mean can even have the wrong sign (MATH 1.2)
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Unit = Literal["nats_per_response", "nats_per_token"]
 Interval = tuple[float, float]
 
 NORMAL_FROM = 200           # prompts: from here on Student's t covers as well as the bootstrap (MATH 1.5)
 BOOTSTRAP_FROM = 5          # prompts: below, too many resamples are one prompt over and over, and the tails are those
-RESAMPLES = 2000
+RESAMPLES = 2000            # at least; more where fewer than TAIL_RESAMPLES of them would lie in a tail
+TAIL_RESAMPLES = 25
 LEAST_SPREAD = 0.1          # of the sample's standard error, for a resample's: equal prompts have none to divide by
 ROUNDING = 1e-4             # nats per response: what float32 log-probabilities of a response may be off by
 
@@ -29,28 +28,23 @@ class KLSummary:
     """A measured KL with its uncertainty, per response and per token.
 
     ``stderr``, ``ci`` and their per-token twins are None where they cannot be known: one prompt, or a value that is
-    not finite. The intervals are two-sided at ``confidence``.
+    not finite. The intervals are two-sided at ``confidence``. ``floor`` and ``token_floor`` are the standard errors
+    that would be left if these same prompts were answered without end, None where no prompt was answered twice.
     """
 
     estimator: str                  # exact | k1 | k2 | k3
     nats_per_response: float        # Σ nats / Σ responses
     stderr: float | None
+    floor: float | None
     ci: Interval | None
     nats_per_token: float           # Σ nats / Σ tokens
     token_stderr: float | None
+    token_floor: float | None
     token_ci: Interval | None
     responses: int
     tokens: int
     prompts: int
     confidence: float
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a KL budget is held, and if that is open, about how many responses more would tell."""
-
-    verdict: Literal["pass", "fail", "inconclusive"]
-    more_responses: int | None      # None when decided, or when no number of responses can be named
 
 
 def summarize(
@@ -98,9 +92,11 @@ def summarize(
         estimator=estimator,
         nats_per_response=per_response,
         stderr=stderr,
+        floor=_floor(nats, np.ones_like(nats), prompt_index, stderr),
         ci=ci,
         nats_per_token=per_token,
         token_stderr=token_stderr,
+        token_floor=_floor(nats, tokens, prompt_index, token_stderr),
         token_ci=token_ci,
         responses=nats.size,
         tokens=int(tokens.sum()),
@@ -160,50 +156,6 @@ def agreement_z(
     return float(gap.mean() / stderr)
 
 
-def verdict(summary: KLSummary, max_kl: float, unit: Unit = "nats_per_response", confidence: float = 0.95) -> Verdict:
-    """Whether the measured KL(policy ‖ reference) is within a budget, at the confidence of its interval.
-
-        pass: upper end ≤ max_kl      fail: lower end > max_kl      else inconclusive, and
-        more ≈ n (h / |max_kl − estimate|)² − n
-
-    for n responses and h the half of the interval that faces the budget. Both ends are those of the *two-sided*
-    interval: simple, and conservative (95 % two-sided is 97.5 % on the side that decides). One prompt is always
-    inconclusive.
-
-    Args:
-        summary: from ``summarize``.
-        max_kl: the budget, in ``unit``, finite.
-        unit: which of the two figures the budget is about.
-        confidence: the confidence wanted; it must be the one the summary was made at.
-
-    Returns:
-        The verdict.
-
-    Raises:
-        ValueError: the estimate, its interval or ``max_kl`` is not finite (what was not measured passes no gate), the
-            unit is unknown, or ``summary`` was made at another confidence.
-    """
-    figures = {
-        "nats_per_response": (summary.nats_per_response, summary.ci),
-        "nats_per_token": (summary.nats_per_token, summary.token_ci),
-    }
-    if unit not in figures:
-        raise ValueError(f"unit is {unit!r}, must be one of {', '.join(figures)}")
-    if confidence != summary.confidence:
-        raise ValueError(f"the interval was made at confidence {summary.confidence}, not {confidence}")
-    estimate, ci = figures[unit]
-    if not all(map(math.isfinite, (estimate, max_kl, *(ci or ())))):
-        raise ValueError(f"no verdict on a KL of {estimate} with interval {ci} against a budget of {max_kl} {unit}")
-    if ci is None:
-        return Verdict("inconclusive", None)
-    low, high = ci
-    if high <= max_kl:
-        return Verdict("pass", None)
-    if low > max_kl:
-        return Verdict("fail", None)
-    return Verdict("inconclusive", _more_responses(summary.responses, estimate, max_kl, low, high))
-
-
 def student_t_quantile(confidence: float, degrees: int) -> float:
     """The t with P(|T| ≤ t) = ``confidence`` for Student's T.
 
@@ -243,15 +195,6 @@ def _share_within(theta: float, degrees: int, steps: np.ndarray) -> float:
     return math.sin(theta) * series
 
 
-def _more_responses(responses: int, estimate: float, max_kl: float, low: float, high: float) -> int | None:
-    """Responses still wanted for the side of the interval that faces the budget to shrink to the distance from it."""
-    distance = abs(max_kl - estimate)
-    if distance == 0.0:
-        return None
-    half = high - estimate if estimate < max_kl else estimate - low
-    return max(1, math.ceil(responses * (half / distance) ** 2 - responses))
-
-
 def _ratio_interval(
     numerators: np.ndarray, denominators: np.ndarray, confidence: float
 ) -> tuple[float, float | None, Interval | None]:
@@ -275,14 +218,30 @@ def _bootstrap_t(numerators: np.ndarray, denominators: np.ndarray, confidence: f
     the lower end.
     """
     prompts = numerators.size
-    drawn = np.random.default_rng(0).integers(prompts, size=(RESAMPLES, prompts))
-    tops, bottoms = numerators[drawn], denominators[drawn]                      # [RESAMPLES, m]
+    tail = 0.5 * (1.0 - confidence)
+    resamples = max(RESAMPLES, math.ceil(TAIL_RESAMPLES / tail))
+    drawn = np.random.default_rng(0).integers(prompts, size=(resamples, prompts))
+    tops, bottoms = numerators[drawn], denominators[drawn]                      # [resamples, m]
     ratio = numerators.sum() / denominators.sum()
     shift = tops.sum(-1) / bottoms.sum(-1) - ratio
     stderr = np.maximum(_ratio_stderr(tops, bottoms), LEAST_SPREAD * _ratio_stderr(numerators, denominators))
-    tail = 0.5 * (1.0 - confidence)
     low, high = np.quantile(shift / stderr, [tail, 1.0 - tail])
     return float(high), float(-low)
+
+
+def _floor(nats: np.ndarray, weights: np.ndarray, prompt_index: Tensor, stderr: float | None) -> float | None:
+    """What is left of a ratio's standard error when only the prompts differ and no longer the answers to one prompt.
+
+    Pooled over prompts, the residuals N − R·D within a prompt have variance σ²; n answers put σ²/n into stderr².
+    """
+    cluster = _clusters(prompt_index)
+    spare = nats.size - cluster.max() - 1       # degrees of freedom within prompts
+    if stderr is None or spare < 1:
+        return None
+    residuals = (nats - nats.sum() / weights.sum() * weights) / weights.mean()
+    means = np.bincount(cluster, weights=residuals) / np.bincount(cluster)
+    within = float(((residuals - means[cluster]) ** 2).sum()) / spare
+    return math.sqrt(max(0.0, stderr**2 - within / nats.size))
 
 
 def _ratio_stderr(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
@@ -296,8 +255,13 @@ def _ratio_stderr(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarra
 
 def _sums_by_prompt(prompt_index: Tensor, *columns: np.ndarray) -> np.ndarray:
     """Each column summed over the responses of each prompt. [columns, m]"""
-    _, cluster = np.unique(torch.as_tensor(prompt_index).cpu().numpy(), return_inverse=True)
+    cluster = _clusters(prompt_index)
     return np.stack([np.bincount(cluster, weights=column) for column in columns])
+
+
+def _clusters(prompt_index: Tensor) -> np.ndarray:
+    """The prompts numbered from 0. [B]"""
+    return np.unique(torch.as_tensor(prompt_index).cpu().numpy(), return_inverse=True)[1]
 
 
 def _as_numbers(x: Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""From logits to what is known about one token: its log-probability, and the entropy it was drawn with."""
+"""From logits to log-probabilities: of the whole vocabulary, and of one token."""
 
 import torch
 from torch import Tensor
@@ -50,22 +50,3 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
     if logits.shape[:-1] != tokens.shape:
         raise ValueError(f"one row of logits per token: logits {list(logits.shape)}, tokens {list(tokens.shape)}")
     return log_distribution(logits, temperature).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-
-def token_entropy(logits: Tensor, temperature: float) -> Tensor:
-    """The entropy of the distribution each token was drawn from.
-
-        H = −Σ_v π(v) log π(v)
-
-    Args:
-        logits: one row per token. [N, V] (or [..., V]); a logit of −∞ is a token of probability 0 and adds nothing.
-        temperature: τ of the sampling, above 0.
-
-    Returns:
-        [N] float32 (float64 for float64 logits), nats, between 0 and log V.
-
-    Raises:
-        ValueError: ``temperature`` is not above 0.
-    """
-    logprobs = log_distribution(logits, temperature)
-    return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)

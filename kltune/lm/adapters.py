@@ -1,4 +1,4 @@
-"""LoRA adapters over one set of frozen weights: which are on, which are refused, which is merged.
+"""Adapters over one set of frozen weights: which are on, which are refused, which is merged.
 
 Only adapters that leave the base weights as they are can serve: then the model with every adapter off *is* the
 reference, bit for bit.
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -22,6 +23,9 @@ VALUE = "value"
 
 # These rewrite the base weights when the adapter is made, so "adapter off" is no longer the model that was loaded.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
+
+# These put virtual tokens in front of a prompt; there is no layer to switch off.
+PROMPT_LEARNING = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
 
 
 class AdapterSwitch:
@@ -67,7 +71,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The adapter_config.json of a folder.
 
     Raises:
-        ModelError: there is none, it is not JSON, or the adapter is not a LoRA.
+        ModelError: there is none, it is not JSON, or the adapter is of a kind that puts no layers on a model's own.
     """
     path = folder / "adapter_config.json"
     try:
@@ -75,19 +79,40 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         hint = f" Did you mean {folder / 'final'}?" if (folder / "final" / "adapter_config.json").exists() else ""
         raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing).{hint}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ModelError(f"{path}: not JSON ({error}).") from None
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"{folder}: an adapter of type {config.get('peft_type')}; kltune reads LORA.")
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind in PROMPT_LEARNING or kind not in PEFT_TYPE_TO_TUNER_MAPPING:
+        raise ModelError(
+            f"{folder}: an adapter of type {kind}; kltune reads those that change a model's layers, as LORA and IA3, "
+            "and none that puts tokens before the prompt."
+        )
     return config
 
 
-def refuse_base_changing(config: dict[str, Any], where: str) -> None:
-    """Raise ModelError if, with this adapter off, the model would not be the frozen base."""
+def rewritten_base(config: dict[str, Any]) -> list[str]:
+    """Why this adapter belongs to other base weights than those of the model it names; [] if it does not.
+
+    Its training began by changing them, and the change is not in its file.
+    """
     faults = []
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         faults.append(f"init_lora_weights is {init!r}, which rewrites the base weights; use the default or 'gaussian'")
+    if config.get("kasa_config") is not None:
+        faults.append("kasa_config is set, which cuts the base weights down; use none")
+    return faults
+
+
+def trained_base(config: dict[str, Any], weights: dict[str, Tensor], model: nn.Module) -> list[str]:
+    """What of the base this adapter brings its own version of, so that it cannot be switched off; [] if nothing.
+
+    Args:
+        config: of the adapter.
+        weights: its tensors by their saved names.
+        model: what it is for, with or without the adapter's layers.
+    """
+    faults = []
     if config.get("bias", "none") != "none":
         faults.append(f"bias is {config['bias']!r}, which trains the base's own biases; use 'none'")
     if config.get("modules_to_save"):
@@ -96,12 +121,34 @@ def refuse_base_changing(config: dict[str, Any], where: str) -> None:
         faults.append("trainable_token_indices is set, which trains rows of the base's embedding; use none")
     if config.get("layer_replication"):
         faults.append("layer_replication is set, which gives the base other layers; use none")
-    if config.get("kasa_config") is not None:
-        faults.append("kasa_config is set, which cuts the base weights down; use none")
+    names = {name.removeprefix("base_model.model.") for name in model.state_dict()}
+    both = [name for name in weights if name.removeprefix("base_model.model.") in names]
+    if both and not faults:
+        faults.append(f"its file holds {both[0]}, a tensor of the base itself; save without embedding layers")
+    return faults
+
+
+def refuse_base_changing(folder: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
+    """Raise ModelError if, with the adapter in a folder off, the model would not be its frozen base.
+
+    Arguments as in ``trained_base``.
+    """
+    config = read_adapter_config(folder)
+    faults = rewritten_base(config) + trained_base(config, weights, model)
     if faults:
         raise ModelError(
-            f"{where}: with this adapter off, the model is not its frozen base: " + "; ".join(faults) + "."
+            f"{folder}: with this adapter off, the model is not its frozen base: " + "; ".join(faults) + "."
         )
+
+
+def config_to_fill(folder: Path) -> PeftConfig:
+    """The configuration of a saved adapter whose tensors are about to be loaded: it starts as one that does nothing."""
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    for name in ("init_lora_weights", "init_ia3_weights"):
+        if hasattr(config, name):
+            setattr(config, name, True)
+    return config
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -136,7 +183,7 @@ def wrap(model: nn.Module, config: PeftConfig, what: str) -> PeftModel:
         what: where the names of the layers come from, for the error.
 
     Raises:
-        ModelError: no layer has one of the names, or a layer is of a kind that LoRA cannot serve.
+        ModelError: no layer has one of the names, or a layer is of a kind that the adapter cannot serve.
     """
     config.base_model_name_or_path = None  # PEFT would warn of another path; hashes tell bases apart
     try:
@@ -155,9 +202,12 @@ def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
     misfit = f"{folder}: the adapter does not fit {model.name_or_path}"
     try:
         outcome = set_peft_model_state_dict(model, weights, adapter_name=POLICY)
+    except KeyError as error:
+        raise ModelError(f"{misfit}: its file has no tensor {error}.") from error
     except RuntimeError as error:  # load_state_dict lists each wrong shape on a line of its own
         raise ModelError(f"{misfit}: {str(error).splitlines()[-1].strip()}") from error
-    missing = [key for key in outcome.missing_keys if ".lora_" in key and f".{VALUE}." not in key]
+    prefix = f".{PEFT_TYPE_TO_PREFIX_MAPPING[model.peft_config[POLICY].peft_type]}"
+    missing = [key for key in outcome.missing_keys if prefix in key and f".{VALUE}." not in key]
     if missing or outcome.unexpected_keys:
         raise ModelError(
             f"{misfit}: {len(missing)} of its layers have no tensor in the file, {len(outcome.unexpected_keys)} "
@@ -177,8 +227,8 @@ def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float]:
     Raises:
         ModelError: it changes the base in other ways, does not fit it one to one, or changes nothing.
     """
-    refuse_base_changing(read_adapter_config(folder), str(folder))
     weights = load_weights(folder)
+    refuse_base_changing(folder, weights, model)
     dtype = next(model.parameters()).dtype
     before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     adapted = wrap(model.float(), PeftConfig.from_pretrained(folder), str(folder))

@@ -1,37 +1,49 @@
-"""Where the drift went: which tokens, prompts and positions carry the KL of a measurement."""
+"""Where the drift went: which tokens, prompts and positions carry the KL of a measurement, and a few responses."""
 
 from collections import defaultdict
 from typing import Any
 
 import torch
 
-from kltune.lm.evaluate import Measurement
+from kltune.lm.measurement import Measurement
+from kltune.lm.measures import VocabularySums
 from kltune.lm.policy import Policy
 
 POSITION_ROWS = 512  # by_position is no longer than this
 
 
-def top_tokens(measured: Measurement, policy: Policy, top: int) -> list[dict[str, Any]]:
-    """The tokens at whose positions most of the KL lies."""
-    nats: dict[int, float] = defaultdict(float)
-    count: dict[int, int] = defaultdict(int)
-    for rollout in measured.rollouts:
-        values = zip(rollout.ids[rollout.scored].tolist(), rollout.ref_kl[rollout.response_mask].tolist(), strict=True)
-        for token, value in values:
-            nats[token] += value
-            count[token] += 1
-    whole = max(sum(nats.values()), 1e-12)
-    worst = sorted(nats, key=lambda token: (-nats[token], token))[:top]
+def top_tokens(sums: VocabularySums, responses: int, policy: Policy, top: int) -> list[dict[str, Any]]:
+    """The tokens whose probabilities carry most of the KL, and how often each model expects to say them.
+
+    Both expectations are over the policy's own responses, so that of the reference is how often it would have said the
+    token at the same places.
+    """
+    ids = sums.nats.topk(min(top, len(sums.nats))).indices.tolist()
     return [
         {
             "token": policy.tokenizer.decode([token]),
             "id": token,
-            "share": nats[token] / whole,
-            "count": count[token],
-            "nats_per_occurrence": nats[token] / count[token],
+            **_part(sums, [token], responses),
         }
-        for token in worst
+        for token in ids
+        if sums.nats[token] > 0.0
     ]
+
+
+def end_token(sums: VocabularySums, responses: int, policy: Policy) -> dict[str, float]:
+    """The same for all end tokens together: how much of the KL is about where to stop."""
+    return _part(sums, list(policy.end_ids), responses)
+
+
+def _part(sums: VocabularySums, ids: list[int], responses: int) -> dict[str, float]:
+    whole = max(sums.nats.sum().item(), 1e-12)
+    nats, policy, reference = (part[ids].sum().item() for part in (sums.nats, sums.policy, sums.reference))
+    return {
+        "share": nats / whole,
+        "nats_per_response": nats / responses,
+        "policy_per_response": policy / responses,
+        "reference_per_response": reference / responses,
+    }
 
 
 def top_prompts(measured: Measurement, top: int) -> list[dict[str, Any]]:
@@ -62,3 +74,43 @@ def by_position(measured: Measurement) -> list[dict[str, Any]]:
         for i in range(width)
         if count[i]
     ]
+
+
+def examples(measured: Measurement, policy: Policy, count: int) -> list[dict[str, Any]]:
+    """A few responses from the least to the most KL, each token with the KL at its position.
+
+    One response shows the most, two the most and the least, three the middle one as well, and so on.
+    """
+    order = measured.exact.argsort(descending=True).tolist()
+    last, shown = len(order) - 1, min(count, len(order))
+    chosen = [order[round(i * last / max(1, shown - 1))] for i in range(shown)]
+    return [_example(measured, policy, index) for index in chosen]
+
+
+def _example(measured: Measurement, policy: Policy, index: int) -> dict[str, Any]:
+    before = 0
+    for rollout in measured.rollouts:
+        row = index - before
+        if row < len(rollout.ids):
+            break
+        before += len(rollout.ids)
+    ids, mask = rollout.ids[row][rollout.scored[row]].tolist(), rollout.response_mask[row]
+    nats = rollout.ref_kl[row][mask].tolist()
+    return {
+        "prompt": rollout.prompts[row],
+        "response": rollout.responses[row],
+        "nats": measured.exact[index].item(),
+        "truncated": bool(rollout.truncated[row]),
+        "tokens": [{"token": t, "nats": n} for t, n in zip(_pieces(ids, policy.tokenizer), nats, strict=True)],
+    }
+
+
+def _pieces(ids: list[int], tokenizer) -> list[str]:
+    """The text that each token adds; a character of several tokens is shown at its last."""
+    pieces, text = [], ""
+    for end in range(1, len(ids) + 1):
+        longer = tokenizer.decode(ids[:end])
+        whole = not longer.endswith("\N{REPLACEMENT CHARACTER}") or end == len(ids)
+        pieces.append(longer[len(text) :] if whole else "")
+        text = longer if whole else text
+    return pieces

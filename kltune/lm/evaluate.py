@@ -1,4 +1,4 @@
-"""Measure KL(policy ‖ reference) on prompts: the same lines behind every stage's evaluation and ``kltune eval-kl``."""
+"""What a stage measures on held-out prompts and texts while it trains, and of what it saved."""
 
 import math
 from collections.abc import Sequence
@@ -6,121 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kltune.core.divergence import kl_k1, kl_k3
-from kltune.core.intervals import KLSummary, agreement_z, summarize
-from kltune.core.masking import per_response
 from kltune.errors import DivergedError
-from kltune.lm.batches import Rollout, pad_right, response_scatter
+from kltune.lm.batches import pad_right, response_scatter
 from kltune.lm.data import Counts, Example, Prompt, load_examples, load_prompts
+from kltune.lm.measurement import Draw, Measurement, measure_kl
 from kltune.lm.policy import Policy
-from kltune.lm.rollout import sample_rollout
-from kltune.lm.sampler import uniform_numbers
 from kltune.lm.scorers import Scorer, load_scorer
 from kltune.recipe import DataSection, EvalSection, SamplingSection
 
-RESPONSES_PER_PASS = 256  # bounds what is kept per token while a large evaluation runs
+TEXTS_PER_PASS = 256
 
-
-@dataclass(frozen=True)
-class Measurement:
-    """KL(policy ‖ reference) on fresh responses.
-
-    exact, k1, k3: nats per response by estimator. tokens: per response. entropy, ref_entropy: nats per response.
-    log_ratio_variance: what chance alone gives the sampled KL, nats² per response. All [B], as prompt_index and
-    truncated. rollouts: the responses themselves, in parts.
-    """
-
-    exact: Tensor
-    k1: Tensor
-    k3: Tensor
-    tokens: Tensor
-    prompt_index: Tensor
-    truncated: Tensor
-    entropy: Tensor
-    ref_entropy: Tensor
-    log_ratio_variance: Tensor
-    rollouts: tuple[Rollout, ...]
-
-    def summary(self, estimator: str = "exact", confidence: float = 0.95) -> KLSummary:
-        """Mean with clustered standard error and interval, per response and per token."""
-        return summarize(estimator, getattr(self, estimator), self.tokens, self.prompt_index, confidence)
-
-    @property
-    def z(self) -> float:
-        """Agreement of k1 and exact, in standard errors; beyond ±4 the sampler drew from another distribution."""
-        return agreement_z(self.k1, self.exact, self.prompt_index, self.log_ratio_variance)
-
-    def texts(self) -> tuple[list[str], list[str]]:
-        """Prompts and responses, in order."""
-        prompts = [text for rollout in self.rollouts for text in rollout.prompts]
-        return prompts, [text for rollout in self.rollouts for text in rollout.responses]
-
-
-def spread_over_prompts(prompts: Sequence[Prompt], responses: int) -> tuple[list[Prompt], int]:
-    """Which prompts to answer, and how often each, to get about ``responses`` responses.
-
-    Few prompts are answered several times, the same number each (rounded up); many are cut to the first ``responses``.
-    """
-    chosen = list(prompts[:responses])
-    return chosen, -(-responses // len(chosen))
-
-
-def measure_kl(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    *,
-    responses: int,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    from_reference: bool = False,
-) -> Measurement:
-    """Sample from the policy and measure its KL from the reference: exact, k1 and k3.
-
-    Args:
-        policy: adapter on.
-        prompts: at least one.
-        responses: how many to draw, at least; see ``spread_over_prompts``.
-        max_new_tokens: length limit of a response; the KL is that of the process cut there.
-        temperature: of sampling and of both distributions.
-        seed: the same seed and prompts give the same random numbers, whatever the policy.
-        from_reference: let the two change places: sample from the reference and measure KL(reference ‖ policy).
-
-    Raises:
-        DivergedError: something is not finite.
-        ModelError: the sampler drew from another distribution than the one measured.
-    """
-    chosen, per_prompt = spread_over_prompts(prompts, responses)
-    uniforms = uniform_numbers(np.random.default_rng([seed, 0xE7A1]), len(chosen) * per_prompt, max_new_tokens)
-    step = max(1, RESPONSES_PER_PASS // per_prompt)
-    rollouts = []
-    for start in range(0, len(chosen), step):
-        part = chosen[start : start + step]
-        rows = slice(start * per_prompt, (start + len(part)) * per_prompt)
-        rollouts.append(
-            sample_rollout(policy, part, uniforms[rows], temperature=temperature, from_reference=from_reference)
-        )
-    masks = [rollout.response_mask for rollout in rollouts]
-
-    def gather(values: list[Tensor]) -> Tensor:
-        return torch.cat([per_response(v, mask) for v, mask in zip(values, masks, strict=True)]).cpu()
-
-    return Measurement(
-        exact=gather([r.ref_kl for r in rollouts]),
-        k1=gather([kl_k1(r.logprobs, r.ref_logprobs, r.response_mask) for r in rollouts]),
-        k3=gather([kl_k3(r.logprobs, r.ref_logprobs, r.response_mask) for r in rollouts]),
-        tokens=torch.cat([r.lengths for r in rollouts]).cpu(),
-        prompt_index=torch.arange(len(chosen)).repeat_interleave(per_prompt),
-        truncated=torch.cat([r.truncated for r in rollouts]).cpu(),
-        entropy=gather([r.entropy for r in rollouts]),
-        ref_entropy=gather([r.ref_entropy for r in rollouts]),
-        log_ratio_variance=gather([r.log_ratio_variance for r in rollouts]),
-        rollouts=tuple(rollouts),
-    )
 
 
 def document_nats(policy: Policy, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
@@ -130,8 +28,8 @@ def document_nats(policy: Policy, examples: Sequence[Example]) -> tuple[Tensor, 
         DivergedError: a log-probability is not finite.
     """
     nats, tokens = [], []
-    for start in range(0, len(examples), RESPONSES_PER_PASS):
-        ids, scored = example_batch(examples[start : start + RESPONSES_PER_PASS], policy)
+    for start in range(0, len(examples), TEXTS_PER_PASS):
+        ids, scored = example_batch(examples[start : start + TEXTS_PER_PASS], policy)
         logprobs = policy.measure_logprobs(ids, scored)
         if not torch.isfinite(logprobs).all():
             raise DivergedError("the log-probability of a held-out token is not finite; lower optim.lr.")
@@ -220,13 +118,9 @@ def evaluate(
     metrics: dict[str, float | None] = {}
     measured = None
     if held_out.prompts:
-        drawn = {
-            "responses": held_out.responses,
-            "max_new_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "seed": seed,
-        }
-        measured = measure_kl(policy, held_out.prompts, **drawn)
+        draw = Draw.of(held_out.prompts, held_out.responses)
+        drawn = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "seed": seed}
+        measured = measure_kl(policy, draw, **drawn)
         kl = measured.summary()
         metrics |= {
             "eval/kl_ref_nats_per_response": kl.nats_per_response,
@@ -238,7 +132,7 @@ def evaluate(
         judges = {"score": scorer, "gold": held_out.gold}
         metrics |= judged("eval/", judges, measured, sampling.missing_end_penalty)
         if compare:
-            reference = measure_kl(policy, held_out.prompts, from_reference=True, **drawn)
+            reference = measure_kl(policy, draw, from_reference=True, **drawn)
             metrics |= judged("eval/reference_", judges, reference, sampling.missing_end_penalty)
     if held_out.texts:
         nats = log_perplexity(policy, held_out.texts)

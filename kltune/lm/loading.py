@@ -210,21 +210,54 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
     return model.to(device)
 
 
-def check_same_tokenizer(folder: Path, tokenizer, what: str) -> None:
+def check_same_tokenizer(folder: Path, tokenizer, what: str, trust_remote_code: bool = False) -> None:
     """Raise ModelError if a folder brings a tokenizer other than this one; a folder without one is fine.
 
     Args:
         folder: an adapter or model.
         tokenizer: the reference's.
         what: what to call the folder, as "model.sft_adapter".
+        trust_remote_code: as in the recipe.
     """
-    if (folder / "tokenizer_config.json").exists():
-        brought = load_tokenizer(str(folder))
-        if tokenizer_sha256(brought) != tokenizer_sha256(tokenizer):
-            raise ModelError(
-                f"{what}: the tokenizer in {folder} ({len(brought)} tokens) differs from the reference's "
-                f"({len(tokenizer)} tokens, from {tokenizer.name_or_path}); the same text would be other ids."
-            )
+    if not (folder / "tokenizer_config.json").exists():
+        return
+    brought = load_tokenizer(str(folder), trust_remote_code)
+    faults = tokenizer_differences(brought, tokenizer)
+    if faults:
+        raise ModelError(
+            f"{what}: the tokenizer in {folder} is not that of the reference, {tokenizer.name_or_path}, so the same "
+            "text would be other ids:\n  " + "\n  ".join(faults)
+        )
+
+
+def tokenizer_differences(mine, others) -> list[str]:
+    """What two tokenizers do not have in common: one line each, both sides named; [] if text is the same ids to both.
+
+    A chat template counts where both have one: a tokenizer without says nothing about how messages become text.
+    """
+    faults = []
+    a, b = mine.get_vocab(), others.get_vocab()
+    if a != b:
+        moved = sorted(token for token in a.keys() & b.keys() if a[token] != b[token])
+        example = next(iter([*sorted(a.keys() - b.keys()), *sorted(b.keys() - a.keys()), *moved]))
+        faults.append(
+            f"vocabulary: found {len(a)} tokens, wanted {len(b)}; for example {example!r} is {a.get(example)} here and "
+            f"{b.get(example)} there"
+        )
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(mine, name) != getattr(others, name):
+            faults.append(f"special tokens: {name} is {getattr(mine, name)}, wanted {getattr(others, name)}")
+    if mine.chat_template and others.chat_template and mine.chat_template != others.chat_template:
+        digests = [sha256_text(one.chat_template)[:12] for one in (mine, others)]
+        faults.append(f"chat template: found sha256 {digests[0]}, wanted {digests[1]}")
+    if not faults and tokenizer_sha256(mine) != tokenizer_sha256(others):
+        specials = [sorted(one.all_special_ids) for one in (mine, others)]
+        same = specials[0] == specials[1]
+        faults.append(
+            "how text is cut into tokens (normalizer, pre-tokenizer or model)" if same
+            else f"special tokens: found ids {specials[0]}, wanted {specials[1]}"
+        )
+    return faults
 
 
 def check_made_for(folder: Path, model: nn.Module, path: str) -> None:

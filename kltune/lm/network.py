@@ -18,6 +18,7 @@ class Network:
 
     def __init__(self, causal: nn.Module):
         self.causal = causal
+        self._home: dict[int, Tensor] = {}
         self.refresh()
         self.vocabulary = self.causal.config.get_text_config().vocab_size
         probe = torch.tensor([[0, 1, 0]], device=next(causal.parameters()).device)
@@ -33,6 +34,19 @@ class Network:
         """Find trunk and head again, after an adapter may have wrapped them."""
         self._trunk = self.causal.base_model
         self.head = self.causal.get_output_embeddings()
+
+    def move_head(self, device: torch.device) -> None:
+        """Put the head (and embeddings that are tied to it) on a device."""
+        if self.split:
+            self.head.to(device)
+
+    def move_trunk(self, device: torch.device | None) -> None:
+        """Copy all but the head to a device, or drop the copy and go back to what it was made of (None)."""
+        head = {id(tensor) for tensor in self.head.parameters()} if self.split else set()
+        for tensor in (*self.causal.parameters(), *self.causal.buffers()):
+            if id(tensor) not in head:
+                home = self._home.setdefault(id(tensor), tensor.data)
+                tensor.data = home if device is None else home.to(device)
 
     def trunk(self, ids: Tensor) -> Tensor:
         """Last hidden states. [B, S] -> [B, S, H]. No mask: rows are right-padded and the model is causal."""

@@ -3,12 +3,24 @@
 from pathlib import Path
 
 import torch
+from peft import PeftConfig
+from torch import nn
 
 from kltune.errors import ModelError
-from kltune.lm.adapters import merge_adapter
+from kltune.lm.adapters import (
+    fill,
+    load_weights,
+    merge_adapter,
+    read_adapter_config,
+    rewritten_base,
+    trained_base,
+    wrap,
+)
 from kltune.lm.loading import Fingerprint, check_made_for, check_same_tokenizer, load_base, load_tokenizer
 from kltune.lm.policy import Policy
 from kltune.recipe import LoraSection, ModelSection
+
+ROOM = 1.3      # times a second model's weights that must be free on the device: its share of cache and logits
 
 
 def load_policy(
@@ -57,27 +69,61 @@ def load_reference(
 
 
 def load_saved_policy(folder: Path, section: ModelSection, *, device: torch.device, is_adapter: bool) -> Policy:
-    """A saved adapter over its reference, or a saved full model beside it.
+    """A saved adapter over its reference, or what has weights of its own beside it.
 
     Args:
         folder: where the adapter or model is.
         section: the reference.
         device: where the weights live.
-        is_adapter: one set of weights and an adapter; else two sets.
+        is_adapter: one set of weights and an adapter, unless it also trained parts of the base; else two sets.
 
     Raises:
         ModelError: it cannot be loaded, or is a model with another vocabulary or tokenizer than the reference.
     """
+    policy = load_reference(section, device=device, where="reference")
+    check_same_tokenizer(folder, policy.tokenizer, "checkpoint", section.trust_remote_code)
     if is_adapter:
-        policy = load_reference(section, device=device, where="reference")
-        check_same_tokenizer(folder, policy.tokenizer, what="checkpoint")
-        policy.load_adapter(folder)
-        return policy
-    reference = load_reference(section, device=device, where="reference")
-    check_same_tokenizer(folder, reference.tokenizer, what="checkpoint")
-    trained = load_base(ModelSection(path=str(folder), dtype=reference.fingerprint.dtype), device, "checkpoint")
-    if trained.get_input_embeddings().weight.shape != reference.model.get_input_embeddings().weight.shape:
+        config, weights = read_adapter_config(folder), load_weights(folder)
+        if rewritten_base(config) or not trained_base(config, weights, policy.model):
+            return _with_adapter(policy, folder)
+        trained, together = _beside(policy, section, section.path)
+        trained = wrap(trained, PeftConfig.from_pretrained(folder), str(folder))
+        fill(trained, weights, folder)
+    else:
+        trained, together = _beside(policy, section, str(folder))
+    reference = policy.model if together else policy.model.cpu()
+    placed = {"frozen": reference, "swap_on": None if together else device}
+    saved = Policy(trained.to(reference.device), policy.tokenizer, policy.fingerprint, **placed)
+    if saved.network.vocabulary != policy.network.vocabulary:
         raise ModelError(
-            f"{folder}: its vocabulary or width differs from that of {section.path}: they cannot be compared."
+            f"{folder}: it gives logits for {saved.network.vocabulary} tokens, the reference {section.path} for "
+            f"{policy.network.vocabulary}: they cannot be compared."
         )
-    return Policy(trained, reference.tokenizer, reference.fingerprint, frozen=reference.model)
+    return saved
+
+
+def _with_adapter(policy: Policy, folder: Path) -> Policy:
+    """The adapter on the reference's own weights; switched off, it must leave every logit as it was."""
+    probe = torch.tensor([[*range(min(16, policy.network.vocabulary))]], device=policy.device)
+    with torch.no_grad():
+        before = policy.network.logits(policy.network.hidden(probe))
+        policy.load_adapter(folder)
+        with policy.reference():
+            after = policy.network.logits(policy.network.hidden(probe))
+    if not torch.equal(before, after):
+        raise ModelError(
+            f"{folder}: with this adapter off, the model is not its frozen base (a logit differs by "
+            f"{(before - after).abs().max().item():.3g}); a {read_adapter_config(folder)['peft_type']} adapter of this "
+            "form cannot be measured on one set of weights. Merge it into a model and give that, with --reference."
+        )
+    return policy
+
+
+def _beside(policy: Policy, section: ModelSection, path: str) -> tuple[nn.Module, bool]:
+    """A second model on the CPU, and whether it has room on the device beside the first."""
+    second = section.model_copy(update={"path": path, "dtype": policy.fingerprint.dtype})
+    model = load_base(second, torch.device("cpu"), "checkpoint")
+    if policy.device.type != "cuda":
+        return model, True
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    return model, ROOM * needed < torch.cuda.mem_get_info(policy.device)[0]

@@ -5,9 +5,9 @@ function is one more adapter on the same trunk with a small head, so fitting val
 fine-tuning (``kltune sft`` with ``lora: null``) holds a second, frozen copy of the model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,53 +15,50 @@ from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kltune.core.divergence import kl_exact, log_ratio_variance
-from kltune.core.logprobs import token_entropy, token_logprobs
+from kltune.core.divergence import kl_exact
+from kltune.core.logprobs import token_logprobs
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.adapters import (
     POLICY,
     VALUE,
     AdapterSwitch,
+    config_to_fill,
     fill,
     load_weights,
-    read_adapter_config,
     refuse_base_changing,
     wrap,
 )
 from kltune.lm.heads import ValueHead
 from kltune.lm.loading import Fingerprint, end_token_ids, weights_sha256
+from kltune.lm.measures import TokenMeasures, VocabularySums, measure_sampled, measure_tokens
 from kltune.lm.network import Network
 from kltune.recipe import LoraSection
-
-
-@dataclass(frozen=True)
-class TokenMeasures:
-    """What teacher forcing tells of N scored tokens; each [N] float32, in nats.
-
-    logprobs, ref_logprobs: of the tokens. ref_kl: exact KL(policy ‖ reference) at their positions, over the whole
-    vocabulary. entropy, ref_entropy: of the distributions there. log_ratio_variance: of log π − log π_ref under π
-    there, nats². The last four are None unless asked for.
-    """
-
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    ref_kl: Tensor | None
-    entropy: Tensor | None
-    ref_entropy: Tensor | None
-    log_ratio_variance: Tensor | None
 
 
 class Policy:
     """A causal language model with a trainable adapter, and the reference behind it."""
 
-    def __init__(self, model: nn.Module, tokenizer, fingerprint: Fingerprint, *, frozen: nn.Module | None = None):
-        """Take a loaded model. With ``frozen``, all of ``model`` is trained and ``frozen`` is the reference."""
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        fingerprint: Fingerprint,
+        *,
+        frozen: nn.Module | None = None,
+        swap_on: torch.device | None = None,
+    ):
+        """Take a loaded model. With ``frozen``, all of ``model`` is trained and ``frozen`` is the reference.
+
+        With ``swap_on`` as well, both models are on the CPU, and a device with room for one of them holds, besides
+        the two heads, the trunk that is in use. Only for measuring: what is trained would be lost on the way.
+        """
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.device = next(model.parameters()).device
         self.end_ids = end_token_ids(model, tokenizer)
         self.max_context = getattr(model.config, "max_position_embeddings", None)
         self.value_head: ValueHead | None = None
+        self.untrained: dict[str, Tensor] = {}
         self.full = frozen is not None
         # state_dict tensors share storage with the parameters, so hashing them later sees what they hold then.
         self._reference_tensors = dict((frozen or model).state_dict())
@@ -69,6 +66,12 @@ class Policy:
         self.model = model
         self.network = Network(model)
         self._reference_network = Network(frozen) if self.full else self.network
+        self._swaps = swap_on is not None
+        if self._swaps:
+            self.device = swap_on
+            for network in (self.network, self._reference_network):
+                network.move_head(swap_on)
+            self.network.move_trunk(swap_on)
         self._switch = AdapterSwitch(model)
         model.eval()  # dropout anywhere would make old, new and reference log-probs disagree
 
@@ -93,12 +96,10 @@ class Policy:
         Raises:
             ModelError: it would change the base, holds NaN, or its tensors do not fit this model one to one.
         """
-        refuse_base_changing(read_adapter_config(folder), str(folder))
         weights = load_weights(folder)
+        refuse_base_changing(folder, weights, self.model)
         if POLICY not in getattr(self.model, "peft_config", {}):
-            config = PeftConfig.from_pretrained(folder)
-            config.inference_mode = False
-            self._wrap(config, what=str(folder))
+            self._wrap(config_to_fill(folder), what=str(folder))
         fill(self.model, weights, folder)
 
     def load_trained(self, folder: Path) -> None:
@@ -114,6 +115,8 @@ class Policy:
         self._switch = AdapterSwitch(self.model)
         self.model.eval()
         self.network.refresh()
+        # B is 0 and a magnitude is the base's own: what the adapter's tensors hold where it does nothing.
+        self.untrained = {name: tensor.detach().clone() for name, tensor in self.trainable_parameters().items()}
 
     def add_value_function(self, lora: LoraSection) -> None:
         """Add a value head that reads the trunk through a LoRA adapter of its own.
@@ -178,14 +181,21 @@ class Policy:
     def reference(self) -> Iterator[None]:
         """Within: this object is the reference, the frozen weights alone. After, exceptions included: the policy."""
         if self.full:
-            policy, self.network = self.network, self._reference_network
+            policy = self.network
+            self._use(self._reference_network)
             try:
                 yield
             finally:
-                self.network = policy
+                self._use(policy)
         else:
             with self._switch.active(None):
                 yield
+
+    def _use(self, network: Network) -> None:
+        if self._swaps:
+            self.network.move_trunk(None)
+            network.move_trunk(self.device)
+        self.network = network
 
     @contextmanager
     def dropout(self) -> Iterator[None]:
@@ -239,11 +249,17 @@ class Policy:
         with self._switch.active(VALUE):
             return self.value_head(self.network.trunk(ids)[:, :-1][scored[:, 1:]])
 
-    @torch.no_grad()
     def measure(
-        self, ids: Tensor, scored: Tensor, temperature: float = 1.0, *, exact: bool = True, swap: bool = False
+        self,
+        ids: Tensor,
+        scored: Tensor,
+        temperature: float = 1.0,
+        *,
+        exact: bool = True,
+        swap: bool = False,
+        sums: VocabularySums | None = None,
     ) -> TokenMeasures:
-        """Teacher-force sequences through policy and reference; rows go in parts, so memory is bounded.
+        """Teacher-force sequences through policy and reference.
 
         Args:
             ids: right-padded sequences. [B, S] int64.
@@ -251,31 +267,41 @@ class Policy:
             temperature: of both distributions; the one the tokens were sampled at.
             exact: also sum over the vocabulary, for exact KL and entropies.
             swap: let the two change places: then ``ref_kl`` is KL(reference ‖ policy), for the reference's samples.
+            sums: with ``exact``, also add up by token of the vocabulary.
         """
-        parts = [self._measure_part(*part, temperature, exact, swap) for part in self._parts(ids, scored)]
-        columns = zip(*parts, strict=True)
+        if exact:
+            found = partial(measure_tokens, temperature=temperature, sums=sums)
+        else:
+            found = partial(measure_sampled, temperature=temperature)
+        function = (lambda logits, ref_logits, tokens: found(ref_logits, logits, tokens)) if swap else found
+        columns = zip(*self.over_vocabulary(ids, scored, function), strict=True)
         return TokenMeasures(*(None if column[0] is None else torch.cat(column) for column in columns))
 
-    def _measure_part(self, ids: Tensor, scored: Tensor, temperature: float, exact: bool, swap: bool):
-        hidden = self.scored_hidden(ids, scored)
-        with self.reference():
-            ref_hidden = self.scored_hidden(ids, scored)
+    @torch.no_grad()
+    def over_vocabulary(
+        self, ids: Tensor, scored: Tensor, function: Callable[[Tensor, Tensor, Tensor], tuple]
+    ) -> list[tuple]:
+        """Call a function on every scored position, a chunk at a time, so that memory does not grow with their number.
 
-        def stats(part: Tensor, ref_part: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-            first, second = self.network.logits(part), self._ref_logits(ref_part)
-            if swap:
-                first, second = second, first
-            found = [token_logprobs(logits, tokens, temperature) for logits in (first, second)]
-            if exact:
-                found.append(kl_exact(first, second, temperature))
-                found += [token_entropy(logits, temperature) for logits in (first, second)]
-                found.append(log_ratio_variance(first, second, temperature))
-            return tuple(found)
+        Args:
+            ids: right-padded sequences. [B, S] int64.
+            scored: True on the tokens to measure, never in column 0. [B, S] bool.
+            function: takes the policy's logits [n, V], the reference's [n, V] and the tokens [n].
 
-        rows = self.network.chunk_rows
-        chunks = zip(hidden.split(rows), ref_hidden.split(rows), ids[scored].split(rows), strict=True)
-        found = tuple(torch.cat(column) for column in zip(*(stats(*chunk) for chunk in chunks), strict=True))
-        return found if exact else (*found, None, None, None, None)
+        Returns:
+            What it gave for each chunk, in order.
+        """
+        found = []
+        for part, marks in self._parts(ids, scored):
+            hidden = self.scored_hidden(part, marks)
+            with self.reference():
+                ref_hidden = self.scored_hidden(part, marks)
+            rows = self.network.chunk_rows
+            chunks = zip(hidden.split(rows), ref_hidden.split(rows), part[marks].split(rows), strict=True)
+            found += [
+                function(self.network.logits(mine), self._ref_logits(others), tokens) for mine, others, tokens in chunks
+            ]
+        return found
 
     @torch.no_grad()
     def measure_values(self, ids: Tensor, scored: Tensor) -> Tensor:
@@ -295,6 +321,9 @@ class Policy:
             yield part[:, :width], marks[:, :width]
 
     def _ref_logits(self, ref_hidden: Tensor) -> Tensor:
+        if self.full:
+            with torch.no_grad():
+                return self._reference_network.logits(ref_hidden)
         with torch.no_grad(), self.reference():  # the head itself may carry an adapter
             return self.network.logits(ref_hidden)
 

@@ -11,6 +11,7 @@ from kltune.core.masking import per_response
 from kltune.errors import DivergedError, ModelError
 from kltune.lm.batches import Rollout, Samples, response_scatter
 from kltune.lm.data import Prompt
+from kltune.lm.measures import VocabularySums
 from kltune.lm.policy import Policy
 from kltune.lm.sampler import sample
 
@@ -27,6 +28,7 @@ def sample_rollout(
     temperature: float,
     exact: bool = True,
     from_reference: bool = False,
+    sums: VocabularySums | None = None,
 ) -> Rollout:
     """Draw responses from the policy and measure log-probabilities and exact KL(policy ‖ reference) on them.
 
@@ -40,6 +42,7 @@ def sample_rollout(
         temperature: of sampling and of everything measured.
         exact: sum over the vocabulary for exact KL and entropies; without it they are None.
         from_reference: let the two change places: the reference responds, and ``ref_kl`` is KL(reference ‖ policy).
+        sums: also add up by token of the vocabulary, into these.
 
     Raises:
         DivergedError: a log-probability or KL is not finite.
@@ -48,19 +51,30 @@ def sample_rollout(
     with policy.reference() if from_reference else nullcontext():
         samples = sample(policy, prompts, uniforms, temperature=temperature)
     mask = samples.response_mask
-    measured = policy.measure(samples.ids, samples.scored, temperature, exact=exact, swap=from_reference)
-    flat = {field.name: getattr(measured, field.name) for field in fields(measured)}
+    measured = policy.measure(samples.ids, samples.scored, temperature, exact=exact, swap=from_reference, sums=sums)
+    flat = measured._asdict()
     for name, values in flat.items():
         if values is not None and not torch.isfinite(values).all():
             raise DivergedError(f"{name} of sampled tokens is not finite; lower optim.lr or raise kl.beta.")
     tensors = {name: None if values is None else response_scatter(values, mask) for name, values in flat.items()}
-    _check_sampler(samples, tensors["logprobs"], policy.dtype)
+    check_sampler(samples, tensors["logprobs"], mask, policy.dtype)
     own = {field.name: getattr(samples, field.name) for field in fields(samples)}
     return Rollout(**(own | tensors))
 
 
-def _check_sampler(samples: Samples, logprobs: Tensor, dtype: torch.dtype) -> None:
-    gap = per_response((samples.logprobs - logprobs).abs(), samples.response_mask).sum() / samples.response_mask.sum()
+def check_sampler(samples: Samples, logprobs: Tensor, counted: Tensor, dtype: torch.dtype) -> None:
+    """The sampler's log-probabilities are those of teacher forcing, but for rounding.
+
+    Args:
+        samples: as they were drawn.
+        logprobs: of the same tokens by teacher forcing. [B, T], nats.
+        counted: True on the tokens to compare. [B, T], bool.
+        dtype: of the weights.
+
+    Raises:
+        ModelError: they are not.
+    """
+    gap = per_response((samples.logprobs - logprobs).abs(), counted).sum() / counted.sum()
     if gap.item() > MEAN_GAP[dtype]:
         raise ModelError(
             f"The sampler's log-probabilities differ from teacher forcing by {gap.item():.3g} nats per token on "

@@ -1,4 +1,4 @@
-"""Draw responses from the policy, unfiltered, at one temperature, with a KV cache.
+"""Draw responses from the policy at one temperature, with a KV cache; uncut, unless a deployed policy is asked for.
 
 Every response has its own row of uniform random numbers and a token is the inverse of the cumulative distribution at
 one of them. So a response depends on its prompt, its numbers and the weights alone: not on the batch it was drawn in,
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kltune.core.filtering import Cut, renormalized
 from kltune.errors import DivergedError
 from kltune.lm.batches import Samples, pad_right, response_scatter
 from kltune.lm.data import Prompt
@@ -30,7 +31,9 @@ def uniform_numbers(rng: np.random.Generator, responses: int, max_new_tokens: in
 
 
 @torch.no_grad()
-def sample(policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, *, temperature: float) -> Samples:
+def sample(
+    policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, *, temperature: float, cut: Cut | None = None
+) -> Samples:
     """Draw ``len(uniforms) / len(prompts)`` responses to each prompt; those of one prompt lie side by side.
 
     Args:
@@ -38,6 +41,7 @@ def sample(policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, *, tempe
         prompts: P token sequences.
         uniforms: the random numbers, a row per response; its width is the length limit. [B, T].
         temperature: divides the logits.
+        cut: which tokens may be drawn; None: all of them, as training and every measurement of the policy itself want.
 
     Raises:
         ValueError: B is not a multiple of P.
@@ -51,13 +55,15 @@ def sample(policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, *, tempe
     for start in range(0, len(prompts), step):
         part = prompts[start : start + step]
         rows = slice(start * per_prompt, (start + len(part)) * per_prompt)
-        drawn, seen = _decode(policy, part, per_prompt, uniforms[rows].to(policy.device), temperature)
+        drawn, seen = _decode(policy, part, per_prompt, uniforms[rows].to(policy.device), temperature, cut)
         tokens += drawn
         logprobs += seen
     return _assemble(policy, prompts, per_prompt, tokens, logprobs, limit=uniforms.shape[1])
 
 
-def _decode(policy: Policy, prompts: Sequence[Prompt], per_prompt: int, uniforms: Tensor, temperature: float):
+def _decode(
+    policy: Policy, prompts: Sequence[Prompt], per_prompt: int, uniforms: Tensor, temperature: float, cut: Cut | None
+) -> tuple[list[list[int]], list[list[float]]]:
     """The token ids and log-probabilities of each response, as lists."""
     device, limit = policy.device, uniforms.shape[1]
     ends = torch.tensor(policy.end_ids, device=device)
@@ -74,7 +80,7 @@ def _decode(policy: Policy, prompts: Sequence[Prompt], per_prompt: int, uniforms
     alive = torch.arange(count, device=device)  # the response that each row of the cache belongs to
     going = torch.ones(count, dtype=torch.bool, device=device)  # per row of the cache
     for t in range(limit):
-        drawn, seen = _draw(logits, uniforms[alive, t], temperature)
+        drawn, seen = _draw(logits, uniforms[alive, t], temperature, cut)
         tokens[alive[going], t], logprobs[alive[going], t] = drawn[going], seen[going]
         ended = going & torch.isin(drawn, ends)
         lengths[alive[ended]] = t + 1
@@ -95,9 +101,11 @@ def _decode(policy: Policy, prompts: Sequence[Prompt], per_prompt: int, uniforms
     )
 
 
-def _draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _draw(logits: Tensor, uniforms: Tensor, temperature: float, cut: Cut | None) -> tuple[Tensor, Tensor]:
     """Invert the cumulative distribution. [R, V], [R] -> tokens [R], their log-probabilities [R]."""
     logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    if cut is not None:
+        logprobs = renormalized(logprobs, cut.kept(logprobs))
     # float64: a float32 sum over 100,000 tokens is off by more than a rare token's probability. MPS has none.
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
     cumulative = logprobs.to(wide).exp().cumsum(dim=-1)

@@ -86,12 +86,20 @@ def save_checkpoint(
 def save_final(run_folder: Path, write_adapter: Callable[[Path], None], *, info: dict[str, Any]) -> Path:
     """Save the adapter to use as ``final/``, in place of one that is there. Returns and raises as `save_checkpoint`."""
     clear_leftovers(run_folder)
+    return save_adapter(run_folder / "final", write_adapter, info=info)
 
-    def write(folder: Path) -> None:
-        write_adapter(folder)
-        write_json(folder / "kltune.json", _stamped(info))
 
-    return _fill_and_rename(run_folder / "final", write)
+def save_adapter(folder: Path, write_adapter: Callable[[Path], None], *, info: dict[str, Any]) -> Path:
+    """Save an adapter with its kltune.json, whole or not at all, in place of a folder that is there.
+
+    Returns and raises as `save_checkpoint`.
+    """
+
+    def write(hidden: Path) -> None:
+        write_adapter(hidden)
+        write_json(hidden / "kltune.json", _stamped(info))
+
+    return _fill_and_rename(folder, write)
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:

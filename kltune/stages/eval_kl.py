@@ -1,31 +1,40 @@
 """How far is a checkpoint from its reference: KL(policy ‖ reference) with error bars, and a gate on it.
 
 The headline is exact: at every position the divergence is summed over the whole vocabulary, and only the prefixes are
-sampled. k1 and k3 stand beside it; that k1 agrees with it (z) shows that the text was drawn from the very distribution
-that was measured, and a checkpoint where it does not is refused.
+sampled. k1, k3 and a control variate stand beside it; that k1 agrees with it (z) shows that the text was drawn from the
+very distribution that was measured, and a checkpoint where it does not is refused.
 """
 
 import math
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import softplus
+from torch import Tensor
 
-from kltune.core.intervals import KLSummary, summarize, verdict
-from kltune.errors import CheckpointError, ModelError, RecipeError
-from kltune.lm.adapters import read_adapter_config
-from kltune.lm.attribution import by_position, top_prompts, top_tokens
-from kltune.lm.data import Example, load_examples, load_prompts
-from kltune.lm.evaluate import Measurement, described, document_nats, measure_kl
-from kltune.lm.loading import pick_device
-from kltune.lm.opening import load_saved_policy
+from kltune.core.filtering import Cut
+from kltune.core.gate import confidence_per_look, looks, verdict
+from kltune.core.intervals import summarize
+from kltune.errors import ModelError, RecipeError
+from kltune.lm.data import Example, Prompt
+from kltune.lm.deployed import Deployed, measure_deployed
+from kltune.lm.evaluate import document_nats
+from kltune.lm.measurement import Draw, Measurement, measure_kl
+from kltune.lm.measures import VocabularySums
 from kltune.lm.policy import Policy
-from kltune.recipe import DataSection, ModelSection, load_recipe
-from kltune.run.checkpoint import read_info, resolve_checkpoint
+from kltune.run.kl_document import DIRECTIONS, Found, described_kl, paired_differences
 from kltune.run.kl_text import render
+from kltune.run.progress import counting
+from kltune.run.subject import (
+    MeasureOptions,
+    Settings,
+    Subject,
+    find_checkpoint,
+    measured_prompts,
+    measured_texts,
+    open_subject,
+    settle,
+)
 
 __all__ = ["EvalKLOptions", "eval_kl", "render"]
 
@@ -35,34 +44,28 @@ WORST_Z = 4.0  # |k1 − exact| in standard errors; chance alone passes it once 
 
 
 @dataclass(frozen=True)
-class EvalKLOptions:
-    """The command's options; None takes the checkpoint's own settings, then the defaults of ``Settings``."""
+class EvalKLOptions(MeasureOptions):
+    """The command's options.
 
-    recipe: str | None = None
-    reference: str | None = None
-    prompts: str | None = None
-    responses: int | None = None
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    seed: int = 0
-    max_kl: float | None = None
-    unit: str = "nats_per_response"
-    confidence: float = 0.95
+    auto: keep sampling until the gate is decided or there are ``max_responses``. top_p, top_k: also measure the policy
+    as it is deployed with these.
+    """
+
     direction: str = "reverse"
     texts: str | None = None
     top: int = 10
+    show: int = 3
+    auto: bool = False
+    max_responses: int = 4096
+    top_p: float | None = None
+    top_k: int | None = None
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How one checkpoint is measured, all resolved."""
-
-    prompts: str
-    data: DataSection
-    responses: int = 256
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    texts: str | None = None
+    @property
+    def cut(self) -> Cut | None:
+        """What a deployed policy samples from, if that was asked for."""
+        if self.top_p is None and self.top_k is None:
+            return None
+        return Cut(1.0 if self.top_p is None else self.top_p, self.top_k)
 
 
 def eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, Any], int]:
@@ -77,14 +80,18 @@ def eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, A
 
     Raises:
         RecipeError: options that make no sense. CheckpointError, ModelError, DataError: what cannot be measured.
+        DivergedError: a number is not finite.
     """
     check_options(options)
-    documents = [measure_checkpoint(path, options) for path in checkpoints]
+    subjects = [find_checkpoint(path, options) for path in checkpoints]
+    settings = settle(subjects, options)
+    documents, measured = zip(*(measure_checkpoint(subject, settings, options) for subject in subjects), strict=True)
     verdicts = {document["gate"]["verdict"] for document in documents if document["gate"] is not None}
     code = next((EXIT_CODES[name] for name in WORST_FIRST if name in verdicts), 0)
     if len(documents) == 1:
         return documents[0], code
-    return {"schema": "kltune.eval_kl_list/1", "checkpoints": documents}, code
+    differences = paired_differences(checkpoints, measured, options.confidence)
+    return {"schema": "kltune.eval_kl_list/1", "checkpoints": list(documents), "differences": differences}, code
 
 
 def check_options(options: EvalKLOptions) -> None:
@@ -95,180 +102,143 @@ def check_options(options: EvalKLOptions) -> None:
         raise RecipeError(f"--confidence: found {options.confidence}, wanted at least 0.5 and below 1, as 0.95.")
     if options.temperature is not None and not (math.isfinite(options.temperature) and options.temperature > 0.0):
         raise RecipeError(f"--temperature: found {options.temperature}, wanted a number above 0.")
-    for name in ("responses", "max_new_tokens"):
+    if options.top_p is not None and not 0.0 < options.top_p <= 1.0:
+        raise RecipeError(f"--top-p: found {options.top_p}, wanted a probability above 0, as 0.9; 1 keeps all tokens.")
+    for name in ("responses", "max_new_tokens", "top_k", "max_responses"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise RecipeError(f"--{name.replace('_', '-')}: found {value}, wanted at least 1.")
+    if options.auto and options.max_kl is None:
+        raise RecipeError("--auto: samples until a budget is decided; give the budget as --max-kl.")
 
 
-def measure_checkpoint(path: str, options: EvalKLOptions) -> dict[str, Any]:
-    """The document of one checkpoint."""
-    folder = resolve_checkpoint(path)
-    info = read_info(folder) if (folder / "kltune.json").exists() else None
-    policy = open_policy(folder, info, options.reference)
-    settings = settle(info, options, folder)
-    limit = policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens)
-    rules = {
-        "template": settings.data.template,
-        "on_overlong": settings.data.on_overlong,
-        "on_bad_row": settings.data.on_bad_row,
-    }
-    prompts, counts = load_prompts(settings.prompts, policy.tokenizer, max_tokens=limit, **rules)
-    print(f"{path}: {policy.fingerprint.describe()}\n{described(settings.prompts, counts)}", file=sys.stderr)
-
-    drawn = {
-        "responses": settings.responses,
-        "max_new_tokens": settings.max_new_tokens,
-        "temperature": settings.temperature,
-        "seed": options.seed,
-    }
-    reverse = measure_kl(policy, prompts, **drawn)
-    check_agreement(path, reverse)
-    forward = None
-    if options.direction != "reverse":
-        forward = measure_kl(policy, prompts, from_reference=True, **drawn)
-        check_agreement(path, forward)
-    tax = None
-    if settings.texts is not None:
-        examples, counts = load_examples(
-            settings.texts,
-            policy.tokenizer,
-            end_token=policy.tokenizer.eos_token_id,
-            max_prompt_tokens=limit,
-            max_response_tokens=settings.data.max_response_tokens,
-            **rules,
-        )
-        tax = alignment_tax(policy, examples, options.confidence)
-    kl = {name: summary_of(reverse.summary(name, options.confidence)) for name in ("exact", "k1", "k3")}
-    return {
+def measure_checkpoint(
+    subject: Subject, settings: Settings, options: EvalKLOptions
+) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+    """The document of one checkpoint; and exact KL [B] and prompt [B] of its responses, to compare it with others."""
+    policy = open_subject(subject, options)
+    prompts, texts = measured_prompts(policy, settings), measured_texts(policy, settings)
+    found = measure(subject.path, policy, prompts, texts, settings, options)
+    document = {
         "schema": "kltune.eval_kl/1",
-        "checkpoint": str(path),
-        "reference": policy.fingerprint.as_dict(),
-        "direction": "KL(policy||reference)",
+        "checkpoint": subject.path,
         "temperature": settings.temperature,
         "max_new_tokens": settings.max_new_tokens,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
         "seed": options.seed,
         "confidence": options.confidence,
-        "prompts": reverse.summary().prompts,
-        "responses": len(reverse.exact),
-        "tokens": int(reverse.tokens.sum()),
-        "truncated_fraction": reverse.truncated.double().mean().item(),
-        "kl": kl,
-        "forward": None if forward is None else {"exact": summary_of(forward.summary("exact", options.confidence))},
-        "js": None if forward is None else jensen_shannon(reverse, forward),
-        "entropy": {
-            "policy": per_token(reverse.entropy, reverse),
-            "reference": per_token(reverse.ref_entropy, reverse),
-        },
-        "agreement_z": reverse.z,
-        "top_tokens": top_tokens(reverse, policy, options.top),
-        "top_prompts": top_prompts(reverse, options.top),
-        "by_position": by_position(reverse),
-        "alignment_tax": tax,
-        "gate": judge(reverse.summary("exact", options.confidence), options),
+        **described_kl(found, policy, confidence=options.confidence, top=options.top, show=options.show),
     }
+    return document, (found.reverse.exact, found.reverse.prompt_index)
 
 
-def open_policy(folder: Path, info: dict[str, Any] | None, reference: str | None) -> Policy:
-    """A checkpoint over its own reference; for one that kltune did not make, its base or ``--reference``.
-
-    Raises:
-        CheckpointError: the reference found is not the one the checkpoint was trained against, or none is known.
-    """
-    is_adapter = (folder / "adapter_config.json").exists()
-    if info is not None:
-        known = info["reference"]
-        section = ModelSection(path=reference or known["path"], sft_adapter=known["sft_adapter"], dtype=known["dtype"])
+def measure(
+    path: str,
+    policy: Policy,
+    prompts: list[Prompt],
+    texts: list[Example],
+    settings: Settings,
+    options: EvalKLOptions,
+) -> Found:
+    """All that was asked for of one policy; the gate is on the direction that was asked for."""
+    sums = VocabularySums.zero(policy.network.vocabulary)
+    forward = None
+    if options.direction == "forward":
+        forward, gate = sample_and_judge(path, policy, prompts, settings, options, from_reference=True)
+        reverse, _ = sample_and_judge(path, policy, prompts, settings, options, judged=False, sums=sums)
     else:
-        path = reference or (read_adapter_config(folder).get("base_model_name_or_path") if is_adapter else None)
-        if path is None:
-            raise CheckpointError(f"{folder}: which model is the reference? Give it as --reference MODEL.")
-        section = ModelSection(path=path)
-    policy = load_saved_policy(folder, section, device=pick_device("auto"), is_adapter=is_adapter)
-    if info is not None and (differences := policy.fingerprint.differences(info["reference"])):
-        raise CheckpointError(
-            f"{folder}: this is not the reference it was trained against.\n  " + "\n  ".join(differences)
-        )
-    return policy
+        reverse, gate = sample_and_judge(path, policy, prompts, settings, options, sums=sums)
+        if options.direction == "both":
+            forward, _ = sample_and_judge(
+                path, policy, prompts, settings, options, judged=False, from_reference=True
+            )
+    return Found(
+        reverse=reverse,
+        sums=sums,
+        forward=forward,
+        deployed=None if options.cut is None else deploy(path, policy, prompts, settings, options),
+        tax=alignment_tax(policy, texts, options.confidence) if texts else None,
+        gate=gate,
+    )
 
 
-def settle(info: dict[str, Any] | None, options: EvalKLOptions, folder: Path) -> Settings:
-    """Options first, then ``--recipe``, then what the checkpoint was made with, then the defaults.
+def sample_and_judge(
+    path: str,
+    policy: Policy,
+    prompts: list[Prompt],
+    settings: Settings,
+    options: EvalKLOptions,
+    *,
+    judged: bool = True,
+    from_reference: bool = False,
+    sums: VocabularySums | None = None,
+) -> tuple[Measurement, dict[str, Any] | None]:
+    """Sample one side, and judge it against the budget; with ``auto``, as often as it takes.
 
-    Raises:
-        RecipeError: no prompts are known.
+    How often to look is settled before the first look, and each look's interval is as much wider as that takes for all
+    of them to hold together: to stop when it pleases is then no advantage.
+
+    Returns:
+        (the measurement, the gate's part of the document or None).
     """
-    found: dict[str, Any] = {"data": DataSection(), "prompts": None}
-    if options.recipe is not None:
-        recipe = load_recipe(options.recipe)
-        found |= {
-            "prompts": recipe.eval.prompts or recipe.data.prompts,
-            "data": recipe.data,
-            "responses": recipe.eval.responses,
-            "texts": recipe.eval.texts,
-        }
-        if hasattr(recipe, "sampling"):
-            found |= {"max_new_tokens": recipe.sampling.max_new_tokens, "temperature": recipe.sampling.temperature}
-    elif info is not None:
-        own = info["measure"]
-        found["data"] = DataSection(template=own["template"], max_prompt_tokens=own["max_prompt_tokens"])
-        found |= {name: own[name] for name in ("prompts", "max_new_tokens", "temperature")}
-    asked = {
-        name: getattr(options, name) for name in ("prompts", "responses", "max_new_tokens", "temperature", "texts")
-    }
-    found |= {name: value for name, value in asked.items() if value is not None}
-    if found["prompts"] is None:
-        raise RecipeError(f"{folder}: no prompts to measure on; give --prompts FILE or --recipe R.yaml.")
-    return Settings(**found)
+    judged = judged and options.max_kl is not None
+    counts = (settings.responses,)
+    if judged and options.auto:
+        counts = looks(settings.responses, options.max_responses)
+    confidence = confidence_per_look(options.confidence, len(counts))
+    drawn = settings.drawn(options.seed) | {"from_reference": from_reference, "sums": sums}
 
+    def draw_one(draw: Draw) -> Measurement:
+        with counting("sampling the reference" if from_reference else "sampling", draw.responses) as progress:
+            return measure_kl(policy, draw, progress=progress, **drawn)
 
-def check_agreement(path: str, measured: Measurement) -> None:
-    """Raise ModelError if the sampled and the exact KL differ by more than chance: then neither can be trusted."""
-    if not abs(measured.z) <= WORST_Z:  # NaN must not pass
-        raise ModelError(
-            f"{path}: the sampled KL (k1) and the exact KL differ by {measured.z:.1f} standard errors, so the "
-            "responses were not drawn from the distribution that was measured. No KL of this checkpoint is reported."
-        )
-
-
-def summary_of(kl: KLSummary) -> dict[str, Any]:
-    """One estimator's figures, per response and per token (ratio of sums)."""
-    return {
-        "nats_per_response": kl.nats_per_response,
-        "stderr": kl.stderr,
-        "ci": kl.ci,
-        "nats_per_token": kl.nats_per_token,
-        "token_stderr": kl.token_stderr,
-        "token_ci": kl.token_ci,
-    }
-
-
-def judge(kl: KLSummary, options: EvalKLOptions) -> dict[str, Any] | None:
-    """The gate's part of the document; None without ``--max-kl``."""
-    if options.max_kl is None:
-        return None
-    found = verdict(kl, options.max_kl, options.unit, options.confidence)
-    return {
+    draw = Draw.of(prompts, counts[0])
+    measured = draw_one(draw)
+    seen: list[dict[str, Any]] = []
+    for count in counts:
+        while len(measured.exact) < count:
+            draw = draw.following(count - len(measured.exact))
+            measured += draw_one(draw)
+        check_agreement(path, "the policy" if not from_reference else "the reference", measured.z)
+        if not judged:
+            return measured, None
+        kl = measured.summary("exact", confidence)
+        found = verdict(kl, options.max_kl, options.unit, confidence, fresh_prompts=draw.leaves_prompts)
+        ci = kl.ci if options.unit == "nats_per_response" else kl.token_ci
+        seen.append({"responses": kl.responses, "confidence": confidence, "ci": ci, "verdict": found.verdict})
+        if found.verdict != "inconclusive" or found.wants_prompts:
+            break
+    return measured, {
         "max_kl": options.max_kl,
         "unit": options.unit,
         "confidence": options.confidence,
+        "direction": DIRECTIONS["forward" if from_reference else "reverse"],
         "verdict": found.verdict,
         "more_responses": found.more_responses,
+        "wants_prompts": found.wants_prompts,
+        "planned_looks": len(counts),
+        "looks": seen,
     }
 
 
-def per_token(sums: torch.Tensor, measured: Measurement) -> float:
-    """Ratio of sums over all responses."""
-    return (sums.double().sum() / measured.tokens.sum()).item()
+def deploy(path: str, policy: Policy, prompts: list[Prompt], settings: Settings, options: EvalKLOptions) -> Deployed:
+    """The policy as it is deployed, on responses of its own."""
+    draw = Draw.of(prompts, settings.responses)
+    with counting("sampling the deployed policy", draw.responses) as progress:
+        found = measure_deployed(policy, draw, options.cut, progress=progress, **settings.drawn(options.seed))
+    for name in ("vs_base", "both"):
+        check_agreement(path, "the deployed policy", found.z(name))
+    return found
 
 
-def jensen_shannon(reverse: Measurement, forward: Measurement) -> float:
-    """JS divergence of whole responses, in [0, log 2]: ½ E_π[log 2 − softplus(−U)] + ½ E_ρ[log 2 − softplus(U)].
-
-    Source: MATH 1.3. ``forward.k1`` is −U on the reference's own samples.
-    """
-    halves = [(math.log(2.0) - softplus(-measured.k1.double())).mean() for measured in (reverse, forward)]
-    return (0.5 * (halves[0] + halves[1])).item()
+def check_agreement(path: str, who: str, z: float) -> None:
+    """Raise ModelError if the sampled and the exact KL differ by more than chance: then neither can be trusted."""
+    if not abs(z) <= WORST_Z:  # NaN must not pass
+        raise ModelError(
+            f"{path}: the sampled KL (k1) and the exact KL of {who} differ by {z:.1f} standard errors, so the "
+            "responses were not drawn from the distribution that was measured. No KL of this checkpoint is reported."
+        )
 
 
 def alignment_tax(policy: Policy, examples: list[Example], confidence: float) -> dict[str, Any]:

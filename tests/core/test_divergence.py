@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kltune.core.divergence import kl_exact, kl_k1, kl_k2, kl_k3, log_ratio_variance
+from kltune.core.divergence import compare, kl_by_token, kl_exact, kl_k1, kl_k2, kl_k3
 from kltune.core.logprobs import log_distribution, token_logprobs
 from kltune.core.masking import per_response
 from tests.oracles import (
@@ -159,17 +159,57 @@ def test_logits_that_are_no_numbers_are_passed_on():
 
 def test_the_variance_of_the_log_ratio_is_that_of_k1():
     policy, reference = torch.tensor([[0.8, 0.2]]).double().log(), torch.tensor([[0.5, 0.5]]).double().log()
-    assert log_ratio_variance(policy, reference, 1.0).item() == pytest.approx(0.554518**2, abs=1e-6)
+    assert compare(policy, reference).log_ratio_variance.item() == pytest.approx(0.554518**2, abs=1e-6)
     impossible = torch.tensor([[0.0, -math.inf]])
-    assert log_ratio_variance(impossible, impossible, 1.0).item() == 0.0
+    assert compare(impossible, impossible).log_ratio_variance.item() == 0.0
 
 
 def test_along_a_response_it_sums_to_the_variance_of_k1_less_exact():
     # M = U − C is a martingale: its variance is the mean of the summed conditional ones
     u, c, responses = measured(POLICY, REFERENCE)
     p = responses.probabilities(POLICY)
-    implied = per_response(log_ratio_variance(POLICY, REFERENCE, 1.0)[responses.states], responses.mask)
+    implied = per_response(compare(POLICY.log_softmax(-1), REFERENCE.log_softmax(-1)).log_ratio_variance[responses.states], responses.mask)
     assert (p * implied).sum().item() == pytest.approx(variance(p, u - c), abs=1e-12)
+
+
+def test_entropy_of_known_odds():
+    odds = torch.tensor([[1.0, 2.0, 5.0], [1.0, 1.0, 1.0]])
+    logprobs = (odds / odds.sum(-1, keepdim=True)).log()
+    by_hand = -(math.log(1 / 8) + 2 * math.log(2 / 8) + 5 * math.log(5 / 8)) / 8
+    found = compare(logprobs, logprobs.flip(0))
+    torch.testing.assert_close(found.entropy, torch.tensor([by_hand, math.log(3.0)]))
+    torch.testing.assert_close(found.ref_entropy, torch.tensor([math.log(3.0), by_hand]))
+
+
+def test_a_token_of_probability_zero_adds_no_entropy():
+    logprobs = torch.log_softmax(torch.tensor([[0.0, 0.0, -math.inf]]), dim=-1)
+    assert compare(logprobs, logprobs).entropy.item() == pytest.approx(math.log(2.0))
+
+
+def test_the_entropies_of_tiny_lm_are_those_of_its_fifteen_responses():
+    responses = Responses()
+    for logits, expected in ((POLICY, 2.40009531), (REFERENCE, 2.46041251)):
+        p = responses.probabilities(logits)
+        logprobs = logits.log_softmax(-1)
+        by_token = (compare(logprobs, logprobs).entropy[responses.states] * responses.mask).sum(-1)
+        assert -(p * p.log()).sum().item() == pytest.approx(expected, abs=1e-7)
+        assert (p * by_token).sum().item() == pytest.approx(expected, abs=1e-7)
+
+
+def test_one_pass_finds_the_same_kl_as_the_differentiable_one():
+    logits = torch.randn(40, 17, generator=torch.Generator().manual_seed(0))
+    ref_logits = logits + 0.3 * torch.randn(40, 17, generator=torch.Generator().manual_seed(1))
+    found = compare(logits.log_softmax(-1), ref_logits.log_softmax(-1))
+    assert torch.equal(found.kl, kl_exact(logits, ref_logits, 1.0))
+
+
+def test_the_parts_of_the_vocabulary_add_up_to_the_kl_and_none_is_negative():
+    # π = (.5, .5, 0), ρ = (.25, .25, .5): the given-up token's part is its ρ; each of the others .5 log 2 + .25 − .5
+    policy, reference = torch.tensor([[0.5, 0.5, 0.0]]).log(), torch.tensor([[0.25, 0.25, 0.5]]).log()
+    parts = kl_by_token(policy, reference)
+    raised = 0.5 * math.log(2.0) - 0.25
+    torch.testing.assert_close(parts, torch.tensor([raised, raised, 0.5]))
+    assert parts.sum().item() == pytest.approx(compare(policy, reference).kl.item()) == pytest.approx(math.log(2.0))
 
 
 def test_exact_kl_refuses_two_vocabularies():

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from kltune.core.logprobs import log_distribution, token_entropy, token_logprobs
-from tests.oracles import Responses, tiny_policy_logits, tiny_reference_logits
+from kltune.core.logprobs import log_distribution, token_logprobs
 
 LOGITS = torch.tensor([[0.0, math.log(2.0), math.log(5.0)], [1.0, 1.0, 1.0]])     # (1, 2, 5)/8 and thirds
 
@@ -19,19 +18,6 @@ def test_logprobs_of_known_odds():
 def test_temperature_divides_the_logits():
     # at τ = ½ odds are squared: 1, 4, 25 of 30
     assert token_logprobs(LOGITS[:1], torch.tensor([1]), 0.5).item() == pytest.approx(math.log(4 / 30))
-
-
-def test_entropy_of_known_odds():
-    by_hand = -(math.log(1 / 8) + 2 * math.log(2 / 8) + 5 * math.log(5 / 8)) / 8
-    torch.testing.assert_close(token_entropy(LOGITS, 1.0), torch.tensor([by_hand, math.log(3.0)]))
-
-
-def test_a_token_of_probability_zero_adds_no_entropy():
-    logits = torch.tensor([[0.0, 0.0, -math.inf]], requires_grad=True)
-    entropy = token_entropy(logits, 0.7)
-    entropy.sum().backward()
-    assert entropy.item() == pytest.approx(math.log(2.0))
-    assert logits.grad.isfinite().all()
 
 
 def test_bfloat16_logits_get_float32_statistics():
@@ -71,15 +57,3 @@ def test_a_temperature_that_is_no_temperature_is_refused(temperature):
 def test_a_token_without_its_row_of_logits_is_refused():
     with pytest.raises(ValueError, match="one row of logits per token"):
         token_logprobs(LOGITS, torch.tensor([1]), 1.0)
-
-
-@pytest.mark.parametrize(
-    ("logits", "expected"), [(tiny_policy_logits(), 2.40009531), (tiny_reference_logits(), 2.46041251)]
-)
-def test_the_entropy_of_tiny_lm_is_that_of_its_fifteen_responses(logits, expected):
-    responses = Responses()
-    p = responses.probabilities(logits)
-    listed = -(p * p.log()).sum().item()
-    by_token = (token_entropy(logits, 1.0)[responses.states] * responses.mask).sum(-1)
-    assert listed == pytest.approx(expected, abs=1e-7)
-    assert (p * by_token).sum().item() == pytest.approx(expected, abs=1e-7)

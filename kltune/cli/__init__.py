@@ -1,0 +1,114 @@
+"""The front door: thin typed commands. A stage is imported inside its command, so help and wrong recipes are quick.
+
+stdout carries the result and nothing else. Everything a user can put right ends in one message on stderr and the exit
+code of its kind (``errors.py``); a traceback means a bug in kltune, exit code 1.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from kltune import __version__
+from kltune.cli.measuring import eval_kl_command, project_command
+from kltune.cli.options import JSONOption, OutputOption, RecipeOption, ResumeOption, SetOption
+from kltune.cli.output import as_user_error, complain, emit, show_result, to_json
+from kltune.cli.recipes import recipes
+from kltune.errors import KltuneError
+from kltune.recipe import load_recipe
+
+QUIET_LIBRARIES = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+app = typer.Typer(
+    name="kltune", pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True,
+    help="Fine-tune language models while holding their KL divergence from a reference to a budget.",
+)
+app.add_typer(recipes, name="recipe")
+app.command("eval-kl")(eval_kl_command)
+app.command("project")(project_command)
+
+
+@app.callback(invoke_without_command=True)
+def kltune(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    """Fine-tune language models while holding their KL divergence from a reference to a budget."""
+    if version:
+        emit(f"kltune {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def sft(
+    recipe: RecipeOption, overrides: SetOption = None, output: OutputOption = None, resume: ResumeOption = False,
+    as_json: JSONOption = False,
+) -> None:
+    """Imitate texts, and report how far that moved the model from its reference."""
+    loaded = load_recipe(recipe, overrides or (), "sft", output)
+    from kltune.stages.sft import run_sft
+
+    show_result(run_sft(loaded, resume), as_json)
+
+
+@app.command()
+def ppo(
+    recipe: RecipeOption, overrides: SetOption = None, output: OutputOption = None, resume: ResumeOption = False,
+    as_json: JSONOption = False,
+) -> None:
+    """Raise a score with clipped policy steps while KL to the reference is held to its target."""
+    loaded = load_recipe(recipe, overrides or (), "ppo", output)
+    from kltune.stages.ppo import run_ppo
+
+    show_result(run_ppo(loaded, resume), as_json)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to.")] = Path("kltune-demo"),
+    as_json: JSONOption = False,
+) -> None:
+    """The whole walk on a tiny model: no download, no GPU, a few minutes."""
+    from kltune.demo import run_demo
+    from kltune.demo import summary as table
+
+    result = run_demo(output)
+    emit(to_json(result) if as_json else table(result))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
+    """Write report.html of a run again, and print where it is."""
+    from kltune.run.page import write_page
+
+    emit(str(write_page(run)))
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run one command and exit with the code of its outcome.
+
+    Args:
+        arguments: the command line without the program's name; default ``sys.argv[1:]``.
+    """
+    for name, value in QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    # Libraries warn each other of renamed attributes; no user of kltune can do anything about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b.*")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")     # a terminal without ‖ still gets its answer
+    try:
+        app(args=arguments, prog_name="kltune")
+    except KltuneError as error:
+        sys.exit(complain(error))
+    except (OSError, MemoryError, RuntimeError) as error:
+        known = as_user_error(error)
+        if known is None:
+            raise
+        sys.exit(complain(known))
+    sys.exit(0)

@@ -1,0 +1,114 @@
+"""Whether a KL budget is held, at a stated confidence, and what it would take to know."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from kltune.core.intervals import Interval, KLSummary
+
+Unit = Literal["nats_per_response", "nats_per_token"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a KL budget is held. more_responses: about how many more would tell, None when decided or unknown.
+
+    wants_prompts: no number of further answers to these prompts would tell; other prompts might.
+    """
+
+    verdict: Literal["pass", "fail", "inconclusive"]
+    more_responses: int | None = None
+    wants_prompts: bool = False
+
+
+def verdict(
+    summary: KLSummary,
+    max_kl: float,
+    unit: Unit = "nats_per_response",
+    confidence: float = 0.95,
+    *,
+    fresh_prompts: bool = True,
+) -> Verdict:
+    """Whether the measured KL(policy ‖ reference) is within a budget, at the confidence of its interval.
+
+        pass: upper end ≤ max_kl      fail: lower end > max_kl      else inconclusive, and the interval decides once
+        its half h that faces the budget has shrunk to |max_kl − estimate|
+
+    The standard error falls with the root of the number of responses if further ones answer further prompts. If they
+    answer the same prompts again, only the part falls that is due to the answers: the prompts' own differences stay
+    (``KLSummary.floor``). Both ends are those of the *two-sided* interval: simple, and conservative (95 % two-sided is
+    97.5 % on the side that decides). One prompt is always inconclusive.
+
+    Args:
+        summary: from ``summarize``.
+        max_kl: the budget, in ``unit``, finite.
+        unit: which of the two figures the budget is about.
+        confidence: the confidence wanted; it must be the one the summary was made at.
+        fresh_prompts: there are prompts that have not been answered yet.
+
+    Returns:
+        The verdict.
+
+    Raises:
+        ValueError: the estimate, its interval or ``max_kl`` is not finite (what was not measured passes no gate), the
+            unit is unknown, or ``summary`` was made at another confidence.
+    """
+    figures = {
+        "nats_per_response": (summary.nats_per_response, summary.stderr, summary.floor, summary.ci),
+        "nats_per_token": (summary.nats_per_token, summary.token_stderr, summary.token_floor, summary.token_ci),
+    }
+    if unit not in figures:
+        raise ValueError(f"unit is {unit!r}, must be one of {', '.join(figures)}")
+    if confidence != summary.confidence:
+        raise ValueError(f"the interval was made at confidence {summary.confidence}, not {confidence}")
+    estimate, stderr, floor, ci = figures[unit]
+    if not all(map(math.isfinite, (estimate, max_kl, *(ci or ())))):
+        raise ValueError(f"no verdict on a KL of {estimate} with interval {ci} against a budget of {max_kl} {unit}")
+    if ci is None or stderr is None:
+        return Verdict("inconclusive", wants_prompts=True)
+    if ci[1] <= max_kl:
+        return Verdict("pass")
+    if ci[0] > max_kl:
+        return Verdict("fail")
+    needed = _needed_stderr(estimate, stderr, ci, max_kl)
+    floor = 0.0 if fresh_prompts or floor is None else floor
+    if needed == 0.0:
+        return Verdict("inconclusive")
+    if needed <= floor:
+        return Verdict("inconclusive", wants_prompts=True)
+    responses = summary.responses * (stderr**2 - floor**2) / (needed**2 - floor**2)
+    return Verdict("inconclusive", max(1, math.ceil(responses - summary.responses)))
+
+
+def _needed_stderr(estimate: float, stderr: float, ci: Interval, max_kl: float) -> float:
+    """The standard error at which the side of the interval that faces the budget just reaches it."""
+    half = ci[1] - estimate if estimate < max_kl else estimate - ci[0]
+    return stderr * abs(max_kl - estimate) / half
+
+
+def looks(first: int, most: int) -> tuple[int, ...]:
+    """How many responses there are each time a measurement that keeps sampling is looked at: doubling up to the most.
+
+    Args:
+        first: responses before the first look, at least 1.
+        most: responses before the last.
+    """
+    counts = [min(first, most)]
+    while counts[-1] < most:
+        counts.append(min(2 * counts[-1], most))
+    return tuple(counts)
+
+
+def confidence_per_look(confidence: float, count: int) -> float:
+    """The confidence of each of several intervals that are looked at in turn, so that all hold together.
+
+        1 − (1 − confidence) / count
+
+    Whoever looks until the answer pleases is wrong more often than one interval says. The chance that *any* of
+    ``count`` intervals misses is at most the sum of their chances (Bonferroni), whatever the rule for stopping.
+
+    Args:
+        confidence: of the whole procedure.
+        count: how many looks were planned before the first.
+    """
+    return 1.0 - (1.0 - confidence) / count

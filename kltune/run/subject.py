@@ -1,0 +1,199 @@
+"""What ``eval-kl`` and ``project`` measure: a checkpoint, opened over its reference, and how it is to be measured."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kltune.errors import CheckpointError, RecipeError
+from kltune.lm.adapters import read_adapter_config
+from kltune.lm.code import refuse_code
+from kltune.lm.data import Example, Prompt, load_examples, load_prompts
+from kltune.lm.evaluate import described
+from kltune.lm.loading import pick_device
+from kltune.lm.opening import load_saved_policy
+from kltune.lm.policy import Policy
+from kltune.recipe import DataSection, ModelSection, load_recipe
+from kltune.run.checkpoint import read_info, resolve_checkpoint
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What both commands can be asked; None takes the checkpoint's own settings, then the defaults of ``Settings``."""
+
+    recipe: str | None = None
+    reference: str | None = None
+    prompts: str | None = None
+    responses: int | None = None
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    seed: int = 0
+    max_kl: float | None = None
+    unit: str = "nats_per_response"
+    confidence: float = 0.95
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint that was found: as it was named, where it is, and its kltune.json if kltune made it."""
+
+    path: str
+    folder: Path
+    info: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How checkpoints are measured, all resolved."""
+
+    prompts: str
+    data: DataSection
+    responses: int = 256
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    texts: str | None = None
+
+    def drawn(self, seed: int) -> dict[str, Any]:
+        """The keywords of ``measure_kl`` that say how responses are drawn."""
+        return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": seed}
+
+
+def find_checkpoint(path: str, options: MeasureOptions) -> Subject:
+    """Find what a path means, and refuse it if its files would have code run.
+
+    Raises:
+        CheckpointError: there is nothing to load, or it is damaged. ModelError: it names code, or pickled weights.
+    """
+    folder = resolve_checkpoint(path)
+    refuse_code(folder, str(path), trusted=options.trust_remote_code)
+    return Subject(str(path), folder, read_info(folder) if (folder / "kltune.json").exists() else None)
+
+
+def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
+    """A checkpoint over its own reference; for one that kltune did not make, its base or ``--reference``.
+
+    Raises:
+        CheckpointError: the reference found is not the one the checkpoint was trained against, or none is known.
+        ModelError: one of the two cannot be loaded, or they do not fit together.
+    """
+    folder, info = subject.folder, subject.info
+    is_adapter = (folder / "adapter_config.json").exists()
+    if info is not None:
+        known = info["reference"]
+        facts = {name: known[name] for name in ("path", "sft_adapter", "dtype")}
+        facts["path"] = options.reference or facts["path"]
+    else:
+        facts = {"path": options.reference or _named_base(folder, is_adapter)}
+    section = ModelSection(**facts, trust_remote_code=options.trust_remote_code)
+    for place in (section.path, section.sft_adapter):
+        if place is not None:
+            refuse_code(Path(place), "reference", trusted=options.trust_remote_code)
+    policy = load_saved_policy(folder, section, device=pick_device("auto"), is_adapter=is_adapter)
+    if info is not None and (differences := policy.fingerprint.differences(info["reference"])):
+        raise CheckpointError(
+            f"{folder}: this is not the reference it was trained against.\n  " + "\n  ".join(differences)
+        )
+    print(f"{subject.path}: {policy.fingerprint.describe()}", file=sys.stderr)
+    return policy
+
+
+def _named_base(folder: Path, is_adapter: bool) -> str:
+    config = read_adapter_config(folder) if is_adapter else {}
+    path = config.get("base_model_name_or_path")
+    if path is None:
+        raise CheckpointError(f"{folder}: which model is the reference? Give it as --reference MODEL.")
+    if config.get("revision") and not Path(path).exists():
+        raise CheckpointError(
+            f"{folder}: its base is revision {config['revision']} of {path}; download that one and give its folder as "
+            "--reference."
+        )
+    return path
+
+
+def settle(subjects: Sequence[Subject], options: MeasureOptions) -> Settings:
+    """Options first, then ``--recipe``, then what the first checkpoint that kltune made was made with, then defaults.
+
+    All checkpoints are measured alike, or their differences would mean nothing; where one was made with other settings,
+    that is said on stderr.
+
+    Raises:
+        RecipeError: no prompts are known.
+    """
+    own = [(subject.path, _recorded(subject.info)) for subject in subjects if subject.info is not None]
+    if options.recipe is not None:
+        found = _of_recipe(options.recipe)
+    else:
+        found = dict(own[0][1]) if own else {"data": DataSection(), "prompts": None}
+    asked = {
+        name: getattr(options, name, None)
+        for name in ("prompts", "responses", "max_new_tokens", "temperature", "texts")
+    }
+    found |= {name: value for name, value in asked.items() if value is not None}
+    if found["prompts"] is None:
+        where = ", ".join(str(subject.folder) for subject in subjects)
+        raise RecipeError(f"{where}: no prompts to measure on; give --prompts FILE or --recipe R.yaml.")
+    settings = Settings(**found)
+    for path, recorded in own if len(subjects) > 1 else ():
+        others = Settings(**(recorded | {"responses": settings.responses, "texts": settings.texts}))
+        if options.prompts is not None:
+            others = replace(others, prompts=settings.prompts)
+        if others != settings:
+            print(f"note: {path} was made with other settings; all are measured on {_said(settings)}", file=sys.stderr)
+    return settings
+
+
+def _recorded(info: dict[str, Any]) -> dict[str, Any]:
+    own = info["measure"]
+    data = DataSection(template=own["template"], max_prompt_tokens=own["max_prompt_tokens"])
+    return {"data": data} | {name: own[name] for name in ("prompts", "max_new_tokens", "temperature")}
+
+
+def _of_recipe(path: str) -> dict[str, Any]:
+    recipe = load_recipe(path)
+    found: dict[str, Any] = {
+        "prompts": recipe.eval.prompts or recipe.data.prompts,
+        "data": recipe.data,
+        "responses": recipe.eval.responses,
+        "texts": recipe.eval.texts,
+    }
+    if hasattr(recipe, "sampling"):
+        found |= {"max_new_tokens": recipe.sampling.max_new_tokens, "temperature": recipe.sampling.temperature}
+    return found
+
+
+def _said(settings: Settings) -> str:
+    return (
+        f"prompts {settings.prompts}, at most {settings.max_new_tokens} new tokens, temperature "
+        f"{settings.temperature:g}, template {settings.data.template}."
+    )
+
+
+def measured_prompts(policy: Policy, settings: Settings) -> list[Prompt]:
+    """The prompts to respond to, as this policy's tokens."""
+    limit = policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens)
+    prompts, counts = load_prompts(settings.prompts, policy.tokenizer, max_tokens=limit, **_rules(settings))
+    print(described(settings.prompts, counts), file=sys.stderr)
+    return prompts
+
+
+def measured_texts(policy: Policy, settings: Settings) -> list[Example]:
+    """The held-out texts of ``--texts``, as this policy's tokens; [] without."""
+    if settings.texts is None:
+        return []
+    texts, counts = load_examples(
+        settings.texts,
+        policy.tokenizer,
+        end_token=policy.tokenizer.eos_token_id,
+        max_prompt_tokens=policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens),
+        max_response_tokens=settings.data.max_response_tokens,
+        **_rules(settings),
+    )
+    print(described(settings.texts, counts), file=sys.stderr)
+    return texts
+
+
+def _rules(settings: Settings) -> dict[str, Any]:
+    data = settings.data
+    return {"template": data.template, "on_overlong": data.on_overlong, "on_bad_row": data.on_bad_row}

@@ -1,0 +1,244 @@
+"""Dial a finished adapter back until its measured KL meets a budget; or measure all there is between it and nothing.
+
+    π_α: the adapter's effect times α;    the largest α with KL(π_α ‖ reference) ≤ budget, at a stated confidence
+
+The result is a plain adapter with its scale baked in. What lies between is worth a look of its own (``--curve``): from
+one run it gives KL and score of every α, and a policy trained far and dialled back is as good as one that was trained
+for the KL it is dialled to (MATH 4.7; the README has the measurement).
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kltune.errors import ModelError, RecipeError
+from kltune.lm.dial import Dial, Look
+from kltune.lm.policy import Policy
+from kltune.lm.scorers import load_scorer
+from kltune.recipe import load_recipe
+from kltune.run.checkpoint import save_adapter
+from kltune.run.curve import Curve, CurvePoint, curve_svg
+from kltune.run.kl_document import kl_figures
+from kltune.run.manifest import write_json
+from kltune.run.storage import storing, write_whole
+from kltune.run.subject import (
+    MeasureOptions,
+    Settings,
+    Subject,
+    find_checkpoint,
+    measured_prompts,
+    open_subject,
+    settle,
+)
+
+CURVE = tuple(round(0.1 * step, 1) for step in range(1, 11))
+
+
+@dataclass(frozen=True)
+class ProjectOptions(MeasureOptions):
+    """The command's options. output: where the adapter goes. curve: also measure a grid of α."""
+
+    output: str | None = None
+    curve: bool = False
+    max_responses: int = 4096
+
+
+def project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
+    """``kltune project``: find the share of an adapter that meets a budget, and save it.
+
+    Args:
+        checkpoint: a run, a checkpoint or an adapter.
+        options: what was asked for.
+
+    Returns:
+        The JSON document: the same as ``project.json`` in the output folder.
+
+    Raises:
+        RecipeError: options that make no sense, or an output folder that is not empty. CheckpointError, ModelError,
+            DataError, ScorerError: what cannot be measured. DivergedError: a number is not finite.
+    """
+    check_options(options)
+    subject = find_checkpoint(checkpoint, options)
+    settings = settle([subject], options)
+    policy = open_subject(subject, options)
+    dial = make_dial(policy, settings, options)
+    document: dict[str, Any] = {
+        "schema": "kltune.project/1",
+        "checkpoint": subject.path,
+        "reference": policy.fingerprint.as_dict(),
+        "direction": "KL(policy||reference)",
+        "temperature": settings.temperature,
+        "max_new_tokens": settings.max_new_tokens,
+        "prompts": len(dial.prompts),
+        "seed": options.seed,
+        "max_kl": options.max_kl,
+        "unit": options.unit,
+        "confidence": options.confidence,
+        "alpha": None,
+        "kl": None,
+        "score": None,
+        "falls": [],
+        "output": options.output,
+    }
+    if options.curve:
+        for alpha in (0.0, *CURVE):
+            dial.measure(alpha, settings.responses, "curve", options.seed)
+    if options.max_kl is not None:
+        document |= land(dial, options, settings)
+    document["looks"] = [row(look) for look in dial.looks]
+    if options.output is not None:
+        save(Path(options.output), policy, document, subject, settings)
+    return document
+
+
+def check_options(options: ProjectOptions) -> None:
+    """Raise RecipeError for what could not end well, before anything is loaded."""
+    if options.max_kl is None and not options.curve:
+        raise RecipeError("--max-kl: missing; give the budget to dial back to, or --curve to measure what is between.")
+    if options.max_kl is not None and not (math.isfinite(options.max_kl) and options.max_kl > 0.0):
+        raise RecipeError(f"--max-kl: found {options.max_kl}, wanted a number of nats above 0.")
+    if options.max_kl is not None and options.output is None:
+        raise RecipeError("--output: missing; the dialled adapter has to go somewhere.")
+    if options.output is not None:
+        folder = Path(options.output)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RecipeError(f"--output: {folder} is not empty; choose another folder.")
+
+
+def make_dial(policy: Policy, settings: Settings, options: ProjectOptions) -> Dial:
+    """The policy ready to be measured at any α; scored as well where the recipe says by what."""
+    scorer, penalty = None, 0.0
+    if options.recipe is not None:
+        recipe = load_recipe(options.recipe)
+        if getattr(recipe, "reward", ()):
+            scorer = load_scorer(recipe.reward, recipe.folder, policy.device)
+            penalty = recipe.sampling.missing_end_penalty
+    dial = Dial(
+        policy, measured_prompts(policy, settings), **settings.drawn(options.seed), confidence=options.confidence,
+        unit=options.unit, scorer=scorer, missing_end_penalty=penalty, say=lambda text: print(text, file=sys.stderr),
+    )
+    dial.standardize(settings.responses)
+    return dial
+
+
+def land(dial: Dial, options: ProjectOptions, settings: Settings) -> dict[str, Any]:
+    """Search, check, and what the document says of it; the adapter is left at the α that was found.
+
+    Raises:
+        ModelError: no α could be shown to meet the budget.
+    """
+    search, check = dial.land(options.max_kl, settings.responses, max(settings.responses, options.max_responses))
+    unit = options.unit.replace("_", " ")
+    if check is None:
+        raise ModelError(
+            f"No share of this adapter could be shown to keep within {options.max_kl:g} {unit} at "
+            f"{options.confidence:.0%} confidence; the last tried was {search.alpha:.4g}. Measure on more prompts, or "
+            "raise --max-responses."
+        )
+    for low, high in search.falls:
+        print(
+            f"warning: the KL falls between alpha {low:.3g} and {high:.3g}: it does not grow with alpha everywhere. "
+            "The result is the largest alpha found within the budget; some below it may not be.", file=sys.stderr,
+        )
+    return {
+        "alpha": search.alpha,
+        "kl": {"exact": kl_figures(check.kl), "confidence": check.kl.confidence, "responses": check.kl.responses},
+        "score": check.score,
+        "falls": search.falls,
+    }
+
+
+def save(folder: Path, policy: Policy, document: dict[str, Any], subject: Subject, settings: Settings) -> None:
+    """The adapter with its record, if there is one to save; the curve as numbers and as a picture."""
+    if document["alpha"] is None:
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_files(folder, document)
+        return
+    info = {
+        "stage": "project",
+        "kind": "adapter",
+        "reference": policy.fingerprint.as_dict(),
+        "kl": document["kl"]["exact"],
+        "projected": {"from": subject.path, "alpha": document["alpha"], "max_kl": document["max_kl"]},
+        "measure": {
+            "prompts": settings.prompts,
+            "template": settings.data.template,
+            "max_prompt_tokens": settings.data.max_prompt_tokens,
+            "max_new_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+        },
+    }
+
+    def write(hidden: Path) -> None:
+        policy.save(hidden)
+        write_files(hidden, document)
+
+    with storing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    save_adapter(folder, write, info=info)
+
+
+def write_files(folder: Path, document: dict[str, Any]) -> None:
+    """project.json, and curve.svg where a curve was measured."""
+    write_json(folder / "project.json", document)
+    looks = [look for look in document["looks"] if look["purpose"] == "curve"]
+    if looks:
+        write_whole(folder / "curve.svg", curve_of(looks, document["checkpoint"]))
+
+
+def curve_of(looks: list[dict[str, Any]], name: str) -> str:
+    """Score against KL where there is a score, else KL against α."""
+    nats = "KL(policy ‖ reference), nats per response"
+    scored = looks[0]["score"] is not None
+    points = []
+    for look in looks:
+        kl, kl_error = look["nats_per_response"], 1.96 * (look["stderr"] or 0.0)
+        if scored:
+            y_error = 1.96 * (look["score_stderr"] or 0.0)
+            points.append(CurvePoint(kl, look["score"], kl_error, y_error, f"{look['alpha']:g}"))
+        else:
+            points.append(CurvePoint(look["alpha"], kl, 0.0, kl_error))
+    axes = {"x": nats, "y": "score"} if scored else {"x": "alpha, share of the adapter", "y": nats}
+    return curve_svg([Curve(name, points)], **axes, title="KL and score by the share of the adapter")
+
+
+def row(look: Look) -> dict[str, Any]:
+    """One line of the table."""
+    figures = {
+        "alpha": look.alpha,
+        "purpose": look.purpose,
+        "responses": look.kl.responses,
+        "score": look.score,
+        "score_stderr": look.score_stderr,
+    }
+    return figures | kl_figures(look.kl) | {"confidence": look.kl.confidence}
+
+
+def render(document: dict[str, Any]) -> str:
+    """The document as lines of text."""
+    per_token, unit = document["unit"] == "nats_per_token", document["unit"].replace("_", " ")
+    kl, error = ("nats_per_token", "token_stderr") if per_token else ("nats_per_response", "stderr")
+    scored = any(look["score"] is not None for look in document["looks"])
+    lines = [
+        f"{document['direction']}, {unit}; the adapter of {document['checkpoint']} times alpha",
+        f"  {'alpha':<10}{'KL':<18}{'score' if scored else '':<18}responses",
+    ]
+    for look in document["looks"]:
+        score = f"{look['score']:.3f} ± {look['score_stderr'] or 0.0:.3f}" if scored else ""
+        measured = f"{look[kl]:.3f} ± {look[error] or 0.0:.3f}"
+        lines.append(f"  {look['alpha']:<10.4f}{measured:<18}{score:<18}{look['responses']} ({look['purpose']})")
+    if document["alpha"] is not None:
+        exact, confidence = document["kl"]["exact"], document["kl"]["confidence"]
+        high = exact["token_ci" if per_token else "ci"][1]
+        lines += [
+            f"  alpha {document['alpha']:.4f} keeps within {document['max_kl']:g} {unit}: {exact[kl]:.3f} ± "
+            f"{exact[error]:.3f}, upper end {high:.3f} at {confidence:.1%},",
+            "  measured on random numbers that the search did not use",
+            f"  saved: {document['output']}",
+        ]
+    elif document["output"] is not None:
+        lines.append(f"  saved: {document['output']}/project.json and curve.svg")
+    return "\n".join(lines)
