@@ -11,7 +11,8 @@ from types import ModuleType
 import pytest
 
 from kltune import __version__
-from kltune.cli import escaped, main, summary
+from kltune.cli import main
+from kltune.cli.output import summary
 from kltune.errors import (
     BusyError,
     CheckpointError,
@@ -238,7 +239,7 @@ def test_colour_is_for_terminals_that_want_it(recipe, run, monkeypatch):
 def test_eval_kl_passes_its_options_and_its_exit_code(run, stage):
     seen = []
     document = {"schema": "kltune.eval_kl/1", "kl": {"exact": {"nats_per_response": 1.0}}}
-    stage("kltune.stages.eval_kl", EvalKLOptions=dict, render=lambda document: "for people",
+    stage("kltune.stages.eval_kl", EvalKLOptions=dict, render=lambda document, colour: "for people",
           eval_kl=lambda checkpoints, options: seen.append((checkpoints, options)) or (document, 3))
     code, out, _ = run("eval-kl", "a", "b", "--max-kl", "8", "--unit", "nats_per_token", "--responses", "64",
                        "--direction", "both", "--json")
@@ -247,7 +248,8 @@ def test_eval_kl_passes_its_options_and_its_exit_code(run, stage):
     assert seen == [(["a", "b"], {
         "recipe": None, "reference": None, "prompts": None, "responses": 64, "max_new_tokens": None,
         "temperature": None, "seed": 0, "max_kl": 8.0, "unit": "nats_per_token", "confidence": 0.95,
-        "direction": "both", "texts": None, "top": 10,
+        "direction": "both", "texts": None, "top": 10, "show": 3, "auto": False, "max_responses": 4096,
+        "top_p": None, "top_k": None, "trust_remote_code": False,
     })]
     code, out, _ = run("eval-kl", "a")
     assert (code, out) == (3, "for people\n")
@@ -327,8 +329,3 @@ def test_faults_become_annotations_on_github(recipe, run, monkeypatch):
     _, out, err = run("recipe", "check", recipe)
     assert out == ""
     assert f"::error file={recipe},line=6,col=3::kl.targt: unknown key; did you mean target?" in err.splitlines()
-
-
-def test_annotations_are_escaped():
-    assert escaped("50 %\r\nof a:b,c") == "50 %25%0D%0Aof a:b,c"
-    assert escaped("50 %\na:b,c", ":,") == "50 %25%0Aa%3Ab%2Cc"

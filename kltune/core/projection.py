@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 GRID = (1.0, 0.75, 0.5, 0.25)
-NARROWEST = 1e-3        # of α: a bracket that is not worth another measurement
+NARROWEST = 1e-3        # of its upper end: a bracket that is not worth another measurement
 FALL = 3.0              # standard errors by which a KL must fall with growing α before that is called a fall
 
 
@@ -72,7 +72,7 @@ def largest_alpha(
     high = min(alpha for alpha in points if alpha > low)
     for _ in range(tries):
         unused = budget - points[low].bound if low else budget
-        if unused <= tolerance * budget or high - low < NARROWEST:
+        if unused <= tolerance * budget or high - low < NARROWEST * high:
             break
         alpha = _between(low, points[low].bound if low else 0.0, high, points[high].bound, budget)
         if look(alpha).bound <= budget:

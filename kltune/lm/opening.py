@@ -87,8 +87,7 @@ def load_saved_policy(folder: Path, section: ModelSection, *, device: torch.devi
         if rewritten_base(config) or not trained_base(config, weights, policy.model):
             return _with_adapter(policy, folder)
         trained, together = _beside(policy, section, section.path)
-        trained = wrap(trained, PeftConfig.from_pretrained(folder), str(folder))
-        fill(trained, weights, folder)
+        fill(wrap(trained, PeftConfig.from_pretrained(folder), str(folder)), weights, folder)  # in place
     else:
         trained, together = _beside(policy, section, str(folder))
     reference = policy.model if together else policy.model.cpu()

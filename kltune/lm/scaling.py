@@ -8,9 +8,10 @@ import torch
 from kltune.errors import ModelError
 from kltune.lm.policy import Policy
 
-# By the kind of tensor: what α acts on, and what is left as it is (with B = 0, whatever A is has no effect).
-SCALED = {"lora_B", "lora_embedding_B", "lora_magnitude_vector", "ia3_l"}
-LEFT = {"lora_A", "lora_embedding_A"}
+# By the kind of tensor: what α acts on, and what is left as it is. Of A and B, that is the one which starts at 0: in
+# PEFT it is B in linear layers and A in embeddings.
+SCALED = {"lora_B", "lora_embedding_A", "lora_magnitude_vector", "ia3_l"}
+LEFT = {"lora_A", "lora_embedding_B"}
 
 
 class AdapterScale:

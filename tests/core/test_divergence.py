@@ -168,7 +168,8 @@ def test_along_a_response_it_sums_to_the_variance_of_k1_less_exact():
     # M = U − C is a martingale: its variance is the mean of the summed conditional ones
     u, c, responses = measured(POLICY, REFERENCE)
     p = responses.probabilities(POLICY)
-    implied = per_response(compare(POLICY.log_softmax(-1), REFERENCE.log_softmax(-1)).log_ratio_variance[responses.states], responses.mask)
+    by_state = compare(POLICY.log_softmax(-1), REFERENCE.log_softmax(-1)).log_ratio_variance
+    implied = per_response(by_state[responses.states], responses.mask)
     assert (p * implied).sum().item() == pytest.approx(variance(p, u - c), abs=1e-12)
 
 
