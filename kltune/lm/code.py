@@ -11,9 +11,10 @@ from typing import Any
 
 from kltune.errors import ModelError
 
-# Keys by which a JSON file has a library import Python: the model's own (auto_map, custom_*), PEFT's (auto_mapping,
-# megatron_core), or kernels that are fetched from the hub and run.
-NAMES_CODE = {"auto_map", "auto_mapping", "custom_generate", "custom_pipelines", "megatron_config"}
+# Keys by which a JSON file has a library import Python: the model's own (auto_map, custom_*), PEFT's (megatron_core,
+# read where megatron_config is set), or kernels that are fetched from the hub and run. Not auto_mapping: ordinary
+# adapters have it, and only PEFT's Auto classes, which kltune does not use, import what it names.
+NAMES_CODE = {"auto_map", "custom_generate", "custom_pipelines", "megatron_config"}
 ATTENTION = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation"}
 VOCABULARIES = {"tokenizer.json", "vocab.json", "added_tokens.json"}    # a token may be called anything
 

@@ -14,7 +14,6 @@ NAMING_CODE = [
     ("config.json", {"vision_config": [{"_attn_implementation_internal": "someone/kernels"}]}),
     ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["tokenization.Tokenizer", None]}}),
     ("generation_config.json", {"custom_generate": "someone/generate"}),
-    ("adapter_config.json", {"peft_type": "LORA", "auto_mapping": {"base_model_class": "X", "parent_library": "os"}}),
     ("adapter_config.json", {"peft_type": "LORA", "megatron_config": {"a": 1}, "megatron_core": "os"}),
     ("processor_config.json", {"auto_map": {"AutoProcessor": "processing.Processor"}}),
 ]
@@ -42,7 +41,8 @@ def test_an_index_that_leads_to_pickles_or_out_of_the_folder_is_refused(tmp_path
     ("name", "content"),
     [
         ("config.json", {"model_type": "llama", "auto_map": None, "_attn_implementation": "sdpa"}),
-        ("adapter_config.json", {"peft_type": "LORA", "auto_mapping": None, "megatron_core": "megatron.core"}),
+        ("adapter_config.json",
+         {"peft_type": "LORA", "auto_mapping": {"parent_library": "peft"}, "megatron_core": "megatron.core"}),
         ("tokenizer.json", {"model": {"vocab": {"auto_map": 3, "trust_remote_code": 4}}}),
         ("model.safetensors.index.json",
          {"metadata": {"format": "pt"}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}),
