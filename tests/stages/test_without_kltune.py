@@ -174,11 +174,11 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         rows = [json.loads(line) for _, line in zip(range(96), file, strict=False)]
     save_fine_tuned(STORIES, folder / "full", [next(v for v in row.values() if isinstance(v, str)) for row in rows])
     prompts = [f"{who} {what}" for who in ("Once upon a time", "Tom", "The dog", "One day, Lily") for what in (
-        "there was", "had a big", "was very", "wanted to", "saw")]  # fmt: skip
+        "there was", "had a big", "wanted to")]  # fmt: skip
     write_rows(folder / "prompts.jsonl", [{"prompt": text} for text in prompts])
     in_plain_transformers(folder, [
         {"base": str(STORIES), "policy": str(folder / name), "adapter": name != "full", "prompts": prompts,
-         "responses": 20, "max_new_tokens": 24, "ends": [1, 2], "out": str(folder / f"{name}.out")}
+         "responses": 20, "max_new_tokens": 16, "ends": [1, 2], "out": str(folder / f"{name}.out")}
         for name in (*FOREIGN, "full")
     ])  # fmt: skip
     return {
@@ -195,11 +195,11 @@ def test_adapters_and_models_made_elsewhere_are_measured_as_plain_transformers_d
     found = foreign[name]
     reference = ("--reference", STORIES) if name == "full" else ()
     code, document, err = eval_kl(
-        found["policy"], "--prompts", found["prompts"], "--responses", 400, "--max-new-tokens", 24, *reference
+        found["policy"], "--prompts", found["prompts"], "--responses", 240, "--max-new-tokens", 16, *reference
     )
     assert code == 0, err
     exact = document["kl"]["exact"]
     assert exact["nats_per_response"] > 0.01
-    # The same twenty prompts on both sides: 3 standard errors of the difference, the prompts' spread counted twice.
+    # The same twelve prompts on both sides: 3 standard errors of the difference, the prompts' spread counted twice.
     allowed = 3 * (exact["stderr"] ** 2 + found["stderr"] ** 2) ** 0.5
     assert abs(exact["nats_per_response"] - found["nats"]) < allowed

@@ -1,0 +1,135 @@
+"""How fast and how large: one row per piece of work, on the model and shape that are asked for.
+
+    python scripts/bench.py eval-kl --model MODEL [--responses 64 256 1024] [--vocabulary 32000] [--new-tokens 64]
+
+Without --model a random Llama of the asked shape is made. Prints a table; --json prints one JSON document. Each row is
+measured in a process of its own after one warm-up, the median of --repeat; peak memory is that of the process above
+what it held once the model was loaded. Ratios of rows of one run mean something, seconds of different days do not.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PROMPT_TOKENS = 12
+
+
+def peak_mb() -> float:
+    """The process's largest resident set so far, MB."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+
+
+def reset_peak() -> None:
+    """Start counting the peak again from what is held now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def random_llama(folder: Path, *, hidden: int, layers: int, vocabulary: int) -> Path:
+    """A Llama of random weights and a tokenizer of as many words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 64), max_position_embeddings=1024, bos_token_id=0, eos_token_id=1,
+        pad_token_id=1, dtype="float32",
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = {"<s>": 0, "</s>": 1} | {f"w{number}": number for number in range(2, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def eval_kl_row(model: str, responses: int, new_tokens: int, repeat: int) -> dict:
+    """Sampling and exact measuring of a policy with a LoRA on all linear layers: what ``kltune eval-kl`` does."""
+    import torch
+
+    from kltune.lm.data import Prompt
+    from kltune.lm.loading import pick_device
+    from kltune.lm.measurement import Draw, measure_kl
+    from kltune.lm.measures import VocabularySums
+    from kltune.lm.opening import load_policy
+    from kltune.recipe import LoraSection, ModelSection
+
+    torch.manual_seed(0)
+    policy = load_policy(ModelSection(path=model), LoraSection(), device=pick_device("auto"))
+    for name, tensor in policy.trainable_parameters().items():
+        if "lora_B" in name:
+            tensor.data.normal_(std=0.01)
+    vocabulary = policy.network.vocabulary
+    ids = torch.randint(2, vocabulary, (responses, PROMPT_TOKENS)).tolist()
+    prompts = [Prompt(tuple(row), "", "bench") for row in ids]
+    options = {"max_new_tokens": new_tokens, "temperature": 1.0, "seed": 0}
+    measure_kl(policy, Draw.of(prompts[:8], 8), **options)
+    seconds, tokens = [], 0
+    held = peak_mb()
+    reset_peak()
+    for _ in range(repeat):
+        began = time.perf_counter()
+        measured = measure_kl(policy, Draw.of(prompts, responses), sums=VocabularySums.zero(vocabulary), **options)
+        seconds.append(time.perf_counter() - began)
+        tokens = int(measured.tokens.sum())
+    whole = statistics.median(seconds)
+    logits = 4 * tokens * vocabulary / 2**20
+    row = {
+        "work": "eval-kl", "model": Path(model).name, "vocabulary": vocabulary, "responses": responses,
+        "tokens": tokens, "seconds": whole, "range": [min(seconds), max(seconds)],
+        "responses_per_second": responses / whole, "tokens_per_second": tokens / whole,
+        "peak_mb_above_model": peak_mb() - held, "mb_of_all_logits_of_one_model": logits,
+    }
+    if torch.cuda.is_available():
+        row["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return row
+
+
+def in_own_process(function, *arguments) -> dict:
+    """Call a function in a fresh process: its memory is not that of the rows before."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def main() -> None:
+    """Measure what was asked for and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", choices=["eval-kl"])
+    parser.add_argument("--model", help="a model folder; without one a random Llama is made")
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--responses", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = arguments.model or str(random_llama(
+            Path(folder) / f"llama-h{arguments.hidden}-l{arguments.layers}", hidden=arguments.hidden,
+            layers=arguments.layers, vocabulary=arguments.vocabulary,
+        ))
+        rows = []
+        for count in arguments.responses:
+            rows.append(in_own_process(eval_kl_row, model, count, arguments.new_tokens, arguments.repeat))
+            print(f"{count} responses: {rows[-1]['seconds']:.2f} s", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps({"schema": "kltune.bench/1", "rows": rows}, indent=2))
+        return
+    print(f"{'work':<9}{'model':<18}{'vocabulary':>11}{'responses':>11}{'tokens':>9}{'responses/s':>13}{'tokens/s':>10}"
+          f"{'peak MB above model':>21}{'MB of all logits':>18}")
+    for row in rows:
+        print(f"{row['work']:<9}{row['model']:<18}{row['vocabulary']:>11}{row['responses']:>11}{row['tokens']:>9}"
+              f"{row['responses_per_second']:>13.1f}{row['tokens_per_second']:>10.0f}{row['peak_mb_above_model']:>21.0f}"
+              f"{row['mb_of_all_logits_of_one_model']:>18.0f}")
+
+
+if __name__ == "__main__":
+    main()
