@@ -228,7 +228,7 @@ class Policy:
             ref_hidden = self.scored_hidden(ids, scored)
         hidden = self.scored_hidden(ids, scored)
         ref_kl = self._chunked(
-            lambda part, ref_part: kl_exact(self.network.logits(part), self._ref_logits(ref_part), temperature),
+            lambda part, ref_part: kl_exact(self.network.logits(part), self.ref_logits(ref_part), temperature),
             hidden,
             ref_hidden,
         )
@@ -252,7 +252,7 @@ class Policy:
             exact: also sum over the vocabulary, for exact KL and entropies.
             swap: let the two change places: then ``ref_kl`` is KL(reference ‖ policy), for the reference's samples.
         """
-        parts = [self._measure_part(*part, temperature, exact, swap) for part in self._parts(ids, scored)]
+        parts = [self._measure_part(*part, temperature, exact, swap) for part in self.parts(ids, scored)]
         columns = zip(*parts, strict=True)
         return TokenMeasures(*(None if column[0] is None else torch.cat(column) for column in columns))
 
@@ -262,7 +262,7 @@ class Policy:
             ref_hidden = self.scored_hidden(ids, scored)
 
         def stats(part: Tensor, ref_part: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-            first, second = self.network.logits(part), self._ref_logits(ref_part)
+            first, second = self.network.logits(part), self.ref_logits(ref_part)
             if swap:
                 first, second = second, first
             found = [token_logprobs(logits, tokens, temperature) for logits in (first, second)]
@@ -280,21 +280,22 @@ class Policy:
     @torch.no_grad()
     def measure_values(self, ids: Tensor, scored: Tensor) -> Tensor:
         """``values`` without gradients, rows in parts. [N] float32."""
-        return torch.cat([self.values(*part) for part in self._parts(ids, scored)])
+        return torch.cat([self.values(*part) for part in self.parts(ids, scored)])
 
     @torch.no_grad()
     def measure_logprobs(self, ids: Tensor, scored: Tensor) -> Tensor:
         """``logprobs`` at temperature 1 without gradients, rows in parts. [N] float32, nats."""
-        return torch.cat([self.logprobs(*part) for part in self._parts(ids, scored)])
+        return torch.cat([self.logprobs(*part) for part in self.parts(ids, scored)])
 
-    def _parts(self, ids: Tensor, scored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def parts(self, ids: Tensor, scored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Runs of rows that fit through the trunk at once, each trimmed to its longest row."""
         rows = max(1, self.network.tokens_per_pass // ids.shape[1])
         for part, marks in zip(ids.split(rows), scored.split(rows), strict=True):
             width = int(marks.nonzero()[:, 1].max()) + 1
             yield part[:, :width], marks[:, :width]
 
-    def _ref_logits(self, ref_hidden: Tensor) -> Tensor:
+    def ref_logits(self, ref_hidden: Tensor) -> Tensor:
+        """Logits of the reference from its hidden states. [N, H] -> [N, V]; no gradient."""
         with torch.no_grad(), self.reference():  # the head itself may carry an adapter
             return self.network.logits(ref_hidden)
 
