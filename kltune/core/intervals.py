@@ -204,6 +204,24 @@ def verdict(summary: KLSummary, max_kl: float, unit: Unit = "nats_per_response",
     return Verdict("inconclusive", _more_responses(summary.responses, estimate, max_kl, low, high))
 
 
+def standing(summary: KLSummary, cap: float, unit: Unit = "nats_per_response") -> Literal["within", "open", "beyond"]:
+    """Where a measured KL(policy ‖ reference) stands to a cap that must not be passed.
+
+        within: upper end of the interval ≤ cap     beyond: estimate > cap, or not finite     else open
+
+    Within is what can be claimed; beyond does not wait until chance is ruled out, for then it would be far beyond.
+
+    Args:
+        summary: from ``summarize``.
+        cap: in ``unit``, finite.
+        unit: which of the two figures the cap is about.
+    """
+    estimate = summary.nats_per_response if unit == "nats_per_response" else summary.nats_per_token
+    if not estimate <= cap:
+        return "beyond"
+    return "within" if verdict(summary, cap, unit, summary.confidence).verdict == "pass" else "open"
+
+
 def student_t_quantile(confidence: float, degrees: int) -> float:
     """The t with P(|T| ≤ t) = ``confidence`` for Student's T.
 

@@ -173,9 +173,18 @@ class TRPOSection(Section):
 
     max_step_kl: Positive = Field(0.2, description="nats per response; KL(old‖new) of one step never passes it")
     cg_iterations: Count = Field(10, description="conjugate-gradient iterations")
-    damping: Literal["auto"] | NotNegative = Field("auto", description="added to the curvature; auto adapts")
+    damping: Literal["auto"] | NotNegative = Field(
+        "auto", description="added to the curvature, in multiples of its mean; auto starts at 100 and adapts"
+    )
     line_search_steps: Count = Field(10, description="tries before a step is given up")
+    fisher_fraction: float = Field(
+        0.25, gt=0, le=1, description="share of a step's responses that the curvature is measured on"
+    )
     baseline: Literal["value", "rloo", "grpo"] = Field("value", description="what a response is compared with")
+    gamma: Fraction = Field(1.0, description="discount per token (baseline: value)")
+    gae_lambda: Fraction = Field(0.95, description="1 is unbiased, lower is calmer (baseline: value)")
+    value_epochs: Count = Field(4, description="passes of the value function over one step's responses")
+    value_minibatch_size: Count = Field(64, description="responses per update of the value function")
 
 
 class DPOSection(Section):

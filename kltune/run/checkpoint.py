@@ -95,7 +95,12 @@ def save_final(run_folder: Path, write_adapter: Callable[[Path], None], *, info:
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest complete and undamaged checkpoint of a run, or None; each damaged one gives a warning on stderr.
+    """The newest complete and undamaged checkpoint of a run, or None; each damaged one gives a warning on stderr."""
+    return next(whole_checkpoints(run_folder), None)
+
+
+def whole_checkpoints(run_folder: Path) -> Iterator[Path]:
+    """The complete and undamaged checkpoints of a run, newest first; each damaged one gives a warning on stderr.
 
     The step comes from kltune.json: a folder that was renamed does not become newer.
     """
@@ -111,8 +116,7 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
         except CheckpointError as error:
             _warn_damaged(error)
         else:
-            return folder
-    return None
+            yield folder
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
