@@ -191,7 +191,7 @@ def whitened(experience: Experience, scores: Tensor) -> Experience:
 
 
 def centred(experience: Experience) -> Experience:
-    """With advantages of mean 0 over the batch's tokens, in units of score: a value function still at 0 adds no noise."""
+    """With advantages of mean 0 over the tokens, in units of score: a value function still at 0 adds no noise."""
     mask = experience.rollout.response_mask
     shifted = experience.advantages - masked_mean(experience.advantages, mask)
     return replace(experience, advantages=torch.where(mask, shifted, 0.0))

@@ -27,7 +27,7 @@ class Snapshot:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within: the parameters are the old ones. After, exceptions included: the new ones again. Nothing is copied."""
+        """Within: the parameters are the old ones. After, exceptions included: the new ones. Nothing is copied."""
         new = {name: tensor.data for name, tensor in self._parameters.items()}
         for name, tensor in self._parameters.items():
             tensor.data = self.tensors[name]

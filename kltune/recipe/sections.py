@@ -183,7 +183,7 @@ class TRPOSection(Section):
     baseline: Literal["value", "rloo", "grpo"] = Field("value", description="what a response is compared with")
     gamma: Fraction = Field(1.0, description="discount per token (baseline: value)")
     gae_lambda: Fraction = Field(0.95, description="1 is unbiased, lower is calmer (baseline: value)")
-    value_epochs: Count = Field(4, description="passes of the value function over one step's responses")
+    value_epochs: Count = Field(2, description="passes of the value function over one step's responses")
     value_minibatch_size: Count = Field(64, description="responses per update of the value function")
 
 
