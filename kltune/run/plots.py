@@ -70,7 +70,7 @@ def plots_for(limits: Limits) -> tuple[Plot, ...]:
         Plot("Gain of the surrogate", "score", ("trpo/predicted_gain", "trpo/gain")),
         Plot("Damping", "× mean curvature", ("trpo/damping",), log=True),
         Plot("Residual of conjugate gradients", "share of the gradient", ("trpo/cg_residual",), log=True),
-        Plot("Tries of the line search", "tries; 1 if a step was accepted", ("trpo/line_search_tries", "trpo/accepted")),
+        Plot("Tries of the line search", "number", ("trpo/line_search_tries", "trpo/accepted")),
         Plot("Cap", "times so far", ("kl/cap_rollbacks", "kl/cap_refusals")),
     )
 

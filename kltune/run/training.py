@@ -45,6 +45,7 @@ from kltune.run.session import Run
 
 RLRecipe = PPORecipe | TRPORecipe
 ROLLBACK_RAISE = 2.0  # of the price, when the policy was found beyond the cap (MATH 3.5)
+MORE_RESPONSES = 4  # times as many, where the first measurement of a final state leaves it open
 REFUSAL_RAISE = 1.1  # of the price, when a line search met the cap: often, and at no loss
 
 
@@ -273,13 +274,21 @@ def settle(job: Job, learner: Learner, newest: int) -> tuple[int, dict[str, floa
     recipe, cap = job.recipe, learner.cap
     check_frozen(learner.policy)
     nearest = math.inf
-    for step in _states(job, learner, newest):
-        job.report.say(f"measuring final on {job.held_out.responses} responses")
-        metrics, measured = evaluate(
-            learner.policy, job.held_out, recipe.sampling, learner.scorer, seed=recipe.run.seed, compare=True
+
+    def measure(held_out: HeldOut) -> tuple[dict[str, float | None], Measurement]:
+        job.report.say(f"measuring final on {held_out.responses} responses")
+        return evaluate(
+            learner.policy, held_out, recipe.sampling, learner.scorer, seed=recipe.run.seed, compare=True
         )
+
+    for step in _states(job, learner, newest):
+        metrics, measured = measure(job.held_out)
+        if cap is None:
+            return step, metrics, measured
+        if standing(measured.summary(), cap.limit, cap.unit) == "open":  # undecided, and more responses would decide it
+            metrics, measured = measure(replace(job.held_out, responses=MORE_RESPONSES * job.held_out.responses))
         kl = measured.summary()
-        if cap is None or standing(kl, cap.limit, cap.unit) == "within":
+        if standing(kl, cap.limit, cap.unit) == "within":
             return step, metrics, measured
         nearest = min(nearest, kl.nats_per_response if cap.unit == "nats_per_response" else kl.nats_per_token)
         job.report.warn(
@@ -287,9 +296,9 @@ def settle(job: Job, learner: Learner, newest: int) -> tuple[int, dict[str, floa
             f"{cap.limit:g}, at 95 % confidence, so it is not final."
         )
     raise DivergedError(
-        f"kl.hard_cap: no state that this run has kept is within {cap.limit:g} {_unit_text(job)} at 95 % confidence on "
-        f"{job.held_out.responses} responses (the nearest: {nearest:.3g}), so nothing is called final. {_dearer(job)}, "
-        "or raise eval.responses, for a narrower interval."
+        f"kl.hard_cap: no state that this run has kept is within {cap.limit:g} {_unit_text(job)} at 95 % confidence "
+        f"(the nearest was measured at {nearest:.3g}), so nothing is called final. {_dearer(job)}; or give "
+        "eval.prompts more rows and raise eval.responses, for a narrower interval."
     )
 
 

@@ -11,16 +11,16 @@ from safetensors.torch import load_file
 
 from kltune.core.divergence import kl_exact
 from kltune.core.masking import per_response
-from kltune.core.trust_region import Trial
 from kltune.errors import DivergedError, RecipeError
 from kltune.lm.batches import response_scatter
+from kltune.lm.opening import load_saved_policy
 from kltune.run import training
 from kltune.run.page import write_page
 from kltune.stages import trpo
 from kltune.stages.trpo import run_trpo
-from tests.oracles import Responses, kl, tilt, tiny_reference_logits
+from tests.oracles import kl
 from tests.stages.conftest import read_jsonl
-from tests.stages.test_oracles import BANDIT_REFERENCE, BEST, BEST_KL, RHO, pulled, spoken
+from tests.stages.test_oracles import BEST, BEST_KL, RHO, spoken
 from tests.stages.test_resume import CUTS, STEPS, assert_same_run, run_with_stops
 
 STEP_KEYS = {
@@ -151,11 +151,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(trpo_recipe, monkeypatch, tmp_path, k
     folder = Path(unbroken.run.output)
     state = json.loads((folder / f"checkpoints/step-{STEPS:06d}/state/state.json").read_text())
     assert state["damping"] != {"relative": 100.0, "adapts": True}
-    if "optim.lr=1e-4" in keys:  # no optimizer at all, so nothing of one is kept
-        assert (folder / "metrics.jsonl").exists()
-        assert metrics(broken)[-1]["trpo/damping"] == metrics(unbroken)[-1]["trpo/damping"]
-    else:
-        assert_same_run(Path(broken.run.output), folder, STEPS)
+    assert_same_run(Path(broken.run.output), folder, STEPS)
 
 
 def test_the_first_bandit_step_is_the_listed_one(bandit_trpo):
@@ -172,8 +168,6 @@ def test_the_first_bandit_step_is_the_listed_one(bandit_trpo):
 def test_trust_region_steps_find_the_optimum_of_tiny_lm(tiny_trpo):
     recipe = tiny_trpo("run.steps=30", "trpo.max_step_kl=0.05")
     result = run_trpo(recipe, resume=False)
-    from kltune.lm.opening import load_saved_policy
-
     policy = load_saved_policy(Path(result["final"]), recipe.model, device=torch.device("cpu"), is_adapter=True)
     assert kl(spoken(policy), BEST) < 1e-3
     assert kl(spoken(policy), RHO) == pytest.approx(BEST_KL, abs=0.01)
