@@ -137,8 +137,12 @@ class KLSection(Section):
         description="what is priced; default k1 with placement reward, exact with placement loss",
     )
     controller: Literal["log_pi", "ziegler", "dual"] = Field("log_pi", description="how target steers beta")
-    hard_cap: Positive | None = Field(None, description="in kl.unit; no checkpoint beyond it is ever called final")
-    on_cap: Literal["rollback", "stop"] = Field("rollback", description="what happens beyond hard_cap")
+    hard_cap: Positive | None = Field(
+        None, description="in kl.unit; what is not within it at 95 % confidence is never called final"
+    )
+    on_cap: Literal["rollback", "stop"] = Field(
+        "rollback", description="beyond hard_cap: go back and raise the price, or stop with what was within it"
+    )
     exact: bool = Field(True, description="measure the KL over the full vocabulary at every step")
     beta_min: Positive = Field(1e-4, description="score per nat; beta is steered within beta_min and beta_max")
     beta_max: Positive = Field(1e3, description="score per nat")
@@ -199,7 +203,7 @@ class DPOSection(Section):
 class OptimSection(Section):
     """AdamW and its schedule."""
 
-    lr: Positive = Field(1e-4, description="learning rate of the adapter")
+    lr: Positive = Field(1e-4, description="learning rate of the adapter; in trpo, of the value function")
     batch_size: Count = Field(32, description="rows or pairs per step (sft, reward, dpo from a file)")
     micro_batch_size: Count | None = Field(
         None, description="sequences in memory at once; changes memory and speed, not the result; null chooses"

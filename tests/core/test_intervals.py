@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kltune.core.divergence import kl_exact, kl_k1
-from kltune.core.intervals import KLSummary, Verdict, agreement_z, student_t_quantile, summarize, verdict
+from kltune.core.intervals import KLSummary, Verdict, agreement_z, standing, student_t_quantile, summarize, verdict
 from kltune.core.logprobs import token_logprobs
 from kltune.core.masking import per_response
 from tests.oracles import Responses, tiny_policy_logits, tiny_reference_logits
@@ -315,3 +315,21 @@ def test_a_verdict_at_another_confidence_than_the_intervals_is_refused():
 def test_a_verdict_in_an_unknown_unit_is_refused():
     with pytest.raises(ValueError, match="nats_per_token"):
         verdict(SUMMARY, 8.0, "bits")
+
+
+def test_within_a_cap_is_the_whole_interval_and_beyond_it_the_estimate():
+    summary = one_each([4.0, 5.0, 6.0, 5.0])  # 5 nats, 0.5 per token, and some interval around it
+    low, high = summary.ci
+    assert low < 5.0 < high
+    assert standing(summary, high) == "within"
+    assert standing(summary, 0.5 * (5.0 + high)) == "open"
+    assert standing(summary, 5.0) == "open"
+    assert standing(summary, 4.99) == "beyond"
+    assert standing(summary, 0.49, "nats_per_token") == "beyond"
+    assert standing(summary, summary.token_ci[1], "nats_per_token") == "within"
+
+
+def test_one_prompt_proves_nothing_and_what_is_no_number_is_beyond_any_cap():
+    assert standing(one_each([1.0]), 5.0) == "open"
+    assert standing(one_each([1.0, math.nan]), 5.0) == "beyond"
+    assert standing(one_each([1.0, math.inf]), 5.0) == "beyond"
