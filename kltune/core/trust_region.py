@@ -23,6 +23,7 @@ from kltune.core.masking import at_least_float32, expect_same_shape, per_respons
 Product = Callable[[Tensor], Tensor]  # [P] -> [P], linear, symmetric, never negative
 
 FIRST_DAMPING = 100.0  # of the mean curvature; the literature's 0.1 crawls on a language model (MATH 4.8)
+MOST_WEIGHT = 2.0  # of a prefix that the new policy comes to more often than the old one
 LEAST_DAMPING = 1e-4  # of the mean curvature: below it, directions without any curvature take the step over (MATH 4.6)
 
 
@@ -151,19 +152,26 @@ def surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
     return per_response(excess * at_least_float32(advantages.detach()), mask).sum() / responses
 
 
-def carried_ref_kl(ref_kl: Tensor, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+def carried_ref_kl(
+    ref_kl: Tensor, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, most: float = MOST_WEIGHT
+) -> Tensor:
     """KL(new ‖ reference) of each response, on responses that the *old* policy sampled.
 
-        Σ_t W_t D_t,    W_t = Π_{s<t} π(a_s) / π_old(a_s),    D_t = exact KL(new ‖ reference) at position t
+        Σ_t min(W_t, most) D_t,    W_t = Π_{s<t} π(a_s) / π_old(a_s),    D_t = exact KL(new ‖ reference) at position t
 
     W_t is how much more often the new policy comes to this prefix than the old one; without it the drift of the
-    prefixes, as large as that of D itself, would be missing. Unbiased; noisy only if the two policies are far apart.
+    prefixes would be missing. Untruncated it is unbiased and of no use: one response that the step makes 30 times as
+    likely then outweighs all others, and the error says that nothing is known. Truncated it is a little too low where
+    the step is large; what it is for, refusing a step, is followed by a measurement on the new policy's own responses.
+
+    Source: Ionides 2008, "Truncated Importance Sampling".
 
     Args:
         ref_kl: D at every position, of the new policy. [B, T], nats.
         logprobs: log π of the sampled tokens under the new policy. [B, T], nats.
         old_logprobs: log π_old of the same tokens. [B, T], nats.
         mask: True on response tokens. [B, T], bool.
+        most: the largest weight, at least 1; ∞ does not truncate.
 
     Returns:
         [B], nats per response.
@@ -174,7 +182,7 @@ def carried_ref_kl(ref_kl: Tensor, logprobs: Tensor, old_logprobs: Tensor, mask:
     expect_same_shape(ref_kl=ref_kl, logprobs=logprobs, old_logprobs=old_logprobs, mask=mask)
     ratio = log_ratios(logprobs, old_logprobs, mask)
     before = ratio.cumsum(-1) - ratio
-    return per_response(before.exp() * ref_kl, mask)
+    return per_response(before.exp().clamp(max=most) * ref_kl, mask)
 
 
 def conjugate_gradient(product: Product, g: Tensor, iterations: int, tolerance: float = 1e-4) -> Solution:

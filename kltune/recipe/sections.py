@@ -175,7 +175,7 @@ class PPOSection(Section):
 class TRPOSection(Section):
     """Natural-gradient steps inside a KL ball."""
 
-    max_step_kl: Positive = Field(0.2, description="nats per response; KL(old‖new) of one step never passes it")
+    max_step_kl: Positive = Field(0.2, description="nats per response; KL(old‖new) of no step passes it")
     cg_iterations: Count = Field(10, description="conjugate-gradient iterations")
     damping: Literal["auto"] | NotNegative = Field(
         "auto", description="added to the curvature, in multiples of its mean; auto starts at 100 and adapts"
@@ -208,8 +208,10 @@ class OptimSection(Section):
     micro_batch_size: Count | None = Field(
         None, description="sequences in memory at once; changes memory and speed, not the result; null chooses"
     )
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="course of lr after the warm-up")
-    warmup_steps: int = Field(0, ge=0, description="steps over which lr rises from 0")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="course of lr (in trpo also of the step's length) after the warm-up"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps over which it rises from 0")
     max_grad_norm: Positive = Field(1.0, description="a larger gradient is scaled down to this norm")
     weight_decay: NotNegative = Field(0.0, description="decoupled, per unit of lr")
 

@@ -3,7 +3,8 @@
     maximise  E[score] − beta · KL(policy ‖ reference)    so that in each step    KL(old ‖ new) ≤ max_step_kl
 
 measured exactly, in nats per response, on the responses of the step; a step that would be longer, or gain nothing, or
-pass ``kl.hard_cap``, is shortened until it does not, or left out. No learning rate is involved. The value function,
+pass ``kl.hard_cap``, is shortened until it does not, or left out. No learning rate is involved; the schedule of
+``optim`` shortens the steps towards the end, because near the optimum a batch's gradient is noise. The value function,
 where there is one, is fitted apart: its adapter and optimizer are its own, so that it cannot move the policy.
 Source: Schulman et al. 2015, arXiv 1502.05477; what is different for language models on adapters: MATH 4.
 """
@@ -116,15 +117,17 @@ def take_step(job: Job, learner: Learner, step: int) -> None:
     batch = sample_batch(job, learner, step, clock)
     went_back = stepped_back(job, learner, step, batch)
     update: dict[str, float] = {}
+    share = learning_rate_share(recipe.optim, step, job.steps)
     if not went_back:
         beta = reprice(job, learner, batch)
         experience = shape(
             batch.rollout, batch.scores, beta, placement="reward", gamma=trpo.gamma, gae_lambda=trpo.gae_lambda,
             **job.grouping,
         )
-        update = trust_region_step(job, learner, batch, experience, job.run.rng("curvature", step))
+        # KL grows with the square of a step's length, and it is the length that follows the schedule.
+        radius = share**2 * trpo.max_step_kl
+        update = trust_region_step(job, learner, batch, experience, radius, job.run.rng("curvature", step))
         if learner.value_optimizer is not None:
-            share = learning_rate_share(recipe.optim, step, job.steps)
             learner.set_learning_rates(0.0, share * recipe.optim.lr)
             update |= fit_values(recipe, learner, experience, job.run.rng("minibatches", step))
         clock.lap("update")
@@ -132,9 +135,20 @@ def take_step(job: Job, learner: Learner, step: int) -> None:
 
 
 def trust_region_step(
-    job: Job, learner: Learner, batch: Batch, experience: Experience, rng: np.random.Generator
+    job: Job, learner: Learner, batch: Batch, experience: Experience, radius: float, rng: np.random.Generator
 ) -> dict[str, float]:
-    """Move the policy along the natural gradient as far as the ball allows, or leave it as it was to the last bit."""
+    """Move the policy along the natural gradient as far as the ball allows, or leave it as it was to the last bit.
+
+    Args:
+        job, learner: of the run.
+        batch: of the step.
+        experience: the same with its advantages, unit of score.
+        radius: of the ball, KL(old ‖ new) in nats per response.
+        rng: for the share of responses, and the probes, of the curvature.
+
+    Returns:
+        Metrics.
+    """
     recipe, trpo, beta = job.recipe, job.recipe.trpo, learner.controller.beta
     parameters = learner.policy.trainable_parameters()
     old = Snapshot(parameters)
@@ -145,7 +159,7 @@ def trust_region_step(
     curvature = mean_curvature(fisher, signs)
     damping = learner.damping.relative * curvature
     solution = conjugate_gradient(lambda v: fisher(v) + damping * v, gradient, trpo.cg_iterations)
-    first = step_scale(solution.x.dot(fisher(solution.x)).item(), trpo.max_step_kl, beta)
+    first = step_scale(solution.x.dot(fisher(solution.x)).item(), radius, beta)
     direction = dict(zip(parameters, unflat(solution.x, list(parameters.values())), strict=True))
 
     def measure(scale: float) -> Trial:
@@ -154,7 +168,7 @@ def trust_region_step(
 
     # Where nothing tells the responses apart there is no direction, and so nothing to search.
     movable = first > 0.0 and solution.x.any().item()
-    result = line_search(measure, first, trpo.max_step_kl, trpo.line_search_steps) if movable else SearchResult(0.0, ())
+    result = line_search(measure, first, radius, trpo.line_search_steps) if movable else SearchResult(0.0, ())
     if not result.accepted:
         old.restore()
     if movable:
@@ -165,6 +179,7 @@ def trust_region_step(
     done = result.trials[-1] if result.accepted else Trial(step_kl=0.0, gain=0.0)
     return {
         "kl/step_nats_per_response": done.step_kl,
+        "trpo/radius_nats_per_response": radius,
         "trpo/first_try_nats_per_response": result.trials[0].step_kl if result.trials else 0.0,
         "trpo/predicted_gain": result.scale * gradient.dot(solution.x).item(),
         "trpo/gain": done.gain,

@@ -178,10 +178,16 @@ def test_kl_to_the_reference_carried_over_to_the_old_policys_responses_is_the_kl
     # By enumeration: Σ_y π_old(y) Σ_t W_t D_t = KL(π_new ‖ ρ), although no response was drawn from π_new.
     old, new = RHO, OPTIMUM
     d = torch.where(RESPONSES.mask, kl_exact(new, RHO, 1.0)[RESPONSES.states], 0.0)
-    carried = carried_ref_kl(d, RESPONSES.logprobs(new), RESPONSES.logprobs(old), RESPONSES.mask)
-    exact = RESPONSES.kl(new, RHO).item()
-    assert (RESPONSES.probabilities(old) * carried).sum().item() == pytest.approx(exact, abs=1e-9)
-    assert abs((RESPONSES.probabilities(old) * d.sum(-1)).sum().item() - exact) > 0.01  # without W it is another number
+    exact, p = RESPONSES.kl(new, RHO).item(), RESPONSES.probabilities(old)
+
+    def carried(most: float) -> float:
+        per_row = carried_ref_kl(d, RESPONSES.logprobs(new), RESPONSES.logprobs(old), RESPONSES.mask, most)
+        return (p * per_row).sum().item()
+
+    assert carried(math.inf) == pytest.approx(exact, abs=1e-9)
+    assert abs((p * d.sum(-1)).sum().item() - exact) > 0.01  # without W it is another number
+    assert carried(1.0) < carried(1.5) < carried(math.inf)
+    assert carried(2.0) == pytest.approx(exact, rel=0.02)  # no prefix here is far more likely than before
 
 
 # --- TinyLM: the step under a price finds π* -------------------------------------------------------------------------
