@@ -125,6 +125,8 @@ def budget(kl: KLSection) -> Iterator[Clash]:
         yield ("kl.estimator", "kl.placement"), f"found {kl.estimator} with placement {kl.placement}: {reason}"
     if kl.control == "target" and kl.target is not None and kl.hard_cap is not None and kl.target >= kl.hard_cap:
         yield ("kl.hard_cap", "kl.target"), f"found {kl.hard_cap:g}, wanted more than kl.target, {kl.target:g}"
+    if kl.hard_cap is None and kl.on_cap != "rollback":
+        yield ("kl.on_cap", "kl.hard_cap"), f"found {kl.on_cap}, read only with kl.hard_cap: write one, or remove it"
     if kl.hard_cap is not None and not kl.exact:
         yield ("kl.hard_cap", "kl.exact"), "found exact: false, wanted true: a cap is held against the exact KL"
     if kl.unit == "nats_per_token" and kl.control == "target" and "target" not in kl.model_fields_set:
