@@ -46,7 +46,7 @@ from kltune.run.session import Run
 RLRecipe = PPORecipe | TRPORecipe
 ROLLBACK_RAISE = 2.0  # of the price, when the policy was found beyond the cap (MATH 3.5)
 MORE_RESPONSES = 4  # times as many, where the first measurement of a final state leaves it open
-REFUSAL_RAISE = 1.1  # of the price, when a line search met the cap: often, and at no loss
+REFUSAL_RAISE = 1.1  # of the price, when a line search met the cap: at no loss, and again at the next step
 
 
 @dataclass(frozen=True)
@@ -160,20 +160,12 @@ def stepped_back(job: Job, learner: Learner, step: int, batch: Batch) -> bool:
     if job.recipe.kl.on_cap == "stop":
         job.report.step(step, batch_metrics(batch.rollout, batch.scores, batch.distance, learner.controller.beta))
         stop(job, learner, f"step {step}: {found}")
-    raise_price(job, learner, batch, ROLLBACK_RAISE)
+    learner.controller = learner.controller.raised(ROLLBACK_RAISE, least=_price_at_cap(job, learner, batch))
     job.report.warn(
         f"step {step}: {found}. Went back to the policy after step {safe.step} ({safe.kl['nats_per_response']:.3g} "
         f"nats per response), and a nat now costs {learner.controller.beta:.3g}."
     )
     return True
-
-
-def raise_price(job: Job, learner: Learner, batch: Batch, factor: float) -> None:
-    """A nat costs ``factor`` times as much, and at least what would hold an ideal policy at the cap."""
-    per_token = learner.cap.unit == "nats_per_token"
-    limit = learner.cap.limit * (batch.rollout.lengths.float().mean().item() if per_token else 1.0)
-    least = feed_forward(score_spread(batch.scores, **job.grouping), limit)
-    learner.controller = learner.controller.raised(factor, least)
 
 
 def close_step(
@@ -317,6 +309,13 @@ def _states(job: Job, learner: Learner, newest: int) -> Iterator[int]:
         if saved_step(folder) < safe.step:
             learner.policy.load_adapter(folder)
             yield saved_step(folder)
+
+
+def _price_at_cap(job: Job, learner: Learner, batch: Batch) -> float:
+    """What would hold an ideal policy at the cap, score per nat: a price near 0 would take many doublings."""
+    per_token = learner.cap.unit == "nats_per_token"
+    limit = learner.cap.limit * (batch.rollout.lengths.float().mean().item() if per_token else 1.0)
+    return feed_forward(score_spread(batch.scores, **job.grouping), limit)
 
 
 def _unit_text(job: Job) -> str:

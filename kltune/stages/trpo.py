@@ -55,7 +55,6 @@ from kltune.run.training import (
     close_step,
     finish,
     load_data,
-    raise_price,
     reprice,
     sample_batch,
     stepped_back,
@@ -175,7 +174,7 @@ def trust_region_step(
         learner.damping = learner.damping.updated(result, first)
     if not all(trial.within_cap for trial in result.trials):
         learner.cap = replace(learner.cap, refusals=learner.cap.refusals + 1)
-        raise_price(job, learner, batch, REFUSAL_RAISE)
+        learner.controller = learner.controller.raised(REFUSAL_RAISE, least=0.0)
     done = result.trials[-1] if result.accepted else Trial(step_kl=0.0, gain=0.0)
     return {
         "kl/step_nats_per_response": done.step_kl,
