@@ -89,6 +89,8 @@ WRONG = {
     "bounds crossed": (PPO + "kl: {beta_min: 2, beta_max: 1}\n", 7, ["kl.beta_min", "less than kl.beta_max"]),
     "price out of bounds": (PPO + "kl: {beta: 5000}\n", 7, ["kl.beta", "between kl.beta_min"]),
     "steered price from zero": (PPO + "kl: {beta: 0}\n", 7, ["kl.beta", "between kl.beta_min"]),
+    "what happens at no cap": (PPO + "kl: {on_cap: stop}\n", 7, ["kl.on_cap", "only with kl.hard_cap"]),
+    "cap without exact KL": (PPO + "kl: {hard_cap: 9, exact: false}\n", 7, ["kl.hard_cap", "against the exact KL"]),
     "cap below target": (PPO + "kl: {target: 6, hard_cap: 5}\n", 7, ["kl.hard_cap", "more than kl.target, 6"]),
     "token unit, response target": (PPO + "kl: {unit: nats_per_token}\n", 7, ["kl.target", "nats_per_token"]),
     "rloo alone": (PPO + "ppo: {baseline: rloo}\n", 7, ["sampling.responses_per_prompt", "at least 2", "rloo"]),

@@ -69,6 +69,18 @@ def ppo(
 
 
 @app.command()
+def trpo(
+    recipe: RecipeOption, overrides: SetOption = None, output: OutputOption = None, resume: ResumeOption = False,
+    as_json: JSONOption = False,
+) -> None:
+    """Raise a score with natural-gradient steps, none of which moves the policy further than max_step_kl."""
+    loaded = load_recipe(recipe, overrides or (), "trpo", output)
+    from kltune.stages.trpo import run_trpo
+
+    show_result(run_trpo(loaded, resume), as_json)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to.")] = Path("kltune-demo"),
     as_json: JSONOption = False,

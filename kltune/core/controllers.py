@@ -32,6 +32,13 @@ class Controller(Protocol):
         """
         ...
 
+    def raised(self, factor: float, least: float) -> Self:
+        """The controller once a cap on the KL has been met: the price times ``factor``, and at least ``least``.
+
+        ``least`` (score per nat) is for a price so low, or 0, that no factor would bring it up in time.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class FixedBeta:
@@ -42,6 +49,10 @@ class FixedBeta:
     def updated(self, ref_kl: float, target: float, *, spread: float, responses: int) -> "FixedBeta":
         """Itself."""
         return self
+
+    def raised(self, factor: float, least: float) -> "FixedBeta":
+        """See ``Controller.raised``; the price is fixed again, at the new height."""
+        return FixedBeta(max(factor * self.beta, least))
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,10 @@ class Ziegler:
         error = min(max(ref_kl / target - 1.0, -0.2), 0.2)
         return replace(self, beta=_bounded(self.beta * max(0.1, 1.0 + error * responses / self.horizon), self))
 
+    def raised(self, factor: float, least: float) -> "Ziegler":
+        """See ``Controller.raised``."""
+        return replace(self, beta=_bounded(max(factor * (self.beta or 0.0), least), self))
+
 
 @dataclass(frozen=True)
 class Dual:
@@ -91,6 +106,10 @@ class Dual:
             return replace(self, beta=_bounded(feed_forward(spread, target), self))
         error = min(max(ref_kl / target - 1.0, -1.0), 1.0)
         return replace(self, beta=_bounded(self.beta * math.exp(self.lr * error), self))
+
+    def raised(self, factor: float, least: float) -> "Dual":
+        """See ``Controller.raised``."""
+        return replace(self, beta=_bounded(max(factor * (self.beta or 0.0), least), self))
 
 
 @dataclass(frozen=True)
@@ -155,6 +174,12 @@ class LogPI:
         return replace(
             self, beta=beta, spread=smoothed, level=ref_kl, slope=slope, trend=trend, integral=integral, steps=steps
         )
+
+    def raised(self, factor: float, least: float) -> "LogPI":
+        """See ``Controller.raised``; it is the integral that goes up, so that the next batches keep the height."""
+        before = max(self.beta or 0.0, self.beta_min)
+        beta = _bounded(max(factor * before, least), self)
+        return replace(self, beta=beta, integral=min(self.integral + math.log(beta / before), 3.0))
 
 
 def feed_forward(spread: float, target: float) -> float:

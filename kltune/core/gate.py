@@ -80,6 +80,24 @@ def verdict(
     return Verdict("inconclusive", max(1, math.ceil(responses - summary.responses)))
 
 
+def standing(summary: KLSummary, cap: float, unit: Unit = "nats_per_response") -> Literal["within", "open", "beyond"]:
+    """Where a measured KL(policy ‖ reference) stands to a cap that must not be passed.
+
+        within: upper end of the interval ≤ cap     beyond: estimate > cap, or not finite     else open
+
+    Within is what can be claimed; beyond does not wait until chance is ruled out, for then it would be far beyond.
+
+    Args:
+        summary: from ``summarize``.
+        cap: in ``unit``, finite.
+        unit: which of the two figures the cap is about.
+    """
+    estimate = summary.nats_per_response if unit == "nats_per_response" else summary.nats_per_token
+    if not estimate <= cap:
+        return "beyond"
+    return "within" if verdict(summary, cap, unit, summary.confidence).verdict == "pass" else "open"
+
+
 def _needed_stderr(estimate: float, stderr: float, ci: Interval, max_kl: float) -> float:
     """The standard error at which the side of the interval that faces the budget just reaches it."""
     half = ci[1] - estimate if estimate < max_kl else estimate - ci[0]

@@ -16,6 +16,7 @@ from kltune.core.divergence import kl_k1
 from kltune.core.intervals import KLSummary, summarize
 from kltune.core.masking import masked_mean, masked_whiten, per_response
 from kltune.core.rewards import penalize
+from kltune.errors import ModelError
 from kltune.lm.batches import Rollout, response_scatter
 from kltune.lm.data import Prompt, shuffled_positions
 from kltune.lm.policy import Policy
@@ -25,6 +26,8 @@ from kltune.lm.scorers import Scorer
 from kltune.recipe import KLSection, SamplingSection
 
 REFERENCE_SAMPLES = 256  # responses a reward is standardised on (lm-human-preferences: 256)
+# Largest |change of a log-prob| when nothing was updated yet: rounding that depends on the batch's shape.
+FIRST_RATIO_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 WHITEN_FLOOR = 0.01  # of the spread of the scores: near the optimum all shaped returns coincide (MATH 2.4)
 
 
@@ -137,9 +140,13 @@ def priced(
     A target per token becomes one per response by the batch's mean length.
     """
     tokens = rollout.lengths.float().mean().item() if kl.unit == "nats_per_token" else 1.0
-    # grpo divides the scores by their spread, so what is left of it is 1.
-    spread = 1.0 if baseline == "grpo" else spread_within_groups(scores, per_prompt)
+    spread = score_spread(scores, baseline=baseline, per_prompt=per_prompt)
     return controller.updated(ref_kl, (kl.target or 0.0) * tokens, spread=spread, responses=len(scores))
+
+
+def score_spread(scores: Tensor, *, baseline: str, per_prompt: int) -> float:
+    """How far apart the scores of answers to one prompt lie, in the unit that beta prices: grpo divides by it, so 1."""
+    return 1.0 if baseline == "grpo" else spread_within_groups(scores, per_prompt)
 
 
 def shape(
@@ -155,7 +162,7 @@ def shape(
 ) -> Experience:
     """Advantages of a batch, its KL priced in the reward (k1, detached) or left to the loss.
 
-    ``value``: GAE on per-token rewards, whitened. ``rloo``: score − β·U against the mean of the prompt's other
+    ``value``: GAE on per-token rewards. ``rloo``: score − β·U against the mean of the prompt's other
     answers, U the response's log-ratio. ``grpo``: the score in standard deviations of the prompt's answers, and the
     price against their mean, so that dividing does not change what a nat costs.
     """
@@ -164,9 +171,6 @@ def shape(
     kl_weight = 0.0 if in_reward else beta
     if baseline == "value":
         advantages, returns = gae(penalize(scores, log_ratio, beta, mask), rollout.values, mask, gamma, gae_lambda)
-        if in_reward:  # a KL in the loss would be repriced by dividing
-            floor = max(WHITEN_FLOOR * scores.std().item(), 1e-8)
-            advantages = masked_whiten(advantages, mask, floor)
         return Experience(rollout, advantages, returns, kl_weight)
     price = beta * per_response(log_ratio, mask)
     if baseline == "rloo":
@@ -174,6 +178,38 @@ def shape(
     else:
         whole = group_normalized(scores, per_prompt) - leave_one_out(price, per_prompt)
     return Experience(rollout, torch.where(mask, whole[:, None], 0.0), None, kl_weight)
+
+
+def whitened(experience: Experience, scores: Tensor) -> Experience:
+    """With advantages of mean 0 and spread 1 over the batch's tokens: for an optimizer whose step follows their size.
+
+    Not for a KL in the loss, which dividing the advantages would reprice.
+    """
+    floor = max(WHITEN_FLOOR * scores.std().item(), 1e-8)
+    mask = experience.rollout.response_mask
+    return replace(experience, advantages=masked_whiten(experience.advantages, mask, floor))
+
+
+def centred(experience: Experience) -> Experience:
+    """With advantages of mean 0 over the tokens, in units of score: a value function still at 0 adds no noise."""
+    mask = experience.rollout.response_mask
+    shifted = experience.advantages - masked_mean(experience.advantages, mask)
+    return replace(experience, advantages=torch.where(mask, shifted, 0.0))
+
+
+def check_first_ratio(logprobs: Tensor, old: Rollout, policy: Policy) -> None:
+    """Before the first update of a step, the policy is the one that sampled: every ratio is 1.
+
+    Raises:
+        ModelError: it is not, so the objective would start from the wrong place.
+    """
+    gap = (logprobs.detach() - old.logprobs).abs().max().item()
+    allowed = FIRST_RATIO_GAP[policy.dtype]
+    if gap > allowed:
+        raise ModelError(
+            f"Before any update, a log-probability differs by {gap:.3g} nats from the rollout's (allowed: {allowed}): "
+            "the model's output depends on the batch it is in. kltune cannot train it."
+        )
 
 
 def batch_metrics(rollout: Rollout, scores: Tensor, kl: KLSummary, beta: float) -> dict[str, float | None]:

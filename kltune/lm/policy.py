@@ -238,7 +238,7 @@ class Policy:
             ref_hidden = self.scored_hidden(ids, scored)
         hidden = self.scored_hidden(ids, scored)
         ref_kl = self._chunked(
-            lambda part, ref_part: kl_exact(self.network.logits(part), self._ref_logits(ref_part), temperature),
+            lambda part, ref_part: kl_exact(self.network.logits(part), self.ref_logits(ref_part), temperature),
             hidden,
             ref_hidden,
         )
@@ -292,35 +292,36 @@ class Policy:
             What it gave for each chunk, in order.
         """
         found = []
-        for part, marks in self._parts(ids, scored):
+        for part, marks in self.parts(ids, scored):
             hidden = self.scored_hidden(part, marks)
             with self.reference():
                 ref_hidden = self.scored_hidden(part, marks)
             rows = self.network.chunk_rows
             chunks = zip(hidden.split(rows), ref_hidden.split(rows), part[marks].split(rows), strict=True)
             found += [
-                function(self.network.logits(mine), self._ref_logits(others), tokens) for mine, others, tokens in chunks
+                function(self.network.logits(mine), self.ref_logits(others), tokens) for mine, others, tokens in chunks
             ]
         return found
 
     @torch.no_grad()
     def measure_values(self, ids: Tensor, scored: Tensor) -> Tensor:
         """``values`` without gradients, rows in parts. [N] float32."""
-        return torch.cat([self.values(*part) for part in self._parts(ids, scored)])
+        return torch.cat([self.values(*part) for part in self.parts(ids, scored)])
 
     @torch.no_grad()
     def measure_logprobs(self, ids: Tensor, scored: Tensor) -> Tensor:
         """``logprobs`` at temperature 1 without gradients, rows in parts. [N] float32, nats."""
-        return torch.cat([self.logprobs(*part) for part in self._parts(ids, scored)])
+        return torch.cat([self.logprobs(*part) for part in self.parts(ids, scored)])
 
-    def _parts(self, ids: Tensor, scored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def parts(self, ids: Tensor, scored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Runs of rows that fit through the trunk at once, each trimmed to its longest row."""
         rows = max(1, self.network.tokens_per_pass // ids.shape[1])
         for part, marks in zip(ids.split(rows), scored.split(rows), strict=True):
             width = int(marks.nonzero()[:, 1].max()) + 1
             yield part[:, :width], marks[:, :width]
 
-    def _ref_logits(self, ref_hidden: Tensor) -> Tensor:
+    def ref_logits(self, ref_hidden: Tensor) -> Tensor:
+        """Logits of the reference from its hidden states. [N, H] -> [N, V]; no gradient."""
         if self.full:
             with torch.no_grad():
                 return self._reference_network.logits(ref_hidden)

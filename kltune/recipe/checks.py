@@ -44,6 +44,8 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False) -> Iterator[Cla
     yield from sources(recipe)
     yield from lengths(recipe)
     yield from unread(recipe)
+    if recipe.stage == "trpo":
+        yield from natural_gradient(recipe)
     for key, value in path_values(recipe):
         yield from misplaced(key, value, folder)
     for key, value in function_values(recipe):
@@ -52,6 +54,9 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False) -> Iterator[Cla
         yield from budget(recipe.kl)
         yield from control(recipe.kl)
         yield from policy_update(recipe)
+        if recipe.kl.hard_cap is not None and recipe.sampling.prompts_per_step < 2:
+            yield (("kl.hard_cap", "sampling.prompts_per_step"), "found 1 prompt per step, wanted at least 2: a cap is "
+                   "held with an error, and responses to one prompt give none")
 
 
 def sources(recipe: Recipe) -> Iterator[Clash]:
@@ -94,6 +99,25 @@ def unread(recipe: Recipe) -> Iterator[Clash]:
             yield (key,), f"the {recipe.stage} stage does not read it; {why}"
 
 
+def natural_gradient(recipe: Any) -> Iterator[Clash]:
+    """What trpo shares with ppo but has no use for: a price in the loss, and an optimizer where nothing is left to fit.
+
+    The natural gradient is no optimizer's; but for its schedule, ``optim`` is that of the value function.
+    """
+    if recipe.kl.placement == "loss":
+        yield ("kl.placement",), "found loss, wanted reward: the trust-region step prices KL in the reward only"
+    if recipe.trpo.baseline == "value":
+        return
+    alone = f"baseline {recipe.trpo.baseline} has no value function, and the policy's step takes no learning rate"
+    for holder, section, names in (
+        (recipe.optim, "optim", ("lr", "max_grad_norm", "weight_decay")),
+        (recipe.trpo, "trpo", ("gamma", "gae_lambda", "value_epochs", "value_minibatch_size")),
+    ):
+        for name in names:
+            if getattr(holder, name) != type(holder).model_fields[name].default:
+                yield (f"{section}.{name}", "trpo.baseline"), f"nothing reads it: {alone}; remove it"
+
+
 def budget(kl: KLSection) -> Iterator[Clash]:
     """The price is paid in a way whose gradient is the KL's, and the cap leaves room for the target."""
     reason = BAD_PRICES.get((kl.placement, kl.estimator))
@@ -101,6 +125,10 @@ def budget(kl: KLSection) -> Iterator[Clash]:
         yield ("kl.estimator", "kl.placement"), f"found {kl.estimator} with placement {kl.placement}: {reason}"
     if kl.control == "target" and kl.target is not None and kl.hard_cap is not None and kl.target >= kl.hard_cap:
         yield ("kl.hard_cap", "kl.target"), f"found {kl.hard_cap:g}, wanted more than kl.target, {kl.target:g}"
+    if kl.hard_cap is None and kl.on_cap != "rollback":
+        yield ("kl.on_cap", "kl.hard_cap"), f"found {kl.on_cap}, read only with kl.hard_cap: write one, or remove it"
+    if kl.hard_cap is not None and not kl.exact:
+        yield ("kl.hard_cap", "kl.exact"), "found exact: false, wanted true: a cap is held against the exact KL"
     if kl.unit == "nats_per_token" and kl.control == "target" and "target" not in kl.model_fields_set:
         yield ("kl.target", "kl.unit"), "missing; with unit nats_per_token write the target, 0.05 is a start"
 

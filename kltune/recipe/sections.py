@@ -137,8 +137,12 @@ class KLSection(Section):
         description="what is priced; default k1 with placement reward, exact with placement loss",
     )
     controller: Literal["log_pi", "ziegler", "dual"] = Field("log_pi", description="how target steers beta")
-    hard_cap: Positive | None = Field(None, description="in kl.unit; no checkpoint beyond it is ever called final")
-    on_cap: Literal["rollback", "stop"] = Field("rollback", description="what happens beyond hard_cap")
+    hard_cap: Positive | None = Field(
+        None, description="in kl.unit; what is not within it at 95 % confidence is never called final"
+    )
+    on_cap: Literal["rollback", "stop"] = Field(
+        "rollback", description="beyond hard_cap: go back and raise the price, or stop with what was within it"
+    )
     exact: bool = Field(True, description="measure the KL over the full vocabulary at every step")
     beta_min: Positive = Field(1e-4, description="score per nat; beta is steered within beta_min and beta_max")
     beta_max: Positive = Field(1e3, description="score per nat")
@@ -171,11 +175,20 @@ class PPOSection(Section):
 class TRPOSection(Section):
     """Natural-gradient steps inside a KL ball."""
 
-    max_step_kl: Positive = Field(0.2, description="nats per response; KL(old‖new) of one step never passes it")
+    max_step_kl: Positive = Field(0.2, description="nats per response; KL(old‖new) of no step passes it")
     cg_iterations: Count = Field(10, description="conjugate-gradient iterations")
-    damping: Literal["auto"] | NotNegative = Field("auto", description="added to the curvature; auto adapts")
+    damping: Literal["auto"] | NotNegative = Field(
+        "auto", description="added to the curvature, in multiples of its mean; auto starts at 100 and adapts"
+    )
     line_search_steps: Count = Field(10, description="tries before a step is given up")
+    fisher_fraction: float = Field(
+        0.25, gt=0, le=1, description="share of a step's responses that the curvature is measured on"
+    )
     baseline: Literal["value", "rloo", "grpo"] = Field("value", description="what a response is compared with")
+    gamma: Fraction = Field(1.0, description="discount per token (baseline: value)")
+    gae_lambda: Fraction = Field(0.95, description="1 is unbiased, lower is calmer (baseline: value)")
+    value_epochs: Count = Field(2, description="passes of the value function over one step's responses")
+    value_minibatch_size: Count = Field(64, description="responses per update of the value function")
 
 
 class DPOSection(Section):
@@ -190,13 +203,15 @@ class DPOSection(Section):
 class OptimSection(Section):
     """AdamW and its schedule."""
 
-    lr: Positive = Field(1e-4, description="learning rate of the adapter")
+    lr: Positive = Field(1e-4, description="learning rate of the adapter; in trpo, of the value function")
     batch_size: Count = Field(32, description="rows or pairs per step (sft, reward, dpo from a file)")
     micro_batch_size: Count | None = Field(
         None, description="sequences in memory at once; changes memory and speed, not the result; null chooses"
     )
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="course of lr after the warm-up")
-    warmup_steps: int = Field(0, ge=0, description="steps over which lr rises from 0")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="course of lr (in trpo also of the step's length) after the warm-up"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps over which it rises from 0")
     max_grad_norm: Positive = Field(1.0, description="a larger gradient is scaled down to this norm")
     weight_decay: NotNegative = Field(0.0, description="decoupled, per unit of lr")
 

@@ -24,6 +24,9 @@ FOREIGN = {
                     "called kl.beta here (score per nat)"),
     "target_kl": "KL to the reference is kl.target here; KL(old‖new) of one update is ppo.stop_step_kl or "
                  "trpo.max_step_kl",
+    **dict.fromkeys(("cg_iters", "cg_max_steps"), "called trpo.cg_iterations here"),
+    **dict.fromkeys(("cg_damping", "damping_coeff"), "called trpo.damping here, in multiples of the mean curvature"),
+    **dict.fromkeys(("backtrack_iters", "line_search_max_iter"), "called trpo.line_search_steps here"),
     "kl_target": "called kl.target here", "kl_horizon": "called kl.horizon here",
     "adap_kl_ctrl": "write kl.control: target (steered) or fixed", "kl_estimator": "called kl.estimator here",
     "kl_penalty": "write kl.placement and kl.estimator", "use_kl_loss": "write kl.placement: loss",

@@ -15,8 +15,7 @@ import os
 import re
 import shutil
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim import Optimizer
 
 import kltune
 from kltune.errors import CheckpointError, DivergedError
@@ -103,7 +101,12 @@ def save_adapter(folder: Path, write_adapter: Callable[[Path], None], *, info: d
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest complete and undamaged checkpoint of a run, or None; each damaged one gives a warning on stderr.
+    """The newest complete and undamaged checkpoint of a run, or None; each damaged one gives a warning on stderr."""
+    return next(whole_checkpoints(run_folder), None)
+
+
+def whole_checkpoints(run_folder: Path) -> Iterator[Path]:
+    """The complete and undamaged checkpoints of a run, newest first; each damaged one gives a warning on stderr.
 
     The step comes from kltune.json: a folder that was renamed does not become newer.
     """
@@ -119,8 +122,7 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
         except CheckpointError as error:
             _warn_damaged(error)
         else:
-            return folder
-    return None
+            yield folder
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -188,53 +190,6 @@ def read_state(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{checkpoint} is damaged: {error}") from error
     return tensors, read_json(checkpoint / "state" / "state.json")
-
-
-def optimizer_tensors(optimizer: Optimizer, parameter_names: Iterable[str]) -> dict[str, Tensor]:
-    """The optimizer's memory by parameter name, as ``{"layer.weight/exp_avg": ...}``, for `save_checkpoint`.
-
-    Args:
-        optimizer: AdamW, or any whose state is tensors. Learning rate and betas are not in it: they are the recipe's.
-        parameter_names: one for each parameter, in the order in which the optimizer was given them.
-    """
-    return {
-        f"{name}/{entry}": tensor
-        for name, parameter, _ in _named_parameters(optimizer, parameter_names)
-        for entry, tensor in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer(optimizer: Optimizer, parameter_names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, bit for bit; the next step is the one an unbroken run would take.
-
-    Not ``optimizer.load_state_dict``: it goes by position, and rounds the state to the parameter's dtype.
-
-    Raises:
-        CheckpointError: a name or a shape does not fit this optimizer's parameters.
-    """
-    rest: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in tensors.items():
-        name, _, entry = key.rpartition("/")
-        rest[name][entry] = tensor
-    for name, parameter, group in _named_parameters(optimizer, parameter_names):
-        optimizer.state[parameter] = {
-            entry: _placed(f"{name}/{entry}", tensor, parameter, group) for entry, tensor in rest.pop(name, {}).items()
-        }
-    if rest:
-        raise CheckpointError(f"the optimizer state is of {len(rest)} parameters that are not trained, as {min(rest)}.")
-
-
-def _placed(key: str, tensor: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-    if tensor.ndim and tensor.shape != parameter.shape:
-        raise CheckpointError(f"optimizer state {key} is {list(tensor.shape)}, its parameter {list(parameter.shape)}.")
-    # AdamW's step counter stays on the CPU unless the kernel reads it; all else lies beside its parameter.
-    on_cpu = key.endswith("/step") and not (group.get("fused") or group.get("capturable"))
-    return tensor.clone() if on_cpu else tensor.to(parameter.device, copy=True)
-
-
-def _named_parameters(optimizer: Optimizer, names: Iterable[str]) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-    pairs = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
-    return ((name, parameter, group) for name, (parameter, group) in zip(list(names), pairs, strict=True))
 
 
 def refuse_nonfinite(tensors: Mapping[str, Tensor]) -> None:

@@ -4,14 +4,51 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from kltune.core.controllers import Controller
-from kltune.lm.optim import set_learning_rate
+from kltune.core.gate import Unit
+from kltune.core.intervals import KLSummary
+from kltune.core.losses import clipped_value_loss
+from kltune.core.trust_region import Damping
+from kltune.lm.batches import response_scatter
+from kltune.lm.experience import Experience
+from kltune.lm.optim import guarded_step, set_learning_rate
 from kltune.lm.policy import Policy
 from kltune.lm.scorers import Scorer
-from kltune.run.checkpoint import load_optimizer, optimizer_tensors, read_state
+from kltune.run.checkpoint import read_state
+from kltune.run.optimizer_state import load_optimizer, optimizer_tensors
+
+SAFE = "safe_"  # in front of the names of groups that belong to the last state within the cap
+
+
+@dataclass(frozen=True)
+class Safe:
+    """The last state that its own batch proved to be within the cap.
+
+    step: steps done. kl: how far it was from the reference, as `asdict` of a KLSummary. tensors: ``Learner.moving``.
+    """
+
+    step: int
+    kl: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Cap:
+    """What the KL to the reference must not pass, and where to go back to when it did.
+
+    limit: in ``unit``. rollbacks: how often the run went back. refusals: steps that a line search cut or gave up
+    because of the cap.
+    """
+
+    limit: float
+    unit: Unit
+    safe: Safe
+    rollbacks: int = 0
+    refusals: int = 0
 
 
 @dataclass
@@ -19,37 +56,106 @@ class Learner:
     """A policy in training. The optimizers hold exactly the policy's and the value function's own tensors."""
 
     policy: Policy
-    optimizer: Optimizer
-    value_optimizer: Optimizer | None
     controller: Controller
     scorer: Scorer
+    optimizer: Optimizer | None = None  # of the policy; a natural-gradient step has none
+    value_optimizer: Optimizer | None = None
+    damping: Damping | None = None  # of the natural-gradient step
+    cap: Cap | None = None
+
+    def moving(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors that an update changes, by group and name; not copies."""
+        policy, values = self.policy.trainable_parameters(), self.policy.value_parameters()
+        groups: dict[str, dict[str, Tensor]] = {"policy": dict(policy)}
+        if self.optimizer is not None:
+            groups["optimizer"] = optimizer_tensors(self.optimizer, policy)
+        if self.value_optimizer is not None:
+            groups |= {"value": dict(values), "value_optimizer": optimizer_tensors(self.value_optimizer, values)}
+        return groups
+
+    def put_back(self, groups: dict[str, dict[str, Tensor]]) -> None:
+        """Let the tensors hold what ``moving`` gave at some earlier time, bit for bit; "policy" may be left out."""
+        policy, values = self.policy.trainable_parameters(), self.policy.value_parameters()
+        for name, tensor in groups.get("policy", {}).items():
+            policy[name].data.copy_(tensor)
+        if self.optimizer is not None:
+            load_optimizer(self.optimizer, policy, groups.get("optimizer", {}))
+        if self.value_optimizer is not None:
+            self.policy.load_value_parameters(groups["value"])
+            load_optimizer(self.value_optimizer, values, groups.get("value_optimizer", {}))
+
+    def guard(self, limit: float, unit: Unit) -> None:
+        """Keep a cap from now on; the policy is its reference still, which is within any."""
+        start = Safe(0, {"nats_per_response": 0.0, "stderr": 0.0, "nats_per_token": 0.0}, self._copied())
+        self.cap = Cap(limit, unit, start)
+
+    def remember(self, step: int, distance: KLSummary) -> None:
+        """This state, after ``step`` steps, is the one to go back to."""
+        self.cap = replace(self.cap, safe=Safe(step, asdict(distance), self._copied()))
+
+    def _copied(self) -> dict[str, dict[str, Tensor]]:
+        return {group: {k: v.detach().clone() for k, v in named.items()} for group, named in self.moving().items()}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What an exact resume needs besides the adapter itself."""
-        named = {"optimizer": optimizer_tensors(self.optimizer, self.policy.trainable_parameters())}
-        if self.value_optimizer is not None:
-            values = self.policy.value_parameters()
-            named |= {"value": dict(values), "value_optimizer": optimizer_tensors(self.value_optimizer, values)}
+        named = {group: tensors for group, tensors in self.moving().items() if group != "policy"}
+        if self.cap is not None:
+            named |= {SAFE + group: tensors for group, tensors in self.cap.safe.tensors.items() if tensors}
         return named
 
     def state(self) -> dict[str, Any]:
         """The rest, as plain values."""
-        return {"controller": asdict(self.controller), "scorer": self.scorer.state()}
+        values = {"controller": asdict(self.controller), "scorer": self.scorer.state()}
+        if self.damping is not None:
+            values["damping"] = asdict(self.damping)
+        if self.cap is not None:
+            safe = {"step": self.cap.safe.step, "kl": self.cap.safe.kl}
+            values["cap"] = {"rollbacks": self.cap.rollbacks, "refusals": self.cap.refusals, "safe": safe}
+        return values
 
     def restore(self, checkpoint: Path) -> None:
         """Go on exactly from what ``tensors``, ``state`` and the adapter of a checkpoint say."""
         tensors, state = read_state(checkpoint)
         self.policy.load_adapter(checkpoint)
-        load_optimizer(self.optimizer, self.policy.trainable_parameters(), tensors["optimizer"])
-        if self.value_optimizer is not None:
-            values = self.policy.value_parameters()
-            self.policy.load_value_parameters(tensors["value"])
-            load_optimizer(self.value_optimizer, values, tensors["value_optimizer"])
+        self.put_back({group: named for group, named in tensors.items() if not group.startswith(SAFE)})
         self.controller = replace(self.controller, **state["controller"])
         self.scorer = self.scorer.restored(state["scorer"])
+        if self.damping is not None:
+            self.damping = replace(self.damping, **state["damping"])
+        if self.cap is not None:
+            kept = {group.removeprefix(SAFE): named for group, named in tensors.items() if group.startswith(SAFE)}
+            counts = {name: state["cap"][name] for name in ("rollbacks", "refusals")}
+            self.cap = replace(self.cap, safe=Safe(**state["cap"]["safe"], tensors=kept), **counts)
 
     def set_learning_rates(self, policy_lr: float, value_lr: float) -> None:
         """Use these from the next step on."""
-        set_learning_rate(self.optimizer, policy_lr)
+        if self.optimizer is not None:
+            set_learning_rate(self.optimizer, policy_lr)
         if self.value_optimizer is not None:
             set_learning_rate(self.value_optimizer, value_lr)
+
+    def value_step(
+        self, part: Experience, *, clip_range: float, coef: float, max_grad_norm: float, micro_batch: int | None
+    ) -> tuple[float, float]:
+        """One step of the value function, which shares frozen weights with the policy and no trainable ones.
+
+        Args:
+            part: a minibatch.
+            clip_range: how far a value may gain from moving, unit of score; ∞ for no limit.
+            coef: factor of the loss.
+            max_grad_norm: a larger gradient is scaled down to this norm.
+            micro_batch: rows in memory at once; None for all.
+
+        Returns:
+            (loss, unit of score squared; norm of the gradient before clipping).
+        """
+        rows, tokens = len(part.advantages), int(part.rollout.response_mask.sum())
+        total = 0.0
+        for micro in torch.arange(rows, device=self.policy.device).split(micro_batch or rows):
+            piece = part.select(micro)
+            old, mask = piece.rollout, piece.rollout.response_mask
+            values = response_scatter(self.policy.values(old.ids, old.scored), mask)
+            loss = clipped_value_loss(values, old.values, piece.returns, mask, clip_range, tokens)
+            (coef * loss).backward()
+            total += loss.item()
+        return total, guarded_step(self.value_optimizer, max_grad_norm, "value function")

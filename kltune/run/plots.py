@@ -25,7 +25,11 @@ FEW_POINTS = 40        # below this each point is marked, so that one alone is s
 CURVE_NAMES = {
     "kl/ref_nats_per_response": "training", "kl/ref_nats_per_token": "training", "score/mean": "training",
     "eval/kl_ref_nats_per_response": "evaluation", "eval/kl_ref_nats_per_token": "evaluation",
-    "eval/score_mean": "evaluation", "eval/gold_mean": "gold",
+    "eval/score_mean": "evaluation", "eval/gold_mean": "gold", "trpo/predicted_gain": "predicted",
+    "trpo/gain": "measured", "kl/step_nats_per_response": "measured",
+    "trpo/radius_nats_per_response": "allowed in this step", "trpo/line_search_tries": "tries",
+    "trpo/accepted": "accepted",
+    "kl/cap_rollbacks": "gone back", "kl/cap_refusals": "steps cut short",
 }
 STANDARD_ERRORS = {
     "kl/ref_nats_per_response": "kl/ref_stderr", "eval/kl_ref_nats_per_response": "eval/kl_ref_stderr",
@@ -64,7 +68,12 @@ def plots_for(limits: Limits) -> tuple[Plot, ...]:
         Plot("Held-out perplexity", "perplexity", ("eval/perplexity",)),
         Plot("Accuracy", "share of pairs", ("accuracy/mean", "*/accuracy")),
         Plot("Price of one nat (beta)", "score per nat", ("kl/beta",), log=True),
-        Plot("KL of one update", "nats per response", ("kl/step_nats_per_response",), limited="step"),
+        Plot("KL of one update", "nats per response", ("kl/step_nats_per_response", "trpo/radius*"), limited="step"),
+        Plot("Gain of the surrogate", "score", ("trpo/predicted_gain", "trpo/gain")),
+        Plot("Damping", "× mean curvature", ("trpo/damping",), log=True),
+        Plot("Residual of conjugate gradients", "share of the gradient", ("trpo/cg_residual",), log=True),
+        Plot("Tries of the line search", "number", ("trpo/line_search_tries", "trpo/accepted")),
+        Plot("Cap", "times so far", ("kl/cap_rollbacks", "kl/cap_refusals")),
     )
 
 

@@ -7,7 +7,6 @@ meets a target. Sources: Schulman et al. 2017, arXiv 1707.06347 (clipping); Zieg
 section 2.2 (KL in the reward, and a target for it).
 """
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,54 +14,22 @@ import torch
 from torch import Tensor
 
 from kltune.core.divergence import kl_k3
-from kltune.core.intervals import KLSummary
-from kltune.core.losses import clip_fraction, clipped_policy_loss, clipped_value_loss, exact_kl_loss, k2_kl_loss
+from kltune.core.losses import clip_fraction, clipped_policy_loss, exact_kl_loss, k2_kl_loss
 from kltune.core.masking import per_response
-from kltune.errors import Interrupted, ModelError, RecipeError
-from kltune.lm.batches import Rollout, response_scatter
-from kltune.lm.data import Prompt, load_prompts
-from kltune.lm.evaluate import HeldOut, described, evaluate, kl_result, load_held_out, measure_settings
-from kltune.lm.experience import (
-    Experience,
-    batch_metrics,
-    collect,
-    controller_of,
-    measured_kl,
-    priced,
-    response_kl,
-    sample_rows,
-    score,
-    shape,
-    standardize,
-)
+from kltune.lm.batches import response_scatter
+from kltune.lm.data import Prompt
+from kltune.lm.experience import Experience, check_first_ratio, controller_of, shape, whitened
 from kltune.lm.loading import pick_device
 from kltune.lm.opening import load_policy
 from kltune.lm.optim import check_optimizer, guarded_step, learning_rate_share, make_optimizer, total_steps
 from kltune.lm.policy import Policy
 from kltune.lm.scorers import load_scorer
-from kltune.lm.selftest import check_fresh_policy, check_frozen
 from kltune.recipe import PPORecipe
-from kltune.run.checkpoint import save_checkpoint, save_final
 from kltune.run.clock import Clock
 from kltune.run.learner import Learner
-from kltune.run.page import write_page
 from kltune.run.report import Report
 from kltune.run.session import Run, finished_result, open_run
-
-# Largest |change of a log-prob| when nothing was updated yet: rounding that depends on the batch's shape.
-FIRST_RATIO_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
-
-
-@dataclass(frozen=True)
-class Job:
-    """What stays the same from step to step."""
-
-    recipe: PPORecipe
-    run: Run
-    report: Report
-    prompts: list[Prompt]
-    held_out: HeldOut
-    steps: int
+from kltune.run.training import Job, begin, close_step, finish, load_data, reprice, sample_batch, stepped_back
 
 
 def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
@@ -75,8 +42,6 @@ def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
     Returns:
         The object of ``result.json``.
     """
-    if recipe.kl.hard_cap is not None:
-        raise RecipeError("kl.hard_cap: this version of kltune ppo has no hard cap; remove the key and use kl.target.")
     done = finished_result(recipe)
     if done is not None:
         return done
@@ -91,21 +56,10 @@ def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
         with Report(run.folder, "ppo", steps, target=target, start_step=run.start_step, unit=recipe.kl.unit) as report:
             for note in (policy.fingerprint.describe(), *held_out.notes):
                 report.say(note)
-            job = Job(recipe, run, report, prompts, held_out, steps)
+            job = Job(recipe, run, report, prompts, held_out, steps, recipe.ppo.baseline)
             for step in range(run.start_step + 1, steps + 1):
                 take_step(job, learner, step)
             return finish(job, learner)
-
-
-def load_data(recipe: PPORecipe, policy: Policy) -> tuple[list[Prompt], HeldOut]:
-    """Training prompts, and what evaluations are made on."""
-    data = recipe.data
-    limit = policy.prompt_limit(data.max_prompt_tokens, recipe.sampling.max_new_tokens)
-    rules = {"template": data.template, "on_overlong": data.on_overlong, "on_bad_row": data.on_bad_row}
-    prompts, counts = load_prompts(data.prompts, policy.tokenizer, max_tokens=limit, **rules)
-    note = described(data.prompts, counts)
-    held_out = load_held_out(recipe.eval, data, policy, prompts, prompt_limit=limit, folder=recipe.folder, note=note)
-    return prompts, held_out
 
 
 def make_learner(recipe: PPORecipe, policy: Policy, prompts: list[Prompt], run: Run) -> Learner:
@@ -120,56 +74,31 @@ def make_learner(recipe: PPORecipe, policy: Policy, prompts: list[Prompt], run: 
     scorer = load_scorer(recipe.reward, recipe.folder, policy.device)
     responses = recipe.sampling.prompts_per_step * recipe.sampling.responses_per_prompt
     controller = controller_of(recipe.kl, updates_per_step=recipe.ppo.epochs * responses // recipe.ppo.minibatch_size)
-    run.record(rewards=scorer.identity)
-    learner = Learner(policy, optimizer, value_optimizer, controller, scorer)
-    if run.resume_from is not None:
-        learner.restore(run.resume_from)
-        return learner
-    check_fresh_policy(policy, prompts)
-    if scorer.wants_reference_samples:
-        rng = run.rng("reference", 0)
-        learner.scorer = standardize(scorer, policy, prompts, recipe.sampling, seed=recipe.run.seed, rng=rng)
+    learner = Learner(policy, controller, scorer, optimizer=optimizer, value_optimizer=value_optimizer)
+    begin(recipe, learner, prompts, run)
     return learner
 
 
 def take_step(job: Job, learner: Learner, step: int) -> None:
     """One turn of the loop: respond, measure, score, price, improve, record."""
-    recipe, run, sampling, ppo = job.recipe, job.run, job.recipe.sampling, job.recipe.ppo
+    recipe, ppo = job.recipe, job.recipe.ppo
     clock = Clock()
-    rng = run.rng("sampling", step)
-    rollout = collect(
-        learner.policy, job.prompts, sampling, step=step, seed=recipe.run.seed, rng=rng, exact=recipe.kl.exact
-    )
-    clock.lap("sample")
-    scores = score(learner.scorer, rollout, sampling.missing_end_penalty)
-    clock.lap("score")
-
-    distance = measured_kl(rollout)
-    group = {"baseline": ppo.baseline, "per_prompt": sampling.responses_per_prompt}
-    learner.controller = priced(
-        learner.controller, recipe.kl, rollout, scores, distance.nats_per_response, **group
-    )
-    beta = learner.controller.beta
-    experience = shape(
-        rollout, scores, beta, placement=recipe.kl.placement, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda, **group
-    )
+    batch = sample_batch(job, learner, step, clock)
+    went_back = stepped_back(job, learner, step, batch)
     share = learning_rate_share(recipe.optim, step, job.steps)
-    learner.set_learning_rates(share * recipe.optim.lr, share * (ppo.value_lr or recipe.optim.lr))
-    update = improve(recipe, learner, experience, run.rng("minibatches", step))
-    clock.lap("update")
-
-    metrics = batch_metrics(rollout, scores, distance, beta) | update | {"optim/lr": share * recipe.optim.lr}
-    evaluates = step % recipe.run.eval_every == 0 and step < job.steps  # after the last step, `finish` evaluates
-    if evaluates:
-        metrics |= evaluate(learner.policy, job.held_out, sampling, learner.scorer, seed=recipe.run.seed)[0]
-        clock.lap("eval")
-    job.report.step(step, metrics | clock.metrics(len(scores)))
-    if evaluates or step in (1, job.steps):
-        job.report.samples(step, sample_rows(rollout, scores, response_kl(rollout)))
-    if step % recipe.run.save_every == 0 or step == job.steps or run.stop_signal:
-        save(job, learner, step, distance)
-    if run.stop_signal and step < job.steps:
-        raise Interrupted(f"stopped after step {step} of {job.steps}; --resume goes on from there.", run.stop_signal)
+    update = {"optim/lr": share * recipe.optim.lr}
+    if not went_back:
+        beta = reprice(job, learner, batch)
+        experience = shape(
+            batch.rollout, batch.scores, beta, placement=recipe.kl.placement, gamma=ppo.gamma,
+            gae_lambda=ppo.gae_lambda, **job.grouping,
+        )
+        if ppo.baseline == "value" and recipe.kl.placement == "reward":
+            experience = whitened(experience, batch.scores)
+        learner.set_learning_rates(share * recipe.optim.lr, share * (ppo.value_lr or recipe.optim.lr))
+        update = improve(recipe, learner, experience, job.run.rng("minibatches", step)) | update
+        clock.lap("update")
+    close_step(job, learner, step, batch, update, clock, went_back=went_back)
 
 
 def improve(recipe: PPORecipe, learner: Learner, experience: Experience, rng: np.random.Generator) -> dict[str, float]:
@@ -236,78 +165,12 @@ def current_logprobs(recipe: PPORecipe, policy: Policy, part: Experience) -> tup
 
 
 def value_step(recipe: PPORecipe, learner: Learner, part: Experience) -> dict[str, float]:
-    """One step of the value function, which shares frozen weights with the policy and no trainable ones."""
-    rows, tokens = len(part.advantages), int(part.rollout.response_mask.sum())
-    total = 0.0
-    for micro in torch.arange(rows, device=learner.policy.device).split(recipe.optim.micro_batch_size or rows):
-        piece = part.select(micro)
-        old, mask = piece.rollout, piece.rollout.response_mask
-        values = response_scatter(learner.policy.values(old.ids, old.scored), mask)
-        loss = clipped_value_loss(values, old.values, piece.returns, mask, recipe.ppo.value_clip_range, tokens)
-        (recipe.ppo.value_coef * loss).backward()
-        total += loss.item()
-    norm = guarded_step(learner.value_optimizer, recipe.optim.max_grad_norm, "value function")
-    return {"ppo/value_loss": total, "ppo/value_grad_norm": norm}
-
-
-def check_first_ratio(logprobs: Tensor, old: Rollout, policy: Policy) -> None:
-    """Before the first update of a step, the policy is the one that sampled: every ratio is 1.
-
-    Raises:
-        ModelError: it is not, so the clipped objective would start from the wrong place.
-    """
-    gap = (logprobs.detach() - old.logprobs).abs().max().item()
-    allowed = FIRST_RATIO_GAP[policy.dtype]
-    if gap > allowed:
-        raise ModelError(
-            f"Before any update, a log-probability differs by {gap:.3g} nats from the rollout's (allowed: {allowed}): "
-            "the model's output depends on the batch it is in. kltune cannot train it."
-        )
-
-
-def save(job: Job, learner: Learner, step: int, distance: KLSummary) -> None:
-    """A checkpoint that an exact resume can start from. Its KL is the batch's: before the step's update."""
-    info = about(job.recipe, learner.policy, asdict(distance))
-    save_checkpoint(
-        job.run.folder, step, learner.policy.save, info=info, tensors=learner.tensors(), state=learner.state(),
-        keep=job.recipe.run.keep,
+    """One clipped step of the value function, which cannot move the policy."""
+    loss, norm = learner.value_step(
+        part,
+        clip_range=recipe.ppo.value_clip_range,
+        coef=recipe.ppo.value_coef,
+        max_grad_norm=recipe.optim.max_grad_norm,
+        micro_batch=recipe.optim.micro_batch_size,
     )
-
-
-def about(recipe: PPORecipe, policy: Policy, kl: dict[str, Any]) -> dict[str, Any]:
-    """What kltune.json says of a checkpoint: its reference, its KL, and how that is measured again."""
-    settings = measure_settings(recipe.eval.prompts or recipe.data.prompts, recipe.data, recipe.sampling)
-    return {"stage": "ppo", "kind": "adapter", "reference": policy.fingerprint.as_dict(), "kl": kl, "measure": settings}
-
-
-def finish(job: Job, learner: Learner) -> dict[str, Any]:
-    """Prove the reference is untouched, save ``final``, measure it afresh, and write the result."""
-    recipe, policy = job.recipe, learner.policy
-    check_frozen(policy)
-    job.report.say(f"measuring final on {job.held_out.responses} responses")
-    metrics, measured = evaluate(
-        policy, job.held_out, recipe.sampling, learner.scorer, seed=recipe.run.seed, compare=True
-    )
-    kl = kl_result(measured)
-    final = save_final(job.run.folder, policy.save, info=about(recipe, policy, kl))
-    result = job.run.finish({
-        "schema": "kltune.result/1",
-        "status": "finished",
-        "stage": "ppo",
-        "output": str(job.run.folder),
-        "final": str(final),
-        "steps": job.steps,
-        "kl": kl,
-        "target": recipe.kl.target if recipe.kl.control == "target" else None,
-        "unit": recipe.kl.unit,
-        "beta": learner.controller.beta,
-        "score": metrics["eval/score_mean"],
-        "score_stderr": metrics["eval/score_stderr"],
-        "reference_score": metrics["eval/reference_score_mean"],
-        "reference": policy.fingerprint.as_dict(),
-        "eval": metrics,
-        "held_out": recipe.eval.prompts is not None,
-        "seconds": job.run.seconds(),
-    })
-    write_page(job.run.folder)
-    return result
+    return {"ppo/value_loss": loss, "ppo/value_grad_norm": norm}

@@ -39,8 +39,9 @@ from kltune.lm.optim import (
 from kltune.lm.policy import Policy
 from kltune.lm.selftest import check_frozen
 from kltune.recipe import SFTRecipe
-from kltune.run.checkpoint import load_optimizer, optimizer_tensors, read_state, save_checkpoint, save_final
+from kltune.run.checkpoint import read_state, save_checkpoint, save_final
 from kltune.run.clock import Clock
+from kltune.run.optimizer_state import load_optimizer, optimizer_tensors
 from kltune.run.page import write_page
 from kltune.run.report import Report
 from kltune.run.session import Run, finished_result, open_run

@@ -260,3 +260,18 @@ def test_look_ahead_brakes_before_the_target_is_passed():
     blind, looking = make("log_pi", look_ahead=0.0), make("log_pi", look_ahead=4.0)
     assert seen(looking, rising).beta > seen(blind, rising).beta
     assert isinstance(looking, LogPI)
+
+
+@pytest.mark.parametrize("controller", STEERED)
+def test_a_raised_price_stays_raised(controller):
+    before = seen(make(controller), [1.0] * 30)
+    raised = before.raised(2.0, least=0.0)
+    assert raised.beta == pytest.approx(2.0 * before.beta)
+    assert seen(raised, [1.0]).beta > 1.5 * seen(before, [1.0]).beta
+    assert before.raised(2.0, least=9.0 * before.beta).beta == pytest.approx(9.0 * before.beta)
+    assert make(controller, beta_max=0.5).raised(2.0, least=7.0).beta == 0.5  # before the first batch, and at the bound
+
+
+def test_a_fixed_price_is_raised_too_even_from_nothing():
+    assert FixedBeta(0.2).raised(2.0, least=0.3) == FixedBeta(0.4)
+    assert FixedBeta(0.0).raised(2.0, least=0.3) == FixedBeta(0.3)

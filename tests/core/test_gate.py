@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kltune.core.gate import Verdict, confidence_per_look, looks, verdict
+from kltune.core.gate import Verdict, confidence_per_look, looks, standing, verdict
 from kltune.core.intervals import KLSummary, summarize
 
 
@@ -133,3 +133,21 @@ def test_looking_until_it_is_decided_is_wrong_no_more_often_than_it_says():
                     break
     assert wrong["corrected"] <= 0.05 * 300
     assert wrong["naive"] > 0.08 * 300
+
+
+def test_within_a_cap_is_the_whole_interval_and_beyond_it_the_estimate():
+    summary = one_each([4.0, 5.0, 6.0, 5.0])  # 5 nats, 0.5 per token, and some interval around it
+    low, high = summary.ci
+    assert low < 5.0 < high
+    assert standing(summary, high) == "within"
+    assert standing(summary, 0.5 * (5.0 + high)) == "open"
+    assert standing(summary, 5.0) == "open"
+    assert standing(summary, 4.99) == "beyond"
+    assert standing(summary, 0.49, "nats_per_token") == "beyond"
+    assert standing(summary, summary.token_ci[1], "nats_per_token") == "within"
+
+
+def test_one_prompt_proves_nothing_and_what_is_no_number_is_beyond_any_cap():
+    assert standing(one_each([1.0]), 5.0) == "open"
+    assert standing(one_each([1.0, math.nan]), 5.0) == "beyond"
+    assert standing(one_each([1.0, math.inf]), 5.0) == "beyond"

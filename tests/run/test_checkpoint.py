@@ -19,14 +19,13 @@ from kltune.errors import CheckpointError, DivergedError, StorageError
 from kltune.run.checkpoint import (
     clear_leftovers,
     latest_checkpoint,
-    load_optimizer,
-    optimizer_tensors,
     read_info,
     read_state,
     resolve_checkpoint,
     save_checkpoint,
     save_final,
 )
+from kltune.run.optimizer_state import load_optimizer, optimizer_tensors
 
 AWKWARD = {"beta": 0.1 + 0.2, "tiny": 5e-324, "seed": 2**64 - 1, "done": None, "list": [1, 0.25, "é\n"], "flag": True}
 

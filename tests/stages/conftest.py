@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from kltune.cli import main
 from kltune.recipe import Recipe, load_recipe
+from kltune.run import training
 from kltune.stages import ppo, sft
 from tests.oracles import BANDIT_REFERENCE, save_tiny_lm
 
@@ -56,6 +57,12 @@ PPO = {
     "run": {"steps": 4, "save_every": 100, "eval_every": 100},
     "eval": {"prompts": "held_out.jsonl", "responses": 10},
 }
+TRPO = {
+    "stage": "trpo",
+    **{name: PPO[name] for name in ("lora", "data", "sampling", "reward", "kl", "run", "eval")},
+    "trpo": {"max_step_kl": 0.05, "fisher_fraction": 0.5, "value_minibatch_size": 8},
+    "optim": {"lr": 0.02},
+}
 SFT = {
     "stage": "sft",
     "lora": {"rank": 4, "alpha": 8.0},
@@ -73,6 +80,10 @@ ORACLE = {
     "kl": {"control": "fixed", "beta": 1.0},
     "run": {"save_every": 1000, "eval_every": 1000},
     "eval": {"responses": 256},
+}
+ORACLE_TRPO = ORACLE | {
+    "stage": "trpo",
+    "trpo": {"baseline": "rloo", "damping": 0.01, "fisher_fraction": 1.0, "cg_iterations": 20},
 }
 
 MakeRecipe = Callable[..., Recipe]
@@ -183,6 +194,13 @@ def ppo_recipe(ppo_file: Path) -> MakeRecipe:
 
 
 @pytest.fixture
+def trpo_recipe(tmp_path: Path, llama: Path) -> MakeRecipe:
+    """A function from overrides (and an output) to a TRPO recipe on the random Llama."""
+    path = write_recipe(tmp_path / "trpo", TRPO, llama)
+    return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
+
+
+@pytest.fixture
 def sft_recipe(sft_file: Path) -> MakeRecipe:
     """A function from overrides (and an output) to the SFT recipe."""
     return lambda *overrides, output=None: load_recipe(sft_file, overrides, output=output)
@@ -206,6 +224,24 @@ def tiny_recipe(tmp_path: Path, tiny_lm_folder: Path) -> MakeRecipe:
     return lambda *overrides: load_recipe(path, overrides)
 
 
+@pytest.fixture
+def bandit_trpo(tmp_path: Path, bandit: Path) -> MakeRecipe:
+    """A function from overrides to a TRPO recipe on ORACLE-A at β = 1, hardly damped."""
+    base = ORACLE_TRPO | {"reward": [{"kind": "function", "path": "rewards.py:arms"}]}
+    base["sampling"] = base["sampling"] | {"max_new_tokens": 1}
+    path = write_recipe(tmp_path / "bandit-trpo", base, bandit, ("<s>",))
+    return lambda *overrides: load_recipe(path, overrides)
+
+
+@pytest.fixture
+def tiny_trpo(tmp_path: Path, tiny_lm_folder: Path) -> MakeRecipe:
+    """A function from overrides to a TRPO recipe on ORACLE-B at β = 1, hardly damped."""
+    base = ORACLE_TRPO | {"reward": [{"kind": "function", "path": "rewards.py:tiny"}]}
+    base["sampling"] = base["sampling"] | {"max_new_tokens": 3, "missing_end_penalty": 0.5}
+    path = write_recipe(tmp_path / "tiny-trpo", base, tiny_lm_folder, ("<s>",))
+    return lambda *overrides: load_recipe(path, overrides)
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -215,8 +251,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def without_page() -> Iterator[None]:
     """Within: runs leave out report.html, whose drawing takes longer than they do."""
     with pytest.MonkeyPatch.context() as patch:
-        for stage in (ppo, sft):
-            patch.setattr(stage, "write_page", lambda folder: None)
+        for module in (training, sft):
+            patch.setattr(module, "write_page", lambda folder: None)
         yield
 
 

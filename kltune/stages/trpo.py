@@ -1,0 +1,261 @@
+"""TRPO under a KL budget: the loop of PPO, with one natural-gradient step per batch that cannot leave a KL ball.
+
+    maximise  E[score] − beta · KL(policy ‖ reference)    so that in each step    KL(old ‖ new) ≤ max_step_kl
+
+measured exactly, in nats per response, on the responses of the step; a step that would be longer, or gain nothing, or
+pass ``kl.hard_cap``, is shortened until it does not, or left out. No learning rate is involved; the schedule of
+``optim`` shortens the steps towards the end, because near the optimum a batch's gradient is noise. The value function,
+where there is one, is fitted apart: its adapter and optimizer are its own, so that it cannot move the policy.
+Source: Schulman et al. 2015, arXiv 1502.05477; what is different for language models on adapters: MATH 4.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kltune.core.gate import standing
+from kltune.core.intervals import summarize
+from kltune.core.masking import per_response
+from kltune.core.trust_region import (
+    FIRST_DAMPING,
+    Damping,
+    SearchResult,
+    Trial,
+    carried_ref_kl,
+    conjugate_gradient,
+    line_search,
+    mean_curvature,
+    step_scale,
+    surrogate,
+)
+from kltune.errors import DivergedError
+from kltune.lm.batches import response_scatter
+from kltune.lm.curvature import Fisher, flat, unflat
+from kltune.lm.data import Prompt
+from kltune.lm.experience import Experience, centred, check_first_ratio, controller_of, shape
+from kltune.lm.loading import pick_device
+from kltune.lm.opening import load_policy
+from kltune.lm.optim import check_optimizer, learning_rate_share, make_optimizer, total_steps
+from kltune.lm.policy import Policy
+from kltune.lm.scorers import load_scorer
+from kltune.lm.snapshot import Snapshot, measure_move
+from kltune.recipe import TRPORecipe
+from kltune.run.clock import Clock
+from kltune.run.learner import Learner
+from kltune.run.report import Report
+from kltune.run.session import Run, finished_result, open_run
+from kltune.run.training import (
+    REFUSAL_RAISE,
+    Batch,
+    Job,
+    begin,
+    close_step,
+    finish,
+    load_data,
+    reprice,
+    sample_batch,
+    stepped_back,
+)
+
+PROBES = 2  # random vectors for the mean curvature: damping only needs its order of magnitude
+
+
+def run_trpo(recipe: TRPORecipe, resume: bool) -> dict[str, Any]:
+    """``kltune trpo``: train a policy by natural-gradient steps within its KL budget, save it, measure what was saved.
+
+    Args:
+        recipe: what to do.
+        resume: go on from the newest checkpoint in the output folder.
+
+    Returns:
+        The object of ``result.json``.
+    """
+    done = finished_result(recipe)
+    if done is not None:
+        return done
+    with open_run(recipe, resume=resume) as run:
+        torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
+        policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))
+        run.set_reference(policy.fingerprint.as_dict())
+        prompts, held_out = load_data(recipe, policy)
+        learner = make_learner(recipe, policy, prompts, run)
+        steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
+        target = recipe.kl.target if recipe.kl.control == "target" else None
+        with Report(run.folder, "trpo", steps, target=target, start_step=run.start_step, unit=recipe.kl.unit) as report:
+            for note in (policy.fingerprint.describe(), *held_out.notes):
+                report.say(note)
+            job = Job(recipe, run, report, prompts, held_out, steps, recipe.trpo.baseline)
+            for step in range(run.start_step + 1, steps + 1):
+                take_step(job, learner, step)
+            return finish(job, learner)
+
+
+def make_learner(recipe: TRPORecipe, policy: Policy, prompts: list[Prompt], run: Run) -> Learner:
+    """Value function with its optimizer, damping, controller and scorer; checked at the start, or restored."""
+    value_optimizer = None
+    if recipe.trpo.baseline == "value":
+        policy.add_value_function(recipe.lora)
+        value_optimizer = make_optimizer(policy.value_parameters(), recipe.optim)
+        check_optimizer(value_optimizer, policy.value_parameters(), "value function")
+    adapts = recipe.trpo.damping == "auto"
+    damping = Damping(FIRST_DAMPING if adapts else float(recipe.trpo.damping), adapts)
+    scorer = load_scorer(recipe.reward, recipe.folder, policy.device)
+    controller = controller_of(recipe.kl, updates_per_step=1)
+    learner = Learner(policy, controller, scorer, value_optimizer=value_optimizer, damping=damping)
+    begin(recipe, learner, prompts, run)
+    return learner
+
+
+def take_step(job: Job, learner: Learner, step: int) -> None:
+    """One turn of the loop: respond, measure, score, price, step within the ball, fit the values, record."""
+    recipe, trpo = job.recipe, job.recipe.trpo
+    clock = Clock()
+    batch = sample_batch(job, learner, step, clock)
+    went_back = stepped_back(job, learner, step, batch)
+    update: dict[str, float] = {}
+    share = learning_rate_share(recipe.optim, step, job.steps)
+    if not went_back:
+        beta = reprice(job, learner, batch)
+        experience = shape(
+            batch.rollout, batch.scores, beta, placement="reward", gamma=trpo.gamma, gae_lambda=trpo.gae_lambda,
+            **job.grouping,
+        )
+        # KL grows with the square of a step's length, and it is the length that follows the schedule.
+        radius = share**2 * trpo.max_step_kl
+        update = trust_region_step(job, learner, batch, experience, radius, job.run.rng("curvature", step))
+        if learner.value_optimizer is not None:
+            learner.set_learning_rates(0.0, share * recipe.optim.lr)
+            update |= fit_values(recipe, learner, experience, job.run.rng("minibatches", step))
+        clock.lap("update")
+    close_step(job, learner, step, batch, update, clock, went_back=went_back)
+
+
+def trust_region_step(
+    job: Job, learner: Learner, batch: Batch, experience: Experience, radius: float, rng: np.random.Generator
+) -> dict[str, float]:
+    """Move the policy along the natural gradient as far as the ball allows, or leave it as it was to the last bit.
+
+    Args:
+        job, learner: of the run.
+        batch: of the step.
+        experience: the same with its advantages, unit of score.
+        radius: of the ball, KL(old ‖ new) in nats per response.
+        rng: for the share of responses, and the probes, of the curvature.
+
+    Returns:
+        Metrics.
+    """
+    recipe, trpo, beta = job.recipe, job.recipe.trpo, learner.controller.beta
+    parameters = learner.policy.trainable_parameters()
+    old = Snapshot(parameters)
+    experience = centred(experience)
+    gradient = policy_gradient(recipe, learner.policy, experience)
+    fisher = fisher_on_some(recipe, learner.policy, experience, rng)
+    signs = torch.from_numpy(rng.integers(0, 2, size=(PROBES, len(gradient))) * 2.0 - 1.0).to(gradient)
+    curvature = mean_curvature(fisher, signs)
+    damping = learner.damping.relative * curvature
+    solution = conjugate_gradient(lambda v: fisher(v) + damping * v, gradient, trpo.cg_iterations)
+    first = step_scale(solution.x.dot(fisher(solution.x)).item(), radius, beta)
+    direction = dict(zip(parameters, unflat(solution.x, list(parameters.values())), strict=True))
+
+    def measure(scale: float) -> Trial:
+        old.step(direction, scale)
+        return effect(job, learner, batch, experience, old)
+
+    # Where nothing tells the responses apart there is no direction, and so nothing to search.
+    movable = first > 0.0 and solution.x.any().item()
+    result = line_search(measure, first, radius, trpo.line_search_steps) if movable else SearchResult(0.0, ())
+    if not result.accepted:
+        old.restore()
+    if movable:
+        learner.damping = learner.damping.updated(result, first)
+    if not all(trial.within_cap for trial in result.trials):
+        learner.cap = replace(learner.cap, refusals=learner.cap.refusals + 1)
+        learner.controller = learner.controller.raised(REFUSAL_RAISE, least=0.0)
+    done = result.trials[-1] if result.accepted else Trial(step_kl=0.0, gain=0.0)
+    return {
+        "kl/step_nats_per_response": done.step_kl,
+        "trpo/radius_nats_per_response": radius,
+        "trpo/first_try_nats_per_response": result.trials[0].step_kl if result.trials else 0.0,
+        "trpo/predicted_gain": result.scale * gradient.dot(solution.x).item(),
+        "trpo/gain": done.gain,
+        "trpo/gradient_norm": gradient.norm().item(),
+        "trpo/mean_curvature": curvature,
+        "trpo/damping": damping / curvature if curvature > 0.0 else 0.0,
+        "trpo/cg_residual": solution.residual,
+        "trpo/cg_iterations": float(solution.iterations),
+        "trpo/line_search_tries": float(len(result.trials)),
+        "trpo/accepted": float(result.accepted),
+    }
+
+
+def policy_gradient(recipe: TRPORecipe, policy: Policy, experience: Experience) -> Tensor:
+    """Gradient of the surrogate on the whole batch, micro-batches added up. [P], score per parameter.
+
+    Raises:
+        DivergedError: it is not finite.
+        ModelError: the policy is not the one that sampled.
+    """
+    parameters = list(policy.trainable_parameters().values())
+    rows = len(experience.advantages)
+    total = torch.zeros(sum(tensor.numel() for tensor in parameters), device=policy.device)
+    for micro in torch.arange(rows, device=policy.device).split(recipe.optim.micro_batch_size or rows):
+        piece = experience.select(micro)
+        batch, mask = piece.rollout, piece.rollout.response_mask
+        logprobs = response_scatter(policy.logprobs(batch.ids, batch.scored, recipe.sampling.temperature), mask)
+        check_first_ratio(logprobs, batch, policy)
+        gain = surrogate(logprobs, batch.logprobs, piece.advantages, mask, rows)
+        total += flat(torch.autograd.grad(gain, parameters, allow_unused=True, materialize_grads=True))
+    if not torch.isfinite(total).all():
+        raise DivergedError("the policy gradient is not finite; nothing was updated. Look at the scores' size.")
+    return total
+
+
+def fisher_on_some(recipe: TRPORecipe, policy: Policy, experience: Experience, rng: np.random.Generator) -> Fisher:
+    """The curvature on a random share of the responses; gradient, KL and gain are always on all of them."""
+    rows = len(experience.advantages)
+    some = np.sort(rng.choice(rows, size=max(1, round(recipe.trpo.fisher_fraction * rows)), replace=False))
+    chosen = experience.rollout.select(torch.from_numpy(some).to(policy.device))
+    return Fisher(policy, chosen.ids, chosen.scored, recipe.sampling.temperature, recipe.optim.micro_batch_size)
+
+
+def effect(job: Job, learner: Learner, batch: Batch, experience: Experience, old: Snapshot) -> Trial:
+    """What the step that was just made does, on all responses: exact KL(old ‖ new), gain, and the cap.
+
+    A step that brings the policy nearer to its reference is within the cap wherever it ends.
+    """
+    rollout, cap, mask = batch.rollout, learner.cap, batch.rollout.response_mask
+    logprobs, step_kl, ref_kl = measure_move(
+        learner.policy, old, rollout, job.recipe.sampling.temperature, reference=cap is not None
+    )
+    rows = len(mask)
+    gain = surrogate(logprobs, rollout.logprobs, experience.advantages, mask, rows).item()
+    size = per_response(step_kl, mask).mean().item()
+    if cap is None or not math.isfinite(size):
+        return Trial(size, gain)
+    carried = carried_ref_kl(ref_kl, logprobs, rollout.logprobs, mask)
+    after = summarize("exact", carried, rollout.lengths, rollout.prompt_index)
+    nearer = after.nats_per_response <= batch.distance.nats_per_response
+    return Trial(size, gain, within_cap=nearer or standing(after, cap.limit, cap.unit) == "within")
+
+
+def fit_values(
+    recipe: TRPORecipe, learner: Learner, experience: Experience, rng: np.random.Generator
+) -> dict[str, float]:
+    """A few passes of the value function over the step's returns."""
+    done: list[tuple[float, float]] = []
+    for _ in range(recipe.trpo.value_epochs):
+        order = torch.from_numpy(rng.permutation(len(experience.advantages))).to(learner.policy.device)
+        for rows in order.split(recipe.trpo.value_minibatch_size):
+            done.append(
+                learner.value_step(
+                    experience.select(rows), clip_range=math.inf, coef=1.0, max_grad_norm=recipe.optim.max_grad_norm,
+                    micro_batch=recipe.optim.micro_batch_size,
+                )
+            )
+    loss, norm = (sum(column) / len(done) for column in zip(*done, strict=True))
+    return {"trpo/value_loss": loss, "trpo/value_grad_norm": norm}

@@ -1,0 +1,214 @@
+"""``kl.hard_cap``: what is beyond it is never called final, whatever the reward pulls at.
+
+The reward counts a's and the price of a nat is next to nothing, so without a cap every run here ends far beyond it.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kltune.errors import DivergedError, RecipeError
+from kltune.lm.data import load_prompts
+from kltune.lm.evaluate import measure_kl
+from kltune.lm.opening import load_saved_policy
+from kltune.run import training
+from kltune.run.checkpoint import read_state
+from kltune.stages import ppo
+from kltune.stages.ppo import run_ppo
+from kltune.stages.trpo import run_trpo
+from tests.stages.conftest import read_jsonl, write_rows
+from tests.stages.test_resume import CUTS, STEPS, assert_same_run, run_with_stops
+
+HELD_OUT = ("eval.prompts=pairs.jsonl", "eval.responses=130")
+PULL = (
+    "kl.control=fixed", "kl.beta=0.001", "kl.target=null", "run.steps=12", *HELD_OUT,
+    "sampling.prompts_per_step=32", "sampling.responses_per_prompt=1",
+)
+PPO_PULL = (*PULL, "optim.lr=0.1", "ppo.minibatch_size=16")
+TRPO_PULL = (*PULL, "trpo.max_step_kl=0.3", "optim.schedule=constant")
+
+
+def rows_of(recipe) -> list[dict]:
+    return read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
+
+
+def info_of(folder: Path) -> dict:
+    return json.loads((folder / "kltune.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def _many_held_out_prompts(tmp_path):
+    """Few prompts give wide intervals: 65 letter pairs instead of ten phrases."""
+    for folder in ("ppo", "trpo"):
+        (tmp_path / folder).mkdir()
+        pairs = [{"prompt": f"{a}{b}"} for a in "abcdefghijklm" for b in "vwxyz"]
+        write_rows(tmp_path / folder / "pairs.jsonl", pairs)
+
+
+@pytest.fixture(params=["ppo", "trpo"])
+def pulled_run(request, ppo_recipe, trpo_recipe):
+    """A function from more overrides to (the stage's function, a recipe that runs away)."""
+
+    def make(*more: str, output: str | None = None):
+        if request.param == "ppo":
+            return run_ppo, ppo_recipe(*PPO_PULL, *more, output=output)
+        return run_trpo, trpo_recipe(*TRPO_PULL, *more, output=output)
+
+    return make
+
+
+def test_without_a_cap_the_reward_pulls_far_beyond(pulled_run):
+    run, recipe = pulled_run()
+    assert run(recipe, resume=False)["kl"]["nats_per_response"] > 2.0
+
+
+def test_final_is_within_the_cap_at_its_confidence(pulled_run):
+    run, recipe = pulled_run("kl.hard_cap=1")
+    result = run(recipe, resume=False)
+    assert result["hard_cap"] == 1.0
+    assert result["kl"]["ci95"][1] <= 1.0
+    assert info_of(Path(result["final"]))["kl"]["ci95"][1] <= 1.0
+    rows = rows_of(recipe)
+    acted = rows[-1]["kl/cap_rollbacks"] + rows[-1]["kl/cap_refusals"]
+    assert acted >= 1
+    assert rows[-1]["kl/beta"] >= 0.0011  # the price went up from 0.001
+
+    # The claim on other random numbers: its KL is within the cap there too.
+    policy = load_saved_policy(Path(result["final"]), recipe.model, device=torch.device("cpu"), is_adapter=True)
+    rules = {"template": "auto", "on_overlong": "truncate", "on_bad_row": "error"}
+    prompts, _ = load_prompts(recipe.eval.prompts, policy.tokenizer, max_tokens=50, **rules)
+    again = measure_kl(policy, prompts, responses=400, max_new_tokens=6, temperature=1.0, seed=99).summary()
+    assert again.nats_per_response <= 1.0
+
+
+def test_a_cap_that_is_never_met_changes_nothing(ppo_recipe, tmp_path):
+    numbers = []
+    for name, keys in (("free", ()), ("capped", ("kl.hard_cap=1000",))):
+        recipe = ppo_recipe(*keys, output=str(tmp_path / name))
+        run_ppo(recipe, resume=False)
+        numbers.append([
+            {k: v for k, v in row.items() if "time/" not in k and "per_second" not in k and "cap" not in k}
+            for row in rows_of(recipe)
+        ])
+    assert numbers[0] == numbers[1]
+
+
+def test_going_back_restores_every_tensor_and_doubles_the_price(ppo_recipe, monkeypatch):
+    seen = []
+    guard = training.stepped_back
+
+    def spy(job, learner, step, batch):
+        safe, price = learner.cap.safe, learner.controller.beta
+        back = guard(job, learner, step, batch)
+        if back:
+            held = learner.moving()
+            same = all(torch.equal(held[g][n], t) for g, named in safe.tensors.items() for n, t in named.items())
+            seen.append((same, held.keys(), learner.controller.beta / price))
+        return back
+
+    monkeypatch.setattr(ppo, "stepped_back", spy)
+    recipe = ppo_recipe(*PPO_PULL, "kl.hard_cap=1")
+    run_ppo(recipe, resume=False)
+    assert seen
+    for same, groups, raised in seen:
+        assert same
+        assert groups == {"policy", "optimizer", "value", "value_optimizer"}
+        assert raised >= 2.0
+    rows = rows_of(recipe)
+    beyond = [row for row in rows if row["kl/ref_nats_per_response"] > 1.0]
+    assert len(beyond) == len(seen)
+    assert all("ppo/policy_loss" not in row for row in beyond)  # such a batch trains nothing
+
+
+def test_trust_region_steps_do_not_pass_the_cap(trpo_recipe):
+    recipe = trpo_recipe(*TRPO_PULL, "kl.hard_cap=1", "run.steps=16")
+    run_trpo(recipe, resume=False)
+    rows = rows_of(recipe)
+    assert rows[-1]["kl/cap_refusals"] >= 1
+    assert max(row["kl/ref_nats_per_response"] for row in rows) < 1.1  # the line search left only chance
+    assert all(row.get("kl/step_nats_per_response", 0.0) <= 0.3 for row in rows)
+
+
+def test_on_cap_stop_ends_with_6_and_final_is_the_last_state_within(ppo_recipe):
+    recipe = ppo_recipe(*PPO_PULL, "kl.hard_cap=1", "kl.on_cap=stop")
+    with pytest.raises(DivergedError, match=r"beyond kl\.hard_cap, 1.*kl\.on_cap is stop.*Raise kl\.beta") as caught:
+        run_ppo(recipe, resume=False)
+    assert caught.value.exit_code == 6
+    folder = Path(recipe.run.output)
+    assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+    assert not (folder / "result.json").exists()
+    assert info_of(folder / "final")["kl"]["ci95"][1] <= 1.0
+    rows = rows_of(recipe)
+    assert rows[-1]["kl/ref_nats_per_response"] > 1.0
+    assert all(row["kl/ref_nats_per_response"] <= 1.0 for row in rows[:-1])
+
+
+def test_a_final_beyond_the_cap_is_not_called_final(ppo_recipe, monkeypatch):
+    # The last update lands beyond the cap, where no batch would see it: final is what was measured before.
+    improve = training.finish
+
+    def worse(job, learner):
+        with torch.no_grad():
+            for name, tensor in learner.policy.trainable_parameters().items():
+                if "lora_B" in name:
+                    tensor.add_(3.0)
+        return improve(job, learner)
+
+    monkeypatch.setattr(ppo, "finish", worse)
+    recipe = ppo_recipe("kl.hard_cap=1", "run.steps=4", *HELD_OUT)
+    result = run_ppo(recipe, resume=False)
+    assert result["final_step"] == 3
+    assert result["kl"]["ci95"][1] <= 1.0
+    last = load_file(Path(recipe.run.output) / "checkpoints/step-000004/adapter_model.safetensors")
+    final = load_file(Path(result["final"]) / "adapter_model.safetensors")
+    assert any(not torch.equal(last[name], final[name]) for name in last)
+
+
+def test_where_no_state_is_within_nothing_is_called_final(ppo_recipe, monkeypatch):
+    measured = []
+
+    def far(*args, **keys):
+        policy = args[0]
+        with torch.no_grad():
+            for name, tensor in policy.trainable_parameters().items():
+                if "lora_B" in name:
+                    tensor.fill_(0.5)
+        measured.append(None)
+        return evaluate(*args, **keys)
+
+    evaluate = training.evaluate
+    monkeypatch.setattr(training, "evaluate", far)
+    recipe = ppo_recipe("kl.hard_cap=2", "run.steps=3", "run.save_every=1")
+    with pytest.raises(DivergedError, match="nothing is called final") as caught:
+        run_ppo(recipe, resume=False)
+    assert caught.value.exit_code == 6
+    assert not (Path(recipe.run.output) / "final").exists()
+    assert len(measured) == 3  # after the last step, the last within, and the checkpoint before it
+
+
+@pytest.mark.parametrize("stage", ["ppo", "trpo"])
+def test_a_stopped_run_with_a_cap_goes_on_bit_for_bit(ppo_recipe, trpo_recipe, monkeypatch, tmp_path, stage):
+    make, run, pull = (ppo_recipe, run_ppo, PPO_PULL) if stage == "ppo" else (trpo_recipe, run_trpo, TRPO_PULL)
+    keys = (*pull, "kl.hard_cap=0.8", f"run.steps={STEPS}", "run.eval_every=2", "kl.beta=0.05")
+    broken, unbroken = (make(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
+    run(unbroken, resume=False)
+    run_with_stops(run, broken, monkeypatch, CUTS)
+    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), STEPS)
+    _, state = read_state(Path(unbroken.run.output) / f"checkpoints/step-{STEPS:06d}")
+    assert state["cap"]["rollbacks"] + state["cap"]["refusals"] > 0
+
+
+@pytest.mark.parametrize("keys", [("kl.exact=false",), ("sampling.prompts_per_step=1", "ppo.minibatch_size=2")])
+def test_a_cap_that_could_not_be_held_is_refused_with_the_recipe(ppo_recipe, keys):
+    with pytest.raises(RecipeError, match=r"kl\.hard_cap"):
+        ppo_recipe("kl.hard_cap=5", *keys)
+
+
+def test_a_cap_that_could_not_be_proven_is_refused_before_the_first_step(ppo_recipe):
+    recipe = ppo_recipe("kl.hard_cap=5", "eval.responses=1")
+    with pytest.raises(RecipeError, match=r"kl\.hard_cap: final would be measured on one prompt"):
+        run_ppo(recipe, resume=False)
+    assert not (Path(recipe.run.output) / "metrics.jsonl").exists()
