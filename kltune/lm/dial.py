@@ -142,6 +142,17 @@ class Dial:
             alpha *= 0.99 * math.sqrt(budget / look.figures(self.unit)[2])
         return replace(found, alpha=alpha), None
 
+    def meet(self, target: float, responses: int) -> float:
+        """Find the α whose measured KL is a target, at most 1, and leave the adapter there; in this dial's unit."""
+
+        def point(alpha: float) -> Point:
+            nats, stderr, _ = self.measure(alpha, responses, "search", self.seed).figures(self.unit)
+            return Point(alpha, nats, stderr, nats)
+
+        alpha = largest_alpha(point, target, grid=(1.0, 0.9), tolerance=0.01).alpha
+        self.scale.set(alpha)
+        return alpha
+
     def _point(self, alpha: float, responses: int) -> Point:
         nats, stderr, upper = self.measure(alpha, responses, "search", self.seed).figures(self.unit)
         return Point(alpha, nats, stderr, upper + AGAIN * stderr)

@@ -125,6 +125,8 @@ def budget(kl: KLSection) -> Iterator[Clash]:
         yield ("kl.estimator", "kl.placement"), f"found {kl.estimator} with placement {kl.placement}: {reason}"
     if kl.control == "target" and kl.target is not None and kl.hard_cap is not None and kl.target >= kl.hard_cap:
         yield ("kl.hard_cap", "kl.target"), f"found {kl.hard_cap:g}, wanted more than kl.target, {kl.target:g}"
+    if kl.land and kl.control != "target" and kl.hard_cap is None:
+        yield ("kl.land", "kl.control"), "found true with control: fixed and no hard_cap: there is nothing to land on"
     if kl.hard_cap is None and kl.on_cap != "rollback":
         yield ("kl.on_cap", "kl.hard_cap"), f"found {kl.on_cap}, read only with kl.hard_cap: write one, or remove it"
     if kl.hard_cap is not None and not kl.exact:

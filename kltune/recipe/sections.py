@@ -137,6 +137,10 @@ class KLSection(Section):
         description="what is priced; default k1 with placement reward, exact with placement loss",
     )
     controller: Literal["log_pi", "ziegler", "dual"] = Field("log_pi", description="how target steers beta")
+    land: bool = Field(
+        default_factory=lambda section: section.get("control") == "target",
+        description="dial final back to its target or hard_cap if it is beyond; default with control: target",
+    )
     hard_cap: Positive | None = Field(
         None, description="in kl.unit; what is not within it at 95 % confidence is never called final"
     )

@@ -1,27 +1,12 @@
-"""What PPO and TRPO do alike around their own updates: the data, the batch of a step, the cap, saving and finishing."""
+"""What PPO and TRPO do alike around their own updates: the data, the batch of a step, the cap, recording and saving."""
 
-import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NoReturn
-
-import torch
-from torch import Tensor
+from dataclasses import asdict, replace
 
 from kltune.core.controllers import feed_forward
 from kltune.core.gate import standing
-from kltune.core.intervals import KLSummary
-from kltune.errors import DivergedError, Interrupted, RecipeError
-from kltune.lm.batches import Rollout
+from kltune.errors import Interrupted, RecipeError
 from kltune.lm.data import Prompt, load_prompts
-from kltune.lm.evaluate import (
-    HeldOut,
-    described,
-    evaluate,
-    kl_result,
-    load_held_out,
-    measure_settings,
-)
+from kltune.lm.evaluate import HeldOut, described, evaluate, load_held_out
 from kltune.lm.experience import (
     batch_metrics,
     collect,
@@ -33,48 +18,17 @@ from kltune.lm.experience import (
     score_spread,
     standardize,
 )
-from kltune.lm.measurement import Measurement
 from kltune.lm.policy import Policy
-from kltune.lm.selftest import check_fresh_policy, check_frozen
-from kltune.recipe import PPORecipe, TRPORecipe
-from kltune.run.checkpoint import save_checkpoint, save_final, saved_step, whole_checkpoints
+from kltune.lm.selftest import check_fresh_policy
+from kltune.run.checkpoint import save_checkpoint
 from kltune.run.clock import Clock
+from kltune.run.finishing import stop
+from kltune.run.job import Batch, Job, RLRecipe, about, kl_text
 from kltune.run.learner import Learner
-from kltune.run.page import write_page
-from kltune.run.report import Report
 from kltune.run.session import Run
 
-RLRecipe = PPORecipe | TRPORecipe
 ROLLBACK_RAISE = 2.0  # of the price, when the policy was found beyond the cap (MATH 3.5)
-MORE_RESPONSES = 4  # times as many, where the first measurement of a final state leaves it open
 REFUSAL_RAISE = 1.1  # of the price, when a line search met the cap: at no loss, and again at the next step
-
-
-@dataclass(frozen=True)
-class Job:
-    """What stays the same from step to step. baseline: what a response is compared with; the stage's section has it."""
-
-    recipe: RLRecipe
-    run: Run
-    report: Report
-    prompts: list[Prompt]
-    held_out: HeldOut
-    steps: int
-    baseline: str
-
-    @property
-    def grouping(self) -> dict[str, Any]:
-        """How responses are compared, as the functions of ``lm.experience`` take it."""
-        return {"baseline": self.baseline, "per_prompt": self.recipe.sampling.responses_per_prompt}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The responses of a step, their scores [B], and how far their policy is from the reference."""
-
-    rollout: Rollout
-    scores: Tensor
-    distance: KLSummary
 
 
 def load_data(recipe: RLRecipe, policy: Policy) -> tuple[list[Prompt], HeldOut]:
@@ -157,7 +111,7 @@ def stepped_back(job: Job, learner: Learner, step: int, batch: Batch) -> bool:
     safe = learner.cap.safe
     learner.put_back(safe.tensors)
     learner.cap = replace(learner.cap, rollbacks=learner.cap.rollbacks + 1)
-    found = f"KL to the reference is {_kl_text(batch.distance, job)}, beyond kl.hard_cap, {learner.cap.limit:g}"
+    found = f"KL to the reference is {kl_text(batch.distance, job)}, beyond kl.hard_cap, {learner.cap.limit:g}"
     if job.recipe.kl.on_cap == "stop":
         job.report.step(step, batch_metrics(batch.rollout, batch.scores, batch.distance, learner.controller.beta))
         stop(job, learner, f"step {step}: {found}")
@@ -203,133 +157,8 @@ def close_step(
         )
 
 
-def about(recipe: RLRecipe, policy: Policy, kl: dict[str, Any]) -> dict[str, Any]:
-    """What kltune.json says of a checkpoint: its reference, its KL, and how that is measured again."""
-    settings = measure_settings(recipe.eval.prompts or recipe.data.prompts, recipe.data, recipe.sampling)
-    reference = policy.fingerprint.as_dict()
-    return {"stage": recipe.stage, "kind": "adapter", "reference": reference, "kl": kl, "measure": settings}
-
-
-def finish(job: Job, learner: Learner) -> dict[str, Any]:
-    """Prove the reference is untouched, save ``final``, measured afresh, and write the result."""
-    recipe, policy = job.recipe, learner.policy
-    step, metrics, measured = settle(job, learner, job.steps)
-    kl = kl_result(measured)
-    cap = learner.cap
-    final = save_final(job.run.folder, policy.save, info=about(recipe, policy, kl))
-    result = job.run.finish({
-        "schema": "kltune.result/1",
-        "status": "finished",
-        "stage": recipe.stage,
-        "output": str(job.run.folder),
-        "final": str(final),
-        "final_step": step,
-        "steps": job.steps,
-        "kl": kl,
-        "target": recipe.kl.target if recipe.kl.control == "target" else None,
-        "hard_cap": None if cap is None else cap.limit,
-        "cap_rollbacks": None if cap is None else cap.rollbacks,
-        "unit": recipe.kl.unit,
-        "beta": learner.controller.beta,
-        "score": metrics["eval/score_mean"],
-        "score_stderr": metrics["eval/score_stderr"],
-        "reference_score": metrics["eval/reference_score_mean"],
-        "reference": policy.fingerprint.as_dict(),
-        "eval": metrics,
-        "held_out": recipe.eval.prompts is not None,
-        "seconds": job.run.seconds(),
-    })
-    write_page(job.run.folder)
-    return result
-
-
-def stop(job: Job, learner: Learner, reason: str) -> NoReturn:
-    """End a run at its cap: ``final`` is the state gone back to, once it is measured afresh."""
-    step, _, measured = settle(job, learner, learner.cap.safe.step)
-    save_final(job.run.folder, learner.policy.save, info=about(job.recipe, learner.policy, kl_result(measured)))
-    write_page(job.run.folder)
-    size = "trpo.max_step_kl" if job.recipe.stage == "trpo" else "optim.lr"
-    raise DivergedError(
-        f"{reason}, and kl.on_cap is stop. final is the policy after step {step}, measured at "
-        f"{_kl_text(measured.summary(), job)}. {_dearer(job)}, lower {size}, or write kl.on_cap: rollback."
-    )
-
-
-def settle(job: Job, learner: Learner, newest: int) -> tuple[int, dict[str, float | None], Measurement]:
-    """Find the newest state that a fresh measurement leaves within the cap; the policy holds it from then on.
-
-    Returns:
-        (steps it had done, metrics of its evaluation, its KL). Without a cap it is the policy as it is.
-
-    Raises:
-        DivergedError: none is; nothing is called final.
-    """
-    recipe, cap = job.recipe, learner.cap
-    check_frozen(learner.policy)
-    nearest = math.inf
-
-    def measure(held_out: HeldOut) -> tuple[dict[str, float | None], Measurement]:
-        job.report.say(f"measuring final on {held_out.responses} responses")
-        return evaluate(
-            learner.policy, held_out, recipe.sampling, learner.scorer, seed=recipe.run.seed, compare=True
-        )
-
-    for step in _states(job, learner, newest):
-        metrics, measured = measure(job.held_out)
-        if cap is None:
-            return step, metrics, measured
-        if standing(measured.summary(), cap.limit, cap.unit) == "open":  # undecided, and more responses would decide it
-            metrics, measured = measure(replace(job.held_out, responses=MORE_RESPONSES * job.held_out.responses))
-        kl = measured.summary()
-        if standing(kl, cap.limit, cap.unit) == "within":
-            return step, metrics, measured
-        nearest = min(nearest, kl.nats_per_response if cap.unit == "nats_per_response" else kl.nats_per_token)
-        job.report.warn(
-            f"the policy after step {step} is {_kl_text(kl, job)} from its reference: not within kl.hard_cap, "
-            f"{cap.limit:g}, at 95 % confidence, so it is not final."
-        )
-    raise DivergedError(
-        f"kl.hard_cap: no state that this run has kept is within {cap.limit:g} {_unit_text(job)} at 95 % confidence "
-        f"(the nearest was measured at {nearest:.3g}), so nothing is called final. {_dearer(job)}; or give "
-        "eval.prompts more rows and raise eval.responses, for a narrower interval."
-    )
-
-
-def _states(job: Job, learner: Learner, newest: int) -> Iterator[int]:
-    """Steps of the states that could be final, newest first; the policy holds each while it is looked at."""
-    if learner.cap is None:
-        yield newest
-        return
-    safe = learner.cap.safe
-    here = learner.policy.trainable_parameters()
-    if not all(torch.equal(here[name], tensor) for name, tensor in safe.tensors["policy"].items()):
-        yield newest
-    learner.put_back(safe.tensors)
-    yield safe.step
-    for folder in whole_checkpoints(job.run.folder):
-        if saved_step(folder) < safe.step:
-            learner.policy.load_adapter(folder)
-            yield saved_step(folder)
-
-
 def _price_at_cap(job: Job, learner: Learner, batch: Batch) -> float:
     """What would hold an ideal policy at the cap, score per nat: a price near 0 would take many doublings."""
     per_token = learner.cap.unit == "nats_per_token"
     limit = learner.cap.limit * (batch.rollout.lengths.float().mean().item() if per_token else 1.0)
     return feed_forward(score_spread(batch.scores, **job.grouping), limit)
-
-
-def _unit_text(job: Job) -> str:
-    return job.recipe.kl.unit.replace("_per_", " per ")
-
-
-def _kl_text(kl: KLSummary, job: Job) -> str:
-    per_response = job.recipe.kl.unit == "nats_per_response"
-    value, ci = (kl.nats_per_response, kl.ci) if per_response else (kl.nats_per_token, kl.token_ci)
-    spread = "" if ci is None else f" (95 %: {ci[0]:.3g} to {ci[1]:.3g})"
-    return f"{value:.3g} {_unit_text(job)}{spread}"
-
-
-def _dearer(job: Job) -> str:
-    """What to change in the recipe so that the policy stays nearer."""
-    return "Lower kl.target" if job.recipe.kl.control == "target" else "Raise kl.beta, or write kl.control: target"

@@ -26,10 +26,12 @@ from kltune.lm.policy import Policy
 from kltune.lm.scorers import load_scorer
 from kltune.recipe import PPORecipe
 from kltune.run.clock import Clock
+from kltune.run.finishing import finish
+from kltune.run.job import Job
 from kltune.run.learner import Learner
 from kltune.run.report import Report
 from kltune.run.session import Run, finished_result, open_run
-from kltune.run.training import Job, begin, close_step, finish, load_data, reprice, sample_batch, stepped_back
+from kltune.run.training import begin, close_step, load_data, reprice, sample_batch, stepped_back
 
 
 def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:

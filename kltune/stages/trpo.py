@@ -45,16 +45,15 @@ from kltune.lm.scorers import load_scorer
 from kltune.lm.snapshot import Snapshot, measure_move
 from kltune.recipe import TRPORecipe
 from kltune.run.clock import Clock
+from kltune.run.finishing import finish
+from kltune.run.job import Batch, Job
 from kltune.run.learner import Learner
 from kltune.run.report import Report
 from kltune.run.session import Run, finished_result, open_run
 from kltune.run.training import (
     REFUSAL_RAISE,
-    Batch,
-    Job,
     begin,
     close_step,
-    finish,
     load_data,
     reprice,
     sample_batch,

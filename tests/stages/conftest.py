@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from kltune.cli import main
 from kltune.recipe import Recipe, load_recipe
-from kltune.run import training
+from kltune.run import finishing
 from kltune.stages import ppo, sft
 from tests.oracles import BANDIT_REFERENCE, save_tiny_lm
 
@@ -251,7 +251,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def without_page() -> Iterator[None]:
     """Within: runs leave out report.html, whose drawing takes longer than they do."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (training, sft):
+        for module in (finishing, sft):
             patch.setattr(module, "write_page", lambda folder: None)
         yield
 

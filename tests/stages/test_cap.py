@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from kltune.errors import DivergedError, RecipeError
 from kltune.lm.data import load_prompts
-from kltune.lm.evaluate import measure_kl
+from kltune.lm.measurement import Draw, measure_kl
 from kltune.lm.opening import load_saved_policy
-from kltune.run import training
+from kltune.run import finishing, training
 from kltune.run.checkpoint import read_state
 from kltune.stages import ppo
 from kltune.stages.ppo import run_ppo
@@ -80,7 +80,7 @@ def test_final_is_within_the_cap_at_its_confidence(pulled_run):
     policy = load_saved_policy(Path(result["final"]), recipe.model, device=torch.device("cpu"), is_adapter=True)
     rules = {"template": "auto", "on_overlong": "truncate", "on_bad_row": "error"}
     prompts, _ = load_prompts(recipe.eval.prompts, policy.tokenizer, max_tokens=50, **rules)
-    again = measure_kl(policy, prompts, responses=400, max_new_tokens=6, temperature=1.0, seed=99).summary()
+    again = measure_kl(policy, Draw.of(prompts, 400), max_new_tokens=6, temperature=1.0, seed=99).summary()
     assert again.nats_per_response <= 1.0
 
 
@@ -146,19 +146,54 @@ def test_on_cap_stop_ends_with_6_and_final_is_the_last_state_within(ppo_recipe):
     assert all(row["kl/ref_nats_per_response"] <= 1.0 for row in rows[:-1])
 
 
-def test_a_final_beyond_the_cap_is_not_called_final(ppo_recipe, monkeypatch):
-    # The last update lands beyond the cap, where no batch would see it: final is what was measured before.
-    improve = training.finish
+def pushed_away(by: float):
+    """``finish``, but the policy is pushed away from its reference first."""
 
     def worse(job, learner):
         with torch.no_grad():
             for name, tensor in learner.policy.trainable_parameters().items():
                 if "lora_B" in name:
-                    tensor.add_(3.0)
-        return improve(job, learner)
+                    tensor.add_(by)
+        return finishing.finish(job, learner)
 
-    monkeypatch.setattr(ppo, "finish", worse)
-    recipe = ppo_recipe("kl.hard_cap=1", "run.steps=4", *HELD_OUT)
+    return worse
+
+
+def test_a_final_beyond_the_cap_is_dialled_back_within_it(ppo_recipe, monkeypatch):
+    monkeypatch.setattr(ppo, "finish", pushed_away(0.3))
+    recipe = ppo_recipe("kl.hard_cap=1", "kl.target=0.9", "run.steps=4", *HELD_OUT)
+    result = run_ppo(recipe, resume=False)
+    assert result["final_step"] == 4
+    assert 0.0 < result["alpha"] < 1.0
+    assert result["kl"]["ci95"][1] <= 1.0
+
+
+def test_a_final_beyond_its_target_lands_on_it(ppo_recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(ppo, "finish", pushed_away(0.1))
+    results = {}
+    for land in ("true", "false"):
+        recipe = ppo_recipe(f"kl.land={land}", "kl.target=0.6", "run.steps=4", *HELD_OUT, output=str(tmp_path / land))
+        results[land] = run_ppo(recipe, resume=False)
+    assert results["false"]["kl"]["ci95"][0] > 0.6
+    assert results["false"]["alpha"] == 1.0
+    low, high = results["true"]["kl"]["ci95"]
+    assert low <= 0.6 <= high
+    assert 0.0 < results["true"]["alpha"] < 1.0
+    whole, landed = (load_file(Path(results[k]["final"]) / "adapter_model.safetensors") for k in ("false", "true"))
+    for name in whole:
+        scale = results["true"]["alpha"] if "lora_B" in name else 1.0
+        torch.testing.assert_close(landed[name], scale * whole[name])
+
+
+def test_a_final_below_its_target_is_left_where_it_is(ppo_recipe):
+    result = run_ppo(ppo_recipe("kl.target=50", "run.steps=2", *HELD_OUT), resume=False)
+    assert result["alpha"] == 1.0
+
+
+def test_a_final_beyond_the_cap_is_not_called_final(ppo_recipe, monkeypatch):
+    # The last update lands beyond the cap, where no batch would see it: final is what was measured before.
+    monkeypatch.setattr(ppo, "finish", pushed_away(3.0))
+    recipe = ppo_recipe("kl.hard_cap=1", "kl.land=false", "run.steps=4", *HELD_OUT)
     result = run_ppo(recipe, resume=False)
     assert result["final_step"] == 3
     assert result["kl"]["ci95"][1] <= 1.0
@@ -179,9 +214,9 @@ def test_where_no_state_is_within_nothing_is_called_final(ppo_recipe, monkeypatc
         measured.append(None)
         return evaluate(*args, **keys)
 
-    evaluate = training.evaluate
-    monkeypatch.setattr(training, "evaluate", far)
-    recipe = ppo_recipe("kl.hard_cap=2", "run.steps=3", "run.save_every=1")
+    evaluate = finishing.evaluate
+    monkeypatch.setattr(finishing, "evaluate", far)
+    recipe = ppo_recipe("kl.hard_cap=2", "kl.land=false", "run.steps=3", "run.save_every=1")
     with pytest.raises(DivergedError, match="nothing is called final") as caught:
         run_ppo(recipe, resume=False)
     assert caught.value.exit_code == 6

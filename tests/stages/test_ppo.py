@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from kltune.errors import DivergedError, ModelError, ScorerError
 from kltune.lm.policy import Policy
 from kltune.recipe import load_recipe
-from kltune.run import learner, training
+from kltune.run import finishing, learner, training
 from kltune.run.page import write_page
 from kltune.stages import ppo
 from kltune.stages.ppo import run_ppo
@@ -67,7 +67,7 @@ def status(folder: Path) -> str:
 
 def test_a_run_leaves_what_the_contract_promises(ppo_recipe, llama, monkeypatch):
     recipe = ppo_recipe("run.steps=4", "run.save_every=2", "run.eval_every=3")
-    monkeypatch.setattr(training, "write_page", write_page)
+    monkeypatch.setattr(finishing, "write_page", write_page)
     with keeping_policy(monkeypatch) as policies:
         result = run_ppo(recipe, resume=False)
     folder = Path(recipe.run.output)

@@ -14,7 +14,7 @@ from kltune.core.masking import per_response
 from kltune.errors import DivergedError, RecipeError
 from kltune.lm.batches import response_scatter
 from kltune.lm.opening import load_saved_policy
-from kltune.run import training
+from kltune.run import finishing, training
 from kltune.run.page import write_page
 from kltune.stages import trpo
 from kltune.stages.trpo import run_trpo
@@ -37,7 +37,7 @@ def metrics(recipe) -> list[dict]:
 
 def test_a_run_leaves_what_every_run_leaves(trpo_recipe, monkeypatch):
     recipe = trpo_recipe("run.save_every=2", "run.eval_every=3")
-    monkeypatch.setattr(training, "write_page", write_page)
+    monkeypatch.setattr(finishing, "write_page", write_page)
     result = run_trpo(recipe, resume=False)
     folder = Path(recipe.run.output)
     rows = metrics(recipe)
