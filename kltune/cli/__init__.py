@@ -32,8 +32,6 @@ app = typer.Typer(
     help="Fine-tune language models while holding their KL divergence from a reference to a budget.",
 )
 app.add_typer(recipes, name="recipe")
-app.command("eval-kl")(eval_kl_command)
-app.command("project")(project_command)
 
 
 @app.callback(invoke_without_command=True)
@@ -78,6 +76,10 @@ def trpo(
     from kltune.stages.trpo import run_trpo
 
     show_result(run_trpo(loaded, resume), as_json)
+
+
+app.command("eval-kl")(eval_kl_command)
+app.command("project")(project_command)
 
 
 @app.command()
