@@ -174,12 +174,14 @@ def example_batch(examples: Sequence[Example], policy: Policy) -> tuple[Tensor, 
     return ids.to(policy.device), scored.to(policy.device)
 
 
-def measure_settings(prompts: str | None, data: DataSection, sampling: SamplingSection) -> dict[str, Any]:
+def measure_settings(
+    prompts: str | None, data: DataSection, max_new_tokens: int, temperature: float
+) -> dict[str, Any]:
     """How the KL of a checkpoint is measured unless asked otherwise; kltune.json keeps it for ``kltune eval-kl``."""
     return {
         "prompts": prompts,
         "template": data.template,
         "max_prompt_tokens": data.max_prompt_tokens,
-        "max_new_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
     }

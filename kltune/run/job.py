@@ -46,7 +46,8 @@ class Batch:
 
 def about(recipe: RLRecipe, policy: Policy, kl: dict[str, Any]) -> dict[str, Any]:
     """What kltune.json says of a checkpoint: its reference, its KL, and how that is measured again."""
-    settings = measure_settings(recipe.eval.prompts or recipe.data.prompts, recipe.data, recipe.sampling)
+    prompts, sampling = recipe.eval.prompts or recipe.data.prompts, recipe.sampling
+    settings = measure_settings(prompts, recipe.data, sampling.max_new_tokens, sampling.temperature)
     reference = policy.fingerprint.as_dict()
     return {"stage": recipe.stage, "kind": "adapter", "reference": reference, "kl": kl, "measure": settings}
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.dial import Dial, Look
+from kltune.lm.evaluate import measure_settings
 from kltune.lm.policy import Policy
 from kltune.lm.scorers import load_scorer
 from kltune.recipe import load_recipe
@@ -163,13 +164,9 @@ def save(folder: Path, policy: Policy, document: dict[str, Any], subject: Subjec
         "reference": policy.fingerprint.as_dict(),
         "kl": document["kl"]["exact"],
         "projected": {"from": subject.path, "alpha": document["alpha"], "max_kl": document["max_kl"]},
-        "measure": {
-            "prompts": settings.prompts,
-            "template": settings.data.template,
-            "max_prompt_tokens": settings.data.max_prompt_tokens,
-            "max_new_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature,
-        },
+        "measure": measure_settings(
+            settings.prompts, settings.data, settings.max_new_tokens, settings.temperature
+        ),
     }
 
     def write(hidden: Path) -> None:

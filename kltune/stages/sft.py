@@ -146,7 +146,8 @@ def imitate(recipe: SFTRecipe, policy: Policy, optimizer: Optimizer, batch: list
 
 def about(recipe: SFTRecipe, policy: Policy, kl: dict[str, Any] | None) -> dict[str, Any]:
     """What kltune.json says of a checkpoint: what it started from, its KL, and how that is measured again."""
-    settings = measure_settings(recipe.eval.prompts, recipe.data, recipe.sampling)
+    sampling = recipe.sampling
+    settings = measure_settings(recipe.eval.prompts, recipe.data, sampling.max_new_tokens, sampling.temperature)
     kind = "full" if policy.full else "adapter"
     return {"stage": "sft", "kind": kind, "reference": policy.fingerprint.as_dict(), "kl": kl, "measure": settings}
 
