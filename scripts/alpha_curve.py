@@ -18,8 +18,6 @@ from kltune.run.curve import Curve, CurvePoint, curve_svg
 from kltune.run.subject import find_checkpoint, open_subject, settle
 from kltune.stages.project import CURVE, ProjectOptions, check_options, make_dial, row
 
-FIGURES = ("nats_per_response", "stderr", "score", "score_stderr")
-
 
 def measured(run: str, recipe: str, responses: int, alphas: tuple[float, ...]) -> list[dict]:
     """A run at some shares of its adapter."""
@@ -61,10 +59,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    shared = (arguments.recipe, arguments.responses)
-    far = {run: measured(run, *shared, (0.0, *CURVE)) for run in arguments.far}
-    trained = {run: measured(run, *shared, (1.0,))[0] for run in arguments.trained}
-    (arguments.output / "points.json").write_text(json.dumps({"far": far, "trained": trained}, indent=2))
+    shared, file = (arguments.recipe, arguments.responses), arguments.output / "points.json"
+    held = json.loads(file.read_text()) if file.exists() else {"far": {}, "trained": {}}
+    far = {run: held["far"].get(run) or measured(run, *shared, (0.0, *CURVE)) for run in arguments.far}
+    trained = {run: held["trained"].get(run) or measured(run, *shared, (1.0,))[0] for run in arguments.trained}
+    file.write_text(json.dumps({"far": far, "trained": trained}, indent=2))
 
     mean = averaged(list(far.values()))
     dialled = Curve(f"one run dialled back, mean of {len(far)}", [

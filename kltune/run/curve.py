@@ -61,4 +61,5 @@ def curve_svg(curves: Sequence[Curve], *, x: str, y: str, title: str) -> str:
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
         figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=INK, fontsize=8.5)
-    return svg_of(figure, "curve", title)
+    # It may stand alone, in a page that knows nothing of it: the ink stays mid-grey, to be read on white and on black.
+    return svg_of(figure, "curve", title).replace("currentColor", INK)

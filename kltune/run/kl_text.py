@@ -33,7 +33,6 @@ def _estimates(document: dict[str, Any]) -> Iterator[str]:
         f"{document['prompts']} prompts · temperature {document['temperature']:g} · "
         f"at most {document['max_new_tokens']} tokens"
     )
-    yield f"  {'estimator':<30}{'nats per response':<26}{'nats per token':<20}"
     rows = [(NAMES[name], kl) for name, kl in document["kl"].items()]
     if document["forward"]:
         rows.append(("forward: KL(reference||policy)", document["forward"]["exact"]))
@@ -42,6 +41,7 @@ def _estimates(document: dict[str, Any]) -> Iterator[str]:
         rows.append((f"deployed ({cut}) vs base", document["deployed"]["vs_base"]))
         rows.append(("deployed, both cut alike", document["deployed"]["both"]))
     width = max(30, 2 + max(len(name) for name, _ in rows))
+    yield f"  {'estimator':<{width}}{'nats per response':<26}nats per token"
     for name, kl in rows:
         yield (
             f"  {name:<{width}}{with_error(kl['nats_per_response'], kl['stderr']):<26}"

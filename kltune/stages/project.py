@@ -3,8 +3,8 @@
     π_α: the adapter's effect times α;    the largest α with KL(π_α ‖ reference) ≤ budget, at a stated confidence
 
 The result is a plain adapter with its scale baked in. What lies between is worth a look of its own (``--curve``): from
-one run it gives KL and score of every α, and a policy trained far and dialled back is as good as one that was trained
-for the KL it is dialled to (MATH 4.7; the README has the measurement).
+one run it gives KL and score of every α. Measured, a policy that was trained far and dialled back scores 0 to 0.07 of
+about 1.5 less than one that was trained for the KL it is dialled to (README; MATH 4.7 found it on or above).
 """
 
 import math
