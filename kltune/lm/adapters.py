@@ -128,17 +128,20 @@ def trained_base(config: dict[str, Any], weights: dict[str, Tensor], model: nn.M
     return faults
 
 
-def refuse_base_changing(folder: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
-    """Raise ModelError if, with the adapter in a folder off, the model would not be its frozen base.
+def load_compatible(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a saved adapter that leaves its base alone.
 
-    Arguments as in ``trained_base``.
+    Raises:
+        ModelError: there is none, it is damaged, or with it off the model would not be its frozen base.
     """
     config = read_adapter_config(folder)
+    weights = load_weights(folder)
     faults = rewritten_base(config) + trained_base(config, weights, model)
     if faults:
         raise ModelError(
             f"{folder}: with this adapter off, the model is not its frozen base: " + "; ".join(faults) + "."
         )
+    return weights
 
 
 def config_to_fill(folder: Path) -> PeftConfig:
@@ -227,8 +230,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float]:
     Raises:
         ModelError: it changes the base in other ways, does not fit it one to one, or changes nothing.
     """
-    weights = load_weights(folder)
-    refuse_base_changing(folder, weights, model)
+    weights = load_compatible(folder, model)
     dtype = next(model.parameters()).dtype
     before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     adapted = wrap(model.float(), PeftConfig.from_pretrained(folder), str(folder))

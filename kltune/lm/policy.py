@@ -24,8 +24,7 @@ from kltune.lm.adapters import (
     AdapterSwitch,
     config_to_fill,
     fill,
-    load_weights,
-    refuse_base_changing,
+    load_compatible,
     wrap,
 )
 from kltune.lm.heads import ValueHead
@@ -96,8 +95,7 @@ class Policy:
         Raises:
             ModelError: it would change the base, holds NaN, or its tensors do not fit this model one to one.
         """
-        weights = load_weights(folder)
-        refuse_base_changing(folder, weights, self.model)
+        weights = load_compatible(folder, self.model)
         if POLICY not in getattr(self.model, "peft_config", {}):
             self._wrap(config_to_fill(folder), what=str(folder))
         fill(self.model, weights, folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, PeftModel, PromptTuningConfig, get_peft_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2ForSequenceClassification
@@ -133,17 +133,10 @@ def test_an_adapter_that_changes_its_base_is_refused_and_told_why(reference, ada
         load_reference(ModelSection(path=str(tiny_model()), sft_adapter=str(adapter)), device=CPU)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
-        PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
-    ],
-    ids=["IA3", "prompt tuning"],
-)
-def test_an_adapter_that_is_no_lora_is_refused(reference, tiny_model, tmp_path, config):
+def test_an_adapter_without_layers_of_its_own_is_refused(reference, tiny_model, tmp_path):
+    config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model()), config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=config.peft_type.value):
+    with pytest.raises(ModelError, match="PROMPT_TUNING"):
         reference.load_adapter(tmp_path)
 
 
@@ -266,7 +259,7 @@ def test_an_sft_adapter_that_kltune_made_on_other_weights_is_refused(open_policy
 
 def test_an_sft_adapter_with_another_tokenizer_is_refused(open_policy, adapter):
     word_tokenizer(words=30).save_pretrained(adapter)
-    with pytest.raises(ModelError, match=r"^model\.sft_adapter: the tokenizer .* \(33 tokens\) differs .* \(40 tok"):
+    with pytest.raises(ModelError, match=r"^model\.sft_adapter: .*\n  vocabulary: found 33 tokens, wanted 40"):
         open_policy(sft_adapter=str(adapter))
 
 
@@ -416,13 +409,13 @@ def test_a_saved_full_model_comes_back_beside_its_reference(open_policy, tiny_mo
 def test_a_saved_policy_with_another_tokenizer_or_vocabulary_is_refused(tiny_model, adapter, tmp_path):
     section = ModelSection(path=str(tiny_model()))
     save_tiny_model(tmp_path / "wider", vocab_size=50)
-    with pytest.raises(ModelError, match="vocabulary or width differs"):
+    with pytest.raises(ModelError, match=r"logits for 50 tokens, the reference .* for 40"):
         load_saved_policy(tmp_path / "wider", section, device=CPU, is_adapter=False)
     word_tokenizer(words=30).save_pretrained(adapter)
-    with pytest.raises(ModelError, match=r"checkpoint: the tokenizer in .* differs"):
+    with pytest.raises(ModelError, match=r"checkpoint: the tokenizer in .* is not that of the reference"):
         load_saved_policy(adapter, section, device=CPU, is_adapter=True)
     word_tokenizer(words=30).save_pretrained(tmp_path / "wider")
-    with pytest.raises(ModelError, match=r"checkpoint: the tokenizer in .* differs"):
+    with pytest.raises(ModelError, match=r"checkpoint: the tokenizer in .* is not that of the reference"):
         load_saved_policy(tmp_path / "wider", section, device=CPU, is_adapter=False)
 
 

@@ -194,7 +194,7 @@ def test_a_measured_number_that_is_not_finite_stops_the_run_and_is_named(trained
 
     def broken(*args, **keywords):
         found = measure(*args, **keywords)
-        return replace(found, **{name: getattr(found, name).index_fill(0, torch.tensor([3]), bad)})
+        return found._replace(**{name: getattr(found, name).index_fill(0, torch.tensor([3]), bad)})
 
     monkeypatch.setattr(trained_policy, "measure", broken)
     with pytest.raises(DivergedError, match=f"^{name} of sampled tokens is not finite"):

@@ -126,7 +126,7 @@ def test_a_token_of_probability_0_is_never_drawn_whatever_the_number():
     almost_one = np.nextafter(1.0, 0.0)
     edges = torch.tensor([0.0, np.nextafter(0.0, 1.0), 0.5, np.nextafter(0.5, 0.0), almost_one], dtype=torch.float64)
     logits = torch.tensor([[-math.inf, 0.0, -1e4, 0.0, -math.inf]]).expand(len(edges), -1)
-    tokens, logprobs = sampler._draw(logits, edges, 1.0)
+    tokens, logprobs = sampler._draw(logits, edges, 1.0, None)
     assert tokens.tolist() == [1, 1, 3, 1, 3]
     assert logprobs.tolist() == pytest.approx([math.log(0.5)] * len(edges))
     generator = np.random.default_rng(0)
@@ -135,7 +135,7 @@ def test_a_token_of_probability_0_is_never_drawn_whatever_the_number():
         row[generator.random(50) < 0.5] = -math.inf
         row[[0, -1]] = -math.inf
         row[25] = 0.0
-        drawn, _ = sampler._draw(row.expand(len(edges), -1), edges, 1.0)
+        drawn, _ = sampler._draw(row.expand(len(edges), -1), edges, 1.0, None)
         assert torch.isfinite(row[drawn]).all()
 
 
