@@ -10,6 +10,7 @@ what it held once the model was loaded. Ratios of rows of one run mean something
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -19,10 +20,10 @@ from pathlib import Path
 PROMPT_TOKENS = 12
 
 
-def peak_mb() -> float:
-    """The process's largest resident set so far, MB."""
+def memory_mb(which: str) -> float:
+    """The process's resident set, MB: VmRSS now, VmHWM its largest since the last reset."""
     status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+    return next(int(line.split()[1]) for line in status if line.startswith(which)) / 1024
 
 
 def reset_peak() -> None:
@@ -72,7 +73,7 @@ def eval_kl_row(model: str, responses: int, new_tokens: int, repeat: int) -> dic
     options = {"max_new_tokens": new_tokens, "temperature": 1.0, "seed": 0}
     measure_kl(policy, Draw.of(prompts[:8], 8), **options)
     seconds, tokens = [], 0
-    held = peak_mb()
+    held = memory_mb("VmRSS")
     reset_peak()
     for _ in range(repeat):
         began = time.perf_counter()
@@ -85,7 +86,7 @@ def eval_kl_row(model: str, responses: int, new_tokens: int, repeat: int) -> dic
         "work": "eval-kl", "model": Path(model).name, "vocabulary": vocabulary, "responses": responses,
         "tokens": tokens, "seconds": whole, "range": [min(seconds), max(seconds)],
         "responses_per_second": responses / whole, "tokens_per_second": tokens / whole,
-        "peak_mb_above_model": peak_mb() - held, "mb_of_all_logits_of_one_model": logits,
+        "peak_mb_above_model": memory_mb("VmHWM") - held, "mb_of_all_logits_of_one_model": logits,
     }
     if torch.cuda.is_available():
         row["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
@@ -100,6 +101,7 @@ def in_own_process(function, *arguments) -> dict:
 
 def main() -> None:
     """Measure what was asked for and print it."""
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=["eval-kl"])
     parser.add_argument("--model", help="a model folder; without one a random Llama is made")

@@ -141,21 +141,38 @@ def kl_exact(logits: Tensor, ref_logits: Tensor, temperature: float) -> Tensor:
     return _never_below_zero((p * _gap(a, b) + (b.exp() - p)).sum(-1))
 
 
+class ByToken(NamedTuple):
+    """What each token of the vocabulary has to do with a KL, summed over N positions. Each [V].
+
+    nats: its part of the KL,
+
+        K_v = Σ_n [e^a (a − b) + e^b − e^a]
+
+    none below 0, and all together Σ_n D_n: so each token has a share, one that the policy says more often than its
+    reference as well as one it has given up. policy, reference: how often each of the two expects to say the token.
+    """
+
+    nats: Tensor
+    policy: Tensor
+    reference: Tensor
+
+
 class Comparison(NamedTuple):
     """Two next-token distributions held against each other; the first is the one that samples. Each [N], nats.
 
     kl: KL(first ‖ second), over the whole vocabulary. entropy, ref_entropy: of the first and of the second.
-    log_ratio_variance: of log first − log second under the first, nats².
+    log_ratio_variance: of log first − log second under the first, nats². by_token: None unless asked for.
     """
 
     kl: Tensor
     entropy: Tensor
     ref_entropy: Tensor
     log_ratio_variance: Tensor
+    by_token: ByToken | None = None
 
 
-def compare(logprobs: Tensor, ref_logprobs: Tensor) -> Comparison:
-    """All that is measured of two next-token distributions, from one pass over the vocabulary.
+def compare(logprobs: Tensor, ref_logprobs: Tensor, *, by_token: bool = False) -> Comparison:
+    """All that is measured of two next-token distributions, with every pass over the vocabulary made once.
 
         D = Σ_v e^a (a − b),    H = −Σ_v e^a a,    V = Σ_v e^a (a − b − D)²
 
@@ -165,42 +182,26 @@ def compare(logprobs: Tensor, ref_logprobs: Tensor) -> Comparison:
     Args:
         logprobs: a, log π of every token, as ``log_distribution`` gives them. [N, V] (or [..., V]).
         ref_logprobs: b, log π_ref at the same positions. Same shape.
+        by_token: also sum over positions, token by token; then the shape is [N, V].
 
     Returns:
-        Four tensors of [N]; kl as ``kl_exact`` describes it.
+        Tensors of [N]; kl as ``kl_exact`` describes it.
 
     Raises:
         ValueError: the shapes differ.
     """
     expect_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
     p, q, gap = logprobs.exp(), ref_logprobs.exp(), _gap(logprobs, ref_logprobs)
-    weighted = p * gap
-    mean = weighted.sum(-1, keepdim=True)
+    parts = p * gap
+    mean = parts.sum(-1, keepdim=True)
+    parts += q - p
     return Comparison(
-        kl=_never_below_zero((weighted + (q - p)).sum(-1)),
+        kl=_never_below_zero(parts.sum(-1)),
         entropy=_entropy(p, logprobs),
         ref_entropy=_entropy(q, ref_logprobs),
-        log_ratio_variance=(p * (gap - mean).square()).sum(-1),
+        log_ratio_variance=(p * (gap - mean).square_()).sum(-1),
+        by_token=ByToken(parts.sum(0), p.sum(0), q.sum(0)) if by_token else None,
     )
-
-
-def kl_by_token(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """What each token of the vocabulary adds to KL(policy ‖ reference), over several positions together.
-
-        K_v = Σ_n [e^a (a − b) + e^b − e^a]
-
-    No part is below 0 and all of them add up to Σ_n D_n, so each has a share: that of a token the policy says more
-    often than its reference, and that of one it has given up.
-
-    Args:
-        logprobs: a, log π of every token. [N, V].
-        ref_logprobs: b, log π_ref at the same positions. [N, V].
-
-    Returns:
-        [V], nats, summed over the N positions.
-    """
-    p = logprobs.exp()
-    return (p * _gap(logprobs, ref_logprobs) + (ref_logprobs.exp() - p)).sum(0)
 
 
 def _never_below_zero(kl: Tensor) -> Tensor:
@@ -209,9 +210,15 @@ def _never_below_zero(kl: Tensor) -> Tensor:
 
 
 def _entropy(p: Tensor, logprobs: Tensor) -> Tensor:
-    return -(p * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
+    """−Σ p log p, with 0 · log 0 = 0."""
+    return -(p * (logprobs if _all_possible(logprobs) else logprobs.masked_fill(logprobs == -torch.inf, 0.0))).sum(-1)
 
 
 def _gap(a: Tensor, b: Tensor) -> Tensor:
     """a − b where the policy can go, and 0 where it cannot: 0 · log 0 = 0, and −∞ − −∞ would be NaN."""
-    return torch.where(a == -torch.inf, 0.0, a - b)
+    return a - b if _all_possible(a) else torch.where(a == -torch.inf, 0.0, a - b)
+
+
+def _all_possible(logprobs: Tensor) -> bool:
+    """No token has probability 0: nearly always so, and then two passes over the vocabulary can be left out."""
+    return bool(logprobs.amin() > -torch.inf)

@@ -25,7 +25,8 @@ def log_distribution(logits: Tensor, temperature: float) -> Tensor:
     """
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}, must be a finite number above 0")
-    return torch.log_softmax(at_least_float32(logits) / temperature, dim=-1)
+    logits = at_least_float32(logits)
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:

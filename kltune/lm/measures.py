@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kltune.core.divergence import compare, kl_by_token
+from kltune.core.divergence import ByToken, compare
 from kltune.core.logprobs import log_distribution, token_logprobs
 
 
@@ -28,11 +28,7 @@ class TokenMeasures(NamedTuple):
 
 @dataclass(frozen=True)
 class VocabularySums:
-    """Sums over positions, token by token of the vocabulary; filled while measuring. Each [V] float64, on the CPU.
-
-    nats: what the token adds to the KL (``divergence.kl_by_token``). policy, reference: how often each of the two
-    expects to say it at these positions.
-    """
+    """``divergence.ByToken`` added up over all positions of a measurement; filled while measuring. float64, CPU."""
 
     nats: Tensor
     policy: Tensor
@@ -43,10 +39,9 @@ class VocabularySums:
         """Nothing measured yet."""
         return cls(*(torch.zeros(vocabulary, dtype=torch.float64) for _ in range(3)))
 
-    def add(self, logprobs: Tensor, ref_logprobs: Tensor) -> None:
-        """Count N more positions. [N, V] log-probabilities each."""
-        parts = kl_by_token(logprobs, ref_logprobs), logprobs.exp().sum(0), ref_logprobs.exp().sum(0)
-        for whole, part in zip((self.nats, self.policy, self.reference), parts, strict=True):
+    def add(self, more: ByToken) -> None:
+        """Count more positions."""
+        for whole, part in zip((self.nats, self.policy, self.reference), more, strict=True):
             whole.add_(part.double().cpu())
 
 
@@ -63,10 +58,11 @@ def measure_tokens(
         sums: also add up by token of the vocabulary, into these.
     """
     a, b = log_distribution(logits, temperature), log_distribution(ref_logits, temperature)
+    found = compare(a, b, by_token=sums is not None)
     if sums is not None:
-        sums.add(a, b)
+        sums.add(found.by_token)
     chosen = (part.gather(-1, tokens[:, None]).squeeze(-1) for part in (a, b))
-    return TokenMeasures(*chosen, *compare(a, b))
+    return TokenMeasures(*chosen, found.kl, found.entropy, found.ref_entropy, found.log_ratio_variance)
 
 
 def measure_sampled(logits: Tensor, ref_logits: Tensor, tokens: Tensor, temperature: float) -> TokenMeasures:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kltune.core.divergence import compare, kl_by_token, kl_exact, kl_k1, kl_k2, kl_k3
+from kltune.core.divergence import compare, kl_exact, kl_k1, kl_k2, kl_k3
 from kltune.core.logprobs import log_distribution, token_logprobs
 from kltune.core.masking import per_response
 from tests.oracles import (
@@ -207,7 +207,7 @@ def test_one_pass_finds_the_same_kl_as_the_differentiable_one():
 def test_the_parts_of_the_vocabulary_add_up_to_the_kl_and_none_is_negative():
     # π = (.5, .5, 0), ρ = (.25, .25, .5): the given-up token's part is its ρ; each of the others .5 log 2 + .25 − .5
     policy, reference = torch.tensor([[0.5, 0.5, 0.0]]).log(), torch.tensor([[0.25, 0.25, 0.5]]).log()
-    parts = kl_by_token(policy, reference)
+    parts = compare(policy, reference, by_token=True).by_token.nats
     raised = 0.5 * math.log(2.0) - 0.25
     torch.testing.assert_close(parts, torch.tensor([raised, raised, 0.5]))
     assert parts.sum().item() == pytest.approx(compare(policy, reference).kl.item()) == pytest.approx(math.log(2.0))
