@@ -281,6 +281,8 @@ class Policy:
     ) -> list[tuple]:
         """Call a function on every scored position, a chunk at a time, so that memory does not grow with their number.
 
+        Policy and reference take a pass each: one batch of both (PEFT's adapter_names) was 1.1 to 1.2 times slower.
+
         Args:
             ids: right-padded sequences. [B, S] int64.
             scored: True on the tokens to measure, never in column 0. [B, S] bool.
