@@ -57,7 +57,7 @@ def _around(document: dict[str, Any]) -> Iterator[str]:
             "response"
         )
     yield (
-        f"  k1 agrees with exact to {document['agreement_z']:+.1f} standard errors; "
+        f"  k1 agrees with exact to {round(document['agreement_z'], 1) + 0.0:+.1f} standard errors; "      # no -0.0
         f"{document['truncated_fraction']:.0%} of the responses reached the length limit"
     )
     quantiles = spread["quantiles"]
