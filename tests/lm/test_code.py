@@ -50,11 +50,11 @@ def test_an_index_that_leads_to_pickles_or_out_of_the_folder_is_refused(tmp_path
 )  # fmt: skip
 def test_what_ordinary_models_say_is_let_through(tmp_path, name, content):
     (tmp_path / name).write_text(json.dumps(content))
-    refuse_code(tmp_path, "checkpoint")
+    assert refuse_code(tmp_path, "checkpoint") is None
 
 
 def test_a_name_on_the_hub_is_not_looked_at(tmp_path):
-    refuse_code(tmp_path / "someone" / "model", "reference")
+    assert refuse_code(tmp_path / "someone" / "model", "reference") is None
 
 
 def test_broken_json_is_a_fault_of_the_folder(tmp_path):
