@@ -14,7 +14,7 @@ POLICY, REFERENCE = tiny_policy_logits(), tiny_reference_logits()
 
 
 def every_response_as_often_as_it_is_said(logits: torch.Tensor, copies: int = 8_000_000) -> torch.Tensor:
-    """Rows of TinyLM's list, each repeated in proportion to its probability (rounded: off by half a row of 8 million)."""
+    """Rows of TinyLM's list, each repeated in proportion to its probability (rounded to a row of 8 million)."""
     counts = (Responses().probabilities(logits) * copies).round().long()
     return torch.arange(len(counts)).repeat_interleave(counts)
 
