@@ -1,13 +1,18 @@
 """How fast and how large: one row per piece of work, on the model and shape that are asked for.
 
     python scripts/bench.py eval-kl --model MODEL [--responses 64 256 1024] [--vocabulary 32000] [--new-tokens 64]
+    python scripts/bench.py ppo trpo --model MODEL [--responses 128] [--set ppo.epochs=4]...
 
+``ppo`` and ``trpo`` are whole steps of a run with the recipe's defaults, as the run itself does and times them.
 Without --model a random Llama of the asked shape is made. Prints a table; --json prints one JSON document. Each row is
 measured in a process of its own after one warm-up, the median of --repeat; peak memory is that of the process above
 what it held once the model was loaded. Ratios of rows of one run mean something, seconds of different days do not.
 """
 
 import argparse
+import contextlib
+import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -93,6 +98,62 @@ def eval_kl_row(model: str, responses: int, new_tokens: int, repeat: int) -> dic
     return row
 
 
+SCORE = """def score(prompts, responses):
+    return [len(set(response)) / 10 for response in responses]
+"""
+
+
+def step_row(stage: str, model: str, responses: int, new_tokens: int, repeat: int, changes: list[str]) -> dict:
+    """Steps of a run of ``kltune ppo`` or ``trpo``, the first of them to warm up."""
+    import importlib
+
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    from kltune.recipe import load_recipe
+
+    module = importlib.import_module(f"kltune.stages.{stage}")
+    inner = module.take_step
+    held: list[float] = []
+
+    def take_step(job, learner, step: int) -> None:
+        """The stage's own, between what the process held before the first step and the peak so far."""
+        if step == 1:
+            held.append(memory_mb("VmRSS"))
+            reset_peak()
+        inner(job, learner, step)
+        held.append(memory_mb("VmHWM"))
+
+    module.take_step = take_step
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        ids = np.random.default_rng(0).integers(3, len(tokenizer), (responses, PROMPT_TOKENS))
+        prompts = [json.dumps({"prompt": tokenizer.decode(row)}) for row in ids]
+        (folder / "prompts.jsonl").write_text("\n".join(prompts))
+        (folder / "rewards.py").write_text(SCORE)
+        (folder / "recipe.yaml").write_text(
+            f"stage: {stage}\nmodel: {{path: {model}}}\ndata: {{prompts: prompts.jsonl}}\n"
+            f"sampling: {{prompts_per_step: {responses}, max_new_tokens: {new_tokens}}}\n"
+            "reward: [{kind: function, path: rewards.py:score}]\n"
+            f"run: {{steps: {repeat + 1}, output: run}}\neval: {{responses: 8}}\n"
+        )
+        with contextlib.redirect_stderr(io.StringIO()):
+            getattr(module, f"run_{stage}")(load_recipe(folder / "recipe.yaml", overrides=changes), resume=False)
+        rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()][1:]
+    seconds = [row["time/step_seconds"] - row.get("time/eval_seconds", 0.0) for row in rows]
+    whole = statistics.median(seconds)
+    tokens = statistics.median(row["response/tokens"] for row in rows) * responses
+    return {
+        "work": stage, "model": Path(model).name, "responses": responses, "tokens": round(tokens), "seconds": whole,
+        "range": [min(seconds), max(seconds)], "responses_per_second": responses / whole,
+        "tokens_per_second": tokens / whole,
+        "sample_seconds": statistics.median(row["time/sample_seconds"] for row in rows),
+        "update_seconds": statistics.median(row["time/update_seconds"] for row in rows),
+        "peak_mb_above_model": held[-1] - held[0],
+    }
+
+
 def in_own_process(function, *arguments) -> dict:
     """Call a function in a fresh process: its memory is not that of the rows before."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -103,34 +164,43 @@ def main() -> None:
     """Measure what was asked for and print it."""
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", choices=["eval-kl"])
+    parser.add_argument("work", nargs="+", choices=["eval-kl", "ppo", "trpo"])
     parser.add_argument("--model", help="a model folder; without one a random Llama is made")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--responses", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--responses", type=int, nargs="+", default=[128])
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[], help="a recipe's key=value, for ppo and trpo")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = arguments.model or str(random_llama(
+        model = os.path.abspath(arguments.model) if arguments.model else str(random_llama(
             Path(folder) / f"llama-h{arguments.hidden}-l{arguments.layers}", hidden=arguments.hidden,
             layers=arguments.layers, vocabulary=arguments.vocabulary,
         ))
         rows = []
-        for count in arguments.responses:
-            rows.append(in_own_process(eval_kl_row, model, count, arguments.new_tokens, arguments.repeat))
-            print(f"{count} responses: {rows[-1]['seconds']:.2f} s", file=sys.stderr)
+        for work, count in itertools.product(arguments.work, arguments.responses):
+            common = (model, count, arguments.new_tokens, arguments.repeat)
+            if work == "eval-kl":
+                rows.append(in_own_process(eval_kl_row, *common))
+            else:
+                rows.append(in_own_process(step_row, work, *common, arguments.set))
+            print(f"{work}, {count} responses: {rows[-1]['seconds']:.2f} s", file=sys.stderr)
     if arguments.json:
         print(json.dumps({"schema": "kltune.bench/1", "rows": rows}, indent=2))
         return
-    print(f"{'work':<9}{'model':<18}{'vocabulary':>11}{'responses':>11}{'tokens':>9}{'responses/s':>13}{'tokens/s':>10}"
-          f"{'peak MB above model':>21}{'MB of all logits':>18}")
+    columns = {
+        "responses": "d", "tokens": "d", "seconds": ".2f", "sample_seconds": ".2f", "update_seconds": ".2f",
+        "responses_per_second": ".1f", "tokens_per_second": ".0f", "peak_mb_above_model": ".0f",
+        "mb_of_all_logits_of_one_model": ".0f",
+    }
+    print(f"{'work':<9}{'model':<16}" + "".join(f"{name.replace('_', ' '):>{len(name) + 2}}" for name in columns))
     for row in rows:
-        print(f"{row['work']:<9}{row['model']:<18}{row['vocabulary']:>11}{row['responses']:>11}{row['tokens']:>9}"
-              f"{row['responses_per_second']:>13.1f}{row['tokens_per_second']:>10.0f}{row['peak_mb_above_model']:>21.0f}"
-              f"{row['mb_of_all_logits_of_one_model']:>18.0f}")
+        cells = (format(row[name], shape) if name in row else "" for name, shape in columns.items())
+        print(f"{row['work']:<9}{row['model']:<16}"
+              + "".join(f"{cell:>{len(name) + 2}}" for cell, name in zip(cells, columns, strict=True)))
 
 
 if __name__ == "__main__":

@@ -43,54 +43,67 @@ class Snapshot:
             tensor.data.copy_(self.tensors[name] + scale * direction[name])
 
 
-@torch.no_grad()
-def measure_move(
-    policy: Policy, old: Snapshot, rollout: Rollout, temperature: float, *, reference: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """How far the policy is from what it was, on responses that the old one sampled; rows go in parts.
+class Move:
+    """How far a policy has gone from what it was, on responses that the old one sampled; measured as often as asked.
 
-    The old distributions are computed again and not kept: over a vocabulary they would not fit. They come from the
-    very function that gives the new ones, so that a policy that did not move is exactly 0 away.
-
-    Args:
-        policy: adapter on, as it is now.
-        old: its tensors before the step.
-        rollout: responses of the old policy.
-        temperature: of the sampling.
-        reference: also measure exact KL(new ‖ reference).
-
-    Returns:
-        (log π_new of the tokens, exact KL(old ‖ new), exact KL(new ‖ reference) or None), [B, T] each, nats.
+    Of the old distributions only the hidden states behind them are kept: over a vocabulary they would not fit. They
+    come from the very function that gives the new ones, so that a policy that did not move is exactly 0 away.
     """
-    parts = [_part(policy, old, *rows, temperature, reference) for rows in policy.parts(rollout.ids, rollout.scored)]
-    logprobs, step_kl, ref_kl = (torch.cat(column) for column in zip(*parts, strict=True))
-    mask = rollout.response_mask
-    whole = None if not reference else response_scatter(ref_kl, mask)
-    return response_scatter(logprobs, mask), response_scatter(step_kl, mask), whole
 
+    @torch.no_grad()
+    def __init__(self, policy: Policy, old: Snapshot, rollout: Rollout, temperature: float, *, reference: bool):
+        """Take the responses.
 
-def _part(
-    policy: Policy, old: Snapshot, ids: Tensor, scored: Tensor, temperature: float, reference: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for a few rows, in chunks of positions. Each [N]; the last is 0 unless ``reference``."""
-    new_hidden = policy.scored_hidden(ids, scored)
-    with old.in_place():
-        old_hidden = policy.scored_hidden(ids, scored)
-    ref_hidden = new_hidden
-    if reference:
-        with policy.reference():
-            ref_hidden = policy.scored_hidden(ids, scored)
-    rows = policy.network.chunk_rows
-    tensors = (new_hidden, old_hidden, ref_hidden, ids[scored])
-    found = []
-    for new, before, ref, tokens in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
-        new_logits = policy.network.logits(new)
-        with old.in_place():  # the head itself may carry an adapter
-            old_logits = policy.network.logits(before)
-        logprobs = token_logprobs(new_logits, tokens, temperature)
-        step_kl = kl_exact(old_logits, new_logits, temperature)
-        ref_kl = torch.zeros_like(step_kl)
-        if reference:
-            ref_kl = kl_exact(new_logits, policy.ref_logits(ref), temperature)
-        found.append((logprobs, step_kl, ref_kl))
-    return tuple(torch.cat(column) for column in zip(*found, strict=True))
+        Args:
+            policy: adapter on; its parameters may be anywhere by now.
+            old: its tensors when it sampled.
+            rollout: the responses.
+            temperature: of the sampling.
+            reference: also measure exact KL(new ‖ reference).
+        """
+        self._policy, self._old, self._temperature, self._with_reference = policy, old, temperature, reference
+        self._mask = rollout.response_mask
+        self._parts = list(policy.parts(rollout.ids, rollout.scored))
+        # A model whose head cannot be cut off gives logits for hidden states: too large to keep.
+        self._kept = [self._hidden_behind(*part) for part in self._parts] if policy.network.split else None
+
+    @torch.no_grad()
+    def measure(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of the policy as it is now; rows go in parts.
+
+        Returns:
+            (log π_new of the tokens, exact KL(old ‖ new), exact KL(new ‖ reference) or None), [B, T] each, nats.
+        """
+        kept = self._kept or (self._hidden_behind(*part) for part in self._parts)
+        parts = [self._part(*part, *behind) for part, behind in zip(self._parts, kept, strict=True)]
+        logprobs, step_kl, ref_kl = (response_scatter(torch.cat(c), self._mask) for c in zip(*parts, strict=True))
+        return logprobs, step_kl, ref_kl if self._with_reference else None
+
+    def _hidden_behind(self, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states of the old policy and, where it is asked for, of the reference. [N, H] each."""
+        with self._old.in_place():
+            old_hidden = self._policy.scored_hidden(ids, scored)
+        if not self._with_reference:
+            return old_hidden, old_hidden
+        with self._policy.reference():
+            return old_hidden, self._policy.scored_hidden(ids, scored)
+
+    def _part(
+        self, ids: Tensor, scored: Tensor, old_hidden: Tensor, ref_hidden: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for a few rows, in chunks of positions. Each [N]; the last is 0 without a reference."""
+        policy, temperature = self._policy, self._temperature
+        rows = policy.network.chunk_rows
+        tensors = (policy.scored_hidden(ids, scored), old_hidden, ref_hidden, ids[scored])
+        found = []
+        for new, before, ref, tokens in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+            new_logits = policy.network.logits(new)
+            with self._old.in_place():  # the head itself may carry an adapter
+                old_logits = policy.network.logits(before)
+            logprobs = token_logprobs(new_logits, tokens, temperature)
+            step_kl = kl_exact(old_logits, new_logits, temperature)
+            ref_kl = torch.zeros_like(step_kl)
+            if self._with_reference:
+                ref_kl = kl_exact(new_logits, policy.ref_logits(ref), temperature)
+            found.append((logprobs, step_kl, ref_kl))
+        return tuple(torch.cat(column) for column in zip(*found, strict=True))

@@ -42,7 +42,7 @@ from kltune.lm.opening import load_policy
 from kltune.lm.optim import check_optimizer, learning_rate_share, make_optimizer, total_steps
 from kltune.lm.policy import Policy
 from kltune.lm.scorers import load_scorer
-from kltune.lm.snapshot import Snapshot, measure_move
+from kltune.lm.snapshot import Move, Snapshot
 from kltune.recipe import TRPORecipe
 from kltune.run.clock import Clock
 from kltune.run.finishing import finish
@@ -160,10 +160,11 @@ def trust_region_step(
     solution = conjugate_gradient(lambda v: fisher(v) + damping * v, gradient, trpo.cg_iterations)
     first = step_scale(solution.x.dot(fisher(solution.x)).item(), radius, beta)
     direction = dict(zip(parameters, unflat(solution.x, list(parameters.values())), strict=True))
+    move = Move(learner.policy, old, batch.rollout, recipe.sampling.temperature, reference=learner.cap is not None)
 
     def measure(scale: float) -> Trial:
         old.step(direction, scale)
-        return effect(job, learner, batch, experience, old)
+        return effect(learner, batch, experience, move)
 
     # Where nothing tells the responses apart there is no direction, and so nothing to search.
     movable = first > 0.0 and solution.x.any().item()
@@ -222,15 +223,13 @@ def fisher_on_some(recipe: TRPORecipe, policy: Policy, experience: Experience, r
     return Fisher(policy, chosen.ids, chosen.scored, recipe.sampling.temperature, recipe.optim.micro_batch_size)
 
 
-def effect(job: Job, learner: Learner, batch: Batch, experience: Experience, old: Snapshot) -> Trial:
+def effect(learner: Learner, batch: Batch, experience: Experience, move: Move) -> Trial:
     """What the step that was just made does, on all responses: exact KL(old ‖ new), gain, and the cap.
 
     A step that brings the policy nearer to its reference is within the cap wherever it ends.
     """
     rollout, cap, mask = batch.rollout, learner.cap, batch.rollout.response_mask
-    logprobs, step_kl, ref_kl = measure_move(
-        learner.policy, old, rollout, job.recipe.sampling.temperature, reference=cap is not None
-    )
+    logprobs, step_kl, ref_kl = move.measure()
     rows = len(mask)
     gain = surrogate(logprobs, rollout.logprobs, experience.advantages, mask, rows).item()
     size = per_response(step_kl, mask).mean().item()
