@@ -102,7 +102,7 @@ def unread(recipe: Recipe) -> Iterator[Clash]:
 def natural_gradient(recipe: Any) -> Iterator[Clash]:
     """What trpo shares with ppo but has no use for: a price in the loss, and an optimizer where nothing is left to fit.
 
-    The natural gradient is no optimizer's; but for its schedule, ``optim`` is that of the value function.
+    The natural gradient is no optimizer's: ``optim`` is that of the value function.
     """
     if recipe.kl.placement == "loss":
         yield ("kl.placement",), "found loss, wanted reward: the trust-region step prices KL in the reward only"
@@ -110,7 +110,7 @@ def natural_gradient(recipe: Any) -> Iterator[Clash]:
         return
     alone = f"baseline {recipe.trpo.baseline} has no value function, and the policy's step takes no learning rate"
     for holder, section, names in (
-        (recipe.optim, "optim", ("lr", "max_grad_norm", "weight_decay")),
+        (recipe.optim, "optim", ("lr", "schedule", "warmup_steps", "max_grad_norm", "weight_decay")),
         (recipe.trpo, "trpo", ("gamma", "gae_lambda", "value_epochs", "value_minibatch_size")),
     ):
         for name in names:

@@ -213,7 +213,7 @@ class OptimSection(Section):
         None, description="sequences in memory at once; changes memory and speed, not the result; null chooses"
     )
     schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="course of lr (in trpo also of the step's length) after the warm-up"
+        "linear", description="course of lr after the warm-up"
     )
     warmup_steps: int = Field(0, ge=0, description="steps over which it rises from 0")
     max_grad_norm: Positive = Field(1.0, description="a larger gradient is scaled down to this norm")

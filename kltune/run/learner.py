@@ -12,6 +12,7 @@ from kltune.core.controllers import Controller
 from kltune.core.gate import Unit
 from kltune.core.intervals import KLSummary
 from kltune.core.losses import clipped_value_loss
+from kltune.core.pace import Pace
 from kltune.core.trust_region import Damping
 from kltune.lm.batches import response_scatter
 from kltune.lm.experience import Experience
@@ -21,6 +22,7 @@ from kltune.lm.scorers import Scorer
 from kltune.run.checkpoint import read_state
 from kltune.run.optimizer_state import load_optimizer, optimizer_tensors
 
+LAST_STEP = "last_step"  # name of the group
 SAFE = "safe_"  # in front of the names of groups that belong to the last state within the cap
 
 
@@ -61,6 +63,8 @@ class Learner:
     optimizer: Optimizer | None = None  # of the policy; a natural-gradient step has none
     value_optimizer: Optimizer | None = None
     damping: Damping | None = None  # of the natural-gradient step
+    pace: Pace | None = None  # of the same
+    last_step: Tensor | None = None  # the last one, [P], which the next batch judges
     cap: Cap | None = None
 
     def moving(self) -> dict[str, dict[str, Tensor]]:
@@ -101,6 +105,8 @@ class Learner:
         named = {group: tensors for group, tensors in self.moving().items() if group != "policy"}
         if self.cap is not None:
             named |= {SAFE + group: tensors for group, tensors in self.cap.safe.tensors.items() if tensors}
+        if self.last_step is not None:
+            named[LAST_STEP] = {"step": self.last_step}
         return named
 
     def state(self) -> dict[str, Any]:
@@ -108,6 +114,8 @@ class Learner:
         values = {"controller": asdict(self.controller), "scorer": self.scorer.state()}
         if self.damping is not None:
             values["damping"] = asdict(self.damping)
+        if self.pace is not None:
+            values["pace"] = asdict(self.pace)
         if self.cap is not None:
             safe = {"step": self.cap.safe.step, "kl": self.cap.safe.kl}
             values["cap"] = {"rollbacks": self.cap.rollbacks, "refusals": self.cap.refusals, "safe": safe}
@@ -117,11 +125,16 @@ class Learner:
         """Go on exactly from what ``tensors``, ``state`` and the adapter of a checkpoint say."""
         tensors, state = read_state(checkpoint)
         self.policy.load_adapter(checkpoint)
+        if LAST_STEP in tensors:
+            # A copy lies in memory as the original did; a file's does not, and sums depend on that in the last bit.
+            self.last_step = tensors.pop(LAST_STEP)["step"].clone().to(self.policy.device)
         self.put_back({group: named for group, named in tensors.items() if not group.startswith(SAFE)})
         self.controller = replace(self.controller, **state["controller"])
         self.scorer = self.scorer.restored(state["scorer"])
         if self.damping is not None:
             self.damping = replace(self.damping, **state["damping"])
+        if self.pace is not None:
+            self.pace = replace(self.pace, **state["pace"])
         if self.cap is not None:
             kept = {group.removeprefix(SAFE): named for group, named in tensors.items() if group.startswith(SAFE)}
             counts = {name: state["cap"][name] for name in ("rollbacks", "refusals")}

@@ -28,7 +28,7 @@ CURVE_NAMES = {
     "eval/score_mean": "evaluation", "eval/gold_mean": "gold", "trpo/predicted_gain": "predicted",
     "trpo/gain": "measured", "kl/step_nats_per_response": "measured",
     "trpo/radius_nats_per_response": "allowed in this step", "trpo/line_search_tries": "tries",
-    "trpo/accepted": "accepted",
+    "trpo/accepted": "accepted", "trpo/last_gain_on_new_responses": "of the step before, on new responses",
     "kl/cap_rollbacks": "gone back", "kl/cap_refusals": "steps cut short",
 }
 STANDARD_ERRORS = {
@@ -69,7 +69,7 @@ def plots_for(limits: Limits) -> tuple[Plot, ...]:
         Plot("Accuracy", "share of pairs", ("accuracy/mean", "*/accuracy")),
         Plot("Price of one nat (beta)", "score per nat", ("kl/beta",), log=True),
         Plot("KL of one update", "nats per response", ("kl/step_nats_per_response", "trpo/radius*"), limited="step"),
-        Plot("Gain of the surrogate", "score", ("trpo/predicted_gain", "trpo/gain")),
+        Plot("Gain of the surrogate", "score", ("trpo/predicted_gain", "trpo/gain", "trpo/last_gain*")),
         Plot("Damping", "× mean curvature", ("trpo/damping",), log=True),
         Plot("Residual of conjugate gradients", "share of the gradient", ("trpo/cg_residual",), log=True),
         Plot("Tries of the line search", "number", ("trpo/line_search_tries", "trpo/accepted")),

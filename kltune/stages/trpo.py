@@ -3,9 +3,10 @@
     maximise  E[score] − beta · KL(policy ‖ reference)    so that in each step    KL(old ‖ new) ≤ max_step_kl
 
 measured exactly, in nats per response, on the responses of the step; a step that would be longer, or gain nothing, or
-pass ``kl.hard_cap``, is shortened until it does not, or left out. No learning rate is involved; the schedule of
-``optim`` shortens the steps towards the end, because near the optimum a batch's gradient is noise. The value function,
-where there is one, is fitted apart: its adapter and optimizer are its own, so that it cannot move the policy.
+pass ``kl.hard_cap``, is shortened until it does not, or left out. No learning rate and no schedule is involved: how
+long a step may be within ``max_step_kl`` follows what the next batches say of the steps before (``core/pace.py``). The
+value function, where there is one, is fitted apart: its adapter and optimizer are its own, so that it cannot move the
+policy; ``optim`` is about nothing else.
 Source: Schulman et al. 2015, arXiv 1502.05477; what is different for language models on adapters: MATH 4.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from kltune.core.gate import standing
 from kltune.core.intervals import summarize
 from kltune.core.masking import per_response
+from kltune.core.pace import Pace
 from kltune.core.trust_region import (
     FIRST_DAMPING,
     Damping,
@@ -104,7 +106,7 @@ def make_learner(recipe: TRPORecipe, policy: Policy, prompts: list[Prompt], run:
     damping = Damping(FIRST_DAMPING if adapts else float(recipe.trpo.damping), adapts)
     scorer = load_scorer(recipe.reward, recipe.folder, policy.device)
     controller = controller_of(recipe.kl, updates_per_step=1)
-    learner = Learner(policy, controller, scorer, value_optimizer=value_optimizer, damping=damping)
+    learner = Learner(policy, controller, scorer, value_optimizer=value_optimizer, damping=damping, pace=Pace())
     begin(recipe, learner, prompts, run)
     return learner
 
@@ -116,33 +118,31 @@ def take_step(job: Job, learner: Learner, step: int) -> None:
     batch = sample_batch(job, learner, step, clock)
     went_back = stepped_back(job, learner, step, batch)
     update: dict[str, float] = {}
-    share = learning_rate_share(recipe.optim, step, job.steps)
-    if not went_back:
+    if went_back:
+        learner.last_step = None
+    else:
         beta = reprice(job, learner, batch)
         experience = shape(
             batch.rollout, batch.scores, beta, placement="reward", gamma=trpo.gamma, gae_lambda=trpo.gae_lambda,
             **job.grouping,
         )
-        # KL grows with the square of a step's length, and it is the length that follows the schedule.
-        radius = share**2 * trpo.max_step_kl
-        update = trust_region_step(job, learner, batch, experience, radius, job.run.rng("curvature", step))
+        update = trust_region_step(job, learner, batch, experience, job.run.rng("curvature", step))
         if learner.value_optimizer is not None:
-            learner.set_learning_rates(0.0, share * recipe.optim.lr)
+            learner.set_learning_rates(0.0, learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr)
             update |= fit_values(recipe, learner, experience, job.run.rng("minibatches", step))
         clock.lap("update")
     close_step(job, learner, step, batch, update, clock, went_back=went_back)
 
 
 def trust_region_step(
-    job: Job, learner: Learner, batch: Batch, experience: Experience, radius: float, rng: np.random.Generator
-) -> dict[str, float]:
+    job: Job, learner: Learner, batch: Batch, experience: Experience, rng: np.random.Generator
+) -> dict[str, float | None]:
     """Move the policy along the natural gradient as far as the ball allows, or leave it as it was to the last bit.
 
     Args:
         job, learner: of the run.
         batch: of the step.
         experience: the same with its advantages, unit of score.
-        radius: of the ball, KL(old ‖ new) in nats per response.
         rng: for the share of responses, and the probes, of the curvature.
 
     Returns:
@@ -153,6 +153,8 @@ def trust_region_step(
     old = Snapshot(parameters)
     experience = centred(experience)
     gradient = policy_gradient(recipe, learner.policy, experience)
+    fresh_gain = learn_pace(learner, gradient)
+    radius = learner.pace.radius(trpo.max_step_kl, beta)
     fisher = fisher_on_some(recipe, learner.policy, experience, rng)
     signs = torch.from_numpy(rng.integers(0, 2, size=(PROBES, len(gradient))) * 2.0 - 1.0).to(gradient)
     curvature = mean_curvature(fisher, signs)
@@ -177,12 +179,16 @@ def trust_region_step(
         learner.cap = replace(learner.cap, refusals=learner.cap.refusals + 1)
         learner.controller = learner.controller.raised(REFUSAL_RAISE, least=0.0)
     done = result.trials[-1] if result.accepted else Trial(step_kl=0.0, gain=0.0)
+    learner.last_step = result.scale * solution.x if result.accepted else None
+    learner.pace = learner.pace.stepped(done.step_kl)
     return {
         "kl/step_nats_per_response": done.step_kl,
         "trpo/radius_nats_per_response": radius,
         "trpo/first_try_nats_per_response": result.trials[0].step_kl if result.trials else 0.0,
         "trpo/predicted_gain": result.scale * gradient.dot(solution.x).item(),
         "trpo/gain": done.gain,
+        "trpo/last_gain_on_new_responses": fresh_gain,
+        "trpo/gain_rate": learner.pace.rate,
         "trpo/gradient_norm": gradient.norm().item(),
         "trpo/mean_curvature": curvature,
         "trpo/damping": damping / curvature if curvature > 0.0 else 0.0,
@@ -191,6 +197,15 @@ def trust_region_step(
         "trpo/line_search_tries": float(len(result.trials)),
         "trpo/accepted": float(result.accepted),
     }
+
+
+def learn_pace(learner: Learner, gradient: Tensor) -> float | None:
+    """Let this batch's gradient judge the step before; the gain that it finds there, unit of score."""
+    if learner.last_step is None:
+        return None
+    slope, beta = gradient.dot(learner.last_step).item(), learner.controller.beta
+    learner.pace = learner.pace.observed(slope, beta)
+    return learner.pace.fresh_gain(slope, beta)
 
 
 def policy_gradient(recipe: TRPORecipe, policy: Policy, experience: Experience) -> Tensor:

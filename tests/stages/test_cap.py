@@ -28,7 +28,7 @@ PULL = (
     "sampling.prompts_per_step=32", "sampling.responses_per_prompt=1",
 )
 PPO_PULL = (*PULL, "optim.lr=0.1", "ppo.minibatch_size=16")
-TRPO_PULL = (*PULL, "trpo.max_step_kl=0.3", "optim.schedule=constant")
+TRPO_PULL = (*PULL, "trpo.max_step_kl=0.3")
 
 
 def rows_of(recipe) -> list[dict]:
