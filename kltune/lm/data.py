@@ -26,6 +26,7 @@ from kltune.lm.forms import (
     text_field,
 )
 from kltune.lm.rows import Row, RowFault, read_rows
+from kltune.recipe import DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +65,30 @@ class Counts:
     truncated: int
     dropped: int
     skipped: int
+
+
+def described(source: str, counts: Counts) -> str:
+    """One line on a file that was read: every row accounted for."""
+    rest = [
+        f"{number} {what}"
+        for what, number in (
+            ("truncated", counts.truncated),
+            ("dropped as over-long", counts.dropped),
+            ("skipped as faulty", counts.skipped),
+        )
+        if number
+    ]
+    return f"{source}: {counts.kept} of {counts.read} rows" + (f" ({', '.join(rest)})" if rest else "")
+
+
+def distinct(prompts: list[Prompt]) -> list[Prompt]:
+    """Each prompt once: pairs repeat theirs, and what is answered twice counts as one where errors are by prompt."""
+    return list({prompt.ids: prompt for prompt in prompts}.values())
+
+
+def row_rules(data: DataSection) -> dict[str, str]:
+    """What a recipe says of rows in general, as the loaders take it."""
+    return {"template": data.template, "on_overlong": data.on_overlong, "on_bad_row": data.on_bad_row}
 
 
 def load_prompts(

@@ -57,11 +57,12 @@ class Learner:
 
     policy: Policy
     controller: Controller
-    scorer: Scorer
+    scorer: Scorer | None = None  # where responses are scored
     optimizer: Optimizer | None = None  # of the policy; a natural-gradient step has none
     value_optimizer: Optimizer | None = None
     damping: Damping | None = None  # of the natural-gradient step
     cap: Cap | None = None
+    reward_mean: float | None = None  # running, of the rewards that a preference loss implies, where it needs one
 
     def moving(self) -> dict[str, dict[str, Tensor]]:
         """The tensors that an update changes, by group and name; not copies."""
@@ -105,7 +106,11 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """The rest, as plain values."""
-        values = {"controller": asdict(self.controller), "scorer": self.scorer.state()}
+        values: dict[str, Any] = {"controller": asdict(self.controller)}
+        if self.scorer is not None:
+            values["scorer"] = self.scorer.state()
+        if self.reward_mean is not None:
+            values["reward_mean"] = self.reward_mean
         if self.damping is not None:
             values["damping"] = asdict(self.damping)
         if self.cap is not None:
@@ -119,7 +124,10 @@ class Learner:
         self.policy.load_adapter(checkpoint)
         self.put_back({group: named for group, named in tensors.items() if not group.startswith(SAFE)})
         self.controller = replace(self.controller, **state["controller"])
-        self.scorer = self.scorer.restored(state["scorer"])
+        if self.scorer is not None:
+            self.scorer = self.scorer.restored(state["scorer"])
+        if self.reward_mean is not None:
+            self.reward_mean = state["reward_mean"]
         if self.damping is not None:
             self.damping = replace(self.damping, **state["damping"])
         if self.cap is not None:
