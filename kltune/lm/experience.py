@@ -3,7 +3,7 @@
 What PPO and TRPO have in common; what they do with an Experience is theirs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -125,17 +125,13 @@ def measured_kl(rollout: Rollout) -> KLSummary:
     return summarize(name, response_kl(rollout), rollout.lengths, rollout.prompt_index)
 
 
-def priced(
-    controller: Controller, kl: KLSection, rollout: Rollout, ref_kl: float, spread: Callable[[], float]
-) -> Controller:
-    """The controller after it has seen a batch and before the batch is priced; a fixed one has nothing to see.
+def priced(controller: Controller, kl: KLSection, rollout: Rollout, ref_kl: float, spread: float) -> Controller:
+    """The controller after it has seen a batch and before the batch is priced.
 
     A target per token becomes one per response by the batch's mean length.
     """
-    if kl.control == "fixed":
-        return controller
     tokens = rollout.lengths.float().mean().item() if kl.unit == "nats_per_token" else 1.0
-    return controller.updated(ref_kl, kl.target * tokens, spread=spread(), responses=len(rollout.lengths))
+    return controller.updated(ref_kl, (kl.target or 0.0) * tokens, spread=spread, responses=len(rollout.lengths))
 
 
 def score_spread(scores: Tensor, *, baseline: str, per_prompt: int) -> float:

@@ -4,6 +4,7 @@ The reference does not change, so its log-probabilities are measured once, in an
 a resumed run measures them again to the same bit.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -38,6 +39,11 @@ class Preferences:
 
     def __len__(self) -> int:
         return len(self.examples) // self.group
+
+    def sha256(self) -> str:
+        """Of all the tokens, in order, and what was wanted."""
+        rows = [[example.ids, example.scored.index(True)] for example in self.examples]
+        return hashlib.sha256(repr((rows, self.wanted.tolist())).encode()).hexdigest()
 
     def select(self, groups: Sequence[int]) -> "Preferences":
         """Some of the groups, in this order."""

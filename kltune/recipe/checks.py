@@ -149,9 +149,6 @@ def preferences(recipe: Any) -> Iterator[Clash]:
                "responses against those of other prompts")
     if not kl.exact:
         yield ("kl.exact",), "found false, wanted true: dpo prices and measures the exact KL only"
-    if kl.control == "target" and kl.beta == "auto" and kl.controller != "log_pi":
-        yield (("kl.beta", "kl.controller"), f"found auto with controller: {kl.controller}, wanted a number to start "
-               "from, such as 0.01: at the first step nothing says yet what pairs pull")
 
 
 def budget(kl: KLSection) -> Iterator[Clash]:

@@ -161,8 +161,8 @@ class DPOKLSection(KLSection):
 
     beta: Literal["auto"] | NotNegative = Field(
         "auto",
-        description="what a nat of KL(policy‖reference) costs beside the loss ÷ dpo.beta; 0 is plain DPO; auto finds "
-        "the price from what the pairs pull (with control: target)",
+        description="what a nat of KL(policy‖reference) costs beside the loss ÷ dpo.beta; 0 is plain DPO; auto starts "
+        "at 1/√(2·target) and is steered from there (control: target)",
     )
     placement: Literal["loss"] = Field("loss", description="where the price is paid")
     estimator: Literal["exact"] = Field("exact", description="what is priced")

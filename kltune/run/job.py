@@ -1,6 +1,5 @@
 """What PPO, TRPO and DPO hand from one to the next of their functions, and how they speak of it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,14 +42,14 @@ class Job:
 class Batch:
     """The responses of a step, and how far their policy is from the reference.
 
-    scores: [B]; None where nothing scores them. spread: what pulls the policy away, measured when asked for: at a price
-    of spread/√(2·KL) an ideal policy stays at that KL. Of scores it is their spread among answers to one prompt.
+    scores: [B]; None where nothing scores them. spread: what pulls the policy away, in what beta prices: at a price of
+    spread/√(2·KL) an ideal policy stays at that KL. Of scores it is their spread among answers to one prompt.
     """
 
     rollout: Rollout
     scores: Tensor | None
     distance: KLSummary
-    spread: Callable[[], float]
+    spread: float
 
 
 def about(recipe: BudgetRecipe, policy: Policy, kl: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What PPO, TRPO and DPO do alike around their own updates: data, the batch of a step, the cap, recording, saving."""
 
 from dataclasses import asdict, replace
-from functools import partial
 
 from kltune.core.controllers import feed_forward
 from kltune.core.gate import standing
@@ -29,6 +28,8 @@ from kltune.run.learner import Learner
 from kltune.run.session import Run
 
 ROLLBACK_RAISE = 2.0  # of the price, when the policy was found beyond the cap (MATH 3.5)
+# Of a loss whose slope is about 1 where the pairs pull most: measured pulls were worse to steer by (README).
+NORMALISED_SPREAD = 1.0
 UNMEASURED = dict.fromkeys(("kl/ref_nats_per_response", "kl/ref_stderr", "kl/ref_nats_per_token"))
 REFUSAL_RAISE = 1.1  # of the price, when a line search met the cap: at no loss, and again at the next step
 
@@ -81,10 +82,10 @@ def sample_batch(job: Job, learner: Learner, step: int, clock: Clock) -> Batch:
     )
     clock.lap("sample")
     if learner.scorer is None:
-        return Batch(rollout, None, measured_kl(rollout), spread=lambda: 0.0)
+        return Batch(rollout, None, measured_kl(rollout), NORMALISED_SPREAD)
     scores = score(learner.scorer, rollout, sampling.missing_end_penalty)
     clock.lap("score")
-    return Batch(rollout, scores, measured_kl(rollout), spread=partial(score_spread, scores, **job.grouping))
+    return Batch(rollout, scores, measured_kl(rollout), score_spread(scores, **job.grouping))
 
 
 def reprice(job: Job, learner: Learner, batch: Batch) -> float:
@@ -114,14 +115,14 @@ def stepped_back(job: Job, learner: Learner, step: int, batch: Batch) -> bool:
         learner.remember(step - 1, batch.distance)
     if place != "beyond":
         return False
-    safe, least = learner.cap.safe, _price_at_cap(learner, batch)
+    safe = learner.cap.safe
     learner.put_back(safe.tensors)
     learner.cap = replace(learner.cap, rollbacks=learner.cap.rollbacks + 1)
     found = f"KL to the reference is {kl_text(batch.distance, job)}, beyond kl.hard_cap, {learner.cap.limit:g}"
     if job.recipe.kl.on_cap == "stop":
         job.report.step(step, batch_metrics(batch.rollout, batch.scores, batch.distance, learner.controller.beta))
         stop(job, learner, f"step {step}: {found}")
-    learner.controller = learner.controller.raised(ROLLBACK_RAISE, least=max(least, job.recipe.kl.beta_min))
+    learner.controller = learner.controller.raised(ROLLBACK_RAISE, least=_price_at_cap(learner, batch))
     job.report.warn(
         f"step {step}: {found}. Went back to the policy after step {safe.step} ({safe.kl['nats_per_response']:.3g} "
         f"nats per response), and a nat now costs {learner.controller.beta:.3g}."
@@ -188,4 +189,4 @@ def _price_at_cap(learner: Learner, batch: Batch) -> float:
     """What would hold an ideal policy at the cap, score per nat: a price near 0 would take many doublings."""
     per_token = learner.cap.unit == "nats_per_token"
     limit = learner.cap.limit * (batch.rollout.lengths.float().mean().item() if per_token else 1.0)
-    return feed_forward(batch.spread(), limit)
+    return feed_forward(batch.spread, limit)

@@ -12,8 +12,6 @@ The sum is minimised times beta, so that plain DPO is plain DPO. The gradient of
 with an online KL); MATH 6.6 (a target for it).
 """
 
-import math
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -73,7 +71,7 @@ def run_dpo(recipe: DPORecipe, resume: bool) -> dict[str, Any]:
         prompts, held_out = load_data(recipe, policy)
         steps = total_steps(recipe.run, len(pairs), recipe.optim.batch_size)
         pairs = pairs.measured(policy, positions(recipe, pairs, 1, steps))
-        learner = make_learner(recipe, policy, prompts, run)
+        learner = make_learner(recipe, policy, pairs, prompts, run)
         target = recipe.kl.target if recipe.kl.control == "target" else None
         with Report(run.folder, "dpo", steps, target=target, start_step=run.start_step, unit=recipe.kl.unit) as report:
             for line in dict.fromkeys((policy.fingerprint.describe(), note, *held_out.notes)):
@@ -84,13 +82,16 @@ def run_dpo(recipe: DPORecipe, resume: bool) -> dict[str, Any]:
             return finish(job, learner)
 
 
-def make_learner(recipe: DPORecipe, policy: Policy, prompts: list[Prompt], run: Run) -> Learner:
+def make_learner(
+    recipe: DPORecipe, policy: Policy, pairs: Preferences, prompts: list[Prompt], run: Run
+) -> Learner:
     """Optimizer and controller; checked at the start, or restored from a checkpoint."""
     optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim)
     check_optimizer(optimizer, policy.trainable_parameters(), "policy")
-    learner = Learner(policy, controller_of(recipe.kl, updates_per_step=1), optimizer=optimizer)
-    if recipe.dpo.loss == "bco":
-        learner.reward_mean = 0.0
+    learner = Learner(
+        policy, controller_of(recipe.kl, updates_per_step=1), optimizer=optimizer, data_sha256=pairs.sha256(),
+        reward_mean=0.0 if recipe.dpo.loss == "bco" else None,
+    )
     begin(recipe, learner, prompts, run)
     return learner
 
@@ -110,8 +111,6 @@ def take_step(job: Job, learner: Learner, pairs: Preferences, step: int) -> None
     priced = recipe.kl.control == "target" or learner.controller.beta > 0.0
     batch = sample_batch(job, learner, step, clock) if priced or learner.cap is not None else None
     pull = Pull(job, learner, part, batch, first=step == 1)
-    if batch is not None:
-        batch = replace(batch, spread=pull.spread)
     went_back = batch is not None and stepped_back(job, learner, step, batch)
     lr = learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr
     update: dict[str, float | None] = {"optim/lr": lr}
@@ -167,16 +166,6 @@ class Pull:
             total += self._gradient(exact_kl_loss(exact, logprobs, some.response_mask, rows))
         return total
 
-    def holding_price(self) -> float:
-        """The price at which a small step along both gradients would leave the KL as it is; 0 where none has to."""
-        squared = self.kl.dot(self.kl).item()
-        against = -self.loss.dot(self.kl).item() / scale_of(self.recipe.dpo)
-        return max(0.0, against / squared) if squared > 0.0 else 0.0
-
-    def spread(self) -> float:
-        """What ``Batch.spread`` is: near the reference the price that holds a KL falls with the root of that KL."""
-        return self.holding_price() * math.sqrt(2.0 * self.batch.distance.nats_per_response)
-
     def _zeros(self) -> Tensor:
         return torch.zeros(sum(tensor.numel() for tensor in self.parameters), device=self.learner.policy.device)
 
@@ -193,8 +182,7 @@ def improve(job: Job, learner: Learner, pull: Pull, price: float) -> dict[str, f
     norm = guarded_step(learner.optimizer, job.recipe.optim.max_grad_norm, "policy")
     if learner.reward_mean is not None:
         learner.reward_mean += (1.0 - REWARD_MEMORY) * (pull.stats["pairs/reward_mean"] - learner.reward_mean)
-    measured = {} if pull.batch is None or price == 0.0 else {"kl/holding_beta": pull.holding_price()}
-    return pull.stats | measured | {"dpo/grad_norm": norm}
+    return pull.stats | {"dpo/grad_norm": norm}
 
 
 def scale_of(dpo: DPOSection) -> float:
