@@ -114,7 +114,10 @@ def take_step(job: Job, learner: Learner, pairs: Preferences, step: int) -> None
     went_back = batch is not None and stepped_back(job, learner, step, batch)
     lr = learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr
     update: dict[str, float | None] = {"optim/lr": lr}
-    if not went_back:
+    if went_back:
+        # With one update in a step, momentum would carry the policy out again before the new price is felt.
+        learner.stop_momentum()
+    else:
         learner.set_learning_rates(lr, lr)
         update |= improve(job, learner, pull, reprice(job, learner, batch) if priced else 0.0)
         clock.lap("update")

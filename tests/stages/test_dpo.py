@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kltune.cli import main
 from kltune.errors import CheckpointError, DataError, DivergedError
 from kltune.lm.preferences import load_preferences
 from kltune.recipe import DataSection, DPOSection
 from kltune.run.checkpoint import read_state
+from kltune.run.page import write_page
 from kltune.stages import dpo
 from kltune.stages.dpo import preference_losses, run_dpo, scale_of
 from tests.stages.conftest import HELD_OUT, PROMPTS, read_jsonl, write_rows
@@ -269,6 +271,25 @@ def test_going_back_restores_adapter_and_optimizer(dpo_recipe, monkeypatch):
     assert all(seen)
 
 
+def test_after_going_back_the_optimizer_no_longer_moves_outward(dpo_recipe, monkeypatch):
+    moments = []
+    close = dpo.close_step
+
+    def spy(job, learner, step, batch, update, clock, *, went_back, examples):
+        if went_back:
+            named = learner.moving()["optimizer"]
+            moments.append((
+                max(t.abs().max().item() for name, t in named.items() if name.endswith("/exp_avg")),
+                max(t.abs().max().item() for name, t in named.items() if name.endswith("/exp_avg_sq")),
+            ))
+        close(job, learner, step, batch, update, clock, went_back=went_back, examples=examples)
+
+    monkeypatch.setattr(dpo, "close_step", spy)
+    run_dpo(dpo_recipe(*PULL, "optim.lr=0.03", "kl.hard_cap=1", *MANY), resume=False)
+    assert moments
+    assert all(first == 0.0 and second > 0.0 for first, second in moments)
+
+
 def test_on_cap_stop_ends_with_6_and_final_is_the_last_state_within(dpo_recipe):
     recipe = dpo_recipe(*PULL, *MANY, "kl.hard_cap=1", "kl.on_cap=stop")
     with pytest.raises(DivergedError, match=r"beyond kl\.hard_cap, 1.*kl\.on_cap is stop.*lower optim\.lr") as caught:
@@ -356,3 +377,17 @@ def test_eval_kl_measures_the_run_on_the_prompts_of_its_pairs(dpo_recipe, eval_k
     assert gap < 4 * math.hypot(ours["stderr"], theirs["stderr"])
 
 
+
+
+def test_the_command_prints_its_result_and_the_page_shows_margins(dpo_file, capsys):
+    keys = ("run.steps=3", "kl.control=target", "kl.beta=auto", "kl.target=50", "eval.pairs=held_out_pairs.jsonl")
+    overrides = [part for key in keys for part in ("--set", key)]
+    with pytest.raises(SystemExit) as caught:
+        main(["dpo", "--recipe", str(dpo_file), "--json", *overrides])
+    assert caught.value.code == 0
+    result = json.loads(capsys.readouterr().out)
+    folder = Path(result["output"])
+    assert result == json.loads((folder / "result.json").read_text())
+    page = write_page(folder).read_text(encoding="utf-8")
+    for words in ("Margin of the pairs", "Log-ratio to the reference", "Accuracy", "the rest of the budget is not"):
+        assert words in page
