@@ -52,6 +52,10 @@ def summary(result: dict[str, Any]) -> str:
         lines.append(text + (f", target {result['target']:g}" if result.get("target") is not None else ""))
     else:
         lines.append("  KL      not measured")
+    evaluated = result.get("eval") or {}
+    if evaluated.get("eval/accuracy") is not None:
+        low, high = evaluated["eval/accuracy_low"], evaluated["eval/accuracy_high"]
+        lines.append(f"  pairs   {evaluated['eval/accuracy']:.3f} told apart (95 %: {low:.3f} to {high:.3f}), held out")
     if result.get("score") is not None:
         lines.append(f"  score   {result['score']:.4g}")
     if result.get("steps") is not None and result.get("seconds") is not None:

@@ -14,6 +14,7 @@ from kltune.core.intervals import KLSummary
 from kltune.core.losses import clipped_value_loss
 from kltune.core.pace import Pace
 from kltune.core.trust_region import Damping
+from kltune.errors import CheckpointError
 from kltune.lm.batches import response_scatter
 from kltune.lm.experience import Experience
 from kltune.lm.optim import guarded_step, set_learning_rate
@@ -59,13 +60,15 @@ class Learner:
 
     policy: Policy
     controller: Controller
-    scorer: Scorer
+    scorer: Scorer | None = None  # where responses are scored
     optimizer: Optimizer | None = None  # of the policy; a natural-gradient step has none
     value_optimizer: Optimizer | None = None
     damping: Damping | None = None  # of the natural-gradient step
     pace: Pace | None = None  # of the same
     last_step: Tensor | None = None  # the last one, [P], which the next batch judges
     cap: Cap | None = None
+    reward_mean: float | None = None  # running, of the rewards that a preference loss implies, where it needs one
+    data_sha256: str | None = None  # of what is learnt from, where that is read and not sampled
 
     def moving(self) -> dict[str, dict[str, Tensor]]:
         """The tensors that an update changes, by group and name; not copies."""
@@ -87,6 +90,13 @@ class Learner:
         if self.value_optimizer is not None:
             self.policy.load_value_parameters(groups["value"])
             load_optimizer(self.value_optimizer, values, groups.get("value_optimizer", {}))
+
+    def stop_momentum(self) -> None:
+        """Let the policy's optimizer forget which way it was moving, not how large its gradients are."""
+        tensors = optimizer_tensors(self.optimizer, self.policy.trainable_parameters())
+        for name, tensor in tensors.items():
+            if name.endswith("/exp_avg"):
+                tensor.zero_()
 
     def guard(self, limit: float, unit: Unit) -> None:
         """Keep a cap from now on; the policy is its reference still, which is within any."""
@@ -111,7 +121,13 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """The rest, as plain values."""
-        values = {"controller": asdict(self.controller), "scorer": self.scorer.state()}
+        values: dict[str, Any] = {"controller": asdict(self.controller)}
+        if self.scorer is not None:
+            values["scorer"] = self.scorer.state()
+        if self.reward_mean is not None:
+            values["reward_mean"] = self.reward_mean
+        if self.data_sha256 is not None:
+            values["data_sha256"] = self.data_sha256
         if self.damping is not None:
             values["damping"] = asdict(self.damping)
         if self.pace is not None:
@@ -122,15 +138,27 @@ class Learner:
         return values
 
     def restore(self, checkpoint: Path) -> None:
-        """Go on exactly from what ``tensors``, ``state`` and the adapter of a checkpoint say."""
+        """Go on exactly from what ``tensors``, ``state`` and the adapter of a checkpoint say.
+
+        Raises:
+            CheckpointError: it is damaged, or was learnt from other data.
+        """
         tensors, state = read_state(checkpoint)
+        if state.get("data_sha256") != self.data_sha256:
+            raise CheckpointError(
+                f"{checkpoint} was learnt from other data than the recipe's file holds now: sha256 "
+                f"{state.get('data_sha256')}, now {self.data_sha256}. Put the file back, or choose another --output."
+            )
         self.policy.load_adapter(checkpoint)
         if LAST_STEP in tensors:
             # A copy lies in memory as the original did; a file's does not, and sums depend on that in the last bit.
             self.last_step = tensors.pop(LAST_STEP)["step"].clone().to(self.policy.device)
         self.put_back({group: named for group, named in tensors.items() if not group.startswith(SAFE)})
         self.controller = replace(self.controller, **state["controller"])
-        self.scorer = self.scorer.restored(state["scorer"])
+        if self.scorer is not None:
+            self.scorer = self.scorer.restored(state["scorer"])
+        if self.reward_mean is not None:
+            self.reward_mean = state["reward_mean"]
         if self.damping is not None:
             self.damping = replace(self.damping, **state["damping"])
         if self.pace is not None:

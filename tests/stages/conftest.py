@@ -72,6 +72,14 @@ SFT = {
     "run": {"steps": 4, "save_every": 100, "eval_every": 100},
     "eval": {"prompts": "held_out.jsonl", "responses": 10, "texts": "held_out_texts.jsonl"},
 }
+DPO = {
+    "stage": "dpo",
+    **{name: PPO[name] for name in ("lora", "run", "eval")},
+    "data": {"pairs": "pairs.jsonl"},
+    "sampling": {"prompts_per_step": 12, "max_new_tokens": 6},
+    "kl": {"control": "fixed", "beta": 0.0},
+    "optim": {"lr": 0.02, "batch_size": 8},
+}
 ORACLE = {
     "stage": "ppo",
     "lora": {"rank": 4, "alpha": 4.0, "targets": ["lm_head"]},
@@ -168,6 +176,9 @@ def write_recipe(folder: Path, base: dict[str, Any], model: Path, prompts: tuple
     texts = [{"prompt": text, "response": f"{text[::-1]}a."} for text in PROMPTS]
     write_rows(folder / "texts.jsonl", texts)
     write_rows(folder / "held_out_texts.jsonl", [{"prompt": t, "response": f"{t[::-1]}a."} for t in HELD_OUT])
+    pairs = [{"prompt": text, "chosen": "a" + text[::-1], "rejected": text[::-1] + "zz"} for text in prompts]
+    write_rows(folder / "pairs.jsonl", pairs)
+    write_rows(folder / "held_out_pairs.jsonl", [{"prompt": t, "chosen": "a.", "rejected": "zz"} for t in HELD_OUT])
     (folder / "rewards.py").write_text(REWARDS, encoding="utf-8")
     whole = base | {"model": {"path": str(model)}, "run": base["run"] | {"output": str(folder / "run")}}
     path = folder / "recipe.yaml"
@@ -198,6 +209,18 @@ def trpo_recipe(tmp_path: Path, llama: Path) -> MakeRecipe:
     """A function from overrides (and an output) to a TRPO recipe on the random Llama."""
     path = write_recipe(tmp_path / "trpo", TRPO, llama)
     return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
+
+
+@pytest.fixture
+def dpo_file(tmp_path: Path, llama: Path) -> Path:
+    """A plain DPO recipe on the random Llama."""
+    return write_recipe(tmp_path / "dpo", DPO, llama)
+
+
+@pytest.fixture
+def dpo_recipe(dpo_file: Path) -> MakeRecipe:
+    """A function from overrides (and an output) to the DPO recipe."""
+    return lambda *overrides, output=None: load_recipe(dpo_file, overrides, output=output)
 
 
 @pytest.fixture

@@ -1,0 +1,178 @@
+"""Preference pairs, and responses judged one by one, as token ids; every row of them accounted for as in data.py.
+
+A prompt and its responses become tokens apart, as in sampling, where the prompt's tokens are fixed before the first
+token of the response: a tokenizer that merges across the boundary would score text that the policy can never be asked
+to continue.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kltune.lm.data import Counts, Prompt, collect_rows, last_tokens, to_truncate
+from kltune.lm.encoding import Encoder, Ids
+from kltune.lm.forms import LABELLED_FORM, PAIR_FORMS, Asked, FormOfFile, as_messages, label_of, prompt_and, sides_of
+from kltune.lm.rows import Row, RowFault
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response as it was written, not sampled. ids: with its end token, unless it was truncated."""
+
+    ids: Ids
+    text: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to one prompt, of which the first is preferred; their tokens differ."""
+
+    prompt: Prompt
+    chosen: Answer
+    rejected: Answer
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A response that was judged on its own: wanted, or not."""
+
+    prompt: Prompt
+    response: Answer
+    wanted: bool
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What fits. prompt, response: tokens, bos and end token included. on_overlong: truncate, drop or error."""
+
+    prompt: int
+    response: int
+    on_overlong: str
+
+
+def load_pairs(
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    end_token: int | None,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    template: str,
+    on_overlong: str,
+    on_bad_row: str,
+) -> tuple[list[Pair], Counts]:
+    """Read preference pairs, one form in a file:
+
+        {"prompt", "chosen", "rejected"}      texts; or messages, the prompt's and one of the assistant on either side
+        {"messages", "chosen", "rejected"}    the same, the prompt under its other name
+        {"chosen", "rejected"}                whole conversations that differ in their last message, or transcripts
+                                              (hh-rlhf), whose prompt ends with the last "\\n\\nAssistant:" in common
+
+    Args:
+        source: a JSONL, CSV or Parquet file, or a dataset (rows.py).
+        tokenizer: the policy's.
+        end_token: id of the token that ends a response, appended to it; None appends none. In messages the chat
+            template has to write it.
+        max_prompt_tokens: the longest prompt, in tokens with bos.
+        max_response_tokens: the longest response, in tokens with the end token.
+        template: auto (chat template if the rows are messages), none, or chat (a prompt is one user message).
+        on_overlong: truncate (prompts from the left, keeping bos; responses from the right, then without the end
+            token), drop, or error (the row is faulty). A pair that truncation makes equal is dropped.
+        on_bad_row: error, or skip (at most 1 % of the rows, or one row). Faulty is also a row whose sides are empty,
+            equal, or transcripts that share no prompt.
+
+    Returns:
+        The pairs in the order of the source, and the counts.
+
+    Raises:
+        DataError: faulty rows, each named with its place; no row left; or a source that cannot be read.
+    """
+    encoder, forms = Encoder(tokenizer, template), FormOfFile(PAIR_FORMS)
+    limits = Limits(max_prompt_tokens, max_response_tokens, on_overlong)
+
+    def build(row: Row) -> tuple[Pair, bool] | None:
+        asked, *sides = sides_of(row.fields, forms.of(row.fields))
+        fitted = _fitted(encoder, row.where, asked, sides, end_token, limits)
+        if fitted is None:
+            return None
+        prompt, (chosen, rejected), too_long = fitted
+        if chosen.ids != rejected.ids:
+            return Pair(prompt, chosen, rejected), too_long
+        if too_long:
+            return None
+        raise RowFault('"chosen" and "rejected" are the same tokens, wanted two different responses')
+
+    return collect_rows(source, build, on_bad_row)
+
+
+def load_labelled(
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    end_token: int | None,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    template: str,
+    on_overlong: str,
+    on_bad_row: str,
+) -> tuple[list[Labelled], Counts]:
+    """Read responses judged one by one, ``{"prompt", "response", "label"}`` with true for a wanted one.
+
+    ``label`` is true or false, 1 or 0; ``prompt`` and ``response`` are texts, or messages as in a pair. A file of
+    pairs, in any form of `load_pairs`, will do as well: what was chosen is wanted, what was rejected is not. The rest
+    as there; the counts are of rows.
+    """
+    encoder, forms = Encoder(tokenizer, template), FormOfFile((LABELLED_FORM, *PAIR_FORMS))
+    limits = Limits(max_prompt_tokens, max_response_tokens, on_overlong)
+
+    def build(row: Row) -> tuple[list[Labelled], bool] | None:
+        form = forms.of(row.fields)
+        if form == LABELLED_FORM:
+            asked, *responses = prompt_and(row.fields, "prompt", ("response",))
+            wanted = [label_of(row.fields)]
+        else:
+            asked, *responses = sides_of(row.fields, form)
+            wanted = [True, False]
+        fitted = _fitted(encoder, row.where, asked, responses, end_token, limits)
+        if fitted is None:
+            return None
+        prompt, answers, too_long = fitted
+        return [Labelled(prompt, *judged) for judged in zip(answers, wanted, strict=True)], too_long
+
+    rows, counts = collect_rows(source, build, on_bad_row)
+    return [labelled for row in rows for labelled in row], counts
+
+
+def _fitted(
+    encoder: Encoder, where: str, asked: Asked, responses: Sequence[str], end_token: int | None, limits: Limits
+) -> tuple[Prompt, list[Answer], bool] | None:
+    """Prompt and responses in tokens, within the limits, and whether that took truncation; None: dropped."""
+    ids, text, spoken = _encoded(encoder, asked, responses, end_token)
+    longest = max(map(len, spoken))
+    too_long = len(ids) > limits.prompt or longest > limits.response
+    if too_long and not to_truncate(
+        limits.on_overlong,
+        f"the prompt has {len(ids)} tokens, wanted at most {limits.prompt} (data.max_prompt_tokens); the longest "
+        f"response has {longest}, wanted at most {limits.response} (data.max_response_tokens)",
+    ):
+        return None
+    prompt = Prompt(last_tokens(ids, limits.prompt, encoder.tokenizer.bos_token_id), text, where)
+    answers = [Answer(s[: limits.response], r) for s, r in zip(spoken, responses, strict=True)]
+    return prompt, answers, too_long
+
+
+def _encoded(
+    encoder: Encoder, asked: Asked, responses: Sequence[str], end_token: int | None
+) -> tuple[Ids, str, list[Ids]]:
+    if encoder.uses_chat(messages=not isinstance(asked, str)):
+        messages = as_messages(asked)
+        turns = [encoder.answer([*messages, {"role": "assistant", "content": text}], end_token) for text in responses]
+        ids = turns[0][0]
+        return ids, encoder.readable(ids), [spoken for _, spoken in turns]
+    spoken = [encoder.continuing(text) for text in responses]
+    if end_token is not None:
+        spoken = [ids if ids[-1] == end_token else (*ids, end_token) for ids in spoken]
+    return encoder.opening(asked), asked, spoken
