@@ -156,6 +156,13 @@ class KLSection(Section):
     dual_lr: Positive = Field(0.02, description="step size of the multiplier (dual)")
 
 
+class TRPOKLSection(KLSection):
+    """The same; one update per batch, whose length has a limit of its own, takes twice the gain and more."""
+
+    kp: NotNegative = Field(0.7, description="gain on the error now (log_pi)")
+    ki: NotNegative = Field(0.15, description="gain on the error summed over steps (log_pi)")
+
+
 class DPOKLSection(KLSection):
     """The same budget, its price paid in the loss: on responses to fresh prompts, beside the pairs."""
 

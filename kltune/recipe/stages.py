@@ -19,6 +19,7 @@ from kltune.recipe.sections import (
     RunSection,
     SamplingSection,
     Section,
+    TRPOKLSection,
     TRPOSection,
 )
 
@@ -91,6 +92,7 @@ class TRPORecipe(RLRecipe):
     """The same with natural-gradient steps inside a KL ball."""
 
     stage: Literal["trpo"] = Field(description="what this recipe runs")
+    kl: TRPOKLSection = Field(default_factory=TRPOKLSection, description="the budget")
     trpo: TRPOSection = Field(default_factory=TRPOSection, description="natural-gradient steps")
 
 
