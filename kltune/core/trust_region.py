@@ -215,29 +215,32 @@ def conjugate_gradient(product: Product, g: Tensor, iterations: int, tolerance: 
     return Solution(x, squared.sqrt().item() / size if size > 0.0 else 0.0, taken)
 
 
-def step_scale(curvature: float, max_step_kl: float, beta: float) -> float:
-    """How far to go along the natural gradient x.
+def step_scale(curvature: float, slope: float, max_step_kl: float, beta: float) -> float:
+    """How far to go along the natural gradient x = (F + λI)⁻¹ g.
 
-        s = min( √(2δ / xᵀFx), 1/β )
+        s = min( √(2δ / xᵀFx), gᵀx / (β xᵀFx) )
 
     The first is where the quadratic model of KL(old ‖ new) meets δ; it takes F *without* damping, which would
-    underrate the step. The second is the exact step to the optimum of E[score] − β·KL(policy ‖ reference) in the
-    quadratic model: beyond it a step can only overshoot, and without this cap it would always be of full length, and
-    chatter around the optimum for ever.
+    underrate the step. The second is the optimum of E[score] − β·KL(policy ‖ reference) along x in the same model:
+    beyond it a step can only overshoot, and without it a step would always be of full length, and chatter around the
+    optimum for ever. Without damping it is 1/β, the exact step to the optimum itself; a heavily damped x is short, and
+    1/β of it would be next to no step at all.
 
-    Source: MATH 4.4.
+    Source: MATH 4.4, and its 1/β carried over to λ > 0.
 
     Args:
         curvature: xᵀFx, undamped, nats per response.
+        slope: gᵀx, unit of the advantages.
         max_step_kl: δ, nats per response, above 0.
-        beta: price of a nat in the unit of the advantages, 0 or above; 0 sets no cap.
+        beta: price of a nat in the unit of the advantages, 0 or above; 0 sets no optimum.
 
     Returns:
-        s, 0 or above; 0 where neither bounds the step.
+        s, 0 or above; 0 where x has no curvature, and so nothing bounds the step.
     """
-    ball = math.sqrt(2.0 * max_step_kl / curvature) if curvature > 0.0 else math.inf
-    scale = min(ball, 1.0 / beta if beta > 0.0 else math.inf)
-    return scale if math.isfinite(scale) else 0.0
+    if not (curvature > 0.0 and slope > 0.0):
+        return 0.0
+    ball = math.sqrt(2.0 * max_step_kl / curvature)
+    return min(ball, slope / (beta * curvature)) if beta > 0.0 else ball
 
 
 def line_search(measure: Callable[[float], Trial], scale: float, max_step_kl: float, tries: int) -> SearchResult:

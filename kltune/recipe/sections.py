@@ -136,12 +136,12 @@ class KLSection(Section):
         description="what is priced; default k1 with placement reward, exact with placement loss",
     )
     controller: Literal["log_pi", "ziegler", "dual"] = Field("log_pi", description="how target steers beta")
-    land: bool = Field(
-        default_factory=lambda section: section.get("control") == "target",
-        description="dial final back to its target or hard_cap if it is beyond; default with control: target",
-    )
     hard_cap: Positive | None = Field(
         None, description="in kl.unit; what is not within it at 95 % confidence is never called final"
+    )
+    land: bool = Field(
+        default_factory=lambda section: section.get("control") == "target" or section.get("hard_cap") is not None,
+        description="dial final back to its target or hard_cap if it is beyond; default where there is one",
     )
     on_cap: Literal["rollback", "stop"] = Field(
         "rollback", description="beyond hard_cap: go back and raise the price, or stop with what was within it"

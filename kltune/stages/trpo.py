@@ -160,7 +160,8 @@ def trust_region_step(
     curvature = mean_curvature(fisher, signs)
     damping = learner.damping.relative * curvature
     solution = conjugate_gradient(lambda v: fisher(v) + damping * v, gradient, trpo.cg_iterations)
-    first = step_scale(solution.x.dot(fisher(solution.x)).item(), radius, beta)
+    slope = gradient.dot(solution.x).item()
+    first = step_scale(solution.x.dot(fisher(solution.x)).item(), slope, radius, beta)
     direction = dict(zip(parameters, unflat(solution.x, list(parameters.values())), strict=True))
     move = Move(learner.policy, old, batch.rollout, recipe.sampling.temperature, reference=learner.cap is not None)
 
@@ -185,7 +186,7 @@ def trust_region_step(
         "kl/step_nats_per_response": done.step_kl,
         "trpo/radius_nats_per_response": radius,
         "trpo/first_try_nats_per_response": result.trials[0].step_kl if result.trials else 0.0,
-        "trpo/predicted_gain": result.scale * gradient.dot(solution.x).item(),
+        "trpo/predicted_gain": result.scale * slope,
         "trpo/gain": done.gain,
         "trpo/last_gain_on_new_responses": fresh_gain,
         "trpo/gain_rate": learner.pace.rate,

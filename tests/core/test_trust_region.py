@@ -88,7 +88,7 @@ def bandit_step(scale_of, damping: float = 0.0) -> Tensor:
 
 
 def test_one_bandit_step_is_the_listed_one():
-    new = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x)).item(), 0.01, beta=0.0))
+    new = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x)).item(), 1.0, 0.01, beta=0.0))
     assert new.tolist() == pytest.approx([0.34370203, 0.29693533, 0.22802850, 0.13133414], abs=1e-7)
     assert kl(BANDIT_REFERENCE, new) == pytest.approx(0.01026811, abs=1e-7)
     assert kl(new, BANDIT_REFERENCE) == pytest.approx(0.01052009, abs=1e-7)
@@ -97,23 +97,35 @@ def test_one_bandit_step_is_the_listed_one():
 
 @pytest.mark.parametrize(("delta", "reached"), [(0.01, 0.010268), (0.05, 0.052752), (0.1, 0.107190)])
 def test_the_quadratic_step_overshoots_by_what_is_listed(delta, reached):
-    new = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x)).item(), delta, beta=0.0))
+    new = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x)).item(), 1.0, delta, beta=0.0))
     assert kl(BANDIT_REFERENCE, new) == pytest.approx(reached, abs=1e-6)
 
 
 def test_a_scale_with_damped_curvature_would_underuse_the_ball():
-    undamped = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x)).item(), 0.01, 0.0), damping=0.1)
-    damped = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x) + 0.1 * x).item(), 0.01, 0.0), damping=0.1)
+    undamped = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x)).item(), 1.0, 0.01, 0.0), damping=0.1)
+    damped = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x) + 0.1 * x).item(), 1.0, 0.01, 0.0), damping=0.1)
     assert kl(BANDIT_REFERENCE, undamped) == pytest.approx(0.01011, abs=1e-5)
     assert kl(BANDIT_REFERENCE, damped) == pytest.approx(0.00700, abs=1e-5)
 
 
-def test_the_step_is_never_longer_than_one_over_beta():
-    assert step_scale(2.0, 0.01, beta=0.0) == pytest.approx(0.1)
-    assert step_scale(2.0, 0.01, beta=5.0) == pytest.approx(0.1)
-    assert step_scale(2.0, 0.01, beta=20.0) == pytest.approx(0.05)
-    assert step_scale(0.0, 0.01, beta=4.0) == 0.25
-    assert step_scale(0.0, 0.01, beta=0.0) == 0.0  # nothing bounds it, so it is not taken
+def test_the_step_is_never_longer_than_to_the_optimum_along_it():
+    # Undamped, gᵀx = xᵀFx = 2, and the optimum is 1/β away; x twice as short has the same optimum twice as far.
+    assert step_scale(2.0, 2.0, 0.01, beta=0.0) == pytest.approx(0.1)
+    assert step_scale(2.0, 2.0, 0.01, beta=5.0) == pytest.approx(0.1)
+    assert step_scale(2.0, 2.0, 0.01, beta=20.0) == pytest.approx(0.05)
+    assert step_scale(0.5, 1.0, 0.01, beta=20.0) == pytest.approx(0.1)
+    assert step_scale(0.0, 2.0, 0.01, beta=4.0) == 0.0  # the batch's share sees no curvature: nothing bounds a step
+
+
+def test_a_damped_step_still_ends_at_the_optimum_along_it():
+    # The same bandit with much damping: J(s) = E[score] − β KL(π ‖ ρ) is largest where the rule stops, in its model.
+    curvature = BANDIT_REFERENCE.diag() - BANDIT_REFERENCE[:, None] * BANDIT_REFERENCE[None]
+    g = BANDIT_REFERENCE * (BANDIT_REWARDS - (BANDIT_REFERENCE * BANDIT_REWARDS).sum())
+    x = torch.linalg.solve(curvature + 3.0 * torch.eye(4, dtype=g.dtype), g)
+    bent, beta = x.dot(curvature @ x).item(), 2.0
+    scales = torch.linspace(0.0, 10.0, 100_001, dtype=g.dtype)
+    model = scales * g.dot(x) - 0.5 * beta * scales**2 * bent
+    assert step_scale(bent, g.dot(x).item(), 1e6, beta) == pytest.approx(scales[model.argmax()].item(), abs=1e-3)
 
 
 # --- line search -----------------------------------------------------------------------------------------------------
@@ -224,7 +236,7 @@ def trust_region_run(iterations: int, *, capped: bool) -> list[float]:
             excess = torch.expm1((RESPONSES.logprobs(new) - RESPONSES.logprobs(logits)).sum(-1))
             return Trial(RESPONSES.kl(logits, new).item(), (p * returns * excess).sum().item())
 
-        scale = step_scale(x.dot(product(x)).item(), 0.01, beta=1.0 if capped else 0.0)
+        scale = step_scale(x.dot(product(x)).item(), g.flatten().dot(x).item(), 0.01, beta=1.0 if capped else 0.0)
         result = line_search(measure, scale, 0.01, 10)
         if result.accepted:
             assert result.trials[-1].step_kl <= 0.01
@@ -279,7 +291,7 @@ def overshoot(b: float, relative_damping: float, delta: float = 0.01) -> tuple[f
     g = torch.func.grad(lambda theta: (logits(theta).softmax(-1) * advantages).sum(-1).mean())(start)
     damping = relative_damping * fisher.trace() / len(start)
     direction = torch.linalg.solve(fisher + damping * torch.eye(len(start), dtype=torch.float64), g)
-    step = step_scale(direction.dot(fisher @ direction).item(), delta, 0.0) * direction
+    step = step_scale(direction.dot(fisher @ direction).item(), 1.0, delta, 0.0) * direction
     return step.norm().item(), kl_exact(old, logits(start + step), 1.0).mean().item() / delta
 
 
