@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kltune.core.advantages import gae, group_normalized, leave_one_out, spread_within_groups
 from kltune.core.controllers import Controller, Dual, FixedBeta, LogPI, Ziegler
+from kltune.core.correlation import correlation
 from kltune.core.divergence import kl_k1
 from kltune.core.intervals import KLSummary, summarize
 from kltune.core.masking import masked_mean, masked_whiten, per_response
@@ -229,13 +230,6 @@ def batch_metrics(rollout: Rollout, scores: Tensor, kl: KLSummary, beta: float) 
         "response/tokens": rollout.lengths.float().mean().item(),
         "response/truncated_fraction": rollout.truncated.float().mean().item(),
     }
-
-
-def correlation(x: Tensor, y: Tensor) -> float | None:
-    """Pearson's correlation of two [B] tensors; None where one of them does not vary."""
-    x, y = (v.double() - v.double().mean() for v in (x, y))
-    scale = (x.norm() * y.norm()).item()
-    return (x @ y).item() / scale if scale > 0.0 else None
 
 
 def response_kl(rollout: Rollout) -> Tensor:
