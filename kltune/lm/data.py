@@ -94,20 +94,20 @@ def load_prompts(
 
     def build(row: Row) -> tuple[Prompt, bool] | None:
         form = forms.of(row.fields)
-        if encoder.uses_chat(form):
+        if encoder.uses_chat(messages=form == ("messages",)):
             ids = encoder.plain(encoder.render(prompt_messages(row.fields, form), to_answer=True))
             text = encoder.readable(ids)
         else:
             text = text_field(row.fields, "prompt")
             ids = encoder.opening(text)
         too_long = len(ids) > max_tokens
-        if too_long and not _to_truncate(
+        if too_long and not to_truncate(
             on_overlong, f"the prompt has {len(ids)} tokens, wanted at most {max_tokens} (data.max_prompt_tokens)"
         ):
             return None
-        return Prompt(_last_tokens(ids, max_tokens, tokenizer.bos_token_id), text, row.where), too_long
+        return Prompt(last_tokens(ids, max_tokens, tokenizer.bos_token_id), text, row.where), too_long
 
-    return _collect(source, build, on_bad_row)
+    return collect_rows(source, build, on_bad_row)
 
 
 def load_examples(
@@ -149,24 +149,24 @@ def load_examples(
 
     def build(row: Row) -> tuple[Example, bool] | None:
         form = forms.of(row.fields)
-        if encoder.uses_chat(form):
+        if encoder.uses_chat(messages=form == ("messages",)):
             ids, scored = encoder.conversation(answered_messages(row.fields, form), end_token)
         else:
             ids, scored = _plain_example(row, form, encoder, end_token)
         start = scored.index(True)
         prompt, response = ids[:start], ids[start:]
         too_long = len(prompt) > max_prompt_tokens or len(response) > max_response_tokens
-        if too_long and not _to_truncate(
+        if too_long and not to_truncate(
             on_overlong,
             f"the prompt has {len(prompt)} tokens, wanted at most {max_prompt_tokens} (data.max_prompt_tokens); "
             f"the response has {len(response)}, wanted at most {max_response_tokens} (data.max_response_tokens)",
         ):
             return None
-        prompt = _last_tokens(prompt, max_prompt_tokens, tokenizer.bos_token_id)
+        prompt = last_tokens(prompt, max_prompt_tokens, tokenizer.bos_token_id)
         response, spoken = response[:max_response_tokens], scored[start : start + max_response_tokens]
         return Example(prompt + response, (False,) * len(prompt) + spoken, row.where), too_long
 
-    return _collect(source, build, on_bad_row)
+    return collect_rows(source, build, on_bad_row)
 
 
 def _plain_example(
@@ -214,14 +214,18 @@ def shuffled_positions(count: int, start: int, size: int, seed: int) -> list[int
     return positions
 
 
-def _to_truncate(on_overlong: str, lengths: str) -> bool:
-    """Whether an over-long row is truncated (True) or dropped (False); on ``error`` its lengths are its fault."""
+def to_truncate(on_overlong: str, lengths: str) -> bool:
+    """Whether an over-long row is truncated (True) or dropped (False).
+
+    Raises:
+        RowFault: on ``error``, its lengths are its fault.
+    """
     if on_overlong == "error":
         raise RowFault(lengths)
     return on_overlong == "truncate"
 
 
-def _last_tokens(ids: Ids, limit: int, bos: int | None) -> Ids:
+def last_tokens(ids: Ids, limit: int, bos: int | None) -> Ids:
     """The last ``limit`` tokens, the first of them still bos where bos came first (a policy without it is lost)."""
     if len(ids) <= limit:
         return ids
@@ -229,8 +233,12 @@ def _last_tokens(ids: Ids, limit: int, bos: int | None) -> Ids:
     return head + ids[len(ids) - limit + len(head) :]
 
 
-def _collect(source: str, build: Build[Item], on_bad_row: str) -> tuple[list[Item], Counts]:
-    """Build every row, count what becomes of it, and refuse the source if too many rows are faulty or none is left."""
+def collect_rows(source: str, build: Build[Item], on_bad_row: str) -> tuple[list[Item], Counts]:
+    """Build every row and count what becomes of it.
+
+    Raises:
+        DataError: too many rows are faulty, each is named with its place; or none is left.
+    """
     kept: list[Item] = []
     faults: list[str] = []
     read = truncated = dropped = 0

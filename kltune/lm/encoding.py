@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import jinja2
 
 from kltune.errors import DataError
-from kltune.lm.forms import Form, Message
+from kltune.lm.forms import Message
 from kltune.lm.rows import RowFault
 
 if TYPE_CHECKING:
@@ -73,17 +73,17 @@ class Encoder:
         anchor, anchored = self.plain(ANCHOR), self.plain(ANCHOR + text)
         return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else ids
 
-    def uses_chat(self, form: Form) -> bool:
-        """Whether rows of this form go through the chat template.
+    def uses_chat(self, *, messages: bool) -> bool:
+        """Whether rows that are messages, or are not, go through the chat template.
 
         Raises:
             DataError: they need one and the recipe says none, or the tokenizer has none.
         """
-        if self.template == "none" and form == ("messages",):
+        if self.template == "none" and messages:
             raise DataError('data.template: none cannot be used with rows of "messages"; wanted auto or chat.')
-        chat = self.template == "chat" or form == ("messages",)
+        chat = self.template == "chat" or messages
         if chat and not self.tokenizer.chat_template:
-            wish = 'rows of "messages" need one' if form == ("messages",) else "data.template: chat needs one"
+            wish = 'rows of "messages" need one' if messages else "data.template: chat needs one"
             raise DataError(f"the model's tokenizer has no chat template, and {wish}; wanted a model with a chat "
                             "template, or plain rows and data.template: none.")
         return chat
@@ -112,12 +112,34 @@ class Encoder:
         ids = self.plain(self.render(messages, to_answer=False))
         scored = [False] * len(ids)
         for index in (index for index, message in enumerate(messages) if message["role"] == "assistant"):
-            before = self.plain(self.render(messages[:index], to_answer=True))
-            after = self.plain(self.render(messages[: index + 1], to_answer=False))
-            if ids[: len(after)] != after or after[: len(before)] != before or len(after) == len(before):
-                raise RowFault(f'field "messages[{index}]": the chat template does not write the messages before it '
-                               "in the same way with and without it; its tokens cannot be told from the prompt's")
-            turn = after[len(before) :]
-            spoken = turn.index(end_token) + 1 if end_token in turn else len(turn)
+            before, turn = self._last_turn(messages[: index + 1])
+            if ids[: len(before) + len(turn)] != before + turn:
+                raise _ambiguous(index)
+            spoken = len(_to_end(turn, end_token))
             scored[len(before) : len(before) + spoken] = [True] * spoken
         return ids, tuple(scored)
+
+    def answer(self, messages: list[Message], end_token: int | None) -> tuple[Ids, Ids]:
+        """The tokens of what the assistant reads before the last message, and of what it says in it.
+
+        Raises:
+            RowFault: as `conversation`.
+        """
+        before, turn = self._last_turn(messages)
+        return before, _to_end(turn, end_token)
+
+    def _last_turn(self, messages: list[Message]) -> tuple[Ids, Ids]:
+        before = self.plain(self.render(messages[:-1], to_answer=True))
+        after = self.plain(self.render(messages, to_answer=False))
+        if after[: len(before)] != before or len(after) == len(before):
+            raise _ambiguous(len(messages) - 1)
+        return before, after[len(before) :]
+
+
+def _to_end(turn: Ids, end_token: int | None) -> Ids:
+    return turn[: turn.index(end_token) + 1] if end_token in turn else turn
+
+
+def _ambiguous(index: int) -> RowFault:
+    return RowFault(f'field "messages[{index}]": the chat template does not write the messages before it in the same '
+                    "way with and without it; its tokens cannot be told from the prompt's")

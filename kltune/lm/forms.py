@@ -11,6 +11,10 @@ Message = dict[str, str]            # {"role": ..., "content": ...}
 
 PROMPT_FORMS: tuple[Form, ...] = (("prompt",), ("messages",))
 TEXT_FORMS: tuple[Form, ...] = (("text",), ("prompt", "response"), ("messages",))
+PAIR_FORMS: tuple[Form, ...] = (
+    ("prompt", "chosen", "rejected"), ("messages", "chosen", "rejected"), ("chosen", "rejected"),
+)
+LABELLED_FORM: Form = ("prompt", "response", "label")
 
 # Who may speak after whom; None is the start of the conversation.
 NEXT_ROLES: dict[str | None, tuple[str, ...]] = {
@@ -49,7 +53,8 @@ class FormOfFile:
         complete = [form for form in self.forms if all(fields.get(name) is not None for name in form)]
         if self.form is None and complete:
             self.form = complete[0]
-        if complete and self.form not in complete:
+        partly = complete and self.form and set(complete[0]) < set(self.form)      # a field of the form is null
+        if complete and self.form not in complete and not partly:
             raise MixedForms(f"found a row with {_names(complete[0])}, the rows before it have {_names(self.form)}; "
                              "wanted one form in a file")
         if self.form is not None:
@@ -89,22 +94,26 @@ def text_field(fields: dict[str, Any], name: str, label: str = "") -> str:
     return value
 
 
-def message_list(fields: dict[str, Any]) -> list[Message]:
-    """The ``messages`` of a row: role and content of each, in an order that a conversation can have.
+def message_list(fields: dict[str, Any], name: str = "messages", before: str | None = None) -> list[Message]:
+    """The messages in a field of a row: role and content of each, in an order that a conversation can have.
+
+    Args:
+        fields: the row.
+        name: the field.
+        before: the role that spoke before the first of them; None at the start of a conversation.
 
     Raises:
         RowFault: no list, empty, a message without role or content, an unknown role, or a role out of turn.
     """
-    value = fields.get("messages")
-    if "messages" not in fields:
-        raise RowFault('field "messages": missing, wanted a list of {"role", "content"}')
+    value = fields.get(name)
+    if name not in fields:
+        raise RowFault(f'field "{name}": missing, wanted a list of {{"role", "content"}}')
     if not isinstance(value, list) or not value:
         found = "an empty list" if isinstance(value, list) else describe(value)
-        raise RowFault(f'field "messages": found {found}, wanted a list of {{"role", "content"}}')
+        raise RowFault(f'field "{name}": found {found}, wanted a list of {{"role", "content"}}')
     messages: list[Message] = []
     for index, message in enumerate(value):
-        before = messages[-1]["role"] if messages else None
-        messages.append(_checked_message(message, f"messages[{index}]", before))
+        messages.append(_checked_message(message, f"{name}[{index}]", messages[-1]["role"] if messages else before))
     return messages
 
 
@@ -128,9 +137,18 @@ def prompt_messages(fields: dict[str, Any], form: Form) -> list[Message]:
     """
     if form == ("prompt",):
         return [{"role": "user", "content": text_field(fields, "prompt")}]
-    messages = message_list(fields)
+    return open_messages(fields, "messages")
+
+
+def open_messages(fields: dict[str, Any], name: str) -> list[Message]:
+    """The messages in a field, which the assistant has still to answer.
+
+    Raises:
+        RowFault: the field is faulty, or the assistant has the last word already.
+    """
+    messages = message_list(fields, name)
     if messages[-1]["role"] == "assistant":
-        raise RowFault(f'field "messages[{len(messages) - 1}].role": found assistant in the last message of a prompt, '
+        raise RowFault(f'field "{name}[{len(messages) - 1}].role": found assistant in the last message of a prompt, '
                        "wanted system, user or tool")
     return messages
 
