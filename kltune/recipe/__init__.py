@@ -18,6 +18,7 @@ from kltune.recipe.packaged import find_recipe, packaged_recipes, recipes_folder
 from kltune.recipe.reading import load_recipe, recipe_text
 from kltune.recipe.sections import (
     STAGES,
+    BradleyTerrySection,
     ClassifierReward,
     DataSection,
     DPORecipe,
@@ -43,9 +44,9 @@ from kltune.recipe.sections import (
 from kltune.recipe.writing import differing_keys, dump_recipe, recipe_digest, recipe_schema
 
 __all__ = [
-    "STAGES", "ClassifierReward", "DPORecipe", "DPOSection", "DataSection", "EvalSection", "Fault", "FunctionReward",
-    "KLSection", "LoraSection", "ModelReward", "ModelSection", "OptimSection", "PPORecipe", "PPOSection", "Place",
-    "Recipe", "RecipeFaults", "RewardEntry", "RewardRecipe", "RunSection", "SFTRecipe", "SamplingSection",
-    "TRPORecipe", "TRPOSection", "copy_recipe", "differing_keys", "dump_recipe", "find_recipe", "load_recipe",
-    "packaged_recipes", "recipe_digest", "recipe_schema", "recipe_text", "recipes_folder",
+    "STAGES", "BradleyTerrySection", "ClassifierReward", "DPORecipe", "DPOSection", "DataSection", "EvalSection",
+    "Fault", "FunctionReward", "KLSection", "LoraSection", "ModelReward", "ModelSection", "OptimSection", "PPORecipe",
+    "PPOSection", "Place", "Recipe", "RecipeFaults", "RewardEntry", "RewardRecipe", "RunSection", "SFTRecipe",
+    "SamplingSection", "TRPORecipe", "TRPOSection", "copy_recipe", "differing_keys", "dump_recipe", "find_recipe",
+    "load_recipe", "packaged_recipes", "recipe_digest", "recipe_schema", "recipe_text", "recipes_folder",
 ]

@@ -26,10 +26,13 @@ BAD_PRICES = {
 CONTROLLER_KEYS = {
     "horizon": "ziegler", "kp": "log_pi", "ki": "log_pi", "look_ahead": "log_pi", "dual_lr": "dual",
 }
+NO_PAIRS = dict.fromkeys(("eval.pairs", "eval.pairs_share"), "there are no pairs in it to hold out")
+NO_POLICY = "a reward model is measured on held-out pairs: write eval.pairs, or eval.pairs_share"
 UNREAD = {
-    "sft": {"sampling.prompts_per_step": "sft learns from texts: optim.batch_size is the batch"},
-    "ppo": {"optim.batch_size": "the batch of ppo is sampling.prompts_per_step x responses_per_prompt"},
-    "trpo": {"optim.batch_size": "the batch of trpo is sampling.prompts_per_step x responses_per_prompt"},
+    "sft": {"sampling.prompts_per_step": "sft learns from texts: optim.batch_size is the batch", **NO_PAIRS},
+    "reward": dict.fromkeys(("eval.prompts", "eval.responses", "eval.texts", "eval.gold"), NO_POLICY),
+    "ppo": {"optim.batch_size": "the batch of ppo is sampling.prompts_per_step x responses_per_prompt", **NO_PAIRS},
+    "trpo": {"optim.batch_size": "the batch of trpo is sampling.prompts_per_step x responses_per_prompt", **NO_PAIRS},
 }
 
 
@@ -97,6 +100,9 @@ def unread(recipe: Recipe) -> Iterator[Clash]:
         holder = getattr(recipe, section)
         if getattr(holder, name) != type(holder).model_fields[name].default:
             yield (key,), f"the {recipe.stage} stage does not read it; {why}"
+    if recipe.stage == "reward" and recipe.eval.pairs is not None:
+        if recipe.eval.pairs_share != type(recipe.eval).model_fields["pairs_share"].default:
+            yield ("eval.pairs_share", "eval.pairs"), "read only without eval.pairs, which are held out; remove it"
 
 
 def natural_gradient(recipe: Any) -> Iterator[Clash]:

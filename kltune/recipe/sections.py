@@ -204,6 +204,15 @@ class DPOSection(Section):
     source: Literal["file", "online"] = Field("file", description="pairs from data.pairs, or sampled and scored")
 
 
+class BradleyTerrySection(Section):
+    """What a reward model makes of its pairs; a row's own "margin" says how much better the chosen one is."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of rows assumed to be judged wrongly")
+    centring: NotNegative = Field(
+        0.01, description="price of the squared sum of a pair's two scores, which keeps them around 0 (pairs only)"
+    )
+
+
 class OptimSection(Section):
     """AdamW and its schedule."""
 
@@ -245,6 +254,10 @@ class EvalSection(Section):
     responses: Count = Field(128, description="responses per measurement")
     texts: Text | None = Field(None, description="held-out human texts for the alignment tax")
     gold: RewardEntry | None = Field(None, description="a scorer that is measured and never trained on")
+    pairs: Text | None = Field(None, description="held-out pairs (reward); null holds out pairs_share of data.pairs")
+    pairs_share: float = Field(
+        0.1, ge=0, lt=1, description="share of the prompts of data.pairs whose rows are held out where pairs is null"
+    )
 
 
 class Recipe(Section):
@@ -285,6 +298,7 @@ class RewardRecipe(Recipe):
     model: ModelSection = Field(description="the frozen weights")
     lora: LoraSection = Field(default_factory=LoraSection, description="the adapter")
     data: DataSection = Field(default_factory=DataSection, description="rows")
+    bradley_terry: BradleyTerrySection = Field(default_factory=BradleyTerrySection, description="the loss")
     optim: OptimSection = Field(default_factory=OptimSection, description="optimizer")
     run: RunSection = Field(default_factory=RunSection, description="length, seed, output")
     eval: EvalSection = Field(default_factory=EvalSection, description="held-out measurements")
@@ -331,5 +345,5 @@ STAGES: dict[str, type[Recipe]] = {
 # dotted keys whose value may be a path; "*" stands for each entry of a list
 PATH_KEYS = (
     "model.path", "model.sft_adapter", "data.prompts", "data.texts", "data.pairs", "reward.*.path",
-    "run.output", "eval.prompts", "eval.texts", "eval.gold.path",
+    "run.output", "eval.prompts", "eval.texts", "eval.pairs", "eval.gold.path",
 )
