@@ -89,7 +89,8 @@ def load_held_out(
         ends = {"end_token": policy.tokenizer.eos_token_id, "max_response_tokens": data.max_response_tokens}
         texts, counts = load_examples(section.texts, policy.tokenizer, max_prompt_tokens=prompt_limit, **ends, **rules)
         notes.append(described(section.texts, counts))
-    gold = None if section.gold is None else load_scorer([section.gold], folder, policy.device)
+    gold = None if section.gold is None else load_scorer([section.gold], folder, policy.device, policy)
+    notes += () if gold is None else gold.notes
     return HeldOut(prompts, texts, gold, section.responses, tuple(notes))
 
 
@@ -147,7 +148,7 @@ def judged(
     metrics: dict[str, float | None] = {}
     for name, judge in judges.items():
         if judge is not None:
-            scores = judge(*measured.texts()).total - missing_end_penalty * measured.truncated
+            scores = judge(*measured.texts(), measured.rollouts).total - missing_end_penalty * measured.truncated
             error = scores.std().item() / len(scores) ** 0.5 if len(scores) > 1 else None
             metrics |= {f"{prefix}{name}_mean": scores.mean().item(), f"{prefix}{name}_stderr": error}
     return metrics

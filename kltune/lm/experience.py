@@ -97,12 +97,12 @@ def standardize(
     uniforms = uniform_numbers(rng, len(chosen), sampling.max_new_tokens)
     with policy.reference():
         samples = sample(policy, chosen, uniforms, temperature=sampling.temperature)
-    return scorer.standardized(samples.prompts, samples.responses)
+    return scorer.standardized(samples.prompts, samples.responses, [samples])
 
 
 def score(scorer: Scorer, rollout: Rollout, missing_end_penalty: float) -> Tensor:
     """The score of each response, less the penalty where it never ended. [B]."""
-    total = scorer(rollout.prompts, rollout.responses).total.to(rollout.truncated.device)
+    total = scorer(rollout.prompts, rollout.responses, [rollout]).total.to(rollout.truncated.device)
     return total - missing_end_penalty * rollout.truncated
 
 

@@ -5,6 +5,7 @@ token of the response: a tokenizer that merges across the boundary would score t
 to continue.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -44,11 +45,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to one prompt, of which the first is preferred; their tokens differ."""
+    """Two responses to one prompt, of which the first is preferred; their tokens differ. margin: by how much more."""
 
     prompt: Prompt
     chosen: Answer
     rejected: Answer
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def load_pairs(
     template: str,
     on_overlong: str,
     on_bad_row: str,
+    margins: bool = False,
 ) -> tuple[list[Pair], Counts]:
     """Read preference pairs, one form in a file:
 
@@ -99,6 +102,7 @@ def load_pairs(
             token), drop, or error (the row is faulty). A pair that truncation makes equal is dropped.
         on_bad_row: error, or skip (at most 1 % of the rows, or one row). Faulty is also a row whose sides are empty,
             equal, or transcripts that share no prompt.
+        margins: read the field "margin" of rows that have one; else it is an extra field.
 
     Returns:
         The pairs in the order of the source, and the counts.
@@ -116,7 +120,7 @@ def load_pairs(
             return None
         prompt, (chosen, rejected), too_long = fitted
         if chosen.ids != rejected.ids:
-            return Pair(prompt, chosen, rejected), too_long
+            return Pair(prompt, chosen, rejected, margin_field(row.fields) if margins else 0.0), too_long
         if too_long:
             return None
         raise RowFault('"chosen" and "rejected" are the same tokens, wanted two different responses')
@@ -174,6 +178,24 @@ def label_field(fields: dict[str, Any]) -> bool:
         return LABELS[key]
     found = describe(value) if "label" in fields else "nothing"
     raise RowFault(f'field "label": found {found}, wanted true or false (1 or 0)')
+
+
+def margin_field(fields: dict[str, Any]) -> float:
+    """How much better the chosen response of a row is said to be, in units of score; 0 where it does not say.
+
+    Raises:
+        RowFault: the margin is no finite number of at least 0.
+    """
+    value = fields.get("margin")
+    if value is None:
+        return 0.0
+    try:
+        margin = math.nan if isinstance(value, bool) else float(value)      # CSV has only text
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not 0.0 <= margin < math.inf:
+        raise RowFault(f'field "margin": found {describe(value)}, wanted a number of at least 0')
+    return margin
 
 
 def sides_of(fields: dict[str, Any], form: Form) -> tuple[Asked, str, str]:

@@ -100,9 +100,9 @@ def unread(recipe: Recipe) -> Iterator[Clash]:
         holder = getattr(recipe, section)
         if getattr(holder, name) != type(holder).model_fields[name].default:
             yield (key,), f"the {recipe.stage} stage does not read it; {why}"
-    if recipe.stage == "reward" and recipe.eval.pairs is not None:
-        if recipe.eval.pairs_share != type(recipe.eval).model_fields["pairs_share"].default:
-            yield ("eval.pairs_share", "eval.pairs"), "read only without eval.pairs, which are held out; remove it"
+    share = type(recipe.eval).model_fields["pairs_share"].default
+    if recipe.stage == "reward" and recipe.eval.pairs is not None and recipe.eval.pairs_share != share:
+        yield ("eval.pairs_share", "eval.pairs"), "read only without eval.pairs, which are held out; remove it"
 
 
 def natural_gradient(recipe: Any) -> Iterator[Clash]:
