@@ -69,6 +69,14 @@ def described(source: str, counts: Counts) -> str:
     return f"{source}: {counts.kept} of {counts.read} rows" + (f" ({', '.join(rest)})" if rest else "")
 
 
+def text_limits(data: DataSection, policy: Policy) -> dict[str, int]:
+    """The longest prompt and response that are read from data; a prompt takes at most half of the model's context."""
+    context = policy.max_context
+    prompt = policy.prompt_limit(data.max_prompt_tokens, min(data.max_response_tokens, (context or 1024) // 2))
+    room = data.max_response_tokens if context is None else min(data.max_response_tokens, context - prompt)
+    return {"max_prompt_tokens": prompt, "max_response_tokens": room}
+
+
 def load_held_out(
     section: EvalSection,
     data: DataSection,

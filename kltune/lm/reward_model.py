@@ -81,6 +81,12 @@ class RewardModel:
         last = torch.arange(ids.shape[1]) == torch.tensor([len(row) - 1 for row in rows])[:, None]
         return ids.to(self.policy.device), last.to(self.policy.device)
 
+    def centre(self, rows: Sequence[Ids]) -> float:
+        """Shift the scores so that their mean over these sequences is 0; what was taken away, unit of score."""
+        mean = self.measure_rows(rows).double().mean().item()
+        self.head.linear.bias.data -= mean
+        return mean
+
     def save(self, folder: Path) -> None:
         """Write a plain PEFT adapter, the tokenizer, the head beside them, and how to read all of it."""
         self.policy.save(folder)

@@ -25,6 +25,7 @@ from kltune.lm.evaluate import (
     load_held_out,
     log_perplexity,
     measure_settings,
+    text_limits,
 )
 from kltune.lm.loading import pick_device
 from kltune.lm.opening import load_policy
@@ -93,16 +94,13 @@ def run_sft(recipe: SFTRecipe, resume: bool) -> dict[str, Any]:
 
 
 def load_data(recipe: SFTRecipe, policy: Policy) -> tuple[list[Example], HeldOut]:
-    """Training texts, and what evaluations are made on. A prompt takes at most half of the model's context."""
-    data, context = recipe.data, policy.max_context
-    limit = policy.prompt_limit(data.max_prompt_tokens, min(data.max_response_tokens, (context or 1024) // 2))
-    room = data.max_response_tokens if context is None else min(data.max_response_tokens, context - limit)
+    """Training texts, and what evaluations are made on."""
+    data, limits = recipe.data, text_limits(recipe.data, policy)
     rules = {"template": data.template, "on_overlong": data.on_overlong, "on_bad_row": data.on_bad_row}
-    limits = {"max_prompt_tokens": limit, "max_response_tokens": room}
     end = policy.tokenizer.eos_token_id
     examples, counts = load_examples(data.texts, policy.tokenizer, end_token=end, **limits, **rules)
-    note = described(data.texts, counts)
-    held_out = load_held_out(recipe.eval, data, policy, [], prompt_limit=limit, folder=recipe.folder, note=note)
+    measured = {"prompt_limit": limits["max_prompt_tokens"], "folder": recipe.folder}
+    held_out = load_held_out(recipe.eval, data, policy, [], note=described(data.texts, counts), **measured)
     return examples, held_out
 
 
