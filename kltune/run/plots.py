@@ -29,11 +29,13 @@ CURVE_NAMES = {
     "trpo/gain": "measured", "kl/step_nats_per_response": "measured",
     "trpo/radius_nats_per_response": "allowed in this step", "trpo/line_search_tries": "tries",
     "trpo/accepted": "accepted",
+    "loss/mean": "training", "eval/loss": "held out", "accuracy/mean": "training", "eval/accuracy": "held out",
     "kl/cap_rollbacks": "gone back", "kl/cap_refusals": "steps cut short",
 }
 STANDARD_ERRORS = {
     "kl/ref_nats_per_response": "kl/ref_stderr", "eval/kl_ref_nats_per_response": "eval/kl_ref_stderr",
-    "eval/score_mean": "eval/score_stderr", "eval/gold_mean": "eval/gold_stderr",
+    "eval/accuracy": "eval/accuracy_stderr", "eval/score_mean": "eval/score_stderr",
+    "eval/gold_mean": "eval/gold_stderr",
 }
 
 

@@ -163,6 +163,7 @@ def learn(
 ) -> dict[str, float | None]:
     """One step on a batch, in micro-batches whose gradients add up to that of the mean over its rows."""
     size = recipe.optim.micro_batch_size or len(batch)
+    batch = sorted(batch, key=lambda row: max(map(len, sequences([row]))))      # micro-batches with little padding
     losses, scores = [], []
     with model.policy.dropout() if recipe.lora.dropout > 0.0 else nullcontext():
         for start in range(0, len(batch), size):
