@@ -38,8 +38,7 @@ class AdapterSwitch:
     def __init__(self, model: nn.Module):
         self.layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
-    def use(self, name: str | None) -> None:
-        """Turn on adapter ``name`` alone, or none."""
+    def _set(self, name: str | None) -> None:
         for layer in self.layers:
             layer._disable_adapters = name is None
             if name is not None:
@@ -49,7 +48,7 @@ class AdapterSwitch:
     def active(self, name: str | None) -> Iterator[None]:
         """Within: only adapter ``name`` is on, or none. After, exceptions included: as before."""
         before = [(layer._disable_adapters, layer._active_adapter) for layer in self.layers]
-        self.use(name)
+        self._set(name)
         try:
             yield
         finally:

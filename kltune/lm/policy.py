@@ -133,7 +133,6 @@ class Policy:
         trained = {id(tensor) for tensor in self.model.parameters() if tensor.requires_grad}
         self.model.add_adapter(name, config)
         self._switch = AdapterSwitch(self.model)
-        self._switch.use(POLICY)  # PEFT turns the new adapter on in layers that had none
         for tensor in self.model.parameters():
             tensor.requires_grad_(id(tensor) in trained)  # PEFT froze the policy's
         self.model.eval()

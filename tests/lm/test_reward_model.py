@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from kltune.errors import ModelError, ScorerError
-from kltune.lm.adapters import POLICY, AdapterSwitch
+from kltune.lm.adapters import POLICY
 from kltune.lm.batches import Samples
 from kltune.lm.data import Prompt
 from kltune.lm.encoding import Encoder
 from kltune.lm.loading import weights_sha256
 from kltune.lm.opening import probe_logits
+from kltune.lm.policy import Policy
 from kltune.lm.reward_model import HEAD, RewardModel
 from kltune.lm.reward_reader import open_reward_model, spelled
 from kltune.lm.sampler import sample
@@ -319,9 +320,13 @@ def test_a_share_on_other_weights_would_be_caught_by_the_probe_alone(open_policy
 
 
 def test_an_adapter_that_would_be_on_beside_the_policy_is_caught(open_policy, saved_reward, monkeypatch):
-    # What happens where nobody turns off what PEFT turned on, in the layers that had no adapter.
-    policy, use = open_policy(lora=NARROW), AdapterSwitch.use
-    monkeypatch.setattr(AdapterSwitch, "use", lambda self, name: None if name == POLICY else use(self, name))
+    policy, add_beside = open_policy(lora=NARROW), Policy.add_beside
+
+    def left_on(self: Policy, name: str, config) -> None:
+        add_beside(self, name, config)
+        self._switch._set(name)
+
+    monkeypatch.setattr(Policy, "add_beside", left_on)
     with pytest.raises(ModelError, match="it changes the policy"):
         open_reward_model(saved_reward, policy, CPU)
 
