@@ -260,6 +260,11 @@ def _load_function(entry: FunctionReward, folder: Path) -> tuple[ScoreFunction, 
 def _load_model(entry: ModelReward | ClassifierReward, device: torch.device) -> tuple[ScoreFunction, dict[str, str]]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    if (Path(entry.path) / "adapter_config.json").exists():  # transformers would put a random head on its base
+        raise ScorerError(
+            f"reward {entry.path}: is an adapter that kltune reward did not make; merge it into its base, and give the "
+            "folder of that."
+        )
     local = {"local_files_only": True} if Path(entry.path).exists() else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(entry.path, **local)

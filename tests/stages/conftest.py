@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from kltune.cli import main
 from kltune.recipe import Recipe, load_recipe
 from kltune.run import finishing
-from kltune.stages import ppo, sft
+from kltune.stages import ppo, reward, sft
 from tests.oracles import BANDIT_REFERENCE, save_tiny_lm
 
 LETTERS = string.ascii_lowercase + " .,"
@@ -71,6 +71,14 @@ SFT = {
     "optim": {"lr": 0.02, "batch_size": 6},
     "run": {"steps": 4, "save_every": 100, "eval_every": 100},
     "eval": {"prompts": "held_out.jsonl", "responses": 10, "texts": "held_out_texts.jsonl"},
+}
+REWARD = {
+    "stage": "reward",
+    "lora": {"rank": 4, "alpha": 8.0},
+    "data": {"pairs": "pairs.jsonl"},
+    "optim": {"lr": 0.02, "batch_size": 6},
+    "run": {"steps": 4, "save_every": 100, "eval_every": 100},
+    "eval": {"pairs_share": 0.25},
 }
 ORACLE = {
     "stage": "ppo",
@@ -168,6 +176,9 @@ def write_recipe(folder: Path, base: dict[str, Any], model: Path, prompts: tuple
     texts = [{"prompt": text, "response": f"{text[::-1]}a."} for text in PROMPTS]
     write_rows(folder / "texts.jsonl", texts)
     write_rows(folder / "held_out_texts.jsonl", [{"prompt": t, "response": f"{t[::-1]}a."} for t in HELD_OUT])
+    sides = [("ba a.", "zo z."), ("an a", "so, no"), ("a.", "moo.")]
+    pairs = [{"prompt": text, "chosen": good, "rejected": bad} for text in PROMPTS for good, bad in sides]
+    write_rows(folder / "pairs.jsonl", pairs)
     (folder / "rewards.py").write_text(REWARDS, encoding="utf-8")
     whole = base | {"model": {"path": str(model)}, "run": base["run"] | {"output": str(folder / "run")}}
     path = folder / "recipe.yaml"
@@ -204,6 +215,21 @@ def trpo_recipe(tmp_path: Path, llama: Path) -> MakeRecipe:
 def sft_recipe(sft_file: Path) -> MakeRecipe:
     """A function from overrides (and an output) to the SFT recipe."""
     return lambda *overrides, output=None: load_recipe(sft_file, overrides, output=output)
+
+
+@pytest.fixture
+def reward_recipe(tmp_path: Path, llama: Path) -> MakeRecipe:
+    """A function from overrides (and an output) to a reward recipe on the random Llama: an a is preferred."""
+    path = write_recipe(tmp_path / "reward", REWARD, llama)
+    return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
+
+
+@pytest.fixture(scope="session")
+def reward_model(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+    """A finished reward model on the random Llama that likes an a."""
+    path = write_recipe(tmp_path_factory.mktemp("judge"), REWARD, llama)
+    with without_page():
+        return Path(reward.run_reward(load_recipe(path, ["run.steps=25"]), resume=False)["final"])
 
 
 @pytest.fixture
@@ -251,7 +277,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def without_page() -> Iterator[None]:
     """Within: runs leave out report.html, whose drawing takes longer than they do."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (finishing, sft):
+        for module in (finishing, reward, sft):
             patch.setattr(module, "write_page", lambda folder: None)
         yield
 
