@@ -90,6 +90,18 @@ def trpo(
     show_result(run_trpo(loaded, resume), as_json)
 
 
+@app.command()
+def dpo(
+    recipe: RecipeOption, overrides: SetOption = None, output: OutputOption = None, resume: ResumeOption = False,
+    as_json: JSONOption = False,
+) -> None:
+    """Learn from preference pairs, with a KL to the reference that is measured and can be held."""
+    loaded = load_recipe(recipe, overrides or (), "dpo", output)
+    from kltune.stages.dpo import run_dpo
+
+    show_result(run_dpo(loaded, resume), as_json)
+
+
 app.command("eval-kl")(eval_kl_command)
 app.command("project")(project_command)
 

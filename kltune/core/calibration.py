@@ -1,13 +1,10 @@
-"""Whether a model that says 70 % is right in 70 % of the cases, and how sure its share of right answers is."""
+"""How often a model is right, and whether it is right in 70 % of the cases where it says 70 %."""
 
-import math
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kltune.core.intervals import Interval
 from kltune.core.masking import expect_same_shape
 
 
@@ -33,30 +30,6 @@ def win_share(gaps: Tensor) -> float:
     if not gaps.numel():
         raise ValueError("no gaps: there is no share of none")
     return ((gaps > 0).double() + 0.5 * (gaps == 0).double()).mean().item()
-
-
-def wilson_interval(share: float, count: int, confidence: float = 0.95) -> Interval:
-    """Two-sided interval of a share of independent trials; within [0, 1], also where the share is 0 or 1.
-
-        (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n)
-
-    Source: Wilson 1927, J. Am. Stat. Assoc. 22.
-
-    Args:
-        share: p, from 0 to 1.
-        count: n, at least 1.
-        confidence: between 0 and 1.
-
-    Raises:
-        ValueError: one of them is out of range.
-    """
-    if not (0.0 <= share <= 1.0 and count >= 1 and 0.0 < confidence < 1.0):
-        raise ValueError(f"share {share} of {count} at confidence {confidence} has no interval")
-    z = NormalDist().inv_cdf(0.5 + 0.5 * confidence)
-    middle = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1.0 - share) / count + z * z / (4 * count * count))
-    scale = 1.0 + z * z / count
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def reliability(predicted: Tensor, came_true: Tensor, bins: int, low: float = 0.0) -> list[Bin]:

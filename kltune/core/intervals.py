@@ -8,6 +8,7 @@ divergence are correlated, and that mean can even have the wrong sign (MATH 1.2)
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -266,3 +267,21 @@ def _clusters(prompt_index: Tensor) -> np.ndarray:
 
 def _as_numbers(x: Tensor) -> np.ndarray:
     return torch.as_tensor(x).detach().cpu().double().numpy()
+
+
+def wilson(share: float, count: int, confidence: float = 0.95) -> Interval:
+    """Interval of a share of independent trials, which never leaves 0 to 1.
+
+        (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n)
+
+    Source: Wilson 1927.
+
+    Args:
+        share: p, successes over trials.
+        count: n, trials, at least 1.
+        confidence: of the interval, two-sided.
+    """
+    z = NormalDist().inv_cdf(0.5 + 0.5 * confidence)
+    middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    scale = 1 + z * z / count
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)

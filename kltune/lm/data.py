@@ -21,10 +21,12 @@ from kltune.lm.forms import (
     FormOfFile,
     MixedForms,
     answered_messages,
-    prompt_messages,
+    as_messages,
+    prompt_of,
     text_field,
 )
 from kltune.lm.rows import Row, RowFault, read_rows
+from kltune.recipe import DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +67,30 @@ class Counts:
     skipped: int
 
 
+def described(source: str, counts: Counts) -> str:
+    """One line on a file that was read: every row accounted for."""
+    rest = [
+        f"{number} {what}"
+        for what, number in (
+            ("truncated", counts.truncated),
+            ("dropped as over-long", counts.dropped),
+            ("skipped as faulty", counts.skipped),
+        )
+        if number
+    ]
+    return f"{source}: {counts.kept} of {counts.read} rows" + (f" ({', '.join(rest)})" if rest else "")
+
+
+def distinct(prompts: list[Prompt]) -> list[Prompt]:
+    """Each prompt once: pairs repeat theirs, and what is answered twice counts as one where errors are by prompt."""
+    return list({prompt.ids: prompt for prompt in prompts}.values())
+
+
+def row_rules(data: DataSection) -> dict[str, str]:
+    """What a recipe says of rows in general, as the loaders take it."""
+    return {"template": data.template, "on_overlong": data.on_overlong, "on_bad_row": data.on_bad_row}
+
+
 def load_prompts(
     source: str,
     tokenizer: "PreTrainedTokenizerBase",
@@ -74,7 +100,7 @@ def load_prompts(
     on_overlong: str,
     on_bad_row: str,
 ) -> tuple[list[Prompt], Counts]:
-    """Read prompts: rows of ``{"prompt"}`` or ``{"messages"}``, one form in a file.
+    """Read prompts: rows of ``{"prompt"}`` or ``{"messages"}``, or of pairs (pairs.py), one form in a file.
 
     Args:
         source: a JSONL, CSV or Parquet file, or a dataset (rows.py).
@@ -94,12 +120,12 @@ def load_prompts(
 
     def build(row: Row) -> tuple[Prompt, bool] | None:
         form = forms.of(row.fields)
-        if encoder.uses_chat(messages=form == ("messages",)):
-            ids = encoder.plain(encoder.render(prompt_messages(row.fields, form), to_answer=True))
+        asked = prompt_of(row.fields, form)
+        if encoder.uses_chat(messages=not isinstance(asked, str)):
+            ids = encoder.plain(encoder.render(as_messages(asked), to_answer=True))
             text = encoder.readable(ids)
         else:
-            text = text_field(row.fields, "prompt")
-            ids = encoder.opening(text)
+            ids, text = encoder.opening(asked), asked
         too_long = len(ids) > max_tokens
         if too_long and not to_truncate(
             on_overlong, f"the prompt has {len(ids)} tokens, wanted at most {max_tokens} (data.max_prompt_tokens)"

@@ -1,47 +1,17 @@
 """What a stage measures on held-out prompts and texts while it trains, and of what it saved."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from kltune.errors import DivergedError
-from kltune.lm.batches import pad_right, response_scatter
-from kltune.lm.data import Counts, Example, Prompt, load_examples, load_prompts
+from kltune.lm.data import Example, Prompt, described, distinct, load_examples, load_prompts, row_rules
 from kltune.lm.measurement import Draw, Measurement, measure_kl
 from kltune.lm.policy import Policy
+from kltune.lm.preferences import Preferences, load_preferences, pair_metrics
 from kltune.lm.scorers import Scorer, load_scorer
-from kltune.recipe import DataSection, EvalSection, SamplingSection
-
-TEXTS_PER_PASS = 256
-
-
-
-def document_nats(policy: Policy, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of each text's scored tokens, and how many they are. [D] float64 nats, [D] int64.
-
-    Raises:
-        DivergedError: a log-probability is not finite.
-    """
-    nats, tokens = [], []
-    for start in range(0, len(examples), TEXTS_PER_PASS):
-        ids, scored = example_batch(examples[start : start + TEXTS_PER_PASS], policy)
-        logprobs = policy.measure_logprobs(ids, scored)
-        if not torch.isfinite(logprobs).all():
-            raise DivergedError("the log-probability of a held-out token is not finite; lower optim.lr.")
-        nats.append(-response_scatter(logprobs.double(), scored).sum(dim=1).cpu())
-        tokens.append(scored.sum(dim=1).cpu())
-    return torch.cat(nats), torch.cat(tokens)
-
-
-def log_perplexity(policy: Policy, examples: Sequence[Example]) -> float:
-    """Mean negative log-likelihood of the scored tokens of all texts together, nats per token."""
-    nats, tokens = document_nats(policy, examples)
-    return (nats.sum() / tokens.sum()).item()
+from kltune.lm.texts import log_perplexity
+from kltune.recipe import DataSection, EvalSection, Recipe, SamplingSection
 
 
 @dataclass(frozen=True)
@@ -53,28 +23,7 @@ class HeldOut:
     gold: Scorer | None
     responses: int
     notes: tuple[str, ...]
-
-
-def described(source: str, counts: Counts) -> str:
-    """One line on a file that was read: every row accounted for."""
-    rest = [
-        f"{number} {what}"
-        for what, number in (
-            ("truncated", counts.truncated),
-            ("dropped as over-long", counts.dropped),
-            ("skipped as faulty", counts.skipped),
-        )
-        if number
-    ]
-    return f"{source}: {counts.kept} of {counts.read} rows" + (f" ({', '.join(rest)})" if rest else "")
-
-
-def text_limits(data: DataSection, policy: Policy) -> dict[str, int]:
-    """The longest prompt and response that are read from data; a prompt takes at most half of the model's context."""
-    context = policy.max_context
-    prompt = policy.prompt_limit(data.max_prompt_tokens, min(data.max_response_tokens, (context or 1024) // 2))
-    room = data.max_response_tokens if context is None else min(data.max_response_tokens, context - prompt)
-    return {"max_prompt_tokens": prompt, "max_response_tokens": room}
+    pairs: Preferences | None = None
 
 
 def load_held_out(
@@ -87,19 +36,24 @@ def load_held_out(
     folder: Path,
     note: str,
 ) -> HeldOut:
-    """Read the recipe's ``eval`` section; without prompts of its own, evaluations use ``fallback``."""
-    rules = {"template": data.template, "on_overlong": data.on_overlong, "on_bad_row": data.on_bad_row}
-    prompts, texts, notes = fallback, [], [note]
-    if section.prompts is not None:
-        prompts, counts = load_prompts(section.prompts, policy.tokenizer, max_tokens=prompt_limit, **rules)
-        notes.append(described(section.prompts, counts))
+    """Read the recipe's ``eval`` section; without prompts or pairs of its own, evaluations use ``fallback``."""
+    rules, own = row_rules(data), section.prompts or section.pairs
+    prompts, texts, pairs, notes = fallback, [], None, [note]
+    if own is not None:
+        prompts, counts = load_prompts(own, policy.tokenizer, max_tokens=prompt_limit, **rules)
+        prompts = prompts if section.prompts else distinct(prompts)
+        notes.append(described(own, counts))
     if section.texts is not None:
         ends = {"end_token": policy.tokenizer.eos_token_id, "max_response_tokens": data.max_response_tokens}
         texts, counts = load_examples(section.texts, policy.tokenizer, max_prompt_tokens=prompt_limit, **ends, **rules)
         notes.append(described(section.texts, counts))
+    if section.pairs is not None:
+        pairs, note = load_preferences(section.pairs, policy, data)
+        pairs = pairs.measured(policy, range(len(pairs)))
+        notes.append(note)
     gold = None if section.gold is None else load_scorer([section.gold], folder, policy.device, policy)
     notes += () if gold is None else gold.notes
-    return HeldOut(prompts, texts, gold, section.responses, tuple(notes))
+    return HeldOut(prompts, texts, gold, section.responses, tuple(notes), pairs)
 
 
 def evaluate(
@@ -140,12 +94,14 @@ def evaluate(
         }
         judges = {"score": scorer, "gold": held_out.gold}
         metrics |= judged("eval/", judges, measured, sampling.missing_end_penalty)
-        if compare:
+        if compare and any(judge is not None for judge in judges.values()):
             reference = measure_kl(policy, draw, from_reference=True, **drawn)
             metrics |= judged("eval/reference_", judges, reference, sampling.missing_end_penalty)
     if held_out.texts:
         nats = log_perplexity(policy, held_out.texts)
         metrics |= {"eval/texts_nats_per_token": nats, "eval/perplexity": math.exp(nats)}
+    if held_out.pairs is not None:
+        metrics |= pair_metrics(policy, held_out.pairs)
     return metrics, measured
 
 
@@ -176,11 +132,10 @@ def kl_result(measured: Measurement) -> dict[str, Any]:
     }
 
 
-def example_batch(examples: Sequence[Example], policy: Policy) -> tuple[Tensor, Tensor]:
-    """Examples as right-padded ids and scored marks, [B, S] each, on the policy's device."""
-    ids = pad_right([example.ids for example in examples], policy.tokenizer.pad_token_id)
-    scored = pad_right([example.scored for example in examples], False, torch.bool)
-    return ids.to(policy.device), scored.to(policy.device)
+def prompts_source(recipe: Recipe) -> str | None:
+    """The file whose prompts a stage's KL is measured on; held-out ones where the recipe has any."""
+    held_out, data = recipe.eval, recipe.data
+    return held_out.prompts or held_out.pairs or data.prompts or data.pairs
 
 
 def measure_settings(

@@ -126,23 +126,13 @@ def measured_kl(rollout: Rollout) -> KLSummary:
     return summarize(name, response_kl(rollout), rollout.lengths, rollout.prompt_index)
 
 
-def priced(
-    controller: Controller,
-    kl: KLSection,
-    rollout: Rollout,
-    scores: Tensor,
-    ref_kl: float,
-    *,
-    baseline: str,
-    per_prompt: int,
-) -> Controller:
+def priced(controller: Controller, kl: KLSection, rollout: Rollout, ref_kl: float, spread: float) -> Controller:
     """The controller after it has seen a batch and before the batch is priced.
 
     A target per token becomes one per response by the batch's mean length.
     """
     tokens = rollout.lengths.float().mean().item() if kl.unit == "nats_per_token" else 1.0
-    spread = score_spread(scores, baseline=baseline, per_prompt=per_prompt)
-    return controller.updated(ref_kl, (kl.target or 0.0) * tokens, spread=spread, responses=len(scores))
+    return controller.updated(ref_kl, (kl.target or 0.0) * tokens, spread=spread, responses=len(rollout.lengths))
 
 
 def score_spread(scores: Tensor, *, baseline: str, per_prompt: int) -> float:
@@ -213,19 +203,21 @@ def check_first_ratio(logprobs: Tensor, old: Rollout, policy: Policy) -> None:
         )
 
 
-def batch_metrics(rollout: Rollout, scores: Tensor, kl: KLSummary, beta: float) -> dict[str, float | None]:
+def batch_metrics(rollout: Rollout, scores: Tensor | None, kl: KLSummary, beta: float) -> dict[str, float | None]:
     """What a batch says of the policy that sampled it; names carry direction and unit."""
     mask = rollout.response_mask
     log_ratio = per_response(kl_k1(rollout.logprobs, rollout.ref_logprobs, mask), mask)
-    return {
+    scored = {} if scores is None else {
+        "kl/score_correlation": correlation(scores, log_ratio),
+        "score/mean": scores.mean().item(),
+        "score/sd": scores.std().item() if len(scores) > 1 else None,
+    }
+    return scored | {
         "kl/ref_nats_per_response": kl.nats_per_response,
         "kl/ref_stderr": kl.stderr,
         "kl/ref_nats_per_token": kl.nats_per_token,
         "kl/ref_k1_nats_per_response": log_ratio.mean().item(),
         "kl/beta": beta,
-        "kl/score_correlation": correlation(scores, log_ratio),
-        "score/mean": scores.mean().item(),
-        "score/sd": scores.std().item() if len(scores) > 1 else None,
         "policy/entropy_nats_per_token": None if rollout.entropy is None else masked_mean(rollout.entropy, mask).item(),
         "response/tokens": rollout.lengths.float().mean().item(),
         "response/truncated_fraction": rollout.truncated.float().mean().item(),
@@ -239,7 +231,8 @@ def response_kl(rollout: Rollout) -> Tensor:
     return per_response(rollout.ref_kl if exact else kl_k1(rollout.logprobs, rollout.ref_logprobs, mask), mask)
 
 
-def sample_rows(rollout: Rollout, scores: Tensor, kl: Tensor, count: int = 4) -> list[dict[str, object]]:
+def sample_rows(rollout: Rollout, scores: Tensor | None, kl: Tensor, count: int = 4) -> list[dict[str, object]]:
     """The first few responses with score and KL (nats per response), for people to read."""
-    rows = zip(rollout.prompts, rollout.responses, scores.tolist(), kl.tolist(), strict=True)
+    known = [None] * len(kl) if scores is None else scores.tolist()
+    rows = zip(rollout.prompts, rollout.responses, known, kl.tolist(), strict=True)
     return [{"prompt": p, "response": r, "score": s, "ref_kl": k} for p, r, s, k in list(rows)[:count]]

@@ -1,6 +1,5 @@
 """What a reward model is worth on rows it has not learnt from: accuracy, calibration, and whether it goes by length."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,10 @@ from kltune.core.calibration import (
     calibration_error,
     pair_reliability,
     reliability,
-    wilson_interval,
     win_share,
 )
 from kltune.core.correlation import rank_correlation
+from kltune.core.intervals import wilson
 from kltune.errors import DivergedError
 from kltune.lm.comparisons import Comparison, answers, sequences
 from kltune.lm.pairs import Pair
@@ -51,11 +50,13 @@ class Judged:
 
     def metrics(self) -> dict[str, float | None]:
         """The numbers of an evaluation."""
-        share, count = win_share(self.gaps), len(self.gaps)
+        share = win_share(self.gaps)
+        low, high = wilson(share, len(self.gaps))
         return {
             "eval/loss": self.loss.double().mean().item(),
             "eval/accuracy": share,
-            "eval/accuracy_stderr": math.sqrt(share * (1.0 - share) / count),
+            "eval/accuracy_low": low,
+            "eval/accuracy_high": high,
             "eval/calibration_error": calibration_error(self.table),
             "eval/score_mean": self.scores.double().mean().item(),
             "eval/score_sd": self.scores.double().std().item() if len(self.scores) > 1 else None,
@@ -110,7 +111,7 @@ def reward_result(judged: Judged | None) -> dict[str, Any]:
     length = {name.removeprefix("eval/"): value for name, value in judged.by_length().items()}
     return {
         "accuracy": metrics["eval/accuracy"],
-        "accuracy_ci95": wilson_interval(metrics["eval/accuracy"], len(judged.gaps)),
+        "accuracy_ci95": [metrics["eval/accuracy_low"], metrics["eval/accuracy_high"]],
         "loss": metrics["eval/loss"],
         "held_out_rows": len(judged.gaps),
         "calibration": {

@@ -1,6 +1,7 @@
 """What a run is: frozen sections read from YAML, checked all at once, and written back with every default.
 
-    sections.py   the keys, their units, ranges and defaults; one class per stage
+    sections.py   the keys, their units, ranges and defaults
+    stages.py     which sections each stage reads
     nodes.py      YAML text to a tree that remembers lines
     reading.py    tree and ``--set`` to a recipe
     checks.py     keys that do not fit together
@@ -17,11 +18,10 @@ from kltune.recipe.faults import Fault, Place, RecipeFaults
 from kltune.recipe.packaged import find_recipe, packaged_recipes, recipes_folder
 from kltune.recipe.reading import load_recipe, recipe_text
 from kltune.recipe.sections import (
-    STAGES,
     BradleyTerrySection,
     ClassifierReward,
     DataSection,
-    DPORecipe,
+    DPOKLSection,
     DPOSection,
     EvalSection,
     FunctionReward,
@@ -30,23 +30,19 @@ from kltune.recipe.sections import (
     ModelReward,
     ModelSection,
     OptimSection,
-    PPORecipe,
     PPOSection,
-    Recipe,
     RewardEntry,
-    RewardRecipe,
     RunSection,
     SamplingSection,
-    SFTRecipe,
-    TRPORecipe,
     TRPOSection,
 )
+from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
 from kltune.recipe.writing import differing_keys, dump_recipe, recipe_digest, recipe_schema
 
 __all__ = [
-    "STAGES", "BradleyTerrySection", "ClassifierReward", "DPORecipe", "DPOSection", "DataSection", "EvalSection",
-    "Fault", "FunctionReward", "KLSection", "LoraSection", "ModelReward", "ModelSection", "OptimSection", "PPORecipe",
-    "PPOSection", "Place", "Recipe", "RecipeFaults", "RewardEntry", "RewardRecipe", "RunSection", "SFTRecipe",
-    "SamplingSection", "TRPORecipe", "TRPOSection", "copy_recipe", "differing_keys", "dump_recipe", "find_recipe",
-    "load_recipe", "packaged_recipes", "recipe_digest", "recipe_schema", "recipe_text", "recipes_folder",
+    "STAGES", "BradleyTerrySection", "ClassifierReward", "DPOKLSection", "DPORecipe", "DPOSection", "DataSection",
+    "EvalSection", "Fault", "FunctionReward", "KLSection", "LoraSection", "ModelReward", "ModelSection", "OptimSection",
+    "PPORecipe", "PPOSection", "Place", "Recipe", "RecipeFaults", "RewardEntry", "RewardRecipe", "RunSection",
+    "SFTRecipe", "SamplingSection", "TRPORecipe", "TRPOSection", "copy_recipe", "differing_keys", "dump_recipe",
+    "find_recipe", "load_recipe", "packaged_recipes", "recipe_digest", "recipe_schema", "recipe_text", "recipes_folder",
 ]

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kltune.recipe.sections import PATH_KEYS, KLSection, Recipe
+from kltune.recipe.sections import DPOKLSection, KLSection
+from kltune.recipe.stages import PATH_KEYS, Recipe
 
 Clash = tuple[tuple[str, ...], str]          # the dotted keys concerned, the first of which is where it is shown
 FUNCTION = re.compile(r"(?P<file>[^:]+\.py):(?P<name>[A-Za-z_]\w*)")
@@ -26,13 +27,22 @@ BAD_PRICES = {
 CONTROLLER_KEYS = {
     "horizon": "ziegler", "kp": "log_pi", "ki": "log_pi", "look_ahead": "log_pi", "dual_lr": "dual",
 }
-NO_PAIRS = dict.fromkeys(("eval.pairs", "eval.pairs_share"), "there are no pairs in it to hold out")
+NO_PAIRS = dict.fromkeys(("eval.pairs", "eval.pairs_share"), "it learns from no pairs")
 NO_POLICY = "a reward model is measured on held-out pairs: write eval.pairs, or eval.pairs_share"
 UNREAD = {
-    "sft": {"sampling.prompts_per_step": "sft learns from texts: optim.batch_size is the batch", **NO_PAIRS},
+    "sft": {"sampling.prompts_per_step": "sft learns from texts: optim.batch_size is the batch"} | NO_PAIRS,
+    "ppo": {"optim.batch_size": "the batch of ppo is sampling.prompts_per_step x responses_per_prompt"} | NO_PAIRS,
+    "trpo": {"optim.batch_size": "the batch of trpo is sampling.prompts_per_step x responses_per_prompt"} | NO_PAIRS,
+    "dpo": {
+        "sampling.missing_end_penalty": "pairs from a file are judged already",
+        "eval.pairs_share": "write eval.pairs",
+    },
     "reward": dict.fromkeys(("eval.prompts", "eval.responses", "eval.texts", "eval.gold"), NO_POLICY),
-    "ppo": {"optim.batch_size": "the batch of ppo is sampling.prompts_per_step x responses_per_prompt", **NO_PAIRS},
-    "trpo": {"optim.batch_size": "the batch of trpo is sampling.prompts_per_step x responses_per_prompt", **NO_PAIRS},
+}
+# keys of the dpo section, and which losses read them
+LOSS_KEYS = {
+    "label_smoothing": ("sigmoid", "robust"), "divergence": ("f_dpo",), "alpha": ("f_dpo",),
+    "reward_limit": ("chi_po",), "gap": ("simpo",), "wanted_weight": ("kto",), "unwanted_weight": ("kto",),
 }
 
 
@@ -49,6 +59,8 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False) -> Iterator[Cla
     yield from unread(recipe)
     if recipe.stage == "trpo":
         yield from natural_gradient(recipe)
+    if recipe.stage == "dpo":
+        yield from preferences(recipe)
     for key, value in path_values(recipe):
         yield from misplaced(key, value, folder)
     for key, value in function_values(recipe):
@@ -124,6 +136,29 @@ def natural_gradient(recipe: Any) -> Iterator[Clash]:
                 yield (f"{section}.{name}", "trpo.baseline"), f"nothing reads it: {alone}; remove it"
 
 
+def preferences(recipe: Any) -> Iterator[Clash]:
+    """A loss reads its own keys only, and what prices KL in dpo needs a number or a target."""
+    dpo, kl = recipe.dpo, recipe.kl
+    if dpo.source == "online":
+        yield ("dpo.source",), "found online, wanted file: sampling and judging pairs on the spot is not there yet"
+    for name, losses in LOSS_KEYS.items():
+        if dpo.loss not in losses and getattr(dpo, name) != type(dpo).model_fields[name].default:
+            yield ((f"dpo.{name}", "dpo.loss"),
+                   f"read only by loss {' or '.join(losses)}, and dpo.loss is {dpo.loss}; remove it")
+    if dpo.loss == "robust" and dpo.label_smoothing == 0.0:
+        yield (("dpo.label_smoothing", "dpo.loss"), "found 0 with loss: robust, wanted the share of pairs that are the "
+               "wrong way round; at 0 it is loss: sigmoid")
+    if dpo.loss == "f_dpo" and dpo.divergence != "alpha" and dpo.alpha != type(dpo).model_fields["alpha"].default:
+        yield ("dpo.alpha", "dpo.divergence"), f"read only with divergence: alpha, found {dpo.divergence}; remove it"
+    if dpo.loss == "f_dpo" and dpo.divergence == "alpha" and dpo.alpha == 1.0:
+        yield ("dpo.alpha",), "found 1, where it is loss: sigmoid and the formula is 0/0"
+    if dpo.loss == "kto" and recipe.optim.batch_size < 2:
+        yield (("optim.batch_size", "dpo.loss"), f"found {recipe.optim.batch_size}, wanted at least 2: kto holds "
+               "responses against those of other prompts")
+    if not kl.exact:
+        yield ("kl.exact",), "found false, wanted true: dpo prices and measures the exact KL only"
+
+
 def budget(kl: KLSection) -> Iterator[Clash]:
     """The price is paid in a way whose gradient is the KL's, and the cap leaves room for the target."""
     reason = BAD_PRICES.get((kl.placement, kl.estimator))
@@ -144,7 +179,9 @@ def budget(kl: KLSection) -> Iterator[Clash]:
 def control(kl: KLSection) -> Iterator[Clash]:
     """A fixed beta is a number; a steered one starts within its bounds; no gain is given to another controller."""
     if kl.control == "fixed" and kl.beta == "auto":
-        yield ("kl.beta", "kl.control"), "found auto with control: fixed, wanted a number, such as 0.1 (score per nat)"
+        number = "0 for plain DPO, or what a nat costs beside the loss ÷ dpo.beta, such as 0.01" if (
+            isinstance(kl, DPOKLSection)) else "such as 0.1 (score per nat)"
+        yield ("kl.beta", "kl.control"), f"found auto with control: fixed, wanted a number, {number}"
     if kl.control == "target" and kl.target is None:
         yield ("kl.target", "kl.control"), "found nothing (null) with control: target, wanted a number above 0"
     if kl.beta_min >= kl.beta_max:

@@ -14,7 +14,7 @@ from kltune.recipe.checks import absolute, clashes, function_values, path_values
 from kltune.recipe.faults import Fault, Place, RecipeFaults
 from kltune.recipe.nodes import MAX_BYTES, KeyPath, Node, Plain, decode, read_nodes
 from kltune.recipe.packaged import find_recipe, packaged_recipes
-from kltune.recipe.sections import STAGES, Recipe
+from kltune.recipe.stages import STAGES, Recipe
 from kltune.recipe.wording import dotted, found, listed, schema_at, unknown_key, wanted, wrong_value
 
 KINDS = ("function", "model", "classifier")

@@ -1,14 +1,13 @@
-"""What a recipe may say: one frozen section per concern, one class per stage.
+"""What a recipe may say: one frozen section per concern; ``stages.py`` puts them together.
 
 Every field carries its meaning, unit and range, because the same words serve the error messages, the JSON schema for
 editors and the reader of this page. A section has the same keys in every stage that reads it; what a stage does not
 read is refused by name (``checks.py``), so no key is ever ignored in silence.
 """
 
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field
 
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Positive = Annotated[float, Field(gt=0)]
@@ -157,6 +156,18 @@ class KLSection(Section):
     dual_lr: Positive = Field(0.02, description="step size of the multiplier (dual)")
 
 
+class DPOKLSection(KLSection):
+    """The same budget, its price paid in the loss: on responses to fresh prompts, beside the pairs."""
+
+    beta: Literal["auto"] | NotNegative = Field(
+        "auto",
+        description="what a nat of KL(policy‖reference) costs beside the loss ÷ dpo.beta; 0 is plain DPO; auto starts "
+        "at 1/√(2·target) and is steered from there (control: target)",
+    )
+    placement: Literal["loss"] = Field("loss", description="where the price is paid")
+    estimator: Literal["exact"] = Field("exact", description="what is priced")
+
+
 class PPOSection(Section):
     """Clipped policy steps."""
 
@@ -198,10 +209,33 @@ class TRPOSection(Section):
 class DPOSection(Section):
     """Preference pairs."""
 
-    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = Field("sigmoid", description="which preference loss")
-    beta: Positive = Field(0.1, description="larger stays closer to the reference")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs assumed to be the wrong way round")
+    loss: Literal["sigmoid", "robust", "ipo", "hinge", "kto", "bco", "f_dpo", "chi_po", "orpo", "simpo"] = Field(
+        "sigmoid",
+        description="which preference loss; kto and bco also take rows of prompt, response and label; orpo and simpo "
+        "know no reference, whose KL is measured all the same",
+    )
+    beta: Positive = Field(
+        default_factory=lambda section: 2.0 if section.get("loss") == "simpo" else 0.1,
+        description="scale of the loss's own reward, per nat (ipo: tau; orpo: weight of the odds); it bounds no KL, "
+        "and the price of KL is kl.beta",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of pairs assumed to be the wrong way round (sigmoid, robust)"
+    )
     source: Literal["file", "online"] = Field("file", description="pairs from data.pairs, or sampled and scored")
+    divergence: Literal["forward_kl", "js", "alpha"] = Field(
+        "forward_kl", description="which f-divergence (f_dpo); reverse KL is loss: sigmoid"
+    )
+    alpha: float = Field(0.5, description="of divergence: alpha, in which 0 is forward_kl (f_dpo)")
+    reward_limit: Positive = Field(
+        5.0, description="rewards of a pair that differ by twice as much pull no further (chi_po)"
+    )
+    gap: NotNegative = Field(1.0, description="by which the chosen response's reward should be ahead (simpo)")
+    wanted_weight: Positive = Field(1.0, description="of wanted responses (kto)")
+    unwanted_weight: Positive = Field(1.0, description="of unwanted responses (kto)")
+    from_reference: bool = Field(
+        False, description="the responses were sampled from the reference: KL(reference‖policy) is estimated on them"
+    )
 
 
 class BradleyTerrySection(Section):
@@ -253,97 +287,8 @@ class EvalSection(Section):
     prompts: Text | None = Field(None, description="held-out prompts for KL and score; null measures on data.prompts")
     responses: Count = Field(128, description="responses per measurement")
     texts: Text | None = Field(None, description="held-out human texts for the alignment tax")
-    gold: RewardEntry | None = Field(None, description="a scorer that is measured and never trained on")
-    pairs: Text | None = Field(None, description="held-out pairs (reward); null holds out pairs_share of data.pairs")
+    pairs: Text | None = Field(None, description="held-out pairs for accuracy and margin (dpo, reward)")
     pairs_share: float = Field(
-        0.1, ge=0, lt=1, description="share of the prompts of data.pairs whose rows are held out where pairs is null"
+        0.1, ge=0, lt=1, description="share of the prompts of data.pairs that is held out where pairs is null (reward)"
     )
-
-
-class Recipe(Section):
-    """What all stages share, and where the file was."""
-
-    stage: str = Field(description="what this recipe runs")
-    _folder: Path = PrivateAttr(default=Path("."))
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the recipe file; relative paths in the file start there."""
-        return self._folder
-
-    def __eq__(self, other: object) -> bool:
-        """Recipes are equal if they say the same, wherever their files are."""
-        return type(self) is type(other) and self.model_dump() == other.model_dump()
-
-    __hash__ = None
-
-
-class SFTRecipe(Recipe):
-    """Imitate texts; ``lora: null`` trains every weight."""
-
-    stage: Literal["sft"] = Field(description="what this recipe runs")
-    model: ModelSection = Field(description="the frozen weights")
-    lora: LoraSection | None = Field(default_factory=LoraSection, description="the adapter; null trains every weight")
-    data: DataSection = Field(default_factory=DataSection, description="rows")
-    sampling: SamplingSection = Field(default_factory=SamplingSection, description="responses on which KL is measured")
-    optim: OptimSection = Field(default_factory=OptimSection, description="optimizer")
-    run: RunSection = Field(default_factory=RunSection, description="length, seed, output")
-    eval: EvalSection = Field(default_factory=EvalSection, description="held-out measurements")
-
-
-class RewardRecipe(Recipe):
-    """Fit a Bradley-Terry reward model to preference pairs."""
-
-    stage: Literal["reward"] = Field(description="what this recipe runs")
-    model: ModelSection = Field(description="the frozen weights")
-    lora: LoraSection = Field(default_factory=LoraSection, description="the adapter")
-    data: DataSection = Field(default_factory=DataSection, description="rows")
-    bradley_terry: BradleyTerrySection = Field(default_factory=BradleyTerrySection, description="the loss")
-    optim: OptimSection = Field(default_factory=OptimSection, description="optimizer")
-    run: RunSection = Field(default_factory=RunSection, description="length, seed, output")
-    eval: EvalSection = Field(default_factory=EvalSection, description="held-out measurements")
-
-
-class RLRecipe(Recipe):
-    """The sections that ppo, trpo and dpo have in common."""
-
-    model: ModelSection = Field(description="the frozen weights")
-    lora: LoraSection = Field(default_factory=LoraSection, description="the adapter")
-    data: DataSection = Field(default_factory=DataSection, description="rows")
-    sampling: SamplingSection = Field(default_factory=SamplingSection, description="how the policy responds")
-    reward: RewardList = Field((), description="scorers; the score is their weighted sum")
-    kl: KLSection = Field(default_factory=KLSection, description="the budget")
-    optim: OptimSection = Field(default_factory=OptimSection, description="optimizer")
-    run: RunSection = Field(default_factory=RunSection, description="length, seed, output")
-    eval: EvalSection = Field(default_factory=EvalSection, description="held-out measurements")
-
-
-class PPORecipe(RLRecipe):
-    """Raise the score with clipped policy steps while KL to the reference is held."""
-
-    stage: Literal["ppo"] = Field(description="what this recipe runs")
-    ppo: PPOSection = Field(default_factory=PPOSection, description="clipped policy steps")
-
-
-class TRPORecipe(RLRecipe):
-    """The same with natural-gradient steps inside a KL ball."""
-
-    stage: Literal["trpo"] = Field(description="what this recipe runs")
-    trpo: TRPOSection = Field(default_factory=TRPOSection, description="natural-gradient steps")
-
-
-class DPORecipe(RLRecipe):
-    """Learn from preference pairs while KL to the reference is measured."""
-
-    stage: Literal["dpo"] = Field(description="what this recipe runs")
-    dpo: DPOSection = Field(default_factory=DPOSection, description="preference pairs")
-
-
-STAGES: dict[str, type[Recipe]] = {
-    "sft": SFTRecipe, "reward": RewardRecipe, "ppo": PPORecipe, "trpo": TRPORecipe, "dpo": DPORecipe,
-}
-# dotted keys whose value may be a path; "*" stands for each entry of a list
-PATH_KEYS = (
-    "model.path", "model.sft_adapter", "data.prompts", "data.texts", "data.pairs", "reward.*.path",
-    "run.output", "eval.prompts", "eval.texts", "eval.pairs", "eval.gold.path",
-)
+    gold: RewardEntry | None = Field(None, description="a scorer that is measured and never trained on")

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from kltune.recipe.nodes import KeyPath, Node
-from kltune.recipe.sections import STAGES
+from kltune.recipe.stages import STAGES
 
 NUMBER_LIKE = re.compile(r"[-+]?[0-9.][0-9_.:eE+xXobOBa-fA-F-]*")
 SCHEMAS: dict[str, dict[str, Any]] = {}

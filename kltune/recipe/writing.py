@@ -9,7 +9,7 @@ from pydantic import Field, TypeAdapter
 
 from kltune.errors import RecipeError
 from kltune.recipe.nodes import resolve
-from kltune.recipe.sections import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
+from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
 
 NOT_PART_OF_THE_RUN = ("output", "keep")     # keys of run that change where results are, not what they are
 

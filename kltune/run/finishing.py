@@ -1,4 +1,4 @@
-"""How PPO and TRPO end: the newest state within the cap, landed on its target, saved as ``final`` and measured."""
+"""How PPO, TRPO and DPO end: the newest state within the cap, landed on its target, saved as ``final`` and measured."""
 
 import math
 from collections.abc import Iterator
@@ -46,7 +46,13 @@ def finish(job: Job, learner: Learner) -> dict[str, Any]:
     recipe, policy = job.recipe, learner.policy
     found = land_on_target(job, learner, settle(job, learner, job.steps))
     kl, metrics = kl_result(found.measured), found.metrics
-    cap = learner.cap
+    cap, target = learner.cap, recipe.kl.target if recipe.kl.control == "target" else None
+    unused = target is not None and found.alpha == 1.0 and verdict(found.kl, target, recipe.kl.unit).verdict == "pass"
+    if unused:
+        job.report.say(
+            f"final is {kl_text(found.kl, job)} from its reference, below the target {target:g}: the rest of the "
+            "budget is not used."
+        )
     final = save_final(job.run.folder, policy.save, info=about(recipe, policy, kl))
     result = job.run.finish({
         "schema": "kltune.result/1",
@@ -58,17 +64,18 @@ def finish(job: Job, learner: Learner) -> dict[str, Any]:
         "alpha": found.alpha,
         "steps": job.steps,
         "kl": kl,
-        "target": recipe.kl.target if recipe.kl.control == "target" else None,
+        "target": target,
+        "target_unused": unused,
         "hard_cap": None if cap is None else cap.limit,
         "cap_rollbacks": None if cap is None else cap.rollbacks,
         "unit": recipe.kl.unit,
         "beta": learner.controller.beta,
-        "score": metrics["eval/score_mean"],
-        "score_stderr": metrics["eval/score_stderr"],
-        "reference_score": metrics["eval/reference_score_mean"],
+        "score": metrics.get("eval/score_mean"),
+        "score_stderr": metrics.get("eval/score_stderr"),
+        "reference_score": metrics.get("eval/reference_score_mean"),
         "reference": policy.fingerprint.as_dict(),
         "eval": metrics,
-        "held_out": recipe.eval.prompts is not None,
+        "held_out": recipe.eval.prompts is not None or recipe.eval.pairs is not None,
         "seconds": job.run.seconds(),
     })
     write_page(job.run.folder)

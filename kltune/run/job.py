@@ -1,4 +1,4 @@
-"""What PPO and TRPO hand from one to the next of their functions, and how they speak of it."""
+"""What PPO, TRPO and DPO hand from one to the next of their functions, and how they speak of it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,26 +8,29 @@ from torch import Tensor
 from kltune.core.intervals import KLSummary
 from kltune.lm.batches import Rollout
 from kltune.lm.data import Prompt
-from kltune.lm.evaluate import HeldOut, measure_settings
+from kltune.lm.evaluate import HeldOut, measure_settings, prompts_source
 from kltune.lm.policy import Policy
-from kltune.recipe import PPORecipe, TRPORecipe
+from kltune.recipe import DPORecipe, PPORecipe, TRPORecipe
 from kltune.run.report import Report
 from kltune.run.session import Run
 
-RLRecipe = PPORecipe | TRPORecipe
+BudgetRecipe = PPORecipe | TRPORecipe | DPORecipe
 
 
 @dataclass(frozen=True)
 class Job:
-    """What stays the same from step to step. baseline: what a response is compared with; the stage's section has it."""
+    """What stays the same from step to step.
 
-    recipe: RLRecipe
+    baseline: what a response is compared with, from the stage's section; None where responses are not scored.
+    """
+
+    recipe: BudgetRecipe
     run: Run
     report: Report
     prompts: list[Prompt]
     held_out: HeldOut
     steps: int
-    baseline: str
+    baseline: str | None = None
 
     @property
     def grouping(self) -> dict[str, Any]:
@@ -37,17 +40,22 @@ class Job:
 
 @dataclass(frozen=True)
 class Batch:
-    """The responses of a step, their scores [B], and how far their policy is from the reference."""
+    """The responses of a step, and how far their policy is from the reference.
+
+    scores: [B]; None where nothing scores them. spread: what pulls the policy away, in what beta prices: at a price of
+    spread/√(2·KL) an ideal policy stays at that KL. Of scores it is their spread among answers to one prompt.
+    """
 
     rollout: Rollout
-    scores: Tensor
+    scores: Tensor | None
     distance: KLSummary
+    spread: float
 
 
-def about(recipe: RLRecipe, policy: Policy, kl: dict[str, Any]) -> dict[str, Any]:
+def about(recipe: BudgetRecipe, policy: Policy, kl: dict[str, Any] | None) -> dict[str, Any]:
     """What kltune.json says of a checkpoint: its reference, its KL, and how that is measured again."""
-    prompts, sampling = recipe.eval.prompts or recipe.data.prompts, recipe.sampling
-    settings = measure_settings(prompts, recipe.data, sampling.max_new_tokens, sampling.temperature)
+    sampling = recipe.sampling
+    settings = measure_settings(prompts_source(recipe), recipe.data, sampling.max_new_tokens, sampling.temperature)
     reference = policy.fingerprint.as_dict()
     return {"stage": recipe.stage, "kind": "adapter", "reference": reference, "kl": kl, "measure": settings}
 

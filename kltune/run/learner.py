@@ -13,6 +13,7 @@ from kltune.core.gate import Unit
 from kltune.core.intervals import KLSummary
 from kltune.core.losses import clipped_value_loss
 from kltune.core.trust_region import Damping
+from kltune.errors import CheckpointError
 from kltune.lm.batches import response_scatter
 from kltune.lm.experience import Experience
 from kltune.lm.optim import guarded_step, set_learning_rate
@@ -57,11 +58,13 @@ class Learner:
 
     policy: Policy
     controller: Controller
-    scorer: Scorer
+    scorer: Scorer | None = None  # where responses are scored
     optimizer: Optimizer | None = None  # of the policy; a natural-gradient step has none
     value_optimizer: Optimizer | None = None
     damping: Damping | None = None  # of the natural-gradient step
     cap: Cap | None = None
+    reward_mean: float | None = None  # running, of the rewards that a preference loss implies, where it needs one
+    data_sha256: str | None = None  # of what is learnt from, where that is read and not sampled
 
     def moving(self) -> dict[str, dict[str, Tensor]]:
         """The tensors that an update changes, by group and name; not copies."""
@@ -105,7 +108,13 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """The rest, as plain values."""
-        values = {"controller": asdict(self.controller), "scorer": self.scorer.state()}
+        values: dict[str, Any] = {"controller": asdict(self.controller)}
+        if self.scorer is not None:
+            values["scorer"] = self.scorer.state()
+        if self.reward_mean is not None:
+            values["reward_mean"] = self.reward_mean
+        if self.data_sha256 is not None:
+            values["data_sha256"] = self.data_sha256
         if self.damping is not None:
             values["damping"] = asdict(self.damping)
         if self.cap is not None:
@@ -114,12 +123,24 @@ class Learner:
         return values
 
     def restore(self, checkpoint: Path) -> None:
-        """Go on exactly from what ``tensors``, ``state`` and the adapter of a checkpoint say."""
+        """Go on exactly from what ``tensors``, ``state`` and the adapter of a checkpoint say.
+
+        Raises:
+            CheckpointError: it is damaged, or was learnt from other data.
+        """
         tensors, state = read_state(checkpoint)
+        if state.get("data_sha256") != self.data_sha256:
+            raise CheckpointError(
+                f"{checkpoint} was learnt from other data than the recipe's file holds now: sha256 "
+                f"{state.get('data_sha256')}, now {self.data_sha256}. Put the file back, or choose another --output."
+            )
         self.policy.load_adapter(checkpoint)
         self.put_back({group: named for group, named in tensors.items() if not group.startswith(SAFE)})
         self.controller = replace(self.controller, **state["controller"])
-        self.scorer = self.scorer.restored(state["scorer"])
+        if self.scorer is not None:
+            self.scorer = self.scorer.restored(state["scorer"])
+        if self.reward_mean is not None:
+            self.reward_mean = state["reward_mean"]
         if self.damping is not None:
             self.damping = replace(self.damping, **state["damping"])
         if self.cap is not None:

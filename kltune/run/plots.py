@@ -34,8 +34,7 @@ CURVE_NAMES = {
 }
 STANDARD_ERRORS = {
     "kl/ref_nats_per_response": "kl/ref_stderr", "eval/kl_ref_nats_per_response": "eval/kl_ref_stderr",
-    "eval/accuracy": "eval/accuracy_stderr", "eval/score_mean": "eval/score_stderr",
-    "eval/gold_mean": "eval/gold_stderr",
+    "eval/score_mean": "eval/score_stderr", "eval/gold_mean": "eval/gold_stderr",
 }
 
 

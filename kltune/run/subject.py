@@ -9,8 +9,8 @@ from typing import Any
 from kltune.errors import CheckpointError, RecipeError
 from kltune.lm.adapters import read_adapter_config
 from kltune.lm.code import refuse_code
-from kltune.lm.data import Example, Prompt, load_examples, load_prompts
-from kltune.lm.evaluate import described
+from kltune.lm.data import Example, Prompt, described, load_examples, load_prompts, row_rules
+from kltune.lm.evaluate import prompts_source
 from kltune.lm.loading import pick_device
 from kltune.lm.opening import load_saved_policy
 from kltune.lm.policy import Policy
@@ -160,7 +160,7 @@ def _recorded(info: dict[str, Any]) -> dict[str, Any]:
 def _of_recipe(path: str) -> dict[str, Any]:
     recipe = load_recipe(path)
     found: dict[str, Any] = {
-        "prompts": recipe.eval.prompts or recipe.data.prompts,
+        "prompts": prompts_source(recipe),
         "data": recipe.data,
         "responses": recipe.eval.responses,
         "texts": recipe.eval.texts,
@@ -180,7 +180,7 @@ def _said(settings: Settings) -> str:
 def measured_prompts(policy: Policy, settings: Settings) -> list[Prompt]:
     """The prompts to respond to, as this policy's tokens."""
     limit = policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens)
-    prompts, counts = load_prompts(settings.prompts, policy.tokenizer, max_tokens=limit, **_rules(settings))
+    prompts, counts = load_prompts(settings.prompts, policy.tokenizer, max_tokens=limit, **row_rules(settings.data))
     print(described(settings.prompts, counts), file=sys.stderr)
     return prompts
 
@@ -195,12 +195,7 @@ def measured_texts(policy: Policy, settings: Settings) -> list[Example]:
         end_token=policy.tokenizer.eos_token_id,
         max_prompt_tokens=policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens),
         max_response_tokens=settings.data.max_response_tokens,
-        **_rules(settings),
+        **row_rules(settings.data),
     )
     print(described(settings.texts, counts), file=sys.stderr)
     return texts
-
-
-def _rules(settings: Settings) -> dict[str, Any]:
-    data = settings.data
-    return {"template": data.template, "on_overlong": data.on_overlong, "on_bad_row": data.on_bad_row}

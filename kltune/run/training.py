@@ -1,12 +1,12 @@
-"""What PPO and TRPO do alike around their own updates: the data, the batch of a step, the cap, recording and saving."""
+"""What PPO, TRPO and DPO do alike around their own updates: data, the batch of a step, the cap, recording, saving."""
 
 from dataclasses import asdict, replace
 
 from kltune.core.controllers import feed_forward
 from kltune.core.gate import standing
 from kltune.errors import Interrupted, RecipeError
-from kltune.lm.data import Prompt, load_prompts
-from kltune.lm.evaluate import HeldOut, described, evaluate, load_held_out
+from kltune.lm.data import Prompt, described, distinct, load_prompts, row_rules
+from kltune.lm.evaluate import HeldOut, evaluate, load_held_out
 from kltune.lm.experience import (
     batch_metrics,
     collect,
@@ -23,45 +23,50 @@ from kltune.lm.selftest import check_fresh_policy
 from kltune.run.checkpoint import save_checkpoint
 from kltune.run.clock import Clock
 from kltune.run.finishing import stop
-from kltune.run.job import Batch, Job, RLRecipe, about, kl_text
+from kltune.run.job import Batch, BudgetRecipe, Job, about, kl_text
 from kltune.run.learner import Learner
 from kltune.run.session import Run
 
 ROLLBACK_RAISE = 2.0  # of the price, when the policy was found beyond the cap (MATH 3.5)
+# Of a loss whose slope is about 1 where the pairs pull most: measured pulls were worse to steer by (README).
+NORMALISED_SPREAD = 1.0
+UNMEASURED = dict.fromkeys(("kl/ref_nats_per_response", "kl/ref_stderr", "kl/ref_nats_per_token"))
 REFUSAL_RAISE = 1.1  # of the price, when a line search met the cap: at no loss, and again at the next step
 
 
-def load_data(recipe: RLRecipe, policy: Policy) -> tuple[list[Prompt], HeldOut]:
-    """Training prompts, and what evaluations are made on.
+def load_data(recipe: BudgetRecipe, policy: Policy) -> tuple[list[Prompt], HeldOut]:
+    """Training prompts, those of the pairs where there are no others, and what evaluations are made on.
 
     Raises:
         RecipeError: a cap could never be proven on so few prompts.
     """
     data = recipe.data
     limit = policy.prompt_limit(data.max_prompt_tokens, recipe.sampling.max_new_tokens)
-    rules = {"template": data.template, "on_overlong": data.on_overlong, "on_bad_row": data.on_bad_row}
-    prompts, counts = load_prompts(data.prompts, policy.tokenizer, max_tokens=limit, **rules)
-    note = described(data.prompts, counts)
+    source = data.prompts or data.pairs
+    prompts, counts = load_prompts(source, policy.tokenizer, max_tokens=limit, **row_rules(data))
+    prompts = prompts if data.prompts else distinct(prompts)
+    note = described(source, counts)
     held_out = load_held_out(recipe.eval, data, policy, prompts, prompt_limit=limit, folder=recipe.folder, note=note)
     measured = min(len(held_out.prompts), held_out.responses)
     if recipe.kl.hard_cap is not None and measured < 2:
         raise RecipeError(
             "kl.hard_cap: final would be measured on one prompt, which gives no error and so no proof; wanted at least "
-            "2 rows in eval.prompts (or data.prompts) and eval.responses of at least 2."
+            "2 rows in eval.prompts (or data.prompts, data.pairs) and eval.responses of at least 2."
         )
     return prompts, held_out
 
 
-def begin(recipe: RLRecipe, learner: Learner, prompts: list[Prompt], run: Run) -> None:
+def begin(recipe: BudgetRecipe, learner: Learner, prompts: list[Prompt], run: Run) -> None:
     """Set a learner where the run starts: checked and fresh, or as a checkpoint left it."""
-    run.record(rewards=learner.scorer.identity)
+    if learner.scorer is not None:
+        run.record(rewards=learner.scorer.identity)
     if recipe.kl.hard_cap is not None:
         learner.guard(recipe.kl.hard_cap, recipe.kl.unit)
     if run.resume_from is not None:
         learner.restore(run.resume_from)
         return
     check_fresh_policy(learner.policy, prompts)
-    if learner.scorer.wants_reference_samples:
+    if learner.scorer is not None and learner.scorer.wants_reference_samples:
         rng = run.rng("reference", 0)
         learner.scorer = standardize(
             learner.scorer, learner.policy, prompts, recipe.sampling, seed=recipe.run.seed, rng=rng
@@ -69,22 +74,24 @@ def begin(recipe: RLRecipe, learner: Learner, prompts: list[Prompt], run: Run) -
 
 
 def sample_batch(job: Job, learner: Learner, step: int, clock: Clock) -> Batch:
-    """Respond, measure and score."""
+    """Respond, measure and score, where there is something that scores."""
     recipe, sampling = job.recipe, job.recipe.sampling
     rng = job.run.rng("sampling", step)
     rollout = collect(
         learner.policy, job.prompts, sampling, step=step, seed=recipe.run.seed, rng=rng, exact=recipe.kl.exact
     )
     clock.lap("sample")
+    if learner.scorer is None:
+        return Batch(rollout, None, measured_kl(rollout), NORMALISED_SPREAD)
     scores = score(learner.scorer, rollout, sampling.missing_end_penalty)
     clock.lap("score")
-    return Batch(rollout, scores, measured_kl(rollout))
+    return Batch(rollout, scores, measured_kl(rollout), score_spread(scores, **job.grouping))
 
 
 def reprice(job: Job, learner: Learner, batch: Batch) -> float:
     """The price of a nat for this batch, once the controller has seen it; score per nat."""
     learner.controller = priced(
-        learner.controller, job.recipe.kl, batch.rollout, batch.scores, batch.distance.nats_per_response, **job.grouping
+        learner.controller, job.recipe.kl, batch.rollout, batch.distance.nats_per_response, batch.spread
     )
     return learner.controller.beta
 
@@ -115,7 +122,7 @@ def stepped_back(job: Job, learner: Learner, step: int, batch: Batch) -> bool:
     if job.recipe.kl.on_cap == "stop":
         job.report.step(step, batch_metrics(batch.rollout, batch.scores, batch.distance, learner.controller.beta))
         stop(job, learner, f"step {step}: {found}")
-    learner.controller = learner.controller.raised(ROLLBACK_RAISE, least=_price_at_cap(job, learner, batch))
+    learner.controller = learner.controller.raised(ROLLBACK_RAISE, least=_price_at_cap(learner, batch))
     job.report.warn(
         f"step {step}: {found}. Went back to the policy after step {safe.step} ({safe.kl['nats_per_response']:.3g} "
         f"nats per response), and a nat now costs {learner.controller.beta:.3g}."
@@ -124,15 +131,35 @@ def stepped_back(job: Job, learner: Learner, step: int, batch: Batch) -> bool:
 
 
 def close_step(
-    job: Job, learner: Learner, step: int, batch: Batch, update: dict[str, float], clock: Clock, *, went_back: bool
+    job: Job,
+    learner: Learner,
+    step: int,
+    batch: Batch | None,
+    update: dict[str, float | None],
+    clock: Clock,
+    *,
+    went_back: bool = False,
+    examples: int | None = None,
 ) -> None:
     """Record a step; evaluate, save and stop where it is time.
+
+    Args:
+        job, learner: of the run.
+        step: counted from 1.
+        batch: its responses; None where none were sampled, and so no KL measured.
+        update: what the stage has to say of its update.
+        clock: of the step.
+        went_back: the policy is another now than the one that sampled.
+        examples: rows of data learnt from, to count a step's speed by; None counts responses.
 
     Raises:
         Interrupted: a signal came, and everything is saved.
     """
     recipe = job.recipe
-    metrics = batch_metrics(batch.rollout, batch.scores, batch.distance, learner.controller.beta) | update
+    metrics = UNMEASURED | {"kl/beta": learner.controller.beta} if batch is None else batch_metrics(
+        batch.rollout, batch.scores, batch.distance, learner.controller.beta
+    )
+    metrics |= update
     if learner.cap is not None:
         metrics |= {"kl/cap_rollbacks": learner.cap.rollbacks, "kl/cap_refusals": learner.cap.refusals}
     evaluates = step % recipe.run.eval_every == 0 and step < job.steps  # after the last step, `finish` evaluates
@@ -141,12 +168,13 @@ def close_step(
             learner.policy, job.held_out, recipe.sampling, learner.scorer, seed=recipe.run.seed
         )[0]
         clock.lap("eval")
-    job.report.step(step, metrics | clock.metrics(len(batch.scores)))
-    if evaluates or step in (1, job.steps):
+    counted = (len(batch.rollout.lengths),) if examples is None else (examples, "examples")
+    job.report.step(step, metrics | clock.metrics(*counted))
+    if batch is not None and (evaluates or step in (1, job.steps)):
         job.report.samples(step, sample_rows(batch.rollout, batch.scores, response_kl(batch.rollout)))
     if step % recipe.run.save_every == 0 or step == job.steps or job.run.stop_signal:
         # A batch measures the policy before the step's update; one that went back was measured when it was remembered.
-        kl = learner.cap.safe.kl if went_back else asdict(batch.distance)
+        kl = learner.cap.safe.kl if went_back else None if batch is None else asdict(batch.distance)
         save_checkpoint(
             job.run.folder, step, learner.policy.save, info=about(recipe, learner.policy, kl),
             tensors=learner.tensors(), state=learner.state(), keep=recipe.run.keep,
@@ -157,8 +185,8 @@ def close_step(
         )
 
 
-def _price_at_cap(job: Job, learner: Learner, batch: Batch) -> float:
+def _price_at_cap(learner: Learner, batch: Batch) -> float:
     """What would hold an ideal policy at the cap, score per nat: a price near 0 would take many doublings."""
     per_token = learner.cap.unit == "nats_per_token"
     limit = learner.cap.limit * (batch.rollout.lengths.float().mean().item() if per_token else 1.0)
-    return feed_forward(score_spread(batch.scores, **job.grouping), limit)
+    return feed_forward(batch.spread, limit)

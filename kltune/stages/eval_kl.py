@@ -18,10 +18,10 @@ from kltune.core.intervals import summarize
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.data import Example, Prompt
 from kltune.lm.deployed import Deployed, measure_deployed
-from kltune.lm.evaluate import document_nats
 from kltune.lm.measurement import Draw, Measurement, measure_kl
 from kltune.lm.measures import VocabularySums
 from kltune.lm.policy import Policy
+from kltune.lm.texts import document_nats
 from kltune.run.kl_document import DIRECTIONS, Found, described_kl, paired_differences
 from kltune.run.kl_text import render
 from kltune.run.progress import counting

@@ -20,8 +20,7 @@ from kltune.core.bradley_terry import bradley_terry_loss, centring_penalty, labe
 from kltune.core.calibration import win_share
 from kltune.errors import Interrupted, RecipeError
 from kltune.lm.comparisons import Comparison, hold_out, load_comparisons, reads_text, sequences
-from kltune.lm.data import shuffled_positions
-from kltune.lm.evaluate import described, text_limits
+from kltune.lm.data import described, row_rules, shuffled_positions
 from kltune.lm.loading import pick_device
 from kltune.lm.opening import load_policy
 from kltune.lm.optim import (
@@ -37,6 +36,7 @@ from kltune.lm.policy import Policy
 from kltune.lm.reward_evaluation import judge, reward_result, sample_pairs
 from kltune.lm.reward_model import RewardModel
 from kltune.lm.selftest import check_frozen
+from kltune.lm.texts import text_limits
 from kltune.recipe import RewardRecipe
 from kltune.run.checkpoint import read_state, save_checkpoint, save_final
 from kltune.run.clock import Clock
@@ -97,8 +97,7 @@ def load_data(recipe: RewardRecipe, policy: Policy) -> tuple[list[Comparison], l
         RecipeError: one file has pairs and the other labelled responses.
     """
     data, tokenizer = recipe.data, policy.tokenizer
-    rules = {"template": data.template, "on_overlong": data.on_overlong, "on_bad_row": data.on_bad_row}
-    rules |= {"end_token": tokenizer.eos_token_id, **text_limits(data, policy)}
+    rules = {"end_token": tokenizer.eos_token_id, **text_limits(policy, data), **row_rules(data)}
     rows, counts = load_comparisons(data.pairs, tokenizer, **rules)
     notes = [described(data.pairs, counts)]
     if recipe.eval.pairs is None:

@@ -15,18 +15,8 @@ import torch
 from torch.optim import Optimizer
 
 from kltune.errors import Interrupted
-from kltune.lm.data import Example, load_examples, shuffled_positions
-from kltune.lm.evaluate import (
-    HeldOut,
-    described,
-    evaluate,
-    example_batch,
-    kl_result,
-    load_held_out,
-    log_perplexity,
-    measure_settings,
-    text_limits,
-)
+from kltune.lm.data import Example, described, load_examples, row_rules, shuffled_positions
+from kltune.lm.evaluate import HeldOut, evaluate, kl_result, load_held_out, measure_settings
 from kltune.lm.loading import pick_device
 from kltune.lm.opening import load_policy
 from kltune.lm.optim import (
@@ -39,6 +29,7 @@ from kltune.lm.optim import (
 )
 from kltune.lm.policy import Policy
 from kltune.lm.selftest import check_frozen
+from kltune.lm.texts import example_batch, log_perplexity, text_limits
 from kltune.recipe import SFTRecipe
 from kltune.run.checkpoint import read_state, save_checkpoint, save_final
 from kltune.run.clock import Clock
@@ -95,12 +86,10 @@ def run_sft(recipe: SFTRecipe, resume: bool) -> dict[str, Any]:
 
 def load_data(recipe: SFTRecipe, policy: Policy) -> tuple[list[Example], HeldOut]:
     """Training texts, and what evaluations are made on."""
-    data, limits = recipe.data, text_limits(recipe.data, policy)
-    rules = {"template": data.template, "on_overlong": data.on_overlong, "on_bad_row": data.on_bad_row}
-    end = policy.tokenizer.eos_token_id
-    examples, counts = load_examples(data.texts, policy.tokenizer, end_token=end, **limits, **rules)
-    measured = {"prompt_limit": limits["max_prompt_tokens"], "folder": recipe.folder}
-    held_out = load_held_out(recipe.eval, data, policy, [], note=described(data.texts, counts), **measured)
+    data, limits, end = recipe.data, text_limits(policy, recipe.data), policy.tokenizer.eos_token_id
+    examples, counts = load_examples(data.texts, policy.tokenizer, end_token=end, **limits, **row_rules(data))
+    limit, note = limits["max_prompt_tokens"], described(data.texts, counts)
+    held_out = load_held_out(recipe.eval, data, policy, [], prompt_limit=limit, folder=recipe.folder, note=note)
     return examples, held_out
 
 

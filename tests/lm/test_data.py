@@ -98,9 +98,11 @@ WRONG_PROMPTS = {
     "white space": ('{"prompt": " \\n "}\n', 'rows.jsonl:1: field "prompt": found only white space'),
     "number": ('{"prompt": 7}\n', 'rows.jsonl:1: field "prompt": found the number 7'),
     "boolean": ('{"prompt": true}\n', 'rows.jsonl:1: field "prompt": found true'),
-    "list": ('{"prompt": ["a"]}\n', 'rows.jsonl:1: field "prompt": found a list, wanted non-empty text'),
+    "list": ('{"prompt": ["a"]}\n', "rows.jsonl:1: field \"prompt[0]\": found the text 'a', wanted {"),
     "other fields": (GOOD + '{"question": "a"}\n', 'rows.jsonl:2: field "prompt": missing'),
-    "no known field": ('{"question": "a"}\n', 'rows.jsonl:1: wanted "prompt" or "messages", found "question"'),
+    "no known field": (
+        '{"question": "a"}\n', 'rows.jsonl:1: wanted "prompt" or "messages" or "chosen", "rejected", found "question"',
+    ),
     "empty object": ("{}\n", "rows.jsonl:1: wanted"),
     "after blank lines": ("\n \n" + GOOD + '\n{"prompt": 1}\n', 'rows.jsonl:5: field "prompt": found the number 1'),
     "escaped NUL": ('{"prompt": "a\\u0000"}\n', 'rows.jsonl:1: field "prompt": found a NUL character at character 2'),

@@ -20,6 +20,7 @@ from tests.lm.test_data import (
     conversation,
     ids_of,
     letter_tokenizer,
+    prompts_of,
     refusal,
     write,
 )
@@ -135,6 +136,17 @@ def test_a_pair_is_two_labelled_responses(tmp_path):
     labelled, counts = labelled_of(write(tmp_path, [PAIR, PAIR]))
     assert [(item.response.text, item.wanted) for item in labelled] == [("cd", True), ("e", False)] * 2
     assert counts.kept == 2
+
+
+@pytest.mark.parametrize("row", [PAIR, *SAME_CONVERSATION.values()])
+def test_the_prompts_of_pairs_can_be_read_alone(tmp_path, row):
+    path = write(tmp_path, [row])
+    assert prompts_of(path, CHAT_TOKENIZER)[0] == [pair.prompt for pair in pairs_of(path, CHAT_TOKENIZER)[0]]
+
+
+def test_an_empty_answer_is_no_fault_of_its_prompt(tmp_path):
+    (prompt,), _ = prompts_of(write(tmp_path, [{"chosen": f"a{MARK} b", "rejected": f"a{MARK} "}]))
+    assert prompt.text == f"a{MARK}"
 
 
 # ---- wrong rows -------------------------------------------------------------------------------------------------

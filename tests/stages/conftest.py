@@ -75,10 +75,18 @@ SFT = {
 REWARD = {
     "stage": "reward",
     "lora": {"rank": 4, "alpha": 8.0},
-    "data": {"pairs": "pairs.jsonl"},
+    "data": {"pairs": "judged.jsonl"},
     "optim": {"lr": 0.02, "batch_size": 6},
     "run": {"steps": 4, "save_every": 100, "eval_every": 100},
     "eval": {"pairs_share": 0.25},
+}
+DPO = {
+    "stage": "dpo",
+    **{name: PPO[name] for name in ("lora", "run", "eval")},
+    "data": {"pairs": "pairs.jsonl"},
+    "sampling": {"prompts_per_step": 12, "max_new_tokens": 6},
+    "kl": {"control": "fixed", "beta": 0.0},
+    "optim": {"lr": 0.02, "batch_size": 8},
 }
 ORACLE = {
     "stage": "ppo",
@@ -176,9 +184,12 @@ def write_recipe(folder: Path, base: dict[str, Any], model: Path, prompts: tuple
     texts = [{"prompt": text, "response": f"{text[::-1]}a."} for text in PROMPTS]
     write_rows(folder / "texts.jsonl", texts)
     write_rows(folder / "held_out_texts.jsonl", [{"prompt": t, "response": f"{t[::-1]}a."} for t in HELD_OUT])
-    sides = [("ba a.", "zo z."), ("an a", "so, no"), ("a.", "moo.")]
-    pairs = [{"prompt": text, "chosen": good, "rejected": bad} for text in PROMPTS for good, bad in sides]
+    pairs = [{"prompt": text, "chosen": "a" + text[::-1], "rejected": text[::-1] + "zz"} for text in prompts]
     write_rows(folder / "pairs.jsonl", pairs)
+    write_rows(folder / "held_out_pairs.jsonl", [{"prompt": t, "chosen": "a.", "rejected": "zz"} for t in HELD_OUT])
+    sides = [("ba a.", "zo z."), ("an a", "so, no"), ("a.", "moo.")]
+    judged = [{"prompt": text, "chosen": good, "rejected": bad} for text in PROMPTS for good, bad in sides]
+    write_rows(folder / "judged.jsonl", judged)
     (folder / "rewards.py").write_text(REWARDS, encoding="utf-8")
     whole = base | {"model": {"path": str(model)}, "run": base["run"] | {"output": str(folder / "run")}}
     path = folder / "recipe.yaml"
@@ -208,6 +219,13 @@ def ppo_recipe(ppo_file: Path) -> MakeRecipe:
 def trpo_recipe(tmp_path: Path, llama: Path) -> MakeRecipe:
     """A function from overrides (and an output) to a TRPO recipe on the random Llama."""
     path = write_recipe(tmp_path / "trpo", TRPO, llama)
+    return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
+
+
+@pytest.fixture
+def dpo_recipe(tmp_path: Path, llama: Path) -> MakeRecipe:
+    """A function from overrides (and an output) to a plain DPO recipe on the random Llama."""
+    path = write_recipe(tmp_path / "dpo", DPO, llama)
     return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
 
 

@@ -260,7 +260,7 @@ def test_what_is_wrong_is_named_with_its_exit_code(reward_recipe, capsys, overri
 @pytest.mark.parametrize("margin", [-1, "much", True, "nan"])
 def test_a_margin_that_is_no_number_is_named_with_its_line(reward_recipe, margin):
     rows = [{"prompt": "so", "chosen": "a", "rejected": "b"}, {"prompt": "no", "chosen": "a", "rejected": "b"}]
-    with pytest.raises(DataError, match=r'pairs\.jsonl:2: field "margin": .* a number of at least 0'):
+    with pytest.raises(DataError, match=r'judged\.jsonl:2: field "margin": .* a number of at least 0'):
         run_with_rows(reward_recipe, [rows[0], rows[1] | {"margin": margin}])
 
 

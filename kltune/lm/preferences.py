@@ -1,0 +1,174 @@
+"""Preference data as a loss sees them: how much more likely the policy makes each response than its reference does.
+
+The reference does not change, so its log-probabilities are measured once, in an order that depends on the recipe alone:
+a resumed run measures them again to the same bit.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kltune.core.calibration import win_share
+from kltune.core.intervals import wilson
+from kltune.errors import ModelError
+from kltune.lm.batches import response_scatter
+from kltune.lm.data import Example, Prompt, described, row_rules
+from kltune.lm.encoding import Ids
+from kltune.lm.experience import FIRST_RATIO_GAP
+from kltune.lm.pairs import Answer, load_labelled, load_pairs
+from kltune.lm.policy import Policy
+from kltune.lm.texts import document_nats, example_batch, text_limits
+from kltune.recipe import DataSection
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Responses in groups that stay together: pairs, the chosen one first, or responses labelled one by one.
+
+    examples: R prompts with a response, whose tokens are scored. wanted: True where it was chosen, or labelled as
+    wanted. [R] bool. ref_logprobs: log ρ(y|x) of each, NaN until it is measured. [R] float64, nats. group: responses
+    in each group, 2 or 1.
+    """
+
+    examples: tuple[Example, ...]
+    wanted: Tensor
+    ref_logprobs: Tensor
+    group: int
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.group
+
+    def sha256(self) -> str:
+        """Of all the tokens, in order, and what was wanted."""
+        rows = [[example.ids, example.scored.index(True)] for example in self.examples]
+        return hashlib.sha256(repr((rows, self.wanted.tolist())).encode()).hexdigest()
+
+    def select(self, groups: Sequence[int]) -> "Preferences":
+        """Some of the groups, in this order."""
+        rows = torch.tensor([self.group * at + side for at in groups for side in range(self.group)], dtype=torch.long)
+        examples = tuple(self.examples[row] for row in rows.tolist())
+        return replace(self, examples=examples, wanted=self.wanted[rows], ref_logprobs=self.ref_logprobs[rows])
+
+    def measured(self, policy: Policy, groups: Sequence[int]) -> "Preferences":
+        """With the reference's log-probabilities of these groups."""
+        rows = [self.group * at + side for at in sorted(set(groups)) for side in range(self.group)]
+        rows.sort(key=lambda row: len(self.examples[row].ids))       # alike in length: little padding
+        with policy.reference():
+            nats, _ = document_nats(policy, [self.examples[row] for row in rows])
+        ref_logprobs = self.ref_logprobs.clone()
+        ref_logprobs[rows] = -nats
+        return replace(self, ref_logprobs=ref_logprobs)
+
+    def parts(self, sequences: int | None, tokens: int) -> list[list[int]]:
+        """The groups in micro-batches, longest last: of so many sequences, or else of about so many tokens."""
+        order = sorted(range(len(self)), key=self._length)
+        parts: list[list[int]] = [[]]
+        for at in order:
+            count = self.group * (len(parts[-1]) + 1)
+            full = count > sequences if sequences is not None else count * self._length(at) > tokens
+            if parts[-1] and full:
+                parts.append([])
+            parts[-1].append(at)
+        return parts
+
+    def _length(self, at: int) -> int:
+        return max(len(example.ids) for example in self.examples[self.group * at : self.group * (at + 1)])
+
+    def mismatched(self) -> tuple[Example, ...]:
+        """Each prompt with the response of the next example that has another prompt, or at least another place."""
+        found = []
+        for at, mine in enumerate(self.examples):
+            after = (*self.examples[at + 1 :], *self.examples[:at])
+            other = next((theirs for theirs in after if _prompt(theirs) != _prompt(mine)), after[0])
+            found.append(_with_response(mine, other))
+        return tuple(found)
+
+
+def load_preferences(
+    source: str, policy: Policy, data: DataSection, *, labelled: bool = False
+) -> tuple[Preferences, str]:
+    """Read pairs, or with ``labelled`` responses that were judged one by one; and one line on the file.
+
+    Raises:
+        DataError: as the loaders of pairs.py. RecipeError: the model's context cannot hold what the recipe wants.
+    """
+    ends = {"end_token": policy.tokenizer.eos_token_id}
+    load = load_labelled if labelled else load_pairs
+    rows, counts = load(source, policy.tokenizer, **ends, **text_limits(policy, data), **row_rules(data))
+    if labelled:
+        examples = tuple(_example(row.prompt, row.response) for row in rows)
+        wanted = torch.tensor([row.wanted for row in rows])
+    else:
+        examples = tuple(_example(pair.prompt, side) for pair in rows for side in (pair.chosen, pair.rejected))
+        wanted = torch.tensor([True, False]).repeat(len(rows))
+    unmeasured = torch.full((len(examples),), torch.nan, dtype=torch.float64)
+    return Preferences(examples, wanted, unmeasured, 1 if labelled else 2), described(source, counts)
+
+
+def _example(prompt: Prompt, answer: Answer) -> Example:
+    ids = prompt.ids + answer.ids
+    return Example(ids, (False,) * len(prompt.ids) + (True,) * len(answer.ids), prompt.where)
+
+
+def _prompt(example: Example) -> Ids:
+    return example.ids[: example.scored.index(True)]
+
+
+def _with_response(mine: Example, theirs: Example) -> Example:
+    start, other = mine.scored.index(True), theirs.scored.index(True)
+    return Example(mine.ids[:start] + theirs.ids[other:], mine.scored[:start] + theirs.scored[other:], mine.where)
+
+
+def response_logprobs(policy: Policy, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """log π(y|x) of each response, differentiable, and its tokens. [R] float64 nats, [R] int64; on the CPU."""
+    ids, scored = example_batch(examples, policy)
+    flat = policy.logprobs(ids, scored)
+    return response_scatter(flat, scored).cpu().double().sum(dim=1), scored.sum(dim=1).cpu()
+
+
+def log_ratios_of(policy: Policy, examples: Sequence[Example]) -> Tensor:
+    """log π(y|x) − log ρ(y|x) of each response, both measured now and without gradients. [R] float64, nats."""
+    nats, _ = document_nats(policy, examples)
+    with policy.reference():
+        ref_nats, _ = document_nats(policy, examples)
+    return ref_nats - nats
+
+
+def pair_metrics(policy: Policy, pairs: Preferences) -> dict[str, float | None]:
+    """How the policy, against its reference, tells held-out pairs apart; intervals at 95 %.
+
+        accuracy = share of pairs with h > 0, a half where h = 0;    margin = mean h
+    """
+    nats, _ = document_nats(policy, pairs.examples)
+    log_ratio = -nats - pairs.ref_logprobs
+    margin = log_ratio[0::2] - log_ratio[1::2]
+    share, count = win_share(margin), len(margin)
+    low, high = wilson(share, count)
+    return {
+        "eval/accuracy": share,
+        "eval/accuracy_low": low,
+        "eval/accuracy_high": high,
+        "eval/margin_nats": margin.mean().item(),
+        "eval/margin_stderr": margin.std().item() / count**0.5 if count > 1 else None,
+        "eval/chosen_log_ratio_nats": log_ratio[0::2].mean().item(),
+        "eval/rejected_log_ratio_nats": log_ratio[1::2].mean().item(),
+    }
+
+
+def check_first_log_ratios(log_ratio: Tensor, tokens: Tensor, policy: Policy) -> None:
+    """Before the first update the policy is its reference, and every log-ratio is 0.
+
+    Raises:
+        ModelError: one is not.
+    """
+    gap = (log_ratio.detach() / tokens).abs().max().item()
+    allowed = FIRST_RATIO_GAP[policy.dtype]
+    if gap > allowed:
+        raise ModelError(
+            f"Before any update, a response's log-probability differs by {gap:.3g} nats per token from the reference's "
+            f"(allowed: {allowed}): the model's output depends on the batch it is in. kltune cannot train it."
+        )
+

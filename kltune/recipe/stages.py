@@ -1,0 +1,114 @@
+"""Which sections each stage reads."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PrivateAttr
+
+from kltune.recipe.sections import (
+    BradleyTerrySection,
+    DataSection,
+    DPOKLSection,
+    DPOSection,
+    EvalSection,
+    KLSection,
+    LoraSection,
+    ModelSection,
+    OptimSection,
+    PPOSection,
+    RewardList,
+    RunSection,
+    SamplingSection,
+    Section,
+    TRPOSection,
+)
+
+
+class Recipe(Section):
+    """What all stages share, and where the file was."""
+
+    stage: str = Field(description="what this recipe runs")
+    _folder: Path = PrivateAttr(default=Path("."))
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the recipe file; relative paths in the file start there."""
+        return self._folder
+
+    def __eq__(self, other: object) -> bool:
+        """Recipes are equal if they say the same, wherever their files are."""
+        return type(self) is type(other) and self.model_dump() == other.model_dump()
+
+    __hash__ = None
+
+
+class SFTRecipe(Recipe):
+    """Imitate texts; ``lora: null`` trains every weight."""
+
+    stage: Literal["sft"] = Field(description="what this recipe runs")
+    model: ModelSection = Field(description="the frozen weights")
+    lora: LoraSection | None = Field(default_factory=LoraSection, description="the adapter; null trains every weight")
+    data: DataSection = Field(default_factory=DataSection, description="rows")
+    sampling: SamplingSection = Field(default_factory=SamplingSection, description="responses on which KL is measured")
+    optim: OptimSection = Field(default_factory=OptimSection, description="optimizer")
+    run: RunSection = Field(default_factory=RunSection, description="length, seed, output")
+    eval: EvalSection = Field(default_factory=EvalSection, description="held-out measurements")
+
+
+class RewardRecipe(Recipe):
+    """Fit a Bradley-Terry reward model to preference pairs."""
+
+    stage: Literal["reward"] = Field(description="what this recipe runs")
+    model: ModelSection = Field(description="the frozen weights")
+    lora: LoraSection = Field(default_factory=LoraSection, description="the adapter")
+    data: DataSection = Field(default_factory=DataSection, description="rows")
+    bradley_terry: BradleyTerrySection = Field(default_factory=BradleyTerrySection, description="the loss")
+    optim: OptimSection = Field(default_factory=OptimSection, description="optimizer")
+    run: RunSection = Field(default_factory=RunSection, description="length, seed, output")
+    eval: EvalSection = Field(default_factory=EvalSection, description="held-out measurements")
+
+
+class RLRecipe(Recipe):
+    """The sections that ppo, trpo and dpo have in common."""
+
+    model: ModelSection = Field(description="the frozen weights")
+    lora: LoraSection = Field(default_factory=LoraSection, description="the adapter")
+    data: DataSection = Field(default_factory=DataSection, description="rows")
+    sampling: SamplingSection = Field(default_factory=SamplingSection, description="how the policy responds")
+    reward: RewardList = Field((), description="scorers; the score is their weighted sum")
+    kl: KLSection = Field(default_factory=KLSection, description="the budget")
+    optim: OptimSection = Field(default_factory=OptimSection, description="optimizer")
+    run: RunSection = Field(default_factory=RunSection, description="length, seed, output")
+    eval: EvalSection = Field(default_factory=EvalSection, description="held-out measurements")
+
+
+class PPORecipe(RLRecipe):
+    """Raise the score with clipped policy steps while KL to the reference is held."""
+
+    stage: Literal["ppo"] = Field(description="what this recipe runs")
+    ppo: PPOSection = Field(default_factory=PPOSection, description="clipped policy steps")
+
+
+class TRPORecipe(RLRecipe):
+    """The same with natural-gradient steps inside a KL ball."""
+
+    stage: Literal["trpo"] = Field(description="what this recipe runs")
+    trpo: TRPOSection = Field(default_factory=TRPOSection, description="natural-gradient steps")
+
+
+class DPORecipe(RLRecipe):
+    """Learn from preference pairs while KL to the reference is measured."""
+
+    stage: Literal["dpo"] = Field(description="what this recipe runs")
+    kl: DPOKLSection = Field(default_factory=DPOKLSection, description="the budget")
+    dpo: DPOSection = Field(default_factory=DPOSection, description="preference pairs")
+
+
+STAGES: dict[str, type[Recipe]] = {
+    "sft": SFTRecipe, "reward": RewardRecipe, "ppo": PPORecipe, "trpo": TRPORecipe, "dpo": DPORecipe,
+}
+# dotted keys whose value may be a path; "*" stands for each entry of a list
+PATH_KEYS = (
+    "model.path", "model.sft_adapter", "data.prompts", "data.texts", "data.pairs", "reward.*.path",
+    "run.output", "eval.prompts", "eval.texts", "eval.pairs", "eval.gold.path",
+)

@@ -1,0 +1,248 @@
+"""DPO under a KL budget: learn from pairs that were written down, and hold what no preference loss holds.
+
+    minimise  L(pairs) / beta + c · KL(policy ‖ reference)
+
+``beta`` (``dpo.beta``) scales the loss's own reward and bounds nothing: pairs that never contradict each other drive
+the policy on for every beta, and mass moves to responses that no pair shows (MATH 6.3). So the KL is measured where it
+is defined, on responses that the policy samples, and its price c (``kl.beta``) is fixed, or steered by ``kl.target``;
+with ``kl: {control: fixed, beta: 0}`` it is plain DPO, and nothing is sampled but for evaluations and a cap.
+
+The sum is minimised times beta, so that plain DPO is plain DPO. The gradient of the KL is the exact one of PPO's
+``placement: loss``. Sources: Rafailov et al. 2023, arXiv 2305.18290; Song et al. 2024, arXiv 2406.01462 (offline pairs
+with an online KL); MATH 6.6 (a target for it).
+"""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kltune.core import preferences as losses
+from kltune.core.calibration import win_share
+from kltune.core.losses import exact_kl_loss
+from kltune.lm.batches import response_scatter
+from kltune.lm.curvature import flat, unflat
+from kltune.lm.data import Prompt, shuffled_positions
+from kltune.lm.experience import controller_of
+from kltune.lm.loading import pick_device
+from kltune.lm.opening import load_policy
+from kltune.lm.optim import check_optimizer, guarded_step, learning_rate_share, make_optimizer, total_steps
+from kltune.lm.policy import Policy
+from kltune.lm.preferences import (
+    Preferences,
+    check_first_log_ratios,
+    load_preferences,
+    log_ratios_of,
+    response_logprobs,
+)
+from kltune.recipe import DPORecipe, DPOSection
+from kltune.run.clock import Clock
+from kltune.run.finishing import finish
+from kltune.run.job import Batch, Job
+from kltune.run.learner import Learner
+from kltune.run.report import Report
+from kltune.run.session import Run, finished_result, open_run
+from kltune.run.training import begin, close_step, load_data, reprice, sample_batch, stepped_back
+
+LABELLED = ("kto", "bco")  # losses of responses judged one by one
+REWARD_MEMORY = 0.9  # share of bco's running mean that a step leaves
+TRAINED_SHARE = 4  # of the tokens that fit through the trunk without gradients, this fraction is trained on at once
+
+
+def run_dpo(recipe: DPORecipe, resume: bool) -> dict[str, Any]:
+    """``kltune dpo``: learn from preferences within a KL budget, save the policy, and measure what was saved.
+
+    Args:
+        recipe: what to do.
+        resume: go on from the newest checkpoint in the output folder.
+
+    Returns:
+        The object of ``result.json``.
+    """
+    done = finished_result(recipe)
+    if done is not None:
+        return done
+    with open_run(recipe, resume=resume) as run:
+        torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
+        policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))
+        run.set_reference(policy.fingerprint.as_dict())
+        pairs, note = load_preferences(recipe.data.pairs, policy, recipe.data, labelled=recipe.dpo.loss in LABELLED)
+        prompts, held_out = load_data(recipe, policy)
+        steps = total_steps(recipe.run, len(pairs), recipe.optim.batch_size)
+        pairs = pairs.measured(policy, positions(recipe, pairs, 1, steps))
+        learner = make_learner(recipe, policy, pairs, prompts, run)
+        target = recipe.kl.target if recipe.kl.control == "target" else None
+        with Report(run.folder, "dpo", steps, target=target, start_step=run.start_step, unit=recipe.kl.unit) as report:
+            for line in dict.fromkeys((policy.fingerprint.describe(), note, *held_out.notes)):
+                report.say(line)
+            job = Job(recipe, run, report, prompts, held_out, steps)
+            for step in range(run.start_step + 1, steps + 1):
+                take_step(job, learner, pairs, step)
+            return finish(job, learner)
+
+
+def make_learner(
+    recipe: DPORecipe, policy: Policy, pairs: Preferences, prompts: list[Prompt], run: Run
+) -> Learner:
+    """Optimizer and controller; checked at the start, or restored from a checkpoint."""
+    optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim)
+    check_optimizer(optimizer, policy.trainable_parameters(), "policy")
+    learner = Learner(
+        policy, controller_of(recipe.kl, updates_per_step=1), optimizer=optimizer, data_sha256=pairs.sha256(),
+        reward_mean=0.0 if recipe.dpo.loss == "bco" else None,
+    )
+    begin(recipe, learner, prompts, run)
+    return learner
+
+
+def positions(recipe: DPORecipe, pairs: Preferences, step: int, steps: int = 1) -> list[int]:
+    """Which pairs are learnt from in a step, or in several from there on; of these, no more than an epoch of them."""
+    size = recipe.optim.batch_size
+    count = size if steps == 1 else min(steps * size, len(pairs))
+    return shuffled_positions(len(pairs), (step - 1) * size, count, recipe.run.seed)
+
+
+def take_step(job: Job, learner: Learner, pairs: Preferences, step: int) -> None:
+    """One turn of the loop: measure the KL where it has a price or a cap, price it, improve, record."""
+    recipe, size = job.recipe, job.recipe.optim.batch_size
+    clock = Clock()
+    part = pairs.select(positions(recipe, pairs, step))
+    priced = recipe.kl.control == "target" or learner.controller.beta > 0.0
+    batch = sample_batch(job, learner, step, clock) if priced or learner.cap is not None else None
+    pull = Pull(job, learner, part, batch, first=step == 1)
+    went_back = batch is not None and stepped_back(job, learner, step, batch)
+    lr = learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr
+    update: dict[str, float | None] = {"optim/lr": lr}
+    if not went_back:
+        learner.set_learning_rates(lr, lr)
+        update |= improve(job, learner, pull, reprice(job, learner, batch) if priced else 0.0)
+        clock.lap("update")
+    close_step(job, learner, step, batch, update, clock, went_back=went_back, examples=size)
+
+
+class Pull:
+    """The two gradients that pull at the policy in a step, each computed when it is first asked for.
+
+    stats: what the pairs said of the policy, once ``loss`` was computed.
+    """
+
+    def __init__(self, job: Job, learner: Learner, part: Preferences, batch: Batch | None, *, first: bool):
+        self.recipe, self.learner, self.part, self.batch, self.first = job.recipe, learner, part, batch, first
+        self.parameters = list(learner.policy.trainable_parameters().values())
+        self.stats: dict[str, float | None] = {}
+
+    @cached_property
+    def loss(self) -> Tensor:
+        """Gradient of the mean loss over the step's pairs. [P]."""
+        recipe, policy, part = self.recipe, self.learner.policy, self.part
+        point = reference_point(recipe.dpo, self.learner, part)
+        total, values, ratios = self._zeros(), [], torch.empty(len(part.examples), dtype=torch.float64)
+        tokens = policy.network.tokens_per_pass // TRAINED_SHARE
+        for groups in part.parts(recipe.optim.micro_batch_size, tokens):
+            micro = part.select(groups)
+            logprobs, lengths = response_logprobs(policy, micro.examples)
+            ratio = logprobs - micro.ref_logprobs
+            if self.first:
+                check_first_log_ratios(ratio, lengths, policy)
+            each = preference_losses(recipe.dpo, ratio, logprobs / lengths, micro.wanted, point)
+            total += self._gradient(each.sum() / len(part))
+            values.append(each.detach())
+            ratios[[part.group * at + side for at in groups for side in range(part.group)]] = ratio.detach()
+        self.stats = preference_metrics(recipe.dpo, torch.cat(values), ratios, part)
+        return total
+
+    @cached_property
+    def kl(self) -> Tensor:
+        """Gradient of KL(policy ‖ reference), nats per response, on the step's responses. [P]."""
+        policy, rollout, total = self.learner.policy, self.batch.rollout, self._zeros()
+        rows = len(rollout.response_mask)
+        for micro in torch.arange(rows, device=policy.device).split(self.recipe.optim.micro_batch_size or rows):
+            some = rollout.select(micro)
+            logprobs, exact = (
+                response_scatter(found, some.response_mask)
+                for found in policy.logprobs_and_ref_kl(some.ids, some.scored, self.recipe.sampling.temperature)
+            )
+            total += self._gradient(exact_kl_loss(exact, logprobs, some.response_mask, rows))
+        return total
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(sum(tensor.numel() for tensor in self.parameters), device=self.learner.policy.device)
+
+    def _gradient(self, loss: Tensor) -> Tensor:
+        return flat(torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True))
+
+
+def improve(job: Job, learner: Learner, pull: Pull, price: float) -> dict[str, float | None]:
+    """One step against the pairs' loss and what the KL costs."""
+    dpo = job.recipe.dpo
+    gradient = pull.loss if price == 0.0 else pull.loss + price * scale_of(dpo) * pull.kl
+    for parameter, piece in zip(pull.parameters, unflat(gradient, pull.parameters), strict=True):
+        parameter.grad = piece.clone()
+    norm = guarded_step(learner.optimizer, job.recipe.optim.max_grad_norm, "policy")
+    if learner.reward_mean is not None:
+        learner.reward_mean += (1.0 - REWARD_MEMORY) * (pull.stats["pairs/reward_mean"] - learner.reward_mean)
+    return pull.stats | {"dpo/grad_norm": norm}
+
+
+def scale_of(dpo: DPOSection) -> float:
+    """What the loss is divided by before its price is set, so that at h = 0 a nat of margin is worth about one."""
+    return {"ipo": 1.0 / dpo.beta, "orpo": 1.0}.get(dpo.loss, dpo.beta)
+
+
+def reference_point(dpo: DPOSection, learner: Learner, part: Preferences) -> float:
+    """What responses judged one by one are held against: kto's z₀, in nats, or bco's δ, in reward; 0 for pairs."""
+    if dpo.loss == "kto":
+        return losses.mismatch_point(log_ratios_of(learner.policy, part.mismatched()))
+    return learner.reward_mean or 0.0
+
+
+def preference_losses(dpo: DPOSection, ratio: Tensor, mean: Tensor, wanted: Tensor, point: float) -> Tensor:
+    """The loss of each pair, or of each response that was judged on its own.
+
+    Args:
+        dpo: which one.
+        ratio: log π(y|x) − log ρ(y|x) of each response. [R], nats.
+        mean: log π(y|x) per token. [R], nats per token.
+        wanted: True where a response was chosen. [R], bool.
+        point: from ``reference_point``.
+    """
+    beta, smoothing = dpo.beta, dpo.label_smoothing
+    if dpo.loss == "kto":
+        return losses.kto_loss(ratio, wanted, point, beta, dpo.wanted_weight, dpo.unwanted_weight)
+    if dpo.loss == "bco":
+        return losses.bco_loss(ratio, wanted, point, beta)
+    chosen, rejected = ratio[0::2], ratio[1::2]
+    if dpo.loss == "f_dpo":
+        return losses.divergence_loss(chosen, rejected, beta, dpo.divergence, dpo.alpha)
+    if dpo.loss == "chi_po":
+        return losses.chi_po_loss(chosen, rejected, beta, dpo.reward_limit)
+    if dpo.loss == "orpo":
+        return losses.orpo_loss(mean[0::2], mean[1::2], beta)
+    if dpo.loss == "simpo":
+        return losses.simpo_loss(mean[0::2], mean[1::2], beta, dpo.gap)
+    margin = chosen - rejected
+    if dpo.loss == "robust":
+        return losses.robust_loss(margin, beta, smoothing)
+    if dpo.loss == "ipo":
+        return losses.ipo_loss(margin, beta)
+    return losses.hinge_loss(margin, beta) if dpo.loss == "hinge" else losses.sigmoid_loss(margin, beta, smoothing)
+
+
+def preference_metrics(
+    dpo: DPOSection, values: Tensor, ratio: Tensor, part: Preferences
+) -> dict[str, float | None]:
+    """What a step's pairs say of the policy before its update; log-ratios in nats per response."""
+    chosen, rejected = (ratio[side].mean().item() if side.any() else None for side in (part.wanted, ~part.wanted))
+    metrics = {
+        "loss/mean": values.mean().item(),
+        "accuracy/mean": win_share(ratio[0::2] - ratio[1::2]) if part.group == 2 else None,
+        "pairs/margin_nats": None if chosen is None or rejected is None else chosen - rejected,
+        "pairs/chosen_log_ratio_nats": chosen,
+        "pairs/rejected_log_ratio_nats": rejected,
+    }
+    if dpo.loss == "bco":
+        metrics["pairs/reward_mean"] = dpo.beta * ratio.mean().item()
+    if dpo.from_reference:
+        metrics["kl/fwd_offline_nats_per_response"] = -ratio.mean().item()
+    return metrics

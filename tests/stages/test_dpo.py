@@ -1,0 +1,358 @@
+"""``kltune dpo``: the gradient of every loss, plain runs, an online price of KL, a target, a cap, resuming."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kltune.errors import CheckpointError, DataError, DivergedError
+from kltune.lm.preferences import load_preferences
+from kltune.recipe import DataSection, DPOSection
+from kltune.run.checkpoint import read_state
+from kltune.stages import dpo
+from kltune.stages.dpo import preference_losses, run_dpo, scale_of
+from tests.stages.conftest import HELD_OUT, PROMPTS, read_jsonl, write_rows
+from tests.stages.test_resume import CUTS, STEPS, assert_same_run, run_with_stops
+from tests.tiny_policies import plain_logprobs, randomize
+
+LOG2 = math.log(2.0)
+FIRST_LOSS = {       # where policy and reference are one
+    "sigmoid": LOG2, "robust": LOG2, "ipo": (0.5 / 0.1) ** 2, "hinge": 1.0, "kto": 0.5, "bco": LOG2, "f_dpo": LOG2,
+    "chi_po": LOG2,
+}
+LOSSES = (*FIRST_LOSS, "orpo", "simpo")
+PULL = ("optim.lr=0.1", "run.steps=12", "sampling.prompts_per_step=32", "data.prompts=many.jsonl", "dpo.beta=0.05")
+MANY = ("eval.prompts=many.jsonl", "eval.responses=130")
+
+
+def keys_of(loss: str) -> tuple[str, ...]:
+    return (f"dpo.loss={loss}", *(("dpo.label_smoothing=0.1",) if loss == "robust" else ()))
+
+
+def rows_of(recipe) -> list[dict]:
+    return read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def _many_prompts(tmp_path):
+    """Few prompts give wide intervals: 65 letter pairs instead of a dozen phrases."""
+    (tmp_path / "dpo").mkdir()
+    write_rows(tmp_path / "dpo" / "many.jsonl", [{"prompt": f"{a}{b}"} for a in "abcdefghijklm" for b in "vwxyz"])
+
+
+# ---- gradients --------------------------------------------------------------------------------------------------
+
+
+def small_preferences(policy, folder: Path, loss: str):
+    pairs = [
+        {"prompt": "w3 w4 w5", "chosen": "w6 w7", "rejected": "w8"},
+        {"prompt": "w9", "chosen": "w10 w11 w12 w13", "rejected": "w14 w15"},
+        {"prompt": "w16 w17", "chosen": "w18", "rejected": "w19 w20 w21 w22 w23"},
+    ]
+    write_rows(folder / "small.jsonl", pairs)
+    found, _ = load_preferences(str(folder / "small.jsonl"), policy, DataSection(), labelled=loss in ("kto", "bco"))
+    return found.measured(policy, range(len(found)))
+
+
+@pytest.mark.parametrize("micro", [None, 1, 4])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_gradient_is_that_of_the_loss_on_one_response_at_a_time(trained_policy, tmp_path, dpo_recipe, loss, micro):
+    policy, recipe = trained_policy, dpo_recipe(*keys_of(loss), f"optim.micro_batch_size={json.dumps(micro)}")
+    part = small_preferences(policy, tmp_path, loss)
+    learner = dpo.Learner(policy, None, reward_mean=0.05 if loss == "bco" else None)
+    job = dpo.Job(recipe, None, None, [], None, 1)
+    pull = dpo.Pull(job, learner, part, None, first=False)
+    found = pull.loss
+
+    # The other side: the transformers model itself, a row at a time, reference by PEFT's own switch.
+    logprobs, reference, lengths = [], [], []
+    for example in part.examples:
+        ids, scored = torch.tensor([example.ids]), torch.tensor([example.scored])
+        table = policy.model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+        logprobs.append(table.gather(-1, ids[:, 1:, None])[..., 0][scored[:, 1:]].double().sum())
+        with policy.model.disable_adapter():
+            reference.append(plain_logprobs(policy.model, ids, scored).sum())
+        lengths.append(int(scored.sum()))
+    logprobs = torch.stack(logprobs)
+    ratio, mean = logprobs - torch.stack(reference), logprobs / torch.tensor(lengths)
+    point = dpo.reference_point(recipe.dpo, learner, part)
+    values = preference_losses(recipe.dpo, ratio, mean, part.wanted, point)
+    wanted = torch.autograd.grad(values.mean(), list(policy.trainable_parameters().values()), allow_unused=True)
+    flat = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten()
+                      for p, g in zip(policy.trainable_parameters().values(), wanted, strict=True)])
+    assert pull.stats["loss/mean"] == pytest.approx(values.mean().item(), rel=1e-5)
+    torch.testing.assert_close(found, flat, atol=2e-5 * flat.abs().max().item(), rtol=1e-3)
+
+
+def test_kto_is_held_against_responses_of_other_prompts(trained_policy, tmp_path):
+    part = small_preferences(trained_policy, tmp_path, "kto")
+    for mine, other in zip(part.examples, part.mismatched(), strict=True):
+        start = mine.scored.index(True)
+        assert other.ids[:start] == mine.ids[:start]
+        assert other.scored.index(True) == start
+        assert other.ids[start:] not in [e.ids[start:] for e in part.examples if e.ids[:start] == mine.ids[:start]]
+
+
+def test_the_reference_is_measured_with_the_adapter_off(trained_policy, tmp_path):
+    part = small_preferences(trained_policy, tmp_path, "sigmoid")
+    randomize(trained_policy.trainable_parameters(), seed=5)
+    again = small_preferences(trained_policy, tmp_path, "sigmoid")
+    assert torch.equal(part.ref_logprobs, again.ref_logprobs)
+
+
+def test_the_scale_makes_a_nat_of_margin_worth_about_one():
+    for loss, worth in {"sigmoid": 0.5, "hinge": 1.0, "ipo": 1.0, "chi_po": 1.0, "f_dpo": 0.5}.items():
+        section = DPOSection(loss=loss, beta=0.1 if loss != "ipo" else 0.25)
+        h = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        ratio = torch.stack([h / 2, -h / 2], dim=1).flatten()
+        value = preference_losses(section, ratio, ratio, torch.tensor([True, False]), 0.0).sum()
+        slope = torch.autograd.grad(value, h)[0].item() / scale_of(section)
+        assert -slope == pytest.approx(worth if loss != "ipo" else 1.0 / 0.25 * 0.25), loss
+
+
+# ---- plain DPO --------------------------------------------------------------------------------------------------
+
+
+def test_plain_dpo_learns_and_samples_nothing_but_evaluations(dpo_recipe, monkeypatch):
+    monkeypatch.setattr(dpo, "sample_batch", lambda *args: pytest.fail("a response was sampled"))
+    recipe = dpo_recipe("run.steps=12", "run.eval_every=5", "eval.pairs=held_out_pairs.jsonl")
+    result = run_dpo(recipe, resume=False)
+    rows = rows_of(recipe)
+    assert rows[0]["loss/mean"] == pytest.approx(LOG2, abs=1e-6)
+    assert rows[-1]["loss/mean"] < 0.5
+    assert rows[-1]["accuracy/mean"] == 1.0
+    assert rows[-1]["pairs/margin_nats"] == pytest.approx(
+        rows[-1]["pairs/chosen_log_ratio_nats"] - rows[-1]["pairs/rejected_log_ratio_nats"]
+    )
+    for row in rows:
+        for name in ("kl/ref_nats_per_response", "kl/ref_stderr", "kl/ref_nats_per_token"):
+            assert row[name] is None
+        assert row["kl/beta"] == 0.0
+        assert "kl/fwd_offline_nats_per_response" not in row
+        assert ("eval/kl_ref_nats_per_response" in row) == (row["step"] in (5, 10))
+    assert rows[4]["eval/kl_ref_nats_per_response"] > 0.0
+    assert result["kl"]["nats_per_response"] > rows[4]["eval/kl_ref_nats_per_response"]
+    assert (result["stage"], result["target"], result["score"], result["held_out"]) == ("dpo", None, None, True)
+    evaluated = result["eval"]
+    assert 0.0 <= evaluated["eval/accuracy_low"] <= evaluated["eval/accuracy"] <= evaluated["eval/accuracy_high"] <= 1.0
+    assert evaluated["eval/margin_nats"] > 2 * evaluated["eval/margin_stderr"]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_starts_where_it_should_and_falls(dpo_recipe, loss):
+    recipe = dpo_recipe(*keys_of(loss), "run.steps=8", "optim.batch_size=12", "eval.responses=2")
+    result = run_dpo(recipe, resume=False)
+    rows = rows_of(recipe)
+    if loss in FIRST_LOSS:
+        assert rows[0]["loss/mean"] == pytest.approx(FIRST_LOSS[loss], rel=1e-5)
+    assert rows[-1]["loss/mean"] < rows[0]["loss/mean"]
+    assert rows[-1]["pairs/margin_nats"] > 0.5
+    assert (rows[-1]["accuracy/mean"] is None) == (loss in ("kto", "bco"))
+    assert result["kl"]["nats_per_response"] > 0.0
+
+
+def test_responses_judged_one_by_one_are_enough_for_kto_and_bco(dpo_recipe, tmp_path):
+    judged = [{"prompt": p, "response": r, "label": r == "aa"} for p in PROMPTS for r in ("aa", "zz")]
+    write_rows(tmp_path / "dpo" / "judged.jsonl", judged)
+    keys = ("data.pairs=judged.jsonl", "run.steps=6", "eval.responses=2")
+    for loss in ("kto", "bco"):
+        recipe = dpo_recipe(f"dpo.loss={loss}", *keys, output=str(tmp_path / loss))
+        run_dpo(recipe, resume=False)
+        assert rows_of(recipe)[-1]["pairs/margin_nats"] > 0.5
+    with pytest.raises(DataError, match='field "chosen": missing'):
+        run_dpo(dpo_recipe(*keys), resume=False)
+
+
+def test_pairs_of_the_reference_give_an_estimate_of_the_forward_kl(dpo_recipe):
+    recipe = dpo_recipe("dpo.from_reference=true", "run.steps=2", "eval.responses=2")
+    run_dpo(recipe, resume=False)
+    for row in rows_of(recipe):
+        both = row["pairs/chosen_log_ratio_nats"] + row["pairs/rejected_log_ratio_nats"]
+        assert row["kl/fwd_offline_nats_per_response"] == pytest.approx(-both / 2, abs=1e-9)
+
+
+# ---- the price and the target -----------------------------------------------------------------------------------
+
+
+def test_a_price_keeps_the_policy_nearer_and_the_kl_is_measured_at_every_step(dpo_recipe, tmp_path):
+    distances = []
+    for beta in (0.0, 0.3, 3.0):
+        recipe = dpo_recipe(f"kl.beta={beta}", "run.steps=20", *MANY, output=str(tmp_path / str(beta)))
+        distances.append(run_dpo(recipe, resume=False)["kl"]["nats_per_response"])
+        for row in rows_of(recipe):
+            assert (row["kl/ref_nats_per_response"] is None) == (beta == 0.0)
+            assert row["kl/beta"] == beta
+    assert distances[0] > 1.5 * distances[1] > 2.0 * distances[2]
+
+
+def test_the_gradient_of_the_kl_is_the_same_in_micro_batches(dpo_recipe, tmp_path):
+    weights = []
+    for micro in ("null", "2"):
+        recipe = dpo_recipe(
+            "kl.beta=0.5", "run.steps=3", f"optim.micro_batch_size={micro}", "eval.responses=2",
+            output=str(tmp_path / micro),
+        )
+        run_dpo(recipe, resume=False)
+        weights.append(load_file(Path(recipe.run.output) / "final" / "adapter_model.safetensors"))
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=1e-4, rtol=1e-3)
+
+
+TARGET = (
+    "kl.control=target", "kl.beta=auto", "run.steps=60", "sampling.prompts_per_step=48", "data.prompts=many.jsonl",
+)
+
+
+def test_a_target_is_held_where_the_pairs_would_go_further(dpo_recipe, tmp_path):
+    plain = run_dpo(dpo_recipe("run.steps=60", *MANY, output=str(tmp_path / "plain")), resume=False)
+    target = 0.4 * plain["kl"]["nats_per_response"]
+    recipe = dpo_recipe(*TARGET, f"kl.target={target}", "kl.land=false", *MANY, output=str(tmp_path / "target"))
+    result = run_dpo(recipe, resume=False)
+    late = [row["kl/ref_nats_per_response"] for row in rows_of(recipe)[40:]]
+    assert 0.75 * target < sum(late) / len(late) < 1.1 * target
+    assert 0.7 * target < result["kl"]["nats_per_response"] < 1.2 * target
+    assert rows_of(recipe)[0]["kl/beta"] == pytest.approx(math.exp(-0.35) / math.sqrt(2 * target))
+    assert rows_of(recipe)[-1]["accuracy/mean"] == 1.0
+
+
+def test_a_target_that_the_pairs_never_reach_is_said_to_be_unused(dpo_recipe, capsys):
+    recipe = dpo_recipe(*TARGET, "kl.target=500", "run.steps=30", *MANY)
+    result = run_dpo(recipe, resume=False)
+    assert result["target_unused"] is True
+    assert result["alpha"] == 1.0
+    assert "below the target 500: the rest of the budget is not used" in capsys.readouterr().err
+    prices = [row["kl/beta"] for row in rows_of(recipe)]
+    assert min(prices) >= 1e-4
+    assert max(prices) < 0.05
+
+
+# ---- the cap and landing ----------------------------------------------------------------------------------------
+
+
+def test_without_a_cap_the_pairs_pull_far_beyond(dpo_recipe):
+    assert run_dpo(dpo_recipe(*PULL, *MANY), resume=False)["kl"]["nats_per_response"] > 3.0
+
+
+def test_final_is_within_the_cap_and_the_price_was_raised_from_nothing(dpo_recipe):
+    recipe = dpo_recipe(*PULL, *MANY, "kl.hard_cap=1")
+    result = run_dpo(recipe, resume=False)
+    assert result["hard_cap"] == 1.0
+    assert result["kl"]["ci95"][1] <= 1.0
+    assert result["cap_rollbacks"] >= 1
+    rows = rows_of(recipe)
+    assert rows[0]["kl/beta"] == 0.0
+    beyond = [row for row in rows if row["kl/ref_nats_per_response"] > 1.0]
+    assert len(beyond) == rows[-1]["kl/cap_rollbacks"]
+    assert all("loss/mean" not in row for row in beyond)     # such a step learns nothing
+    assert rows[-1]["kl/beta"] > 1e-3
+
+
+def test_going_back_restores_adapter_and_optimizer(dpo_recipe, monkeypatch):
+    seen = []
+    guard = dpo.stepped_back
+
+    def spy(job, learner, step, batch):
+        safe = learner.cap.safe
+        back = guard(job, learner, step, batch)
+        if back:
+            held = learner.moving()
+            seen.append(all(torch.equal(held[g][n], t) for g, named in safe.tensors.items() for n, t in named.items()))
+            assert held.keys() == {"policy", "optimizer"}
+        return back
+
+    monkeypatch.setattr(dpo, "stepped_back", spy)
+    run_dpo(dpo_recipe(*PULL, "kl.hard_cap=1", *MANY), resume=False)
+    assert seen
+    assert all(seen)
+
+
+def test_on_cap_stop_ends_with_6_and_final_is_the_last_state_within(dpo_recipe):
+    recipe = dpo_recipe(*PULL, *MANY, "kl.hard_cap=1", "kl.on_cap=stop")
+    with pytest.raises(DivergedError, match=r"beyond kl\.hard_cap, 1.*kl\.on_cap is stop.*lower optim\.lr") as caught:
+        run_dpo(recipe, resume=False)
+    assert caught.value.exit_code == 6
+    folder = Path(recipe.run.output)
+    assert not (folder / "result.json").exists()
+    assert json.loads((folder / "final" / "kltune.json").read_text())["kl"]["ci95"][1] <= 1.0
+    assert rows_of(recipe)[-1]["kl/ref_nats_per_response"] > 1.0
+
+
+def test_a_final_beyond_its_target_lands_on_it(dpo_recipe, monkeypatch):
+    # The last steps are taken without a price, as if the controller had lost.
+    monkeypatch.setattr(dpo, "reprice", lambda job, learner, batch: 0.0)
+    recipe = dpo_recipe(*TARGET, "kl.target=1", "run.steps=20", *MANY)
+    result = run_dpo(recipe, resume=False)
+    low, high = result["kl"]["ci95"]
+    assert low <= 1.0 <= high
+    assert 0.0 < result["alpha"] < 1.0
+    assert result["target_unused"] is False
+
+
+# ---- resuming ---------------------------------------------------------------------------------------------------
+
+RESUMED = {
+    "plain": (),
+    "bco": ("dpo.loss=bco",),
+    "kto, priced": ("dpo.loss=kto", "kl.beta=0.3"),
+    "target": ("kl.control=target", "kl.beta=auto", "kl.target=0.3", "eval.pairs=held_out_pairs.jsonl"),
+    "cap": ("kl.hard_cap=0.8", *PULL, *MANY),
+}
+
+
+@pytest.mark.parametrize("keys", RESUMED.values(), ids=RESUMED.keys())
+def test_a_stopped_run_goes_on_bit_for_bit(dpo_recipe, monkeypatch, tmp_path, keys):
+    keys = (*keys, f"run.steps={STEPS}", "run.eval_every=2")
+    broken, unbroken = (dpo_recipe(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
+    run_dpo(unbroken, resume=False)
+    run_with_stops(run_dpo, broken, monkeypatch, CUTS)
+    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), STEPS)
+    if "kl.hard_cap=0.8" in keys:
+        _, state = read_state(Path(unbroken.run.output) / f"checkpoints/step-{STEPS:06d}")
+        assert state["cap"]["rollbacks"] > 0
+
+
+def test_a_run_does_not_go_on_with_other_pairs(dpo_recipe, monkeypatch, tmp_path):
+    recipe = dpo_recipe("run.steps=4")
+    with pytest.raises(CheckpointError, match="learnt from other data"):
+        run_with_stops(_changing_pairs(tmp_path / "dpo" / "pairs.jsonl"), recipe, monkeypatch, (2,))
+
+
+def _changing_pairs(path: Path):
+    def run(recipe, resume: bool):
+        if resume:
+            rows = read_jsonl(path)
+            write_rows(path, [rows[0] | {"chosen": "b"}, *rows[1:]])
+        return run_dpo(recipe, resume=resume)
+
+    return run
+
+
+# ---- what else reads the run ------------------------------------------------------------------------------------
+
+
+def test_transcripts_need_no_prompts_of_their_own(dpo_recipe, tmp_path, eval_kl):
+    rows = [{"chosen": f"{t}\n\nAssistant: a", "rejected": f"{t}\n\nAssistant: zz"} for t in (*PROMPTS, *HELD_OUT)]
+    write_rows(tmp_path / "dpo" / "transcripts.jsonl", [*rows, rows[0] | {"rejected": rows[1]["rejected"][:3]}])
+    recipe = dpo_recipe(
+        "data.pairs=transcripts.jsonl", "data.on_bad_row=skip", "eval.prompts=null", "eval.responses=44", "kl.beta=0.1",
+        "run.steps=3",
+    )
+    result = run_dpo(recipe, resume=False)
+    assert result["held_out"] is False
+    assert result["kl"]["prompts"] == len(rows)
+    assert read_jsonl(Path(result["output"]) / "samples.jsonl")[0]["prompt"].endswith("Assistant:")
+
+
+def test_eval_kl_measures_the_run_on_the_prompts_of_its_pairs(dpo_recipe, eval_kl):
+    result = run_dpo(dpo_recipe("eval.prompts=null", "run.steps=6", "eval.responses=48"), resume=False)
+    code, document, _ = eval_kl(result["output"], "--responses", 48, "--seed", 3)
+    assert code == 0
+    assert document["prompts"] == len(PROMPTS)
+    ours, theirs = result["kl"], document["kl"]["exact"]
+    gap = abs(ours["nats_per_response"] - theirs["nats_per_response"])
+    assert gap < 4 * math.hypot(ours["stderr"], theirs["stderr"])
+
+
