@@ -78,9 +78,9 @@ def _tokens(encode: Callable[[str], Ids], text: str) -> Ids:
         return ()
 
 
-def is_reward_model(path: str) -> bool:
+def is_reward_model(folder: Path) -> bool:
     """Whether ``kltune reward`` made what is there."""
-    return (Path(path) / HEAD).is_file()
+    return (folder / HEAD).is_file()
 
 
 def open_reward_model(folder: Path, policy: Policy | None, device: torch.device) -> tuple[RewardReader, str, str]:

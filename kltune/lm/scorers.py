@@ -217,7 +217,7 @@ def load_scorer(
         more: dict[str, Any] = {}
         if entry.kind == "function":
             function, identity = _load_function(entry, folder)
-        elif entry.kind == "model" and is_reward_model(entry.path):
+        elif entry.kind == "model" and is_reward_model(Path(entry.path)):
             function, identity, more = _load_reward_model(entry, device, policy)
         else:
             function, identity = _load_model(entry, device)
@@ -260,12 +260,13 @@ def _load_function(entry: FunctionReward, folder: Path) -> tuple[ScoreFunction, 
 def _load_model(entry: ModelReward | ClassifierReward, device: torch.device) -> tuple[ScoreFunction, dict[str, str]]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    if (Path(entry.path) / "adapter_config.json").exists():  # transformers would put a random head on its base
-        raise ScorerError(
-            f"reward {entry.path}: is an adapter that kltune reward did not make; merge it into its base, and give the "
-            "folder of that."
-        )
-    local = {"local_files_only": True} if Path(entry.path).exists() else {}
+    folder = Path(entry.path)
+    if is_reward_model(folder / "final"):
+        raise ScorerError(f"reward {entry.path}: is the folder of a run; did you mean {folder / 'final'}?")
+    if (folder / "adapter_config.json").exists():  # transformers would put a random head on its base
+        wanted = "write kind: model" if is_reward_model(folder) else "merge it into its base, and give that"
+        raise ScorerError(f"reward {entry.path}: is an adapter, and no classifier by itself; {wanted}.")
+    local = {"local_files_only": True} if folder.exists() else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(entry.path, **local)
         model, report = AutoModelForSequenceClassification.from_pretrained(

@@ -272,7 +272,17 @@ def test_eval_kl_says_that_a_reward_model_is_no_policy(reward_model, capsys):
 
 def test_a_policy_is_no_reward_model(ppo_recipe, run_folder):
     recipe = ppo_recipe(f"reward=[{{kind: model, path: {run_folder / 'final'}}}]")
-    with pytest.raises(ScorerError, match="is an adapter that kltune reward did not make"):
+    with pytest.raises(ScorerError, match=r"is an adapter, and no classifier by itself; merge it"):
+        run_ppo(recipe, resume=False)
+
+
+@pytest.mark.parametrize(("kind", "up", "message"), [
+    ("classifier, label: good", 0, "write kind: model"), ("model", 1, r"the folder of a run; did you mean .*final\?"),
+])
+def test_a_reward_model_named_in_another_way_is_pointed_at(ppo_recipe, reward_model, kind, up, message):
+    path = [reward_model, *reward_model.parents][up]
+    recipe = ppo_recipe(f"reward=[{{kind: {kind}, path: {path}}}]")
+    with pytest.raises(ScorerError, match=message):
         run_ppo(recipe, resume=False)
 
 
