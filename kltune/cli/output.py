@@ -52,10 +52,10 @@ def summary(result: dict[str, Any]) -> str:
         lines.append(text + (f", target {result['target']:g}" if result.get("target") is not None else ""))
     elif result.get("stage") != "reward":      # which says nothing, and so has no KL
         lines.append("  KL      not measured")
-    if result.get("accuracy") is not None:
-        low, high = result["accuracy_ci95"]
-        rows = f"of {result['held_out_rows']} held-out rows (95 %: {low:.1%} to {high:.1%})"
-        lines.append(f"  right   {result['accuracy']:.1%} {rows}")
+    evaluated = result.get("eval") or {}
+    if evaluated.get("eval/accuracy") is not None:
+        low, high = evaluated["eval/accuracy_low"], evaluated["eval/accuracy_high"]
+        lines.append(f"  right   {evaluated['eval/accuracy']:.3f} of the held-out rows (95 %: {low:.3f} to {high:.3f})")
     if result.get("score") is not None:
         lines.append(f"  score   {result['score']:.4g}")
     if result.get("steps") is not None and result.get("seconds") is not None:

@@ -7,6 +7,8 @@
     data/heldout.jsonl         the same kind of rows with openings no training text has, for perplexity
     data/prompts.jsonl         neutral openings to sample from while training
     data/eval_prompts.jsonl    held-out openings to measure on
+    data/pairs.jsonl           openings that go on with praise, {"chosen"}, or with blame, {"rejected"}
+    data/eval_pairs.jsonl      the same with held-out openings
     tiny_world.json            written last: which version and seed made all this
 
 The model is pretrained here from random weights on the ``loose`` reviews of kltune.lm.tiny_corpus: about one minute
@@ -30,12 +32,12 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from kltune import __version__
 from kltune.errors import StorageError
-from kltune.lm.tiny_corpus import house_review, loose_review, openings, reviews
+from kltune.lm.tiny_corpus import house_review, loose_review, openings, praise_and_blame, reviews
 
 MARKER = "tiny_world.json"
 WORKSHOP = "tiny_world.building"
 PARTS = ("model", "data")
-SCHEMA = "kltune.tiny_world/1"
+SCHEMA = "kltune.tiny_world/2"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 VOCABULARY = 2048       # tokens: room for every word of the corpus; with 1024 the model misspells the rarer ones
@@ -48,7 +50,7 @@ BATCH = 4               # rows per step; small, because with so few tokens to le
 PEAK_LR = 4e-3
 IGNORED = -100          # cross_entropy's label for positions that are not scored
 
-TEXTS, HELD_OUT_TEXTS, PROMPTS, EVAL_PROMPTS = 2000, 200, 512, 256
+TEXTS, HELD_OUT_TEXTS, PROMPTS, EVAL_PROMPTS, PAIRS, EVAL_PAIRS = 2000, 200, 512, 256, 800, 128
 
 
 def make_tiny_world(
@@ -184,7 +186,7 @@ def pretrain(
 
 
 def write_data(folder: Path, *, seed: int) -> None:
-    """Write the four JSONL files that the tiny recipes read; see the module docstring."""
+    """Write the JSONL files that the tiny recipes read; see the module docstring."""
     folder.mkdir(parents=True)
     for name, count, held_out in (("texts", TEXTS, False), ("heldout", HELD_OUT_TEXTS, True)):
         written = reviews(house_review, count, seed=seed, held_out=held_out)
@@ -192,6 +194,10 @@ def write_data(folder: Path, *, seed: int) -> None:
     for name, count, held_out in (("prompts", PROMPTS, False), ("eval_prompts", EVAL_PROMPTS, True)):
         written = openings(count, seed=seed, held_out=held_out)
         _write_rows(folder / f"{name}.jsonl", [{"prompt": prompt} for prompt in written])
+    for name, count, held_out in (("pairs", PAIRS, False), ("eval_pairs", EVAL_PAIRS, True)):
+        written = praise_and_blame(count, seed=seed, held_out=held_out)
+        rows = [{"prompt": a.prompt, "chosen": a.response, "rejected": b.response} for a, b in written]
+        _write_rows(folder / f"{name}.jsonl", rows)
 
 
 def _build(folder: Path, *, seed: int, steps: int, say: Callable[[str], None]) -> None:

@@ -313,6 +313,22 @@ def reviews(style: Callable[[Random], Review], count: int, *, seed: int, held_ou
     return list(found.values())
 
 
+def praise_and_blame(count: int, *, seed: int, held_out: bool) -> list[tuple[Review, Review]]:
+    """Two reviews of one opening, of which the first praises and the second blames; arguments as for ``reviews``."""
+    rng = Random(f"praise_and_blame/{seed}/{held_out}")
+    found: dict[str, tuple[Review, Review]] = {}
+    while len(found) < count:
+        reviewer = Reviewer(rng, rng.choice(SUBJECTS))
+        prompt, continued = reviewer.opening()
+        if is_held_out(prompt) == held_out:
+            praise, blame = (
+                Review(prompt, f"{continued(tone)}. {reviewer.fill(rng.choice(VERDICTS[tone]), tone)}.")
+                for tone in ("good", "bad")
+            )
+            found.setdefault(praise.text, (praise, blame))
+    return list(found.values())
+
+
 def openings(count: int, *, seed: int, held_out: bool) -> list[str]:
     """Distinct neutral openings from one side of the split, to use as prompts; arguments as for ``reviews``."""
     rng = Random(f"openings/{seed}/{held_out}")

@@ -159,7 +159,8 @@ def _final_verdict(files: Files) -> Verdict:
     if limits.target:
         share = value / limits.target - 1
         side = "above" if share > 0 else "below"
-        sentences.append(f"That is {100 * abs(share):.0f} % {side} the target of {number(limits.target)}.")
+        rest = "; the rest of the budget is not used" if files.result.get("target_unused") else ""
+        sentences.append(f"That is {100 * abs(share):.0f} % {side} the target of {number(limits.target)}{rest}.")
         on_target = abs(share) <= TOLERANCE
         word = "on target" if on_target else f"{side} target"
         tone = "good" if on_target else "bad" if share > 0 else "plain"

@@ -29,12 +29,16 @@ CURVE_NAMES = {
     "trpo/gain": "measured", "kl/step_nats_per_response": "measured",
     "trpo/radius_nats_per_response": "allowed in this step", "trpo/line_search_tries": "tries",
     "trpo/accepted": "accepted",
-    "loss/mean": "training", "eval/loss": "held out", "accuracy/mean": "training", "eval/accuracy": "held out",
+    "loss/mean": "training", "eval/loss": "held out",
     "kl/cap_rollbacks": "gone back", "kl/cap_refusals": "steps cut short",
+    "accuracy/mean": "training", "eval/accuracy": "held out", "pairs/margin_nats": "training",
+    "eval/margin_nats": "held out", "pairs/chosen_log_ratio_nats": "chosen",
+    "pairs/rejected_log_ratio_nats": "rejected",
 }
 STANDARD_ERRORS = {
     "kl/ref_nats_per_response": "kl/ref_stderr", "eval/kl_ref_nats_per_response": "eval/kl_ref_stderr",
     "eval/score_mean": "eval/score_stderr", "eval/gold_mean": "eval/gold_stderr",
+    "eval/margin_nats": "eval/margin_stderr",
 }
 
 
@@ -68,6 +72,8 @@ def plots_for(limits: Limits) -> tuple[Plot, ...]:
         Plot("Loss", "loss", ("loss/mean", "eval/loss*")),
         Plot("Held-out perplexity", "perplexity", ("eval/perplexity",)),
         Plot("Accuracy", "share of pairs", ("accuracy/mean", "*/accuracy")),
+        Plot("Margin of the pairs", "nats", ("pairs/margin_nats", "eval/margin_nats")),
+        Plot("Log-ratio to the reference", "nats per response", ("pairs/*_log_ratio_nats",)),
         Plot("Price of one nat (beta)", "score per nat", ("kl/beta",), log=True),
         Plot("KL of one update", "nats per response", ("kl/step_nats_per_response", "trpo/radius*"), limited="step"),
         Plot("Gain of the surrogate", "score", ("trpo/predicted_gain", "trpo/gain")),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kltune.core.divergence import kl_exact, kl_k1
-from kltune.core.intervals import KLSummary, agreement_z, student_t_quantile, summarize
+from kltune.core.intervals import KLSummary, agreement_z, student_t_quantile, summarize, wilson
 from kltune.core.logprobs import token_logprobs
 from kltune.core.masking import per_response
 from tests.oracles import Responses, tiny_policy_logits, tiny_reference_logits
@@ -266,3 +266,10 @@ def test_a_far_tail_is_resampled_more_often(confidence):
     summary = one_each(nats, confidence=confidence)
     half = student_t_quantile(confidence, 59) * summary.stderr
     assert summary.ci[1] - summary.ci[0] == pytest.approx(2 * half, rel=0.15)
+
+
+@pytest.mark.parametrize(("share", "count", "low", "high"), [
+    (0.5, 100, 0.40383, 0.59617), (0.0, 10, 0.0, 0.27753), (1.0, 10, 0.72247, 1.0), (0.9, 20, 0.69896, 0.97214),
+])
+def test_wilson_by_published_numbers(share, count, low, high):
+    assert wilson(share, count) == pytest.approx((low, high), abs=5e-5)

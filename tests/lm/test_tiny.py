@@ -139,10 +139,14 @@ def test_the_data_files_hold_what_the_recipes_read(tmp_path):
         for file in (tmp_path / "data").iterdir()
     }
     counts = {name: len(rows) for name, rows in data.items()}
-    assert counts == {"texts": 2000, "heldout": 200, "prompts": 512, "eval_prompts": 256}
+    assert counts == {
+        "texts": 2000, "heldout": 200, "prompts": 512, "eval_prompts": 256, "pairs": 800, "eval_pairs": 128,
+    }
+    assert set(data["pairs"][0]) == {"prompt", "chosen", "rejected"}
+    assert all(row["chosen"] != row["rejected"] for row in data["pairs"])
     assert set(data["texts"][0]) == set(data["heldout"][0]) == {"prompt", "response"}
-    trained = {row["prompt"] for row in data["texts"] + data["prompts"]}
-    held_out = {row["prompt"] for row in data["heldout"] + data["eval_prompts"]}
+    trained = {row["prompt"] for row in data["texts"] + data["prompts"] + data["pairs"]}
+    held_out = {row["prompt"] for row in data["heldout"] + data["eval_prompts"] + data["eval_pairs"]}
     assert trained.isdisjoint(held_out)
 
 
@@ -203,7 +207,7 @@ class TestWorld:
         make_tiny_world(tmp_path, say=quiet, steps=1)
         assert (tmp_path / MARKER).is_file()
         assert not (tmp_path / WORKSHOP).exists()
-        assert len(list((tmp_path / "data").iterdir())) == 4
+        assert len(list((tmp_path / "data").iterdir())) == 6
 
     def test_somebody_elses_model_is_not_replaced(self, tmp_path):
         (tmp_path / "model").mkdir()
