@@ -22,6 +22,7 @@ from kltune.lm.policy import Policy
 from kltune.lm.reward_model import HEAD, RewardModel
 from kltune.lm.reward_reader import open_reward_model, spelled
 from kltune.lm.sampler import sample
+from kltune.lm.scaling import AdapterScale
 from kltune.lm.scorers import load_scorer
 from kltune.recipe import LoraSection, ModelReward
 from tests.tiny_policies import BOS, EOS, UNKNOWN, randomize, save_tiny_model
@@ -166,6 +167,18 @@ def test_beside_a_policy_it_scores_as_alone_and_the_policy_stays_as_it_is(open_p
     assert all(torch.equal(now[name], names[name]) and now[name].requires_grad for name in names)
     assert not any(tensor.requires_grad for tensor in policy._switch.parameters("reward").values())
     assert policy.frozen_sha256() == sha256
+    AdapterScale(policy).set(0.0)                              # it finds the policy's own tensors, and their start
+    assert torch.equal(probe_logits(policy), reference)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])
+def test_other_architectures_share_as_well(open_policy, new_reward, tmp_path, architecture):
+    folder = save_reward(tmp_path / "reward", new_reward(architecture=architecture))
+    policy = open_policy(architecture)
+    randomize(policy.trainable_parameters())
+    shared, alone = open_reward_model(folder, policy, CPU)[0], open_reward_model(folder, None, CPU)[0]
+    assert shared.shared
+    assert torch.equal(shared.model.measure_rows(ROWS), alone.model.measure_rows(ROWS))
 
 
 def test_it_adds_only_its_adapter_and_head_to_what_is_held(open_policy, saved_reward):

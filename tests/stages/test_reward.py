@@ -42,23 +42,23 @@ def run_with_rows(recipe_of, rows: list[dict], *overrides: str, held_out: list[d
 
 
 def test_known_rewards_are_recovered_from_simulated_preferences(tmp_path, bandit):
-    # Every pair of the bandit's arms, each the right way round as often as Bradley-Terry says of the rewards 0 to 3.
+    # Rewards 0 to 3 in units of log 3: Bradley-Terry's odds between two arms are 3, 9 or 27 to 1, and so are the rows.
     arms, rows = "wxyz", []
-    for i in range(4):
-        for j in range(i):
-            wins = round(100 / (1 + math.exp(BANDIT_REWARDS[j] - BANDIT_REWARDS[i])))
-            sides = arms[i] + arms[j], arms[j] + arms[i]
-            good, bad = ({"prompt": "<s>", "chosen": a, "rejected": b} for a, b in sides)
-            rows += [good] * wins + [bad] * (100 - wins)
+    for better in range(4):
+        for worse in range(better):
+            right, wrong = {1: (15, 5), 2: (18, 2), 3: (27, 1)}[better - worse]
+            rows += [{"prompt": "<s>", "chosen": arms[better], "rejected": arms[worse]}] * right
+            rows += [{"prompt": "<s>", "chosen": arms[worse], "rejected": arms[better]}] * wrong
     path = write_recipe(tmp_path / "bandit", REWARD, bandit, ("<s>",))
-    keys = ["run.steps=150", f"optim.batch_size={len(rows)}", "optim.lr=0.03", "eval.pairs_share=0",
-            "bradley_terry.centring=0", "data.template=none"]
+    keys = ["run.steps=100", f"optim.batch_size={len(rows)}", "optim.lr=0.05", "eval.pairs_share=0",
+            "bradley_terry.centring=0"]
     recipe = load_recipe(path, keys)
     write_rows(Path(recipe.data.pairs), rows)
     result = run_reward(recipe, resume=False)
     reader, _, _ = open_reward_model(Path(result["final"]), None, CPU)
     scores = reader(["<s>"] * 4, list(arms))
-    assert [score - scores[0] for score in scores] == pytest.approx(BANDIT_REWARDS.tolist(), abs=0.1)
+    wanted = [math.log(3) * reward for reward in BANDIT_REWARDS.tolist()]
+    assert [score - scores[0] for score in scores] == pytest.approx(wanted, abs=0.05)
     assert result["accuracy"] is None
 
 
@@ -133,7 +133,7 @@ def test_labelled_responses_give_log_odds(reward_recipe):
     assert result["accuracy"] == 1.0
     assert result["loss"] < 0.3
     assert result["held_out_rows"] == 6
-    assert result["length"] == {"length_correlation": pytest.approx(result["length"]["length_correlation"])}
+    assert result["length"].keys() == {"length_correlation"}
 
 
 def test_the_base_stays_as_it_is_and_another_seed_gives_another_model(reward_recipe, tmp_path):
@@ -192,8 +192,7 @@ def test_ppo_raises_the_score_of_a_model_that_shares_its_weights(ppo_recipe, rew
 def test_trpo_and_a_gold_scorer_share_them_too(trpo_recipe, reward_model):
     gold = f"{{kind: model, path: {reward_model}, name: second}}"
     recipe = trpo_recipe(
-        f"reward=[{{kind: model, path: {reward_model}}}]", f"eval.gold={gold}", "run.steps=3", "kl.target=0.01",
-        "kl.control=target", "kl.land=true",
+        f"reward=[{{kind: model, path: {reward_model}}}]", f"eval.gold={gold}", "run.steps=2",
     )
     result = run_trpo(recipe, resume=False)
     assert result["eval"]["eval/gold_mean"] == pytest.approx(result["score"], abs=1e-5)
