@@ -87,6 +87,13 @@ class Learner:
             self.policy.load_value_parameters(groups["value"])
             load_optimizer(self.value_optimizer, values, groups.get("value_optimizer", {}))
 
+    def stop_momentum(self) -> None:
+        """Let the policy's optimizer forget which way it was moving, not how large its gradients are."""
+        tensors = optimizer_tensors(self.optimizer, self.policy.trainable_parameters())
+        for name, tensor in tensors.items():
+            if name.endswith("/exp_avg"):
+                tensor.zero_()
+
     def guard(self, limit: float, unit: Unit) -> None:
         """Keep a cap from now on; the policy is its reference still, which is within any."""
         start = Safe(0, {"nats_per_response": 0.0, "stderr": 0.0, "nats_per_token": 0.0}, self._copied())

@@ -12,7 +12,6 @@ The sum is minimised times beta, so that plain DPO is plain DPO. The gradient of
 with an online KL); MATH 6.6 (a target for it).
 """
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,8 +20,7 @@ from torch import Tensor
 from kltune.core import preferences as losses
 from kltune.core.calibration import win_share
 from kltune.core.losses import exact_kl_loss
-from kltune.lm.batches import response_scatter
-from kltune.lm.curvature import flat, unflat
+from kltune.lm.batches import Rollout, response_scatter
 from kltune.lm.data import Prompt, shuffled_positions
 from kltune.lm.experience import controller_of
 from kltune.lm.loading import pick_device
@@ -107,82 +105,69 @@ def take_step(job: Job, learner: Learner, pairs: Preferences, step: int) -> None
     """One turn of the loop: measure the KL where it has a price or a cap, price it, improve, record."""
     recipe, size = job.recipe, job.recipe.optim.batch_size
     clock = Clock()
-    part = pairs.select(positions(recipe, pairs, step))
     priced = recipe.kl.control == "target" or learner.controller.beta > 0.0
     batch = sample_batch(job, learner, step, clock) if priced or learner.cap is not None else None
-    pull = Pull(job, learner, part, batch, first=step == 1)
     went_back = batch is not None and stepped_back(job, learner, step, batch)
     lr = learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr
     update: dict[str, float | None] = {"optim/lr": lr}
-    if not went_back:
+    if went_back:
+        # With one update in a step, momentum would carry the policy out again before the new price is felt.
+        learner.stop_momentum()
+    else:
         learner.set_learning_rates(lr, lr)
-        update |= improve(job, learner, pull, reprice(job, learner, batch) if priced else 0.0)
+        price = reprice(job, learner, batch) if priced else 0.0
+        update |= improve(recipe, learner, pairs.select(positions(recipe, pairs, step)), batch, price, first=step == 1)
         clock.lap("update")
     close_step(job, learner, step, batch, update, clock, went_back=went_back, examples=size)
 
 
-class Pull:
-    """The two gradients that pull at the policy in a step, each computed when it is first asked for.
-
-    stats: what the pairs said of the policy, once ``loss`` was computed.
-    """
-
-    def __init__(self, job: Job, learner: Learner, part: Preferences, batch: Batch | None, *, first: bool):
-        self.recipe, self.learner, self.part, self.batch, self.first = job.recipe, learner, part, batch, first
-        self.parameters = list(learner.policy.trainable_parameters().values())
-        self.stats: dict[str, float | None] = {}
-
-    @cached_property
-    def loss(self) -> Tensor:
-        """Gradient of the mean loss over the step's pairs. [P]."""
-        recipe, policy, part = self.recipe, self.learner.policy, self.part
-        point = reference_point(recipe.dpo, self.learner, part)
-        total, values, ratios = self._zeros(), [], torch.empty(len(part.examples), dtype=torch.float64)
-        tokens = policy.network.tokens_per_pass // TRAINED_SHARE
-        for groups in part.parts(recipe.optim.micro_batch_size, tokens):
-            micro = part.select(groups)
-            logprobs, lengths = response_logprobs(policy, micro.examples)
-            ratio = logprobs - micro.ref_logprobs
-            if self.first:
-                check_first_log_ratios(ratio, lengths, policy)
-            each = preference_losses(recipe.dpo, ratio, logprobs / lengths, micro.wanted, point)
-            total += self._gradient(each.sum() / len(part))
-            values.append(each.detach())
-            ratios[[part.group * at + side for at in groups for side in range(part.group)]] = ratio.detach()
-        self.stats = preference_metrics(recipe.dpo, torch.cat(values), ratios, part)
-        return total
-
-    @cached_property
-    def kl(self) -> Tensor:
-        """Gradient of KL(policy ‖ reference), nats per response, on the step's responses. [P]."""
-        policy, rollout, total = self.learner.policy, self.batch.rollout, self._zeros()
-        rows = len(rollout.response_mask)
-        for micro in torch.arange(rows, device=policy.device).split(self.recipe.optim.micro_batch_size or rows):
-            some = rollout.select(micro)
-            logprobs, exact = (
-                response_scatter(found, some.response_mask)
-                for found in policy.logprobs_and_ref_kl(some.ids, some.scored, self.recipe.sampling.temperature)
-            )
-            total += self._gradient(exact_kl_loss(exact, logprobs, some.response_mask, rows))
-        return total
-
-    def _zeros(self) -> Tensor:
-        return torch.zeros(sum(tensor.numel() for tensor in self.parameters), device=self.learner.policy.device)
-
-    def _gradient(self, loss: Tensor) -> Tensor:
-        return flat(torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True))
-
-
-def improve(job: Job, learner: Learner, pull: Pull, price: float) -> dict[str, float | None]:
-    """One step against the pairs' loss and what the KL costs."""
-    dpo = job.recipe.dpo
-    gradient = pull.loss if price == 0.0 else pull.loss + price * scale_of(dpo) * pull.kl
-    for parameter, piece in zip(pull.parameters, unflat(gradient, pull.parameters), strict=True):
-        parameter.grad = piece.clone()
-    norm = guarded_step(learner.optimizer, job.recipe.optim.max_grad_norm, "policy")
+def improve(
+    recipe: DPORecipe, learner: Learner, part: Preferences, batch: Batch | None, price: float, *, first: bool
+) -> dict[str, float | None]:
+    """One step against the loss of some pairs and what the KL costs."""
+    stats = add_loss_gradient(recipe, learner, part, first=first)
+    if price > 0.0:
+        add_kl_gradient(recipe, learner.policy, batch.rollout, price * scale_of(recipe.dpo))
+    norm = guarded_step(learner.optimizer, recipe.optim.max_grad_norm, "policy")
     if learner.reward_mean is not None:
-        learner.reward_mean += (1.0 - REWARD_MEMORY) * (pull.stats["pairs/reward_mean"] - learner.reward_mean)
-    return pull.stats | {"dpo/grad_norm": norm}
+        learner.reward_mean += (1.0 - REWARD_MEMORY) * (stats["pairs/reward_mean"] - learner.reward_mean)
+    return stats | {"dpo/grad_norm": norm}
+
+
+def add_loss_gradient(
+    recipe: DPORecipe, learner: Learner, part: Preferences, *, first: bool
+) -> dict[str, float | None]:
+    """Add the gradient of the mean loss over some pairs, micro-batches summed to it, and say what they say.
+
+    Raises:
+        ModelError: ``first``, before any update, and a response is not as likely as under the reference.
+    """
+    policy = learner.policy
+    point = reference_point(recipe.dpo, learner, part)
+    values, ratios = [], torch.empty(len(part.examples), dtype=torch.float64)
+    for groups in part.parts(recipe.optim.micro_batch_size, policy.network.tokens_per_pass // TRAINED_SHARE):
+        micro = part.select(groups)
+        logprobs, lengths = response_logprobs(policy, micro.examples)
+        ratio = logprobs - micro.ref_logprobs
+        if first:
+            check_first_log_ratios(ratio, lengths, policy)
+        each = preference_losses(recipe.dpo, ratio, logprobs / lengths, micro.wanted, point)
+        (each.sum() / len(part)).backward()
+        values.append(each.detach())
+        ratios[[part.group * at + side for at in groups for side in range(part.group)]] = ratio.detach()
+    return preference_metrics(recipe.dpo, torch.cat(values), ratios, part)
+
+
+def add_kl_gradient(recipe: DPORecipe, policy: Policy, rollout: Rollout, weight: float) -> None:
+    """Add ``weight`` times the gradient of KL(policy ‖ reference), nats per response, on fresh responses."""
+    rows = len(rollout.response_mask)
+    for micro in torch.arange(rows, device=policy.device).split(recipe.optim.micro_batch_size or rows):
+        some = rollout.select(micro)
+        logprobs, exact = (
+            response_scatter(found, some.response_mask)
+            for found in policy.logprobs_and_ref_kl(some.ids, some.scored, recipe.sampling.temperature)
+        )
+        (weight * exact_kl_loss(exact, logprobs, some.response_mask, rows)).backward()
 
 
 def scale_of(dpo: DPOSection) -> float:

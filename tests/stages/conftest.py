@@ -223,10 +223,15 @@ def trpo_recipe(tmp_path: Path, llama: Path) -> MakeRecipe:
 
 
 @pytest.fixture
-def dpo_recipe(tmp_path: Path, llama: Path) -> MakeRecipe:
-    """A function from overrides (and an output) to a plain DPO recipe on the random Llama."""
-    path = write_recipe(tmp_path / "dpo", DPO, llama)
-    return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
+def dpo_file(tmp_path: Path, llama: Path) -> Path:
+    """A plain DPO recipe on the random Llama."""
+    return write_recipe(tmp_path / "dpo", DPO, llama)
+
+
+@pytest.fixture
+def dpo_recipe(dpo_file: Path) -> MakeRecipe:
+    """A function from overrides (and an output) to the DPO recipe."""
+    return lambda *overrides, output=None: load_recipe(dpo_file, overrides, output=output)
 
 
 @pytest.fixture

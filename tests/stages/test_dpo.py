@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kltune.cli import main
 from kltune.errors import CheckpointError, DataError, DivergedError
 from kltune.lm.preferences import load_preferences
 from kltune.recipe import DataSection, DPOSection
 from kltune.run.checkpoint import read_state
+from kltune.run.page import write_page
 from kltune.stages import dpo
 from kltune.stages.dpo import preference_losses, run_dpo, scale_of
 from tests.stages.conftest import HELD_OUT, PROMPTS, read_jsonl, write_rows
@@ -63,9 +65,9 @@ def test_the_gradient_is_that_of_the_loss_on_one_response_at_a_time(trained_poli
     policy, recipe = trained_policy, dpo_recipe(*keys_of(loss), f"optim.micro_batch_size={json.dumps(micro)}")
     part = small_preferences(policy, tmp_path, loss)
     learner = dpo.Learner(policy, None, reward_mean=0.05 if loss == "bco" else None)
-    job = dpo.Job(recipe, None, None, [], None, 1)
-    pull = dpo.Pull(job, learner, part, None, first=False)
-    found = pull.loss
+    stats = dpo.add_loss_gradient(recipe, learner, part, first=False)
+    parameters = list(policy.trainable_parameters().values())
+    found = [parameter.grad for parameter in parameters]
 
     # The other side: the transformers model itself, a row at a time, reference by PEFT's own switch.
     logprobs, reference, lengths = [], [], []
@@ -80,11 +82,11 @@ def test_the_gradient_is_that_of_the_loss_on_one_response_at_a_time(trained_poli
     ratio, mean = logprobs - torch.stack(reference), logprobs / torch.tensor(lengths)
     point = dpo.reference_point(recipe.dpo, learner, part)
     values = preference_losses(recipe.dpo, ratio, mean, part.wanted, point)
-    wanted = torch.autograd.grad(values.mean(), list(policy.trainable_parameters().values()), allow_unused=True)
-    flat = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten()
-                      for p, g in zip(policy.trainable_parameters().values(), wanted, strict=True)])
-    assert pull.stats["loss/mean"] == pytest.approx(values.mean().item(), rel=1e-5)
-    torch.testing.assert_close(found, flat, atol=2e-5 * flat.abs().max().item(), rtol=1e-3)
+    wanted = torch.autograd.grad(values.mean(), parameters, allow_unused=True, materialize_grads=True)
+    assert stats["loss/mean"] == pytest.approx(values.mean().item(), rel=1e-5)
+    largest = max(tensor.abs().max().item() for tensor in wanted)
+    for mine, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, other, atol=2e-5 * largest, rtol=1e-3)
 
 
 def test_kto_is_held_against_responses_of_other_prompts(trained_policy, tmp_path):
@@ -105,12 +107,12 @@ def test_the_reference_is_measured_with_the_adapter_off(trained_policy, tmp_path
 
 def test_the_scale_makes_a_nat_of_margin_worth_about_one():
     for loss, worth in {"sigmoid": 0.5, "hinge": 1.0, "ipo": 1.0, "chi_po": 1.0, "f_dpo": 0.5}.items():
-        section = DPOSection(loss=loss, beta=0.1 if loss != "ipo" else 0.25)
+        section = DPOSection(loss=loss, beta=0.25)
         h = torch.zeros(1, dtype=torch.float64, requires_grad=True)
         ratio = torch.stack([h / 2, -h / 2], dim=1).flatten()
         value = preference_losses(section, ratio, ratio, torch.tensor([True, False]), 0.0).sum()
         slope = torch.autograd.grad(value, h)[0].item() / scale_of(section)
-        assert -slope == pytest.approx(worth if loss != "ipo" else 1.0 / 0.25 * 0.25), loss
+        assert -slope == pytest.approx(worth), loss
 
 
 # ---- plain DPO --------------------------------------------------------------------------------------------------
@@ -269,6 +271,25 @@ def test_going_back_restores_adapter_and_optimizer(dpo_recipe, monkeypatch):
     assert all(seen)
 
 
+def test_after_going_back_the_optimizer_no_longer_moves_outward(dpo_recipe, monkeypatch):
+    moments = []
+    close = dpo.close_step
+
+    def spy(job, learner, step, batch, update, clock, *, went_back, examples):
+        if went_back:
+            named = learner.moving()["optimizer"]
+            moments.append((
+                max(t.abs().max().item() for name, t in named.items() if name.endswith("/exp_avg")),
+                max(t.abs().max().item() for name, t in named.items() if name.endswith("/exp_avg_sq")),
+            ))
+        close(job, learner, step, batch, update, clock, went_back=went_back, examples=examples)
+
+    monkeypatch.setattr(dpo, "close_step", spy)
+    run_dpo(dpo_recipe(*PULL, "optim.lr=0.03", "kl.hard_cap=1", *MANY), resume=False)
+    assert moments
+    assert all(first == 0.0 and second > 0.0 for first, second in moments)
+
+
 def test_on_cap_stop_ends_with_6_and_final_is_the_last_state_within(dpo_recipe):
     recipe = dpo_recipe(*PULL, *MANY, "kl.hard_cap=1", "kl.on_cap=stop")
     with pytest.raises(DivergedError, match=r"beyond kl\.hard_cap, 1.*kl\.on_cap is stop.*lower optim\.lr") as caught:
@@ -356,3 +377,17 @@ def test_eval_kl_measures_the_run_on_the_prompts_of_its_pairs(dpo_recipe, eval_k
     assert gap < 4 * math.hypot(ours["stderr"], theirs["stderr"])
 
 
+
+
+def test_the_command_prints_its_result_and_the_page_shows_margins(dpo_file, capsys):
+    keys = ("run.steps=3", "kl.control=target", "kl.beta=auto", "kl.target=50", "eval.pairs=held_out_pairs.jsonl")
+    overrides = [part for key in keys for part in ("--set", key)]
+    with pytest.raises(SystemExit) as caught:
+        main(["dpo", "--recipe", str(dpo_file), "--json", *overrides])
+    assert caught.value.code == 0
+    result = json.loads(capsys.readouterr().out)
+    folder = Path(result["output"])
+    assert result == json.loads((folder / "result.json").read_text())
+    page = write_page(folder).read_text(encoding="utf-8")
+    for words in ("Margin of the pairs", "Log-ratio to the reference", "Accuracy", "the rest of the budget is not"):
+        assert words in page
