@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kltune.core import preferences as losses
 from kltune.core.losses import exact_kl_loss
+from kltune.errors import DivergedError
 from kltune.lm.batches import Rollout, response_scatter
 from kltune.lm.data import Prompt, shuffled_positions
 from kltune.lm.experience import controller_of
@@ -193,8 +194,13 @@ def balance(own: Sequence[Tensor], kl: Sequence[Tensor], batch: Batch, scale: fl
         kl: gradient of the KL, likewise.
         batch: whose KL it is; its own spread is the answer where that has no gradient yet.
         scale: of the loss, from ``scale_of``.
+
+    Raises:
+        DivergedError: a gradient is not finite.
     """
     size, size_kl = (math.sqrt(sum(g.double().square().sum().item() for g in side)) for side in (own, kl))
+    if not math.isfinite(size + size_kl):
+        raise DivergedError("the gradient of pairs or KL is not finite; nothing was updated. Lower optim.lr.")
     if size_kl == 0.0:
         return batch.spread
     return size / (scale * size_kl) * math.sqrt(2.0 * batch.distance.nats_per_response)

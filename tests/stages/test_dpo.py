@@ -230,6 +230,8 @@ def test_the_balance_is_where_both_gradients_are_as_large():
     batch = Batch(None, None, distance, 0.5)
     assert dpo.balance(own, kl, batch, 0.1) == pytest.approx(50.0 * math.sqrt(2 * 2.0))
     assert dpo.balance(own, [torch.zeros(2)], batch, 0.1) == 0.5
+    with pytest.raises(DivergedError, match="not finite"):
+        dpo.balance([torch.tensor([math.nan])], kl, batch, 0.1)
 
 
 def test_a_target_that_the_pairs_never_reach_is_said_to_be_unused(dpo_recipe, capsys):
