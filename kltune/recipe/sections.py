@@ -157,15 +157,21 @@ class KLSection(Section):
 
 
 class DPOKLSection(KLSection):
-    """The same budget, its price paid in the loss: on responses to fresh prompts, beside the pairs."""
+    """The same budget, its price paid in the loss: on responses to fresh prompts, beside the pairs.
+
+    The gain is higher than where rewards are priced: the target is an upper set-point, far below which nothing needs to
+    be paid, and there is one update in a step.
+    """
 
     beta: Literal["auto"] | NotNegative = Field(
         "auto",
-        description="what a nat of KL(policy‖reference) costs beside the loss ÷ dpo.beta; 0 is plain DPO; auto starts "
-        "at 1/√(2·target) and is steered from there (control: target)",
+        description="what a nat of KL(policy‖reference) costs beside the loss ÷ dpo.beta; 0 is plain DPO; auto "
+        "follows the gradients' sizes (control: target)",
     )
     placement: Literal["loss"] = Field("loss", description="where the price is paid")
     estimator: Literal["exact"] = Field("exact", description="what is priced")
+    kp: NotNegative = Field(3.0, description="gain on the error now (log_pi)")
+    ki: NotNegative = Field(0.05, description="gain on the error summed over steps (log_pi)")
 
 
 class PPOSection(Section):
