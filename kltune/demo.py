@@ -14,7 +14,7 @@ from kltune.stages.eval_kl import EvalKLOptions, eval_kl
 from kltune.stages.ppo import run_ppo
 from kltune.stages.sft import run_sft
 
-RECIPES = ("sft", "ppo_fixed", "ppo_target", "dpo", "dpo_target")
+RECIPES = ("sft", "ppo_fixed", "ppo_target", "dpo", "dpo_target", "reward", "ppo_reward_model")
 BUDGET = 1.25       # times the target: what the gate at the end allows
 
 

@@ -55,6 +55,18 @@ def sft(
 
 
 @app.command()
+def reward(
+    recipe: RecipeOption, overrides: SetOption = None, output: OutputOption = None, resume: ResumeOption = False,
+    as_json: JSONOption = False,
+) -> None:
+    """Fit a reward model to preference pairs, to score responses in ppo and trpo on the policy's own weights."""
+    loaded = load_recipe(recipe, overrides or (), "reward", output)
+    from kltune.stages.reward import run_reward
+
+    show_result(run_reward(loaded, resume), as_json)
+
+
+@app.command()
 def ppo(
     recipe: RecipeOption, overrides: SetOption = None, output: OutputOption = None, resume: ResumeOption = False,
     as_json: JSONOption = False,

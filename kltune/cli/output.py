@@ -50,12 +50,12 @@ def summary(result: dict[str, Any]) -> str:
         text += f" ± {kl['stderr']:.2g}" if kl.get("stderr") is not None else ""
         text += " nats per response, KL(policy‖reference)"
         lines.append(text + (f", target {result['target']:g}" if result.get("target") is not None else ""))
-    else:
+    elif result.get("stage") != "reward":      # which says nothing, and so has no KL
         lines.append("  KL      not measured")
     evaluated = result.get("eval") or {}
     if evaluated.get("eval/accuracy") is not None:
         low, high = evaluated["eval/accuracy_low"], evaluated["eval/accuracy_high"]
-        lines.append(f"  pairs   {evaluated['eval/accuracy']:.3f} told apart (95 %: {low:.3f} to {high:.3f}), held out")
+        lines.append(f"  right   {evaluated['eval/accuracy']:.3f} of the held-out rows (95 %: {low:.3f} to {high:.3f})")
     if result.get("score") is not None:
         lines.append(f"  score   {result['score']:.4g}")
     if result.get("steps") is not None and result.get("seconds") is not None:

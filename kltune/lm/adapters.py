@@ -56,9 +56,13 @@ class AdapterSwitch:
                 layer._disable_adapters, layer._active_adapter = disabled, adapter
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The tensors of one adapter, keyed by layer number and role; objects, not a search through names."""
+        """The tensors of one adapter, keyed by layer number and role; objects, not a search through names.
+
+        Only layers that have the adapter are numbered: another one on other layers renames nothing.
+        """
         found = {}
-        for number, layer in enumerate(self.layers):
+        holders = [layer for layer in self.layers if any(name in getattr(layer, r) for r in layer.adapter_layer_names)]
+        for number, layer in enumerate(holders):
             for role in layer.adapter_layer_names:
                 held = getattr(layer, role)
                 if name in held:
@@ -195,8 +199,8 @@ def wrap(model: nn.Module, config: PeftConfig, what: str) -> PeftModel:
         raise ModelError(f"{what} does not fit {model.name_or_path}: {error}") from error
 
 
-def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
-    """Load tensors into the layers that were made for them, one to one.
+def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path, name: str = POLICY) -> None:
+    """Load tensors into the layers that were made for them as adapter ``name``, one to one.
 
     Raises:
         ModelError: a tensor is too many, missing, not finite, or of another shape.
@@ -204,13 +208,13 @@ def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
     finite(weights, str(folder))
     misfit = f"{folder}: the adapter does not fit {model.name_or_path}"
     try:
-        outcome = set_peft_model_state_dict(model, weights, adapter_name=POLICY)
+        outcome = set_peft_model_state_dict(model, weights, adapter_name=name)
     except KeyError as error:
         raise ModelError(f"{misfit}: its file has no tensor {error}.") from error
     except RuntimeError as error:  # load_state_dict lists each wrong shape on a line of its own
         raise ModelError(f"{misfit}: {str(error).splitlines()[-1].strip()}") from error
-    prefix = f".{PEFT_TYPE_TO_PREFIX_MAPPING[model.peft_config[POLICY].peft_type]}"
-    missing = [key for key in outcome.missing_keys if prefix in key and f".{VALUE}." not in key]
+    prefix = f".{PEFT_TYPE_TO_PREFIX_MAPPING[model.peft_config[name].peft_type]}"
+    missing = [key for key in outcome.missing_keys if name in key.partition(prefix)[2].split(".")]
     if missing or outcome.unexpected_keys:
         raise ModelError(
             f"{misfit}: {len(missing)} of its layers have no tensor in the file, {len(outcome.unexpected_keys)} "

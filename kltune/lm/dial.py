@@ -107,7 +107,7 @@ class Dial:
             sampled: Measurement = measure_kl(
                 self.policy, Draw.of(self.prompts, responses), seed=self.seed, **self._drawn
             )
-            self._scorer = self._scorer.standardized(*sampled.texts())
+            self._scorer = self._scorer.standardized(*sampled.texts(), sampled.rollouts)
 
     def land(self, budget: float, responses: int, most: int) -> tuple[Search, Look | None]:
         """Find the largest α whose KL meets a budget, and leave the adapter there.

@@ -51,7 +51,8 @@ def load_held_out(
         pairs, note = load_preferences(section.pairs, policy, data)
         pairs = pairs.measured(policy, range(len(pairs)))
         notes.append(note)
-    gold = None if section.gold is None else load_scorer([section.gold], folder, policy.device)
+    gold = None if section.gold is None else load_scorer([section.gold], folder, policy.device, policy)
+    notes += () if gold is None else gold.notes
     return HeldOut(prompts, texts, gold, section.responses, tuple(notes), pairs)
 
 
@@ -111,7 +112,7 @@ def judged(
     metrics: dict[str, float | None] = {}
     for name, judge in judges.items():
         if judge is not None:
-            scores = judge(*measured.texts()).total - missing_end_penalty * measured.truncated
+            scores = judge(*measured.texts(), measured.rollouts).total - missing_end_penalty * measured.truncated
             error = scores.std().item() / len(scores) ** 0.5 if len(scores) > 1 else None
             metrics |= {f"{prefix}{name}_mean": scores.mean().item(), f"{prefix}{name}_stderr": error}
     return metrics

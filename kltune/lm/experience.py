@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kltune.core.advantages import gae, group_normalized, leave_one_out, spread_within_groups
 from kltune.core.controllers import Controller, Dual, FixedBeta, LogPI, Ziegler
+from kltune.core.correlation import correlation
 from kltune.core.divergence import kl_k1
 from kltune.core.intervals import KLSummary, summarize
 from kltune.core.masking import masked_mean, masked_whiten, per_response
@@ -96,12 +97,12 @@ def standardize(
     uniforms = uniform_numbers(rng, len(chosen), sampling.max_new_tokens)
     with policy.reference():
         samples = sample(policy, chosen, uniforms, temperature=sampling.temperature)
-    return scorer.standardized(samples.prompts, samples.responses)
+    return scorer.standardized(samples.prompts, samples.responses, [samples])
 
 
 def score(scorer: Scorer, rollout: Rollout, missing_end_penalty: float) -> Tensor:
     """The score of each response, less the penalty where it never ended. [B]."""
-    total = scorer(rollout.prompts, rollout.responses).total.to(rollout.truncated.device)
+    total = scorer(rollout.prompts, rollout.responses, [rollout]).total.to(rollout.truncated.device)
     return total - missing_end_penalty * rollout.truncated
 
 
@@ -221,13 +222,6 @@ def batch_metrics(rollout: Rollout, scores: Tensor | None, kl: KLSummary, beta: 
         "response/tokens": rollout.lengths.float().mean().item(),
         "response/truncated_fraction": rollout.truncated.float().mean().item(),
     }
-
-
-def correlation(x: Tensor, y: Tensor) -> float | None:
-    """Pearson's correlation of two [B] tensors; None where one of them does not vary."""
-    x, y = (v.double() - v.double().mean() for v in (x, y))
-    scale = (x.norm() * y.norm()).item()
-    return (x @ y).item() / scale if scale > 0.0 else None
 
 
 def response_kl(rollout: Rollout) -> Tensor:

@@ -1,6 +1,7 @@
 """What a row of prompts or texts must hold, and which of the accepted forms it has."""
 
 import json
+import math
 from typing import Any
 
 from kltune.errors import DataError
@@ -177,6 +178,24 @@ def label_of(fields: dict[str, Any]) -> bool:
         return LABELS[key]
     found = describe(value) if "label" in fields else "nothing"
     raise RowFault(f'field "label": found {found}, wanted true or false (1 or 0)')
+
+
+def margin_of(fields: dict[str, Any]) -> float:
+    """How much better the chosen response of a row is said to be, in units of score; 0 where it does not say.
+
+    Raises:
+        RowFault: the margin is no finite number of at least 0.
+    """
+    value = fields.get("margin")
+    if value is None:
+        return 0.0
+    try:
+        margin = math.nan if isinstance(value, bool) else float(value)      # CSV has only text
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not 0.0 <= margin < math.inf:
+        raise RowFault(f'field "margin": found {describe(value)}, wanted a number of at least 0')
+    return margin
 
 
 def sides_of(fields: dict[str, Any], form: Form) -> tuple[Asked, str, str]:

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 
 
-class ValueHead(nn.Module):
-    """What the value function expects of the rest of a response, read off the state before each token.
+class ScalarHead(nn.Module):
+    """One number read off a hidden state: what is expected of the rest of a response, or the score of all of it.
 
     Starts at exactly 0 (Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO"), so that the first
-    advantages are the rewards themselves and not the noise of a random head.
+    advantages are the rewards themselves and not the noise of a random head, and the first pairs are all undecided.
     """
 
     def __init__(self, hidden_size: int):
@@ -18,5 +18,5 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[N, H] hidden states -> [N] values."""
+        """[N, H] hidden states -> [N] numbers."""
         return self.linear(hidden.float()).squeeze(-1)

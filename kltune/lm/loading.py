@@ -88,19 +88,26 @@ class Fingerprint:
             merged = f" + {self.sft_adapter}" + (f" ({lost:.1%} of its update lost to rounding)" if lost > 0.01 else "")
         return f"reference = {self.path}{merged}, frozen, {self.dtype}, sha256 {self.sha256[:12]} (adapter off)"
 
-    def how_to_load(self) -> str:
-        """README of a saved adapter: the lines that load it without kltune."""
+    def how_to_load(self, what: str = "LoRA adapter", imports: str = "", use: str = "") -> str:
+        """README of a saved adapter: the lines that load it without kltune.
+
+        Args:
+            what: was saved.
+            imports: further lines of imports.
+            use: lines that follow the loading.
+        """
         merge = ""
         if self.sft_adapter:
             merge = (
                 f'base = PeftModel.from_pretrained(base, "{self.sft_adapter}").merge_and_unload()   # the reference\n'
             )
         return (
-            "# LoRA adapter made by kltune\n\n"
+            f"# {what} made by kltune\n\n"
             f"Its reference (adapter off) has weights sha256 `{self.sha256[:16]}…`, dtype {self.dtype}.\n\n"
-            "```python\nimport torch\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f"```python\nimport torch\nfrom peft import PeftModel\n{imports}from transformers import "
+            "AutoModelForCausalLM\n\n"
             f'base = AutoModelForCausalLM.from_pretrained("{self.path}", dtype=torch.{self.dtype})\n'
-            f'{merge}model = PeftModel.from_pretrained(base, "this/folder")\n```\n'
+            f'{merge}model = PeftModel.from_pretrained(base, "this/folder")\n{use}```\n'
         )
 
 

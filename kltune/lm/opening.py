@@ -103,12 +103,10 @@ def load_saved_policy(folder: Path, section: ModelSection, *, device: torch.devi
 
 def _with_adapter(policy: Policy, folder: Path) -> Policy:
     """The adapter on the reference's own weights; switched off, it must leave every logit as it was."""
-    probe = torch.tensor([[*range(min(16, policy.network.vocabulary))]], device=policy.device)
-    with torch.no_grad():
-        before = policy.network.logits(policy.network.hidden(probe))
-        policy.load_adapter(folder)
-        with policy.reference():
-            after = policy.network.logits(policy.network.hidden(probe))
+    before = probe_logits(policy)
+    policy.load_adapter(folder)
+    with policy.reference():
+        after = probe_logits(policy)
     if not torch.equal(before, after):
         raise ModelError(
             f"{folder}: with this adapter off, the model is not its frozen base (a logit differs by "
@@ -116,6 +114,13 @@ def _with_adapter(policy: Policy, folder: Path) -> Policy:
             "form cannot be measured on one set of weights. Merge it into a model and give that, with --reference."
         )
     return policy
+
+
+@torch.no_grad()
+def probe_logits(policy: Policy) -> torch.Tensor:
+    """Logits on a few tokens, to hold against those of before or after. [1, S, V]"""
+    probe = torch.tensor([[*range(min(16, policy.network.vocabulary))]], device=policy.device)
+    return policy.network.logits(policy.network.hidden(probe))
 
 
 def _beside(policy: Policy, section: ModelSection, path: str) -> tuple[nn.Module, bool]:

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING
 
 from kltune.lm.data import Counts, Prompt, collect_rows, last_tokens, to_truncate
 from kltune.lm.encoding import Encoder, Ids
-from kltune.lm.forms import LABELLED_FORM, PAIR_FORMS, Asked, FormOfFile, as_messages, label_of, prompt_and, sides_of
+from kltune.lm.forms import (
+    LABELLED_FORM,
+    PAIR_FORMS,
+    Asked,
+    FormOfFile,
+    as_messages,
+    label_of,
+    margin_of,
+    prompt_and,
+    sides_of,
+)
 from kltune.lm.rows import Row, RowFault
 
 if TYPE_CHECKING:
@@ -28,11 +38,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to one prompt, of which the first is preferred; their tokens differ."""
+    """Two responses to one prompt, of which the first is preferred; their tokens differ. margin: by how much more."""
 
     prompt: Prompt
     chosen: Answer
     rejected: Answer
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ def load_pairs(
     template: str,
     on_overlong: str,
     on_bad_row: str,
+    margins: bool = False,
 ) -> tuple[list[Pair], Counts]:
     """Read preference pairs, one form in a file:
 
@@ -83,6 +95,7 @@ def load_pairs(
             token), drop, or error (the row is faulty). A pair that truncation makes equal is dropped.
         on_bad_row: error, or skip (at most 1 % of the rows, or one row). Faulty is also a row whose sides are empty,
             equal, or transcripts that share no prompt.
+        margins: read the field "margin" of rows that have one; else it is an extra field.
 
     Returns:
         The pairs in the order of the source, and the counts.
@@ -100,7 +113,7 @@ def load_pairs(
             return None
         prompt, (chosen, rejected), too_long = fitted
         if chosen.ids != rejected.ids:
-            return Pair(prompt, chosen, rejected), too_long
+            return Pair(prompt, chosen, rejected, margin_of(row.fields) if margins else 0.0), too_long
         if too_long:
             return None
         raise RowFault('"chosen" and "rejected" are the same tokens, wanted two different responses')

@@ -27,7 +27,7 @@ from kltune.lm.adapters import (
     load_compatible,
     wrap,
 )
-from kltune.lm.heads import ValueHead
+from kltune.lm.heads import ScalarHead
 from kltune.lm.loading import Fingerprint, end_token_ids, weights_sha256
 from kltune.lm.measures import TokenMeasures, VocabularySums, measure_sampled, measure_tokens
 from kltune.lm.network import Network
@@ -56,7 +56,7 @@ class Policy:
         self.device = next(model.parameters()).device
         self.end_ids = end_token_ids(model, tokenizer)
         self.max_context = getattr(model.config, "max_position_embeddings", None)
-        self.value_head: ValueHead | None = None
+        self.value_head: ScalarHead | None = None
         self.untrained: dict[str, Tensor] = {}
         self.full = frozen is not None
         # state_dict tensors share storage with the parameters, so hashing them later sees what they hold then.
@@ -121,22 +121,27 @@ class Policy:
 
         Separate tensors, separate optimizer: fitting values cannot move the policy by a single bit.
         """
-        self.model.add_adapter(
-            VALUE,
-            LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha,
-                target_modules=self.model.peft_config[POLICY].target_modules,
-                task_type="CAUSAL_LM",
-            ),
-        )
-        self._switch = AdapterSwitch(self.model)
-        for tensor in self.trainable_parameters().values():
-            tensor.requires_grad_(True)  # PEFT froze the policy's when it added the second adapter
-        self.value_head = ValueHead(self.network.hidden_size).to(self.device)
+        targets = self.model.peft_config[POLICY].target_modules
+        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
+        self.add_beside(VALUE, config)
+        self.value_head = ScalarHead(self.network.hidden_size).to(self.device)
         for tensor in self.value_parameters().values():
             tensor.requires_grad_(True)
+
+    def add_beside(self, name: str, config: PeftConfig) -> None:
+        """Put one more adapter on the trunk, switched off and frozen; the policy stays as it is, to the last bit."""
+        trained = {id(tensor) for tensor in self.model.parameters() if tensor.requires_grad}
+        self.model.add_adapter(name, config)
+        self._switch = AdapterSwitch(self.model)
+        for tensor in self.model.parameters():
+            tensor.requires_grad_(id(tensor) in trained)  # PEFT froze the policy's
         self.model.eval()
+        self.network.refresh()
+
+    def read(self, adapter: str, head: ScalarHead, ids: Tensor, places: Tensor) -> Tensor:
+        """What a head reads through an adapter, differentiable in the two. [B, S] and [B, S] bool -> [N] float32."""
+        with self._switch.active(adapter):
+            return head(self.network.trunk(ids)[places])
 
     def load_value_parameters(self, tensors: dict[str, Tensor]) -> None:
         """Put saved tensors of the value function back; names and shapes must be its own."""
@@ -244,8 +249,7 @@ class Policy:
 
     def values(self, ids: Tensor, scored: Tensor) -> Tensor:
         """Expected return before each scored token, differentiable in the value function only. [N] float32."""
-        with self._switch.active(VALUE):
-            return self.value_head(self.network.trunk(ids)[:, :-1][scored[:, 1:]])
+        return self.read(VALUE, self.value_head, ids[:, :-1], scored[:, 1:])
 
     def measure(
         self,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kltune.core.calibration import win_share
 from kltune.core.intervals import wilson
 from kltune.errors import ModelError
 from kltune.lm.batches import response_scatter
@@ -144,7 +145,7 @@ def pair_metrics(policy: Policy, pairs: Preferences) -> dict[str, float | None]:
     nats, _ = document_nats(policy, pairs.examples)
     log_ratio = -nats - pairs.ref_logprobs
     margin = log_ratio[0::2] - log_ratio[1::2]
-    share, count = accuracy(margin), len(margin)
+    share, count = win_share(margin), len(margin)
     low, high = wilson(share, count)
     return {
         "eval/accuracy": share,
@@ -171,7 +172,3 @@ def check_first_log_ratios(log_ratio: Tensor, tokens: Tensor, policy: Policy) ->
             f"(allowed: {allowed}): the model's output depends on the batch it is in. kltune cannot train it."
         )
 
-
-def accuracy(margin: Tensor) -> float:
-    """The share of margins above 0, those at 0 counted as a half."""
-    return ((margin > 0).double() + 0.5 * (margin == 0).double()).mean().item()

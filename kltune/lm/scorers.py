@@ -1,6 +1,7 @@
-"""Who gives the score: Python functions and transformers sequence classifiers, alone or as a weighted sum.
+"""Who gives the score: Python functions, reward models and sequence classifiers, alone or as a weighted sum.
 
-Scorers read text, never token ids, so a reward model may bring a tokenizer of its own. Whatever they return must be one
+Scorers read text, so a reward model may bring a tokenizer of its own; only one of kltune's that shares the policy's
+weights, and so its tokenizer, reads the tokens that were sampled. Whatever they return must be one
 finite number per response; anything else names the row and stops the run.
 """
 
@@ -17,9 +18,13 @@ import torch
 from torch import Tensor
 
 from kltune.errors import KltuneError, ScorerError
+from kltune.lm.batches import Samples
+from kltune.lm.policy import Policy
+from kltune.lm.reward_reader import is_reward_model, open_reward_model
 from kltune.recipe import ClassifierReward, FunctionReward, ModelReward
 
 ScoreFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+TokenFunction = Callable[[Samples], Sequence[float]]
 RewardSource = FunctionReward | ModelReward | ClassifierReward
 
 LARGEST = torch.finfo(torch.float32).max  # of a score: what is larger would become infinite
@@ -27,7 +32,11 @@ LARGEST = torch.finfo(torch.float32).max  # of a score: what is larger would bec
 
 @dataclass(frozen=True)
 class Source:
-    """One source of scores. identity: what run.json records; shift, scale: standardisation on reference samples."""
+    """One source of scores. identity: what run.json records; shift, scale: standardisation on reference samples.
+
+    tokens: scores the same responses as they were sampled, where more is known of them than their text. note: a line
+    for the start of a run.
+    """
 
     name: str
     function: ScoreFunction
@@ -36,6 +45,8 @@ class Source:
     identity: dict[str, str]
     shift: float = 0.0
     scale: float = 1.0
+    tokens: TokenFunction | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,13 +63,20 @@ class Scorer:
     def __init__(self, sources: Sequence[Source]):
         self.sources = tuple(sources)
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Scores:
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples] = ()
+    ) -> Scores:
         """Score each response.
+
+        Args:
+            prompts: text.
+            responses: text, one for each prompt.
+            samples: the same responses in the same order, as they were sampled, in parts.
 
         Raises:
             ScorerError: a source raised, returned another number of scores, or one that is not finite.
         """
-        parts = {source.name: run_source(source, prompts, responses) for source in self.sources}
+        parts = {source.name: run_source(source, prompts, responses, samples) for source in self.sources}
         total = sum((s.weight * (parts[s.name] - s.shift) / s.scale for s in self.sources), torch.zeros(len(responses)))
         return Scores(total=total, parts=parts)
 
@@ -67,7 +85,9 @@ class Scorer:
         """True if a source is to be standardised and has not been yet."""
         return any(source.normalize and source.scale == 1.0 and source.shift == 0.0 for source in self.sources)
 
-    def standardized(self, prompts: Sequence[str], responses: Sequence[str]) -> "Scorer":
+    def standardized(
+        self, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples] = ()
+    ) -> "Scorer":
         """The same sources, those marked ``normalize`` shifted and scaled to mean 0 and sd 1 on reference samples.
 
         Source: lm-human-preferences, reward model normalised on samples of the initial policy.
@@ -75,12 +95,14 @@ class Scorer:
         Raises:
             ScorerError: a source gives every reference sample the same score: there is no scale to divide by.
         """
-        return Scorer([self._standardize(source, prompts, responses) for source in self.sources])
+        return Scorer([self._standardize(source, prompts, responses, samples) for source in self.sources])
 
-    def _standardize(self, source: Source, prompts: Sequence[str], responses: Sequence[str]) -> Source:
+    def _standardize(
+        self, source: Source, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples]
+    ) -> Source:
         if not source.normalize:
             return source
-        scores = run_source(source, prompts, responses).double()
+        scores = run_source(source, prompts, responses, samples).double()
         shift, scale = scores.mean().item(), scores.std().item()
         if not scale > 1e-6:
             raise ScorerError(
@@ -88,6 +110,11 @@ class Scorer:
                 "no spread to divide by; set normalize: false."
             )
         return replace(source, shift=shift, scale=scale)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say of the sources at the start of a run."""
+        return tuple(source.note for source in self.sources if source.note)
 
     @property
     def identity(self) -> list[dict[str, Any]]:
@@ -116,8 +143,13 @@ class Scorer:
         return Scorer([replace(source, **scale) for source, scale in zip(self.sources, scales, strict=True)])
 
 
-def run_source(source: Source, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-    """The scores of one source, checked. [B] float32."""
+def run_source(
+    source: Source, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples] = ()
+) -> Tensor:
+    """The scores of one source, checked; arguments as for ``Scorer``. [B] float32."""
+    if source.tokens is not None and samples:
+        scores = [score for part in samples for score in source.tokens(part)]
+        return _checked(source.name, scores, prompts, responses)
     try:
         scores = source.function(list(prompts), list(responses))
     except KltuneError:
@@ -162,25 +194,46 @@ def _row(index: int, prompt: str, response: str) -> str:
     return f"row {index} (prompt {prompt[-60:]!r}, response {response[:60]!r})"
 
 
-def load_scorer(section: Sequence[RewardSource], folder: Path, device: torch.device) -> Scorer:
+def load_scorer(
+    section: Sequence[RewardSource], folder: Path, device: torch.device, policy: Policy | None = None
+) -> Scorer:
     """Build the scorer of a recipe's ``reward`` list.
 
     Args:
         section: the sources, at least one.
         folder: the recipe's folder; functions may live nowhere else.
         device: where reward models run.
+        policy: whose frozen weights a reward model of kltune's may share, if it was trained on the same.
 
     Raises:
         ScorerError: a file, function or model cannot be loaded.
+        ModelError: a reward model of kltune's is damaged, or on another base than it was trained on.
     """
     sources: list[Source] = []
     for number, entry in enumerate(section):
         name = entry.name or (entry.path.rpartition(":")[2] if entry.kind == "function" else Path(entry.path).name)
         if name in {source.name for source in sources}:
             name = f"{name}-{number}"
-        function, identity = _load_function(entry, folder) if entry.kind == "function" else _load_model(entry, device)
-        sources.append(Source(name, function, entry.weight, entry.normalize, {"kind": entry.kind, **identity}))
+        more: dict[str, Any] = {}
+        if entry.kind == "function":
+            function, identity = _load_function(entry, folder)
+        elif entry.kind == "model" and is_reward_model(Path(entry.path)):
+            function, identity, more = _load_reward_model(entry, device, policy)
+        else:
+            function, identity = _load_model(entry, device)
+        sources.append(Source(name, function, entry.weight, entry.normalize, {"kind": entry.kind, **identity}, **more))
     return Scorer(sources)
+
+
+def _load_reward_model(
+    entry: ModelReward, device: torch.device, policy: Policy | None
+) -> tuple[ScoreFunction, dict[str, str], dict[str, Any]]:
+    if entry.input != "prompt_response":
+        raise ScorerError(
+            f"reward {entry.path}: found input: {entry.input}, wanted prompt_response, what it was trained to read."
+        )
+    reader, digest, note = open_reward_model(Path(entry.path), policy, device)
+    return reader, {"path": entry.path, "sha256": digest}, {"tokens": reader.read, "note": note}
 
 
 def _load_function(entry: FunctionReward, folder: Path) -> tuple[ScoreFunction, dict[str, str]]:
@@ -207,7 +260,13 @@ def _load_function(entry: FunctionReward, folder: Path) -> tuple[ScoreFunction, 
 def _load_model(entry: ModelReward | ClassifierReward, device: torch.device) -> tuple[ScoreFunction, dict[str, str]]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    local = {"local_files_only": True} if Path(entry.path).exists() else {}
+    folder = Path(entry.path)
+    if is_reward_model(folder / "final"):
+        raise ScorerError(f"reward {entry.path}: is the folder of a run; did you mean {folder / 'final'}?")
+    if (folder / "adapter_config.json").exists():  # transformers would put a random head on its base
+        wanted = "write kind: model" if is_reward_model(folder) else "merge it into its base, and give that"
+        raise ScorerError(f"reward {entry.path}: is an adapter, and no classifier by itself; {wanted}.")
+    local = {"local_files_only": True} if folder.exists() else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(entry.path, **local)
         model, report = AutoModelForSequenceClassification.from_pretrained(

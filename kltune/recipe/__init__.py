@@ -18,6 +18,7 @@ from kltune.recipe.faults import Fault, Place, RecipeFaults
 from kltune.recipe.packaged import find_recipe, packaged_recipes, recipes_folder
 from kltune.recipe.reading import load_recipe, recipe_text
 from kltune.recipe.sections import (
+    BradleyTerrySection,
     ClassifierReward,
     DataSection,
     DPOKLSection,
@@ -39,9 +40,9 @@ from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRec
 from kltune.recipe.writing import differing_keys, dump_recipe, recipe_digest, recipe_schema
 
 __all__ = [
-    "STAGES", "ClassifierReward", "DPOKLSection", "DPORecipe", "DPOSection", "DataSection", "EvalSection", "Fault",
-    "FunctionReward", "KLSection", "LoraSection", "ModelReward", "ModelSection", "OptimSection", "PPORecipe",
-    "PPOSection", "Place", "Recipe", "RecipeFaults", "RewardEntry", "RewardRecipe", "RunSection", "SFTRecipe",
-    "SamplingSection", "TRPORecipe", "TRPOSection", "copy_recipe", "differing_keys", "dump_recipe", "find_recipe",
-    "load_recipe", "packaged_recipes", "recipe_digest", "recipe_schema", "recipe_text", "recipes_folder",
+    "STAGES", "BradleyTerrySection", "ClassifierReward", "DPOKLSection", "DPORecipe", "DPOSection", "DataSection",
+    "EvalSection", "Fault", "FunctionReward", "KLSection", "LoraSection", "ModelReward", "ModelSection", "OptimSection",
+    "PPORecipe", "PPOSection", "Place", "Recipe", "RecipeFaults", "RewardEntry", "RewardRecipe", "RunSection",
+    "SFTRecipe", "SamplingSection", "TRPORecipe", "TRPOSection", "copy_recipe", "differing_keys", "dump_recipe",
+    "find_recipe", "load_recipe", "packaged_recipes", "recipe_digest", "recipe_schema", "recipe_text", "recipes_folder",
 ]

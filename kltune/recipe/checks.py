@@ -27,12 +27,17 @@ BAD_PRICES = {
 CONTROLLER_KEYS = {
     "horizon": "ziegler", "kp": "log_pi", "ki": "log_pi", "look_ahead": "log_pi", "dual_lr": "dual",
 }
-NO_PAIRS = {"eval.pairs": "it learns from no pairs"}
+NO_PAIRS = dict.fromkeys(("eval.pairs", "eval.pairs_share"), "it learns from no pairs")
+NO_POLICY = "a reward model is measured on held-out pairs: write eval.pairs, or eval.pairs_share"
 UNREAD = {
     "sft": {"sampling.prompts_per_step": "sft learns from texts: optim.batch_size is the batch"} | NO_PAIRS,
     "ppo": {"optim.batch_size": "the batch of ppo is sampling.prompts_per_step x responses_per_prompt"} | NO_PAIRS,
     "trpo": {"optim.batch_size": "the batch of trpo is sampling.prompts_per_step x responses_per_prompt"} | NO_PAIRS,
-    "dpo": {"sampling.missing_end_penalty": "pairs from a file are judged already"},
+    "dpo": {
+        "sampling.missing_end_penalty": "pairs from a file are judged already",
+        "eval.pairs_share": "write eval.pairs",
+    },
+    "reward": dict.fromkeys(("eval.prompts", "eval.responses", "eval.texts", "eval.gold"), NO_POLICY),
 }
 # keys of the dpo section, and which losses read them
 LOSS_KEYS = {
@@ -107,6 +112,9 @@ def unread(recipe: Recipe) -> Iterator[Clash]:
         holder = getattr(recipe, section)
         if getattr(holder, name) != type(holder).model_fields[name].default:
             yield (key,), f"the {recipe.stage} stage does not read it; {why}"
+    share = type(recipe.eval).model_fields["pairs_share"].default
+    if recipe.stage == "reward" and recipe.eval.pairs is not None and recipe.eval.pairs_share != share:
+        yield ("eval.pairs_share", "eval.pairs"), "read only without eval.pairs, which are held out; remove it"
 
 
 def natural_gradient(recipe: Any) -> Iterator[Clash]:

@@ -164,15 +164,21 @@ class TRPOKLSection(KLSection):
 
 
 class DPOKLSection(KLSection):
-    """The same budget, its price paid in the loss: on responses to fresh prompts, beside the pairs."""
+    """The same budget, its price paid in the loss: on responses to fresh prompts, beside the pairs.
+
+    The gain is higher than where rewards are priced: the target is an upper set-point, far below which nothing needs to
+    be paid, and there is one update in a step.
+    """
 
     beta: Literal["auto"] | NotNegative = Field(
         "auto",
-        description="what a nat of KL(policy‖reference) costs beside the loss ÷ dpo.beta; 0 is plain DPO; auto starts "
-        "at 1/√(2·target) and is steered from there (control: target)",
+        description="what a nat of KL(policy‖reference) costs beside the loss ÷ dpo.beta; 0 is plain DPO; auto "
+        "follows the gradients' sizes (control: target)",
     )
     placement: Literal["loss"] = Field("loss", description="where the price is paid")
     estimator: Literal["exact"] = Field("exact", description="what is priced")
+    kp: NotNegative = Field(3.0, description="gain on the error now (log_pi)")
+    ki: NotNegative = Field(0.05, description="gain on the error summed over steps (log_pi)")
 
 
 class PPOSection(Section):
@@ -245,6 +251,15 @@ class DPOSection(Section):
     )
 
 
+class BradleyTerrySection(Section):
+    """What a reward model makes of its pairs; a row's own "margin" says how much better the chosen one is."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of rows assumed to be judged wrongly")
+    centring: NotNegative = Field(
+        0.01, description="price of the squared sum of a pair's two scores, which keeps them around 0 (pairs only)"
+    )
+
+
 class OptimSection(Section):
     """AdamW and its schedule."""
 
@@ -286,4 +301,7 @@ class EvalSection(Section):
     responses: Count = Field(128, description="responses per measurement")
     texts: Text | None = Field(None, description="held-out human texts for the alignment tax")
     pairs: Text | None = Field(None, description="held-out pairs for accuracy and margin (dpo, reward)")
+    pairs_share: float = Field(
+        0.1, ge=0, lt=1, description="share of the prompts of data.pairs that is held out where pairs is null (reward)"
+    )
     gold: RewardEntry | None = Field(None, description="a scorer that is measured and never trained on")

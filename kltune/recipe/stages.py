@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, PrivateAttr
 
 from kltune.recipe.sections import (
+    BradleyTerrySection,
     DataSection,
     DPOKLSection,
     DPOSection,
@@ -62,6 +63,7 @@ class RewardRecipe(Recipe):
     model: ModelSection = Field(description="the frozen weights")
     lora: LoraSection = Field(default_factory=LoraSection, description="the adapter")
     data: DataSection = Field(default_factory=DataSection, description="rows")
+    bradley_terry: BradleyTerrySection = Field(default_factory=BradleyTerrySection, description="the loss")
     optim: OptimSection = Field(default_factory=OptimSection, description="optimizer")
     run: RunSection = Field(default_factory=RunSection, description="length, seed, output")
     eval: EvalSection = Field(default_factory=EvalSection, description="held-out measurements")

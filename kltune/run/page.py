@@ -134,7 +134,21 @@ def _newest_kl(files: Files) -> tuple[float | None, float | None]:
     return None, None
 
 
+def _reward_verdict(files: Files) -> Verdict:
+    accuracy, (low, high) = files.result.get("accuracy"), files.result.get("accuracy_ci95") or (None, None)
+    if accuracy is None:
+        return Verdict("not measured", "plain", "The run finished; no rows were held out to measure it on.")
+    rows = files.result["held_out_rows"]
+    word, tone = ("learnt", "good") if low > 0.5 else ("no better than chance", "bad")
+    return Verdict(word, tone, (
+        f"It is right on {100 * accuracy:.1f} % of {rows:,} held-out rows (95 % interval {100 * low:.1f} to "
+        f"{100 * high:.1f} %), where chance is right on 50 %."
+    ))
+
+
 def _final_verdict(files: Files) -> Verdict:
+    if files.record["stage"] == "reward":
+        return _reward_verdict(files)
     kl, limits = files.result.get("kl") or {}, limits_of(files)
     value = kl.get(limits.unit)
     if value is None:
@@ -189,6 +203,8 @@ def facts_of(files: Files) -> list[tuple[str, str]]:
         "KL, nats per response": f"{number(value)} ± {number(error)}" if error is not None else number(value),
         "KL target": number(limits_of(files).target),
         "score": number(score),
+        "held-out accuracy": number(files.result.get("accuracy")),
+        "calibration error": number((files.result.get("calibration") or {}).get("error")),
         "steps": number(files.result.get("steps", last.get("step"))),
         "time": duration(seconds) if seconds else "–",
     }

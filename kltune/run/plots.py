@@ -29,6 +29,7 @@ CURVE_NAMES = {
     "trpo/gain": "measured", "kl/step_nats_per_response": "measured",
     "trpo/radius_nats_per_response": "allowed in this step", "trpo/line_search_tries": "tries",
     "trpo/accepted": "accepted", "trpo/last_gain_on_new_responses": "of the step before, on new responses",
+    "loss/mean": "training", "eval/loss": "held out",
     "kl/cap_rollbacks": "gone back", "kl/cap_refusals": "steps cut short",
     "accuracy/mean": "training", "eval/accuracy": "held out", "pairs/margin_nats": "training",
     "eval/margin_nats": "held out", "pairs/chosen_log_ratio_nats": "chosen",

@@ -64,11 +64,18 @@ def find_checkpoint(path: str, options: MeasureOptions) -> Subject:
     """Find what a path means, and refuse it if its files would have code run.
 
     Raises:
-        CheckpointError: there is nothing to load, or it is damaged. ModelError: it names code, or pickled weights.
+        CheckpointError: there is nothing to load, it is damaged, or a reward model. ModelError: it names code, or
+            pickled weights.
     """
     folder = resolve_checkpoint(path)
     refuse_code(folder, str(path), trusted=options.trust_remote_code)
-    return Subject(str(path), folder, read_info(folder) if (folder / "kltune.json").exists() else None)
+    info = read_info(folder) if (folder / "kltune.json").exists() else None
+    if info is not None and info.get("stage") == "reward":
+        raise CheckpointError(
+            f"{path} is a reward model, which says nothing and so has no KL; wanted a policy. It scores responses as "
+            f"reward: [{{kind: model, path: {folder}}}] in a recipe."
+        )
+    return Subject(str(path), folder, info)
 
 
 def open_subject(subject: Subject, options: MeasureOptions) -> Policy:

@@ -28,7 +28,7 @@ from kltune.run.learner import Learner
 from kltune.run.session import Run
 
 ROLLBACK_RAISE = 2.0  # of the price, when the policy was found beyond the cap (MATH 3.5)
-NORMALISED_SPREAD = 1.0  # where nothing is scored: of a loss whose slope is about 1 where its data pull most
+NORMALISED_SPREAD = 0.5  # where nothing is scored: of a loss whose slope is about 1 where its data pull most
 UNMEASURED = dict.fromkeys(("kl/ref_nats_per_response", "kl/ref_stderr", "kl/ref_nats_per_token"))
 REFUSAL_RAISE = 1.1  # of the price, when a line search met the cap: at no loss, and again at the next step
 

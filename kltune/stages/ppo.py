@@ -56,7 +56,7 @@ def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
         steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
         target = recipe.kl.target if recipe.kl.control == "target" else None
         with Report(run.folder, "ppo", steps, target=target, start_step=run.start_step, unit=recipe.kl.unit) as report:
-            for note in (policy.fingerprint.describe(), *held_out.notes):
+            for note in (policy.fingerprint.describe(), *held_out.notes, *learner.scorer.notes):
                 report.say(note)
             job = Job(recipe, run, report, prompts, held_out, steps, recipe.ppo.baseline)
             for step in range(run.start_step + 1, steps + 1):
@@ -73,7 +73,7 @@ def make_learner(recipe: PPORecipe, policy: Policy, prompts: list[Prompt], run: 
         check_optimizer(value_optimizer, policy.value_parameters(), "value function")
     optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim)
     check_optimizer(optimizer, policy.trainable_parameters(), "policy")
-    scorer = load_scorer(recipe.reward, recipe.folder, policy.device)
+    scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy)
     responses = recipe.sampling.prompts_per_step * recipe.sampling.responses_per_prompt
     controller = controller_of(recipe.kl, updates_per_step=recipe.ppo.epochs * responses // recipe.ppo.minibatch_size)
     learner = Learner(policy, controller, scorer, optimizer=optimizer, value_optimizer=value_optimizer)

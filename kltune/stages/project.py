@@ -114,7 +114,8 @@ def make_dial(policy: Policy, settings: Settings, options: ProjectOptions) -> Di
     if options.recipe is not None:
         recipe = load_recipe(options.recipe)
         if getattr(recipe, "reward", ()):
-            scorer = load_scorer(recipe.reward, recipe.folder, policy.device)
+            scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy)
+            print(*scorer.notes, sep="\n", end="\n" if scorer.notes else "", file=sys.stderr)
             penalty = recipe.sampling.missing_end_penalty
     dial = Dial(
         policy, measured_prompts(policy, settings), **settings.drawn(options.seed), confidence=options.confidence,

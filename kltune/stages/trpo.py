@@ -87,7 +87,7 @@ def run_trpo(recipe: TRPORecipe, resume: bool) -> dict[str, Any]:
         steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
         target = recipe.kl.target if recipe.kl.control == "target" else None
         with Report(run.folder, "trpo", steps, target=target, start_step=run.start_step, unit=recipe.kl.unit) as report:
-            for note in (policy.fingerprint.describe(), *held_out.notes):
+            for note in (policy.fingerprint.describe(), *held_out.notes, *learner.scorer.notes):
                 report.say(note)
             job = Job(recipe, run, report, prompts, held_out, steps, recipe.trpo.baseline)
             for step in range(run.start_step + 1, steps + 1):
@@ -104,7 +104,7 @@ def make_learner(recipe: TRPORecipe, policy: Policy, prompts: list[Prompt], run:
         check_optimizer(value_optimizer, policy.value_parameters(), "value function")
     adapts = recipe.trpo.damping == "auto"
     damping = Damping(FIRST_DAMPING if adapts else float(recipe.trpo.damping), adapts)
-    scorer = load_scorer(recipe.reward, recipe.folder, policy.device)
+    scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy)
     controller = controller_of(recipe.kl, updates_per_step=1)
     learner = Learner(policy, controller, scorer, value_optimizer=value_optimizer, damping=damping, pace=Pace())
     begin(recipe, learner, prompts, run)

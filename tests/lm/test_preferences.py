@@ -6,7 +6,6 @@ import torch
 from kltune.errors import ModelError
 from kltune.lm.preferences import (
     Preferences,
-    accuracy,
     check_first_log_ratios,
     load_preferences,
     log_ratios_of,
@@ -82,10 +81,6 @@ def test_held_out_pairs_by_hand(trained_policy, pairs):
     assert found["eval/margin_stderr"] == pytest.approx(margins.std().item() / 3**0.5, abs=1e-4)
     assert found["eval/chosen_log_ratio_nats"] == pytest.approx(ratio[0::2].mean().item(), abs=1e-4)
     assert found["eval/rejected_log_ratio_nats"] == pytest.approx(ratio[1::2].mean().item(), abs=1e-4)
-
-
-def test_a_margin_of_nothing_counts_as_a_half():
-    assert accuracy(torch.tensor([1.0, 0.0, -2.0, 3.0])) == 0.625
 
 
 def test_a_policy_that_is_not_its_reference_before_the_first_step_is_refused(policy):

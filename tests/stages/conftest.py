@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from kltune.cli import main
 from kltune.recipe import Recipe, load_recipe
 from kltune.run import finishing
-from kltune.stages import ppo, sft
+from kltune.stages import ppo, reward, sft
 from tests.oracles import BANDIT_REFERENCE, save_tiny_lm
 
 LETTERS = string.ascii_lowercase + " .,"
@@ -71,6 +71,14 @@ SFT = {
     "optim": {"lr": 0.02, "batch_size": 6},
     "run": {"steps": 4, "save_every": 100, "eval_every": 100},
     "eval": {"prompts": "held_out.jsonl", "responses": 10, "texts": "held_out_texts.jsonl"},
+}
+REWARD = {
+    "stage": "reward",
+    "lora": {"rank": 4, "alpha": 8.0},
+    "data": {"pairs": "judged.jsonl"},
+    "optim": {"lr": 0.02, "batch_size": 6},
+    "run": {"steps": 4, "save_every": 100, "eval_every": 100},
+    "eval": {"pairs_share": 0.25},
 }
 DPO = {
     "stage": "dpo",
@@ -179,6 +187,9 @@ def write_recipe(folder: Path, base: dict[str, Any], model: Path, prompts: tuple
     pairs = [{"prompt": text, "chosen": "a" + text[::-1], "rejected": text[::-1] + "zz"} for text in prompts]
     write_rows(folder / "pairs.jsonl", pairs)
     write_rows(folder / "held_out_pairs.jsonl", [{"prompt": t, "chosen": "a.", "rejected": "zz"} for t in HELD_OUT])
+    sides = [("ba a.", "zo z."), ("an a", "so, no"), ("a.", "moo.")]
+    judged = [{"prompt": text, "chosen": good, "rejected": bad} for text in PROMPTS for good, bad in sides]
+    write_rows(folder / "judged.jsonl", judged)
     (folder / "rewards.py").write_text(REWARDS, encoding="utf-8")
     whole = base | {"model": {"path": str(model)}, "run": base["run"] | {"output": str(folder / "run")}}
     path = folder / "recipe.yaml"
@@ -230,6 +241,21 @@ def sft_recipe(sft_file: Path) -> MakeRecipe:
 
 
 @pytest.fixture
+def reward_recipe(tmp_path: Path, llama: Path) -> MakeRecipe:
+    """A function from overrides (and an output) to a reward recipe on the random Llama: an a is preferred."""
+    path = write_recipe(tmp_path / "reward", REWARD, llama)
+    return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
+
+
+@pytest.fixture(scope="session")
+def reward_model(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+    """A finished reward model on the random Llama that likes an a."""
+    path = write_recipe(tmp_path_factory.mktemp("judge"), REWARD, llama)
+    with without_page():
+        return Path(reward.run_reward(load_recipe(path, ["run.steps=25"]), resume=False)["final"])
+
+
+@pytest.fixture
 def bandit_recipe(tmp_path: Path, bandit: Path) -> MakeRecipe:
     """A function from overrides to a recipe on ORACLE-A at β = 1."""
     base = ORACLE | {"reward": [{"kind": "function", "path": "rewards.py:arms"}]}
@@ -274,7 +300,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def without_page() -> Iterator[None]:
     """Within: runs leave out report.html, whose drawing takes longer than they do."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (finishing, sft):
+        for module in (finishing, reward, sft):
             patch.setattr(module, "write_page", lambda folder: None)
         yield
 

@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from kltune.cli import main
+from kltune.core.intervals import summarize
 from kltune.errors import CheckpointError, DataError, DivergedError
 from kltune.lm.preferences import load_preferences
 from kltune.recipe import DataSection, DPOSection
 from kltune.run.checkpoint import read_state
+from kltune.run.job import Batch
 from kltune.run.page import write_page
 from kltune.stages import dpo
 from kltune.stages.dpo import preference_losses, run_dpo, scale_of
@@ -214,10 +216,22 @@ def test_a_target_is_held_where_the_pairs_would_go_further(dpo_recipe, tmp_path)
     recipe = dpo_recipe(*TARGET, f"kl.target={target}", "kl.land=false", *MANY, output=str(tmp_path / "target"))
     result = run_dpo(recipe, resume=False)
     late = [row["kl/ref_nats_per_response"] for row in rows_of(recipe)[40:]]
-    assert 0.75 * target < sum(late) / len(late) < 1.1 * target
-    assert 0.7 * target < result["kl"]["nats_per_response"] < 1.2 * target
-    assert rows_of(recipe)[0]["kl/beta"] == pytest.approx(math.exp(-0.35) / math.sqrt(2 * target))
+    assert sum(late) / len(late) == pytest.approx(target, rel=0.2)
+    assert result["kl"]["nats_per_response"] == pytest.approx(target, rel=0.25)
+    assert max(row["kl/ref_nats_per_response"] for row in rows_of(recipe)) < 1.3 * target
+    # before anything has moved, the spread is NORMALISED_SPREAD and the error at its least
+    assert rows_of(recipe)[0]["kl/beta"] == pytest.approx(0.5 * math.exp(-3.0) / math.sqrt(2 * target))
     assert rows_of(recipe)[-1]["accuracy/mean"] == 1.0
+
+
+def test_the_balance_is_where_both_gradients_are_as_large():
+    own, kl = [torch.tensor([3.0, 0.0]), torch.tensor([4.0])], [torch.tensor([0.6, 0.0]), torch.tensor([[0.8]])]
+    distance = summarize("exact", torch.tensor([1.0, 3.0]), torch.tensor([5, 5]), torch.arange(2))
+    batch = Batch(None, None, distance, 0.5)
+    assert dpo.balance(own, kl, batch, 0.1) == pytest.approx(50.0 * math.sqrt(2 * 2.0))
+    assert dpo.balance(own, [torch.zeros(2)], batch, 0.1) == 0.5
+    with pytest.raises(DivergedError, match="not finite"):
+        dpo.balance([torch.tensor([math.nan])], kl, batch, 0.1)
 
 
 def test_a_target_that_the_pairs_never_reach_is_said_to_be_unused(dpo_recipe, capsys):
@@ -303,7 +317,7 @@ def test_on_cap_stop_ends_with_6_and_final_is_the_last_state_within(dpo_recipe):
 
 def test_a_final_beyond_its_target_lands_on_it(dpo_recipe, monkeypatch):
     # The last steps are taken without a price, as if the controller had lost.
-    monkeypatch.setattr(dpo, "reprice", lambda job, learner, batch: 0.0)
+    monkeypatch.setattr(dpo, "reprice", lambda *_: 0.0)
     recipe = dpo_recipe(*TARGET, "kl.target=1", "run.steps=20", *MANY)
     result = run_dpo(recipe, resume=False)
     low, high = result["kl"]["ci95"]

@@ -20,6 +20,7 @@ from kltune.errors import Interrupted, ScorerError
 from kltune.recipe import Recipe, load_recipe
 from kltune.run.report import Report
 from kltune.stages.ppo import run_ppo
+from kltune.stages.reward import run_reward
 from kltune.stages.sft import run_sft
 from tests.stages.conftest import PPO, read_jsonl, write_recipe
 
@@ -133,6 +134,28 @@ def test_a_stopped_sft_run_with_dropout_goes_on_bit_for_bit(sft_recipe, monkeypa
     run_sft(unbroken, resume=False)
     run_with_stops(run_sft, broken, monkeypatch, CUTS)
     assert_same_run(Path(broken.run.output), Path(unbroken.run.output), STEPS)
+
+
+def test_a_stopped_reward_run_with_dropout_goes_on_bit_for_bit(reward_recipe, monkeypatch, tmp_path):
+    keys = (f"run.steps={STEPS}", "run.eval_every=2", "lora.dropout=0.1", "optim.micro_batch_size=4")
+    broken, unbroken = (reward_recipe(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
+    run_reward(unbroken, resume=False)
+    run_with_stops(run_reward, broken, monkeypatch, CUTS)
+    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), STEPS)
+    held = saved_tensors(Path(broken.run.output), STEPS)
+    assert any(name.startswith("checkpoints/") and "reward_head.safetensors:weight" in name for name in held)
+
+
+@pytest.mark.parametrize("baseline", ["value", "rloo"])
+def test_a_stopped_ppo_run_that_shares_a_reward_model_goes_on_bit_for_bit(
+    ppo_recipe, reward_model, monkeypatch, tmp_path, baseline
+):
+    entry = f"[{{kind: model, path: {reward_model}, normalize: true}}]"
+    keys = ("run.steps=4", f"reward={entry}", f"ppo.baseline={baseline}", "run.eval_every=2")
+    broken, unbroken = (ppo_recipe(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
+    run_ppo(unbroken, resume=False)
+    run_with_stops(run_ppo, broken, monkeypatch, (1, 3))
+    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), 4)
 
 
 def test_a_stopped_full_fine_tuning_goes_on_bit_for_bit(sft_recipe, monkeypatch, tmp_path):
