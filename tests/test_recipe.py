@@ -34,6 +34,7 @@ data:
 reward:
   - {kind: function, path: "rewards.py:score"}
 """
+JUDGED = PPO[: PPO.index("  - {")] + "  - {kind: judge, url: 'http://127.0.0.1:8000/v1', model: m, mode: score}\n"
 SFT = "stage: sft\nmodel: {path: base}\ndata: {texts: texts.jsonl}\n"
 DPO = "stage: dpo\nmodel: {path: base}\ndata: {pairs: pairs.jsonl}\n"
 
@@ -128,7 +129,22 @@ WRONG = {
     "lora null in ppo": (PPO + "lora: null\n", 7, ["lora", "nothing (null)"]),
     # reward functions
     "unknown kind": (PPO.replace("function,", "functon,"), 6, ["reward.0.kind", "did you mean function?"]),
-    "kind to come": (PPO.replace("function,", "judge,"), 6, ["reward.0.kind", "function, model or classifier"]),
+    "no such kind": (PPO.replace("function,", "oracle,"), 6, ["reward.0.kind", "function, model, classifier or judge"]),
+    # AI judges
+    "judge without a model": (JUDGED.replace("model: m, ", ""), 6, ["reward.0.model", "missing"]),
+    "judge's model no text": (JUDGED.replace("model: m", "model: 7"), 6, ["reward.0.model", "found 7", "in quotes"]),
+    "judge with a path": (JUDGED.replace("model: m", "model: m, path: m"), 6, ["reward.0.path", "unknown key"]),
+    "no web address": (JUDGED.replace("http:", "ftp:"), 6, ["reward.0.url", "wanted an address such as http://"]),
+    "no port": (JUDGED.replace(":8000", ":80000"), 6, ["reward.0.url", "wanted an address"]),
+    "whole address": (JUDGED.replace("/v1", "/v1/chat/completions"), 6, ["reward.0.url", "which kltune adds"]),
+    "password in the address": (JUDGED.replace("127", "me:hunter2@127"), 6, ["reward.0.url", "key_env"]),
+    "key in the clear": (JUDGED.replace("127.0.0.1", "judge.example").replace("m,", "m, key_env: MY_KEY,"), 6,
+                         ["reward.0.key_env", "can be read on its way", "https://"]),
+    "any variable as a key": (JUDGED.replace("m,", "m, key_env: HOME,"), 6, ["reward.0.key_env", "ending in KEY"]),
+    "range upside down": (JUDGED.replace("m,", "m, lowest: 10,"), 6, ["reward.0.lowest", "less than highest, 10"]),
+    "preferences in ppo": (JUDGED.replace("score", "pair"), 6, ["reward.0.mode", "wanted score", "online"]),
+    "gold preferences": (PPO + "eval: {gold: {kind: judge, url: 'http://a/v1', model: m, mode: pair}}\n", 7,
+                         ["eval.gold.mode", "wanted score"]),
     "no kind": (PPO.replace("kind: function, ", ""), 6, ["reward.0.kind", "missing"]),
     "reward not a list": (PPO.replace("  - {kind: function, ", "  {kind: function, "), 6, ["reward", "with a dash"]),
     "dotted path": (PPO.replace("rewards.py:score", "os.system"), 6, ["reward.0.path", "file.py:function"]),

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kltune.recipe.faults import Clash
+from kltune.recipe.judges import judges
 from kltune.recipe.sections import DPOKLSection, KLSection
 from kltune.recipe.stages import PATH_KEYS, Recipe
 
-Clash = tuple[tuple[str, ...], str]          # the dotted keys concerned, the first of which is where it is shown
 FUNCTION = re.compile(r"(?P<file>[^:]+\.py):(?P<name>[A-Za-z_]\w*)")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".jsonl.gz")
 SOURCES = {"sft": "texts", "reward": "pairs", "ppo": "prompts", "trpo": "prompts"}
@@ -57,6 +58,7 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False) -> Iterator[Cla
     yield from sources(recipe)
     yield from lengths(recipe)
     yield from unread(recipe)
+    yield from judges(recipe)
     if recipe.stage == "trpo":
         yield from natural_gradient(recipe)
     if recipe.stage == "dpo":

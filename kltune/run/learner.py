@@ -1,6 +1,6 @@
 """All that training changes, and so all that a checkpoint holds."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,14 @@ class Cap:
     refusals: int = 0
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A learner between two steps. values: its fields, which a step replaces. tensors: copies of what a step moves."""
+
+    values: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+
 @dataclass
 class Learner:
     """A policy in training. The optimizers hold exactly the policy's and the value function's own tensors."""
@@ -97,6 +105,16 @@ class Learner:
         for name, tensor in tensors.items():
             if name.endswith("/exp_avg"):
                 tensor.zero_()
+
+    def kept(self) -> Kept:
+        """This state, to `go_back` to."""
+        return Kept({field.name: getattr(self, field.name) for field in fields(self)}, self._copied())
+
+    def go_back(self, kept: Kept) -> None:
+        """Be again as when ``kept`` was made, bit for bit."""
+        self.put_back(kept.tensors)
+        for name, value in kept.values.items():
+            setattr(self, name, value)
 
     def guard(self, limit: float, unit: Unit) -> None:
         """Keep a cap from now on; the policy is its reference still, which is within any."""

@@ -45,7 +45,7 @@ from kltune.run.job import Batch, Job
 from kltune.run.learner import Learner
 from kltune.run.report import Report
 from kltune.run.session import Run, finished_result, open_run
-from kltune.run.training import begin, close_step, load_data, reprice, sample_batch, stepped_back
+from kltune.run.training import begin, close_step, load_data, reprice, sample_batch, stepped_back, whole_step
 
 LABELLED = ("kto", "bco")  # losses of responses judged one by one
 REWARD_MEMORY = 0.9  # share of bco's running mean that a step leaves
@@ -70,7 +70,7 @@ def run_dpo(recipe: DPORecipe, resume: bool) -> dict[str, Any]:
         policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))
         run.set_reference(policy.fingerprint.as_dict())
         pairs, note = load_preferences(recipe.data.pairs, policy, recipe.data, labelled=recipe.dpo.loss in LABELLED)
-        prompts, held_out = load_data(recipe, policy)
+        prompts, held_out = load_data(recipe, policy, run)
         steps = total_steps(recipe.run, len(pairs), recipe.optim.batch_size)
         pairs = pairs.measured(policy, positions(recipe, pairs, 1, steps))
         learner = make_learner(recipe, policy, pairs, prompts, run)
@@ -80,8 +80,10 @@ def run_dpo(recipe: DPORecipe, resume: bool) -> dict[str, Any]:
                 report.say(line)
             job = Job(recipe, run, report, prompts, held_out, steps)
             for step in range(run.start_step + 1, steps + 1):
-                take_step(job, learner, pairs, step)
-            return finish(job, learner)
+                with whole_step(job, learner, step):
+                    take_step(job, learner, pairs, step)
+            with whole_step(job, learner, steps + 1):
+                return finish(job, learner)
 
 
 def make_learner(
