@@ -363,7 +363,8 @@ def test_a_model_that_lies_in_the_current_folder_only_is_pointed_at(folder, monk
 
 
 @pytest.mark.parametrize("text", [
-    PPO, SFT, DPO, PPO + "lora: {targets: [a, '1e-5', 'yes', '010', 'null', ' ', 'a: b']}\noptim: {lr: 3e-7}\n",
+    PPO, SFT, DPO, JUDGED.replace("m,", "m, rubric: \"Be: strict.\\n\\n- fair #1\\n\","),
+    PPO + "lora: {targets: [a, '1e-5', 'yes', '010', 'null', ' ', 'a: b']}\noptim: {lr: 3e-7}\n",
 ])
 def test_a_dumped_recipe_loads_again_to_an_equal_one(text, folder):
     recipe = load_recipe(write(folder, text))
@@ -401,6 +402,22 @@ def test_the_digest_is_of_the_numbers_not_of_where_they_are_kept(folder):
     assert recipe_digest(changed) != recipe_digest(recipe)
     assert differing_keys(recipe, changed) == ["kl.target: was 6.0, now 4.0", "reward.0.weight: was 1.0, now 2.0"]
     assert differing_keys(recipe, recipe) == []
+
+
+def test_how_patiently_a_judge_is_asked_is_not_part_of_the_numbers(folder):
+    file = write(folder, JUDGED + "eval: {gold: {kind: judge, url: 'https://a/v1', model: m}}\n")
+    recipe = load_recipe(file)
+    keys = ["concurrency=1", "timeout_s=5", "retries=0", "key_env=A_KEY"]
+    patient = [f"{entry}.{key}" for entry in ("reward.0", "eval.gold") for key in keys]
+    assert recipe_digest(load_recipe(file, patient)) == recipe_digest(recipe)
+    other = load_recipe(file, ["reward.0.rubric=other"])
+    assert differing_keys(recipe, other)[0].startswith("reward.0.rubric: was")
+
+
+def test_a_key_that_was_written_where_its_name_belongs_is_not_repeated(folder):
+    with pytest.raises(RecipeError, match=r"reward\.0\.key_env: found something else") as caught:
+        load_recipe(write(folder, JUDGED.replace("m,", "m, key_env: sk-123456789,")))
+    assert "123456789" not in str(caught.value)
 
 
 # schema and packaged recipes
