@@ -35,6 +35,15 @@ reward:
   - {kind: function, path: "rewards.py:score"}
 """
 JUDGED = PPO[: PPO.index("  - {")] + "  - {kind: judge, url: 'http://127.0.0.1:8000/v1', model: m, mode: score}\n"
+ONLINE = """\
+stage: dpo
+model: {path: base}
+data: {prompts: prompts.jsonl}
+sampling: {responses_per_prompt: 4}
+dpo: {source: online}
+reward:
+  - {kind: judge, url: 'http://127.0.0.1:8000/v1', model: m, mode: pair}
+"""
 SFT = "stage: sft\nmodel: {path: base}\ndata: {texts: texts.jsonl}\n"
 DPO = "stage: dpo\nmodel: {path: base}\ndata: {pairs: pairs.jsonl}\n"
 
@@ -91,7 +100,15 @@ WRONG = {
     "alpha 1": (DPO + "dpo: {loss: f_dpo, divergence: alpha, alpha: 1.0}\n", 4, ["dpo.alpha", "loss: sigmoid"]),
     "kto of one": (DPO + "dpo: {loss: kto}\noptim: {batch_size: 1}\n", 5, ["optim.batch_size", "at least 2"]),
     "dpo without exact": (DPO + "kl: {exact: false}\n", 4, ["kl.exact", "wanted true"]),
-    "online": (DPO.replace("pairs", "prompts") + "dpo: {source: online}\n", 4, ["dpo.source", "not there yet"]),
+    # online dpo
+    "pairs of a file, online": (ONLINE.replace("prompts.jsonl", "a, pairs: b.jsonl"), 3, ["data.pairs", "data.prompt"]),
+    "one response makes no pair": (ONLINE.replace("prompt: 4", "prompt: 1"), 4, ["at least 2", "two responses"]),
+    "batch size online": (ONLINE + "optim: {batch_size: 8}\n", 8, ["optim.batch_size", "source: file"]),
+    "labels online": (ONLINE.replace("online", "online, loss: kto"), 5, ["dpo.loss", "wanted a loss of pairs"]),
+    "reference's own, online": (ONLINE.replace("online", "online, from_reference: true"), 5, ["the policy's"]),
+    "preferences and scores": (ONLINE + "  - {kind: model, path: rm}\n", 7, ["reward.0.mode", "wanted it alone"]),
+    "weight of a preference": (ONLINE.replace("pair}", "pair, weight: 2.0}"), 7, ["reward.0.weight", "mode: score"]),
+    "penalty on a preference": (ONLINE.replace("prompt: 4", "prompt: 4, missing_end_penalty: 1"), 4, ["mode: pair"]),
     "penalty in dpo": (DPO + "sampling: {missing_end_penalty: 1.0}\n", 4, ["sampling.missing_end_penalty"]),
     "pairs held out in ppo": (PPO + "eval: {pairs: p.jsonl}\n", 7, ["eval.pairs", "does not read it"]),
     "dropout in dpo": (DPO + "lora: {dropout: 0.1}\n", 4, ["lora.dropout", "wanted 0"]),
@@ -363,7 +380,8 @@ def test_a_model_that_lies_in_the_current_folder_only_is_pointed_at(folder, monk
 
 
 @pytest.mark.parametrize("text", [
-    PPO, SFT, DPO, JUDGED.replace("m,", "m, rubric: \"Be: strict.\\n\\n- fair #1\\n\","),
+    PPO, SFT, DPO, ONLINE, ONLINE.replace("mode: pair", "mode: score"),
+    JUDGED.replace("m,", "m, rubric: \"Be: strict.\\n\\n- fair #1\\n\","),
     PPO + "lora: {targets: [a, '1e-5', 'yes', '010', 'null', ' ', 'a: b']}\noptim: {lr: 3e-7}\n",
 ])
 def test_a_dumped_recipe_loads_again_to_an_equal_one(text, folder):

@@ -19,7 +19,14 @@ from kltune.recipe.copying import copy_recipe
 from kltune.recipe.faults import Fault, Place, RecipeFaults
 from kltune.recipe.packaged import find_recipe, packaged_recipes, recipes_folder
 from kltune.recipe.reading import load_recipe, recipe_text
-from kltune.recipe.rewards import ClassifierReward, FunctionReward, JudgeReward, ModelReward, RewardEntry
+from kltune.recipe.rewards import (
+    ClassifierReward,
+    FunctionReward,
+    JudgeReward,
+    ModelReward,
+    RewardEntry,
+    asks_for_pairs,
+)
 from kltune.recipe.sections import (
     BradleyTerrySection,
     DataSection,
@@ -42,7 +49,7 @@ __all__ = [
     "STAGES", "BradleyTerrySection", "ClassifierReward", "DPOKLSection", "DPORecipe", "DPOSection", "DataSection",
     "EvalSection", "Fault", "FunctionReward", "JudgeReward", "KLSection", "LoraSection", "ModelReward", "ModelSection",
     "OptimSection", "PPORecipe", "PPOSection", "Place", "Recipe", "RecipeFaults", "RewardEntry", "RewardRecipe",
-    "RunSection", "SFTRecipe", "SamplingSection", "TRPORecipe", "TRPOSection", "copy_recipe", "differing_keys",
-    "dump_recipe", "find_recipe", "load_recipe", "packaged_recipes", "recipe_digest", "recipe_schema", "recipe_text",
-    "recipes_folder",
+    "RunSection", "SFTRecipe", "SamplingSection", "TRPORecipe", "TRPOSection", "asks_for_pairs", "copy_recipe",
+    "differing_keys", "dump_recipe", "find_recipe", "load_recipe", "packaged_recipes", "recipe_digest", "recipe_schema",
+    "recipe_text", "recipes_folder",
 ]

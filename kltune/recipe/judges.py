@@ -5,7 +5,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kltune.recipe.faults import Clash
-from kltune.recipe.rewards import JudgeReward
+from kltune.recipe.rewards import JudgeReward, asks_for_pairs
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 NO_SCORES = "a preference between two responses is no score: write mode: score"
@@ -21,7 +21,7 @@ def judges(recipe: Any) -> Iterator[Clash]:
         if entry.mode == "score" and entry.lowest >= entry.highest:
             yield ((f"{key}.lowest", f"{key}.highest"),
                    f"found {entry.lowest:g}, wanted less than highest, {entry.highest:g}")
-        if entry.mode == "pair":
+        if asks_for_pairs(entry):
             yield from preference(recipe, key, entry)
 
 

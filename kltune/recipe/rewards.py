@@ -75,5 +75,10 @@ class JudgeReward(Section):
     name: Text | None = Field(None, description="its name in the metrics")
 
 
+def asks_for_pairs(entry: Section) -> bool:
+    """Whether a reward entry prefers one response to another, and gives no score."""
+    return isinstance(entry, JudgeReward) and entry.mode == "pair"
+
+
 RewardEntry = Annotated[FunctionReward | ModelReward | ClassifierReward | JudgeReward, Field(discriminator="kind")]
 RewardList = Annotated[tuple[RewardEntry, ...], Field(strict=False)]

@@ -17,6 +17,7 @@ from kltune.core.trust_region import Damping
 from kltune.errors import CheckpointError
 from kltune.lm.batches import response_scatter
 from kltune.lm.experience import Experience
+from kltune.lm.judge import Judge
 from kltune.lm.optim import guarded_step, set_learning_rate
 from kltune.lm.policy import Policy
 from kltune.lm.scorers import Scorer
@@ -69,6 +70,7 @@ class Learner:
     policy: Policy
     controller: Controller
     scorer: Scorer | None = None  # where responses are scored
+    judge: Judge | None = None  # where they are compared instead
     optimizer: Optimizer | None = None  # of the policy; a natural-gradient step has none
     value_optimizer: Optimizer | None = None
     damping: Damping | None = None  # of the natural-gradient step

@@ -65,6 +65,8 @@ def begin(recipe: BudgetRecipe, learner: Learner, prompts: list[Prompt], run: Ru
     """Set a learner where the run starts: checked and fresh, or as a checkpoint left it."""
     if learner.scorer is not None:
         run.record(rewards=learner.scorer.identity)
+    if learner.judge is not None:
+        run.record(rewards=[{"name": learner.judge.name, "kind": "judge", **learner.judge.identity}])
     if recipe.kl.hard_cap is not None:
         learner.guard(recipe.kl.hard_cap, recipe.kl.unit)
     if run.resume_from is not None:
@@ -105,8 +107,9 @@ def whole_step(job: Job, learner: Learner, step: int) -> Iterator[None]:
 
 def judges_of(job: Job, learner: Learner) -> tuple[Judge, ...]:
     """The AI judges that a step may ask."""
-    scorers = (learner.scorer, job.held_out.gold)
-    return tuple(judge for scorer in scorers if scorer is not None for judge in scorer.judges)
+    scorers = [scorer for scorer in (learner.scorer, job.held_out.gold) if scorer is not None]
+    comparing = () if learner.judge is None else (learner.judge,)
+    return (*comparing, *(judge for scorer in scorers for judge in scorer.judges))
 
 
 def save(job: Job, learner: Learner, step: int, kl: dict[str, Any] | None) -> None:
