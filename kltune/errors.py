@@ -4,12 +4,13 @@
     ├── RecipeError       2   arguments or recipe are wrong
     ├── InputError        5   something that was read is wrong
     │   ├── DataError         rows of prompts, texts or pairs
-    │   ├── ScorerError       a reward function or model
+    │   ├── ScorerError       a reward function, model or judge
     │   ├── ModelError        weights, adapter or tokenizer
     │   └── CheckpointError   missing, damaged, or made with another reference
     ├── DivergedError     6   a number stopped being finite, or the hard cap was hit
     ├── StorageError     74   cannot write, or out of memory
     ├── BusyError        75   the output folder belongs to another run
+    ├── JudgeError       75   an AI judge does not answer; everything up to then was saved
     └── Interrupted     130 / 143   SIGINT / SIGTERM, after a checkpoint was saved
 
 Anything else that escapes is a bug in kltune: exit code 1, with a traceback.
@@ -66,6 +67,12 @@ class BusyError(KltuneError, RuntimeError):
     """The output folder is in use by another run."""
 
     exit_code = 75
+
+
+class JudgeError(KltuneError, RuntimeError):
+    """An AI judge does not answer: nothing is wrong with the run, which goes on once the judge is back."""
+
+    exit_code = 75      # as EX_TEMPFAIL: try again later
 
 
 class Interrupted(KltuneError):

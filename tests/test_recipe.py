@@ -34,6 +34,16 @@ data:
 reward:
   - {kind: function, path: "rewards.py:score"}
 """
+JUDGED = PPO[: PPO.index("  - {")] + "  - {kind: judge, url: 'http://127.0.0.1:8000/v1', model: m, mode: score}\n"
+ONLINE = """\
+stage: dpo
+model: {path: base}
+data: {prompts: prompts.jsonl}
+sampling: {responses_per_prompt: 4}
+dpo: {source: online}
+reward:
+  - {kind: judge, url: 'http://127.0.0.1:8000/v1', model: m, mode: pair}
+"""
 SFT = "stage: sft\nmodel: {path: base}\ndata: {texts: texts.jsonl}\n"
 DPO = "stage: dpo\nmodel: {path: base}\ndata: {pairs: pairs.jsonl}\n"
 
@@ -90,7 +100,15 @@ WRONG = {
     "alpha 1": (DPO + "dpo: {loss: f_dpo, divergence: alpha, alpha: 1.0}\n", 4, ["dpo.alpha", "loss: sigmoid"]),
     "kto of one": (DPO + "dpo: {loss: kto}\noptim: {batch_size: 1}\n", 5, ["optim.batch_size", "at least 2"]),
     "dpo without exact": (DPO + "kl: {exact: false}\n", 4, ["kl.exact", "wanted true"]),
-    "online": (DPO.replace("pairs", "prompts") + "dpo: {source: online}\n", 4, ["dpo.source", "not there yet"]),
+    # online dpo
+    "pairs of a file, online": (ONLINE.replace("prompts.jsonl", "a, pairs: b.jsonl"), 3, ["data.pairs", "data.prompt"]),
+    "one response makes no pair": (ONLINE.replace("prompt: 4", "prompt: 1"), 4, ["at least 2", "two responses"]),
+    "batch size online": (ONLINE + "optim: {batch_size: 8}\n", 8, ["optim.batch_size", "source: file"]),
+    "labels online": (ONLINE.replace("online", "online, loss: kto"), 5, ["dpo.loss", "wanted a loss of pairs"]),
+    "reference's own, online": (ONLINE.replace("online", "online, from_reference: true"), 5, ["the policy's"]),
+    "preferences and scores": (ONLINE + "  - {kind: model, path: rm}\n", 7, ["reward.0.mode", "wanted it alone"]),
+    "weight of a preference": (ONLINE.replace("pair}", "pair, weight: 2.0}"), 7, ["reward.0.weight", "mode: score"]),
+    "penalty on a preference": (ONLINE.replace("prompt: 4", "prompt: 4, missing_end_penalty: 1"), 4, ["mode: pair"]),
     "penalty in dpo": (DPO + "sampling: {missing_end_penalty: 1.0}\n", 4, ["sampling.missing_end_penalty"]),
     "pairs held out in ppo": (PPO + "eval: {pairs: p.jsonl}\n", 7, ["eval.pairs", "does not read it"]),
     "dropout in dpo": (DPO + "lora: {dropout: 0.1}\n", 4, ["lora.dropout", "wanted 0"]),
@@ -128,7 +146,22 @@ WRONG = {
     "lora null in ppo": (PPO + "lora: null\n", 7, ["lora", "nothing (null)"]),
     # reward functions
     "unknown kind": (PPO.replace("function,", "functon,"), 6, ["reward.0.kind", "did you mean function?"]),
-    "kind to come": (PPO.replace("function,", "judge,"), 6, ["reward.0.kind", "function, model or classifier"]),
+    "no such kind": (PPO.replace("function,", "oracle,"), 6, ["reward.0.kind", "function, model, classifier or judge"]),
+    # AI judges
+    "judge without a model": (JUDGED.replace("model: m, ", ""), 6, ["reward.0.model", "missing"]),
+    "judge's model no text": (JUDGED.replace("model: m", "model: 7"), 6, ["reward.0.model", "found 7", "in quotes"]),
+    "judge with a path": (JUDGED.replace("model: m", "model: m, path: m"), 6, ["reward.0.path", "unknown key"]),
+    "no web address": (JUDGED.replace("http:", "ftp:"), 6, ["reward.0.url", "wanted an address such as http://"]),
+    "no port": (JUDGED.replace(":8000", ":80000"), 6, ["reward.0.url", "wanted an address"]),
+    "whole address": (JUDGED.replace("/v1", "/v1/chat/completions"), 6, ["reward.0.url", "which kltune adds"]),
+    "password in the address": (JUDGED.replace("127", "me:hunter2@127"), 6, ["reward.0.url", "key_env"]),
+    "key in the clear": (JUDGED.replace("127.0.0.1", "judge.example").replace("m,", "m, key_env: MY_KEY,"), 6,
+                         ["reward.0.key_env", "can be read on its way", "https://"]),
+    "any variable as a key": (JUDGED.replace("m,", "m, key_env: HOME,"), 6, ["reward.0.key_env", "ending in KEY"]),
+    "range upside down": (JUDGED.replace("m,", "m, lowest: 10,"), 6, ["reward.0.lowest", "less than highest, 10"]),
+    "preferences in ppo": (JUDGED.replace("score", "pair"), 6, ["reward.0.mode", "wanted score", "online"]),
+    "gold preferences": (PPO + "eval: {gold: {kind: judge, url: 'http://a/v1', model: m, mode: pair}}\n", 7,
+                         ["eval.gold.mode", "wanted score"]),
     "no kind": (PPO.replace("kind: function, ", ""), 6, ["reward.0.kind", "missing"]),
     "reward not a list": (PPO.replace("  - {kind: function, ", "  {kind: function, "), 6, ["reward", "with a dash"]),
     "dotted path": (PPO.replace("rewards.py:score", "os.system"), 6, ["reward.0.path", "file.py:function"]),
@@ -347,7 +380,9 @@ def test_a_model_that_lies_in_the_current_folder_only_is_pointed_at(folder, monk
 
 
 @pytest.mark.parametrize("text", [
-    PPO, SFT, DPO, PPO + "lora: {targets: [a, '1e-5', 'yes', '010', 'null', ' ', 'a: b']}\noptim: {lr: 3e-7}\n",
+    PPO, SFT, DPO, ONLINE, ONLINE.replace("mode: pair", "mode: score"),
+    JUDGED.replace("m,", "m, rubric: \"Be: strict.\\n\\n- fair #1\\n\","),
+    PPO + "lora: {targets: [a, '1e-5', 'yes', '010', 'null', ' ', 'a: b']}\noptim: {lr: 3e-7}\n",
 ])
 def test_a_dumped_recipe_loads_again_to_an_equal_one(text, folder):
     recipe = load_recipe(write(folder, text))
@@ -385,6 +420,22 @@ def test_the_digest_is_of_the_numbers_not_of_where_they_are_kept(folder):
     assert recipe_digest(changed) != recipe_digest(recipe)
     assert differing_keys(recipe, changed) == ["kl.target: was 6.0, now 4.0", "reward.0.weight: was 1.0, now 2.0"]
     assert differing_keys(recipe, recipe) == []
+
+
+def test_how_patiently_a_judge_is_asked_is_not_part_of_the_numbers(folder):
+    file = write(folder, JUDGED + "eval: {gold: {kind: judge, url: 'https://a/v1', model: m}}\n")
+    recipe = load_recipe(file)
+    keys = ["concurrency=1", "timeout_s=5", "retries=0", "key_env=A_KEY"]
+    patient = [f"{entry}.{key}" for entry in ("reward.0", "eval.gold") for key in keys]
+    assert recipe_digest(load_recipe(file, patient)) == recipe_digest(recipe)
+    other = load_recipe(file, ["reward.0.rubric=other"])
+    assert differing_keys(recipe, other)[0].startswith("reward.0.rubric: was")
+
+
+def test_a_key_that_was_written_where_its_name_belongs_is_not_repeated(folder):
+    with pytest.raises(RecipeError, match=r"reward\.0\.key_env: found something else") as caught:
+        load_recipe(write(folder, JUDGED.replace("m,", "m, key_env: sk-123456789,")))
+    assert "123456789" not in str(caught.value)
 
 
 # schema and packaged recipes

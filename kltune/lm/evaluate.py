@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kltune.lm.data import Example, Prompt, described, distinct, load_examples, load_prompts, row_rules
+from kltune.lm.judge import Answers
 from kltune.lm.measurement import Draw, Measurement, measure_kl
 from kltune.lm.policy import Policy
 from kltune.lm.preferences import Preferences, load_preferences, pair_metrics
@@ -35,8 +36,12 @@ def load_held_out(
     prompt_limit: int,
     folder: Path,
     note: str,
+    answers: Answers | None = None,
 ) -> HeldOut:
-    """Read the recipe's ``eval`` section; without prompts or pairs of its own, evaluations use ``fallback``."""
+    """Read the recipe's ``eval`` section; without prompts or pairs of its own, evaluations use ``fallback``.
+
+    ``answers`` are those of a gold judge, as ``load_scorer`` takes them.
+    """
     rules, own = row_rules(data), section.prompts or section.pairs
     prompts, texts, pairs, notes = fallback, [], None, [note]
     if own is not None:
@@ -51,7 +56,7 @@ def load_held_out(
         pairs, note = load_preferences(section.pairs, policy, data)
         pairs = pairs.measured(policy, range(len(pairs)))
         notes.append(note)
-    gold = None if section.gold is None else load_scorer([section.gold], folder, policy.device, policy)
+    gold = None if section.gold is None else load_scorer([section.gold], folder, policy.device, policy, answers)
     notes += () if gold is None else gold.notes
     return HeldOut(prompts, texts, gold, section.responses, tuple(notes), pairs)
 

@@ -30,13 +30,14 @@ class Preferences:
 
     examples: R prompts with a response, whose tokens are scored. wanted: True where it was chosen, or labelled as
     wanted. [R] bool. ref_logprobs: log ρ(y|x) of each, NaN until it is measured. [R] float64, nats. group: responses
-    in each group, 2 or 1.
+    in each group, 2 or 1. temperature: of ρ and of what is held against it; responses that were sampled have their own.
     """
 
     examples: tuple[Example, ...]
     wanted: Tensor
     ref_logprobs: Tensor
     group: int
+    temperature: float = 1.0
 
     def __len__(self) -> int:
         return len(self.examples) // self.group
@@ -122,10 +123,10 @@ def _with_response(mine: Example, theirs: Example) -> Example:
     return Example(mine.ids[:start] + theirs.ids[other:], mine.scored[:start] + theirs.scored[other:], mine.where)
 
 
-def response_logprobs(policy: Policy, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+def response_logprobs(policy: Policy, part: Preferences) -> tuple[Tensor, Tensor]:
     """log π(y|x) of each response, differentiable, and its tokens. [R] float64 nats, [R] int64; on the CPU."""
-    ids, scored = example_batch(examples, policy)
-    flat = policy.logprobs(ids, scored)
+    ids, scored = example_batch(part.examples, policy)
+    flat = policy.logprobs(ids, scored, part.temperature)
     return response_scatter(flat, scored).cpu().double().sum(dim=1), scored.sum(dim=1).cpu()
 
 

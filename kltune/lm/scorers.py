@@ -1,4 +1,4 @@
-"""Who gives the score: Python functions, reward models and sequence classifiers, alone or as a weighted sum.
+"""Who gives the score: functions, reward models, classifiers and AI judges, alone or as a weighted sum.
 
 Scorers read text, so a reward model may bring a tokenizer of its own; only one of kltune's that shares the policy's
 weights, and so its tokenizer, reads the tokens that were sampled. Whatever they return must be one
@@ -6,7 +6,6 @@ finite number per response; anything else names the row and stops the run.
 """
 
 import hashlib
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,13 +18,14 @@ from torch import Tensor
 
 from kltune.errors import KltuneError, ScorerError
 from kltune.lm.batches import Samples
+from kltune.lm.classifiers import ScoreFunction, load_classifier
+from kltune.lm.judge import Answers, Judge
 from kltune.lm.policy import Policy
 from kltune.lm.reward_reader import is_reward_model, open_reward_model
-from kltune.recipe import ClassifierReward, FunctionReward, ModelReward
+from kltune.recipe import ClassifierReward, FunctionReward, JudgeReward, ModelReward
 
-ScoreFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 TokenFunction = Callable[[Samples], Sequence[float]]
-RewardSource = FunctionReward | ModelReward | ClassifierReward
+RewardSource = FunctionReward | ModelReward | ClassifierReward | JudgeReward
 
 LARGEST = torch.finfo(torch.float32).max  # of a score: what is larger would become infinite
 
@@ -35,7 +35,7 @@ class Source:
     """One source of scores. identity: what run.json records; shift, scale: standardisation on reference samples.
 
     tokens: scores the same responses as they were sampled, where more is known of them than their text. note: a line
-    for the start of a run.
+    for the start of a run. judge: who is asked, where that may take long or fail.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Source:
     scale: float = 1.0
     tokens: TokenFunction | None = None
     note: str = ""
+    judge: Judge | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,11 @@ class Scorer:
     def notes(self) -> tuple[str, ...]:
         """What there is to say of the sources at the start of a run."""
         return tuple(source.note for source in self.sources if source.note)
+
+    @property
+    def judges(self) -> tuple[Judge, ...]:
+        """The AI judges among the sources."""
+        return tuple(source.judge for source in self.sources if source.judge is not None)
 
     @property
     def identity(self) -> list[dict[str, Any]]:
@@ -195,7 +201,11 @@ def _row(index: int, prompt: str, response: str) -> str:
 
 
 def load_scorer(
-    section: Sequence[RewardSource], folder: Path, device: torch.device, policy: Policy | None = None
+    section: Sequence[RewardSource],
+    folder: Path,
+    device: torch.device,
+    policy: Policy | None = None,
+    answers: Answers | None = None,
 ) -> Scorer:
     """Build the scorer of a recipe's ``reward`` list.
 
@@ -204,6 +214,7 @@ def load_scorer(
         folder: the recipe's folder; functions may live nowhere else.
         device: where reward models run.
         policy: whose frozen weights a reward model of kltune's may share, if it was trained on the same.
+        answers: what AI judges were asked before, and where their answers are kept; None: nothing, nowhere.
 
     Raises:
         ScorerError: a file, function or model cannot be loaded.
@@ -211,18 +222,27 @@ def load_scorer(
     """
     sources: list[Source] = []
     for number, entry in enumerate(section):
-        name = entry.name or (entry.path.rpartition(":")[2] if entry.kind == "function" else Path(entry.path).name)
+        name = entry.name or _own_name(entry)
         if name in {source.name for source in sources}:
             name = f"{name}-{number}"
         more: dict[str, Any] = {}
         if entry.kind == "function":
             function, identity = _load_function(entry, folder)
+        elif entry.kind == "judge":
+            judge = Judge(entry, name, answers)
+            function, identity, more = judge.scores, judge.identity, {"judge": judge, "note": judge.note}
         elif entry.kind == "model" and is_reward_model(Path(entry.path)):
             function, identity, more = _load_reward_model(entry, device, policy)
         else:
-            function, identity = _load_model(entry, device)
+            function, identity = load_classifier(entry, device)
         sources.append(Source(name, function, entry.weight, entry.normalize, {"kind": entry.kind, **identity}, **more))
     return Scorer(sources)
+
+
+def _own_name(entry: RewardSource) -> str:
+    if entry.kind == "function":
+        return entry.path.rpartition(":")[2]
+    return Path(entry.model if entry.kind == "judge" else entry.path).name
 
 
 def _load_reward_model(
@@ -255,87 +275,3 @@ def _load_function(entry: FunctionReward, folder: Path) -> tuple[ScoreFunction, 
     if not callable(function):
         raise ScorerError(f"reward {entry.path}: {path} has no function {attribute!r}.")
     return function, {"path": entry.path, "sha256": digest}
-
-
-def _load_model(entry: ModelReward | ClassifierReward, device: torch.device) -> tuple[ScoreFunction, dict[str, str]]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    folder = Path(entry.path)
-    if is_reward_model(folder / "final"):
-        raise ScorerError(f"reward {entry.path}: is the folder of a run; did you mean {folder / 'final'}?")
-    if (folder / "adapter_config.json").exists():  # transformers would put a random head on its base
-        wanted = "write kind: model" if is_reward_model(folder) else "merge it into its base, and give that"
-        raise ScorerError(f"reward {entry.path}: is an adapter, and no classifier by itself; {wanted}.")
-    local = {"local_files_only": True} if folder.exists() else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(entry.path, **local)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            entry.path, use_safetensors=True, output_loading_info=True, **local
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ScorerError(f"reward {entry.path}: could not be loaded as a sequence classifier: {error}") from error
-    if report["missing_keys"]:
-        raise ScorerError(
-            f"reward {entry.path}: its files hold no {', '.join(sorted(report['missing_keys']))}, and random numbers "
-            "in their place would make every score noise; is it a trained classifier?"
-        )
-    model = model.to(device).eval().requires_grad_(False)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id  # decoder classifiers read the last token before padding
-    choose = _chosen_logit(entry, model)
-    limit = _longest(model)
-    tokenizer.truncation_side = "left"  # of a long prompt and its response, the response is what is judged
-    accepted = inspect.signature(model.forward).parameters  # some tokenizers give token_type_ids to models without
-
-    @torch.no_grad()
-    def score(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        texts = [p + r if entry.input == "prompt_response" else r for p, r in zip(prompts, responses, strict=True)]
-        scores: list[float] = []
-        for start in range(0, len(texts), 32):
-            encoded = tokenizer(
-                texts[start : start + 32],
-                padding=True,
-                truncation=limit is not None,
-                max_length=limit,
-                return_tensors="pt",
-            ).to(device)
-            inputs = {name: tensor for name, tensor in encoded.items() if name in accepted}
-            scores += choose(model(**inputs).logits.float()).tolist()
-        return scores
-
-    return score, {"path": entry.path}
-
-
-def _longest(model: torch.nn.Module) -> int | None:
-    """How many tokens a classifier reads; None: no limit is known."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
-    padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
-    return limit - (padding[0] + 1) if limit and padding else limit  # RoBERTa's positions start behind the padding id
-
-
-def _chosen_logit(entry: ModelReward | ClassifierReward, model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
-    """From a classifier's logits [B, K] to one score per row [B]."""
-    if entry.kind == "model":
-        if model.config.num_labels != 1:
-            raise ScorerError(
-                f"reward {entry.path}: kind: model wants one output, found {model.config.num_labels} labels "
-                f"({', '.join(model.config.label2id)}); use kind: classifier and name a label."
-            )
-        return lambda logits: logits[:, 0]
-    single = model.config.num_labels == 1
-    if entry.label not in model.config.label2id and not (single and entry.label is None):
-        raise ScorerError(f"reward {entry.path}: no label {entry.label!r}; it has {', '.join(model.config.label2id)}.")
-    if single:  # there is no other label to hold it against: the output is the log-odds itself
-        return lambda logits: logits[:, 0].sigmoid() if entry.output == "probability" else logits[:, 0]
-    index = model.config.label2id[entry.label]
-    if entry.output == "probability":
-        return lambda logits: logits.softmax(-1)[:, index]
-
-    def log_odds(logits: Tensor) -> Tensor:
-        rest = torch.cat([logits[:, :index], logits[:, index + 1 :]], dim=1)
-        return logits[:, index] - rest.logsumexp(dim=1)
-
-    return log_odds

@@ -1,6 +1,8 @@
 """What a run is: frozen sections read from YAML, checked all at once, and written back with every default.
 
-    sections.py   the keys, their units, ranges and defaults
+    fields.py     what a section is made of
+    rewards.py    the kinds of an entry of ``reward``
+    sections.py   all other keys, their units, ranges and defaults
     stages.py     which sections each stage reads
     nodes.py      YAML text to a tree that remembers lines
     reading.py    tree and ``--set`` to a recipe
@@ -17,21 +19,25 @@ from kltune.recipe.copying import copy_recipe
 from kltune.recipe.faults import Fault, Place, RecipeFaults
 from kltune.recipe.packaged import find_recipe, packaged_recipes, recipes_folder
 from kltune.recipe.reading import load_recipe, recipe_text
+from kltune.recipe.rewards import (
+    ClassifierReward,
+    FunctionReward,
+    JudgeReward,
+    ModelReward,
+    RewardEntry,
+    asks_for_pairs,
+)
 from kltune.recipe.sections import (
     BradleyTerrySection,
-    ClassifierReward,
     DataSection,
     DPOKLSection,
     DPOSection,
     EvalSection,
-    FunctionReward,
     KLSection,
     LoraSection,
-    ModelReward,
     ModelSection,
     OptimSection,
     PPOSection,
-    RewardEntry,
     RunSection,
     SamplingSection,
     TRPOSection,
@@ -41,8 +47,9 @@ from kltune.recipe.writing import differing_keys, dump_recipe, recipe_digest, re
 
 __all__ = [
     "STAGES", "BradleyTerrySection", "ClassifierReward", "DPOKLSection", "DPORecipe", "DPOSection", "DataSection",
-    "EvalSection", "Fault", "FunctionReward", "KLSection", "LoraSection", "ModelReward", "ModelSection", "OptimSection",
-    "PPORecipe", "PPOSection", "Place", "Recipe", "RecipeFaults", "RewardEntry", "RewardRecipe", "RunSection",
-    "SFTRecipe", "SamplingSection", "TRPORecipe", "TRPOSection", "copy_recipe", "differing_keys", "dump_recipe",
-    "find_recipe", "load_recipe", "packaged_recipes", "recipe_digest", "recipe_schema", "recipe_text", "recipes_folder",
+    "EvalSection", "Fault", "FunctionReward", "JudgeReward", "KLSection", "LoraSection", "ModelReward", "ModelSection",
+    "OptimSection", "PPORecipe", "PPOSection", "Place", "Recipe", "RecipeFaults", "RewardEntry", "RewardRecipe",
+    "RunSection", "SFTRecipe", "SamplingSection", "TRPORecipe", "TRPOSection", "asks_for_pairs", "copy_recipe",
+    "differing_keys", "dump_recipe", "find_recipe", "load_recipe", "packaged_recipes", "recipe_digest", "recipe_schema",
+    "recipe_text", "recipes_folder",
 ]

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kltune.recipe.faults import Clash
+from kltune.recipe.judges import judges
+from kltune.recipe.rewards import asks_for_pairs
 from kltune.recipe.sections import DPOKLSection, KLSection
 from kltune.recipe.stages import PATH_KEYS, Recipe
 
-Clash = tuple[tuple[str, ...], str]          # the dotted keys concerned, the first of which is where it is shown
 FUNCTION = re.compile(r"(?P<file>[^:]+\.py):(?P<name>[A-Za-z_]\w*)")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".jsonl.gz")
 SOURCES = {"sft": "texts", "reward": "pairs", "ppo": "prompts", "trpo": "prompts"}
@@ -33,10 +35,7 @@ UNREAD = {
     "sft": {"sampling.prompts_per_step": "sft learns from texts: optim.batch_size is the batch"} | NO_PAIRS,
     "ppo": {"optim.batch_size": "the batch of ppo is sampling.prompts_per_step x responses_per_prompt"} | NO_PAIRS,
     "trpo": {"optim.batch_size": "the batch of trpo is sampling.prompts_per_step x responses_per_prompt"} | NO_PAIRS,
-    "dpo": {
-        "sampling.missing_end_penalty": "pairs from a file are judged already",
-        "eval.pairs_share": "write eval.pairs",
-    },
+    "dpo": {"eval.pairs_share": "write eval.pairs"},
     "reward": dict.fromkeys(("eval.prompts", "eval.responses", "eval.texts", "eval.gold"), NO_POLICY),
 }
 # keys of the dpo section, and which losses read them
@@ -57,6 +56,7 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False) -> Iterator[Cla
     yield from sources(recipe)
     yield from lengths(recipe)
     yield from unread(recipe)
+    yield from judges(recipe)
     if recipe.stage == "trpo":
         yield from natural_gradient(recipe)
     if recipe.stage == "dpo":
@@ -81,7 +81,7 @@ def sources(recipe: Recipe) -> Iterator[Clash]:
         needed = "pairs" if recipe.dpo.source == "file" else "prompts"
     if getattr(recipe.data, needed) is None:
         yield (f"data.{needed}",), f"missing; the {recipe.stage} stage reads its rows from data.{needed}"
-    allowed = {"prompts", "pairs"} if recipe.stage == "dpo" else {needed}
+    allowed = {"prompts", "pairs"} if recipe.stage == "dpo" and needed == "pairs" else {needed}
     for other in {"prompts", "texts", "pairs"} - allowed:
         if getattr(recipe.data, other) is not None:
             yield (f"data.{other}",), f"the {recipe.stage} stage does not read it; data.{needed} is what it reads"
@@ -139,8 +139,7 @@ def natural_gradient(recipe: Any) -> Iterator[Clash]:
 def preferences(recipe: Any) -> Iterator[Clash]:
     """A loss reads its own keys only, and what prices KL in dpo needs a number or a target."""
     dpo, kl = recipe.dpo, recipe.kl
-    if dpo.source == "online":
-        yield ("dpo.source",), "found online, wanted file: sampling and judging pairs on the spot is not there yet"
+    yield from pairs_of(recipe)
     for name, losses in LOSS_KEYS.items():
         if dpo.loss not in losses and getattr(dpo, name) != type(dpo).model_fields[name].default:
             yield ((f"dpo.{name}", "dpo.loss"),
@@ -157,6 +156,26 @@ def preferences(recipe: Any) -> Iterator[Clash]:
                "responses against those of other prompts")
     if not kl.exact:
         yield ("kl.exact",), "found false, wanted true: dpo prices and measures the exact KL only"
+
+
+def pairs_of(recipe: Any) -> Iterator[Clash]:
+    """What is read only of pairs from a file, or only of pairs that are sampled and scored."""
+    dpo, sampling, optim = recipe.dpo, recipe.sampling, recipe.optim
+    penalty = sampling.missing_end_penalty != 0.0
+    if dpo.source == "file":
+        if penalty:
+            yield ("sampling.missing_end_penalty", "dpo.source"), "read only with source: online; remove it"
+        return
+    if optim.batch_size != type(optim).model_fields["batch_size"].default:
+        yield (("optim.batch_size", "dpo.source"),
+               "read only with source: file; online, each of sampling.prompts_per_step prompts gives a pair, or a tie")
+    if dpo.from_reference:
+        yield ("dpo.from_reference", "dpo.source"), "found true with source: online, whose responses are the policy's"
+    if dpo.loss in ("kto", "bco"):
+        yield (("dpo.loss", "dpo.source"), f"found {dpo.loss} with source: online, wanted a loss of pairs, such as "
+               "sigmoid: the best and the worst response to a prompt are a pair, not two labels")
+    if penalty and any(asks_for_pairs(entry) for entry in recipe.reward):
+        yield ("sampling.missing_end_penalty", "reward"), "a judge of mode: pair gives no score to subtract it from"
 
 
 def budget(kl: KLSection) -> Iterator[Clash]:

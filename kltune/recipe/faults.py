@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from kltune.errors import RecipeError
 
+Clash = tuple[tuple[str, ...], str]          # the dotted keys concerned, the first of which is where it is shown
 MOST_SHOWN = 50
 
 

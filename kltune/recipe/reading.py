@@ -17,7 +17,10 @@ from kltune.recipe.packaged import find_recipe, packaged_recipes
 from kltune.recipe.stages import STAGES, Recipe
 from kltune.recipe.wording import dotted, found, listed, schema_at, unknown_key, wanted, wrong_value
 
-KINDS = ("function", "model", "classifier")
+NEEDED = {                                       # kinds of a reward entry, and what each cannot do without
+    "function": {"path"}, "model": {"path"}, "classifier": {"path"}, "judge": {"url", "model"},
+}
+KINDS = tuple(NEEDED)
 
 
 def load_recipe(
@@ -196,10 +199,11 @@ def field_faults(errors: list[ErrorDetails], root: Node, stage: str) -> dict[Key
 def path_of(error: ErrorDetails, root: Node) -> KeyPath:
     """Where an error is in the tree; pydantic's own steps (which option of a union it tried) are left out."""
     path: KeyPath = ()
-    steps = error["loc"]
+    steps, kind_passed = error["loc"], False
     for depth, step in enumerate(steps):
-        is_kind = step in KINDS and ((path[:1] == ("reward",) and len(path) == 2) or path == ("eval", "gold"))
-        is_kind = is_kind and steps[depth - 1] != step      # the step after it may be a key of that very name
+        in_entry = (path[:1] == ("reward",) and len(path) == 2) or path == ("eval", "gold")
+        is_kind = step in KINDS and in_entry and not kind_passed      # the step after it may be a key of such a name
+        kind_passed = kind_passed or is_kind
         last_missing = error["type"] == "missing" and depth == len(steps) - 1
         if not is_kind and (root.at((*path, step)) is not None or last_missing):
             path = (*path, step)
@@ -233,7 +237,7 @@ def sound_part(plain: dict[str, Plain], stage: str, bad: list[KeyPath]) -> Recip
 
 def is_scorer(entry: Plain) -> bool:
     """Whether a reward entry still has what every scorer needs."""
-    return isinstance(entry, dict) and entry.get("kind") in KINDS and "path" in entry
+    return isinstance(entry, dict) and entry.get("kind") in KINDS and NEEDED[entry["kind"]] <= entry.keys()
 
 
 def settle(recipe: Recipe, file: Path, output: str | None) -> Recipe:

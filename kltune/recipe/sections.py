@@ -7,21 +7,10 @@ read is refused by name (``checks.py``), so no key is ever ignored in silence.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1, le=10**9)]
-
-
-class Section(BaseModel):
-    """A frozen part of a recipe: no unknown keys, no guessing of types, finite numbers only."""
-
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), validate_default=True
-    )
+from kltune.recipe.fields import Count, Fraction, NotNegative, Positive, Section, Text
+from kltune.recipe.rewards import RewardEntry
 
 
 class ModelSection(Section):
@@ -79,44 +68,6 @@ class SamplingSection(Section):
     missing_end_penalty: NotNegative = Field(
         0.0, description="subtracted from the score of a response that never ended"
     )
-
-
-class FunctionReward(Section):
-    """A Python function ``score(prompts, responses) -> list[float]`` beside the recipe."""
-
-    kind: Literal["function"] = Field(description="a Python function")
-    path: Text = Field(description="file.py:function, the file in the recipe's own folder")
-    weight: float = Field(1.0, description="factor in the sum of scores")
-    normalize: bool = Field(False, description="standardise on responses of the reference")
-    name: Text | None = Field(None, description="its name in the metrics")
-
-
-class ModelReward(Section):
-    """A reward model: a kltune reward adapter, or a sequence classifier with one output."""
-
-    kind: Literal["model"] = Field(description="a reward model")
-    path: Text = Field(description="folder of a kltune reward adapter or a model, or a hub name")
-    weight: float = Field(1.0, description="factor in the sum of scores")
-    normalize: bool = Field(False, description="standardise on responses of the reference")
-    name: Text | None = Field(None, description="its name in the metrics")
-    input: Literal["prompt_response", "response"] = Field("prompt_response", description="what the model reads")
-
-
-class ClassifierReward(Section):
-    """A text classifier, scored by how sure it is of one label."""
-
-    kind: Literal["classifier"] = Field(description="a text classifier")
-    path: Text = Field(description="folder of a model, or a hub name")
-    label: Text | None = Field(None, description="the label to raise; null only for a model with a single output")
-    output: Literal["logit", "probability"] = Field("logit", description="the label's log-odds, or its probability")
-    weight: float = Field(1.0, description="factor in the sum of scores")
-    normalize: bool = Field(False, description="standardise on responses of the reference")
-    name: Text | None = Field(None, description="its name in the metrics")
-    input: Literal["prompt_response", "response"] = Field("response", description="what the classifier reads")
-
-
-RewardEntry = Annotated[FunctionReward | ModelReward | ClassifierReward, Field(discriminator="kind")]
-RewardList = Annotated[tuple[RewardEntry, ...], Field(strict=False)]
 
 
 class KLSection(Section):

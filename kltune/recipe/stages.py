@@ -5,6 +5,8 @@ from typing import Literal
 
 from pydantic import Field, PrivateAttr
 
+from kltune.recipe.fields import Section
+from kltune.recipe.rewards import RewardList
 from kltune.recipe.sections import (
     BradleyTerrySection,
     DataSection,
@@ -16,10 +18,8 @@ from kltune.recipe.sections import (
     ModelSection,
     OptimSection,
     PPOSection,
-    RewardList,
     RunSection,
     SamplingSection,
-    Section,
     TRPOKLSection,
     TRPOSection,
 )

@@ -181,6 +181,8 @@ def found(node: Node | None) -> str:
 
 def wrong_value(path: KeyPath, node: Node, schema: dict[str, Any]) -> str:
     """found ..., wanted ...: the meaning of the key, and a way out where one is plain."""
+    if path[-1] == "key_env":                    # which may be the key itself, and is not shown then
+        return f"found something else, wanted {schema['description']}"
     number = node.value if isinstance(node.value, int | float) else 0
     text = f"found {found(node)}, wanted {wanted(schema, number)}"
     if schema.get("description"):

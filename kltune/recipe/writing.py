@@ -12,6 +12,7 @@ from kltune.recipe.nodes import resolve
 from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
 
 NOT_PART_OF_THE_RUN = ("output", "keep")     # keys of run that change where results are, not what they are
+HOW_A_JUDGE_IS_REACHED = ("concurrency", "timeout_s", "retries", "key_env")     # and not what it answers
 
 
 class _Dumper(yaml.SafeDumper):
@@ -35,15 +36,19 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def comparable(recipe: Recipe) -> dict[str, Any]:
-    """What decides the numbers of a run: everything but where it is kept."""
+    """What decides the numbers of a run: everything but where it is kept, and how patiently a judge is asked."""
     whole = recipe.model_dump(mode="json")
     for key in NOT_PART_OF_THE_RUN:
         del whole["run"][key]
+    for entry in (*whole.get("reward", ()), whole.get("eval", {}).get("gold") or {}):
+        if entry.get("kind") == "judge":
+            for key in HOW_A_JUDGE_IS_REACHED:
+                del entry[key]
     return whole
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """sha256 of the recipe's canonical JSON, without ``run.output`` and ``run.keep``."""
+    """sha256 of the recipe's canonical JSON, of what ``comparable`` leaves of it."""
     text = json.dumps(comparable(recipe), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

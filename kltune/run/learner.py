@@ -1,6 +1,6 @@
 """All that training changes, and so all that a checkpoint holds."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from kltune.core.trust_region import Damping
 from kltune.errors import CheckpointError
 from kltune.lm.batches import response_scatter
 from kltune.lm.experience import Experience
+from kltune.lm.judge import Judge
 from kltune.lm.optim import guarded_step, set_learning_rate
 from kltune.lm.policy import Policy
 from kltune.lm.scorers import Scorer
@@ -54,6 +55,14 @@ class Cap:
     refusals: int = 0
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A learner between two steps. values: its fields, which a step replaces. tensors: copies of what a step moves."""
+
+    values: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+
 @dataclass
 class Learner:
     """A policy in training. The optimizers hold exactly the policy's and the value function's own tensors."""
@@ -61,6 +70,7 @@ class Learner:
     policy: Policy
     controller: Controller
     scorer: Scorer | None = None  # where responses are scored
+    judge: Judge | None = None  # where they are compared instead
     optimizer: Optimizer | None = None  # of the policy; a natural-gradient step has none
     value_optimizer: Optimizer | None = None
     damping: Damping | None = None  # of the natural-gradient step
@@ -97,6 +107,16 @@ class Learner:
         for name, tensor in tensors.items():
             if name.endswith("/exp_avg"):
                 tensor.zero_()
+
+    def kept(self) -> Kept:
+        """This state, to `go_back` to."""
+        return Kept({field.name: getattr(self, field.name) for field in fields(self)}, self._copied())
+
+    def go_back(self, kept: Kept) -> None:
+        """Be again as when ``kept`` was made, bit for bit."""
+        self.put_back(kept.tensors)
+        for name, value in kept.values.items():
+            setattr(self, name, value)
 
     def guard(self, limit: float, unit: Unit) -> None:
         """Keep a cap from now on; the policy is its reference still, which is within any."""

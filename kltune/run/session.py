@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 import kltune
-from kltune.errors import BusyError, CheckpointError, Interrupted, RecipeError, StorageError
+from kltune.errors import BusyError, CheckpointError, Interrupted, JudgeError, RecipeError, StorageError
 from kltune.recipe import Recipe, differing_keys, dump_recipe, load_recipe, recipe_digest
+from kltune.run.answers import StoredAnswers
 from kltune.run.checkpoint import clear_leftovers, latest_checkpoint, saved_step
 from kltune.run.manifest import read_json
 from kltune.run.storage import read_jsonl, redact, storing, to_json, without_nonfinite, write_whole
@@ -42,6 +43,7 @@ class Run:
         resume_from: the checkpoint to continue from, or None.
         start_step: steps already done: 0, or those of ``resume_from``.
         stop_signal: the number of the signal that asked the run to stop after this step, or None.
+        answers: of AI judges, those of earlier sessions included.
     """
 
     def __init__(self, recipe: Recipe, record: dict[str, Any], resume_from: Path | None):
@@ -50,6 +52,7 @@ class Run:
         self.resume_from = resume_from
         self.start_step = saved_step(resume_from) if resume_from else 0
         self.stop_signal: int | None = None
+        self.answers = StoredAnswers(self.folder)
         self._signalled_at = 0.0
         self._opened_at = time.monotonic()
         self._record = record
@@ -101,9 +104,10 @@ class Run:
         return result
 
     def _close(self, error: BaseException | None) -> None:
+        self.answers.close()
         if self._record["status"] != "running":
             return
-        status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        status = "interrupted" if isinstance(error, Interrupted | JudgeError) else "failed"
         with contextlib.suppress(StorageError):      # on a full disk the error that is on its way says more
             self._write_record(status=status, ended=_now(), error=_one_line(error))
 
@@ -127,7 +131,7 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
     """Take the run's folder, decide where to start, and record how it ended.
 
     Inside, the first SIGINT or SIGTERM sets ``run.stop_signal`` and the second ends the process. Leaving by
-    `Interrupted` records the status "interrupted", leaving in any other way without `Run.finish` "failed".
+    `Interrupted` or `JudgeError` records the status "interrupted", in any other way without `Run.finish` "failed".
 
     Args:
         recipe: its ``run.output`` is the folder; made if need be.

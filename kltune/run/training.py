@@ -1,10 +1,13 @@
 """What PPO, TRPO and DPO do alike around their own updates: data, the batch of a step, the cap, recording, saving."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict, replace
+from typing import Any
 
 from kltune.core.controllers import feed_forward
 from kltune.core.gate import standing
-from kltune.errors import Interrupted, RecipeError
+from kltune.errors import Interrupted, JudgeError, RecipeError, ScorerError
 from kltune.lm.data import Prompt, described, distinct, load_prompts, row_rules
 from kltune.lm.evaluate import HeldOut, evaluate, load_held_out
 from kltune.lm.experience import (
@@ -18,9 +21,10 @@ from kltune.lm.experience import (
     score_spread,
     standardize,
 )
+from kltune.lm.judge import Judge
 from kltune.lm.policy import Policy
 from kltune.lm.selftest import check_fresh_policy
-from kltune.run.checkpoint import save_checkpoint
+from kltune.run.checkpoint import latest_checkpoint, save_checkpoint, saved_step
 from kltune.run.clock import Clock
 from kltune.run.finishing import stop
 from kltune.run.job import Batch, BudgetRecipe, Job, about, kl_text
@@ -33,7 +37,7 @@ UNMEASURED = dict.fromkeys(("kl/ref_nats_per_response", "kl/ref_stderr", "kl/ref
 REFUSAL_RAISE = 1.1  # of the price, when a line search met the cap: at no loss, and again at the next step
 
 
-def load_data(recipe: BudgetRecipe, policy: Policy) -> tuple[list[Prompt], HeldOut]:
+def load_data(recipe: BudgetRecipe, policy: Policy, run: Run) -> tuple[list[Prompt], HeldOut]:
     """Training prompts, those of the pairs where there are no others, and what evaluations are made on.
 
     Raises:
@@ -45,7 +49,9 @@ def load_data(recipe: BudgetRecipe, policy: Policy) -> tuple[list[Prompt], HeldO
     prompts, counts = load_prompts(source, policy.tokenizer, max_tokens=limit, **row_rules(data))
     prompts = prompts if data.prompts else distinct(prompts)
     note = described(source, counts)
-    held_out = load_held_out(recipe.eval, data, policy, prompts, prompt_limit=limit, folder=recipe.folder, note=note)
+    held_out = load_held_out(
+        recipe.eval, data, policy, prompts, prompt_limit=limit, folder=recipe.folder, note=note, answers=run.answers
+    )
     measured = min(len(held_out.prompts), held_out.responses)
     if recipe.kl.hard_cap is not None and measured < 2:
         raise RecipeError(
@@ -59,6 +65,8 @@ def begin(recipe: BudgetRecipe, learner: Learner, prompts: list[Prompt], run: Ru
     """Set a learner where the run starts: checked and fresh, or as a checkpoint left it."""
     if learner.scorer is not None:
         run.record(rewards=learner.scorer.identity)
+    if learner.judge is not None:
+        run.record(rewards=[{"name": learner.judge.name, "kind": "judge", **learner.judge.identity}])
     if recipe.kl.hard_cap is not None:
         learner.guard(recipe.kl.hard_cap, recipe.kl.unit)
     if run.resume_from is not None:
@@ -70,6 +78,46 @@ def begin(recipe: BudgetRecipe, learner: Learner, prompts: list[Prompt], run: Ru
         learner.scorer = standardize(
             learner.scorer, learner.policy, prompts, recipe.sampling, seed=recipe.run.seed, rng=rng
         )
+
+
+@contextlib.contextmanager
+def whole_step(job: Job, learner: Learner, step: int) -> Iterator[None]:
+    """A step that an AI judge cuts short, evaluation included, leaves everything as it was before it, and saved.
+
+    The end of a run counts as one more step. Resumed, the run takes the step again: the same responses, of which the
+    judge is asked what it did not answer.
+
+    Raises:
+        JudgeError, ScorerError: the judge's, with what was saved.
+    """
+    judges = judges_of(job, learner)
+    before = learner.kept() if judges else None
+    try:
+        yield
+    except (JudgeError, ScorerError) as error:
+        if before is None:
+            raise
+        learner.go_back(before)
+        newest = latest_checkpoint(job.run.folder)
+        if step > 1 and (newest is None or saved_step(newest) < step - 1):
+            save(job, learner, step - 1, None)
+        goes_on = f"after step {step - 1}" if step > 1 else "from the start, with the answers that were given"
+        raise type(error)(f"{error} Nothing is lost: --resume goes on {goes_on}.") from error
+
+
+def judges_of(job: Job, learner: Learner) -> tuple[Judge, ...]:
+    """The AI judges that a step may ask."""
+    scorers = [scorer for scorer in (learner.scorer, job.held_out.gold) if scorer is not None]
+    comparing = () if learner.judge is None else (learner.judge,)
+    return (*comparing, *(judge for scorer in scorers for judge in scorer.judges))
+
+
+def save(job: Job, learner: Learner, step: int, kl: dict[str, Any] | None) -> None:
+    """Save a checkpoint of after a step, its KL as ``asdict`` of a KLSummary where it is known."""
+    save_checkpoint(
+        job.run.folder, step, learner.policy.save, info=about(job.recipe, learner.policy, kl),
+        tensors=learner.tensors(), state=learner.state(), keep=job.recipe.run.keep,
+    )
 
 
 def sample_batch(job: Job, learner: Learner, step: int, clock: Clock) -> Batch:
@@ -167,6 +215,8 @@ def close_step(
             learner.policy, job.held_out, recipe.sampling, learner.scorer, seed=recipe.run.seed
         )[0]
         clock.lap("eval")
+    for judge in judges_of(job, learner):
+        metrics |= judge.reported()
     counted = (len(batch.rollout.lengths),) if examples is None else (examples, "examples")
     job.report.step(step, metrics | clock.metrics(*counted))
     if batch is not None and (evaluates or step in (1, job.steps)):
@@ -174,10 +224,7 @@ def close_step(
     if step % recipe.run.save_every == 0 or step == job.steps or job.run.stop_signal:
         # A batch measures the policy before the step's update; one that went back was measured when it was remembered.
         kl = learner.cap.safe.kl if went_back else None if batch is None else asdict(batch.distance)
-        save_checkpoint(
-            job.run.folder, step, learner.policy.save, info=about(recipe, learner.policy, kl),
-            tensors=learner.tensors(), state=learner.state(), keep=recipe.run.keep,
-        )
+        save(job, learner, step, kl)
     if job.run.stop_signal and step < job.steps:
         raise Interrupted(
             f"stopped after step {step} of {job.steps}; --resume goes on from there.", job.run.stop_signal

@@ -1,4 +1,4 @@
-"""DPO under a KL budget: learn from pairs that were written down, and hold what no preference loss holds.
+"""DPO under a KL budget: learn from pairs, written down or of the policy's own, and hold what no preference loss holds.
 
     minimise  L(pairs) / beta + c · KL(policy ‖ reference)
 
@@ -7,9 +7,12 @@ the policy on for every beta, and mass moves to responses that no pair shows (MA
 is defined, on responses that the policy samples, and its price c (``kl.beta``) is fixed, or steered by ``kl.target``;
 with ``kl: {control: fixed, beta: 0}`` it is plain DPO, and nothing is sampled but for evaluations and a cap.
 
+With ``dpo.source: online`` the policy's answers are scored, or compared by a judge, and of those to one prompt the best
+is chosen over the worst; the KL is that of the same answers.
+
 The sum is minimised times beta, so that plain DPO is plain DPO. The gradient of the KL is the exact one of PPO's
 ``placement: loss``. Sources: Rafailov et al. 2023, arXiv 2305.18290; Song et al. 2024, arXiv 2406.01462 (offline pairs
-with an online KL); MATH 6.6 (a target for it).
+with an online KL); Guo et al. 2024, arXiv 2402.04792 (online pairs); MATH 6.6 (a target for the KL).
 """
 
 import math
@@ -27,7 +30,9 @@ from kltune.errors import DivergedError
 from kltune.lm.batches import Rollout, response_scatter
 from kltune.lm.data import Prompt, shuffled_positions
 from kltune.lm.experience import controller_of
+from kltune.lm.judge import Judge
 from kltune.lm.loading import pick_device
+from kltune.lm.online_pairs import best_against_worst, win_rates
 from kltune.lm.opening import load_policy
 from kltune.lm.optim import check_optimizer, guarded_step, learning_rate_share, make_optimizer, total_steps
 from kltune.lm.policy import Policy
@@ -38,14 +43,24 @@ from kltune.lm.preferences import (
     log_ratios_of,
     response_logprobs,
 )
-from kltune.recipe import DPORecipe, DPOSection
+from kltune.lm.scorers import load_scorer
+from kltune.recipe import DPORecipe, DPOSection, asks_for_pairs
 from kltune.run.clock import Clock
 from kltune.run.finishing import finish
 from kltune.run.job import Batch, Job
 from kltune.run.learner import Learner
 from kltune.run.report import Report
 from kltune.run.session import Run, finished_result, open_run
-from kltune.run.training import begin, close_step, load_data, reprice, sample_batch, stepped_back
+from kltune.run.training import (
+    NORMALISED_SPREAD,
+    begin,
+    close_step,
+    load_data,
+    reprice,
+    sample_batch,
+    stepped_back,
+    whole_step,
+)
 
 LABELLED = ("kto", "bco")  # losses of responses judged one by one
 REWARD_MEMORY = 0.9  # share of bco's running mean that a step leaves
@@ -69,31 +84,45 @@ def run_dpo(recipe: DPORecipe, resume: bool) -> dict[str, Any]:
         torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
         policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))
         run.set_reference(policy.fingerprint.as_dict())
-        pairs, note = load_preferences(recipe.data.pairs, policy, recipe.data, labelled=recipe.dpo.loss in LABELLED)
-        prompts, held_out = load_data(recipe, policy)
-        steps = total_steps(recipe.run, len(pairs), recipe.optim.batch_size)
-        pairs = pairs.measured(policy, positions(recipe, pairs, 1, steps))
+        prompts, held_out = load_data(recipe, policy, run)
+        if recipe.dpo.source == "online":
+            pairs, notes = None, []
+            steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
+        else:
+            pairs, *notes = load_preferences(
+                recipe.data.pairs, policy, recipe.data, labelled=recipe.dpo.loss in LABELLED
+            )
+            steps = total_steps(recipe.run, len(pairs), recipe.optim.batch_size)
+            pairs = pairs.measured(policy, positions(recipe, pairs, 1, steps))
         learner = make_learner(recipe, policy, pairs, prompts, run)
         target = recipe.kl.target if recipe.kl.control == "target" else None
         with Report(run.folder, "dpo", steps, target=target, start_step=run.start_step, unit=recipe.kl.unit) as report:
-            for line in dict.fromkeys((policy.fingerprint.describe(), note, *held_out.notes)):
+            notes += [*held_out.notes, *(() if learner.scorer is None else learner.scorer.notes)]
+            notes += () if learner.judge is None else [learner.judge.note]
+            for line in dict.fromkeys((policy.fingerprint.describe(), *notes)):
                 report.say(line)
             job = Job(recipe, run, report, prompts, held_out, steps)
             for step in range(run.start_step + 1, steps + 1):
-                take_step(job, learner, pairs, step)
-            return finish(job, learner)
+                with whole_step(job, learner, step):
+                    take_step(job, learner, pairs, step)
+            with whole_step(job, learner, steps + 1):
+                return finish(job, learner)
 
 
 def make_learner(
-    recipe: DPORecipe, policy: Policy, pairs: Preferences, prompts: list[Prompt], run: Run
+    recipe: DPORecipe, policy: Policy, pairs: Preferences | None, prompts: list[Prompt], run: Run
 ) -> Learner:
-    """Optimizer and controller; checked at the start, or restored from a checkpoint."""
+    """Optimizer, controller and, for online pairs, who scores or compares; checked at the start, or restored."""
     optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim)
     check_optimizer(optimizer, policy.trainable_parameters(), "policy")
     learner = Learner(
-        policy, controller_of(recipe.kl, updates_per_step=1), optimizer=optimizer, data_sha256=pairs.sha256(),
-        reward_mean=0.0 if recipe.dpo.loss == "bco" else None,
+        policy, controller_of(recipe.kl, updates_per_step=1), optimizer=optimizer,
+        data_sha256=None if pairs is None else pairs.sha256(), reward_mean=0.0 if recipe.dpo.loss == "bco" else None,
     )
+    if recipe.reward and asks_for_pairs(recipe.reward[0]):
+        learner.judge = Judge(recipe.reward[0], recipe.reward[0].name or "judge", run.answers)
+    elif recipe.reward:
+        learner.scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)
     begin(recipe, learner, prompts, run)
     return learner
 
@@ -105,12 +134,15 @@ def positions(recipe: DPORecipe, pairs: Preferences, step: int, steps: int = 1) 
     return shuffled_positions(len(pairs), (step - 1) * size, count, recipe.run.seed)
 
 
-def take_step(job: Job, learner: Learner, pairs: Preferences, step: int) -> None:
-    """One turn of the loop: measure the KL where it has a price or a cap, price it, improve, record."""
-    recipe, size = job.recipe, job.recipe.optim.batch_size
+def take_step(job: Job, learner: Learner, pairs: Preferences | None, step: int) -> None:
+    """One turn of the loop: respond where the KL has a price or a cap or there are no pairs, improve, record."""
+    recipe, online = job.recipe, pairs is None
     clock = Clock()
     priced = recipe.kl.control == "target" or learner.controller.beta > 0.0
-    batch = sample_batch(job, learner, step, clock) if priced or learner.cap is not None else None
+    batch = None
+    if online or priced or learner.cap is not None:
+        # Whatever the scores' own spread: the price stands beside a loss.
+        batch = replace(sample_batch(job, learner, step, clock), spread=NORMALISED_SPREAD)
     went_back = batch is not None and stepped_back(job, learner, step, batch)
     lr = learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr
     update: dict[str, float | None] = {"optim/lr": lr}
@@ -119,10 +151,27 @@ def take_step(job: Job, learner: Learner, pairs: Preferences, step: int) -> None
         learner.stop_momentum()
     else:
         learner.set_learning_rates(lr, lr)
-        part = pairs.select(positions(recipe, pairs, step))
-        update |= improve(job, learner, part, batch if priced else None, first=step == 1)
+        if online:
+            part = sampled_pairs(job, learner, batch, clock)
+            count = 0 if part is None else len(part)
+            update |= {"pairs/count": count, "pairs/ties": recipe.sampling.prompts_per_step - count}
+        else:
+            part = pairs.select(positions(recipe, pairs, step))
+        if part is not None:
+            update |= improve(job, learner, part, batch if priced else None, first=step == 1)
         clock.lap("update")
-    close_step(job, learner, step, batch, update, clock, went_back=went_back, examples=size)
+    examples = None if online else recipe.optim.batch_size
+    close_step(job, learner, step, batch, update, clock, went_back=went_back, examples=examples)
+
+
+def sampled_pairs(job: Job, learner: Learner, batch: Batch, clock: Clock) -> Preferences | None:
+    """Pairs of a step's own responses, by their scores or by a judge who compares them; None if all are ties."""
+    sampling, scores = job.recipe.sampling, batch.scores
+    if learner.judge is not None:
+        rollout = batch.rollout
+        scores = win_rates(learner.judge, rollout.prompts, rollout.responses, sampling.responses_per_prompt)
+        clock.lap("score")
+    return best_against_worst(batch.rollout, scores, sampling.responses_per_prompt, sampling.temperature)
 
 
 def improve(
@@ -159,7 +208,7 @@ def add_loss_gradient(
     values, ratios = [], torch.empty(len(part.examples), dtype=torch.float64)
     for groups in part.parts(recipe.optim.micro_batch_size, policy.network.tokens_per_pass // TRAINED_SHARE):
         micro = part.select(groups)
-        logprobs, lengths = response_logprobs(policy, micro.examples)
+        logprobs, lengths = response_logprobs(policy, micro)
         ratio = logprobs - micro.ref_logprobs
         if first:
             check_first_log_ratios(ratio, lengths, policy)

@@ -31,7 +31,7 @@ from kltune.run.job import Job
 from kltune.run.learner import Learner
 from kltune.run.report import Report
 from kltune.run.session import Run, finished_result, open_run
-from kltune.run.training import begin, close_step, load_data, reprice, sample_batch, stepped_back
+from kltune.run.training import begin, close_step, load_data, reprice, sample_batch, stepped_back, whole_step
 
 
 def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
         torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
         policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))
         run.set_reference(policy.fingerprint.as_dict())
-        prompts, held_out = load_data(recipe, policy)
+        prompts, held_out = load_data(recipe, policy, run)
         learner = make_learner(recipe, policy, prompts, run)
         steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
         target = recipe.kl.target if recipe.kl.control == "target" else None
@@ -60,8 +60,10 @@ def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
                 report.say(note)
             job = Job(recipe, run, report, prompts, held_out, steps, recipe.ppo.baseline)
             for step in range(run.start_step + 1, steps + 1):
-                take_step(job, learner, step)
-            return finish(job, learner)
+                with whole_step(job, learner, step):
+                    take_step(job, learner, step)
+            with whole_step(job, learner, steps + 1):
+                return finish(job, learner)
 
 
 def make_learner(recipe: PPORecipe, policy: Policy, prompts: list[Prompt], run: Run) -> Learner:
@@ -73,7 +75,7 @@ def make_learner(recipe: PPORecipe, policy: Policy, prompts: list[Prompt], run: 
         check_optimizer(value_optimizer, policy.value_parameters(), "value function")
     optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim)
     check_optimizer(optimizer, policy.trainable_parameters(), "policy")
-    scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy)
+    scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)
     responses = recipe.sampling.prompts_per_step * recipe.sampling.responses_per_prompt
     controller = controller_of(recipe.kl, updates_per_step=recipe.ppo.epochs * responses // recipe.ppo.minibatch_size)
     learner = Learner(policy, controller, scorer, optimizer=optimizer, value_optimizer=value_optimizer)

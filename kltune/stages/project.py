@@ -18,7 +18,7 @@ from kltune.lm.dial import Dial, Look
 from kltune.lm.evaluate import measure_settings
 from kltune.lm.policy import Policy
 from kltune.lm.scorers import load_scorer
-from kltune.recipe import load_recipe
+from kltune.recipe import asks_for_pairs, load_recipe
 from kltune.run.checkpoint import save_adapter
 from kltune.run.curve import Curve, CurvePoint, curve_svg
 from kltune.run.kl_document import kl_figures
@@ -113,8 +113,9 @@ def make_dial(policy: Policy, settings: Settings, options: ProjectOptions) -> Di
     scorer, penalty = None, 0.0
     if options.recipe is not None:
         recipe = load_recipe(options.recipe)
-        if getattr(recipe, "reward", ()):
-            scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy)
+        scoring = [entry for entry in getattr(recipe, "reward", ()) if not asks_for_pairs(entry)]
+        if scoring:
+            scorer = load_scorer(scoring, recipe.folder, policy.device, policy)
             print(*scorer.notes, sep="\n", end="\n" if scorer.notes else "", file=sys.stderr)
             penalty = recipe.sampling.missing_end_penalty
     dial = Dial(

@@ -68,7 +68,7 @@ def run_sft(recipe: SFTRecipe, resume: bool) -> dict[str, Any]:
         torch.manual_seed(recipe.run.seed)  # the adapter's initial weights
         policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))
         run.set_reference(policy.fingerprint.as_dict())
-        examples, held_out = load_data(recipe, policy)
+        examples, held_out = load_data(recipe, policy, run)
         optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim)
         check_optimizer(optimizer, policy.trainable_parameters(), "model" if policy.full else "adapter")
         if run.resume_from is not None:
@@ -84,12 +84,14 @@ def run_sft(recipe: SFTRecipe, resume: bool) -> dict[str, Any]:
             return finish(job, policy)
 
 
-def load_data(recipe: SFTRecipe, policy: Policy) -> tuple[list[Example], HeldOut]:
+def load_data(recipe: SFTRecipe, policy: Policy, run: Run) -> tuple[list[Example], HeldOut]:
     """Training texts, and what evaluations are made on."""
     data, limits, end = recipe.data, text_limits(policy, recipe.data), policy.tokenizer.eos_token_id
     examples, counts = load_examples(data.texts, policy.tokenizer, end_token=end, **limits, **row_rules(data))
     limit, note = limits["max_prompt_tokens"], described(data.texts, counts)
-    held_out = load_held_out(recipe.eval, data, policy, [], prompt_limit=limit, folder=recipe.folder, note=note)
+    held_out = load_held_out(
+        recipe.eval, data, policy, [], prompt_limit=limit, folder=recipe.folder, note=note, answers=run.answers
+    )
     return examples, held_out
 
 

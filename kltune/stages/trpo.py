@@ -60,6 +60,7 @@ from kltune.run.training import (
     reprice,
     sample_batch,
     stepped_back,
+    whole_step,
 )
 
 PROBES = 2  # random vectors for the mean curvature: damping only needs its order of magnitude
@@ -82,7 +83,7 @@ def run_trpo(recipe: TRPORecipe, resume: bool) -> dict[str, Any]:
         torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
         policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))
         run.set_reference(policy.fingerprint.as_dict())
-        prompts, held_out = load_data(recipe, policy)
+        prompts, held_out = load_data(recipe, policy, run)
         learner = make_learner(recipe, policy, prompts, run)
         steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
         target = recipe.kl.target if recipe.kl.control == "target" else None
@@ -91,8 +92,10 @@ def run_trpo(recipe: TRPORecipe, resume: bool) -> dict[str, Any]:
                 report.say(note)
             job = Job(recipe, run, report, prompts, held_out, steps, recipe.trpo.baseline)
             for step in range(run.start_step + 1, steps + 1):
-                take_step(job, learner, step)
-            return finish(job, learner)
+                with whole_step(job, learner, step):
+                    take_step(job, learner, step)
+            with whole_step(job, learner, steps + 1):
+                return finish(job, learner)
 
 
 def make_learner(recipe: TRPORecipe, policy: Policy, prompts: list[Prompt], run: Run) -> Learner:
@@ -104,7 +107,7 @@ def make_learner(recipe: TRPORecipe, policy: Policy, prompts: list[Prompt], run:
         check_optimizer(value_optimizer, policy.value_parameters(), "value function")
     adapts = recipe.trpo.damping == "auto"
     damping = Damping(FIRST_DAMPING if adapts else float(recipe.trpo.damping), adapts)
-    scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy)
+    scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)
     controller = controller_of(recipe.kl, updates_per_step=1)
     learner = Learner(policy, controller, scorer, value_optimizer=value_optimizer, damping=damping, pace=Pace())
     begin(recipe, learner, prompts, run)

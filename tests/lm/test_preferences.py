@@ -39,7 +39,7 @@ def plain_sums(policy, examples) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_log_probabilities_of_responses(trained_policy, pairs):
     mine, reference = plain_sums(trained_policy, pairs.examples)
-    logprobs, tokens = response_logprobs(trained_policy, pairs.examples)
+    logprobs, tokens = response_logprobs(trained_policy, pairs)
     torch.testing.assert_close(logprobs.detach(), mine, atol=1e-4, rtol=0.0)
     assert tokens.tolist() == [2, 7, 3, 2, 4, 3]        # with the end token
     torch.testing.assert_close(log_ratios_of(trained_policy, pairs.examples), mine - reference, atol=1e-4, rtol=0.0)

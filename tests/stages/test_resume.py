@@ -31,9 +31,9 @@ LONG = 24
 
 
 def timeless(folder: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what a clock measured."""
+    """metrics.jsonl without what a clock measured, and how often a judge was asked."""
     return [
-        {name: value for name, value in row.items() if not name.startswith("time/") and "per_second" not in name}
+        {n: value for n, value in row.items() if not n.startswith(("time/", "judge/")) and "per_second" not in n}
         for row in read_jsonl(folder / "metrics.jsonl")
     ]
 

@@ -1,0 +1,153 @@
+"""One question to an OpenAI-compatible chat endpoint.
+
+No redirect is followed: the key would go along. Nothing that the endpoint says is shown with the key in it.
+"""
+
+import http.client
+import ipaddress
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+from urllib.parse import urlsplit
+
+from kltune.errors import ScorerError
+from kltune.recipe import JudgeReward
+
+LONGEST_ANSWER = 1 << 20  # bytes
+PASSING = {408, 409, 425, 429}  # statuses that another try may not meet, as all from 500 on
+Messages = list[dict[str, str]]
+
+
+class Unanswered(Exception):
+    """A question that may be asked again: why, and after how many seconds at the earliest if the endpoint said so."""
+
+    def __init__(self, reason: str, after: float = 0.0):
+        super().__init__(reason)
+        self.after = after
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+class Endpoint:
+    """Where a judge is asked. Threads may share one."""
+
+    def __init__(self, entry: JudgeReward):
+        """Look the key up; nothing is sent yet.
+
+        Raises:
+            ScorerError: the environment variable that the recipe names is not set, or holds what no header may hold.
+        """
+        self.entry = entry
+        self._key = None if entry.key_env is None else _key_from(entry.key_env, entry.url)
+        handlers: list[Any] = [_NoRedirect()]
+        if _is_loopback(entry.url):
+            handlers.append(urllib.request.ProxyHandler({}))  # a proxy would look for itself there
+        self._opener = urllib.request.build_opener(*handlers)
+
+    def ask(self, messages: Messages) -> str:
+        """The text of one answer; "" where the endpoint gives none.
+
+        Raises:
+            Unanswered: no answer, or one that says to come again.
+            ScorerError: the endpoint refuses the question, and would refuse it again.
+        """
+        deadline = time.monotonic() + self.entry.timeout_s
+        try:
+            with self._opener.open(self._request(messages), timeout=self.entry.timeout_s) as response:
+                return _content(_read(response, deadline))
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._refusal(error) from None
+        except TimeoutError:
+            raise Unanswered(f"no answer within {self.entry.timeout_s:g} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            if isinstance(reason, TimeoutError):
+                raise Unanswered(f"no answer within {self.entry.timeout_s:g} s") from None
+            raise Unanswered(self._shown(getattr(reason, "strerror", None) or str(reason) or repr(reason))) from None
+
+    def _request(self, messages: Messages) -> urllib.request.Request:
+        body: dict[str, Any] = {"model": self.entry.model, "messages": messages, "stream": False}
+        for name in ("temperature", "max_tokens"):
+            if getattr(self.entry, name) is not None:
+                body[name] = getattr(self.entry, name)
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "kltune"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key}"
+        address = self.entry.url.rstrip("/") + "/chat/completions"
+        # JSON in ASCII: a lone surrogate in a response has no UTF-8 form.
+        return urllib.request.Request(address, json.dumps(body).encode("ascii"), headers, method="POST")
+
+    def _refusal(self, error: urllib.error.HTTPError) -> Exception:
+        if error.code in PASSING or error.code >= 500:
+            return Unanswered(f"HTTP {error.code}", _seconds(error.headers.get("Retry-After", "")))
+        try:
+            said = error.read(LONGEST_ANSWER).decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException):
+            said = ""
+        advice = {
+            401: "; is the key right that key_env names?", 403: "; is the key right that key_env names?",
+            404: "; are url and model right?",
+        }.get(error.code, "")
+        return ScorerError(
+            f"judge {self.entry.model}: {self.entry.url} refuses with HTTP {error.code}{advice} "
+            f"It says {self._shown(said)!r}."
+        )
+
+    def _shown(self, text: str) -> str:
+        text = text if self._key is None else text.replace(self._key, "[redacted]")
+        return " ".join(text.split())[:200]
+
+
+def _key_from(name: str, url: str) -> str:
+    key = os.environ.get(name, "")
+    if not key:
+        raise ScorerError(f"judge at {url}: the environment variable {name}, key_env, is not set.")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ScorerError(f"judge at {url}: the environment variable {name}, key_env, holds a space or a character "
+                          "that no key may have.")
+    return key
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
+    """The whole body; the socket's own timeout counts from one byte to the next, which is no limit."""
+    parts, size = [], 0
+    while part := response.read1(1 << 16):
+        size += len(part)
+        parts.append(part)
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        if size > LONGEST_ANSWER:
+            return b""
+    return b"".join(parts)
+
+
+def _content(body: bytes) -> str:
+    """The text in a chat completion; "" in anything else."""
+    try:
+        choice = json.loads(body)["choices"][0]
+        text, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return ""
+    if not isinstance(text, str):
+        return ""
+    return text.rpartition(" ")[0] if cut else text  # the last word may be the first half of one: 1 of 10
+
+
+def _seconds(text: str) -> float:
+    """Retry-After in seconds; its other form, a date, is left to the waiting times of our own."""
+    return float(text) if text.isascii() and text.isdecimal() and len(text) < 9 else 0.0
