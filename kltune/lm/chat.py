@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from kltune.errors import ScorerError
 from kltune.recipe import JudgeReward
+from kltune.recipe.faults import printable
 
 LONGEST_ANSWER = 1 << 20  # bytes
 PASSING = {408, 409, 425, 429}  # statuses that another try may not meet, as all from 500 on
@@ -97,12 +98,13 @@ class Endpoint:
         }.get(error.code, "")
         return ScorerError(
             f"judge {self.entry.model}: {self.entry.url} refuses with HTTP {error.code}{advice} "
-            f"It says {self._shown(said)!r}."
+            f"It says: {self._shown(said) or 'nothing'}"
         )
 
     def _shown(self, text: str) -> str:
+        """What a stranger says, in one line that cannot steer a terminal."""
         text = text if self._key is None else text.replace(self._key, "[redacted]")
-        return " ".join(text.split())[:200]
+        return printable(" ".join(text.split())[:200])
 
 
 def _key_from(name: str, url: str) -> str:

@@ -222,7 +222,7 @@ def load_scorer(
     """
     sources: list[Source] = []
     for number, entry in enumerate(section):
-        name = entry.name or _own_name(entry)
+        name = name_of(entry)
         if name in {source.name for source in sources}:
             name = f"{name}-{number}"
         more: dict[str, Any] = {}
@@ -239,7 +239,10 @@ def load_scorer(
     return Scorer(sources)
 
 
-def _own_name(entry: RewardSource) -> str:
+def name_of(entry: RewardSource) -> str:
+    """What an entry is called in messages and metrics: its own name, or that of its function or model."""
+    if entry.name is not None:
+        return entry.name
     if entry.kind == "function":
         return entry.path.rpartition(":")[2]
     return Path(entry.model if entry.kind == "judge" else entry.path).name

@@ -60,7 +60,9 @@ class SamplingSection(Section):
     """How the policy responds: plain sampling from its own distribution, never cut off or renormalised."""
 
     prompts_per_step: Count = Field(64, description="prompts drawn for one step")
-    responses_per_prompt: Count = Field(1, description="responses to each prompt; rloo and grpo need at least 2")
+    responses_per_prompt: Count = Field(
+        1, description="responses to each prompt; rloo, grpo and online dpo need at least 2"
+    )
     max_new_tokens: Count = Field(128, description="tokens; a longer response is cut there")
     temperature: float = Field(
         1.0, ge=0.1, le=10, description="divides the logits; KL is measured at this same temperature"

@@ -21,7 +21,7 @@ BudgetRecipe = PPORecipe | TRPORecipe | DPORecipe
 class Job:
     """What stays the same from step to step.
 
-    baseline: what a response is compared with, from the stage's section; None where responses are not scored.
+    baseline: what a response is compared with, from the stage's section; None in dpo, which has none.
     """
 
     recipe: BudgetRecipe

@@ -43,7 +43,7 @@ from kltune.lm.preferences import (
     log_ratios_of,
     response_logprobs,
 )
-from kltune.lm.scorers import load_scorer
+from kltune.lm.scorers import load_scorer, name_of
 from kltune.recipe import DPORecipe, DPOSection, asks_for_pairs
 from kltune.run.clock import Clock
 from kltune.run.finishing import finish
@@ -120,7 +120,7 @@ def make_learner(
         data_sha256=None if pairs is None else pairs.sha256(), reward_mean=0.0 if recipe.dpo.loss == "bco" else None,
     )
     if recipe.reward and asks_for_pairs(recipe.reward[0]):
-        learner.judge = Judge(recipe.reward[0], recipe.reward[0].name or "judge", run.answers)
+        learner.judge = Judge(recipe.reward[0], name_of(recipe.reward[0]), run.answers)
     elif recipe.reward:
         learner.scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)
     begin(recipe, learner, prompts, run)

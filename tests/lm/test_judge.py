@@ -250,8 +250,24 @@ def test_a_refusal_is_final_and_no_redirect_is_followed(monkeypatch, status):
             Judge(endpoint.entry(key_env="JUDGE_KEY"), "j").scores(["p"], ["r"])
         assert len(endpoint.asked) == 1
         assert elsewhere.asked == []
-    assert "no such thing: [redacted]" in str(caught.value)
+    assert "It says: no such thing: [redacted]" in str(caught.value)
     assert "sesame" not in str(caught.value)
+
+
+def test_what_is_no_http_cannot_steer_the_terminal():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def talk():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"\x1b[2J I am no server\r\n\r\n")
+
+        threading.Thread(target=talk, daemon=True).start()
+        with serving(by_length) as endpoint:
+            entry = endpoint.entry(url=f"http://127.0.0.1:{server.getsockname()[1]}/v1", retries=0)
+            with pytest.raises(JudgeError, match="I am no server") as caught:
+                Judge(entry, "j").scores(["p"], ["r"])
+    assert "\x1b" not in str(caught.value)
 
 
 def test_a_trickle_is_no_answer():
