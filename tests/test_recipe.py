@@ -293,7 +293,9 @@ def test_defaults_follow_the_keys_they_depend_on(folder):
     "ppo: {baseline: rloo, minibatch_size: 16}\nsampling: {prompts_per_step: 8, responses_per_prompt: 4}",
 ])
 def test_these_fit_together(text, folder):
-    load_recipe(write(folder, PPO + text + "\n"))
+    section = text.partition(":")[0]
+    recipe = load_recipe(write(folder, PPO + text + "\n"))
+    assert getattr(recipe, section).model_fields_set  # what was written has been read
 
 
 def test_full_fine_tuning_is_for_sft_only(folder):
