@@ -11,8 +11,15 @@ from kltune.errors import DivergedError
 from kltune.recipe import OptimSection, RunSection
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimSection) -> AdamW:
-    """AdamW over exactly these tensors."""
+def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimSection, what: str) -> AdamW:
+    """AdamW over exactly these tensors.
+
+    Raises:
+        AssertionError: a bug in kltune: there are none, or one of them is frozen or not float32.
+    """
+    assert parameters, f"{what}: nothing is trainable"
+    assert all(tensor.requires_grad for tensor in parameters.values()), f"{what}: a tensor is frozen"
+    assert all(tensor.dtype == torch.float32 for tensor in parameters.values()), f"{what}: not float32"
     return AdamW(parameters.values(), lr=optim.lr, weight_decay=optim.weight_decay)
 
 
@@ -58,16 +65,3 @@ def guarded_step(optimizer: Optimizer, max_grad_norm: float, what: str) -> float
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-def check_optimizer(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], what: str) -> None:
-    """Start-up check: something is trainable, and the optimizer holds exactly that.
-
-    Raises:
-        AssertionError: a bug in kltune.
-    """
-    held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-    assert parameters, f"{what}: nothing is trainable"
-    assert held == {id(tensor) for tensor in parameters.values()}, f"{what}: the optimizer holds other tensors"
-    assert all(tensor.requires_grad for tensor in parameters.values()), f"{what}: a tensor is frozen"
-    assert all(tensor.dtype == torch.float32 for tensor in parameters.values()), f"{what}: not float32"

@@ -1,7 +1,7 @@
 """What PPO, TRPO and DPO do alike around their own updates: data, the batch of a step, the cap, recording, saving."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -26,9 +26,10 @@ from kltune.lm.policy import Policy
 from kltune.lm.selftest import check_fresh_policy
 from kltune.run.checkpoint import latest_checkpoint, save_checkpoint, saved_step
 from kltune.run.clock import Clock
-from kltune.run.finishing import stop
+from kltune.run.finishing import finish, stop
 from kltune.run.job import Batch, BudgetRecipe, Job, about, kl_text
 from kltune.run.learner import Learner
+from kltune.run.report import Report
 from kltune.run.session import Run
 
 ROLLBACK_RAISE = 2.0  # of the price, when the policy was found beyond the cap (MATH 3.5)
@@ -78,6 +79,41 @@ def begin(recipe: BudgetRecipe, learner: Learner, prompts: list[Prompt], run: Ru
         learner.scorer = standardize(
             learner.scorer, learner.policy, prompts, recipe.sampling, seed=recipe.run.seed, rng=rng
         )
+
+
+def make_job(
+    recipe: BudgetRecipe, run: Run, prompts: list[Prompt], held_out: HeldOut, steps: int, baseline: str | None = None
+) -> Job:
+    """The job of a run, whose report waits to be opened."""
+    target = recipe.kl.target if recipe.kl.control == "target" else None
+    report = Report(run.folder, recipe.stage, steps, target=target, start_step=run.start_step, unit=recipe.kl.unit)
+    return Job(recipe, run, report, prompts, held_out, steps, baseline)
+
+
+def take_steps(
+    job: Job, learner: Learner, take_step: Callable[[Job, Learner, int], None], notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Take the steps that are not done yet, and finish.
+
+    Args:
+        job, learner: of the run.
+        take_step: the stage's own.
+        notes: what the stage has to say before the first of them.
+
+    Returns:
+        The object of ``result.json``.
+    """
+    notes = [learner.policy.fingerprint.describe(), *notes, *job.held_out.notes]
+    notes += () if learner.scorer is None else learner.scorer.notes
+    notes += () if learner.judge is None else [learner.judge.note]
+    with job.report:
+        for line in dict.fromkeys(notes):  # one file may serve two purposes
+            job.report.say(line)
+        for step in range(job.run.start_step + 1, job.steps + 1):
+            with whole_step(job, learner, step):
+                take_step(job, learner, step)
+        with whole_step(job, learner, job.steps + 1):
+            return finish(job, learner)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ with an online KL); Guo et al. 2024, arXiv 2402.04792 (online pairs); MATH 6.6 (
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,10 +32,8 @@ from kltune.lm.batches import Rollout, response_scatter
 from kltune.lm.data import Prompt, shuffled_positions
 from kltune.lm.experience import controller_of
 from kltune.lm.judge import Judge
-from kltune.lm.loading import pick_device
 from kltune.lm.online_pairs import best_against_worst, win_rates
-from kltune.lm.opening import load_policy
-from kltune.lm.optim import check_optimizer, guarded_step, learning_rate_share, make_optimizer, total_steps
+from kltune.lm.optim import guarded_step, learning_rate_share, make_optimizer, total_steps
 from kltune.lm.policy import Policy
 from kltune.lm.preferences import (
     Preferences,
@@ -46,20 +45,20 @@ from kltune.lm.preferences import (
 from kltune.lm.scorers import load_scorer, name_of
 from kltune.recipe import DPORecipe, DPOSection, asks_for_pairs
 from kltune.run.clock import Clock
-from kltune.run.finishing import finish
 from kltune.run.job import Batch, Job
 from kltune.run.learner import Learner
-from kltune.run.report import Report
-from kltune.run.session import Run, finished_result, open_run
+from kltune.run.opening import run_stage
+from kltune.run.session import Run
 from kltune.run.training import (
     NORMALISED_SPREAD,
     begin,
     close_step,
     load_data,
+    make_job,
     reprice,
     sample_batch,
     stepped_back,
-    whole_step,
+    take_steps,
 )
 
 LABELLED = ("kto", "bco")  # losses of responses judged one by one
@@ -77,44 +76,31 @@ def run_dpo(recipe: DPORecipe, resume: bool) -> dict[str, Any]:
     Returns:
         The object of ``result.json``.
     """
-    done = finished_result(recipe)
-    if done is not None:
-        return done
-    with open_run(recipe, resume=resume) as run:
-        torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
-        policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))
-        run.set_reference(policy.fingerprint.as_dict())
-        prompts, held_out = load_data(recipe, policy, run)
-        if recipe.dpo.source == "online":
-            pairs, notes = None, []
-            steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
-        else:
-            pairs, *notes = load_preferences(
-                recipe.data.pairs, policy, recipe.data, labelled=recipe.dpo.loss in LABELLED
-            )
-            steps = total_steps(recipe.run, len(pairs), recipe.optim.batch_size)
-            pairs = pairs.measured(policy, positions(recipe, pairs, 1, steps))
-        learner = make_learner(recipe, policy, pairs, prompts, run)
-        target = recipe.kl.target if recipe.kl.control == "target" else None
-        with Report(run.folder, "dpo", steps, target=target, start_step=run.start_step, unit=recipe.kl.unit) as report:
-            notes += [*held_out.notes, *(() if learner.scorer is None else learner.scorer.notes)]
-            notes += () if learner.judge is None else [learner.judge.note]
-            for line in dict.fromkeys((policy.fingerprint.describe(), *notes)):
-                report.say(line)
-            job = Job(recipe, run, report, prompts, held_out, steps)
-            for step in range(run.start_step + 1, steps + 1):
-                with whole_step(job, learner, step):
-                    take_step(job, learner, pairs, step)
-            with whole_step(job, learner, steps + 1):
-                return finish(job, learner)
+    return run_stage(recipe, resume, train)
+
+
+def train(recipe: DPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
+    """Load what the recipe names, take the steps that are not done yet, and finish."""
+    prompts, held_out = load_data(recipe, policy, run)
+    if recipe.dpo.source == "online":
+        pairs, notes = None, []
+        steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
+    else:
+        pairs, *notes = load_preferences(
+            recipe.data.pairs, policy, recipe.data, labelled=recipe.dpo.loss in LABELLED
+        )
+        steps = total_steps(recipe.run, len(pairs), recipe.optim.batch_size)
+        pairs = pairs.measured(policy, positions(recipe, pairs, 1, steps))
+    learner = make_learner(recipe, policy, pairs, prompts, run)
+    job = make_job(recipe, run, prompts, held_out, steps)
+    return take_steps(job, learner, partial(take_step, pairs=pairs), notes)
 
 
 def make_learner(
     recipe: DPORecipe, policy: Policy, pairs: Preferences | None, prompts: list[Prompt], run: Run
 ) -> Learner:
     """Optimizer, controller and, for online pairs, who scores or compares; checked at the start, or restored."""
-    optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim)
-    check_optimizer(optimizer, policy.trainable_parameters(), "policy")
+    optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim, "policy")
     learner = Learner(
         policy, controller_of(recipe.kl, updates_per_step=1), optimizer=optimizer,
         data_sha256=None if pairs is None else pairs.sha256(), reward_mean=0.0 if recipe.dpo.loss == "bco" else None,
@@ -134,7 +120,7 @@ def positions(recipe: DPORecipe, pairs: Preferences, step: int, steps: int = 1) 
     return shuffled_positions(len(pairs), (step - 1) * size, count, recipe.run.seed)
 
 
-def take_step(job: Job, learner: Learner, pairs: Preferences | None, step: int) -> None:
+def take_step(job: Job, learner: Learner, step: int, pairs: Preferences | None) -> None:
     """One turn of the loop: respond where the KL has a price or a cap or there are no pairs, improve, record."""
     recipe, online = job.recipe, pairs is None
     clock = Clock()

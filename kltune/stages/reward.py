@@ -21,10 +21,7 @@ from kltune.core.calibration import win_share
 from kltune.errors import Interrupted, RecipeError
 from kltune.lm.comparisons import Comparison, hold_out, load_comparisons, reads_text, sequences
 from kltune.lm.data import described, row_rules, shuffled_positions
-from kltune.lm.loading import pick_device
-from kltune.lm.opening import load_policy
 from kltune.lm.optim import (
-    check_optimizer,
     guarded_step,
     learning_rate_share,
     make_optimizer,
@@ -40,10 +37,11 @@ from kltune.lm.texts import text_limits
 from kltune.recipe import RewardRecipe
 from kltune.run.checkpoint import read_state, save_checkpoint, save_final
 from kltune.run.clock import Clock
+from kltune.run.opening import run_stage
 from kltune.run.optimizer_state import load_optimizer, optimizer_tensors
 from kltune.run.page import write_page
 from kltune.run.report import Report
-from kltune.run.session import Run, finished_result, open_run
+from kltune.run.session import Run
 
 CENTRED_ON = 4096       # training rows at most, over which the saved scores have mean 0
 
@@ -71,23 +69,21 @@ def run_reward(recipe: RewardRecipe, resume: bool) -> dict[str, Any]:
     Returns:
         The object of ``result.json``.
     """
-    done = finished_result(recipe)
-    if done is not None:
-        return done
-    with open_run(recipe, resume=resume) as run:
-        torch.manual_seed(recipe.run.seed)  # the adapter's initial weights
-        policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))
-        run.set_reference(policy.fingerprint.as_dict())
-        rows, held_out, notes = load_data(recipe, policy)
-        model, optimizer = make_model(recipe, policy, run)
-        steps = total_steps(recipe.run, len(rows), recipe.optim.batch_size)
-        with Report(run.folder, "reward", steps, start_step=run.start_step) as report:
-            for note in (policy.fingerprint.describe(), *notes):
-                report.say(note)
-            job = Job(recipe, run, report, rows, held_out, reads_text(rows, policy.tokenizer), steps)
-            for step in range(run.start_step + 1, steps + 1):
-                take_step(job, model, optimizer, step)
-            return finish(job, model)
+    return run_stage(recipe, resume, train)
+
+
+def train(recipe: RewardRecipe, policy: Policy, run: Run) -> dict[str, Any]:
+    """Load what the recipe names, take the steps that are not done yet, and finish."""
+    rows, held_out, notes = load_data(recipe, policy)
+    model, optimizer = make_model(recipe, policy, run)
+    steps = total_steps(recipe.run, len(rows), recipe.optim.batch_size)
+    with Report(run.folder, "reward", steps, start_step=run.start_step) as report:
+        for note in (policy.fingerprint.describe(), *notes):
+            report.say(note)
+        job = Job(recipe, run, report, rows, held_out, reads_text(rows, policy.tokenizer), steps)
+        for step in range(run.start_step + 1, steps + 1):
+            take_step(job, model, optimizer, step)
+        return finish(job, model)
 
 
 def load_data(recipe: RewardRecipe, policy: Policy) -> tuple[list[Comparison], list[Comparison], list[str]]:
@@ -125,8 +121,7 @@ def make_model(recipe: RewardRecipe, policy: Policy, run: Run) -> tuple[RewardMo
             "themselves, so nothing would train it. Name other layers, or write all-linear."
         )
     model = RewardModel(policy)
-    optimizer = make_optimizer(model.parameters(), recipe.optim)
-    check_optimizer(optimizer, model.parameters(), "reward model")
+    optimizer = make_optimizer(model.parameters(), recipe.optim, "reward model")
     if run.resume_from is not None:
         policy.load_adapter(run.resume_from)
         model.load_head(run.resume_from)

@@ -17,10 +17,7 @@ from torch.optim import Optimizer
 from kltune.errors import Interrupted
 from kltune.lm.data import Example, described, load_examples, row_rules, shuffled_positions
 from kltune.lm.evaluate import HeldOut, evaluate, kl_result, load_held_out, measure_settings
-from kltune.lm.loading import pick_device
-from kltune.lm.opening import load_policy
 from kltune.lm.optim import (
-    check_optimizer,
     guarded_step,
     learning_rate_share,
     make_optimizer,
@@ -33,10 +30,11 @@ from kltune.lm.texts import example_batch, log_perplexity, text_limits
 from kltune.recipe import SFTRecipe
 from kltune.run.checkpoint import read_state, save_checkpoint, save_final
 from kltune.run.clock import Clock
+from kltune.run.opening import run_stage
 from kltune.run.optimizer_state import load_optimizer, optimizer_tensors
 from kltune.run.page import write_page
 from kltune.run.report import Report
-from kltune.run.session import Run, finished_result, open_run
+from kltune.run.session import Run
 
 
 @dataclass(frozen=True)
@@ -61,27 +59,24 @@ def run_sft(recipe: SFTRecipe, resume: bool) -> dict[str, Any]:
     Returns:
         The object of ``result.json``.
     """
-    done = finished_result(recipe)
-    if done is not None:
-        return done
-    with open_run(recipe, resume=resume) as run:
-        torch.manual_seed(recipe.run.seed)  # the adapter's initial weights
-        policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))
-        run.set_reference(policy.fingerprint.as_dict())
-        examples, held_out = load_data(recipe, policy, run)
-        optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim)
-        check_optimizer(optimizer, policy.trainable_parameters(), "model" if policy.full else "adapter")
-        if run.resume_from is not None:
-            policy.load_trained(run.resume_from)
-            load_optimizer(optimizer, policy.trainable_parameters(), read_state(run.resume_from)[0]["optimizer"])
-        steps = total_steps(recipe.run, len(examples), recipe.optim.batch_size)
-        with Report(run.folder, "sft", steps, start_step=run.start_step) as report:
-            for note in (policy.fingerprint.describe(), *held_out.notes):
-                report.say(note)
-            job = Job(recipe, run, report, examples, held_out, steps)
-            for step in range(run.start_step + 1, steps + 1):
-                take_step(job, policy, optimizer, step)
-            return finish(job, policy)
+    return run_stage(recipe, resume, train)
+
+
+def train(recipe: SFTRecipe, policy: Policy, run: Run) -> dict[str, Any]:
+    """Load what the recipe names, take the steps that are not done yet, and finish."""
+    examples, held_out = load_data(recipe, policy, run)
+    optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim, "model" if policy.full else "adapter")
+    if run.resume_from is not None:
+        policy.load_trained(run.resume_from)
+        load_optimizer(optimizer, policy.trainable_parameters(), read_state(run.resume_from)[0]["optimizer"])
+    steps = total_steps(recipe.run, len(examples), recipe.optim.batch_size)
+    with Report(run.folder, "sft", steps, start_step=run.start_step) as report:
+        for note in (policy.fingerprint.describe(), *held_out.notes):
+            report.say(note)
+        job = Job(recipe, run, report, examples, held_out, steps)
+        for step in range(run.start_step + 1, steps + 1):
+            take_step(job, policy, optimizer, step)
+        return finish(job, policy)
 
 
 def load_data(recipe: SFTRecipe, policy: Policy, run: Run) -> tuple[list[Example], HeldOut]:

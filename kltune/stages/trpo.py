@@ -39,28 +39,26 @@ from kltune.lm.batches import response_scatter
 from kltune.lm.curvature import Fisher, flat, unflat
 from kltune.lm.data import Prompt
 from kltune.lm.experience import Experience, centred, check_first_ratio, controller_of, shape
-from kltune.lm.loading import pick_device
-from kltune.lm.opening import load_policy
-from kltune.lm.optim import check_optimizer, learning_rate_share, make_optimizer, total_steps
+from kltune.lm.optim import learning_rate_share, make_optimizer, total_steps
 from kltune.lm.policy import Policy
 from kltune.lm.scorers import load_scorer
 from kltune.lm.snapshot import Move, Snapshot
 from kltune.recipe import TRPORecipe
 from kltune.run.clock import Clock
-from kltune.run.finishing import finish
 from kltune.run.job import Batch, Job
 from kltune.run.learner import Learner
-from kltune.run.report import Report
-from kltune.run.session import Run, finished_result, open_run
+from kltune.run.opening import run_stage
+from kltune.run.session import Run
 from kltune.run.training import (
     REFUSAL_RAISE,
     begin,
     close_step,
     load_data,
+    make_job,
     reprice,
     sample_batch,
     stepped_back,
-    whole_step,
+    take_steps,
 )
 
 PROBES = 2  # random vectors for the mean curvature: damping only needs its order of magnitude
@@ -76,26 +74,16 @@ def run_trpo(recipe: TRPORecipe, resume: bool) -> dict[str, Any]:
     Returns:
         The object of ``result.json``.
     """
-    done = finished_result(recipe)
-    if done is not None:
-        return done
-    with open_run(recipe, resume=resume) as run:
-        torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
-        policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))
-        run.set_reference(policy.fingerprint.as_dict())
-        prompts, held_out = load_data(recipe, policy, run)
-        learner = make_learner(recipe, policy, prompts, run)
-        steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
-        target = recipe.kl.target if recipe.kl.control == "target" else None
-        with Report(run.folder, "trpo", steps, target=target, start_step=run.start_step, unit=recipe.kl.unit) as report:
-            for note in (policy.fingerprint.describe(), *held_out.notes, *learner.scorer.notes):
-                report.say(note)
-            job = Job(recipe, run, report, prompts, held_out, steps, recipe.trpo.baseline)
-            for step in range(run.start_step + 1, steps + 1):
-                with whole_step(job, learner, step):
-                    take_step(job, learner, step)
-            with whole_step(job, learner, steps + 1):
-                return finish(job, learner)
+    return run_stage(recipe, resume, train)
+
+
+def train(recipe: TRPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
+    """Load what the recipe names, take the steps that are not done yet, and finish."""
+    prompts, held_out = load_data(recipe, policy, run)
+    learner = make_learner(recipe, policy, prompts, run)
+    steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
+    job = make_job(recipe, run, prompts, held_out, steps, recipe.trpo.baseline)
+    return take_steps(job, learner, take_step)
 
 
 def make_learner(recipe: TRPORecipe, policy: Policy, prompts: list[Prompt], run: Run) -> Learner:
@@ -103,8 +91,7 @@ def make_learner(recipe: TRPORecipe, policy: Policy, prompts: list[Prompt], run:
     value_optimizer = None
     if recipe.trpo.baseline == "value":
         policy.add_value_function(recipe.lora)
-        value_optimizer = make_optimizer(policy.value_parameters(), recipe.optim)
-        check_optimizer(value_optimizer, policy.value_parameters(), "value function")
+        value_optimizer = make_optimizer(policy.value_parameters(), recipe.optim, "value function")
     adapts = recipe.trpo.damping == "auto"
     damping = Damping(FIRST_DAMPING if adapts else float(recipe.trpo.damping), adapts)
     scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)

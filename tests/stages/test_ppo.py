@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from kltune.errors import DivergedError, ModelError, ScorerError
 from kltune.lm.policy import Policy
 from kltune.recipe import load_recipe
-from kltune.run import finishing, learner, training
+from kltune.run import finishing, learner, opening, training
 from kltune.run.page import write_page
 from kltune.stages import ppo
 from kltune.stages.ppo import run_ppo
@@ -43,14 +43,14 @@ ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.
 def keeping_policy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Policy]]:
     """The policies that runs load while this lasts."""
     kept: list[Policy] = []
-    load = ppo.load_policy
+    load = opening.load_policy
 
     def keep(*args, **keys):
         kept.append(load(*args, **keys))
         return kept[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(ppo, "load_policy", keep)
+        patch.setattr(opening, "load_policy", keep)
         yield kept
 
 
@@ -136,7 +136,7 @@ def test_a_finished_run_is_not_run_again(ppo_recipe, monkeypatch):
     recipe = ppo_recipe("run.steps=1")
     result = run_ppo(recipe, resume=False)
     monkeypatch.delattr(ppo, "take_step")
-    monkeypatch.delattr(ppo, "load_policy")
+    monkeypatch.delattr(opening, "load_policy")
     assert run_ppo(recipe, resume=False) == result
     assert run_ppo(recipe, resume=True) == result
 

@@ -175,7 +175,7 @@ def test_full_fine_tuning_trains_every_weight_and_leaves_the_reference_alone(sft
     examples, _ = load_examples(
         recipe.data.texts, policy.tokenizer, end_token=1, max_prompt_tokens=20, max_response_tokens=20, **RULES
     )
-    optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim)
+    optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim, "model")
     imitate(recipe, policy, optimizer, examples)
     for name, tensor in base.state_dict().items():
         assert not torch.equal(policy.model.state_dict()[name], tensor), f"{name} was not trained"
