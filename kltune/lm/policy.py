@@ -13,10 +13,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from kltune.core.divergence import kl_exact
-from kltune.core.logprobs import token_logprobs
+from kltune.core.head import read_logprobs, read_logprobs_and_kl
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.adapters import (
     POLICY,
@@ -233,19 +231,17 @@ class Policy:
 
     def logprobs(self, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-probabilities of the scored tokens, differentiable. [N] float32, nats."""
-        return self._logprobs(self.scored_hidden(ids, scored), ids[scored], temperature)
+        reader = partial(read_logprobs, temperature=temperature)
+        return self.network.read(self.scored_hidden(ids, scored), reader, ids[scored])[0]
 
     def logprobs_and_ref_kl(self, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probabilities and exact KL(policy ‖ reference) per token, both differentiable. Each [N] float32, nats."""
         with torch.no_grad(), self.reference():
             ref_hidden = self.scored_hidden(ids, scored)
-        hidden = self.scored_hidden(ids, scored)
-        ref_kl = self._chunked(
-            lambda part, ref_part: kl_exact(self.network.logits(part), self.ref_logits(ref_part), temperature),
-            hidden,
-            ref_hidden,
+        reader = partial(read_logprobs_and_kl, temperature=temperature)
+        return self.network.read(
+            self.scored_hidden(ids, scored), reader, ids[scored], lambda part: self.ref_logits(ref_hidden[part])
         )
-        return self._logprobs(hidden, ids[scored], temperature), ref_kl
 
     def values(self, ids: Tensor, scored: Tensor) -> Tensor:
         """Expected return before each scored token, differentiable in the value function only. [N] float32."""
@@ -331,19 +327,3 @@ class Policy:
                 return self._reference_network.logits(ref_hidden)
         with torch.no_grad(), self.reference():  # the head itself may carry an adapter
             return self.network.logits(ref_hidden)
-
-    def _logprobs(self, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-        return self._chunked(
-            lambda part, chosen: token_logprobs(self.network.logits(part), chosen, temperature), hidden, tokens
-        )
-
-    def _chunked(self, function, *tensors: Tensor) -> Tensor:
-        """Apply a per-token function chunk by chunk; with gradients, the backward recomputes a chunk's logits."""
-        rows = self.network.chunk_rows
-        if len(tensors[0]) <= rows:
-            return function(*tensors)
-        save = torch.is_grad_enabled()
-        parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
-        return torch.cat(
-            [checkpoint(function, *part, use_reentrant=False) if save else function(*part) for part in parts]
-        )
