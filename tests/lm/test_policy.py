@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import Linear
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kltune.errors import ModelError, RecipeError
 from kltune.lm import network as network_module
 from kltune.lm.data import Prompt
+from kltune.lm.lora import LoraLinear
 from kltune.lm.opening import load_reference
 from kltune.lm.policy import Policy
 from kltune.lm.selftest import check_fresh_policy, check_frozen
@@ -381,7 +383,7 @@ def test_left_padding_in_the_plain_model_gives_the_same_numbers(open_policy, tin
 @pytest.mark.parametrize("with_values", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_plain_peft_and_transformers_load_what_is_saved_bit_for_bit(
-    open_policy, tiny_model, tmp_path, architecture, with_values
+    open_policy, tiny_model, tmp_path, architecture, with_values, monkeypatch
 ):
     policy = open_policy(architecture)
     if with_values:
@@ -390,7 +392,10 @@ def test_plain_peft_and_transformers_load_what_is_saved_bit_for_bit(
     randomize(policy.trainable_parameters())
     model, _ = plain_pair(policy, tiny_model(architecture), tmp_path)
     with torch.no_grad():
-        assert torch.equal(model(input_ids=IDS).logits, all_logits(policy))
+        plain = model(input_ids=IDS).logits
+    torch.testing.assert_close(all_logits(policy), plain, atol=1e-5, rtol=0.0)
+    monkeypatch.setattr(LoraLinear, "forward", Linear.forward)  # but for the order of its sums
+    assert torch.equal(plain, all_logits(policy))
     assert AutoTokenizer.from_pretrained(tmp_path)("w3 w7")["input_ids"] == [3, 7]
     assert not (tmp_path / "value").exists()
     assert "PeftModel.from_pretrained" in (tmp_path / "README.md").read_text()
@@ -403,7 +408,8 @@ def test_the_readme_of_an_adapter_says_how_to_load_it_and_the_lines_work(trained
     names: dict = {}
     exec(code, names)
     with torch.no_grad():
-        assert torch.equal(names["model"].eval()(input_ids=IDS).logits, all_logits(trained_policy))
+        plain = names["model"].eval()(input_ids=IDS).logits
+    torch.testing.assert_close(all_logits(trained_policy), plain, atol=1e-5, rtol=0.0)
 
 
 def test_loading_what_was_saved_gives_the_same_policy(open_policy, trained_policy, tmp_path):
