@@ -10,7 +10,6 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-
 EXACT = (torch.float32, torch.float64)
 
 

@@ -114,14 +114,18 @@ class Policy:
         # B is 0 and a magnitude is the base's own: what the adapter's tensors hold where it does nothing.
         self.untrained = {name: tensor.detach().clone() for name, tensor in self.trainable_parameters().items()}
 
-    def add_value_function(self, lora: LoraSection) -> None:
-        """Add a value head that reads the trunk through a LoRA adapter of its own.
+    def add_value_function(self, lora: LoraSection | None) -> None:
+        """Add a value head that reads the trunk through a LoRA adapter of its own, or, with None, the policy's trunk.
 
-        Separate tensors, separate optimizer: fitting values cannot move the policy by a single bit.
+        Separate tensors, separate optimizer: fitting values cannot move the policy by a single bit. The adapter is the
+        default because a head alone sees little: on stories260K with a reward for a word, of the variance of the next
+        batch's returns the adapter came to explain 0.65 to 0.83, and a head fitted to the policy's hidden states, by
+        Adam or by least squares, 0.03 to 0.06.
         """
-        targets = self.model.peft_config[POLICY].target_modules
-        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
-        self.add_beside(VALUE, config)
+        if lora is not None:
+            targets = self.model.peft_config[POLICY].target_modules
+            config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
+            self.add_beside(VALUE, config)
         self.value_head = ScalarHead(self.network.hidden_size).to(self.device)
         for tensor in self.value_parameters().values():
             tensor.requires_grad_(True)
@@ -304,9 +308,13 @@ class Policy:
         return found
 
     @torch.no_grad()
-    def measure_values(self, ids: Tensor, scored: Tensor) -> Tensor:
-        """``values`` without gradients, rows in parts. [N] float32."""
-        return torch.cat([self.values(*part) for part in self.parts(ids, scored)])
+    def measure_values(self, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``values`` without gradients, rows in parts; and what a head alone reads. [N] and [N, H] or None, float32."""
+        parts = self.parts(ids, scored)
+        if self._switch.parameters(VALUE):
+            return torch.cat([self.values(*part) for part in parts]), None
+        states = torch.cat([self.network.trunk(part[:, :-1])[marks[:, 1:]].float() for part, marks in parts])
+        return self.value_head(states), states
 
     @torch.no_grad()
     def measure_logprobs(self, ids: Tensor, scored: Tensor) -> Tensor:

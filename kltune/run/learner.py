@@ -200,6 +200,8 @@ class Learner:
     ) -> tuple[float, float]:
         """One step of the value function, which shares frozen weights with the policy and no trainable ones.
 
+        A head alone is fitted to the hidden states that its values were read off, so that it takes no pass of its own.
+
         Args:
             part: a minibatch.
             clip_range: how far a value may gain from moving, unit of score; ∞ for no limit.
@@ -215,7 +217,9 @@ class Learner:
         for micro in torch.arange(rows, device=self.policy.device).split(micro_batch or rows):
             piece = part.select(micro)
             old, mask = piece.rollout, piece.rollout.response_mask
-            values = response_scatter(self.policy.values(old.ids, old.scored), mask)
+            states = old.value_states
+            flat = self.policy.values(old.ids, old.scored) if states is None else self.policy.value_head(states[mask])
+            values = response_scatter(flat, mask)
             loss = clipped_value_loss(values, old.values, piece.returns, mask, clip_range, tokens)
             (coef * loss).backward()
             total += loss.item()

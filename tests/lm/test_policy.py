@@ -181,17 +181,17 @@ def test_fitting_values_moves_no_bit_of_the_policy(policy):
     train_values(policy)
     assert same(copies(policy.trainable_parameters()), tensors)
     assert torch.equal(policy.measure_logprobs(IDS, SCORED), logprobs)
-    assert policy.measure_values(IDS, SCORED).abs().mean() > 1e-3  # the values did move
+    assert policy.measure_values(IDS, SCORED)[0].abs().mean() > 1e-3  # the values did move
 
 
 def test_training_the_policy_moves_no_bit_of_the_values(policy):
     policy.add_value_function(LORA)
     train_values(policy)
-    tensors, values = copies(policy.value_parameters()), policy.measure_values(IDS, SCORED)
+    tensors, values = copies(policy.value_parameters()), policy.measure_values(IDS, SCORED)[0]
     logprobs = policy.measure_logprobs(IDS, SCORED)
     train_policy(policy)
     assert same(copies(policy.value_parameters()), tensors)
-    assert torch.equal(policy.measure_values(IDS, SCORED), values)
+    assert torch.equal(policy.measure_values(IDS, SCORED)[0], values)
     assert not torch.equal(policy.measure_logprobs(IDS, SCORED), logprobs)
 
 
@@ -199,7 +199,7 @@ def test_adding_a_value_function_changes_no_log_probability(trained_policy):
     before = trained_policy.measure_logprobs(IDS, SCORED)
     trained_policy.add_value_function(LORA)
     assert torch.equal(trained_policy.measure_logprobs(IDS, SCORED), before)
-    assert trained_policy.measure_values(IDS, SCORED).abs().max() == 0.0  # it starts at 0, not at noise
+    assert trained_policy.measure_values(IDS, SCORED)[0].abs().max() == 0.0  # it starts at 0, not at noise
 
 
 def test_values_put_back_are_the_values_saved(open_policy):
@@ -208,7 +208,7 @@ def test_values_put_back_are_the_values_saved(open_policy):
         policy.add_value_function(LORA)
     train_values(one)
     other.load_value_parameters(copies(one.value_parameters()))
-    assert torch.equal(other.measure_values(IDS, SCORED), one.measure_values(IDS, SCORED))
+    assert torch.equal(other.measure_values(IDS, SCORED)[0], one.measure_values(IDS, SCORED)[0])
 
 
 def test_the_values_come_from_the_trunk_with_the_value_adapter(policy, tiny_model, tmp_path):
@@ -221,7 +221,24 @@ def test_the_values_come_from_the_trunk_with_the_value_adapter(policy, tiny_mode
         hidden = plain.base_model.model.model(input_ids=IDS).last_hidden_state[:, :-1][SCORED[:, 1:]].double()
     head = policy.value_head.linear
     by_hand = hidden @ head.weight[0].double() + head.bias.double()
-    assert (policy.measure_values(IDS, SCORED) - by_hand).abs().max() < 1e-5
+    assert (policy.measure_values(IDS, SCORED)[0] - by_hand).abs().max() < 1e-5
+
+
+def test_a_value_head_alone_reads_what_the_policys_trunk_holds_and_moves_no_bit_of_it(policy):
+    policy.add_value_function(None)
+    assert set(policy.value_parameters()) == {"head.linear.weight", "head.linear.bias"}
+    randomize(policy.trainable_parameters())
+    randomize(policy.value_parameters(), seed=5)
+    values, states = policy.measure_values(IDS, SCORED)
+    with torch.no_grad():
+        wanted = policy.scored_hidden(IDS, SCORED)
+    torch.testing.assert_close(states, wanted, atol=1e-5, rtol=0.0)
+    head = policy.value_head.linear
+    assert (values - (wanted.double() @ head.weight[0].double() + head.bias.double())).abs().max() < 1e-5
+    tensors = copies(policy.trainable_parameters())
+    train(policy.value_parameters(), lambda: (policy.value_head(states) - 1.0).square().mean())
+    assert same(copies(policy.trainable_parameters()), tensors)
+    assert (policy.measure_values(IDS, SCORED)[0] - values).abs().mean() > 1e-3
 
 
 # --- numbers of the plain model ------------------------------------------------------------------------------------
