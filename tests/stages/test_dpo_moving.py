@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from kltune.errors import Interrupted
 from kltune.lm.preferences import Preferences, log_ratios, margins
+from kltune.lm.snapshot import Snapshot
 from kltune.recipe import load_recipe
 from kltune.run.checkpoint import read_state
 from kltune.run.ref_logprobs import NAME
@@ -18,6 +19,7 @@ from tests.stages.conftest import write_recipe, write_rows
 from tests.stages.test_dpo import PULL, rows_of, small_preferences
 from tests.stages.test_dpo_online import ONLINE
 from tests.stages.test_resume import CUTS, STEPS, assert_same_run, run_with_stops, saved_tensors
+from tests.tiny_policies import plain_logprobs
 
 LOG2 = math.log(2.0)
 SAMPLED = "kl.hard_cap=500"  # far away: the KL is measured at every step and moves nothing
@@ -153,6 +155,25 @@ def test_every_loss_with_a_reference_may_have_it_moved(dpo_recipe, loss):
     assert rows_of(recipe)[-1]["pairs/margin_nats"] > 0.3
     if loss == "bco":
         assert max(abs(row["pairs/reward_mean"]) for row in rows_of(recipe)) < 1e-4
+
+
+def test_the_point_of_kto_is_held_against_it_too(trained_policy, tmp_path, dpo_recipe):
+    part = small_preferences(trained_policy, tmp_path, "kto")
+    parameters = trained_policy.trainable_parameters()
+    learner = dpo.Learner(trained_policy, None, loss_reference=Snapshot(parameters))
+    section = dpo_recipe("dpo.loss=kto").dpo
+    assert dpo.reference_point(section, learner, part) == 0.0
+    before = _logprobs_of(trained_policy, part.mismatched())
+    for tensor in parameters.values():
+        tensor.data.mul_(0.5)
+    wanted = (_logprobs_of(trained_policy, part.mismatched()) - before).mean().item()
+    assert wanted > 0.1
+    assert dpo.reference_point(section, learner, part) == pytest.approx(wanted, abs=1e-4)
+
+
+def _logprobs_of(policy, examples) -> torch.Tensor:
+    rows = [(torch.tensor([example.ids]), torch.tensor([example.scored])) for example in examples]
+    return torch.stack([plain_logprobs(policy.model, *row).sum() for row in rows])
 
 
 def test_pairs_of_its_own_are_held_against_it_at_their_temperature(online):
