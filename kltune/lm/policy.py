@@ -317,9 +317,9 @@ class Policy:
         return self.value_head(states), states
 
     @torch.no_grad()
-    def measure_logprobs(self, ids: Tensor, scored: Tensor) -> Tensor:
-        """``logprobs`` at temperature 1 without gradients, rows in parts. [N] float32, nats."""
-        return torch.cat([self.logprobs(*part) for part in self.parts(ids, scored)])
+    def measure_logprobs(self, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
+        """``logprobs`` without gradients, rows in parts. [N] float32, nats."""
+        return torch.cat([self.logprobs(*part, temperature) for part in self.parts(ids, scored)])
 
     def parts(self, ids: Tensor, scored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Runs of rows that fit through the trunk at once, each trimmed to its longest row."""

@@ -209,6 +209,15 @@ class DPOSection(Section):
     gap: NotNegative = Field(1.0, description="by which the chosen response's reward should be ahead (simpo)")
     wanted_weight: Positive = Field(1.0, description="of wanted responses (kto)")
     unwanted_weight: Positive = Field(1.0, description="of unwanted responses (kto)")
+    dynamic_beta: NotNegative = Field(
+        0.0, description="a batch's beta is beta x (1 + this x (its mean margin - the running mean of them, nats)); 0 "
+        "keeps beta, 0.6 is beta-DPO's (sigmoid)"
+    )
+    reference_alpha: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="how far towards the policy the loss's reference goes every reference_every steps (TR-DPO: "
+        "0.6, or 1); null leaves it; the KL is to the model's frozen weights all the same"
+    )
+    reference_every: Count = Field(1, description="steps between moves of the loss's reference (reference_alpha)")
     from_reference: bool = Field(
         False, description="the responses were sampled from the reference: KL(reference‖policy) is estimated on them"
     )
