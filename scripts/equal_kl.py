@@ -5,8 +5,9 @@
 
 Every run is measured afresh on the recipe's held-out prompts with the same number of responses and random numbers. A
 group's score at a KL is read off the line through its points in √KL (a tilt of Gaussian scores gains in proportion to
-it), by least squares over its runs that were within a factor of two of that KL, with their spread as the error. Writes
-points.json and equal_kl.svg, and prints the table, with how many steps each run took to come within 15 % of its target.
+it), by least squares over its runs that were within a factor of 2.5 of that KL; its error is from their spread around
+the line, or the errors of their own scores where these are larger. Writes points.json and equal_kl.svg, and prints the
+table, with how many steps each run took to come within 15 % of its target.
 """
 
 import argparse
@@ -19,20 +20,22 @@ from alpha_curve import measured
 from kltune.run.curve import Curve, CurvePoint, curve_svg
 
 NEAR = 0.15
+FACTOR = 2.5
 
 
 def score_at(points: list[dict], nats: float) -> tuple[float, float] | None:
-    """Score and standard error at a KL; None where fewer than three runs came near it."""
-    near = [point for point in points if 0.5 < point["nats_per_response"] / nats < 2.0]
+    """Score and standard error at a KL; None where fewer than three runs, or runs of one KL only, came near it."""
+    near = [point for point in points if 1 / FACTOR < point["nats_per_response"] / nats < FACTOR]
     if len(near) < 3:
         return None
     x = np.sqrt([point["nats_per_response"] for point in near]) - np.sqrt(nats)
     y = np.array([point["score"] for point in near])
-    if np.ptp(x) < 0.1:  # all at one KL: a slope would be noise; the scatter in KL is then part of the error
-        return float(y.mean()), float(y.std(ddof=1) / len(y) ** 0.5)
+    if np.ptp(x) < 0.1:  # all at one KL: a slope would be noise
+        return None
     design = np.stack([np.ones_like(x), x], axis=1)
     solution, *_ = np.linalg.lstsq(design, y, rcond=None)
-    variance = ((y - design @ solution) ** 2).sum() / max(len(y) - 2, 1)
+    own = np.mean([point["score_stderr"] ** 2 for point in near])
+    variance = max(own, ((y - design @ solution) ** 2).sum() / max(len(y) - 2, 1))
     return float(solution[0]), float((variance * np.linalg.inv(design.T @ design)[0, 0]) ** 0.5)
 
 
