@@ -131,7 +131,7 @@ class DPOKLSection(KLSection):
     placement: Literal["loss"] = Field("loss", description="where the price is paid")
     estimator: Literal["exact"] = Field("exact", description="what is priced")
     kp: NotNegative = Field(3.0, description="gain on the error now (log_pi)")
-    ki: NotNegative = Field(0.05, description="gain on the error summed over steps (log_pi)")
+    ki: NotNegative = Field(0.3, description="gain on the error summed over steps (log_pi)")
 
 
 class PPOSection(Section):

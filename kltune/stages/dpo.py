@@ -74,6 +74,7 @@ from kltune.run.training import (
 
 LABELLED = ("kto", "bco")  # losses of responses judged one by one
 MEMORY = 0.9  # share of a running mean that a step leaves
+BALANCE_SHARE = 0.4  # of the price that balances the gradients of pairs and KL
 TRAINED_SHARE = 4  # of the tokens that fit through the trunk without gradients, this fraction is trained on at once
 
 
@@ -277,11 +278,13 @@ def add_kl_gradient(recipe: DPORecipe, policy: Policy, rollout: Rollout) -> None
 
 
 def balance(own: Sequence[Tensor], kl: Sequence[Tensor], batch: Batch, scale: float) -> float:
-    """The price at which the KL's gradient is as large as that of the pairs, times √(2·KL): ``Batch.spread``.
+    """A share of the price at which both gradients, of KL and pairs, are as large, times √(2·KL): ``Batch.spread``.
 
     Their inner product, which says at which price a small step leaves the KL alone, is no guide: what drives the KL is
-    also the noise of steps that an optimizer makes equally long, and noise has no direction. Held at 0.4, 1.2 and 2.1
-    nats, a toy needed 0.7 to 1.5 times this price, and up to ten times that one.
+    also the noise of steps that an optimizer makes equally long, and noise has no direction. Nor is the whole of this
+    price: much of the pairs' gradient is noise that a step averages out. A toy held at 0.4, 1.2 and 2.1 nats needed 0.7
+    to 1.5 of it (and up to ten times the other), the model of ``make demo`` 0.5, hh-harmless 0.1 to 0.2. The share errs
+    towards too cheap: a policy that went too far can be dialled back, while a learning rate that fell to 0 is gone.
 
     Args:
         own: gradient of the loss, by parameter.
@@ -297,7 +300,7 @@ def balance(own: Sequence[Tensor], kl: Sequence[Tensor], batch: Batch, scale: fl
         raise DivergedError("the gradient of pairs or KL is not finite; nothing was updated. Lower optim.lr.")
     if size_kl == 0.0:
         return batch.spread
-    return size / (scale * size_kl) * math.sqrt(2.0 * batch.distance.nats_per_response)
+    return BALANCE_SHARE * size / (scale * size_kl) * math.sqrt(2.0 * batch.distance.nats_per_response)
 
 
 def reference_point(dpo: DPOSection, learner: Learner, part: Preferences) -> float:
