@@ -52,12 +52,13 @@ def sample(
         raise ValueError(f"{len(uniforms)} rows of random numbers do not divide among {len(prompts)} prompts.")
     step = max(1, ROWS_PER_PASS // per_prompt)
     tokens, logprobs = [], []
-    for start in range(0, len(prompts), step):
-        part = prompts[start : start + step]
-        rows = slice(start * per_prompt, (start + len(part)) * per_prompt)
-        drawn, seen = _decode(policy, part, per_prompt, uniforms[rows].to(policy.device), temperature, cut)
-        tokens += drawn
-        logprobs += seen
+    with policy.network.merged.active():
+        for start in range(0, len(prompts), step):
+            part = prompts[start : start + step]
+            rows = slice(start * per_prompt, (start + len(part)) * per_prompt)
+            drawn, seen = _decode(policy, part, per_prompt, uniforms[rows].to(policy.device), temperature, cut)
+            tokens += drawn
+            logprobs += seen
     return _assemble(policy, prompts, per_prompt, tokens, logprobs, limit=uniforms.shape[1])
 
 
