@@ -31,7 +31,6 @@ class MergedTrunk:
         self._merged: dict[LoraLinear, nn.Linear] = {}
 
     @contextmanager
-    @torch.no_grad()
     def active(self) -> Iterator[None]:
         """Within: layers whose adapter is on and can be added in are merged. After, exceptions included: as before.
 
@@ -46,6 +45,7 @@ class MergedTrunk:
             for parent, name, layer in places:
                 parent._modules[name] = layer
 
+    @torch.no_grad()
     def _filled(self, layer: LoraLinear) -> nn.Linear:
         """The layer's stand-in, holding W + scaling · B A as they are now."""
         base, adapter = layer.get_base_layer(), layer.active_adapters[0]
@@ -56,18 +56,21 @@ class MergedTrunk:
             self._merged[layer] = empty
         merged = self._merged[layer]
         weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        up, down = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
         torch.addmm(weight, up, down, alpha=layer.scaling[adapter], out=merged.weight)
         return merged
 
 
 def _can_merge(layer: LoraLinear) -> bool:
-    """Whether the layer computes W x + scaling · B A x + bias and nothing else, in float32 on the CPU."""
-    base, names = layer.get_base_layer(), layer.active_adapters
-    if layer.disable_adapters or layer.merged or len(names) != 1 or names[0] not in layer.lora_A:
-        return False
-    plain = type(base) in (nn.Linear, Conv1D) and "forward" not in vars(base) and not base._forward_hooks
-    simple = names[0] not in layer.lora_variant and not layer.lora_bias[names[0]]
-    weights = (base.weight, layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight)
-    usual = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in weights)
-    return plain and simple and usual and not layer.lora_dropout[names[0]].training
+    """Whether the layer computes (W + scaling · B A) x + bias and nothing else, in float32 on the CPU."""
+    base, adapter = layer.get_base_layer(), layer.active_adapters[0]
+    return (
+        not layer.disable_adapters
+        and adapter in layer.lora_A
+        and adapter not in layer.lora_variant  # DoRA and its kin
+        and not layer.lora_bias[adapter]
+        and not layer.lora_dropout[adapter].training
+        and type(base) in (nn.Linear, Conv1D)
+        and base.weight.dtype == torch.float32
+        and base.weight.device.type == "cpu"
+    )
