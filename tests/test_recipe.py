@@ -95,6 +95,15 @@ WRONG = {
     "auto price in plain dpo": (DPO + "kl: {control: fixed}\n", 4, ["kl.beta", "found auto", "0 for plain DPO"]),
     "a price in the reward of dpo": (DPO + "kl: {placement: reward}\n", 4, ["kl.placement", "wanted loss"]),
     "another loss's key": (DPO + "dpo: {gap: 2.0}\n", 4, ["dpo.gap", "read only by loss simpo"]),
+    "a dynamic beta of another loss": (
+        DPO + "dpo: {loss: ipo, dynamic_beta: 0.6}\n", 4, ["dpo.dynamic_beta", "read only by loss sigmoid"]),
+    "a negative dynamic beta": (DPO + "dpo: {dynamic_beta: -0.6}\n", 4, ["dpo.dynamic_beta"]),
+    "a reference moved for simpo": (
+        DPO + "dpo: {loss: simpo, reference_alpha: 0.6}\n", 4, ["dpo.reference_alpha", "simpo knows no reference"]),
+    "a reference that goes nowhere": (DPO + "dpo: {reference_alpha: 0}\n", 4, ["dpo.reference_alpha", "above 0"]),
+    "a reference moved beyond": (DPO + "dpo: {reference_alpha: 1.5}\n", 4, ["dpo.reference_alpha", "1"]),
+    "moves of no reference": (
+        DPO + "dpo: {reference_every: 512}\n", 4, ["dpo.reference_every", "found 512", "dpo.reference_alpha"]),
     "robust without a share": (DPO + "dpo: {loss: robust}\n", 4, ["dpo.label_smoothing", "it is loss: sigmoid"]),
     "alpha unread": (DPO + "dpo: {loss: f_dpo, alpha: 0.7}\n", 4, ["dpo.alpha", "found forward_kl"]),
     "alpha 1": (DPO + "dpo: {loss: f_dpo, divergence: alpha, alpha: 1.0}\n", 4, ["dpo.alpha", "loss: sigmoid"]),

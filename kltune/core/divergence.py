@@ -136,9 +136,13 @@ def kl_exact(logits: Tensor, ref_logits: Tensor, temperature: float) -> Tensor:
         ValueError: the shapes differ, or ``temperature`` is not above 0.
     """
     expect_same_shape(logits=logits, ref_logits=ref_logits)
-    a, b = log_distribution(logits, temperature), log_distribution(ref_logits, temperature)
-    p = a.exp()
-    return _never_below_zero((p * _gap(a, b) + (b.exp() - p)).sum(-1))
+    return kl_of_distributions(log_distribution(logits, temperature), log_distribution(ref_logits, temperature))
+
+
+def kl_of_distributions(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """``kl_exact`` from a and b, the log-probabilities of every token as ``log_distribution`` gives them."""
+    p = logprobs.exp()
+    return _never_below_zero((p * gap_where_possible(logprobs, ref_logprobs) + (ref_logprobs.exp() - p)).sum(-1))
 
 
 class ByToken(NamedTuple):
@@ -191,7 +195,7 @@ def compare(logprobs: Tensor, ref_logprobs: Tensor, *, by_token: bool = False) -
         ValueError: the shapes differ.
     """
     expect_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
-    p, q, gap = logprobs.exp(), ref_logprobs.exp(), _gap(logprobs, ref_logprobs)
+    p, q, gap = logprobs.exp(), ref_logprobs.exp(), gap_where_possible(logprobs, ref_logprobs)
     parts = p * gap
     mean = parts.sum(-1, keepdim=True)
     parts += q - p
@@ -214,7 +218,7 @@ def _entropy(p: Tensor, logprobs: Tensor) -> Tensor:
     return -(p * (logprobs if _all_possible(logprobs) else logprobs.masked_fill(logprobs == -torch.inf, 0.0))).sum(-1)
 
 
-def _gap(a: Tensor, b: Tensor) -> Tensor:
+def gap_where_possible(a: Tensor, b: Tensor) -> Tensor:
     """a − b where the policy can go, and 0 where it cannot: 0 · log 0 = 0, and −∞ − −∞ would be NaN."""
     return a - b if _all_possible(a) else torch.where(a == -torch.inf, 0.0, a - b)
 

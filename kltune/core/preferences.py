@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 EXPONENT = 20.0         # from here on e^x goes on as its tangent, so that nothing overflows and no gradient becomes 0
+LEAST_BETA = 0.01       # of its own value that a dynamic beta keeps: 0 would teach nothing, below it the opposite
 SURE = -1e-6            # mean log-probability from which the odds count as no longer rising
 
 
@@ -38,6 +39,26 @@ def sigmoid_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> T
     """
     z = beta * margin
     return (1.0 - label_smoothing) * softplus(-z) + label_smoothing * softplus(z)
+
+
+def dynamic_beta(beta: float, gain: float, margin: float, usual: float) -> float:
+    """The beta of one batch, larger where its pairs are further apart than usual.
+
+        β_batch = β · max(1 + a (M − M₀), 0.01),    M = mean h of the batch,    M₀ its running mean
+
+    Source: Wu et al. 2024, arXiv 2407.08639 (β-DPO), equation 6 for a batch, M in nats as in the authors' code; every
+    pair is kept, where they leave out some by chance.
+
+    Args:
+        beta: β, reward per nat, above 0.
+        gain: a, per nat, 0 or above.
+        margin: M, nats.
+        usual: M₀, nats.
+
+    Returns:
+        Reward per nat, above 0.
+    """
+    return beta * max(1.0 + gain * (margin - usual), LEAST_BETA)
 
 
 def robust_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from kltune.errors import ModelError
+from kltune.lm.lora import speed_up
 
 POLICY = "default"  # PEFT saves an adapter of this name at the root of the folder, where every loader looks
 VALUE = "value"
@@ -36,6 +37,7 @@ class AdapterSwitch:
     """
 
     def __init__(self, model: nn.Module):
+        speed_up(model)
         self.layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
     def _set(self, name: str | None) -> None:

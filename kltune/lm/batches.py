@@ -25,8 +25,9 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int | bool, dtype: torch.dtype
 
 
 def response_scatter(flat: Tensor, response_mask: Tensor) -> Tensor:
-    """Lay N per-token numbers out as [B, T], 0 outside the mask; row by row, as ``scored`` selects them."""
-    return torch.zeros(response_mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(response_mask, flat)
+    """Lay N per-token numbers (or vectors) out as [B, T], 0 outside the mask; row by row, as ``scored`` selects."""
+    laid_out = torch.zeros(*response_mask.shape, *flat.shape[1:], dtype=flat.dtype, device=flat.device)
+    return laid_out.masked_scatter(response_mask.view(*response_mask.shape, *[1] * (flat.dim() - 1)), flat)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Rollout(Samples):
     entropy, ref_entropy: of the next-token distributions; None where not measured.
     log_ratio_variance: of log π − log π_ref under π at each position, nats²; None where not measured.
     values: what the value function expected before each token; None without one.
+    value_states: the hidden states that a value head alone reads it off, [B, T, H]; None without one.
     """
 
     ref_logprobs: Tensor
@@ -74,6 +76,7 @@ class Rollout(Samples):
     ref_entropy: Tensor | None
     log_ratio_variance: Tensor | None
     values: Tensor | None = None
+    value_states: Tensor | None = None
 
     def select(self, rows: Tensor) -> "Rollout":
         """The rollout of some rows only, cut to the longest sequence among them."""
@@ -85,7 +88,7 @@ class Rollout(Samples):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 value = value[rows]
-                chosen[field.name] = value[:, : cut.get(field.name, longest)] if value.dim() == 2 else value
+                chosen[field.name] = value[:, : cut.get(field.name, longest)] if value.dim() > 1 else value
             elif isinstance(value, tuple):
                 chosen[field.name] = tuple(value[i] for i in rows.tolist())
         return replace(self, **chosen)

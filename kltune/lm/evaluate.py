@@ -9,7 +9,7 @@ from kltune.lm.data import Example, Prompt, described, distinct, load_examples, 
 from kltune.lm.judge import Answers
 from kltune.lm.measurement import Draw, Measurement, measure_kl
 from kltune.lm.policy import Policy
-from kltune.lm.preferences import Preferences, load_preferences, pair_metrics
+from kltune.lm.preferences import KnownLogprobs, Preferences, load_preferences, pair_metrics
 from kltune.lm.scorers import Scorer, load_scorer
 from kltune.lm.texts import log_perplexity
 from kltune.recipe import DataSection, EvalSection, Recipe, SamplingSection
@@ -37,10 +37,12 @@ def load_held_out(
     folder: Path,
     note: str,
     answers: Answers | None = None,
+    ref_logprobs: KnownLogprobs | None = None,
 ) -> HeldOut:
     """Read the recipe's ``eval`` section; without prompts or pairs of its own, evaluations use ``fallback``.
 
-    ``answers`` are those of a gold judge, as ``load_scorer`` takes them.
+    ``answers`` are those of a gold judge, as ``load_scorer`` takes them; ``ref_logprobs`` those of the reference that
+    are known, as ``Preferences.measured`` takes them.
     """
     rules, own = row_rules(data), section.prompts or section.pairs
     prompts, texts, pairs, notes = fallback, [], None, [note]
@@ -54,7 +56,7 @@ def load_held_out(
         notes.append(described(section.texts, counts))
     if section.pairs is not None:
         pairs, note = load_preferences(section.pairs, policy, data)
-        pairs = pairs.measured(policy, range(len(pairs)))
+        pairs = pairs.measured(policy, range(len(pairs)), ref_logprobs)
         notes.append(note)
     gold = None if section.gold is None else load_scorer([section.gold], folder, policy.device, policy, answers)
     notes += () if gold is None else gold.notes

@@ -79,8 +79,11 @@ def collect(
     rollout = sample_rollout(policy, chosen, uniforms, temperature=sampling.temperature, exact=exact)
     if policy.value_head is None:
         return rollout
-    values = policy.measure_values(rollout.ids, rollout.scored)
-    return replace(rollout, values=response_scatter(values, rollout.response_mask))
+    values, states = (
+        None if found is None else response_scatter(found, rollout.response_mask)
+        for found in policy.measure_values(rollout.ids, rollout.scored)
+    )
+    return replace(rollout, values=values, value_states=states)
 
 
 def standardize(

@@ -1,9 +1,9 @@
 """A trunk with its adapter added into the weights, for as long as it samples: in tensors of their own.
 
-A LoRA layer takes three matrix products where W + BA takes one. The sum is written to a buffer, and a linear layer over
-that buffer stands in the LoRA layer's place; the base's tensors are neither written nor replaced, so the reference
-cannot move. (PEFT's merge and unmerge write them: a hundred rounds moved float32 weights by 1e-7 and bfloat16 ones by
-1 %.)
+A LoRA layer takes three matrix products where W + BA takes one, and for one token a row, adding up first would not pay.
+So the sum is written to a buffer once for all tokens of a batch, and a linear layer over it stands in the LoRA layer's
+place; the base's tensors are neither written nor replaced, so the reference cannot move. (PEFT's merge and unmerge
+write them: a hundred rounds moved float32 weights by 1e-7 and bfloat16 ones by 1 %.)
 
 Only in float32 and on the CPU. In bfloat16 the sum rounds away what was trained: 78 % of an update of a thousandth of
 the weights. On a GPU small products wait for their launch, not for arithmetic.
@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from kltune.lm.lora import LoraLinear
 
 
 class MergedTrunk:
@@ -26,9 +28,9 @@ class MergedTrunk:
             (parent, name, layer)
             for parent in trunk.modules()
             for name, layer in parent.named_children()
-            if type(layer) is LoraLinear
+            if type(layer) in (PeftLinear, LoraLinear)
         ]
-        self._merged: dict[LoraLinear, nn.Linear] = {}
+        self._merged: dict[PeftLinear, nn.Linear] = {}
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -46,7 +48,7 @@ class MergedTrunk:
                 parent._modules[name] = layer
 
     @torch.no_grad()
-    def _filled(self, layer: LoraLinear) -> nn.Linear:
+    def _filled(self, layer: PeftLinear) -> nn.Linear:
         """The layer's stand-in, holding W + scaling · B A as they are now."""
         base, adapter = layer.get_base_layer(), layer.active_adapters[0]
         if layer not in self._merged:
@@ -61,7 +63,7 @@ class MergedTrunk:
         return merged
 
 
-def _can_merge(layer: LoraLinear) -> bool:
+def _can_merge(layer: PeftLinear) -> bool:
     """Whether the layer computes (W + scaling · B A) x + bias and nothing else, in float32 on the CPU."""
     base, adapter = layer.get_base_layer(), layer.active_adapters[0]
     return (

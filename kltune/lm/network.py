@@ -5,10 +5,14 @@ are just head(trunk), with no scaling or soft cap behind it) is found out by try
 take the place of the hidden states, and everything else works the same with less of it at once.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
+from kltune.core.head import Reader, through_head
 from kltune.lm.merging import MergedTrunk
 
 CHUNK_BYTES = 64 * 2**20  # float32 logits that may exist at once, per model; larger chunks were not faster
@@ -63,6 +67,36 @@ class Network:
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits in the model's own dtype. [N, H] -> [N, V]."""
         return self.head(hidden) if self.split else hidden
+
+    def read(
+        self, hidden: Tensor, reader: Reader, *others: Tensor | Callable[[slice], Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Read numbers off the logits of N positions, a chunk at a time; differentiable, once.
+
+        Args:
+            hidden: what ``hidden`` gave at the positions. [N, H].
+            reader: what to read.
+            others: what it takes besides the logits: tensors of N positions, or functions that give those of a slice.
+
+        Returns:
+            One tensor for each reading. [N] float32.
+        """
+        head, rows = self.head, self.chunk_rows
+        if self.split and type(head) is nn.Linear and not any(tensor.requires_grad for tensor in head.parameters()):
+            return through_head(hidden, head.weight, head.bias, reader, others, rows)
+
+        def some(states: Tensor, part: slice) -> tuple[Tensor, ...]:
+            beside = [other[part] if isinstance(other, Tensor) else other(part) for other in others]
+            return tuple(reading.value for reading in reader(self.logits(states), *beside, slopes=False))
+
+        # An adapter on the head, or no head at all: the backward pass makes a chunk's logits again.
+        save = torch.is_grad_enabled() and len(hidden) > rows
+        parts = [slice(start, start + rows) for start in range(0, max(1, len(hidden)), rows)]
+        found = [
+            checkpoint(some, hidden[part], part, use_reentrant=False) if save else some(hidden[part], part)
+            for part in parts
+        ]
+        return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
     def step(
         self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache | None

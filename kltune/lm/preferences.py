@@ -1,11 +1,13 @@
 """Preference data as a loss sees them: how much more likely the policy makes each response than its reference does.
 
-The reference does not change, so its log-probabilities are measured once, in an order that depends on the recipe alone:
-a resumed run measures them again to the same bit.
+The reference does not change, so its log-probabilities are measured once, and known from then on. The order in which
+they are measured depends on the recipe alone: a run that has lost them measures them again to the same bit.
 """
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +24,9 @@ from kltune.lm.pairs import Answer, load_labelled, load_pairs
 from kltune.lm.policy import Policy
 from kltune.lm.texts import document_nats, example_batch, text_limits
 from kltune.recipe import DataSection
+
+KnownLogprobs = MutableMapping[str, Tensor]  # by what was measured, and of which reference
+MEASURE = 1  # to be raised when the same pairs and reference would give other numbers
 
 
 @dataclass(frozen=True)
@@ -53,15 +58,44 @@ class Preferences:
         examples = tuple(self.examples[row] for row in rows.tolist())
         return replace(self, examples=examples, wanted=self.wanted[rows], ref_logprobs=self.ref_logprobs[rows])
 
-    def measured(self, policy: Policy, groups: Sequence[int]) -> "Preferences":
-        """With the reference's log-probabilities of these groups."""
-        rows = [self.group * at + side for at in sorted(set(groups)) for side in range(self.group)]
+    def measured(
+        self, policy: Policy, groups: Sequence[int], known: KnownLogprobs | None = None
+    ) -> "Preferences":
+        """With the reference's log-probabilities of these groups: what is ``known``, or is from then on."""
+        chosen = sorted(set(groups))
+        if known is None:
+            return self._under(policy.reference(), policy, chosen)
+        key = self._key(policy, chosen)
+        if key not in known:
+            known[key] = self._under(policy.reference(), policy, chosen).ref_logprobs
+        return replace(self, ref_logprobs=known[key])
+
+    def against(self, reference: AbstractContextManager[None], policy: Policy) -> "Preferences":
+        """With the log-probabilities of another reference: the policy as it is within ``reference``."""
+        return self._under(reference, policy, range(len(self)))
+
+    def _under(
+        self, reference: AbstractContextManager[None], policy: Policy, groups: Sequence[int]
+    ) -> "Preferences":
+        rows = [self.group * at + side for at in groups for side in range(self.group)]
         rows.sort(key=lambda row: len(self.examples[row].ids))       # alike in length: little padding
-        with policy.reference():
-            nats, _ = document_nats(policy, [self.examples[row] for row in rows])
+        with reference:
+            nats, _ = document_nats(policy, [self.examples[row] for row in rows], self.temperature)
         ref_logprobs = self.ref_logprobs.clone()
         ref_logprobs[rows] = -nats
         return replace(self, ref_logprobs=ref_logprobs)
+
+    def _key(self, policy: Policy, groups: Sequence[int]) -> str:
+        """All that the reference's log-probabilities of these groups depend on, in words."""
+        found = {
+            "reference": policy.fingerprint.sha256,
+            "dtype": policy.fingerprint.dtype,
+            "data": self.sha256(),
+            "groups": hashlib.sha256(repr(list(groups)).encode()).hexdigest(),
+            "temperature": self.temperature,
+            "measure": MEASURE,
+        }
+        return json.dumps(found)
 
     def parts(self, sequences: int | None, tokens: int) -> list[list[int]]:
         """The groups in micro-batches, longest last: of so many sequences, or else of about so many tokens."""
@@ -130,12 +164,26 @@ def response_logprobs(policy: Policy, part: Preferences) -> tuple[Tensor, Tensor
     return response_scatter(flat, scored).cpu().double().sum(dim=1), scored.sum(dim=1).cpu()
 
 
-def log_ratios_of(policy: Policy, examples: Sequence[Example]) -> Tensor:
-    """log π(y|x) − log ρ(y|x) of each response, both measured now and without gradients. [R] float64, nats."""
+def log_ratios_of(policy: Policy, examples: Sequence[Example], reference: AbstractContextManager[None]) -> Tensor:
+    """log π(y|x) − log ρ(y|x) of each response, both measured now and without gradients. [R] float64, nats.
+
+    Within ``reference``, the policy is ρ.
+    """
     nats, _ = document_nats(policy, examples)
-    with policy.reference():
+    with reference:
         ref_nats, _ = document_nats(policy, examples)
     return ref_nats - nats
+
+
+def log_ratios(policy: Policy, part: Preferences) -> Tensor:
+    """log π(y|x) − log ρ(y|x) of each response, π measured now and without gradients. [R] float64, nats."""
+    nats, _ = document_nats(policy, part.examples, part.temperature)
+    return -nats - part.ref_logprobs
+
+
+def margins(log_ratio: Tensor) -> Tensor:
+    """h of each pair, by the log-ratios of its two sides. [2 P] -> [P], nats."""
+    return log_ratio[0::2] - log_ratio[1::2]
 
 
 def pair_metrics(policy: Policy, pairs: Preferences) -> dict[str, float | None]:
@@ -143,9 +191,8 @@ def pair_metrics(policy: Policy, pairs: Preferences) -> dict[str, float | None]:
 
         accuracy = share of pairs with h > 0, a half where h = 0;    margin = mean h
     """
-    nats, _ = document_nats(policy, pairs.examples)
-    log_ratio = -nats - pairs.ref_logprobs
-    margin = log_ratio[0::2] - log_ratio[1::2]
+    log_ratio = log_ratios(policy, pairs)
+    margin = margins(log_ratio)
     share, count = win_share(margin), len(margin)
     low, high = wilson(share, count)
     return {

@@ -1,4 +1,4 @@
-"""Trained tensors as they were: to put back bit for bit, and to measure a new policy against the old one."""
+"""Trained tensors as they were: to put back bit for bit, and to measure a policy against another of its states."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kltune.core.divergence import kl_exact
 from kltune.core.logprobs import token_logprobs
+from kltune.core.masking import per_response
 from kltune.lm.batches import Rollout, response_scatter
 from kltune.lm.policy import Policy
 
@@ -36,6 +37,11 @@ class Snapshot:
         finally:
             for name, tensor in self._parameters.items():
                 tensor.data = new[name]
+
+    def approach(self, share: float) -> None:
+        """Let the copy go this share of the way to what the parameters hold now; 1 copies them bit for bit."""
+        for name, tensor in self._parameters.items():
+            self.tensors[name].lerp_(tensor.detach(), share)
 
     def step(self, direction: Mapping[str, Tensor], scale: float) -> None:
         """Set the parameters to old + scale · direction."""
@@ -107,3 +113,11 @@ class Move:
                 ref_kl = kl_exact(new_logits, policy.ref_logits(ref), temperature)
             found.append((logprobs, step_kl, ref_kl))
         return tuple(torch.cat(column) for column in zip(*found, strict=True))
+
+
+def kl_to(policy: Policy, other: Snapshot, rollout: Rollout, temperature: float) -> float:
+    """Exact KL(policy ‖ another state of it), nats per response, on responses that the policy as it is sampled."""
+    sampled = Move(policy, Snapshot(policy.trainable_parameters()), rollout, temperature, reference=False)
+    with other.in_place():
+        _, kl, _ = sampled.measure()
+    return per_response(kl.double(), rollout.response_mask).mean().item()

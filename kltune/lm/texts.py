@@ -14,7 +14,9 @@ from kltune.recipe import DataSection
 TEXTS_PER_PASS = 256
 
 
-def document_nats(policy: Policy, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+def document_nats(
+    policy: Policy, examples: Sequence[Example], temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each text's scored tokens, and how many they are. [D] float64 nats, [D] int64.
 
     Raises:
@@ -23,7 +25,7 @@ def document_nats(policy: Policy, examples: Sequence[Example]) -> tuple[Tensor, 
     nats, tokens = [], []
     for start in range(0, len(examples), TEXTS_PER_PASS):
         ids, scored = example_batch(examples[start : start + TEXTS_PER_PASS], policy)
-        logprobs = policy.measure_logprobs(ids, scored)
+        logprobs = policy.measure_logprobs(ids, scored, temperature)
         if not torch.isfinite(logprobs).all():
             raise DivergedError("the log-probability of a held-out token is not finite; lower optim.lr.")
         nats.append(-response_scatter(logprobs.double(), scored).sum(dim=1).cpu())

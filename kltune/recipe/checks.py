@@ -42,6 +42,7 @@ UNREAD = {
 LOSS_KEYS = {
     "label_smoothing": ("sigmoid", "robust"), "divergence": ("f_dpo",), "alpha": ("f_dpo",),
     "reward_limit": ("chi_po",), "gap": ("simpo",), "wanted_weight": ("kto",), "unwanted_weight": ("kto",),
+    "dynamic_beta": ("sigmoid",),
 }
 
 
@@ -151,6 +152,11 @@ def preferences(recipe: Any) -> Iterator[Clash]:
         yield ("dpo.alpha", "dpo.divergence"), f"read only with divergence: alpha, found {dpo.divergence}; remove it"
     if dpo.loss == "f_dpo" and dpo.divergence == "alpha" and dpo.alpha == 1.0:
         yield ("dpo.alpha",), "found 1, where it is loss: sigmoid and the formula is 0/0"
+    if dpo.reference_alpha is not None and dpo.loss in ("orpo", "simpo"):
+        yield ("dpo.reference_alpha", "dpo.loss"), f"found {dpo.reference_alpha:g}, but {dpo.loss} knows no reference"
+    if dpo.reference_alpha is None and dpo.reference_every != type(dpo).model_fields["reference_every"].default:
+        yield (("dpo.reference_every", "dpo.reference_alpha"),
+               f"found {dpo.reference_every}, read only with dpo.reference_alpha: write one, or remove it")
     if dpo.loss == "kto" and recipe.optim.batch_size < 2:
         yield (("optim.batch_size", "dpo.loss"), f"found {recipe.optim.batch_size}, wanted at least 2: kto holds "
                "responses against those of other prompts")

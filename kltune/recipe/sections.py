@@ -138,6 +138,11 @@ class PPOSection(Section):
     """Clipped policy steps."""
 
     baseline: Literal["value", "rloo", "grpo"] = Field("value", description="what a response is compared with")
+    value_function: Literal["lora", "head"] = Field(
+        "lora",
+        description="baseline: value reads the trunk through an adapter of its own, or with a head alone what the "
+        "policy's trunk holds: about half the work of an update, and far coarser",
+    )
     epochs: Count = Field(4, description="passes over one step's responses")
     minibatch_size: Count = Field(
         64, description="responses per update; must divide a step's responses; default: as many of them as fit in 64"
@@ -166,6 +171,11 @@ class TRPOSection(Section):
         0.25, gt=0, le=1, description="share of a step's responses that the curvature is measured on"
     )
     baseline: Literal["value", "rloo", "grpo"] = Field("value", description="what a response is compared with")
+    value_function: Literal["lora", "head"] = Field(
+        "lora",
+        description="baseline: value reads the trunk through an adapter of its own, or with a head alone what the "
+        "policy's trunk holds: about half the work of an update, and far coarser",
+    )
     gamma: Fraction = Field(1.0, description="discount per token (baseline: value)")
     gae_lambda: Fraction = Field(0.95, description="1 is unbiased, lower is calmer (baseline: value)")
     value_epochs: Count = Field(2, description="passes of the value function over one step's responses")
@@ -199,6 +209,15 @@ class DPOSection(Section):
     gap: NotNegative = Field(1.0, description="by which the chosen response's reward should be ahead (simpo)")
     wanted_weight: Positive = Field(1.0, description="of wanted responses (kto)")
     unwanted_weight: Positive = Field(1.0, description="of unwanted responses (kto)")
+    dynamic_beta: NotNegative = Field(
+        0.0, description="a batch's beta is beta x (1 + this x (its mean margin - the running mean of them, nats)); 0 "
+        "keeps beta, 0.6 is beta-DPO's (sigmoid)"
+    )
+    reference_alpha: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="how far towards the policy the loss's reference goes every reference_every steps (TR-DPO: "
+        "0.6, or 1); null leaves it; the KL is to the model's frozen weights all the same"
+    )
+    reference_every: Count = Field(1, description="steps between moves of the loss's reference (reference_alpha)")
     from_reference: bool = Field(
         False, description="the responses were sampled from the reference: KL(reference‖policy) is estimated on them"
     )

@@ -21,6 +21,7 @@ from kltune.lm.judge import Judge
 from kltune.lm.optim import guarded_step, set_learning_rate
 from kltune.lm.policy import Policy
 from kltune.lm.scorers import Scorer
+from kltune.lm.snapshot import Snapshot
 from kltune.run.checkpoint import read_state
 from kltune.run.optimizer_state import load_optimizer, optimizer_tensors
 
@@ -78,6 +79,8 @@ class Learner:
     last_step: Tensor | None = None  # the last one, [P], which the next batch judges
     cap: Cap | None = None
     reward_mean: float | None = None  # running, of the rewards that a preference loss implies, where it needs one
+    margin_mean: float | None = None  # running, of its pairs' margins, nats, where its beta follows them
+    loss_reference: Snapshot | None = None  # what it holds the policy against, where that moves: no budget's reference
     data_sha256: str | None = None  # of what is learnt from, where that is read and not sampled
 
     def moving(self) -> dict[str, dict[str, Tensor]]:
@@ -88,6 +91,8 @@ class Learner:
             groups["optimizer"] = optimizer_tensors(self.optimizer, policy)
         if self.value_optimizer is not None:
             groups |= {"value": dict(values), "value_optimizer": optimizer_tensors(self.value_optimizer, values)}
+        if self.loss_reference is not None:
+            groups["loss_reference"] = dict(self.loss_reference.tensors)
         return groups
 
     def put_back(self, groups: dict[str, dict[str, Tensor]]) -> None:
@@ -100,6 +105,9 @@ class Learner:
         if self.value_optimizer is not None:
             self.policy.load_value_parameters(groups["value"])
             load_optimizer(self.value_optimizer, values, groups.get("value_optimizer", {}))
+        if self.loss_reference is not None:
+            for name, tensor in self.loss_reference.tensors.items():
+                tensor.copy_(groups["loss_reference"][name])
 
     def stop_momentum(self) -> None:
         """Let the policy's optimizer forget which way it was moving, not how large its gradients are."""
@@ -146,6 +154,8 @@ class Learner:
             values["scorer"] = self.scorer.state()
         if self.reward_mean is not None:
             values["reward_mean"] = self.reward_mean
+        if self.margin_mean is not None:
+            values["margin_mean"] = self.margin_mean
         if self.data_sha256 is not None:
             values["data_sha256"] = self.data_sha256
         if self.damping is not None:
@@ -179,6 +189,8 @@ class Learner:
             self.scorer = self.scorer.restored(state["scorer"])
         if self.reward_mean is not None:
             self.reward_mean = state["reward_mean"]
+        if self.margin_mean is not None:
+            self.margin_mean = state["margin_mean"]
         if self.damping is not None:
             self.damping = replace(self.damping, **state["damping"])
         if self.pace is not None:
@@ -200,6 +212,8 @@ class Learner:
     ) -> tuple[float, float]:
         """One step of the value function, which shares frozen weights with the policy and no trainable ones.
 
+        A head alone is fitted to the hidden states that its values were read off, so that it takes no pass of its own.
+
         Args:
             part: a minibatch.
             clip_range: how far a value may gain from moving, unit of score; ∞ for no limit.
@@ -215,7 +229,9 @@ class Learner:
         for micro in torch.arange(rows, device=self.policy.device).split(micro_batch or rows):
             piece = part.select(micro)
             old, mask = piece.rollout, piece.rollout.response_mask
-            values = response_scatter(self.policy.values(old.ids, old.scored), mask)
+            states = old.value_states
+            flat = self.policy.values(old.ids, old.scored) if states is None else self.policy.value_head(states[mask])
+            values = response_scatter(flat, mask)
             loss = clipped_value_loss(values, old.values, piece.returns, mask, clip_range, tokens)
             (coef * loss).backward()
             total += loss.item()

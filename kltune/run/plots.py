@@ -74,6 +74,8 @@ def plots_for(limits: Limits) -> tuple[Plot, ...]:
         Plot("Accuracy", "share of pairs", ("accuracy/mean", "*/accuracy")),
         Plot("Margin of the pairs", "nats", ("pairs/margin_nats", "eval/margin_nats")),
         Plot("Log-ratio to the reference", "nats per response", ("pairs/*_log_ratio_nats",)),
+        Plot("Beta of the preference loss", "reward per nat", ("dpo/beta",)),
+        Plot("KL to the moving reference of the loss", "nats per response", ("kl/loss_ref_nats_per_response",)),
         Plot("Price of one nat (beta)", "score per nat", ("kl/beta",), log=True),
         Plot("KL of one update", "nats per response", ("kl/step_nats_per_response", "trpo/radius*"), limited="step"),
         Plot("Gain of the surrogate", "score", ("trpo/predicted_gain", "trpo/gain", "trpo/last_gain*")),

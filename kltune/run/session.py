@@ -27,6 +27,7 @@ from kltune.recipe import Recipe, differing_keys, dump_recipe, load_recipe, reci
 from kltune.run.answers import StoredAnswers
 from kltune.run.checkpoint import clear_leftovers, latest_checkpoint, saved_step
 from kltune.run.manifest import read_json
+from kltune.run.ref_logprobs import StoredLogprobs
 from kltune.run.storage import read_jsonl, redact, storing, to_json, without_nonfinite, write_whole
 
 SCHEMA = "kltune.run/1"
@@ -44,6 +45,7 @@ class Run:
         start_step: steps already done: 0, or those of ``resume_from``.
         stop_signal: the number of the signal that asked the run to stop after this step, or None.
         answers: of AI judges, those of earlier sessions included.
+        ref_logprobs: of the reference, likewise.
     """
 
     def __init__(self, recipe: Recipe, record: dict[str, Any], resume_from: Path | None):
@@ -53,6 +55,7 @@ class Run:
         self.start_step = saved_step(resume_from) if resume_from else 0
         self.stop_signal: int | None = None
         self.answers = StoredAnswers(self.folder)
+        self.ref_logprobs = StoredLogprobs(self.folder)
         self._signalled_at = 0.0
         self._opened_at = time.monotonic()
         self._record = record

@@ -73,8 +73,8 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader, or a kill at any moment, finds the old file or the new one.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a kill at any moment, finds the old file or the new one.
 
     Raises:
         StorageError: the file cannot be written; the old one is untouched.
@@ -83,7 +83,7 @@ def write_whole(path: Path, text: str) -> None:
     with storing(path):
         try:
             with open(temporary, "wb") as file:
-                file.write(text.encode("utf-8"))
+                file.write(content.encode("utf-8") if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -51,7 +51,8 @@ def load_data(recipe: BudgetRecipe, policy: Policy, run: Run) -> tuple[list[Prom
     prompts = prompts if data.prompts else distinct(prompts)
     note = described(source, counts)
     held_out = load_held_out(
-        recipe.eval, data, policy, prompts, prompt_limit=limit, folder=recipe.folder, note=note, answers=run.answers
+        recipe.eval, data, policy, prompts, prompt_limit=limit, folder=recipe.folder, note=note, answers=run.answers,
+        ref_logprobs=run.ref_logprobs,
     )
     measured = min(len(held_out.prompts), held_out.responses)
     if recipe.kl.hard_cap is not None and measured < 2:

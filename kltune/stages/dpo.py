@@ -11,12 +11,19 @@ With ``dpo.source: online`` the policy's answers are scored, or compared by a ju
 is chosen over the worst; the KL is that of the same answers.
 
 The sum is minimised times beta, so that plain DPO is plain DPO. The gradient of the KL is the exact one of PPO's
-``placement: loss``. Sources: Rafailov et al. 2023, arXiv 2305.18290; Song et al. 2024, arXiv 2406.01462 (offline pairs
-with an online KL); Guo et al. 2024, arXiv 2402.04792 (online pairs); MATH 6.6 (a target for the KL).
+``placement: loss``. With ``dpo.dynamic_beta`` each batch has a beta of its own. With ``dpo.reference_alpha`` the loss
+is held against a copy of the adapter that follows it; the KL that is measured, priced and capped stays the one to the
+frozen weights.
+
+Sources: Rafailov et al. 2023, arXiv 2305.18290; Song et al. 2024, arXiv 2406.01462 (offline pairs with an online KL);
+Guo et al. 2024, arXiv 2402.04792 (online pairs); Wu et al. 2024, arXiv 2407.08639 (dynamic beta); Gorbatovski et al.
+2024, arXiv 2404.09656 (TR-DPO, of all weights; here of the adapter's tensors, so that with an alpha below 1 the loss's
+reference is no average of the two models); MATH 6.6 (a target for the KL).
 """
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,9 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kltune.core import preferences as losses
 from kltune.core.calibration import win_share
 from kltune.core.losses import exact_kl_loss
+from kltune.core.preferences import dynamic_beta, mismatch_point
 from kltune.errors import DivergedError
 from kltune.lm.batches import Rollout, response_scatter
 from kltune.lm.data import Prompt, shuffled_positions
@@ -35,14 +42,18 @@ from kltune.lm.judge import Judge
 from kltune.lm.online_pairs import best_against_worst, win_rates
 from kltune.lm.optim import guarded_step, learning_rate_share, make_optimizer, total_steps
 from kltune.lm.policy import Policy
+from kltune.lm.preference_losses import preference_losses, scale_of
 from kltune.lm.preferences import (
     Preferences,
     check_first_log_ratios,
     load_preferences,
+    log_ratios,
     log_ratios_of,
+    margins,
     response_logprobs,
 )
 from kltune.lm.scorers import load_scorer, name_of
+from kltune.lm.snapshot import Snapshot, kl_to
 from kltune.recipe import DPORecipe, DPOSection, asks_for_pairs
 from kltune.run.clock import Clock
 from kltune.run.job import Batch, Job
@@ -62,7 +73,7 @@ from kltune.run.training import (
 )
 
 LABELLED = ("kto", "bco")  # losses of responses judged one by one
-REWARD_MEMORY = 0.9  # share of bco's running mean that a step leaves
+MEMORY = 0.9  # share of a running mean that a step leaves
 TRAINED_SHARE = 4  # of the tokens that fit through the trunk without gradients, this fraction is trained on at once
 
 
@@ -90,7 +101,7 @@ def train(recipe: DPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
             recipe.data.pairs, policy, recipe.data, labelled=recipe.dpo.loss in LABELLED
         )
         steps = total_steps(recipe.run, len(pairs), recipe.optim.batch_size)
-        pairs = pairs.measured(policy, positions(recipe, pairs, 1, steps))
+        pairs = pairs.measured(policy, positions(recipe, pairs, 1, steps), run.ref_logprobs)
     learner = make_learner(recipe, policy, pairs, prompts, run)
     job = make_job(recipe, run, prompts, held_out, steps)
     return take_steps(job, learner, partial(take_step, pairs=pairs), notes)
@@ -100,10 +111,14 @@ def make_learner(
     recipe: DPORecipe, policy: Policy, pairs: Preferences | None, prompts: list[Prompt], run: Run
 ) -> Learner:
     """Optimizer, controller and, for online pairs, who scores or compares; checked at the start, or restored."""
-    optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim, "policy")
+    dpo, parameters = recipe.dpo, policy.trainable_parameters()
     learner = Learner(
-        policy, controller_of(recipe.kl, updates_per_step=1), optimizer=optimizer,
-        data_sha256=None if pairs is None else pairs.sha256(), reward_mean=0.0 if recipe.dpo.loss == "bco" else None,
+        policy, controller_of(recipe.kl, updates_per_step=1),
+        optimizer=make_optimizer(parameters, recipe.optim, "policy"),
+        data_sha256=None if pairs is None else pairs.sha256(),
+        reward_mean=0.0 if dpo.loss == "bco" else None,
+        margin_mean=0.0 if dpo.dynamic_beta > 0.0 else None,
+        loss_reference=None if dpo.reference_alpha is None else Snapshot(parameters),
     )
     if recipe.reward and asks_for_pairs(recipe.reward[0]):
         learner.judge = Judge(recipe.reward[0], name_of(recipe.reward[0]), run.answers)
@@ -129,9 +144,13 @@ def take_step(job: Job, learner: Learner, step: int, pairs: Preferences | None) 
     if online or priced or learner.cap is not None:
         # Whatever the scores' own spread: the price stands beside a loss.
         batch = replace(sample_batch(job, learner, step, clock), spread=NORMALISED_SPREAD)
-    went_back = batch is not None and stepped_back(job, learner, step, batch)
     lr = learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr
     update: dict[str, float | None] = {"optim/lr": lr}
+    if learner.loss_reference is not None:
+        update["kl/loss_ref_nats_per_response"] = None if batch is None else kl_to(
+            learner.policy, learner.loss_reference, batch.rollout, recipe.sampling.temperature
+        )
+    went_back = batch is not None and stepped_back(job, learner, step, batch)
     if went_back:
         # With one update in a step, momentum would carry the policy out again before the new price is felt.
         learner.stop_momentum()
@@ -144,7 +163,9 @@ def take_step(job: Job, learner: Learner, step: int, pairs: Preferences | None) 
         else:
             part = pairs.select(positions(recipe, pairs, step))
         if part is not None:
-            update |= improve(job, learner, part, batch if priced else None, first=step == 1)
+            update |= improve(job, learner, part, batch if priced else None, step)
+        if learner.loss_reference is not None and step % recipe.dpo.reference_every == 0:
+            learner.loss_reference.approach(recipe.dpo.reference_alpha)
         clock.lap("update")
     examples = None if online else recipe.optim.batch_size
     close_step(job, learner, step, batch, update, clock, went_back=went_back, examples=examples)
@@ -161,11 +182,15 @@ def sampled_pairs(job: Job, learner: Learner, batch: Batch, clock: Clock) -> Pre
 
 
 def improve(
-    job: Job, learner: Learner, part: Preferences, batch: Batch | None, *, first: bool
+    job: Job, learner: Learner, part: Preferences, batch: Batch | None, step: int
 ) -> dict[str, float | None]:
     """One step against the loss of some pairs and, with a batch of responses, against what their KL costs."""
     recipe, parameters = job.recipe, list(learner.policy.trainable_parameters().values())
-    stats = add_loss_gradient(recipe, learner, part, first=first)
+    has_moved = learner.loss_reference is not None and step > recipe.dpo.reference_every
+    held = part.against(loss_reference(learner), learner.policy) if has_moved else part
+    if learner.margin_mean is not None:
+        recipe = with_beta_of_batch(recipe, learner, held)
+    stats = add_loss_gradient(recipe, learner, part, first=step == 1, held=held)
     if batch is not None:
         own = [parameter.grad for parameter in parameters]
         learner.optimizer.zero_grad(set_to_none=True)
@@ -177,23 +202,51 @@ def improve(
             parameter.grad.mul_(price * scale).add_(gradient)
     norm = guarded_step(learner.optimizer, recipe.optim.max_grad_norm, "policy")
     if learner.reward_mean is not None:
-        learner.reward_mean += (1.0 - REWARD_MEMORY) * (stats["pairs/reward_mean"] - learner.reward_mean)
+        learner.reward_mean = running(learner.reward_mean, stats["pairs/reward_mean"])
+    if learner.margin_mean is not None:
+        stats |= {"dpo/beta": recipe.dpo.beta, "dpo/margin_mean_nats": learner.margin_mean}
     return stats | {"dpo/grad_norm": norm}
 
 
+def with_beta_of_batch(recipe: DPORecipe, learner: Learner, held: Preferences) -> DPORecipe:
+    """The recipe with this batch's own beta, of whose margin the running mean has heard by then."""
+    dpo, margin = recipe.dpo, margins(log_ratios(learner.policy, held)).mean().item()
+    learner.margin_mean = running(learner.margin_mean, margin)
+    beta = dynamic_beta(dpo.beta, dpo.dynamic_beta, margin, learner.margin_mean)
+    return recipe.model_copy(update={"dpo": dpo.model_copy(update={"beta": beta})})
+
+
+def running(mean: float, new: float) -> float:
+    """A running mean that has heard one more number."""
+    return mean + (1.0 - MEMORY) * (new - mean)
+
+
+def loss_reference(learner: Learner) -> AbstractContextManager[None]:
+    """Within: the policy is what its loss is held against."""
+    moving = learner.loss_reference
+    return learner.policy.reference() if moving is None else moving.in_place()
+
+
 def add_loss_gradient(
-    recipe: DPORecipe, learner: Learner, part: Preferences, *, first: bool
+    recipe: DPORecipe, learner: Learner, part: Preferences, *, first: bool, held: Preferences | None = None
 ) -> dict[str, float | None]:
     """Add the gradient of the mean loss over some pairs, micro-batches summed to it, and say what they say.
+
+    Args:
+        recipe, learner: of the run.
+        part: the pairs, under the reference that metrics are held against.
+        first: before any update.
+        held: the same under the loss's reference, where that is another.
 
     Raises:
         ModelError: ``first``, before any update, and a response is not as likely as under the reference.
     """
     policy = learner.policy
+    held = part if held is None else held
     point = reference_point(recipe.dpo, learner, part)
-    values, ratios = [], torch.empty(len(part.examples), dtype=torch.float64)
+    values, nats = [], torch.empty(len(part.examples), dtype=torch.float64)
     for groups in part.parts(recipe.optim.micro_batch_size, policy.network.tokens_per_pass // TRAINED_SHARE):
-        micro = part.select(groups)
+        micro = held.select(groups)
         logprobs, lengths = response_logprobs(policy, micro)
         ratio = logprobs - micro.ref_logprobs
         if first:
@@ -201,8 +254,14 @@ def add_loss_gradient(
         each = preference_losses(recipe.dpo, ratio, logprobs / lengths, micro.wanted, point)
         (each.sum() / len(part)).backward()
         values.append(each.detach())
-        ratios[[part.group * at + side for at in groups for side in range(part.group)]] = ratio.detach()
-    return preference_metrics(recipe.dpo, torch.cat(values), ratios, part)
+        nats[[part.group * at + side for at in groups for side in range(part.group)]] = logprobs.detach()
+    metrics = preference_metrics(recipe.dpo, torch.cat(values), nats - part.ref_logprobs, part)
+    own = nats - held.ref_logprobs
+    if learner.loss_reference is not None:
+        metrics["dpo/margin_nats"] = by_side(own, part)[2]
+    if recipe.dpo.loss == "bco":
+        metrics["pairs/reward_mean"] = recipe.dpo.beta * own.mean().item()
+    return metrics
 
 
 def add_kl_gradient(recipe: DPORecipe, policy: Policy, rollout: Rollout) -> None:
@@ -241,64 +300,31 @@ def balance(own: Sequence[Tensor], kl: Sequence[Tensor], batch: Batch, scale: fl
     return size / (scale * size_kl) * math.sqrt(2.0 * batch.distance.nats_per_response)
 
 
-def scale_of(dpo: DPOSection) -> float:
-    """What the loss is divided by before its price is set, so that at h = 0 a nat of margin is worth about one."""
-    return {"ipo": 1.0 / dpo.beta, "orpo": 1.0}.get(dpo.loss, dpo.beta)
-
-
 def reference_point(dpo: DPOSection, learner: Learner, part: Preferences) -> float:
     """What responses judged one by one are held against: kto's z₀, in nats, or bco's δ, in reward; 0 for pairs."""
     if dpo.loss == "kto":
-        return losses.mismatch_point(log_ratios_of(learner.policy, part.mismatched()))
+        return mismatch_point(log_ratios_of(learner.policy, part.mismatched(), loss_reference(learner)))
     return learner.reward_mean or 0.0
-
-
-def preference_losses(dpo: DPOSection, ratio: Tensor, mean: Tensor, wanted: Tensor, point: float) -> Tensor:
-    """The loss of each pair, or of each response that was judged on its own.
-
-    Args:
-        dpo: which one.
-        ratio: log π(y|x) − log ρ(y|x) of each response. [R], nats.
-        mean: log π(y|x) per token. [R], nats per token.
-        wanted: True where a response was chosen. [R], bool.
-        point: from ``reference_point``.
-    """
-    beta, smoothing = dpo.beta, dpo.label_smoothing
-    if dpo.loss == "kto":
-        return losses.kto_loss(ratio, wanted, point, beta, dpo.wanted_weight, dpo.unwanted_weight)
-    if dpo.loss == "bco":
-        return losses.bco_loss(ratio, wanted, point, beta)
-    chosen, rejected = ratio[0::2], ratio[1::2]
-    if dpo.loss == "f_dpo":
-        return losses.divergence_loss(chosen, rejected, beta, dpo.divergence, dpo.alpha)
-    if dpo.loss == "chi_po":
-        return losses.chi_po_loss(chosen, rejected, beta, dpo.reward_limit)
-    if dpo.loss == "orpo":
-        return losses.orpo_loss(mean[0::2], mean[1::2], beta)
-    if dpo.loss == "simpo":
-        return losses.simpo_loss(mean[0::2], mean[1::2], beta, dpo.gap)
-    margin = chosen - rejected
-    if dpo.loss == "robust":
-        return losses.robust_loss(margin, beta, smoothing)
-    if dpo.loss == "ipo":
-        return losses.ipo_loss(margin, beta)
-    return losses.hinge_loss(margin, beta) if dpo.loss == "hinge" else losses.sigmoid_loss(margin, beta, smoothing)
 
 
 def preference_metrics(
     dpo: DPOSection, values: Tensor, ratio: Tensor, part: Preferences
 ) -> dict[str, float | None]:
     """What a step's pairs say of the policy before its update; log-ratios in nats per response."""
-    chosen, rejected = (ratio[side].mean().item() if side.any() else None for side in (part.wanted, ~part.wanted))
+    chosen, rejected, margin = by_side(ratio, part)
     metrics = {
         "loss/mean": values.mean().item(),
-        "accuracy/mean": win_share(ratio[0::2] - ratio[1::2]) if part.group == 2 else None,
-        "pairs/margin_nats": None if chosen is None or rejected is None else chosen - rejected,
+        "accuracy/mean": win_share(margins(ratio)) if part.group == 2 else None,
+        "pairs/margin_nats": margin,
         "pairs/chosen_log_ratio_nats": chosen,
         "pairs/rejected_log_ratio_nats": rejected,
     }
-    if dpo.loss == "bco":
-        metrics["pairs/reward_mean"] = dpo.beta * ratio.mean().item()
     if dpo.from_reference:
         metrics["kl/fwd_offline_nats_per_response"] = -ratio.mean().item()
     return metrics
+
+
+def by_side(ratio: Tensor, part: Preferences) -> tuple[float | None, float | None, float | None]:
+    """Mean log-ratio of chosen and of rejected responses, and their difference; None where there are none of a side."""
+    chosen, rejected = (ratio[side].mean().item() if side.any() else None for side in (part.wanted, ~part.wanted))
+    return chosen, rejected, None if chosen is None or rejected is None else chosen - rejected

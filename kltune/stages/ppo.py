@@ -66,7 +66,7 @@ def make_learner(recipe: PPORecipe, policy: Policy, prompts: list[Prompt], run: 
     """Value function, optimizers, controller and scorer; checked at the start, or restored from a checkpoint."""
     value_optimizer = None
     if recipe.ppo.baseline == "value":
-        policy.add_value_function(recipe.lora)
+        policy.add_value_function(recipe.lora if recipe.ppo.value_function == "lora" else None)
         value_optimizer = make_optimizer(policy.value_parameters(), recipe.optim, "value function")
     optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim, "policy")
     scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)

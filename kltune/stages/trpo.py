@@ -90,7 +90,7 @@ def make_learner(recipe: TRPORecipe, policy: Policy, prompts: list[Prompt], run:
     """Value function with its optimizer, damping, controller and scorer; checked at the start, or restored."""
     value_optimizer = None
     if recipe.trpo.baseline == "value":
-        policy.add_value_function(recipe.lora)
+        policy.add_value_function(recipe.lora if recipe.trpo.value_function == "lora" else None)
         value_optimizer = make_optimizer(policy.value_parameters(), recipe.optim, "value function")
     adapts = recipe.trpo.damping == "auto"
     damping = Damping(FIRST_DAMPING if adapts else float(recipe.trpo.damping), adapts)

@@ -11,6 +11,7 @@ from kltune.core.preferences import (
     bco_loss,
     chi_po_loss,
     divergence_loss,
+    dynamic_beta,
     hinge_loss,
     ipo_loss,
     kto_loss,
@@ -41,6 +42,12 @@ def slope(loss: Callable[[Tensor], Tensor], at: Tensor = MARGINS) -> Tensor:
 
 
 # ---- values by hand ---------------------------------------------------------------------------------------------
+
+
+def test_a_dynamic_beta_by_hand():
+    # .1 · (1 + .6 · 2), .1 · (1 − .6 · 0.5), and .1 · (1 − .6 · 5) = −.2, of which a hundredth of .1 is left
+    found = [dynamic_beta(0.1, 0.6, margin, usual=1.0) for margin in (3.0, 0.5, 1.0, -4.0)]
+    assert found == pytest.approx([0.22, 0.07, 0.1, 0.001])
 
 
 def test_the_sigmoid_loss_by_hand():

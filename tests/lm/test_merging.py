@@ -83,7 +83,8 @@ def test_no_lora_layer_computes_while_sampling_in_float32_on_the_cpu(trained_pol
     def refuse(*_):
         raise AssertionError("a LoRA layer ran")
 
-    monkeypatch.setattr(LoraLinear, "forward", refuse)
+    for kind in {type(layer) for layer in trained_policy.network.causal.modules() if isinstance(layer, LoraLinear)}:
+        monkeypatch.setattr(kind, "forward", refuse)
     sample(trained_policy, PROMPTS, UNIFORMS, temperature=1.0)
     with pytest.raises(AssertionError, match="a LoRA layer ran"):
         hidden(trained_policy)

@@ -1,9 +1,13 @@
 """Preference data under policy and reference, against the transformers model a row at a time."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kltune.errors import ModelError
+from kltune.lm import preferences
 from kltune.lm.preferences import (
     Preferences,
     check_first_log_ratios,
@@ -12,9 +16,10 @@ from kltune.lm.preferences import (
     pair_metrics,
     response_logprobs,
 )
+from kltune.lm.snapshot import Snapshot
 from kltune.recipe import DataSection
 from tests.stages.conftest import write_rows
-from tests.tiny_policies import plain_logprobs
+from tests.tiny_policies import plain_logprobs, randomize
 
 PAIRS = [
     {"prompt": "w3 w4 w5 w6", "chosen": "w7", "rejected": "w8 w9 w10 w11 w12 w13"},
@@ -42,7 +47,8 @@ def test_log_probabilities_of_responses(trained_policy, pairs):
     logprobs, tokens = response_logprobs(trained_policy, pairs)
     torch.testing.assert_close(logprobs.detach(), mine, atol=1e-4, rtol=0.0)
     assert tokens.tolist() == [2, 7, 3, 2, 4, 3]        # with the end token
-    torch.testing.assert_close(log_ratios_of(trained_policy, pairs.examples), mine - reference, atol=1e-4, rtol=0.0)
+    found = log_ratios_of(trained_policy, pairs.examples, trained_policy.reference())
+    torch.testing.assert_close(found, mine - reference, atol=1e-4, rtol=0.0)
 
 
 def test_only_the_pairs_that_are_asked_for_are_measured(trained_policy, pairs):
@@ -52,6 +58,55 @@ def test_only_the_pairs_that_are_asked_for_are_measured(trained_policy, pairs):
     assert measured.ref_logprobs.isnan().tolist() == [False, False, True, True, False, False]
     there = ~measured.ref_logprobs.isnan()
     torch.testing.assert_close(measured.ref_logprobs[there], reference[there], atol=1e-4, rtol=0.0)
+
+
+def test_what_is_known_of_the_reference_is_not_measured_again(trained_policy, pairs, monkeypatch):
+    known: dict[str, torch.Tensor] = {}
+    first = pairs.measured(trained_policy, [2, 0], known)
+    with monkeypatch.context() as patch:
+        patch.setattr(preferences, "document_nats", lambda *_: pytest.fail("measured again"))
+        again = pairs.measured(trained_policy, [0, 2, 0], known)
+    assert torch.equal(again.ref_logprobs.view(torch.int64), first.ref_logprobs.view(torch.int64))     # NaN included
+    assert len(known) == 1
+
+
+@pytest.mark.parametrize("other", ["data", "wanted", "groups", "temperature", "reference", "dtype", "measure"])
+def test_of_anything_else_it_is_measured(trained_policy, pairs, monkeypatch, other):
+    known: dict[str, torch.Tensor] = {}
+    pairs.measured(trained_policy, [0, 1], known)
+    groups, policy = [0, 1], trained_policy
+    if other == "data":
+        pairs = pairs.select([1, 0, 2])
+    elif other == "wanted":
+        pairs = replace(pairs, wanted=~pairs.wanted)
+    elif other == "groups":
+        groups = [0, 2]
+    elif other == "temperature":
+        pairs = replace(pairs, temperature=0.7)
+    elif other == "measure":
+        monkeypatch.setattr(preferences, "MEASURE", preferences.MEASURE + 1)
+    else:
+        changed = {"reference": {"sha256": "0" * 64}, "dtype": {"dtype": "bfloat16"}}[other]
+        monkeypatch.setattr(policy, "fingerprint", replace(policy.fingerprint, **changed))
+    pairs.measured(policy, groups, known)
+    assert len(known) == 2
+
+
+def test_another_reference_is_the_policy_as_it_is_within(trained_policy, pairs):
+    other = Snapshot(trained_policy.trainable_parameters())
+    mine, _ = plain_sums(trained_policy, pairs.examples)
+    randomize(trained_policy.trainable_parameters(), seed=5)
+    moved = pairs.against(other.in_place(), trained_policy)
+    torch.testing.assert_close(moved.ref_logprobs, mine, atol=1e-4, rtol=0.0)
+    assert not torch.allclose(plain_sums(trained_policy, pairs.examples)[0], mine, atol=0.1)
+
+
+def test_it_is_measured_at_the_temperature_of_the_responses(trained_policy, pairs):
+    cool = replace(pairs, temperature=0.7)
+    found = cool.against(nullcontext(), trained_policy).ref_logprobs
+    logprobs, _ = response_logprobs(trained_policy, cool)
+    torch.testing.assert_close(found, logprobs.detach(), atol=1e-4, rtol=0.0)
+    assert not torch.allclose(found, response_logprobs(trained_policy, pairs)[0].detach(), atol=0.1)
 
 
 def test_selecting_keeps_the_sides_of_a_pair_together(pairs):

@@ -141,7 +141,7 @@ def test_beside_a_policy_it_scores_as_alone_and_the_policy_stays_as_it_is(open_p
         policy.add_value_function(lora)
         randomize(policy.value_parameters())
     ids, scored = torch.tensor([[3, 4, 5, 6]]), torch.tensor([[False, False, True, True]])
-    logits, value = probe_logits(policy), policy.measure_values(ids, scored) if values else None
+    logits, value = probe_logits(policy), policy.measure_values(ids, scored)[0] if values else None
     with policy.reference():
         reference = probe_logits(policy)
     names = {name: tensor.clone() for name, tensor in policy.trainable_parameters().items()}
@@ -160,7 +160,7 @@ def test_beside_a_policy_it_scores_as_alone_and_the_policy_stays_as_it_is(open_p
     with policy.reference():
         assert torch.equal(probe_logits(policy), reference)
     if values:
-        assert torch.equal(policy.measure_values(ids, scored), value)
+        assert torch.equal(policy.measure_values(ids, scored)[0], value)
         assert all(tensor.requires_grad for tensor in policy.value_parameters().values())
     now = policy.trainable_parameters()
     assert now.keys() == names.keys() == policy.untrained.keys()

@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from kltune.cli import main
 from kltune.core.intervals import summarize
 from kltune.errors import CheckpointError, DataError, DivergedError
+from kltune.lm.preference_losses import preference_losses, scale_of
 from kltune.lm.preferences import load_preferences
 from kltune.recipe import DataSection, DPOSection
 from kltune.run.checkpoint import read_state
 from kltune.run.job import Batch
 from kltune.run.page import write_page
 from kltune.stages import dpo
-from kltune.stages.dpo import preference_losses, run_dpo, scale_of
+from kltune.stages.dpo import run_dpo
 from tests.stages.conftest import HELD_OUT, PROMPTS, read_jsonl, write_rows
 from tests.stages.test_resume import CUTS, STEPS, assert_same_run, run_with_stops
 from tests.tiny_policies import plain_logprobs, randomize

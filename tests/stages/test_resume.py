@@ -99,6 +99,16 @@ def test_a_stopped_ppo_run_goes_on_bit_for_bit(ppo_recipe, monkeypatch, tmp_path
     assert any("state/value.safetensors:head" in name for name in held) == (baseline == "value")
 
 
+def test_a_stopped_run_with_a_value_head_alone_goes_on_bit_for_bit(ppo_recipe, monkeypatch, tmp_path):
+    keys = ("run.steps=4", "ppo.value_function=head", "ppo.value_lr=0.01")
+    broken, unbroken = (ppo_recipe(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
+    run_ppo(unbroken, resume=False)
+    run_with_stops(run_ppo, broken, monkeypatch, (2,))
+    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), 4)
+    held = [name for name in saved_tensors(Path(broken.run.output), 4) if "state/value.safetensors" in name]
+    assert sorted(name.rpartition(":")[2] for name in held) == ["head.linear.bias", "head.linear.weight"]
+
+
 def test_a_run_does_not_go_on_with_another_reward_function(ppo_recipe, monkeypatch, tmp_path):
     recipe = ppo_recipe("run.steps=3", output=str(tmp_path / "run"))
     record = Report.step
