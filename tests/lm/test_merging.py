@@ -147,6 +147,7 @@ def test_two_hundred_rollouts_and_a_few_that_fail_do_not_move_the_frozen_weights
             monkeypatch.setattr(policy.network, "step", fail)
             with pytest.raises(KeyboardInterrupt):
                 sample(policy, PROMPTS, UNIFORMS[:, :2], temperature=1.0)
+            assert lora_layers(policy) == layers
             monkeypatch.setattr(policy.network, "step", step)
         randomize(policy.trainable_parameters(), seed=rollout)  # each update is another merge
         sample(policy, PROMPTS, UNIFORMS[:, :2], temperature=1.0)
