@@ -1,9 +1,12 @@
 """How fast and how large: one row per piece of work, on the model and shape that are asked for.
 
+    python scripts/bench.py sample --model MODEL [--responses 128] [--new-tokens 64]
     python scripts/bench.py eval-kl --model MODEL [--responses 64 256 1024] [--vocabulary 32000] [--new-tokens 64]
     python scripts/bench.py ppo trpo --model MODEL [--responses 128] [--set ppo.epochs=4]...
 
-``ppo`` and ``trpo`` are whole steps of a run with the recipe's defaults, as the run itself does and times them.
+``sample`` draws responses of full length; its floor is the model's matrix products alone, timed beside it. Then it
+draws ragged ones, which end at tokens chosen for a mean length of a quarter of the limit: what a token costs there,
+against full length. ``ppo`` and ``trpo`` are whole steps of a run with the recipe's defaults, as the run times them.
 Without --model a random Llama of the asked shape is made. Prints a table; --json prints one JSON document. Each row is
 measured in a process of its own after one warm-up, the median of --repeat; peak memory is that of the process above
 what it held once the model was loaded. Ratios of rows of one run mean something, seconds of different days do not.
@@ -56,14 +59,12 @@ def random_llama(folder: Path, *, hidden: int, layers: int, vocabulary: int) -> 
     return folder
 
 
-def eval_kl_row(model: str, responses: int, new_tokens: int, repeat: int) -> dict:
-    """Sampling and exact measuring of a policy with a LoRA on all linear layers: what ``kltune eval-kl`` does."""
+def open_policy(model: str, responses: int):
+    """A policy with a LoRA on all linear layers that does something, and random prompts for it."""
     import torch
 
     from kltune.lm.data import Prompt
     from kltune.lm.loading import pick_device
-    from kltune.lm.measurement import Draw, measure_kl
-    from kltune.lm.measures import VocabularySums
     from kltune.lm.opening import load_policy
     from kltune.recipe import LoraSection, ModelSection
 
@@ -72,9 +73,86 @@ def eval_kl_row(model: str, responses: int, new_tokens: int, repeat: int) -> dic
     for name, tensor in policy.trainable_parameters().items():
         if "lora_B" in name:
             tensor.data.normal_(std=0.01)
+    ids = torch.randint(2, policy.network.vocabulary, (responses, PROMPT_TOKENS)).tolist()
+    return policy, [Prompt(tuple(row), "", "bench") for row in ids]
+
+
+def products_seconds(policy, responses: int, steps: int) -> float:
+    """Seconds of the matrix products of so many decoding steps, one after the other with nothing between them."""
+    import torch
+    from torch.nn.functional import linear
+
+    with policy.network.merged.active():
+        weights = [module.weight for module in policy.network.causal.modules() if isinstance(module, torch.nn.Linear)]
+    inputs = {weight: torch.randn(responses, weight.shape[1]).to(weight) for weight in weights}
+    began = time.perf_counter()
+    with torch.no_grad():
+        for _ in range(steps):
+            for weight in weights:
+                last = linear(inputs[weight], weight)
+        last.sum().item()  # waits for a GPU
+    return time.perf_counter() - began
+
+
+def ends_for(responses: list[list[int]], mean: float) -> tuple[int, ...]:
+    """Tokens to end at, so that these responses would be about so long: the rarest of them, as many as it takes."""
+    import bisect
+    from collections import Counter
+
+    import numpy as np
+
+    drawn = np.array(responses)
+    by_count = [token for token, _ in Counter(drawn.flatten().tolist()).most_common()][::-1]
+
+    def length(ends: int) -> float:
+        hit = np.isin(drawn, by_count[:ends])
+        return float(np.where(hit.any(1), hit.argmax(1) + 1, drawn.shape[1]).mean())
+
+    return tuple(by_count[: bisect.bisect_left(range(len(by_count)), -mean, key=lambda ends: -length(ends))])
+
+
+def sample_row(model: str, responses: int, new_tokens: int, repeat: int) -> dict:
+    """Sampling alone: full length, then ragged, in turns; and the floor under the first."""
+    import numpy as np
+
+    from kltune.lm.sampler import sample, uniform_numbers
+
+    policy, prompts = open_policy(model, responses)
+    uniforms = uniform_numbers(np.random.default_rng(0), responses, new_tokens)
+    policy.end_ids = (-1,)
+    whole = sample(policy, prompts, uniforms, temperature=1.0)
+    ends = {"full": (-1,), "ragged": ends_for(whole.ids[whole.scored].view(responses, -1).tolist(), new_tokens / 4)}
+    seconds = {"full": [], "ragged": [], "floor": []}
+    tokens = {}
+    held = memory_mb("VmRSS")
+    reset_peak()
+    for _ in range(repeat):
+        for kind, policy.end_ids in ends.items():
+            began = time.perf_counter()
+            tokens[kind] = int(sample(policy, prompts, uniforms, temperature=1.0).lengths.sum())
+            seconds[kind].append(time.perf_counter() - began)
+        seconds["floor"].append(products_seconds(policy, responses, new_tokens))
+    median = {kind: statistics.median(found) for kind, found in seconds.items()}
+    return {
+        "work": "sample", "model": Path(model).name, "vocabulary": policy.network.vocabulary, "responses": responses,
+        "tokens": tokens["full"], "seconds": median["full"], "range": [min(seconds["full"]), max(seconds["full"])],
+        "responses_per_second": responses / median["full"], "tokens_per_second": tokens["full"] / median["full"],
+        "share_of_floor": median["floor"] / median["full"], "ragged_seconds": median["ragged"],
+        "ragged_tokens": tokens["ragged"],
+        "ragged_token_cost": median["ragged"] / tokens["ragged"] / (median["full"] / tokens["full"]),
+        "peak_mb_above_model": memory_mb("VmHWM") - held,
+    }
+
+
+def eval_kl_row(model: str, responses: int, new_tokens: int, repeat: int) -> dict:
+    """Sampling and exact measuring of a policy with a LoRA on all linear layers: what ``kltune eval-kl`` does."""
+    import torch
+
+    from kltune.lm.measurement import Draw, measure_kl
+    from kltune.lm.measures import VocabularySums
+
+    policy, prompts = open_policy(model, responses)
     vocabulary = policy.network.vocabulary
-    ids = torch.randint(2, vocabulary, (responses, PROMPT_TOKENS)).tolist()
-    prompts = [Prompt(tuple(row), "", "bench") for row in ids]
     options = {"max_new_tokens": new_tokens, "temperature": 1.0, "seed": 0}
     measure_kl(policy, Draw.of(prompts[:8], 8), **options)
     seconds, tokens = [], 0
@@ -164,7 +242,7 @@ def main() -> None:
     """Measure what was asked for and print it."""
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", nargs="+", choices=["eval-kl", "ppo", "trpo"])
+    parser.add_argument("work", nargs="+", choices=["sample", "eval-kl", "ppo", "trpo"])
     parser.add_argument("--model", help="a model folder; without one a random Llama is made")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
@@ -183,10 +261,10 @@ def main() -> None:
         rows = []
         for work, count in itertools.product(arguments.work, arguments.responses):
             common = (model, count, arguments.new_tokens, arguments.repeat)
-            if work == "eval-kl":
-                rows.append(in_own_process(eval_kl_row, *common))
-            else:
+            if work in ("ppo", "trpo"):
                 rows.append(in_own_process(step_row, work, *common, arguments.set))
+            else:
+                rows.append(in_own_process(sample_row if work == "sample" else eval_kl_row, *common))
             print(f"{work}, {count} responses: {rows[-1]['seconds']:.2f} s", file=sys.stderr)
     if arguments.json:
         print(json.dumps({"schema": "kltune.bench/1", "rows": rows}, indent=2))
@@ -194,7 +272,7 @@ def main() -> None:
     columns = {
         "responses": "d", "tokens": "d", "seconds": ".2f", "sample_seconds": ".2f", "update_seconds": ".2f",
         "responses_per_second": ".1f", "tokens_per_second": ".0f", "peak_mb_above_model": ".0f",
-        "mb_of_all_logits_of_one_model": ".0f",
+        "mb_of_all_logits_of_one_model": ".0f", "share_of_floor": ".2f", "ragged_token_cost": ".2f",
     }
     print(f"{'work':<9}{'model':<16}" + "".join(f"{name.replace('_', ' '):>{len(name) + 2}}" for name in columns))
     for row in rows:

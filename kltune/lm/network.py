@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
 from kltune.core.head import Reader, through_head
+from kltune.lm.merging import MergedTrunk
 
 CHUNK_BYTES = 64 * 2**20  # float32 logits that may exist at once, per model; larger chunks were not faster
 TOKENS_PER_PASS = 16_384  # tokens through the trunk at once when nothing is trained
@@ -39,6 +40,7 @@ class Network:
         """Find trunk and head again, after an adapter may have wrapped them."""
         self._trunk = self.causal.base_model
         self.head = self.causal.get_output_embeddings()
+        self.merged = MergedTrunk(self._trunk)
 
     def move_head(self, device: torch.device) -> None:
         """Put the head (and embeddings that are tied to it) on a device."""

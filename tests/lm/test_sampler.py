@@ -207,6 +207,53 @@ def test_numbers_that_do_not_divide_among_the_prompts_are_a_bug(policy):
             draw(policy, uniforms=UNIFORMS[:rows])
 
 
+# --- what it costs: counts, not seconds -----------------------------------------------------------------------------
+
+
+def counted_steps(policy: Policy, monkeypatch) -> list[tuple[int, int]]:
+    """The shapes of all that goes through the model from now on: (rows, tokens) of each pass."""
+    shapes, step = [], policy.network.step
+
+    def counted(ids, *rest):
+        shapes.append(tuple(ids.shape))
+        return step(ids, *rest)
+
+    monkeypatch.setattr(policy.network, "step", counted)
+    return shapes
+
+
+def test_each_prompt_goes_through_the_model_once_whatever_the_number_of_responses(ending_policy, monkeypatch):
+    shapes = counted_steps(ending_policy, monkeypatch)
+    draw(ending_policy)
+    longest = max(len(prompt.ids) for prompt in PROMPTS)
+    assert shapes[0] == (len(PROMPTS), longest)
+    assert {tokens for _, tokens in shapes[1:]} == {1}
+
+
+def test_ragged_responses_cost_the_sum_of_their_lengths(ending_policy, monkeypatch):
+    limit = 32
+    shapes = counted_steps(ending_policy, monkeypatch)
+    lengths = draw(ending_policy, uniforms=uniform_numbers(np.random.default_rng(2), 40 * len(PROMPTS), limit)).lengths
+    assert 0.15 < lengths.float().mean() / limit < 0.35  # about a quarter of the limit, as far apart as lengths get
+    assert lengths.max() == limit
+    rows = len(lengths) + sum(rows for rows, _ in shapes[1:])  # the first token of each comes with the prompt
+    assert 1.0 <= rows / lengths.sum().item() <= 1.25
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3])
+def test_drawing_a_few_rows_at_a_time_changes_nothing(monkeypatch, rows_at_once):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(10, 50, generator=generator)
+    numbers = torch.rand(10, dtype=torch.float64, generator=generator)
+    tokens, logprobs = sampler._draw(logits, numbers, 0.7, None)
+    monkeypatch.setattr(sampler, "DRAW_BYTES", rows_at_once * 4 * 50)
+    again, logprobs_again = sampler._draw(logits, numbers, 0.7, None)
+    assert torch.equal(again, tokens)
+    assert torch.equal(logprobs_again, logprobs)
+    by_hand = torch.softmax(logits.double() / 0.7, -1).cumsum(-1)
+    assert tokens.tolist() == [int((row > u).nonzero()[0]) for row, u in zip(by_hand, numbers, strict=True)]
+
+
 # --- the shape of what comes back ----------------------------------------------------------------------------------
 
 
