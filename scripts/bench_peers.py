@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from peers_gates import compared, compared_traces, gate_line
+from peers_watch import SETTINGS
 
 SCRIPTS = Path(__file__).resolve().parent
 BUILD = SCRIPTS.parent / "build" / "peers"
@@ -57,8 +58,8 @@ NOTES = {
     "dpo": (
         "kltune measures the reference once, before the first step; its seconds hold that share of it which one epoch "
         "has. TRL measures it in every step, its default.",
-        "defaults: batch and LoRA are given. TRL: bfloat16 autocast and gradient checkpointing. kltune: plain DPO, its "
-        "KL neither sampled nor held, as by its own default it would be and TRL cannot.",
+        "defaults: batch and LoRA are given. TRL checkpoints gradients. kltune: plain DPO, its KL neither sampled nor "
+        "held, as by its own default it would be and TRL cannot.",
     ),
     "ppo": (
         "TRL has no reward function in PPO, only a model: it gets a module that decodes the response and calls the "
@@ -73,6 +74,10 @@ NOTES = {
         "TRL holds the end token back until 64 tokens are there; kltune takes it for any other token.",
     ),
 }
+PRECISION = (
+    "matched and defaults are float32 on both sides. TRL's own default is bfloat16 autocast, made for GPUs and slow on "
+    "many CPUs: --settings untouched."
+)
 NOT_SHOWN = (
     "Not shown: GPUs, larger models, real vocabularies with real weights, many processes, quality of what is learnt "
     "(both sides take the same steps where the gates say so; PPO and GRPO draw other random numbers)."
@@ -243,14 +248,14 @@ def printed(rows: list[dict[str, Any]], checks: list[dict[str, Any]], difference
                     f"{ratios['peak_mb_above_model']:9.2f}x{ratios['peak_mb']:6.2f}x"
                 )
         print(*NOTES[WORKS[name]["peer"]], sep="\n")
-    print(f"\n{NOT_SHOWN}")
+    print(f"\n{PRECISION}\n{NOT_SHOWN}")
 
 
 def main() -> None:
     """Gates, then timings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)}; default: all")
-    parser.add_argument("--settings", nargs="+", choices=["matched", "defaults"], default=["matched", "defaults"])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["matched", "defaults"])
     parser.add_argument("--repeat", type=int, default=5, help="processes of each tool")
     parser.add_argument("--steps", type=int, default=5, help="steps that count in each process")
     parser.add_argument("--threads", type=int, default=2)

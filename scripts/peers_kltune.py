@@ -1,7 +1,7 @@
 """kltune's side of ``bench_peers.py``, and what both sides start from.
 
     python scripts/peers_kltune.py prepare|prepare-gate FOLDER         base weights, initial adapter, token ids in order
-    python scripts/peers_kltune.py gate|run FOLDER OUTPUT [--settings matched|defaults] [--set key=value]...
+    python scripts/peers_kltune.py gate|run FOLDER OUTPUT [--settings SETTINGS] [--set key=value]...
 
 ``run`` is the stage itself as ``kltune dpo`` and ``kltune ppo`` run it, with a clock at the ends of its steps.
 """
@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import torch
 from bench import SCORE, random_llama
-from peers_watch import Watch
+from peers_watch import SETTINGS, Watch
 from safetensors.torch import save_file
 
 from kltune.core import preferences as losses
@@ -36,7 +36,7 @@ ADAPTER_SIZE = 0.002  # standard deviation of B where policy and reference shall
 
 
 def recipe_of(work: SimpleNamespace, settings: str) -> dict:
-    """The recipe; with defaults, nothing but what the work is, and no more held or priced than the peer can."""
+    """The recipe; unless matched, nothing but what the work is, and no more of KL than DPO elsewhere knows."""
     common = {
         "stage": work.stage, "model": {"path": work.model}, "eval": {"responses": 8},
         "run": {"steps": work.steps, "eval_every": NEVER, "save_every": NEVER, "output": f"run-{settings}"},
@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("work", choices=["prepare", "prepare-gate", "gate", "run"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("output", type=Path, nargs="?")
-    parser.add_argument("--settings", choices=["matched", "defaults"], default="matched")
+    parser.add_argument("--settings", choices=SETTINGS, default="matched")
     parser.add_argument("--set", action="append", default=[], help="a recipe's key=value")
     arguments = parser.parse_args()
     if arguments.work.startswith("prepare"):

@@ -1,9 +1,10 @@
 """TRL's side of ``bench_peers.py``; runs in an environment of TRL's own and knows nothing of kltune.
 
-    python scripts/peers_trl.py dpo|ppo|grpo FOLDER OUTPUT [--settings matched|defaults]
+    python scripts/peers_trl.py dpo|ppo|grpo FOLDER OUTPUT [--settings SETTINGS]
 
 Reads what ``peers_kltune.py prepare`` wrote into the folder: base weights, initial adapter, token ids in their order,
-sizes. ``matched`` sets what the two tools can be given alike, ``defaults`` nothing but the sizes.
+sizes. ``matched`` sets what the two tools can be given alike, ``defaults`` nothing but the sizes and float32,
+``untouched`` not even that.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
-from peers_watch import Watch
+from peers_watch import SETTINGS, Watch
 from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -93,15 +94,18 @@ class Stamps(TrainerCallback):
 
 
 def arguments_of(work: SimpleNamespace, settings: str, folder: Path) -> dict:
-    """TrainingArguments: quiet, on the CPU, saving nothing; matched: float32, plain AdamW, constant rate."""
+    """TrainingArguments: quiet, on the CPU, saving nothing; float32 unless untouched; matched: AdamW as kltune's."""
     quiet = {
         "output_dir": str(folder / "trl"), "use_cpu": True, "logging_strategy": "no", "save_strategy": "no",
         "report_to": "none", "disable_tqdm": True, "seed": 0,
     }
+    if settings == "untouched":
+        return quiet
+    quiet["bf16"] = False
     if settings == "defaults":
         return quiet
     return quiet | {
-        "bf16": False, "gradient_checkpointing": False, "optim": "adamw_torch", "learning_rate": work.lr,
+        "gradient_checkpointing": False, "optim": "adamw_torch", "learning_rate": work.lr,
         "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0,
     }
 
@@ -231,7 +235,7 @@ def main() -> None:
     parser.add_argument("work", choices=["dpo", "ppo", "grpo"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--settings", choices=["matched", "defaults"], default="matched")
+    parser.add_argument("--settings", choices=SETTINGS, default="matched")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

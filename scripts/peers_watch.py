@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench import memory_mb, reset_peak
 
+SETTINGS = ("matched", "defaults", "untouched")
 WARM_UP = 2  # steps at the start that are not counted; the last one, which may save, is not counted either
 
 
