@@ -176,13 +176,13 @@ def timed_run(
 
 def figures(run: dict[str, Any], steps: int) -> dict[str, float]:
     """What one process says: medians of its counted steps, with their share of what was done once before the first."""
-    once = run["before_seconds"].get("once", 0.0) / steps
+    once, once_cpu = (run["before_seconds"].get(name, 0.0) / steps for name in ("once", "once_cpu"))
     found = {
         "seconds": statistics.median(run["seconds"]) + once,
-        "cpu_seconds": statistics.median(run["cpu_seconds"]),
+        "cpu_seconds": statistics.median(run["cpu_seconds"]) + once_cpu,
         "peak_mb": run["peak_mb"], "peak_mb_above_model": run["peak_mb"] - run["held_mb"],
     }
-    if "generate" in run["inside"]:
+    if any(run["inside"].get("generate", ())):
         found["generate_seconds"] = statistics.median(run["inside"]["generate"])
     return found
 

@@ -12,7 +12,7 @@ WARM_UP = 2  # steps at the start that are not counted; the last one, which may 
 
 
 class Watch:
-    """Stamps at the ends of steps: wall clock, the processor's time, peak memory, seconds within timed functions."""
+    """Stamps at the ends of steps: wall clock, the processor's time, peak memory, both times within timed functions."""
 
     def __init__(self):
         self.losses: list[float] = []
@@ -37,12 +37,16 @@ class Watch:
     def timed(self, name: str, function: Callable) -> Callable:
         """The function, its seconds added up under a name."""
         def inner(*arguments, **options):
-            began = time.perf_counter()
+            began, began_cpu = time.perf_counter(), time.process_time()
             try:
                 return function(*arguments, **options)
             finally:
-                self._inside[name] = self._inside.get(name, 0.0) + time.perf_counter() - began
+                self._add(name, time.perf_counter() - began)
+                self._add(f"{name}_cpu", time.process_time() - began_cpu)
         return inner
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._inside[name] = self._inside.get(name, 0.0) + seconds
 
     def write(self, path: Path) -> None:
         """The counted steps as one JSON document: seconds of each, and of the processor, and within timed functions."""

@@ -46,11 +46,11 @@ def test_a_watch_leaves_out_two_steps_and_the_last(tmp_path, monkeypatch):
 
 def test_what_is_done_once_is_shared_among_the_steps():
     run = {
-        "seconds": [1.0, 2.0, 9.0], "cpu_seconds": [1.0, 1.0, 1.0], "before_seconds": {"once": 4.0}, "inside": {},
-        "peak_mb": 500.0, "held_mb": 400.0,
+        "seconds": [1.0, 2.0, 9.0], "cpu_seconds": [1.0, 1.0, 1.0], "inside": {"generate": [0.0, 0.0, 0.0]},
+        "before_seconds": {"once": 4.0, "once_cpu": 2.0}, "peak_mb": 500.0, "held_mb": 400.0,
     }
     assert figures(run, steps=8) == {
-        "seconds": 2.5, "cpu_seconds": 1.0, "peak_mb": 500.0, "peak_mb_above_model": 100.0
+        "seconds": 2.5, "cpu_seconds": 1.25, "peak_mb": 500.0, "peak_mb_above_model": 100.0
     }
 
 
