@@ -8,7 +8,7 @@ DEMO   ?= kltune-demo
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench-peers clean
 
 demo: $(READY)
 	$(BIN)/kltune demo --output $(DEMO)
@@ -19,6 +19,10 @@ test: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+
+# TRL in environments of its own under build/peers; equal numbers first, then seconds and memory. Hours; never a test.
+bench-peers: $(READY)
+	$(BIN)/python scripts/bench_peers.py
 
 # pip older than 25 resolves the pinned set more slowly and with more noise; the environment gets its own.
 $(READY): pyproject.toml constraints.txt

@@ -9,7 +9,7 @@ from kltune.lm.batches import pad_right
 from kltune.lm.data import Prompt
 from kltune.lm.policy import Policy
 
-PROMPTS = 8
+PROMPTS, TOKENS = 8, 64  # of each as many: over a large vocabulary, all of long prompts would take longer than a step
 
 
 @torch.no_grad()
@@ -19,10 +19,10 @@ def check_fresh_policy(policy: Policy, prompts: Sequence[Prompt]) -> None:
     Raises:
         ModelError: they are not, with the likely causes in order.
     """
-    rows = [prompt.ids for prompt in prompts[:PROMPTS] if len(prompt.ids) > 1] or [prompts[0].ids * 2]
+    rows = [prompt.ids[:TOKENS] for prompt in prompts[:PROMPTS] if len(prompt.ids) > 1] or [prompts[0].ids * 2]
     ids = pad_right(rows, policy.tokenizer.pad_token_id).to(policy.device)
     scored = pad_right([[False] + [True] * (len(row) - 1) for row in rows], False, torch.bool).to(policy.device)
-    once, again = policy.measure(ids, scored), policy.measure(ids, scored)
+    once, again = policy.measure(ids, scored), policy.measure(ids, scored, exact=False)
     if not torch.equal(once.logprobs, again.logprobs):
         raise ModelError(
             f"{policy.fingerprint.path}: two passes over the same tokens differ, so something in the model draws "

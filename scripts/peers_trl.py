@@ -1,0 +1,248 @@
+"""TRL's side of ``bench_peers.py``; runs in an environment of TRL's own and knows nothing of kltune.
+
+    python scripts/peers_trl.py dpo|ppo|grpo FOLDER OUTPUT [--settings SETTINGS]
+
+Reads what ``peers_kltune.py prepare`` wrote into the folder: base weights, initial adapter, token ids in their order,
+sizes. ``matched`` sets what the two tools can be given alike, ``defaults`` nothing but the sizes and float32,
+``untouched`` not even that.
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from datasets import Dataset
+from peers_watch import SETTINGS, Watch
+from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+
+def load_work(folder: Path) -> SimpleNamespace:
+    """The sizes of the work and its data."""
+    return SimpleNamespace(**json.loads((folder / "work.json").read_text()))
+
+
+def load_model(path: str) -> nn.Module:
+    """The base weights in float32."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def lora_config(folder: Path) -> PeftConfig:
+    """The adapter's own configuration, to be trained."""
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    return config
+
+
+def put_adapter(model: PeftModel, folder: Path) -> None:
+    """Give a wrapped model the saved initial tensors, in place of its own random ones."""
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+
+def score_function(folder: Path):
+    """``score(prompts, responses)`` of the folder's rewards.py: the very function that kltune calls."""
+    spec = importlib.util.spec_from_file_location("rewards", folder / "rewards.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.score
+
+
+class Rule(nn.Module):
+    """A reward function in the shape of TRL's reward model, whose backbone gives hidden states and whose head scores.
+
+    The backbone decodes the response, which is the last ``new_tokens`` columns, and calls the function on its text.
+    """
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, score, tokenizer, new_tokens: int):
+        super().__init__()
+        self._function, self._tokenizer, self._new_tokens = score, tokenizer, new_tokens
+
+    def backbone(self, input_ids: Tensor, **_) -> SimpleNamespace:
+        """The score of each response at every position, as one hidden state. [B, S] -> [B, S, 1]"""
+        texts = self._tokenizer.batch_decode(input_ids[:, -self._new_tokens :], skip_special_tokens=True)
+        scores = torch.tensor(self._function([""] * len(texts), texts), dtype=torch.float32)
+        return SimpleNamespace(hidden_states=[scores[:, None, None].expand(-1, input_ids.shape[1], 1)])
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """Nothing left to do."""
+        return hidden
+
+
+class Stamps(TrainerCallback):
+    """Tells the watch when steps end."""
+
+    def __init__(self, watch: Watch):
+        self.watch = watch
+
+    def on_train_begin(self, *_, **__):
+        """The first step begins."""
+        self.watch.stamp()
+
+    def on_step_end(self, *_, **__):
+        """A step is over."""
+        self.watch.stamp()
+
+
+def arguments_of(work: SimpleNamespace, settings: str, folder: Path) -> dict:
+    """TrainingArguments: quiet, on the CPU, saving nothing; float32 unless untouched; matched: AdamW as kltune's."""
+    quiet = {
+        "output_dir": str(folder / "trl"), "use_cpu": True, "logging_strategy": "no", "save_strategy": "no",
+        "report_to": "none", "disable_tqdm": True, "seed": 0,
+    }
+    if settings == "untouched":
+        return quiet
+    quiet["bf16"] = False
+    if settings == "defaults":
+        return quiet
+    return quiet | {
+        "gradient_checkpointing": False, "optim": "adamw_torch", "learning_rate": work.lr,
+        "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0,
+    }
+
+
+# --- DPO ------------------------------------------------------------------------------------------------------------
+
+
+def dpo_trainer(work: SimpleNamespace, adapter: Path, rows: list[dict], **options):
+    """A DPOTrainer on rows of token ids, in their order, that starts from the saved adapter."""
+    from trl import DPOConfig, DPOTrainer
+
+    class OnTokenIds(DPOTrainer):
+        """Takes the token ids as they are and goes through them in order."""
+
+        def _prepare_dataset(self, dataset, *_):
+            return dataset
+
+        def _get_train_sampler(self, dataset=None):
+            return SequentialSampler(self.train_dataset if dataset is None else dataset)
+
+    watch = options.pop("watch", None)
+    model = load_model(work.model)
+    if watch is not None:
+        watch.loaded()
+    trainer = OnTokenIds(
+        model=model, args=DPOConfig(**options), train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(work.model), peft_config=lora_config(adapter),
+        callbacks=None if watch is None else [Stamps(watch)],
+    )
+    put_adapter(trainer.model, adapter)
+    return trainer
+
+
+def dpo(folder: Path, settings: str, watch: Watch) -> None:
+    """Steps of DPOTrainer on the work's pairs."""
+    work = load_work(folder)
+    rows = json.loads((folder / "pairs.json").read_text())
+    trainer = dpo_trainer(
+        work, folder / "adapter", rows, watch=watch, beta=work.beta, max_length=None,
+        per_device_train_batch_size=work.batch, max_steps=work.steps, **arguments_of(work, settings, folder),
+    )
+    inner = trainer.compute_loss
+
+    def compute_loss(*arguments, **options):
+        loss = inner(*arguments, **options)
+        watch.losses.append(loss.item())
+        return loss
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+
+
+# --- PPO (TRL 1.12) and GRPO ----------------------------------------------------------------------------------------
+
+
+def ppo(folder: Path, settings: str, watch: Watch) -> None:
+    """Steps of the PPOTrainer of TRL 1.12; matched: its critic is a LoRA of the same size on weights of its own.
+
+    Minibatches must not be made by gradient accumulation: that PPOTrainer would then take one optimizer step per epoch
+    instead of one per minibatch, so the whole batch is "per device".
+    """
+    import trl.experimental.ppo.ppo_trainer as module
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    work = load_work(folder)
+    prompts = json.loads((folder / "prompts.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(work.model, padding_side="left")
+    model = load_model(work.model)
+    watch.loaded()
+    critic = AutoModelForSequenceClassification.from_pretrained(work.model, num_labels=1, dtype=torch.float32)
+    matched = {}
+    if settings == "matched":
+        matched = {"temperature": 1.0, "kl_coef": work.beta, "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1}
+        critic = inject_adapter_in_model(lora_config(folder / "adapter"), critic)
+        critic.score.requires_grad_(True)
+    module.batch_generation = watch.timed("generate", module.batch_generation)
+    trainer = PPOTrainer(
+        args=PPOConfig(
+            per_device_train_batch_size=work.batch, gradient_accumulation_steps=1, num_ppo_epochs=work.epochs,
+            num_mini_batches=work.batch // work.minibatch, total_episodes=work.steps * work.batch,
+            response_length=work.new_tokens, num_sample_generations=0, **matched,
+            **arguments_of(work, settings, folder),
+        ),
+        processing_class=tokenizer, model=model, ref_model=None, value_model=critic, callbacks=[Stamps(watch)],
+        reward_model=Rule(score_function(folder), tokenizer, work.new_tokens),
+        peft_config=lora_config(folder / "adapter"),
+        train_dataset=Dataset.from_list([{"input_ids": ids} for ids in prompts]), eval_dataset=Dataset.from_list([]),
+    )
+    put_adapter(trainer.policy_model, folder / "adapter")
+    trainer.train()
+
+
+def grpo(folder: Path, settings: str, watch: Watch) -> None:
+    """Steps of GRPOTrainer, one update per batch."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    work = load_work(folder)
+    texts = json.loads((folder / "texts.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(work.model)
+    if tokenizer(text=texts)["input_ids"] != json.loads((folder / "prompts.json").read_text()):
+        raise SystemExit("GRPO: TRL makes other token ids of the prompts than kltune")
+    score = score_function(folder)
+
+    def reward(prompts, completions, **_):
+        return score(prompts, completions)
+
+    matched = {"beta": work.beta, "shuffle_dataset": False} if settings == "matched" else {}
+    model = load_model(work.model)
+    watch.loaded()
+    trainer = GRPOTrainer(
+        model=model, reward_funcs=reward, processing_class=tokenizer, peft_config=lora_config(folder / "adapter"),
+        train_dataset=Dataset.from_dict({"prompt": texts}), callbacks=[Stamps(watch)],
+        args=GRPOConfig(
+            per_device_train_batch_size=work.batch, num_generations=work.group, max_completion_length=work.new_tokens,
+            generation_kwargs={"min_new_tokens": work.new_tokens}, max_steps=work.steps, **matched,
+            **arguments_of(work, settings, folder),
+        ),
+    )
+    put_adapter(trainer.model, folder / "adapter")
+    trainer._generate_single_turn = watch.timed("generate", trainer._generate_single_turn)
+    trainer.train()
+
+
+def main() -> None:
+    """Do one piece of work and write what it gave."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", choices=["dpo", "ppo", "grpo"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--settings", choices=SETTINGS, default="matched")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    watch = Watch()
+    {"dpo": dpo, "ppo": ppo, "grpo": grpo}[arguments.work](arguments.folder, arguments.settings, watch)
+    watch.write(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What bench_peers.py makes of numbers, by hand; the peer itself is never run in the tests."""
+
+import math
+
+import numpy as np
+import pytest
+from bench_peers import figures, summary
+from peers_gates import CLOSE, TRACE_CLOSE, compared_traces, gap, gate_row, gradient_gap
+from peers_watch import Watch
+
+
+def test_a_gap_is_absolute_below_1_and_a_share_above():
+    assert gap(0.5, 0.5 + 1e-6) == pytest.approx(1e-6)
+    assert gap([0.1, -400.0], [0.1, -401.0]) == pytest.approx(1.0 / 401.0)
+
+
+@pytest.mark.parametrize("theirs", [[1.0], [1.0, math.nan], [1.0, math.inf]], ids=["shape", "nan", "infinite"])
+def test_what_cannot_be_compared_is_infinitely_far(theirs):
+    assert gap([1.0, 2.0], theirs) == math.inf
+    assert gate_row("losses", gap([1.0, 2.0], theirs), CLOSE)["passed"] is False
+
+
+def test_gradients_are_held_against_each_other_as_one_vector():
+    theirs = {"a": np.array([3.0, 0.0], np.float32), "b": np.array([4.0], np.float32)}
+    ours = {"a": np.array([3.0, 0.3], np.float32), "b": np.array([4.4], np.float32)}
+    assert gradient_gap(ours, theirs) == pytest.approx(0.5 / 5.0)
+    assert gradient_gap({"a": ours["a"]}, theirs) == math.inf
+    assert gradient_gap(theirs, {name: 0.0 * tensor for name, tensor in theirs.items()}) == math.inf
+
+
+def test_one_step_that_differs_fails_the_trace():
+    assert compared_traces([0.7, 0.6], [0.7, 0.6 + 0.9 * TRACE_CLOSE])["passed"]
+    assert not compared_traces([0.7, 0.6], [0.7 + 1.1 * TRACE_CLOSE, 0.6])["passed"]
+    assert not compared_traces([0.7, 0.6], [0.7])["passed"]
+
+
+def test_a_watch_leaves_out_two_steps_and_the_last(tmp_path, monkeypatch):
+    ends = iter([0.0, 10.0, 19.0, 21.0, 24.0, 30.0])     # steps of 10, 9, 2, 3, 6 seconds
+    monkeypatch.setattr("peers_watch.time.perf_counter", lambda: next(ends))
+    watch = Watch()
+    for _ in range(6):
+        watch.stamp()
+    watch.write(tmp_path / "run.json")
+    assert '"seconds": [2.0, 3.0]' in (tmp_path / "run.json").read_text()
+
+
+def test_what_is_done_once_is_shared_among_the_steps():
+    run = {
+        "seconds": [1.0, 2.0, 9.0], "cpu_seconds": [1.0, 1.0, 1.0], "inside": {"generate": [0.0, 0.0, 0.0]},
+        "before_seconds": {"once": 4.0, "once_cpu": 2.0}, "peak_mb": 500.0, "held_mb": 400.0,
+    }
+    assert figures(run, steps=8) == {
+        "seconds": 2.5, "cpu_seconds": 1.25, "peak_mb": 500.0, "peak_mb_above_model": 100.0
+    }
+
+
+def test_ratios_are_of_medians_and_of_what_both_tools_tell():
+    ours = [{"seconds": s, "once": 1.0} for s in (1.0, 2.0, 6.0)]
+    theirs = [{"seconds": s} for s in (6.0, 4.0, 50.0)]
+    mine, other = summary("dpo", "matched", 16, {"kltune": ours, "trl": theirs})
+    assert mine["per_second"] == 8.0
+    assert mine["range"] == [1.0, 6.0]
+    assert other["trl_over_kltune"] == {"seconds": 3.0}
