@@ -74,7 +74,7 @@ from kltune.run.training import (
 
 LABELLED = ("kto", "bco")  # losses of responses judged one by one
 MEMORY = 0.9  # share of a running mean that a step leaves
-BALANCE_SHARE = 0.4  # of the price that balances the gradients of pairs and KL
+BALANCE_SHARE = 0.25  # of the price that balances the gradients of pairs and KL
 TRAINED_SHARE = 4  # of the tokens that fit through the trunk without gradients, this fraction is trained on at once
 
 
