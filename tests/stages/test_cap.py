@@ -160,7 +160,7 @@ def pushed_away(by: float):
 
 
 def test_a_final_beyond_the_cap_is_dialled_back_within_it(ppo_recipe, monkeypatch):
-    monkeypatch.setattr(ppo, "finish", pushed_away(0.3))
+    monkeypatch.setattr(training, "finish", pushed_away(0.3))
     recipe = ppo_recipe("kl.hard_cap=1", "kl.target=0.9", "run.steps=4", *HELD_OUT)
     result = run_ppo(recipe, resume=False)
     assert result["final_step"] == 4
@@ -169,7 +169,7 @@ def test_a_final_beyond_the_cap_is_dialled_back_within_it(ppo_recipe, monkeypatc
 
 
 def test_a_final_beyond_its_target_lands_on_it(ppo_recipe, monkeypatch, tmp_path):
-    monkeypatch.setattr(ppo, "finish", pushed_away(0.1))
+    monkeypatch.setattr(training, "finish", pushed_away(0.1))
     results = {}
     for land in ("true", "false"):
         recipe = ppo_recipe(f"kl.land={land}", "kl.target=0.6", "run.steps=4", *HELD_OUT, output=str(tmp_path / land))
@@ -192,7 +192,7 @@ def test_a_final_below_its_target_is_left_where_it_is(ppo_recipe):
 
 def test_a_final_beyond_the_cap_is_not_called_final(ppo_recipe, monkeypatch):
     # The last update lands beyond the cap, where no batch would see it: final is what was measured before.
-    monkeypatch.setattr(ppo, "finish", pushed_away(3.0))
+    monkeypatch.setattr(training, "finish", pushed_away(3.0))
     recipe = ppo_recipe("kl.hard_cap=1", "kl.land=false", "run.steps=4", *HELD_OUT)
     result = run_ppo(recipe, resume=False)
     assert result["final_step"] == 3
