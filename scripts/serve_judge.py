@@ -1,0 +1,207 @@
+"""A local AI judge: a language model behind ``transformers serve``, as recipes/tiny/ppo_judge.yaml asks for one.
+
+    python scripts/serve_judge.py                         serves on 127.0.0.1:8000 until Ctrl-C
+    python scripts/serve_judge.py --model PATH-OR-NAME    the same with an instruct model of your own
+    python scripts/serve_judge.py --check                 tries runs, a judge that dies and --resume on it, and ends
+
+What it makes lies in build/serve and is made once: an environment for the server, which sees the packages of this one
+and adds FastAPI, Uvicorn and openai; the tiny world; and, without --model, a judge (train_judge.py). It needs the
+network for those three packages only, and takes about ten minutes on two cores.
+
+--check exits with 0 only if the judge can be read and follows its rule; two runs of ``kltune ppo``, one of which lost
+its server half-way and was resumed, end with the same weights and the same answers, none asked for twice; and ``kltune
+dpo`` learns from the judge's preferences.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.request
+import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from train_judge import measured, train_judge
+
+from kltune.lm.judge import Judge
+from kltune.lm.tiny import make_tiny_world
+from kltune.recipe import JudgeReward, copy_recipe, load_recipe
+
+PACKAGES = ("fastapi", "uvicorn", "openai")
+RECIPES = {"ppo": "ppo_judge", "dpo": "dpo_online"}
+HELD_OUT = 200          # questions
+SHORT = ("model.sft_adapter=null", "run.steps=3", "run.eval_every=100", "eval.responses=16", "reward.0.retries=1")
+SIZES = {
+    "ppo": ("sampling.prompts_per_step=16",),
+    "dpo": ("sampling.prompts_per_step=8", "sampling.responses_per_prompt=2"),
+}
+
+
+@dataclass
+class Server:
+    """How ``transformers serve`` is started: in ``folder``, so that what lies there is a model's name."""
+
+    python: Path
+    folder: Path
+    model: str
+    port: int
+
+    @contextmanager
+    def serving(self) -> Iterator[subprocess.Popen]:
+        """Within: it answers, its model loaded."""
+        if self.listens():
+            sys.exit(f"port {self.port} is taken; choose another one with --port")
+        command = [self.python, "-m", "transformers.cli.transformers", "serve", self.model, "--host", "127.0.0.1",
+                   "--port", str(self.port)]
+        with open(self.log, "a", encoding="utf-8") as log:
+            process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            while not self.listens():
+                if process.poll() is not None:
+                    sys.exit(f"the server ended with exit code {process.returncode}; {self.log} says why")
+                time.sleep(0.2)
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+    @property
+    def log(self) -> Path:
+        """What it says."""
+        return self.folder / "server.log"
+
+    def answered(self) -> int:
+        """How many questions it has answered in all its lives."""
+        return self.log.read_text(encoding="utf-8").count('/v1/chat/completions HTTP/1.1" 200')
+
+    def listens(self) -> bool:
+        """Whether anybody answers at the port; this server does once the model on its command line is loaded."""
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            opener.open(f"http://127.0.0.1:{self.port}/health", timeout=5).close()
+        except OSError as error:
+            return hasattr(error, "code")
+        return True
+
+
+def make_environment(folder: Path) -> Path:
+    """The server's environment in ``folder``, and its interpreter; nothing is installed into the one that runs this."""
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    if not (folder / "ready").exists():
+        say(f"an environment for the server, with {', '.join(PACKAGES)}: {folder}")
+        venv.create(folder, with_pip=True, clear=True)
+        where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+        own = subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip()
+        shared = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+        (Path(own) / "shared.pth").write_text("\n".join(shared) + "\n", encoding="utf-8")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True, stdout=sys.stderr)
+        (folder / "ready").touch()
+    return python
+
+
+def check(server: Server, entry: JudgeReward, trained: bool) -> bool:
+    """Try all that the module promises, and print what happened."""
+    whole, broken, pairs = (server.folder / "runs" / name for name in ("ppo_whole", "ppo_broken", "dpo_pairs"))
+    for run in (whole, broken, pairs):
+        shutil.rmtree(run, ignore_errors=True)
+    held = []
+
+    def report(holds: bool, text: str) -> None:
+        held.append(holds)
+        print(f"{'ok' if holds else 'FAILED':<8}{text}", flush=True)
+
+    with server.serving() as process:
+        began = time.monotonic()
+        share, correlation, agreement = measured(entry, HELD_OUT)
+        each = (time.monotonic() - began) / HELD_OUT
+        report(not trained or (share > 0.9 and correlation > 0.5 and agreement > 0.6),
+               f"{HELD_OUT} held-out questions, {each:.2f} s each: {share:.0%} of the answers readable, correlation of "
+               f"the scores with the rule {correlation:.2f}, {agreement:.0%} of the preferences right")
+        before = server.answered()
+        code = kltune("ppo", whole, entry).wait()
+        said, asked = answers(whole), server.answered() - before
+        report(code == 0 and asked >= len(said) > 0, f"ppo: exit code {code}, {asked} questions, {len(said)} kept")
+        run = kltune("ppo", broken, entry)
+        while run.poll() is None and len(answers(broken)) < len(said) // 2:
+            time.sleep(0.05)
+        process.kill()
+        code, status = run.wait(), json.loads((broken / "run.json").read_text())["status"]
+        kept = answers(broken)
+        report((code, status) == (75, "interrupted"), f"server killed: exit code {code}, {status}, {len(kept)} kept")
+
+    with server.serving():
+        code = kltune("ppo", broken, entry, "--resume").wait()
+        found, lost = answers(broken), server.answered() - before - 2 * asked
+        once = found[: len(kept)] == kept and sorted(found) == sorted(said) and lost <= entry.concurrency
+        report(code == 0 and once, f"--resume: exit code {code}, {len(found)} kept, none asked for again and all as in "
+               f"the run before; {lost} answers were on their way when the server was killed")
+        final = {(run / "final" / "adapter_model.safetensors").read_bytes() for run in (whole, broken)}
+        report(len(final) == 1, "the weights of both runs: equal, bit for bit")
+        code = kltune("dpo", pairs, entry.model_copy(update={"mode": "pair"})).wait()
+        rows = [json.loads(line) for line in (pairs / "metrics.jsonl").read_text().splitlines()]
+        counts = ", ".join(f"{row['pairs/count']:.0f}" for row in rows)
+        report(code == 0 and len(rows) == 3, f"dpo on preferences: exit code {code}, pairs from 8 prompts: {counts}")
+    return all(held)
+
+
+def answers(run: Path) -> list[str]:
+    """The lines of judge.jsonl; the last may still be under way."""
+    file = run / "judge.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def kltune(stage: str, output: Path, entry: JudgeReward, *more: str) -> subprocess.Popen:
+    """A short run on the tiny model, started."""
+    reward = f"reward={json.dumps([entry.model_dump(exclude_unset=True)])}"
+    recipe = output.parents[1] / f"{RECIPES[stage]}.yaml"
+    command = ["-m", "kltune", stage, "--recipe", recipe, "--output", output, *more]
+    keys = [f"--set={key}" for key in (reward, *SHORT, *SIZES[stage])]
+    return subprocess.Popen([sys.executable, *map(str, command), *keys], stdout=subprocess.DEVNULL)
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Make what is missing; then serve, or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or hub name of an instruct model; without it, one is trained")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "build" / "serve")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--check", action="store_true", help="try runs on it and end")
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    python = make_environment(folder / "env")
+    make_tiny_world(folder, say=say)
+    for name in RECIPES.values():
+        if not (folder / f"{name}.yaml").exists():
+            copy_recipe(f"tiny/{name}", folder)
+    model = arguments.model or "judge"
+    model = str(Path(model).resolve()) if Path(model).is_dir() else model     # the server runs in another folder
+    keys = (f"reward.0.url=http://127.0.0.1:{arguments.port}/v1", f"reward.0.model={model}")
+    entry = load_recipe(folder / "ppo_judge.yaml", keys).reward[0]
+    if arguments.model is None and not (folder / "judge").exists():
+        train_judge(folder, Judge(entry, "judge"))
+    server = Server(python, folder, model, arguments.port)
+    if arguments.check:
+        sys.exit(0 if check(server, entry, trained=arguments.model is None) else 1)
+    with server.serving() as process:
+        say(f"It answers. In a recipe: url: {json.dumps(entry.url)}, model: {json.dumps(model)}; or at once\n"
+            f"    kltune ppo --recipe {folder / 'ppo_judge.yaml'} --set model.sft_adapter=null --set {keys[1]}\n"
+            f"What it says is in {server.log}; Ctrl-C stops it.")
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            say("stopped")
+
+
+if __name__ == "__main__":
+    main()
