@@ -14,17 +14,19 @@ dpo`` learns from the judge's preferences.
 """
 
 import argparse
+import http.client
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import time
-import urllib.request
 import venv
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from train_judge import measured, train_judge
@@ -37,10 +39,11 @@ PACKAGES = ("fastapi", "uvicorn", "openai")
 RECIPES = {"ppo": "ppo_judge", "dpo": "dpo_online"}
 HELD_OUT = 200          # questions
 SHORT = ("model.sft_adapter=null", "run.steps=3", "run.eval_every=100", "eval.responses=16", "reward.0.retries=1")
-SIZES = {
-    "ppo": ("sampling.prompts_per_step=16",),
-    "dpo": ("sampling.prompts_per_step=8", "sampling.responses_per_prompt=2"),
+SAMPLING = {
+    "ppo": "sampling={prompts_per_step: 16, max_new_tokens: 48}",
+    "dpo": "sampling={prompts_per_step: 8, responses_per_prompt: 2, max_new_tokens: 48}",
 }
+say = partial(print, file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -55,14 +58,14 @@ class Server:
     @contextmanager
     def serving(self) -> Iterator[subprocess.Popen]:
         """Within: it answers, its model loaded."""
-        if self.listens():
+        if self.healthy():
             sys.exit(f"port {self.port} is taken; choose another one with --port")
         command = [self.python, "-m", "transformers.cli.transformers", "serve", self.model, "--host", "127.0.0.1",
                    "--port", str(self.port)]
         with open(self.log, "a", encoding="utf-8") as log:
             process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT)
         try:
-            while not self.listens():
+            while not self.healthy():
                 if process.poll() is not None:
                     sys.exit(f"the server ended with exit code {process.returncode}; {self.log} says why")
                 time.sleep(0.2)
@@ -80,14 +83,14 @@ class Server:
         """How many questions it has answered in all its lives."""
         return self.log.read_text(encoding="utf-8").count('/v1/chat/completions HTTP/1.1" 200')
 
-    def listens(self) -> bool:
-        """Whether anybody answers at the port; this server does once the model on its command line is loaded."""
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            opener.open(f"http://127.0.0.1:{self.port}/health", timeout=5).close()
-        except OSError as error:
-            return hasattr(error, "code")
-        return True
+    def healthy(self) -> bool:
+        """Whether a server answers at the port; this one does once the model on its command line is loaded."""
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)) as connection:
+            try:
+                connection.request("GET", "/health")
+                return connection.getresponse().status == 200
+            except (OSError, http.client.HTTPException):
+                return False
 
 
 def make_environment(folder: Path) -> Path:
@@ -105,16 +108,16 @@ def make_environment(folder: Path) -> Path:
     return python
 
 
-def check(server: Server, entry: JudgeReward, trained: bool) -> bool:
-    """Try all that the module promises, and print what happened."""
+def check(server: Server, entry: JudgeReward, trained: bool) -> None:
+    """Try all that the module promises, print what happened, and exit where a promise is not kept."""
     whole, broken, pairs = (server.folder / "runs" / name for name in ("ppo_whole", "ppo_broken", "dpo_pairs"))
     for run in (whole, broken, pairs):
         shutil.rmtree(run, ignore_errors=True)
-    held = []
 
     def report(holds: bool, text: str) -> None:
-        held.append(holds)
         print(f"{'ok' if holds else 'FAILED':<8}{text}", flush=True)
+        if not holds:
+            sys.exit(1)
 
     with server.serving() as process:
         began = time.monotonic()
@@ -147,7 +150,6 @@ def check(server: Server, entry: JudgeReward, trained: bool) -> bool:
         rows = [json.loads(line) for line in (pairs / "metrics.jsonl").read_text().splitlines()]
         counts = ", ".join(f"{row['pairs/count']:.0f}" for row in rows)
         report(code == 0 and len(rows) == 3, f"dpo on preferences: exit code {code}, pairs from 8 prompts: {counts}")
-    return all(held)
 
 
 def answers(run: Path) -> list[str]:
@@ -161,13 +163,8 @@ def kltune(stage: str, output: Path, entry: JudgeReward, *more: str) -> subproce
     reward = f"reward={json.dumps([entry.model_dump(exclude_unset=True)])}"
     recipe = output.parents[1] / f"{RECIPES[stage]}.yaml"
     command = ["-m", "kltune", stage, "--recipe", recipe, "--output", output, *more]
-    keys = [f"--set={key}" for key in (reward, *SHORT, *SIZES[stage])]
+    keys = [f"--set={key}" for key in (reward, SAMPLING[stage], *SHORT)]
     return subprocess.Popen([sys.executable, *map(str, command), *keys], stdout=subprocess.DEVNULL)
-
-
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -178,21 +175,23 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--check", action="store_true", help="try runs on it and end")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # or the server would outlive this process
     folder = arguments.folder.resolve()
     python = make_environment(folder / "env")
     make_tiny_world(folder, say=say)
     for name in RECIPES.values():
         if not (folder / f"{name}.yaml").exists():
             copy_recipe(f"tiny/{name}", folder)
-    model = arguments.model or "judge"
-    model = str(Path(model).resolve()) if Path(model).is_dir() else model     # the server runs in another folder
+    model = "judge" if arguments.model is None else arguments.model
+    if arguments.model is not None and Path(model).is_dir():
+        model = str(Path(model).resolve())      # the server runs in another folder
     keys = (f"reward.0.url=http://127.0.0.1:{arguments.port}/v1", f"reward.0.model={model}")
     entry = load_recipe(folder / "ppo_judge.yaml", keys).reward[0]
     if arguments.model is None and not (folder / "judge").exists():
         train_judge(folder, Judge(entry, "judge"))
     server = Server(python, folder, model, arguments.port)
     if arguments.check:
-        sys.exit(0 if check(server, entry, trained=arguments.model is None) else 1)
+        return check(server, entry, trained=arguments.model is None)
     with server.serving() as process:
         say(f"It answers. In a recipe: url: {json.dumps(entry.url)}, model: {json.dumps(model)}; or at once\n"
             f"    kltune ppo --recipe {folder / 'ppo_judge.yaml'} --set model.sft_adapter=null --set {keys[1]}\n"

@@ -79,7 +79,9 @@ def train_judge(folder: Path, judge: Judge) -> None:
     }
     file = folder / "judge.yaml"
     file.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")  # JSON is YAML
-    shutil.copytree(run_sft(load_recipe(file, stage="sft"), resume=True)["final"], folder / "judge")
+    final = run_sft(load_recipe(file, stage="sft"), resume=True)["final"]
+    shutil.copytree(final, folder / "judge_copy", dirs_exist_ok=True)
+    (folder / "judge_copy").rename(folder / "judge")
 
 
 def measured(entry: JudgeReward, count: int) -> tuple[float, float, float]:

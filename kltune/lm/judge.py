@@ -143,7 +143,8 @@ class Judge:
     def _keep(self, waiting: dict[Future[float], str]) -> None:
         """The answers that came while the others were given up."""
         for future, key in waiting.items():
-            if future.done() and not future.cancelled() and future.exception() is None:
+            answered = future.done() and not future.cancelled() and future.exception() is None
+            if answered and key not in self._answers:
                 self._answers[key] = future.result()
 
     def _ask(self, question: str) -> float:

@@ -333,6 +333,23 @@ def test_answers_that_came_before_the_judge_died_are_kept():
         assert "a" not in [part(body["messages"][0]["content"], "response") for body in again.asked]
 
 
+def test_an_answer_is_written_down_once_also_when_the_judge_dies():
+    written = []
+
+    class Written(dict):
+        def __setitem__(self, key, value):
+            written.append(key)
+            super().__setitem__(key, value)
+
+    def answer(number, question):
+        dead = part(question, "response") == "dead"
+        return Reply(status=503, seconds=0.1) if dead else '{"score": 5}'
+
+    with serving(answer) as endpoint, pytest.raises(JudgeError):
+        Judge(endpoint.entry(concurrency=2, retries=0), "j", Written()).scores(["p"] * 4, ["a", "b", "c", "dead"])
+    assert len(written) == len(set(written)) == 3
+
+
 def test_the_others_are_not_asked_once_one_is_given_up():
     with serving(lambda n, q: Reply(status=404)) as endpoint:
         with pytest.raises(ScorerError):
