@@ -64,13 +64,13 @@ class Endpoint:
                 return _content(_read(response, deadline))
         except urllib.error.HTTPError as error:
             with error:
-                raise self._refusal(error) from None
+                raise self._refusal(error, deadline) from None
         except TimeoutError:
-            raise Unanswered(f"no answer within {self.entry.timeout_s:g} s") from None
+            raise self._late() from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             if isinstance(reason, TimeoutError):
-                raise Unanswered(f"no answer within {self.entry.timeout_s:g} s") from None
+                raise self._late() from None
             raise Unanswered(self._shown(getattr(reason, "strerror", None) or str(reason) or repr(reason))) from None
 
     def _request(self, messages: Messages) -> urllib.request.Request:
@@ -85,20 +85,27 @@ class Endpoint:
         # JSON in ASCII: a lone surrogate in a response has no UTF-8 form.
         return urllib.request.Request(address, json.dumps(body).encode("ascii"), headers, method="POST")
 
-    def _refusal(self, error: urllib.error.HTTPError) -> Exception:
-        if error.code in PASSING or error.code >= 500:
-            return Unanswered(f"HTTP {error.code}", _seconds(error.headers.get("Retry-After", "")))
+    def _late(self) -> Unanswered:
+        entry = self.entry
+        return Unanswered(f"no answer within {entry.timeout_s:g} s, with up to {entry.concurrency} questions under way")
+
+    def _refusal(self, error: urllib.error.HTTPError, deadline: float) -> Exception:
         try:
-            said = error.read(LONGEST_ANSWER).decode("utf-8", "replace")
+            said = self._shown(_read(error.fp, deadline).decode("utf-8", "replace"))
         except (OSError, http.client.HTTPException):
             said = ""
+        if error.code in PASSING or error.code >= 500:
+            # For some servers 500 is also a model that is not there, or one without a chat template.
+            why = "; its own log may say why" if error.code == 500 else ""
+            reason = f"HTTP {error.code}{why}" + (f" ({said})" if said else "")
+            return Unanswered(reason, _seconds(error.headers.get("Retry-After", "")))
         advice = {
             401: "; is the key right that key_env names?", 403: "; is the key right that key_env names?",
             404: "; are url and model right?",
-        }.get(error.code, "")
+        }.get(error.code, ".")
         return ScorerError(
             f"judge {self.entry.model}: {self.entry.url} refuses with HTTP {error.code}{advice} "
-            f"It says: {self._shown(said) or 'nothing'}"
+            f"It says: {said or 'nothing'}"
         )
 
     def _shown(self, text: str) -> str:
@@ -147,7 +154,9 @@ def _content(body: bytes) -> str:
         return ""
     if not isinstance(text, str):
         return ""
-    return text.rpartition(" ")[0] if cut else text  # the last word may be the first half of one: 1 of 10
+    # The last word of a text that was cut may be the first half of one: 1 of 10. A server that only counts tokens calls
+    # an answer cut that ended with the last one allowed.
+    return text.rpartition(" ")[0] if cut and not text.endswith("}") else text
 
 
 def _seconds(text: str) -> float:

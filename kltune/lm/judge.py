@@ -78,7 +78,7 @@ class Judge:
         Raises:
             JudgeError: the judge does not answer. ScorerError: it refuses, or what it says cannot be read.
         """
-        asked = [self._score_question(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        asked = [self.score_question(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         span = self.entry.highest - self.entry.lowest
         return [(number - self.entry.lowest) / span for number in self._ask_all(asked)]
 
@@ -95,16 +95,18 @@ class Judge:
         """
         asked = []
         for prompt, one, two in zip(prompts, first, second, strict=True):
-            asked += [self._pair_question(prompt, one, two), self._pair_question(prompt, two, one)]
+            asked += [self.pair_question(prompt, one, two), self.pair_question(prompt, two, one)]
         answers = self._ask_all(asked)
         return [0.5 * (ahead + 1.0 - behind) for ahead, behind in zip(answers[0::2], answers[1::2], strict=True)]
 
-    def _score_question(self, prompt: str, response: str) -> str:
+    def score_question(self, prompt: str, response: str) -> str:
+        """What the judge is asked about a response."""
         lowest, highest = self.entry.lowest, self.entry.highest
         form = f'{{"score": N}}, N a number from {lowest:g} (worst) to {highest:g} (best)'
         return self._question(f"{_part('prompt', prompt)}\n\n{_part('response', response)}", form)
 
-    def _pair_question(self, prompt: str, first: str, second: str) -> str:
+    def pair_question(self, prompt: str, first: str, second: str) -> str:
+        """What the judge is asked about two responses, the first of them called A."""
         texts = (_part("prompt", prompt), _part("response A", first), _part("response B", second))
         return self._question("\n\n".join(texts), '{"better": X}, X one of "A", "B" and "tie"')
 
@@ -141,7 +143,8 @@ class Judge:
     def _keep(self, waiting: dict[Future[float], str]) -> None:
         """The answers that came while the others were given up."""
         for future, key in waiting.items():
-            if future.done() and not future.cancelled() and future.exception() is None:
+            answered = future.done() and not future.cancelled() and future.exception() is None
+            if answered and key not in self._answers:
                 self._answers[key] = future.result()
 
     def _ask(self, question: str) -> float:
@@ -208,6 +211,6 @@ def _part(name: str, text: str) -> str:
 def _reminder(text: str) -> Messages:
     """What is said to an answer that cannot be read: at temperature 0 the same question has the same answer."""
     return [
-        {"role": "assistant", "content": text[:2000]},
+        {"role": "assistant", "content": text[:2000].strip() or "(nothing)"},  # not every endpoint takes an empty one
         {"role": "user", "content": "That cannot be read. Answer with the JSON object alone, as described above."},
     ]

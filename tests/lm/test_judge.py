@@ -185,6 +185,19 @@ def test_an_answer_that_cannot_be_read_is_answered_with_a_reminder():
     assert "JSON object alone" in second[2]["content"]
 
 
+def test_an_empty_answer_is_not_repeated_as_one():
+    """Some endpoints and chat templates refuse a message without content, and the run would end for it."""
+    with serving(lambda n, q: " \n" if n == 0 else '{"score": 8}') as endpoint:
+        assert Judge(endpoint.entry(), "j").scores(["p"], ["a"]) == [0.8]
+    assert endpoint.asked[1]["messages"][1] == {"role": "assistant", "content": "(nothing)"}
+
+
+def test_an_answer_that_ends_with_the_last_token_allowed_is_whole():
+    """``transformers serve`` calls it cut: it compares numbers of tokens."""
+    with serving(lambda n, q: Reply('{"score": 8}', finish="length")) as endpoint:
+        assert Judge(endpoint.entry(retries=0), "j").scores(["p"], ["a"]) == [0.8]
+
+
 def test_pauses_double_to_a_limit_and_heed_what_the_endpoint_says(monkeypatch):
     monkeypatch.setattr(judge_module, "FIRST_PAUSE", 1.0)
     slept = []
@@ -214,7 +227,10 @@ def test_pauses_double_to_a_limit_and_heed_what_the_endpoint_says(monkeypatch):
     ("trouble", "kind", "code", "words"),
     [
         (Reply(status=429), JudgeError, 75, ["does not answer", "HTTP 429", "last of 3 tries"]),
-        (Reply(seconds=1.0), JudgeError, 75, ["no answer within 0.2 s"]),
+        (Reply(status=503, body=b"busy\x1b[2J"), JudgeError, 75, ["HTTP 503 (busy", r"\x1b[2J)"]),
+        (Reply(status=500, body=b"Internal Server Error"), JudgeError, 75,
+         ["HTTP 500; its own log may say why (Internal Server Error)"]),
+        (Reply(seconds=1.0), JudgeError, 75, ["no answer within 0.2 s, with up to 8 questions under way"]),
         (Reply(hang_up=True), JudgeError, 75, ["does not answer"]),
         (Reply("Nice\x1b[2J!"), ScorerError, 5, ["cannot be read", r"Nice\x1b[2J!", "follow instructions"]),
         (Reply('{"score": 99}'), ScorerError, 5, ["cannot be read", "99"]),
@@ -238,6 +254,14 @@ def test_a_judge_that_is_not_there():
         entry = endpoint.entry(url=f"http://127.0.0.1:{port}/v1", retries=1)
         with pytest.raises(JudgeError, match="Connection refused"):
             Judge(entry, "j").scores(["p"], ["r"])
+
+
+def test_a_server_that_is_pinned_to_another_model_says_so():
+    """What ``transformers serve`` answers to a model that is not the one on its command line."""
+    said = b'{"detail":"Server is pinned to \'models/judge\'; requested \'m\'."}'
+    with serving(lambda n, q: Reply(status=400, body=said)) as endpoint, pytest.raises(ScorerError) as caught:
+        Judge(endpoint.entry(), "j").scores(["p"], ["r"])
+    assert f"refuses with HTTP 400. It says: {said.decode()}" in str(caught.value)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 301, 307, 308])
@@ -307,6 +331,23 @@ def test_answers_that_came_before_the_judge_died_are_kept():
         scores._endpoint = Judge(again.entry(), "j")._endpoint
         assert scores.scores(["p"] * 4, ["a", "b", "dead", "c"])[:3] == [0.5, 0.5, 0.6]
         assert "a" not in [part(body["messages"][0]["content"], "response") for body in again.asked]
+
+
+def test_an_answer_is_written_down_once_also_when_the_judge_dies():
+    written = []
+
+    class Written(dict):
+        def __setitem__(self, key, value):
+            written.append(key)
+            super().__setitem__(key, value)
+
+    def answer(number, question):
+        dead = part(question, "response") == "dead"
+        return Reply(status=503, seconds=0.1) if dead else '{"score": 5}'
+
+    with serving(answer) as endpoint, pytest.raises(JudgeError):
+        Judge(endpoint.entry(concurrency=2, retries=0), "j", Written()).scores(["p"] * 4, ["a", "b", "c", "dead"])
+    assert len(written) == len(set(written)) == 3
 
 
 def test_the_others_are_not_asked_once_one_is_given_up():
