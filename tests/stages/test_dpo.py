@@ -229,10 +229,10 @@ def test_the_balance_is_a_share_of_where_both_gradients_are_as_large():
     own, kl = [torch.tensor([3.0, 0.0]), torch.tensor([4.0])], [torch.tensor([0.6, 0.0]), torch.tensor([[0.8]])]
     distance = summarize("exact", torch.tensor([1.0, 3.0]), torch.tensor([5, 5]), torch.arange(2))
     batch = Batch(None, None, distance, 0.5)
-    assert dpo.balance(own, kl, batch, 0.1) == pytest.approx(0.4 * 50.0 * math.sqrt(2 * 2.0))
-    assert dpo.balance(own, [torch.zeros(2)], batch, 0.1) == 0.5
+    assert dpo.balance(own, kl, batch, 0.1, 0.4) == pytest.approx(0.4 * 50.0 * math.sqrt(2 * 2.0))
+    assert dpo.balance(own, [torch.zeros(2)], batch, 0.1, 0.4) == 0.5
     with pytest.raises(DivergedError, match="not finite"):
-        dpo.balance([torch.tensor([math.nan])], kl, batch, 0.1)
+        dpo.balance([torch.tensor([math.nan])], kl, batch, 0.1, 0.4)
 
 
 def test_a_target_that_the_pairs_never_reach_is_said_to_be_unused(dpo_recipe, capsys):
