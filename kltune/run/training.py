@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from torch.optim import Optimizer
+
 from kltune.core.controllers import feed_forward
 from kltune.core.gate import standing
 from kltune.errors import Interrupted, JudgeError, RecipeError, ScorerError
@@ -22,8 +24,10 @@ from kltune.lm.experience import (
     standardize,
 )
 from kltune.lm.judge import Judge
+from kltune.lm.optim import make_optimizer
 from kltune.lm.policy import Policy
 from kltune.lm.selftest import check_fresh_policy
+from kltune.recipe import PPOSection, TRPOSection
 from kltune.run.checkpoint import latest_checkpoint, save_checkpoint, saved_step
 from kltune.run.clock import Clock
 from kltune.run.finishing import finish, stop
@@ -61,6 +65,14 @@ def load_data(recipe: BudgetRecipe, policy: Policy, run: Run) -> tuple[list[Prom
             "2 rows in eval.prompts (or data.prompts, data.pairs) and eval.responses of at least 2."
         )
     return prompts, held_out
+
+
+def add_values(recipe: BudgetRecipe, policy: Policy, section: PPOSection | TRPOSection) -> Optimizer | None:
+    """Give the policy the value function that a stage's section asks for, and an optimizer of its own; None without."""
+    if section.baseline != "value":
+        return None
+    policy.add_value_function(recipe.lora if section.value_function == "lora" else None)
+    return make_optimizer(policy.value_parameters(), recipe.optim, "value function")
 
 
 def begin(recipe: BudgetRecipe, learner: Learner, prompts: list[Prompt], run: Run) -> None:

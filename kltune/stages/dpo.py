@@ -81,12 +81,7 @@ TRAINED_SHARE = 4  # of the tokens that fit through the trunk without gradients,
 def run_dpo(recipe: DPORecipe, resume: bool) -> dict[str, Any]:
     """``kltune dpo``: learn from preferences within a KL budget, save the policy, and measure what was saved.
 
-    Args:
-        recipe: what to do.
-        resume: go on from the newest checkpoint in the output folder.
-
-    Returns:
-        The object of ``result.json``.
+    Arguments and result are those of ``run_stage``.
     """
     return run_stage(recipe, resume, train)
 

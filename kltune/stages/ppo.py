@@ -29,6 +29,7 @@ from kltune.run.learner import Learner
 from kltune.run.opening import run_stage
 from kltune.run.session import Run
 from kltune.run.training import (
+    add_values,
     begin,
     close_step,
     load_data,
@@ -43,12 +44,7 @@ from kltune.run.training import (
 def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
     """``kltune ppo``: train a policy within its KL budget, save it, and measure what was saved.
 
-    Args:
-        recipe: what to do.
-        resume: go on from the newest checkpoint in the output folder.
-
-    Returns:
-        The object of ``result.json``.
+    Arguments and result are those of ``run_stage``.
     """
     return run_stage(recipe, resume, train)
 
@@ -64,10 +60,7 @@ def train(recipe: PPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
 
 def make_learner(recipe: PPORecipe, policy: Policy, prompts: list[Prompt], run: Run) -> Learner:
     """Value function, optimizers, controller and scorer; checked at the start, or restored from a checkpoint."""
-    value_optimizer = None
-    if recipe.ppo.baseline == "value":
-        policy.add_value_function(recipe.lora if recipe.ppo.value_function == "lora" else None)
-        value_optimizer = make_optimizer(policy.value_parameters(), recipe.optim, "value function")
+    value_optimizer = add_values(recipe, policy, recipe.ppo)
     optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim, "policy")
     scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)
     responses = recipe.sampling.prompts_per_step * recipe.sampling.responses_per_prompt

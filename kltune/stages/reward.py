@@ -62,12 +62,7 @@ class Job:
 def run_reward(recipe: RewardRecipe, resume: bool) -> dict[str, Any]:
     """``kltune reward``: fit a reward model to pairs or labels, save it, and measure it on rows held out.
 
-    Args:
-        recipe: what to do.
-        resume: go on from the newest checkpoint in the output folder.
-
-    Returns:
-        The object of ``result.json``.
+    Arguments and result are those of ``run_stage``.
     """
     return run_stage(recipe, resume, train)
 

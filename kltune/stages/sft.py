@@ -52,12 +52,7 @@ class Job:
 def run_sft(recipe: SFTRecipe, resume: bool) -> dict[str, Any]:
     """``kltune sft``: imitate texts, save the adapter (or the model), and measure what was saved.
 
-    Args:
-        recipe: what to do.
-        resume: go on from the newest checkpoint in the output folder.
-
-    Returns:
-        The object of ``result.json``.
+    Arguments and result are those of ``run_stage``.
     """
     return run_stage(recipe, resume, train)
 

@@ -39,7 +39,7 @@ from kltune.lm.batches import response_scatter
 from kltune.lm.curvature import Fisher, flat, unflat
 from kltune.lm.data import Prompt
 from kltune.lm.experience import Experience, centred, check_first_ratio, controller_of, shape
-from kltune.lm.optim import learning_rate_share, make_optimizer, total_steps
+from kltune.lm.optim import learning_rate_share, total_steps
 from kltune.lm.policy import Policy
 from kltune.lm.scorers import load_scorer
 from kltune.lm.snapshot import Move, Snapshot
@@ -51,6 +51,7 @@ from kltune.run.opening import run_stage
 from kltune.run.session import Run
 from kltune.run.training import (
     REFUSAL_RAISE,
+    add_values,
     begin,
     close_step,
     load_data,
@@ -67,12 +68,7 @@ PROBES = 2  # random vectors for the mean curvature: damping only needs its orde
 def run_trpo(recipe: TRPORecipe, resume: bool) -> dict[str, Any]:
     """``kltune trpo``: train a policy by natural-gradient steps within its KL budget, save it, measure what was saved.
 
-    Args:
-        recipe: what to do.
-        resume: go on from the newest checkpoint in the output folder.
-
-    Returns:
-        The object of ``result.json``.
+    Arguments and result are those of ``run_stage``.
     """
     return run_stage(recipe, resume, train)
 
@@ -88,10 +84,7 @@ def train(recipe: TRPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
 
 def make_learner(recipe: TRPORecipe, policy: Policy, prompts: list[Prompt], run: Run) -> Learner:
     """Value function with its optimizer, damping, controller and scorer; checked at the start, or restored."""
-    value_optimizer = None
-    if recipe.trpo.baseline == "value":
-        policy.add_value_function(recipe.lora if recipe.trpo.value_function == "lora" else None)
-        value_optimizer = make_optimizer(policy.value_parameters(), recipe.optim, "value function")
+    value_optimizer = add_values(recipe, policy, recipe.trpo)
     adapts = recipe.trpo.damping == "auto"
     damping = Damping(FIRST_DAMPING if adapts else float(recipe.trpo.damping), adapts)
     scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)
