@@ -3,7 +3,7 @@
 What PPO and TRPO have in common; what they do with an Experience is theirs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,6 +50,14 @@ class Experience:
         width = rollout.response_mask.shape[1]
         returns = None if self.returns is None else self.returns[rows, :width]
         return replace(self, rollout=rollout, advantages=self.advantages[rows, :width], returns=returns)
+
+    def minibatches(self, size: int, rng: np.random.Generator) -> Iterator["Experience"]:
+        """So many rows at a time, in random order; the responses to one prompt stay together, for they share it."""
+        owner = self.rollout.prompt_index
+        place = np.argsort(rng.permutation(int(owner.max()) + 1))
+        order = torch.from_numpy(place).to(owner.device)[owner].argsort(stable=True)
+        return (self.select(rows) for rows in order.split(size))
+
 
 
 def collect(

@@ -14,6 +14,7 @@ from transformers import Cache
 
 from kltune.core.head import Reader, through_head
 from kltune.lm.merging import MergedTrunk
+from kltune.lm.shared_prefix import can_share, shared_prefixes, states_before
 
 CHUNK_BYTES = 64 * 2**20  # float32 logits that may exist at once, per model; larger chunks were not faster
 TOKENS_PER_PASS = 16_384  # tokens through the trunk at once when nothing is trained
@@ -35,6 +36,7 @@ class Network:
         self.hidden_size = hidden.shape[-1]
         # Equal, not close: a soft cap that small logits do not feel would be felt after training.
         self.split = cut is not None and cut.shape == whole.shape and torch.equal(cut.float(), whole.float())
+        self.shares_prefixes = self.split and can_share(causal, self._trunk, self.trunk)
 
     def refresh(self) -> None:
         """Find trunk and head again, after an adapter may have wrapped them."""
@@ -63,6 +65,18 @@ class Network:
     def hidden(self, ids: Tensor) -> Tensor:
         """What ``logits`` takes: hidden states, or the logits themselves where the model cannot be cut."""
         return self.trunk(ids) if self.split else self.causal(input_ids=ids, use_cache=False).logits
+
+    def before(self, ids: Tensor, scored: Tensor) -> Tensor:
+        """What ``logits`` takes, where it predicts the scored tokens: position i − 1 for token i. [B, S] ×2 -> [N, H].
+
+        Prompts that neighbouring rows share are read once where that pays (``shared_prefix.py``).
+        """
+        rows = shared_prefixes(ids, scored) if self.shares_prefixes else None
+        return self.hidden(ids)[:, :-1][scored[:, 1:]] if rows is None else states_before(self._trunk, rows)
+
+    def trunk_before(self, ids: Tensor, scored: Tensor) -> Tensor:
+        """Last hidden states at the same positions, also of a model that cannot be cut. [B, S] ×2 -> [N, H]."""
+        return self.before(ids, scored) if self.split else self.trunk(ids)[:, :-1][scored[:, 1:]]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits in the model's own dtype. [N, H] -> [N, V]."""

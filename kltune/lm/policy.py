@@ -231,7 +231,7 @@ class Policy:
 
     def scored_hidden(self, ids: Tensor, scored: Tensor) -> Tensor:
         """Hidden states that predict the scored tokens. [N, H]; position i − 1 predicts token i."""
-        return self.network.hidden(ids)[:, :-1][scored[:, 1:]]
+        return self.network.before(ids, scored)
 
     def logprobs(self, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-probabilities of the scored tokens, differentiable. [N] float32, nats."""
@@ -249,7 +249,8 @@ class Policy:
 
     def values(self, ids: Tensor, scored: Tensor) -> Tensor:
         """Expected return before each scored token, differentiable in the value function only. [N] float32."""
-        return self.read(VALUE, self.value_head, ids[:, :-1], scored[:, 1:])
+        with self._switch.active(VALUE):
+            return self.value_head(self.network.trunk_before(ids, scored))
 
     def measure(
         self,
@@ -313,7 +314,7 @@ class Policy:
         parts = self.parts(ids, scored)
         if self._switch.parameters(VALUE):
             return torch.cat([self.values(*part) for part in parts]), None
-        states = torch.cat([self.network.trunk(part[:, :-1])[marks[:, 1:]].float() for part, marks in parts])
+        states = torch.cat([self.network.trunk_before(*part).float() for part in parts])
         return self.value_head(states), states
 
     @torch.no_grad()

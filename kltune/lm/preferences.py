@@ -26,7 +26,7 @@ from kltune.lm.texts import document_nats, example_batch, text_limits
 from kltune.recipe import DataSection
 
 KnownLogprobs = MutableMapping[str, Tensor]  # by what was measured, and of which reference
-MEASURE = 1  # to be raised when the same pairs and reference would give other numbers
+MEASURE = 2  # to be raised when the same pairs and reference would give other numbers
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Preferences:
     def _under(
         self, reference: AbstractContextManager[None], policy: Policy, groups: Sequence[int]
     ) -> "Preferences":
-        rows = [self.group * at + side for at in groups for side in range(self.group)]
-        rows.sort(key=lambda row: len(self.examples[row].ids))       # alike in length: little padding
+        alike = sorted(groups, key=self._length)     # little padding, and the sides of a pair read their prompt once
+        rows = [self.group * at + side for at in alike for side in range(self.group)]
         with reference:
             nats, _ = document_nats(policy, [self.examples[row] for row in rows], self.temperature)
         ref_logprobs = self.ref_logprobs.clone()

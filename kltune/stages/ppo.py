@@ -94,12 +94,10 @@ def take_step(job: Job, learner: Learner, step: int) -> None:
 
 def improve(recipe: PPORecipe, learner: Learner, experience: Experience, rng: np.random.Generator) -> dict[str, float]:
     """Several epochs of clipped minibatch steps on one batch of experience."""
-    ppo, total = recipe.ppo, len(experience.advantages)
+    ppo = recipe.ppo
     done: list[dict[str, float]] = []
     for _ in range(ppo.epochs):
-        order = torch.from_numpy(rng.permutation(total)).to(experience.advantages.device)
-        for rows in order.split(ppo.minibatch_size):
-            part = experience.select(rows)
+        for part in experience.minibatches(ppo.minibatch_size, rng):
             stats = policy_step(recipe, learner, part, first=not done)
             if learner.value_optimizer is not None:
                 stats |= value_step(recipe, learner, part)

@@ -246,11 +246,10 @@ def fit_values(
     """A few passes of the value function over the step's returns."""
     done: list[tuple[float, float]] = []
     for _ in range(recipe.trpo.value_epochs):
-        order = torch.from_numpy(rng.permutation(len(experience.advantages))).to(learner.policy.device)
-        for rows in order.split(recipe.trpo.value_minibatch_size):
+        for part in experience.minibatches(recipe.trpo.value_minibatch_size, rng):
             done.append(
                 learner.value_step(
-                    experience.select(rows), clip_range=math.inf, coef=1.0, max_grad_norm=recipe.optim.max_grad_norm,
+                    part, clip_range=math.inf, coef=1.0, max_grad_norm=recipe.optim.max_grad_norm,
                     micro_batch=recipe.optim.micro_batch_size,
                 )
             )
