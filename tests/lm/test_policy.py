@@ -346,8 +346,9 @@ def test_chunks_and_recomputation_change_no_number_and_no_gradient(open_policy, 
     for name, gradient in whole.items():
         assert (gradient - chunked[name]).abs().max() < 1e-5 * max(1.0, gradient.abs().max().item()), name
     measured = policy.measure(ids, scored, 0.7)
-    assert (measured.logprobs - numbers[0]).abs().max() < 1e-6
-    assert (measured.ref_kl - numbers[1]).abs().max() < 1e-6
+    # Without gradients a LoRA layer may add its update to the weight first: the same sum, rounded elsewhere.
+    assert (measured.logprobs - numbers[0]).abs().max() < 1e-5
+    assert (measured.ref_kl - numbers[1]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
