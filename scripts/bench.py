@@ -1,12 +1,18 @@
 """How fast and how large: one row per piece of work, on the model and shape that are asked for.
 
-    python scripts/bench.py sample --model MODEL [--responses 128] [--new-tokens 64]
-    python scripts/bench.py eval-kl --model MODEL [--responses 64 256 1024] [--vocabulary 32000] [--new-tokens 64]
-    python scripts/bench.py ppo trpo --model MODEL [--responses 128] [--set ppo.epochs=4]...
+    python scripts/bench.py sample score eval-kl --model MODEL [--responses 64 256 1024] [--new-tokens 64]
+    python scripts/bench.py ppo trpo dpo --model MODEL [--responses 128] [--prompt-tokens 12] [--set ppo.epochs=4]...
 
-``sample`` draws responses of full length; its floor is the model's matrix products alone, timed beside it. Then it
-draws ragged ones, which end at tokens chosen for a mean length of a quarter of the limit: what a token costs there,
-against full length. ``ppo`` and ``trpo`` are whole steps of a run with the recipe's defaults, as the run times them.
+``sample`` draws responses of full length, then ragged ones, which end at tokens chosen for a mean length of a quarter
+of the limit: what a token costs there, against full length. ``score`` teacher-forces responses through policy and
+reference for log-probabilities and exact KL; ``eval-kl`` samples them first. ``ppo``, ``trpo`` and ``dpo`` are whole
+steps of a run with the recipe's defaults, as the run times them; two responses make a pair of ``dpo``, whose KL is not
+held here.
+
+The floor under each is the model's own matrix products over as many positions, one after the other with nothing between
+them, timed in the same process: one pass for each token decoded, one for policy and reference each to score a response,
+two to train on one (once more for a value function's adapter); attention and the adapters' own products are not in it.
+
 Without --model a random Llama of the asked shape is made. Prints a table; --json prints one JSON document. Each row is
 measured in a process of its own after one warm-up, the median of --repeat; peak memory is that of the process above
 what it held once the model was loaded. Ratios of rows of one run mean something, seconds of different days do not.
@@ -17,7 +23,6 @@ import contextlib
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import sys
@@ -25,73 +30,17 @@ import tempfile
 import time
 from pathlib import Path
 
-PROMPT_TOKENS = 12
+from bench_parts import (
+    decoding_floor,
+    in_own_process,
+    memory_mb,
+    open_policy,
+    random_llama,
+    reset_peak,
+    scoring_floor,
+)
 
-
-def memory_mb(which: str) -> float:
-    """The process's resident set, MB: VmRSS now, VmHWM its largest since the last reset."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith(which)) / 1024
-
-
-def reset_peak() -> None:
-    """Start counting the peak again from what is held now."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def random_llama(folder: Path, *, hidden: int, layers: int, vocabulary: int) -> Path:
-    """A Llama of random weights and a tokenizer of as many words."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 64), max_position_embeddings=1024, bos_token_id=0, eos_token_id=1,
-        pad_token_id=1, dtype="float32",
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = {"<s>": 0, "</s>": 1} | {f"w{number}": number for number in range(2, vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    return folder
-
-
-def open_policy(model: str, responses: int):
-    """A policy with a LoRA on all linear layers that does something, and random prompts for it."""
-    import torch
-
-    from kltune.lm.data import Prompt
-    from kltune.lm.loading import pick_device
-    from kltune.lm.opening import load_policy
-    from kltune.recipe import LoraSection, ModelSection
-
-    torch.manual_seed(0)
-    policy = load_policy(ModelSection(path=model), LoraSection(), device=pick_device("auto"))
-    for name, tensor in policy.trainable_parameters().items():
-        if "lora_B" in name:
-            tensor.data.normal_(std=0.01)
-    ids = torch.randint(2, policy.network.vocabulary, (responses, PROMPT_TOKENS)).tolist()
-    return policy, [Prompt(tuple(row), "", "bench") for row in ids]
-
-
-def products_seconds(policy, responses: int, steps: int) -> float:
-    """Seconds of the matrix products of so many decoding steps, one after the other with nothing between them."""
-    import torch
-    from torch.nn.functional import linear
-
-    with policy.network.merged.active():
-        weights = [module.weight for module in policy.network.causal.modules() if isinstance(module, torch.nn.Linear)]
-    inputs = {weight: torch.randn(responses, weight.shape[1]).to(weight) for weight in weights}
-    began = time.perf_counter()
-    with torch.no_grad():
-        for _ in range(steps):
-            for weight in weights:
-                last = linear(inputs[weight], weight)
-        last.sum().item()  # waits for a GPU
-    return time.perf_counter() - began
+STEPS = ("ppo", "trpo", "dpo")
 
 
 def ends_for(responses: list[list[int]], mean: float) -> tuple[int, ...]:
@@ -111,13 +60,13 @@ def ends_for(responses: list[list[int]], mean: float) -> tuple[int, ...]:
     return tuple(by_count[: bisect.bisect_left(range(len(by_count)), -mean, key=lambda ends: -length(ends))])
 
 
-def sample_row(model: str, responses: int, new_tokens: int, repeat: int) -> dict:
+def sample_row(model: str, responses: int, new_tokens: int, repeat: int, prompt_tokens: int) -> dict:
     """Sampling alone: full length, then ragged, in turns; and the floor under the first."""
     import numpy as np
 
     from kltune.lm.sampler import sample, uniform_numbers
 
-    policy, prompts = open_policy(model, responses)
+    policy, prompts = open_policy(model, responses, prompt_tokens)
     uniforms = uniform_numbers(np.random.default_rng(0), responses, new_tokens)
     policy.end_ids = (-1,)
     whole = sample(policy, prompts, uniforms, temperature=1.0)
@@ -131,7 +80,7 @@ def sample_row(model: str, responses: int, new_tokens: int, repeat: int) -> dict
             began = time.perf_counter()
             tokens[kind] = int(sample(policy, prompts, uniforms, temperature=1.0).lengths.sum())
             seconds[kind].append(time.perf_counter() - began)
-        seconds["floor"].append(products_seconds(policy, responses, new_tokens))
+        seconds["floor"].append(decoding_floor(policy, responses, new_tokens))
     median = {kind: statistics.median(found) for kind, found in seconds.items()}
     return {
         "work": "sample", "model": Path(model).name, "vocabulary": policy.network.vocabulary, "responses": responses,
@@ -144,14 +93,45 @@ def sample_row(model: str, responses: int, new_tokens: int, repeat: int) -> dict
     }
 
 
-def eval_kl_row(model: str, responses: int, new_tokens: int, repeat: int) -> dict:
+def score_row(model: str, responses: int, new_tokens: int, repeat: int, prompt_tokens: int) -> dict:
+    """Teacher forcing alone: log-probabilities, exact KL and entropies of responses that are there already."""
+    import torch
+
+    policy, prompts = open_policy(model, responses, prompt_tokens)
+    asked = torch.tensor([prompt.ids for prompt in prompts])
+    ids = torch.cat([asked, torch.randint(2, policy.network.vocabulary, (responses, new_tokens))], dim=1)
+    ids = ids.to(policy.device)
+    scored = (torch.arange(ids.shape[1], device=ids.device) >= prompt_tokens).expand(ids.shape)
+    policy.measure(ids[:8], scored[:8])
+    seconds, floor = [], []
+    held = memory_mb("VmRSS")
+    reset_peak()
+    for _ in range(repeat):
+        began = time.perf_counter()
+        policy.measure(ids, scored).ref_kl.sum().item()
+        seconds.append(time.perf_counter() - began)
+    peak = memory_mb("VmHWM") - held
+    tokens = responses * new_tokens
+    for _ in range(repeat):
+        floor.append(scoring_floor(policy, ids.numel(), tokens, 2, 2))
+    whole = statistics.median(seconds)
+    return {
+        "work": "score", "model": Path(model).name, "vocabulary": policy.network.vocabulary, "responses": responses,
+        "tokens": tokens, "seconds": whole, "range": [min(seconds), max(seconds)],
+        "responses_per_second": responses / whole, "tokens_per_second": tokens / whole,
+        "share_of_floor": statistics.median(floor) / whole, "peak_mb_above_model": peak,
+        "mb_of_all_logits_of_one_model": 4 * tokens * policy.network.vocabulary / 2**20,
+    }
+
+
+def eval_kl_row(model: str, responses: int, new_tokens: int, repeat: int, prompt_tokens: int) -> dict:
     """Sampling and exact measuring of a policy with a LoRA on all linear layers: what ``kltune eval-kl`` does."""
     import torch
 
     from kltune.lm.measurement import Draw, measure_kl
     from kltune.lm.measures import VocabularySums
 
-    policy, prompts = open_policy(model, responses)
+    policy, prompts = open_policy(model, responses, prompt_tokens)
     vocabulary = policy.network.vocabulary
     options = {"max_new_tokens": new_tokens, "temperature": 1.0, "seed": 0}
     measure_kl(policy, Draw.of(prompts[:8], 8), **options)
@@ -181,12 +161,49 @@ SCORE = """def score(prompts, responses):
 """
 
 
-def step_row(stage: str, model: str, responses: int, new_tokens: int, repeat: int, changes: list[str]) -> dict:
-    """Steps of a run of ``kltune ppo`` or ``trpo``, the first of them to warm up."""
-    import importlib
-
+def write_recipe(
+    folder: Path, stage: str, model: str, responses: int, new_tokens: int, steps: int, prompt_tokens: int
+) -> Path:
+    """A recipe of so many steps on random text, with the recipe's defaults for all that is not asked for."""
     import numpy as np
     from transformers import AutoTokenizer
+
+    tokenizer, numbers = AutoTokenizer.from_pretrained(model), np.random.default_rng(0)
+
+    readable = [number for number in range(3, len(tokenizer)) if tokenizer.decode([number]).isprintable()]
+
+    def text(count: int) -> str:
+        return tokenizer.decode(numbers.choice(readable, count))
+
+    common = {
+        "stage": stage, "model": {"path": model}, "run": {"steps": steps, "output": "run"}, "eval": {"responses": 8},
+        "data": {"prompts": "prompts.jsonl"},
+    }
+    rows = [{"prompt": text(prompt_tokens)} for _ in range(responses)]
+    (folder / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "rewards.py").write_text(SCORE)
+    if stage == "dpo":
+        pairs = [row | {"chosen": text(new_tokens), "rejected": text(new_tokens)} for row in rows[: responses // 2]]
+        (folder / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs))
+        recipe = common | {
+            "data": {"pairs": "pairs.jsonl"}, "optim": {"batch_size": responses // 2},
+            "kl": {"control": "fixed", "beta": 0}, "sampling": {"max_new_tokens": 8},
+        }
+    else:
+        recipe = common | {
+            "sampling": {"prompts_per_step": responses, "max_new_tokens": new_tokens},
+            "reward": [{"kind": "function", "path": "rewards.py:score"}],
+        }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    return path
+
+
+def step_row(
+    stage: str, model: str, responses: int, new_tokens: int, repeat: int, prompt_tokens: int, changes: list[str]
+) -> dict:
+    """Steps of a run of ``kltune ppo``, ``trpo`` or ``dpo``, the first of them to warm up."""
+    import importlib
 
     from kltune.recipe import load_recipe
 
@@ -194,63 +211,72 @@ def step_row(stage: str, model: str, responses: int, new_tokens: int, repeat: in
     inner = module.take_step
     held: list[float] = []
 
-    def take_step(job, learner, step: int) -> None:
+    def take_step(job, learner, step: int, **options) -> None:
         """The stage's own, between what the process held before the first step and the peak so far."""
         if step == 1:
             held.append(memory_mb("VmRSS"))
             reset_peak()
-        inner(job, learner, step)
+        inner(job, learner, step, **options)
         held.append(memory_mb("VmHWM"))
 
     module.take_step = take_step
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        ids = np.random.default_rng(0).integers(3, len(tokenizer), (responses, PROMPT_TOKENS))
-        prompts = [json.dumps({"prompt": tokenizer.decode(row)}) for row in ids]
-        (folder / "prompts.jsonl").write_text("\n".join(prompts))
-        (folder / "rewards.py").write_text(SCORE)
-        (folder / "recipe.yaml").write_text(
-            f"stage: {stage}\nmodel: {{path: {model}}}\ndata: {{prompts: prompts.jsonl}}\n"
-            f"sampling: {{prompts_per_step: {responses}, max_new_tokens: {new_tokens}}}\n"
-            "reward: [{kind: function, path: rewards.py:score}]\n"
-            f"run: {{steps: {repeat + 1}, output: run}}\neval: {{responses: 8}}\n"
-        )
+        path = write_recipe(folder, stage, model, responses, new_tokens, repeat + 1, prompt_tokens)
+        recipe = load_recipe(path, overrides=changes)
         with contextlib.redirect_stderr(io.StringIO()):
-            getattr(module, f"run_{stage}")(load_recipe(folder / "recipe.yaml", overrides=changes), resume=False)
+            getattr(module, f"run_{stage}")(recipe, resume=False)
         rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()][1:]
     seconds = [row["time/step_seconds"] - row.get("time/eval_seconds", 0.0) for row in rows]
     whole = statistics.median(seconds)
-    tokens = statistics.median(row["response/tokens"] for row in rows) * responses
+    policy, _ = open_policy(model, 1, prompt_tokens)
+    if stage == "dpo":
+        tokens = responses * new_tokens
+        positions, sampled = (responses // 2) * (prompt_tokens + 2 * new_tokens), 0.0
+    else:
+        tokens = round(statistics.median(row["response/tokens"] for row in rows) * responses)
+        positions, sampled = responses * prompt_tokens + tokens, decoding_floor(policy, responses, new_tokens)
+    floor = sampled + scoring_floor(policy, positions, tokens, *passes_of(recipe))
     return {
-        "work": stage, "model": Path(model).name, "responses": responses, "tokens": round(tokens), "seconds": whole,
+        "work": stage, "model": Path(model).name, "responses": responses, "tokens": tokens, "seconds": whole,
         "range": [min(seconds), max(seconds)], "responses_per_second": responses / whole,
-        "tokens_per_second": tokens / whole,
-        "sample_seconds": statistics.median(row["time/sample_seconds"] for row in rows),
+        "tokens_per_second": tokens / whole, "share_of_floor": floor / whole,
+        "sample_seconds": statistics.median(row.get("time/sample_seconds", 0.0) for row in rows),
         "update_seconds": statistics.median(row["time/update_seconds"] for row in rows),
         "peak_mb_above_model": held[-1] - held[0],
     }
 
 
-def in_own_process(function, *arguments) -> dict:
-    """Call a function in a fresh process: its memory is not that of the rows before."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+def passes_of(recipe) -> tuple[float, float]:
+    """How often one step of a stage goes through trunk and head at least, over all positions: (trunk, head).
+
+    Forward is one pass and backward another. TRPO: the gradient, a product with the Fisher matrix of a share of the
+    responses (as much as a gradient) for each iteration, one look along the line, and the value function's epochs.
+    """
+    if recipe.stage == "dpo":
+        return 2, 2
+    section = getattr(recipe, recipe.stage)
+    values = section.baseline == "value" and section.value_function == "lora"
+    if recipe.stage == "ppo":
+        return 2 + 2 * section.epochs + values * (1 + 2 * section.epochs), 2 + 2 * section.epochs
+    policy = 2 + 2 + 2 * section.cg_iterations * section.fisher_fraction + 1
+    return policy + values * (1 + 2 * section.value_epochs), policy
 
 
 def main() -> None:
     """Measure what was asked for and print it."""
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", nargs="+", choices=["sample", "eval-kl", "ppo", "trpo"])
+    parser.add_argument("work", nargs="+", choices=["sample", "score", "eval-kl", *STEPS])
     parser.add_argument("--model", help="a model folder; without one a random Llama is made")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--responses", type=int, nargs="+", default=[128])
+    parser.add_argument("--prompt-tokens", type=int, default=12)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--set", action="append", default=[], help="a recipe's key=value, for ppo and trpo")
+    parser.add_argument("--set", action="append", default=[], help="a recipe's key=value, for ppo, trpo and dpo")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -260,11 +286,12 @@ def main() -> None:
         ))
         rows = []
         for work, count in itertools.product(arguments.work, arguments.responses):
-            common = (model, count, arguments.new_tokens, arguments.repeat)
-            if work in ("ppo", "trpo"):
+            common = (model, count, arguments.new_tokens, arguments.repeat, arguments.prompt_tokens)
+            if work in STEPS:
                 rows.append(in_own_process(step_row, work, *common, arguments.set))
             else:
-                rows.append(in_own_process(sample_row if work == "sample" else eval_kl_row, *common))
+                row_of = {"sample": sample_row, "score": score_row, "eval-kl": eval_kl_row}[work]
+                rows.append(in_own_process(row_of, *common))
             print(f"{work}, {count} responses: {rows[-1]['seconds']:.2f} s", file=sys.stderr)
     if arguments.json:
         print(json.dumps({"schema": "kltune.bench/1", "rows": rows}, indent=2))

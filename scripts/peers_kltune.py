@@ -17,7 +17,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from bench import SCORE, random_llama
+from bench import SCORE
+from bench_parts import random_llama
 from peers_watch import SETTINGS, Watch
 from safetensors.torch import save_file
 

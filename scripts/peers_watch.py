@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import memory_mb, reset_peak
+from bench_parts import memory_mb, reset_peak
 
 SETTINGS = ("matched", "defaults", "untouched")
 WARM_UP = 2  # steps at the start that are not counted; the last one, which may save, is not counted either

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import in_own_process, memory_mb, random_llama
+from bench_parts import in_own_process, memory_mb, random_llama
 
 
 def save_fresh_reward_model(model: str, folder: Path) -> None:

@@ -1,0 +1,92 @@
+"""What the benchmarks share: models to measure on, memory, a process for each row, and the floor under it."""
+
+import multiprocessing
+import time
+from pathlib import Path
+
+
+def memory_mb(which: str) -> float:
+    """The process's resident set, MB: VmRSS now, VmHWM its largest since the last reset."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith(which)) / 1024
+
+
+def reset_peak() -> None:
+    """Start counting the peak again from what is held now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def random_llama(folder: Path, *, hidden: int, layers: int, vocabulary: int) -> Path:
+    """A Llama of random weights and a tokenizer of as many words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 64), max_position_embeddings=1024, bos_token_id=0, eos_token_id=1,
+        pad_token_id=1, dtype="float32",
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = {"<s>": 0, "</s>": 1} | {f"w{number}": number for number in range(2, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def open_policy(model: str, responses: int, prompt_tokens: int):
+    """A policy with a LoRA on all linear layers that does something, and random prompts for it."""
+    import torch
+
+    from kltune.lm.data import Prompt
+    from kltune.lm.loading import pick_device
+    from kltune.lm.opening import load_policy
+    from kltune.recipe import LoraSection, ModelSection
+
+    torch.manual_seed(0)
+    policy = load_policy(ModelSection(path=model), LoraSection(), device=pick_device("auto"))
+    for name, tensor in policy.trainable_parameters().items():
+        if "lora_B" in name:
+            tensor.data.normal_(std=0.01)
+    ids = torch.randint(2, policy.network.vocabulary, (responses, prompt_tokens)).tolist()
+    return policy, [Prompt(tuple(row), "", "bench") for row in ids]
+
+
+def products_seconds(policy, rows: int, steps: int = 1, *, of_head: bool) -> float:
+    """Seconds of the trunk's matrix products over so many positions, or the head's; ``steps`` times over."""
+    import torch
+    from torch.nn.functional import linear
+
+    head = policy.network.head
+    with policy.network.merged.active():
+        weights = [
+            module.weight for module in policy.network.causal.modules()
+            if isinstance(module, torch.nn.Linear) and (module is head) == of_head
+        ]
+    inputs = {weight: torch.randn(rows, weight.shape[1]).to(weight) for weight in weights}
+    began = time.perf_counter()
+    with torch.no_grad():
+        for _ in range(steps):
+            for weight in weights:
+                last = linear(inputs[weight], weight)
+        last.sum().item()  # waits for a GPU
+    return time.perf_counter() - began
+
+
+def decoding_floor(policy, responses: int, new_tokens: int) -> float:
+    """Seconds of the products of so many decoding steps."""
+    return sum(products_seconds(policy, responses, new_tokens, of_head=head) for head in (False, True))
+
+
+def scoring_floor(policy, tokens: int, scored: int, passes: float, head_passes: float) -> float:
+    """Seconds of the products of passes over whole sequences, the head on scored positions only."""
+    trunk, head = products_seconds(policy, tokens, of_head=False), products_seconds(policy, scored, of_head=True)
+    return passes * trunk + head_passes * head
+
+
+def in_own_process(function, *arguments) -> dict:
+    """Call a function in a fresh process: its memory is not that of the rows before."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
