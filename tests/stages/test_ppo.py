@@ -180,8 +180,9 @@ def test_micro_batches_add_up_to_the_minibatch(ppo_recipe, tmp_path, price):
         finals.append(adapter(Path(run_ppo(recipe, resume=False)["final"])))
     whole, parts = finals
     gap = max((whole[name] - parts[name]).abs().max().item() for name in whole)
-    # Adam turns a gradient's sign into a step of lr = 0.02, so that 2e-5 is a relative error of 1e-3 in one weight.
-    assert gap < 2e-5
+    # Adam turns a gradient's sign into a step of lr = 0.02, so that 1e-4 is a relative error of 5e-3 in one weight;
+    # whether rows share their prompt's computation, and so how it is rounded, depends on how they are split.
+    assert gap < 1e-4
     assert max(tensor.abs().max().item() for name, tensor in whole.items() if "lora_B" in name) > 0.01
 
 
