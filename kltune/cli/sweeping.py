@@ -1,13 +1,13 @@
-"""``kltune sweep``: one recipe over a grid."""
+"""``kltune sweep`` and ``kltune frontier``: one recipe over a grid, and what came of it as reward against KL."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kltune.cli.options import JSONOption, RecipeOption, SetOption
+from kltune.cli.options import JSONOption, RecipeOption, SetOption, finite
 from kltune.cli.output import emit, to_json
-from kltune.recipe import load_grid
+from kltune.recipe import load_grid, load_recipe, read_scorer
 
 
 def sweep_command(
@@ -42,3 +42,58 @@ def sweep_command(
     document, code = sweep(axes, points, SweepOptions(recipe, output, tuple(overrides or ()), jobs))
     emit(to_json(document) if as_json else render(document))
     raise typer.Exit(code)
+
+
+def frontier_command(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Runs, sweeps, or the output of project --curve.")
+    ],
+    gold: Annotated[
+        str | None,
+        typer.Option(
+            "--gold", metavar="SCORER",
+            help="A scorer nobody was trained on: rewards.py:gold, a model's folder, or {kind: ...} as in a recipe.",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="DIR", help="For frontier.json, .svg and .html.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0, callback=finite, help="Nats per response: say which setting to pick.")
+    ] = None,
+    at: Annotated[
+        list[float] | None, typer.Option(metavar="NATS", help="Also read every curve off at this KL; may be repeated.")
+    ] = None,
+    best_of: Annotated[
+        int, typer.Option(min=0, help="Responses of the reference to a prompt for best of n; 0 loads no model.")
+    ] = 16,
+    responses: Annotated[
+        int | None, typer.Option(min=2, help="Measure every run afresh on so many common responses.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", metavar="R.yaml", help="Measure afresh, with its prompts and rewards."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same machine: same numbers.")] = 0,
+    as_json: JSONOption = False,
+) -> None:
+    """Show reward against KL: runs, sweeps and alpha curves, beside best of n and the law of over-optimisation.
+
+    All runs must share one reference. Seeds of one setting are one point. Each run's own final measurement is used,
+    unless --gold, --recipe or --responses ask for a fresh one.
+
+    \b
+    kltune frontier sweeps/target --budget 4 -o frontier
+    kltune frontier sweeps/* runs/trpo --gold rewards.py:gold --responses 500 -o frontier
+    kltune project runs/far --curve -r my.yaml -o curve; kltune frontier curve sweeps/target --at 2 --at 4
+    """
+    if recipe is not None:
+        load_recipe(recipe)
+    scorer = None if gold is None else read_scorer(gold)
+    from kltune.stages.frontier import FrontierOptions, frontier, render
+
+    document = frontier(runs, FrontierOptions(
+        gold=scorer, output=output, budget=budget, at=tuple(at or ()), best_of=best_of, responses=responses,
+        recipe=recipe, seed=seed,
+    ))
+    emit(to_json(document) if as_json else render(document))

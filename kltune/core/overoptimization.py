@@ -164,7 +164,7 @@ def _peak(alpha: float, beta: float, resampled: np.ndarray, form: Form) -> Peak:
 def _claim(peak: Peak | None, beta_ci: Interval, d: np.ndarray) -> str:
     """Why no peak is claimed; empty where one is."""
     if peak is None or beta_ci[0] <= 0.0:
-        return f"no peak yet: beta may be 0 (95 %: {beta_ci[0]:.2g} to {beta_ci[1]:.2g})"
+        return "no peak yet: beta is not shown to be above 0"
     if not d.min() <= peak.distance <= d.max():
         low, high = d.min() ** 2, d.max() ** 2
         return f"no peak yet: the fit's, at {peak.kl:.3g} nats, is outside the data ({low:.2g} to {high:.3g} nats)"

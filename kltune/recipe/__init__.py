@@ -12,6 +12,7 @@
     packaged.py   the recipes that come with kltune
     copying.py    one of them as the start of your own
     grid.py       the points of a sweep
+    scorer.py     one scorer named on a command line
 
 Nothing here imports torch: a wrong recipe is answered before the first model is thought of.
 """
@@ -29,6 +30,7 @@ from kltune.recipe.rewards import (
     RewardEntry,
     asks_for_pairs,
 )
+from kltune.recipe.scorer import read_scorer
 from kltune.recipe.sections import (
     BradleyTerrySection,
     DataSection,
@@ -53,5 +55,5 @@ __all__ = [
     "ModelReward", "ModelSection", "OptimSection", "PPORecipe", "PPOSection", "Place", "Recipe", "RecipeFaults",
     "RewardEntry", "RewardRecipe", "RunSection", "SFTRecipe", "SamplingSection", "TRPORecipe", "TRPOSection",
     "asks_for_pairs", "copy_recipe", "differing_keys", "dump_recipe", "find_recipe", "flat_settings", "load_grid",
-    "load_recipe", "packaged_recipes", "recipe_digest", "recipe_schema", "recipe_text", "recipes_folder",
+    "load_recipe", "packaged_recipes", "read_scorer", "recipe_digest", "recipe_schema", "recipe_text", "recipes_folder",
 ]
