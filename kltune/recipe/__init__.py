@@ -21,7 +21,7 @@ from kltune.recipe.copying import copy_recipe
 from kltune.recipe.faults import Fault, Place, RecipeFaults
 from kltune.recipe.grid import Axis, GridPoint, load_grid
 from kltune.recipe.packaged import find_recipe, packaged_recipes, recipes_folder
-from kltune.recipe.reading import load_recipe, recipe_text
+from kltune.recipe.reading import load_recipe, overlap, recipe_text
 from kltune.recipe.rewards import (
     ClassifierReward,
     FunctionReward,
@@ -55,5 +55,6 @@ __all__ = [
     "ModelReward", "ModelSection", "OptimSection", "PPORecipe", "PPOSection", "Place", "Recipe", "RecipeFaults",
     "RewardEntry", "RewardRecipe", "RunSection", "SFTRecipe", "SamplingSection", "TRPORecipe", "TRPOSection",
     "asks_for_pairs", "copy_recipe", "differing_keys", "dump_recipe", "find_recipe", "flat_settings", "load_grid",
-    "load_recipe", "packaged_recipes", "read_scorer", "recipe_digest", "recipe_schema", "recipe_text", "recipes_folder",
+    "load_recipe", "overlap", "packaged_recipes", "read_scorer", "recipe_digest", "recipe_schema", "recipe_text",
+    "recipes_folder",
 ]

@@ -64,6 +64,8 @@ def run_commands(
                 while waiting and len(running) < jobs and not received:
                     started(waiting[0])
                     running.append(_start(waiting.pop(0), environment))
+                    if received:      # while it was being started: it was not there yet to be told
+                        running[-1].process.send_signal(received[-1])
                 for child in [child for child in running if child.process.poll() is not None]:
                     running.remove(child)
                     code = child.process.returncode

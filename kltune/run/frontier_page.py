@@ -9,13 +9,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from kltune.core.overoptimization import tilt_gain
-from kltune.run.curve import Curve, CurvePoint, curve_svg
+from kltune.run.curve import Curve, CurvePoint, Frame, curve_svg
 from kltune.run.manifest import write_json
 from kltune.run.storage import storing, visible, write_whole
 
 NATS = "KL(policy ‖ reference), nats per response"
 AXIS = 200              # points along σ√(2 KL)
 MOST_LABELS = 24        # in a picture; more hide each other
+BEST_OF_N = (           # colour and mark, where its KL stands, and what it is called
+    (6, "kl_bound", "best of n, KL at most"),
+    (7, "kl_with_ties", "best of n, KL with its ties"),
+)
 
 Rows = list[list[str]]
 
@@ -45,21 +49,21 @@ def page(document: dict[str, Any]) -> str:
         headline=headline_of(document),
         pictures=[
             # safe: matplotlib escapes what it writes
-            (f"{judge} against KL", Markup(picture(document, judge, name=f"frontier-{judge}"))) for judge in judges
+            (f"{judge} against KL", Markup(picture(document, judge, narrow=True))) for judge in judges
         ],
-        settings=settings_table(document),
+        settings=grouped(settings_table(document)),
         anchor=anchor_table(document),
         at=at_table(document),
         fits=[(fit["curve"], fit_line(fit)) for fit in document["fits"]],
     )
 
 
-def picture(document: dict[str, Any], judge: str, name: str = "frontier") -> str:
+def picture(document: dict[str, Any], judge: str, narrow: bool = False) -> str:
     """Score or gold against KL with 95 % error bars, best of n and σ√(2 KL) as an ``<svg>``."""
     curves = []
     known = [row for row in document["settings"] if row[judge] is not None]
     labelled = len(known) <= MOST_LABELS
-    for curve in dict.fromkeys(row["curve"] for row in known):
+    for place, curve in enumerate(dict.fromkeys(row["curve"] for row in document["settings"])):
         points = [
             CurvePoint(
                 row["kl"], row[judge], 1.96 * (row["kl_stderr"] or 0.0), 1.96 * (row[f"{judge}_stderr"] or 0.0),
@@ -67,22 +71,28 @@ def picture(document: dict[str, Any], judge: str, name: str = "frontier") -> str
             )
             for row in known if row["curve"] == curve
         ]
-        curves.append(Curve(curve, points, joined=len(points) > 1))
+        if points:
+            curves.append(Curve(curve, points, place, joined=len(points) > 1))
     anchor, base = document["best_of_n"], document["reference"][judge]
     if anchor is not None:
-        points = [
-            CurvePoint(p["kl_bound"], p[judge], 0.0, 1.96 * (p[f"{judge}_stderr"] or 0.0), str(p["n"]))
-            for p in anchor["points"] if p[judge] is not None
-        ]
-        if points:
-            curves.append(Curve("best of n, no training (KL at most)", points))
+        scored = [point for point in anchor["points"] if point[judge] is not None]
+        tied = any(point["kl_with_ties"] < 0.98 * point["kl_bound"] for point in scored)
+        for place, kl, label in BEST_OF_N if tied else BEST_OF_N[:1]:
+            points = [
+                CurvePoint(
+                    p[kl], p[judge], 0.0, 1.96 * (p[f"{judge}_stderr"] or 0.0), str(p["n"]) if kl == "kl_bound" else ""
+                )
+                for p in scored
+            ]
+            curves += [Curve(label, points, place)] if points else []
         sigma = anchor["sigma"].get(judge)
         if sigma and base is not None and curves:
             far = max(point.x + point.x_error for curve in curves for point in curve.points)
             nats = np.linspace(0.0, far**0.5, AXIS) ** 2
             gains = zip(nats, base + tilt_gain(sigma, nats), strict=True)
             curves.append(Curve("σ√(2 KL), Gaussian scores", [CurvePoint(x, y) for x, y in gains], marked=False))
-    return curve_svg(curves, x=NATS, y=judge, title=f"{judge} against KL", name=name, root=True)
+    title, name = f"{judge} against KL", f"frontier-{judge}"
+    return curve_svg(curves, Frame(x=NATS, y=judge, title=title, name=name, root=True, narrow=narrow))
 
 
 def render(document: dict[str, Any]) -> str:
@@ -141,6 +151,14 @@ def settings_table(document: dict[str, Any]) -> Rows:
         cells += [", ".join("–" if step is None else str(step) for step in row["steps_to_target"])] if steps else []
         rows.append(cells)
     return rows
+
+
+def grouped(rows: Rows) -> Rows:
+    """The first cell only where it differs from the one above."""
+    return [
+        ["" if above and above[0] == row[0] else row[0], *row[1:]]
+        for above, row in zip([[], *rows], rows, strict=False)
+    ]
 
 
 def anchor_table(document: dict[str, Any]) -> Rows:
@@ -211,6 +229,8 @@ def headline_of(document: dict[str, Any]) -> str:
         f"{number(picked[judge], picked[f'{judge}_stderr'])} at {picked['kl']:.3g} nats "
         f"(95 %: {low:.3g} to {high:.3g})."
     )
+    if not picked["better_than_reference"]:
+        text += f" That is not shown to be better than the reference's own {number(picked['reference'])}."
     if picked["tied"]:
         others = "; ".join(f"{one['curve']}, {one['setting']} ({one['kl']:.3g} nats)" for one in picked["tied"])
         text += f" Within error of it: {others}."

@@ -68,17 +68,18 @@ def _mean(points: Sequence[Point], name: str) -> tuple[float | None, float | Non
     return mean, max(known, default=None)
 
 
-def pick(settings: Sequence[Setting], budget: float, judge: str) -> dict[str, Any]:
+def pick(settings: Sequence[Setting], budget: float, judge: str, reference: dict[str, Any]) -> dict[str, Any]:
     """The best setting whose KL is within a budget, and those that may be as good.
 
     Args:
         settings: of the frontier.
         budget: nats per response; all of a setting's 95 % intervals must end below it.
         judge: score or gold.
+        reference: the reference's own, with its error.
 
     Returns:
-        {"budget", "curve", "setting", "kl", the judge's value and error, "tied": [...]}; curve is None where nothing is
-        within the budget.
+        {"budget", "curve", "setting", "kl", the judge's value and error, "tied": [...], "better_than_reference"}; curve
+        is None where nothing is within the budget.
     """
     within = [
         setting for setting in settings
@@ -96,9 +97,13 @@ def pick(settings: Sequence[Setting], budget: float, judge: str) -> dict[str, An
         if setting is not best
         and getattr(best, judge) - getattr(setting, judge) <= TIED * math.hypot(error(best), error(setting))
     ]
+    base = reference[judge]
+    enough = TIED * math.hypot(error(best), reference[f"{judge}_stderr"] or 0.0)
     return {
         "budget": budget,
         "judge": judge,
+        "reference": base,
+        "better_than_reference": base is None or getattr(best, judge) - base > enough,
         "curve": best.curve,
         "setting": best.setting,
         "kl": best.kl,

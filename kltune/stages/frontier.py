@@ -103,7 +103,7 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
         "best_of_n": anchor,
         "fits": fits(points, judge, reference, anchor),
         "at": [curves_at(points, kl, judge) for kl in options.at],
-        "pick": None if options.budget is None else pick(settings, options.budget, judge),
+        "pick": None if options.budget is None else pick(settings, options.budget, judge, reference),
         "output": options.output,
     }
     if anchor is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kltune.errors import CheckpointError, Interrupted, RecipeError
-from kltune.recipe import Axis, GridPoint, differing_keys, flat_settings, load_recipe, recipe_digest
+from kltune.recipe import Axis, GridPoint, differing_keys, flat_settings, load_recipe, overlap, recipe_digest
 from kltune.run.children import Command, last_lines, run_commands, thread_share
 from kltune.run.lock import locked
 from kltune.run.manifest import read_json
@@ -25,8 +25,8 @@ from kltune.run.results import headline
 from kltune.run.storage import redact, storing, to_json, visible, without_nonfinite, write_whole
 
 SCHEMA = "kltune.sweep/1"
-STOPPED = (130, 143)                # exit codes of a run that was asked to stop
-WORST_FIRST = (1, 74, 6, 5, 2, 75)  # exit codes of points; one that is not listed, as of a killed process, is worse
+STOPPED = (130, 143)                            # exit codes of a run that was asked to stop
+WORST_FIRST = (1, 74, 6, 5, 2, 75, 143, 130)    # of points; one that is not listed, as of a killed process, is worse
 SHOWN_LINES = 5
 
 
@@ -59,7 +59,7 @@ def sweep(axes: Sequence[Axis], points: Sequence[GridPoint], options: SweepOptio
     claim(folder)
     with locked(folder):
         earlier = read_sweep(folder)
-        settings, varied = common_settings(points)
+        settings, varied = common_settings(axes, points)
         if earlier is not None:
             refuse_another_recipe(folder, earlier, settings, varied)
         for point in points:
@@ -73,7 +73,7 @@ def sweep(axes: Sequence[Axis], points: Sequence[GridPoint], options: SweepOptio
         raise Interrupted(
             f"{done} of {all_points} points are finished, the others saved; the same command goes on.", stopped
         )
-    return document, worst_code(document)
+    return document, worst_code([state.rows[point.name] for point in points])
 
 
 class _Sweep:
@@ -91,6 +91,7 @@ class _Sweep:
         self.axes, self.points, self.options = axes, list(points), options
         self.settings, self.varied = settings, varied
         self.began = time.monotonic()
+        self.log_began: dict[str, int] = {}      # bytes of each log before this attempt
         here = {point.name for point in points}
         kept = [row for row in (earlier or {}).get("points", []) if row["name"] not in here]      # of a grid before
         self.rows = {row["name"]: row for row in [*(self._row(point) for point in points), *kept]}
@@ -110,7 +111,7 @@ class _Sweep:
 
     def save(self) -> dict[str, Any]:
         """Write sweep.json and give it back."""
-        rows = [*self.rows.values()]
+        rows = list(self.rows.values())
         document = without_nonfinite({
             "schema": SCHEMA,
             "recipe": self.options.recipe,
@@ -157,9 +158,10 @@ class _Sweep:
         )
 
     def _started(self, command: Command) -> None:
-        self.log_began = {**getattr(self, "log_began", {}), command.name: size_of(command.log)}
+        self.log_began[command.name] = size_of(command.log)
         row = self.rows[command.name]
-        self._say(command.name, "goes on" if row["status"] == "interrupted" else "started")
+        words = {"interrupted": "goes on", "failed": "tried again"}
+        self._say(command.name, words.get(row["status"], "started"))
         row |= {"status": "running", "exit_code": None, "error": []}
         self.save()
 
@@ -226,11 +228,16 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def common_settings(points: Sequence[GridPoint]) -> tuple[dict[str, Any], list[str]]:
-    """(key: value of what is the same in all points, the keys that are not)."""
+def common_settings(axes: Sequence[Axis], points: Sequence[GridPoint]) -> tuple[dict[str, Any], list[str]]:
+    """(key: value of what is the same in all points, the keys that are not, or are swept over)."""
+    swept = [axis.key for axis in axes]
     every = [flat_settings(point.recipe) for point in points]
     keys = sorted({key for one in every for key in one})
-    same = {key: every[0][key] for key in keys if all(key in one and one[key] == every[0][key] for one in every)}
+    same = {
+        key: every[0][key] for key in keys
+        if all(key in one and one[key] == every[0][key] for one in every)
+        and not any(overlap(key, other) for other in swept)
+    }
     return same, [key for key in keys if key not in same]
 
 
@@ -274,12 +281,11 @@ def another_recipe(folder: Path, changes: Sequence[str]) -> RecipeError:
     )
 
 
-def worst_code(document: dict[str, Any]) -> int:
-    """0 if all points of the grid finished; else the exit code of the worst, by ``WORST_FIRST``."""
-    codes = {row["exit_code"] for row in document["points"] if row["status"] == "failed"}
-    unlisted = [code for code in codes if code not in WORST_FIRST and code]
-    listed = [code for code in WORST_FIRST if code in codes]
-    return max(unlisted, default=None) or next(iter(listed), 1 if codes else 0)
+def worst_code(rows: Sequence[dict[str, Any]]) -> int:
+    """0 if all points finished; else the exit code of the worst that did not, by ``WORST_FIRST``."""
+    codes = {row["exit_code"] or 1 for row in rows if row["status"] != "finished"}
+    unlisted = codes - set(WORST_FIRST)
+    return max(unlisted) if unlisted else next((code for code in WORST_FIRST if code in codes), 0)
 
 
 def said(row: dict[str, Any]) -> str:
