@@ -139,8 +139,9 @@ class _Sweep:
         record = read_record(folder)
         status = record.get("status", "pending")
         result = read_json(folder / "result.json") if status == "finished" else {}
-        # what "running" says was written by a process that is gone: the lock on this folder was free
-        row["status"] = "interrupted" if status == "running" else status
+        if status == "running":      # written by a process that is gone: it was killed, or the sweep was
+            status = "failed" if row.get("status") == "failed" else "interrupted"
+        row["status"] = status
         row.setdefault("exit_code", None)
         if status == "finished":
             row["exit_code"] = 0
