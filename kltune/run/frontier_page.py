@@ -114,7 +114,7 @@ def render(document: dict[str, Any]) -> str:
         ]
     if document["at"]:
         lines += ["", f"{judge} at equal KL", *aligned(at_table(document))]
-    lines += ["", "Gao's law of over-optimisation"]
+    lines += ["", "Gao's law of over-optimisation"] if document["fits"] else []
     lines += [f"  {visible(fit['curve'])}: {fit_line(fit)}" for fit in document["fits"]]
     lines += [f"note: {visible(note)}" for note in document["notes"]]
     lines += ["", headline_of(document)] if document["pick"] is not None else []

@@ -171,6 +171,8 @@ def differing_measures(sources: Sequence[Source]) -> list[str]:
             name: source.settings.get(f"sampling.{name}", source.document.get(name))
             for name in ("max_new_tokens", "temperature")
         }
+        named = (source.settings.get(key) for key in ("eval.prompts", "eval.pairs", "data.prompts", "data.pairs"))
+        here["prompts"] = next((name for name in named if name is not None), None)
         first = first or here
         if here != first:
             said, other = (", ".join(f"{name} {value}" for name, value in one.items()) for one in (here, first))

@@ -129,12 +129,12 @@ def efficiency(
 def fits(
     points: Sequence[Point], judge: str, reference: dict[str, Any], anchor: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
-    """Gao's law for every curve, and for best of n; or why it is not claimed."""
+    """Gao's law for every curve that is scored, and for best of n; or why it is not claimed."""
     documents = []
     base = reference[judge]
-    for curve in dict.fromkeys(point.curve for point in points):
-        known = [point for point in points if point.curve == curve and getattr(point, judge) is not None]
-        known = [point for point in known if getattr(point, f"{judge}_stderr")]
+    scored = [point for point in points if getattr(point, judge) is not None and getattr(point, f"{judge}_stderr")]
+    for curve in dict.fromkeys(point.curve for point in scored):
+        known = [point for point in scored if point.curve == curve]
         if base is None:
             found: GainFit | str = f"the reference's own {judge} is not known"
         else:

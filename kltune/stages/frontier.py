@@ -75,7 +75,7 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
     check_one_reference(sources)
     if options.recipe is None:
         check_one_reward(sources)
-    notes = differing_measures(sources)
+    notes = [] if options.afresh else differing_measures(sources)
     points = points_of(sources)
     trained = [source for source in sources if source.folder is not None]
     reference = recorded_reference(sources)
@@ -88,7 +88,7 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
     judge = "gold" if options.gold is not None or all(point.gold is not None for point in points) else "score"
     unscored = sorted({point.curve for point in points if getattr(point, judge) is None})
     if unscored:
-        notes.append(f"no {judge} is known of: {', '.join(unscored)}")
+        notes.append(f"no {judge} is known of: {'; '.join(unscored)}. --gold or --recipe score runs afresh.")
     settings = pooled(points)
     document = {
         "schema": SCHEMA,

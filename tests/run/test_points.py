@@ -172,6 +172,7 @@ def test_another_length_limit_is_noted(make_run):
     notes = differing_measures(find_sources([make_run("a"), make_run("b", "sampling.max_new_tokens=7")]))
     assert len(notes) == 1
     assert "max_new_tokens 7" in notes[0]
+    assert differing_measures(find_sources([make_run("c", "run.seed=1"), make_run("d", "kl.target=2")])) == []
 
 
 # picking
