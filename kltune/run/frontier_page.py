@@ -1,6 +1,5 @@
 """The frontier for people: a table, a picture, and one page that needs no network and no script."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from markupsafe import Markup
 from kltune.core.overoptimization import tilt_gain
 from kltune.run.curve import Curve, CurvePoint, Frame, curve_svg
 from kltune.run.manifest import write_json
+from kltune.run.results import Rows, aligned, with_error
 from kltune.run.storage import storing, visible, write_whole
 
 NATS = "KL(policy ‖ reference), nats per response"
@@ -20,8 +20,6 @@ BEST_OF_N = (           # colour and mark, where its KL stands, and what it is c
     (6, "kl_bound", "best of n, KL at most"),
     (7, "kl_with_ties", "best of n, KL with its ties"),
 )
-
-Rows = list[list[str]]
 
 
 def write_frontier(folder: Path, document: dict[str, Any]) -> None:
@@ -102,7 +100,7 @@ def render(document: dict[str, Any]) -> str:
         f"{document['direction']}, nats per response; reference {visible(reference['path'])}, sha256 "
         f"{reference['sha256'][:12]}; measured {document['measured']}",
         *aligned(settings_table(document)),
-        f"the reference's own {judge}: {number(reference[judge], reference[f'{judge}_stderr'])}",
+        f"the reference's own {judge}: {with_error(reference[judge], reference[f'{judge}_stderr'])}",
     ]
     anchor = document["best_of_n"]
     if anchor is not None:
@@ -123,14 +121,6 @@ def render(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def aligned(rows: Rows) -> Iterator[str]:
-    """Columns under their headings."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = (f"{visible(cell):<{width}}" for cell, width in zip(row, widths, strict=True))
-        yield ("  " + "  ".join(cells)).rstrip()
-
-
 def settings_table(document: dict[str, Any]) -> Rows:
     """One row for each setting, headings first."""
     golden = any(row["gold"] is not None for row in document["settings"])
@@ -143,10 +133,10 @@ def settings_table(document: dict[str, Any]) -> Rows:
     for row in document["settings"]:
         ci = row["kl_ci95"]
         cells = [
-            row["curve"], row["setting"], str(row["seeds"]), number(row["kl"], row["kl_stderr"]),
-            "–" if ci is None else f"{ci[0]:.3g} to {ci[1]:.3g}", number(row["score"], row["score_stderr"]),
+            row["curve"], row["setting"], str(row["seeds"]), with_error(row["kl"], row["kl_stderr"]),
+            "–" if ci is None else f"{ci[0]:.3g} to {ci[1]:.3g}", with_error(row["score"], row["score_stderr"]),
         ]
-        cells += [number(row["gold"], row["gold_stderr"])] if golden else []
+        cells += [with_error(row["gold"], row["gold_stderr"])] if golden else []
         cells += ["–" if row["efficiency"] is None else f"{100 * row['efficiency']:.0f} %"] if share else []
         cells += [", ".join("–" if step is None else str(step) for step in row["steps_to_target"])] if steps else []
         rows.append(cells)
@@ -169,7 +159,7 @@ def anchor_table(document: dict[str, Any]) -> Rows:
     judges = [judge for judge in ("score", "gold") if points[0][judge] is not None]
     rows = [["n", "KL at most", "with its ties", *judges]]
     for point in points:
-        scores = [number(point[judge], point[f"{judge}_stderr"]) for judge in judges]
+        scores = [with_error(point[judge], point[f"{judge}_stderr"]) for judge in judges]
         rows.append([str(point["n"]), f"{point['kl_bound']:.3f}", f"{point['kl_with_ties']:.3f}", *scores])
     return rows
 
@@ -182,7 +172,7 @@ def at_table(document: dict[str, Any]) -> Rows:
     rows = [["curve", *(f"{column['kl']:g} nats" for column in document["at"])]]
     for curve in document["at"][0]["curves"]:
         found = [column["curves"][curve] for column in document["at"]]
-        rows.append([curve, *("–" if one is None else number(one[judge], one[f"{judge}_stderr"]) for one in found)])
+        rows.append([curve, *("–" if one is None else with_error(one[judge], one[f"{judge}_stderr"]) for one in found)])
     return rows
 
 
@@ -226,19 +216,12 @@ def headline_of(document: dict[str, Any]) -> str:
     low, high = picked["kl_ci95"]
     text = (
         f"budget {budget:g} nats: pick {picked['curve']}, {picked['setting']}: {judge} "
-        f"{number(picked[judge], picked[f'{judge}_stderr'])} at {picked['kl']:.3g} nats "
+        f"{with_error(picked[judge], picked[f'{judge}_stderr'])} at {picked['kl']:.3g} nats "
         f"(95 %: {low:.3g} to {high:.3g})."
     )
     if not picked["better_than_reference"]:
-        text += f" That is not shown to be better than the reference's own {number(picked['reference'])}."
+        text += f" That is not shown to be better than the reference's own {with_error(picked['reference'], None)}."
     if picked["tied"]:
         others = "; ".join(f"{one['curve']}, {one['setting']} ({one['kl']:.3g} nats)" for one in picked["tied"])
         text += f" Within error of it: {others}."
     return text
-
-
-def number(value: float | None, stderr: float | None = None) -> str:
-    """A number ± its standard error; a dash where nothing was measured."""
-    if value is None:
-        return "–"
-    return f"{value:.3g}" + ("" if stderr is None else f" ± {stderr:.2g}")

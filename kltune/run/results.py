@@ -1,6 +1,11 @@
-"""The figures of a finished run that are compared with those of others."""
+"""The figures of finished runs beside each other, and the tables they stand in."""
 
+from collections.abc import Iterator
 from typing import Any
+
+from kltune.run.storage import visible
+
+Rows = list[list[str]]
 
 
 def headline(result: dict[str, Any]) -> dict[str, Any]:
@@ -22,3 +27,18 @@ def headline(result: dict[str, Any]) -> dict[str, Any]:
         "reference_gold": measured.get("eval/reference_gold_mean"),
         "reference_gold_stderr": measured.get("eval/reference_gold_stderr"),
     }
+
+
+def aligned(rows: Rows) -> Iterator[str]:
+    """Columns under their headings."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = (f"{visible(cell):<{width}}" for cell, width in zip(row, widths, strict=True))
+        yield "  ".join(cells).rstrip()
+
+
+def with_error(value: float | None, stderr: float | None) -> str:
+    """A number ± its standard error; a dash where nothing was measured."""
+    if value is None:
+        return "–"
+    return f"{value:.3g}" + ("" if stderr is None else f" ± {stderr:.2g}")

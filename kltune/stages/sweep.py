@@ -16,15 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kltune.errors import CheckpointError, Interrupted, RecipeError
+from kltune.errors import Interrupted, RecipeError
 from kltune.recipe import Axis, GridPoint, differing_keys, flat_settings, load_recipe, overlap, recipe_digest
 from kltune.run.children import Command, last_lines, run_commands, thread_share
-from kltune.run.lock import locked
-from kltune.run.manifest import read_json
-from kltune.run.results import headline
-from kltune.run.storage import redact, storing, to_json, visible, without_nonfinite, write_whole
+from kltune.run.lock import claim, locked
+from kltune.run.manifest import read_document, read_json
+from kltune.run.results import aligned, headline, with_error
+from kltune.run.storage import redact, to_json, visible, without_nonfinite, write_whole
 
 SCHEMA = "kltune.sweep/1"
+RUN_SCHEMA = "kltune.run/1"                     # of a run's run.json; its own module imports torch
 STOPPED = (130, 143)                            # exit codes of a run that was asked to stop
 WORST_FIRST = (1, 74, 6, 5, 2, 75, 143, 130)    # of points; one that is not listed, as of a killed process, is worse
 SHOWN_LINES = 5
@@ -56,9 +57,9 @@ def sweep(axes: Sequence[Axis], points: Sequence[GridPoint], options: SweepOptio
             there. StorageError: it cannot be written. Interrupted: after the points that ran have saved.
     """
     folder = options.output
-    claim(folder)
+    claim(folder, "sweep", ours=read_document(folder / "sweep.json", SCHEMA) is not None)
     with locked(folder):
-        earlier = read_sweep(folder)
+        earlier = read_document(folder / "sweep.json", SCHEMA)
         settings, varied = common_settings(axes, points)
         if earlier is not None:
             refuse_another_recipe(folder, earlier, settings, varied)
@@ -192,41 +193,9 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def claim(folder: Path) -> None:
-    """Make the folder, or make sure that it is a sweep's.
-
-    Raises:
-        RecipeError: it holds something else, or is a file.
-    """
-    try:
-        with storing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise RecipeError(f"{folder} cannot be a folder: a file has that name. Choose another --output.") from error
-    strangers = sorted(path.name for path in folder.iterdir() if path.name != ".lock" and path.name[:5] != ".tmp-")
-    if strangers and read_sweep(folder) is None:
-        raise RecipeError(
-            f"{folder} is not empty and is no sweep of kltune's (it holds {', '.join(strangers[:3])}"
-            f"{', ...' if len(strangers) > 3 else ''}). Choose another --output."
-        )
-
-
-def read_sweep(folder: Path) -> dict[str, Any] | None:
-    """sweep.json of a folder; None if it has none that can be read."""
-    try:
-        document = read_json(folder / "sweep.json")
-    except CheckpointError:
-        return None
-    return document if isinstance(document, dict) and document.get("schema") == SCHEMA else None
-
-
 def read_record(folder: Path) -> dict[str, Any]:
     """run.json of a point; {} before it has one."""
-    try:
-        record = read_json(folder / "run.json")
-    except CheckpointError:
-        return {}
-    return record if isinstance(record, dict) else {}
+    return read_document(folder / "run.json", RUN_SCHEMA) or {}
 
 
 def common_settings(axes: Sequence[Axis], points: Sequence[GridPoint]) -> tuple[dict[str, Any], list[str]]:
@@ -298,13 +267,6 @@ def said(row: dict[str, Any]) -> str:
 COLUMNS = (("KL", "kl"), ("score", "score"), ("gold", "gold"))
 
 
-def with_error(value: float | None, stderr: float | None) -> str:
-    """A number ± its standard error; a dash where nothing was measured."""
-    if value is None:
-        return "–"
-    return f"{value:.3g}" + ("" if stderr is None else f" ± {stderr:.2g}")
-
-
 def render(document: dict[str, Any]) -> str:
     """The sweep as a table."""
     rows = document["points"]
@@ -320,8 +282,7 @@ def render(document: dict[str, Any]) -> str:
             row["name"], status, with_error(row["kl"], row["kl_stderr"]), ci,
             with_error(row["score"], row["score_stderr"]), *gold, seconds,
         ])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text = list(aligned(lines))
     text.append(f"{document['finished']} of {len(rows)} points are finished: {document['output']}/sweep.json")
     if document["finished"]:
         text.append(f"kltune frontier {document['output']} shows reward against KL")

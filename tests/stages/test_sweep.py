@@ -213,7 +213,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(sweep, tmp_path):
     (tmp_path / "out" / "notes.txt").write_text("mine")
     code, _, err = sweep("--over", "kl.target=0.3")
     assert code == 2
-    assert "is no sweep of kltune's (it holds notes.txt)" in err
+    assert "is no kltune sweep (it holds notes.txt)" in err
 
 
 def test_two_sweeps_in_one_folder(sweep, tmp_path):
