@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kltune.errors import Interrupted, RecipeError
+from kltune.errors import BusyError, Interrupted, RecipeError
 from kltune.recipe import Axis, GridPoint, differing_keys, flat_settings, load_recipe, overlap, recipe_digest
 from kltune.run.children import Command, last_lines, run_commands, thread_share
 from kltune.run.lock import claim, locked
@@ -29,6 +29,7 @@ RUN_SCHEMA = "kltune.run/1"                     # of a run's run.json; its own m
 STOPPED = (130, 143)                            # exit codes of a run that was asked to stop
 WORST_FIRST = (1, 74, 6, 5, 2, 75, 143, 130)    # of points; one that is not listed, as of a killed process, is worse
 SHOWN_LINES = 5
+WAIT_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class _Sweep:
 
     def run(self) -> int | None:
         """Run what is not finished; the signal that ended it early, or None."""
+        for point in self.points:
+            self._wait(point)
         finished = [point for point in self.points if self.rows[point.name]["status"] == "finished"]
         for point in finished:
             self._say(point.name, f"finished already: {said(self.rows[point.name])}")
@@ -109,6 +112,21 @@ class _Sweep:
             [self._command(point) for point in todo], self.options.jobs,
             environment=thread_share(os.environ, self.options.jobs), started=self._started, ended=self._ended,
         )
+
+    def _wait(self, point: GridPoint) -> None:
+        """A point still runs if its sweep was killed with no chance to stop it: let it end rather than fail on it."""
+        folder, said = self.options.output / point.name, False
+        while folder.is_dir():
+            try:
+                with locked(folder):
+                    break
+            except BusyError as error:
+                if not said:
+                    self._say(point.name, f"still runs for a sweep that was killed; waiting for it ({error})")
+                said = True
+                time.sleep(WAIT_SECONDS)
+        if said:
+            self._look(self.rows[point.name])
 
     def save(self) -> dict[str, Any]:
         """Write sweep.json and give it back."""

@@ -32,6 +32,9 @@ class Forked:
         if self.pid:
             return
         os.setsid()
+        for link in Path("/proc/self/fd").glob("*"):      # as close_fds does: the sweep's lock is not its children's
+            if link.is_symlink() and os.readlink(link).endswith(".lock"):
+                os.close(int(link.name))
         os.dup2(stdout.fileno(), 1)
         os.dup2(stdout.fileno(), 2)
         sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
@@ -124,6 +127,20 @@ def test_a_sweep_killed_in_the_middle_goes_on_and_finishes(sweep, recipe, tmp_pa
     result = json.loads((out / "kl.target=0.3,run.seed=0" / "result.json").read_text())
     assert (first["kl"], first["score"]) == (result["kl"]["nats_per_response"], result["score"])
     assert [first["kl_ci95"], first["seconds"], first["exit_code"]] == [result["kl"]["ci95"], result["seconds"], 0]
+
+
+def test_points_that_outlive_a_killed_sweep_are_waited_for(sweep, recipe, tmp_path):
+    out = tmp_path / "out"
+    over = ("--over", "run.seed=0,1", "-s", "run.steps=8")
+    pid = start(lambda: leave(["sweep", "-r", str(recipe), "-o", str(out), *over]))
+    while not (out / "run.seed=0" / "run.json").exists():
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    assert exit_code(pid) == -signal.SIGKILL
+    code, document, err = sweep(*over)
+    assert code == 0
+    assert "point 1/2 run.seed=0: still runs for a sweep that was killed; waiting for it" in err
+    assert [row["status"] for row in document["points"]] == ["finished", "finished"]
 
 
 def leave(command: list[str]) -> None:
