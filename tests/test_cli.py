@@ -119,7 +119,8 @@ def test_help_and_recipes_do_not_import_torch(recipe):
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
     for arguments in (["--help"], ["recipe", "check", recipe], ["recipe", "list"], ["recipe", "schema"],
-                      ["ppo", "-r", recipe, "--set", "kl.targt=3"], ["eval-kl", "--help"]):
+                      ["ppo", "-r", recipe, "--set", "kl.targt=3"], ["eval-kl", "--help"], ["sweep", "--help"],
+                      ["frontier", "--help"], ["sweep", "-r", recipe, "--over", "kl.target=x", "-o", "out"]):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", code, *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, check=False)

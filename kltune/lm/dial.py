@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from kltune.core.gate import Unit, confidence_per_look, verdict
 from kltune.core.intervals import KLSummary
@@ -81,6 +82,11 @@ class Dial:
         self.looks: list[Look] = []
         self._drawn = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         self._scorer, self._penalty, self._say = scorer, missing_end_penalty, say
+
+    @property
+    def rewards(self) -> list[dict[str, Any]]:
+        """Where the scores come from; [] where nothing is scored."""
+        return [] if self._scorer is None else self._scorer.identity
 
     def measure(
         self, alpha: float, responses: int, purpose: str, seed: int, confidence: float | None = None

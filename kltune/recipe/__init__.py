@@ -11,14 +11,17 @@
     writing.py    YAML, digest, differences, JSON schema
     packaged.py   the recipes that come with kltune
     copying.py    one of them as the start of your own
+    grid.py       the points of a sweep
+    scorer.py     one scorer named on a command line
 
 Nothing here imports torch: a wrong recipe is answered before the first model is thought of.
 """
 
 from kltune.recipe.copying import copy_recipe
 from kltune.recipe.faults import Fault, Place, RecipeFaults
+from kltune.recipe.grid import Axis, GridPoint, load_grid
 from kltune.recipe.packaged import find_recipe, packaged_recipes, recipes_folder
-from kltune.recipe.reading import load_recipe, recipe_text
+from kltune.recipe.reading import load_recipe, overlap, recipe_text
 from kltune.recipe.rewards import (
     ClassifierReward,
     FunctionReward,
@@ -27,6 +30,7 @@ from kltune.recipe.rewards import (
     RewardEntry,
     asks_for_pairs,
 )
+from kltune.recipe.scorer import read_scorer
 from kltune.recipe.sections import (
     BradleyTerrySection,
     DataSection,
@@ -43,13 +47,14 @@ from kltune.recipe.sections import (
     TRPOSection,
 )
 from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
-from kltune.recipe.writing import differing_keys, dump_recipe, recipe_digest, recipe_schema
+from kltune.recipe.writing import differing_keys, dump_recipe, flat_settings, recipe_digest, recipe_schema
 
 __all__ = [
-    "STAGES", "BradleyTerrySection", "ClassifierReward", "DPOKLSection", "DPORecipe", "DPOSection", "DataSection",
-    "EvalSection", "Fault", "FunctionReward", "JudgeReward", "KLSection", "LoraSection", "ModelReward", "ModelSection",
-    "OptimSection", "PPORecipe", "PPOSection", "Place", "Recipe", "RecipeFaults", "RewardEntry", "RewardRecipe",
-    "RunSection", "SFTRecipe", "SamplingSection", "TRPORecipe", "TRPOSection", "asks_for_pairs", "copy_recipe",
-    "differing_keys", "dump_recipe", "find_recipe", "load_recipe", "packaged_recipes", "recipe_digest", "recipe_schema",
-    "recipe_text", "recipes_folder",
+    "STAGES", "Axis", "BradleyTerrySection", "ClassifierReward", "DPOKLSection", "DPORecipe", "DPOSection",
+    "DataSection", "EvalSection", "Fault", "FunctionReward", "GridPoint", "JudgeReward", "KLSection", "LoraSection",
+    "ModelReward", "ModelSection", "OptimSection", "PPORecipe", "PPOSection", "Place", "Recipe", "RecipeFaults",
+    "RewardEntry", "RewardRecipe", "RunSection", "SFTRecipe", "SamplingSection", "TRPORecipe", "TRPOSection",
+    "asks_for_pairs", "copy_recipe", "differing_keys", "dump_recipe", "find_recipe", "flat_settings", "load_grid",
+    "load_recipe", "overlap", "packaged_recipes", "read_scorer", "recipe_digest", "recipe_schema", "recipe_text",
+    "recipes_folder",
 ]

@@ -10,15 +10,16 @@ MOST_SHOWN = 50
 
 @dataclass(frozen=True)
 class Place:
-    """A spot in a recipe file, or the ``--set`` that put a value there. Lines and columns count from 1."""
+    """A spot in a recipe file, or the option that put a value there. Lines and columns count from 1."""
 
     file: str
     line: int = 1
     column: int = 1
     override: str | None = None
+    option: str = "--set"
 
     def __str__(self) -> str:
-        where = f"{self.file}:{self.line}:{self.column}" if self.override is None else f"--set {self.override}"
+        where = f"{self.file}:{self.line}:{self.column}" if self.override is None else f"{self.option} {self.override}"
         return printable(where)
 
 

@@ -55,7 +55,7 @@ def recipe_digest(recipe: Recipe) -> str:
 
 def differing_keys(old: Recipe, new: Recipe) -> list[str]:
     """Every key in which two recipes differ, as ``kl.target: was 6.0, now 4.0``."""
-    before, after = flat(comparable(old)), flat(comparable(new))
+    before, after = flat_settings(old), flat_settings(new)
     absent = object()
     lines = []
     for key in sorted(before.keys() | after.keys()):
@@ -63,6 +63,11 @@ def differing_keys(old: Recipe, new: Recipe) -> list[str]:
         if was != now:
             lines.append(f"{key}: was {shown(was, absent)}, now {shown(now, absent)}")
     return lines
+
+
+def flat_settings(recipe: Recipe) -> dict[str, Any]:
+    """What decides the numbers of a run, by dotted key."""
+    return flat(comparable(recipe))
 
 
 def shown(value: object, absent: object) -> str:

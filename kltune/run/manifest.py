@@ -78,6 +78,15 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
+def read_document(path: Path, schema: str) -> dict[str, Any] | None:
+    """A JSON object of a schema; None where there is none that can be read."""
+    try:
+        document = read_json(path)
+    except CheckpointError:
+        return None
+    return document if isinstance(document, dict) and document.get("schema") == schema else None
+
+
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

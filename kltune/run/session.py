@@ -1,14 +1,11 @@
 """A run and its folder: who may write there, where it starts, what asks it to stop, and how it ended."""
 
 import contextlib
-import errno
-import fcntl
 import importlib.metadata
 import os
 import platform
 import shlex
 import signal
-import socket
 import sys
 import threading
 import time
@@ -22,17 +19,17 @@ from typing import Any
 import numpy as np
 
 import kltune
-from kltune.errors import BusyError, CheckpointError, Interrupted, JudgeError, RecipeError, StorageError
+from kltune.errors import CheckpointError, Interrupted, JudgeError, RecipeError, StorageError
 from kltune.recipe import Recipe, differing_keys, dump_recipe, load_recipe, recipe_digest
 from kltune.run.answers import StoredAnswers
 from kltune.run.checkpoint import clear_leftovers, latest_checkpoint, saved_step
-from kltune.run.manifest import read_json
+from kltune.run.lock import claim, locked
+from kltune.run.manifest import read_document, read_json
 from kltune.run.ref_logprobs import StoredLogprobs
-from kltune.run.storage import read_jsonl, redact, storing, to_json, without_nonfinite, write_whole
+from kltune.run.storage import read_jsonl, redact, to_json, without_nonfinite, write_whole
 
 SCHEMA = "kltune.run/1"
 SAME_SIGNAL_SECONDS = 0.1      # `timeout` and wrappers that forward send one signal twice, within milliseconds
-NO_LOCKS_HERE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 class Run:
@@ -145,8 +142,8 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
             another recipe. BusyError: another process has it. StorageError: it cannot be written.
     """
     folder = Path(recipe.run.output)
-    _claim(folder)
-    with _locked(folder):
+    claim(folder, "run", ours=_read_record(folder) is not None)
+    with locked(folder):
         clear_leftovers(folder)
         previous = _read_record(folder)
         resume_from = _where_to_start(recipe, previous, resume=resume)
@@ -176,45 +173,6 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
         return None
     _refuse_another_recipe(recipe, record)
     return read_json(folder / "result.json")
-
-
-def _claim(folder: Path) -> None:
-    """Make the folder, or make sure that it is ours: what kltune did not make is left alone."""
-    try:
-        with storing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise RecipeError(f"{folder} cannot be a folder: a file has that name. Choose another --output.") from error
-    with storing(folder):
-        strangers = sorted(path.name for path in folder.iterdir() if path.name != ".lock" and path.name[:5] != ".tmp-")
-    if strangers and _read_record(folder) is None:
-        raise RecipeError(
-            f"{folder} is not empty and is no kltune run (it holds {', '.join(strangers[:3])}"
-            f"{', ...' if len(strangers) > 3 else ''}). Choose another --output."
-        )
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the system frees it whenever the process ends, however it ends."""
-    path = folder / ".lock"
-    with storing(path):
-        file = open(path, "a+", encoding="utf-8")      # noqa: SIM115 (closed just below)
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise BusyError(f"{folder} is in use by {holder}: wait, or choose another --output.") from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS_HERE:
-                raise
-            print(f"warning: {folder} is on a file system without locks; start no second run there.", file=sys.stderr)
-        with storing(path):
-            file.truncate(0)
-            print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-        yield
 
 
 def _where_to_start(recipe: Recipe, previous: dict[str, Any] | None, *, resume: bool) -> Path | None:
@@ -255,11 +213,7 @@ def _refuse_another_recipe(recipe: Recipe, record: dict[str, Any]) -> None:
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
-    try:
-        record = read_json(folder / "run.json")
-    except CheckpointError:
-        return None
-    return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
+    return read_document(folder / "run.json", SCHEMA)
 
 
 def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Path | None) -> dict[str, Any]:

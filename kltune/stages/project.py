@@ -20,7 +20,7 @@ from kltune.lm.policy import Policy
 from kltune.lm.scorers import load_scorer
 from kltune.recipe import asks_for_pairs, load_recipe
 from kltune.run.checkpoint import save_adapter
-from kltune.run.curve import Curve, CurvePoint, curve_svg
+from kltune.run.curve import Curve, CurvePoint, Frame, curve_svg
 from kltune.run.kl_document import kl_figures
 from kltune.run.manifest import write_json
 from kltune.run.storage import storing, write_whole
@@ -81,6 +81,7 @@ def project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
         "kl": None,
         "score": None,
         "falls": [],
+        "rewards": dial.rewards,
         "output": options.output,
     }
     if options.curve:
@@ -201,7 +202,7 @@ def curve_of(looks: list[dict[str, Any]], name: str) -> str:
         else:
             points.append(CurvePoint(look["alpha"], kl, 0.0, kl_error))
     axes = {"x": nats, "y": "score"} if scored else {"x": "alpha, share of the adapter", "y": nats}
-    return curve_svg([Curve(name, points)], **axes, title="KL and score by the share of the adapter")
+    return curve_svg([Curve(name, points)], Frame(**axes, title="KL and score by the share of the adapter"))
 
 
 def row(look: Look) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""``kltune sweep`` and ``kltune frontier``: one recipe over a grid, and what came of it as reward against KL."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kltune.cli.options import JSONOption, RecipeOption, SetOption, finite
+from kltune.cli.output import emit, to_json
+from kltune.recipe import load_grid, load_recipe, read_scorer
+
+
+def sweep_command(
+    recipe: RecipeOption,
+    over: Annotated[
+        list[str],
+        typer.Option(
+            "--over", metavar="KEY=V1,V2,...", help="A key and its values; several --over give every combination."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the sweep.")],
+    overrides: SetOption = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Points at a time.")] = 1,
+    as_json: JSONOption = False,
+) -> None:
+    """Run one recipe over a grid of settings, each point a run of its own.
+
+    The same command goes on where it was stopped, tries again what failed, and does nothing twice; with more values it
+    extends the sweep. Every point is checked before the first one runs.
+
+    Exit code 0 if all points finished; else that of the worst: a killed process (137) before 1, 74, 6, 5, 2 and 75.
+
+    \b
+    kltune sweep -r tiny/ppo_target --over kl.target=1,3,6,9 --over run.seed=0,1,2 -o sweeps/target
+    kltune sweep -r my.yaml --over kl.beta=0.1,0.2,0.4 --set kl.control=fixed -o sweeps/beta --jobs 2
+    kltune frontier sweeps/target sweeps/beta --budget 4
+    """
+    output = output.expanduser().absolute()
+    axes, points = load_grid(recipe, over, overrides or (), output=output)
+    from kltune.stages.sweep import SweepOptions, render, sweep
+
+    document, code = sweep(axes, points, SweepOptions(recipe, output, tuple(overrides or ()), jobs))
+    emit(to_json(document) if as_json else render(document))
+    raise typer.Exit(code)
+
+
+def frontier_command(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Runs, sweeps, or the output of project --curve.")
+    ],
+    gold: Annotated[
+        str | None,
+        typer.Option(
+            "--gold", metavar="SCORER",
+            help="A scorer nobody was trained on: rewards.py:gold, a model's folder, or {kind: ...} as in a recipe.",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="DIR", help="For frontier.json, .svg and .html.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0, callback=finite, help="Nats per response: say which setting to pick.")
+    ] = None,
+    at: Annotated[
+        list[float] | None, typer.Option(metavar="NATS", help="Also read every curve off at this KL; may be repeated.")
+    ] = None,
+    best_of: Annotated[
+        int, typer.Option(min=0, help="Responses of the reference to a prompt for best of n; 0 loads no model.")
+    ] = 16,
+    responses: Annotated[
+        int | None, typer.Option(min=2, help="Measure every run afresh on so many common responses.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", metavar="R.yaml", help="Measure afresh, with its prompts and rewards."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same machine: same numbers.")] = 0,
+    as_json: JSONOption = False,
+) -> None:
+    """Show reward against KL: runs, sweeps and alpha curves, beside best of n and the law of over-optimisation.
+
+    All runs must share one reference. Seeds of one setting are one point. Each run's own final measurement is used,
+    unless --gold, --recipe or --responses ask for a fresh one.
+
+    \b
+    kltune frontier sweeps/target --budget 4 -o frontier
+    kltune frontier sweeps/* runs/trpo --gold rewards.py:gold --responses 500 -o frontier
+    kltune project runs/far --curve -r my.yaml -o curve; kltune frontier curve sweeps/target --at 2 --at 4
+    """
+    if recipe is not None:
+        load_recipe(recipe)
+    scorer = None if gold is None else read_scorer(gold)
+    from kltune.stages.frontier import FrontierOptions, frontier, render
+
+    document = frontier(runs, FrontierOptions(
+        gold=scorer, output=output, budget=budget, at=tuple(at or ()), best_of=best_of, responses=responses,
+        recipe=recipe, seed=seed,
+    ))
+    emit(to_json(document) if as_json else render(document))

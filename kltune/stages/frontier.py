@@ -1,0 +1,214 @@
+"""Reward against KL: what each setting bought, what sampling alone buys, where over-optimisation begins, what to pick.
+
+Points are runs, with the KL and score that each measured of its final policy, or measured afresh on common prompts and
+random numbers (``--gold``, ``--recipe``, ``--responses``). Beside them stands what costs no training: the best of n
+responses of the reference, and σ√(2 KL), the most that a KL buys where scores are Gaussian.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kltune.errors import RecipeError, ScorerError
+from kltune.lm.anchor import Judges, anchor_draw, anchored, clustered, judged, standardized
+from kltune.lm.measurement import Draw, measure_kl
+from kltune.lm.policy import Policy
+from kltune.lm.scorers import load_scorer
+from kltune.recipe import Recipe, RewardEntry, asks_for_pairs, load_recipe
+from kltune.run.frontier_page import render, write_frontier
+from kltune.run.points import (
+    Point,
+    Source,
+    check_one_reference,
+    check_one_reward,
+    differing_measures,
+    find_sources,
+    points_of,
+)
+from kltune.run.pooling import curves_at, efficiency, fits, pick, pooled
+from kltune.run.progress import counting
+from kltune.run.results import headline
+from kltune.run.subject import MeasureOptions, find_checkpoint, measured_prompts, open_subject, settle
+
+__all__ = ["FrontierOptions", "frontier", "render"]
+
+SCHEMA = "kltune.frontier/1"
+
+
+@dataclass(frozen=True)
+class FrontierOptions(MeasureOptions):
+    """The command's options.
+
+    gold: a second scorer, None for none. best_of: reference responses to each prompt, 0 for none. budget: nats to pick
+    a setting for. at: KLs to compare curves at.
+    """
+
+    gold: RewardEntry | None = None
+    output: str | None = None
+    budget: float | None = None
+    best_of: int = 16
+    at: tuple[float, ...] = ()
+
+    @property
+    def afresh(self) -> bool:
+        """Whether all runs are measured again, rather than taken as they measured themselves."""
+        return self.gold is not None or self.recipe is not None or self.responses is not None
+
+
+def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
+    """``kltune frontier``: reward against KL over runs, sweeps and curves.
+
+    Args:
+        runs: run folders, sweep folders, and folders or files of ``kltune project --curve``.
+        options: what was asked for.
+
+    Returns:
+        The JSON document: the same as ``frontier.json`` in the output folder.
+
+    Raises:
+        CheckpointError: something is none of these or has not finished, or references or rewards differ. RecipeError:
+            options that make no sense. ScorerError, ModelError, DataError: what cannot be measured.
+    """
+    sources = find_sources(runs)
+    check_one_reference(sources)
+    if options.recipe is None:
+        check_one_reward(sources)
+    notes = [] if options.afresh else differing_measures(sources)
+    points = points_of(sources)
+    trained = [source for source in sources if source.folder is not None]
+    reference = recorded_reference(sources)
+    anchor = None
+    if trained and (options.afresh or options.best_of):
+        points, reference, anchor, more = measured(trained, points, reference, options)
+        notes += more
+    elif options.afresh:
+        raise RecipeError("--gold, --recipe and --responses measure runs again; found none among what was given.")
+    judge = "gold" if options.gold is not None or all(point.gold is not None for point in points) else "score"
+    unscored = sorted({point.curve for point in points if getattr(point, judge) is None})
+    if unscored:
+        notes.append(f"no {judge} is known of: {'; '.join(unscored)}. --gold or --recipe score runs afresh.")
+    settings = pooled(points)
+    document = {
+        "schema": SCHEMA,
+        "direction": "KL(policy||reference)",
+        "unit": "nats_per_response",
+        "reference": sources[0].reference | reference,
+        "judge": judge,
+        "measured": "afresh" if options.afresh else "by the runs themselves",
+        "notes": notes,
+        "points": [asdict(point) for point in points],
+        "settings": [asdict(setting) | efficiency(setting, judge, reference, anchor) for setting in settings],
+        "best_of_n": anchor,
+        "fits": fits(points, judge, reference, anchor),
+        "at": [curves_at(points, kl, judge) for kl in options.at],
+        "pick": None if options.budget is None else pick(settings, options.budget, judge, reference),
+        "output": options.output,
+    }
+    if anchor is not None:
+        del anchor["by_prompt"]
+    if options.output is not None:
+        write_frontier(Path(options.output), document)
+    return document
+
+
+def recorded_reference(sources: Sequence[Source]) -> dict[str, Any]:
+    """The reference's own score and gold, as the first run that measured them did."""
+    names = ("score", "score_stderr", "gold", "gold_stderr")
+    found: dict[str, Any] = dict.fromkeys(names)
+    for source in sources:
+        if source.folder is not None:
+            recorded = headline(source.document)
+            here = {name: recorded[f"reference_{name}"] for name in names}
+        else:
+            zero = next((look for look in source.document["looks"] if look["alpha"] == 0.0), {})
+            here = {name: zero.get(name) for name in names}
+        for name in ("score", "gold"):
+            if found[name] is None:
+                found |= {name: here[name], f"{name}_stderr": here[f"{name}_stderr"]}
+    return found
+
+
+def measured(
+    trained: Sequence[Source], points: list[Point], reference: dict[str, Any], options: FrontierOptions
+) -> tuple[list[Point], dict[str, Any], dict[str, Any] | None, list[str]]:
+    """Every run afresh where that was asked for, and best of n on the first run's reference.
+
+    Returns:
+        (points, the reference's figures, best of n, notes).
+    """
+    subjects = [find_checkpoint(source.path, options) for source in trained]
+    settings = settle(subjects, options)
+    notes: list[str] = []
+    anchor = None
+    judges: Judges | None = None
+    fresh: dict[str, dict[str, Any]] = {}
+    for number, (source, subject) in enumerate(zip(trained, subjects, strict=True)):
+        policy = open_subject(subject, options)
+        prompts = measured_prompts(policy, settings)
+        drawn = settings.drawn(options.seed)
+        draw = Draw.of(prompts, settings.responses)
+        if judges is None:
+            judges = open_judges(trained, policy, options)
+            if options.afresh or judges.want_reference_samples:
+                with counting("sampling the reference", draw.responses) as progress:
+                    sampled = measure_kl(policy, draw, from_reference=True, progress=progress, **drawn)
+                judges = standardized(judges, sampled)
+                if options.afresh:
+                    reference = dict.fromkeys(reference) | clustered(judged(judges, sampled), draw)
+            if options.best_of and (judges.score or judges.gold):
+                total = anchor_draw(prompts, options.best_of).responses
+                with counting("best of n: sampling the reference", total) as progress:
+                    anchor = anchored(policy, prompts, judges, drawn, options.best_of, progress)
+        if not options.afresh:
+            break
+        with counting(f"measuring {source.path} ({number + 1}/{len(trained)})", draw.responses) as progress:
+            found = measure_kl(policy, draw, progress=progress, **drawn)
+        kl = found.summary("exact", options.confidence)
+        fresh[source.path] = {
+            "kl": kl.nats_per_response, "kl_stderr": kl.stderr, "kl_ci95": kl.ci,
+            **dict.fromkeys(("score", "score_stderr", "gold", "gold_stderr")), **clustered(judged(judges, found), draw),
+        }
+    if options.afresh:
+        others = sorted({point.curve for point in points if point.run not in fresh})
+        if others:
+            notes.append(f"not measured afresh, but as they were: {', '.join(others)}")
+        points = [replace(point, **fresh.get(point.run, {})) for point in points]
+    return points, reference, anchor, notes
+
+
+def open_judges(trained: Sequence[Source], policy: Policy, options: FrontierOptions) -> Judges:
+    """The reward of ``--recipe``, else that of the first run that has one; and gold.
+
+    Raises:
+        ScorerError: a run's reward is not what it was when the run was made.
+    """
+    score, penalty = None, 0.0
+    rewarded = next((source for source in trained if source.rewards), None)
+    if options.recipe is not None:
+        recipe = load_recipe(options.recipe)
+    elif rewarded is not None:
+        recipe = load_recipe(rewarded.folder / "recipe.yaml")
+    else:
+        recipe = None
+    entries = scoring(recipe)
+    if entries:
+        score = load_scorer(entries, recipe.folder, policy.device, policy)
+        print(*score.notes, sep="\n", end="\n" if score.notes else "", file=sys.stderr)
+        penalty = recipe.sampling.missing_end_penalty
+        if options.recipe is None and score.identity != rewarded.rewards:
+            raise ScorerError(
+                f"{rewarded.path} was trained on {rewarded.rewards}, found {score.identity}; put the files back, or "
+                "give --recipe R.yaml to score all runs by another reward."
+            )
+    gold = None
+    if options.gold is not None:
+        gold = load_scorer([options.gold], Path.cwd(), policy.device, policy)
+        print(*gold.notes, sep="\n", end="\n" if gold.notes else "", file=sys.stderr)
+    return Judges(score, gold, penalty)
+
+
+def scoring(recipe: Recipe | None) -> list[RewardEntry]:
+    """The rewards of a recipe that give a score."""
+    return [entry for entry in getattr(recipe, "reward", ()) if not asks_for_pairs(entry)]

@@ -1,0 +1,307 @@
+"""One recipe over a grid: every point is a run of its own in a process of its own, and no point can lose another.
+
+    DIR/kl.target=3,run.seed=0/        the run of that point, as ``kltune ppo`` would have left it
+    DIR/kl.target=3,run.seed=0.log     what it printed
+    DIR/sweep.json                     all points with their overrides, status, KL and score
+
+What is finished is never done again, what was interrupted goes on from its checkpoint, what failed is tried again: the
+same command continues a sweep, and one with more values extends it.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kltune.errors import BusyError, Interrupted, RecipeError
+from kltune.recipe import Axis, GridPoint, differing_keys, flat_settings, load_recipe, overlap, recipe_digest
+from kltune.run.children import Command, last_lines, run_commands, thread_share
+from kltune.run.lock import claim, locked
+from kltune.run.manifest import read_document, read_json
+from kltune.run.results import aligned, headline, with_error
+from kltune.run.storage import redact, to_json, visible, without_nonfinite, write_whole
+
+SCHEMA = "kltune.sweep/1"
+RUN_SCHEMA = "kltune.run/1"                     # of a run's run.json; its own module imports torch
+STOPPED = (130, 143)                            # exit codes of a run that was asked to stop
+WORST_FIRST = (1, 74, 6, 5, 2, 75, 143, 130)    # of points; one that is not listed, as of a killed process, is worse
+SHOWN_LINES = 5
+WAIT_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """The command's options. recipe: as it was named. overrides: ``--set`` of all points. jobs: points at a time."""
+
+    recipe: str
+    output: Path
+    overrides: tuple[str, ...] = ()
+    jobs: int = 1
+
+
+def sweep(axes: Sequence[Axis], points: Sequence[GridPoint], options: SweepOptions) -> tuple[dict[str, Any], int]:
+    """``kltune sweep``: run every point that is not finished yet.
+
+    Args:
+        axes: of the grid.
+        points: already checked, at least one.
+        options: where to, and how many at a time.
+
+    Returns:
+        (the JSON document, the same as ``sweep.json``; 0 if all points finished, else the exit code of the worst).
+
+    Raises:
+        RecipeError: the folder holds something else, or the sweep of another recipe. BusyError: another process sweeps
+            there. StorageError: it cannot be written. Interrupted: after the points that ran have saved.
+    """
+    folder = options.output
+    claim(folder, "sweep", ours=read_document(folder / "sweep.json", SCHEMA) is not None)
+    with locked(folder):
+        earlier = read_document(folder / "sweep.json", SCHEMA)
+        settings, varied = common_settings(axes, points)
+        if earlier is not None:
+            refuse_another_recipe(folder, earlier, settings, varied)
+        for point in points:
+            refuse_another_run(folder / point.name, point)
+        state = _Sweep(axes, points, options, earlier, settings, varied)
+        state.save()
+        stopped = state.run()
+        document = state.save()
+    if stopped is not None:
+        done, all_points = document["finished"], len(document["points"])
+        raise Interrupted(
+            f"{done} of {all_points} points are finished, the others saved; the same command goes on.", stopped
+        )
+    return document, worst_code([state.rows[point.name] for point in points])
+
+
+class _Sweep:
+    """The state of a sweep while it runs."""
+
+    def __init__(
+        self,
+        axes: Sequence[Axis],
+        points: Sequence[GridPoint],
+        options: SweepOptions,
+        earlier: dict[str, Any] | None,
+        settings: dict[str, Any],
+        varied: list[str],
+    ):
+        self.axes, self.points, self.options = axes, list(points), options
+        self.settings, self.varied = settings, varied
+        self.began = time.monotonic()
+        self.log_began: dict[str, int] = {}      # bytes of each log before this attempt
+        here = {point.name for point in points}
+        kept = [row for row in (earlier or {}).get("points", []) if row["name"] not in here]      # of a grid before
+        self.rows = {row["name"]: row for row in [*(self._row(point) for point in points), *kept]}
+        for row in self.rows.values():
+            self._look(row)
+
+    def run(self) -> int | None:
+        """Run what is not finished; the signal that ended it early, or None."""
+        for point in self.points:
+            self._wait(point)
+        finished = [point for point in self.points if self.rows[point.name]["status"] == "finished"]
+        for point in finished:
+            self._say(point.name, f"finished already: {said(self.rows[point.name])}")
+        todo = [point for point in self.points if self.rows[point.name]["status"] != "finished"]
+        return run_commands(
+            [self._command(point) for point in todo], self.options.jobs,
+            environment=thread_share(os.environ, self.options.jobs), started=self._started, ended=self._ended,
+        )
+
+    def _wait(self, point: GridPoint) -> None:
+        """A point still runs if its sweep was killed with no chance to stop it: let it end rather than fail on it."""
+        folder, said = self.options.output / point.name, False
+        while folder.is_dir():
+            try:
+                with locked(folder):
+                    break
+            except BusyError as error:
+                if not said:
+                    self._say(point.name, f"still runs for a sweep that was killed; waiting for it ({error})")
+                said = True
+                time.sleep(WAIT_SECONDS)
+        if said:
+            self._look(self.rows[point.name])
+
+    def save(self) -> dict[str, Any]:
+        """Write sweep.json and give it back."""
+        rows = list(self.rows.values())
+        document = without_nonfinite({
+            "schema": SCHEMA,
+            "recipe": self.options.recipe,
+            "stage": self.points[0].recipe.stage,
+            "output": str(self.options.output),
+            "over": {axis.key: axis.values for axis in self.axes},
+            "set": [redact(override, arguments=True) for override in self.options.overrides],
+            "points": rows,
+            "finished": sum(row["status"] == "finished" for row in rows),
+            "failed": sum(row["status"] == "failed" for row in rows),
+            "seconds": time.monotonic() - self.began,
+            "varied": self.varied,
+            "settings": self.settings,
+        })
+        write_whole(self.options.output / "sweep.json", redact(to_json(document, indent=2)) + "\n")
+        return document
+
+    def _row(self, point: GridPoint) -> dict[str, Any]:
+        overrides = dict(override.split("=", 1) for override in point.overrides)
+        return {"name": point.name, "overrides": overrides, "folder": str(self.options.output / point.name)}
+
+    def _look(self, row: dict[str, Any]) -> None:
+        """What the point's folder says of it now."""
+        folder = self.options.output / row["name"]
+        record = read_record(folder)
+        status = record.get("status", "pending")
+        result = read_json(folder / "result.json") if status == "finished" else {}
+        if status == "running":      # written by a process that is gone: it was killed, or the sweep was
+            status = "failed" if row.get("status") == "failed" else "interrupted"
+        row["status"] = status
+        row.setdefault("exit_code", None)
+        if status == "finished":
+            row["exit_code"] = 0
+        row |= headline(result) | {"seconds": result.get("seconds"), "log": f"{row['folder']}.log"}
+        row.setdefault("error", [])
+
+    def _command(self, point: GridPoint) -> Command:
+        sets = [word for override in (*self.options.overrides, *point.overrides) for word in ("--set", override)]
+        folder = self.options.output / point.name
+        return Command(
+            point.name,
+            (sys.executable, "-m", "kltune", point.recipe.stage, "--recipe", self.options.recipe, *sets, "--output",
+             str(folder), "--resume"),
+            folder.with_name(f"{point.name}.log"),
+        )
+
+    def _started(self, command: Command) -> None:
+        self.log_began[command.name] = size_of(command.log)
+        row = self.rows[command.name]
+        words = {"interrupted": "goes on", "failed": "tried again"}
+        self._say(command.name, words.get(row["status"], "started"))
+        row |= {"status": "running", "exit_code": None, "error": []}
+        self.save()
+
+    def _ended(self, command: Command, code: int, seconds: float) -> None:
+        row = self.rows[command.name]
+        self._look(row)
+        row["exit_code"] = code
+        if code == 0 and row["status"] == "finished":
+            self._say(command.name, f"finished in {seconds:.0f} s: {said(row)}")
+        elif code in STOPPED:
+            row["status"] = "interrupted"
+            self._say(command.name, "stopped, to go on later")
+        else:
+            row["status"] = "failed"
+            row["error"] = [redact(line) for line in last_lines(command.log, SHOWN_LINES, self.log_began[command.name])]
+            lines = "".join(f"\n    {visible(line)}" for line in row["error"])
+            self._say(command.name, f"failed with exit code {code}; the end of {command.log}:{lines}")
+        self.save()
+
+    def _say(self, name: str, text: str) -> None:
+        number = [point.name for point in self.points].index(name) + 1
+        print(f"point {number}/{len(self.points)} {name}: {text}", file=sys.stderr, flush=True)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file; 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """run.json of a point; {} before it has one."""
+    return read_document(folder / "run.json", RUN_SCHEMA) or {}
+
+
+def common_settings(axes: Sequence[Axis], points: Sequence[GridPoint]) -> tuple[dict[str, Any], list[str]]:
+    """(key: value of what is the same in all points, the keys that are not, or are swept over)."""
+    swept = [axis.key for axis in axes]
+    every = [flat_settings(point.recipe) for point in points]
+    keys = sorted({key for one in every for key in one})
+    same = {
+        key: every[0][key] for key in keys
+        if all(key in one and one[key] == every[0][key] for one in every)
+        and not any(overlap(key, other) for other in swept)
+    }
+    return same, [key for key in keys if key not in same]
+
+
+def refuse_another_recipe(
+    folder: Path, earlier: dict[str, Any], settings: dict[str, Any], varied: Sequence[str]
+) -> None:
+    """A folder is a sweep of one recipe: what was the same in all points then and is in all points now must agree.
+
+    Raises:
+        RecipeError: names every key that does not.
+    """
+    before = earlier["settings"]
+    changes = [
+        f"{key}: was {to_json(before[key]) if key in before else 'absent'}, "
+        f"now {to_json(settings[key]) if key in settings else 'absent'}"
+        for key in sorted(before.keys() | settings.keys())
+        if key not in varied and key not in earlier["varied"]
+        and (key not in before or key not in settings or before[key] != settings[key])
+    ]
+    if changes:
+        raise another_recipe(folder, changes)
+
+
+def refuse_another_run(folder: Path, point: GridPoint) -> None:
+    """A finished point was made by the recipe as it is now.
+
+    Raises:
+        RecipeError: names every key in which it was not.
+    """
+    record = read_record(folder)
+    if record.get("status") == "finished" and record.get("recipe_sha256") != recipe_digest(point.recipe):
+        raise another_recipe(folder, differing_keys(load_recipe(folder / "recipe.yaml"), point.recipe))
+
+
+def another_recipe(folder: Path, changes: Sequence[str]) -> RecipeError:
+    """The error that says what changed."""
+    lines = "".join(f"\n  {redact(change)}" for change in changes)
+    return RecipeError(
+        f"{folder} was made by another recipe:{lines}\nSet the old values again, or choose another --output. More "
+        "--over values, or another --over key, are fine."
+    )
+
+
+def worst_code(rows: Sequence[dict[str, Any]]) -> int:
+    """0 if all points finished; else the exit code of the worst that did not, by ``WORST_FIRST``."""
+    codes = {row["exit_code"] or 1 for row in rows if row["status"] != "finished"}
+    unlisted = codes - set(WORST_FIRST)
+    return max(unlisted) if unlisted else next((code for code in WORST_FIRST if code in codes), 0)
+
+
+def said(row: dict[str, Any]) -> str:
+    """KL and score of a point in a few words."""
+    parts = [f"{label} {with_error(row[name], row[f'{name}_stderr'])}" for label, name in COLUMNS]
+    return ", ".join(part for part in parts if not part.endswith("–"))
+
+
+COLUMNS = (("KL", "kl"), ("score", "score"), ("gold", "gold"))
+
+
+def render(document: dict[str, Any]) -> str:
+    """The sweep as a table."""
+    rows = document["points"]
+    golden = any(row["gold"] is not None for row in rows)
+    header = ["point", "status", "KL, nats per response", "95 %", "score", *(["gold"] if golden else []), "seconds"]
+    lines = [header]
+    for row in rows:
+        status = row["status"] if row["status"] != "failed" else f"failed ({row['exit_code']})"
+        ci = "–" if row["kl_ci95"] is None else f"{row['kl_ci95'][0]:.3g} to {row['kl_ci95'][1]:.3g}"
+        gold = [with_error(row["gold"], row["gold_stderr"])] if golden else []
+        seconds = "–" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        lines.append([
+            row["name"], status, with_error(row["kl"], row["kl_stderr"]), ci,
+            with_error(row["score"], row["score_stderr"]), *gold, seconds,
+        ])
+    text = list(aligned(lines))
+    text.append(f"{document['finished']} of {len(rows)} points are finished: {document['output']}/sweep.json")
+    if document["finished"]:
+        text.append(f"kltune frontier {document['output']} shows reward against KL")
+    return "\n".join(text)

@@ -1,0 +1,124 @@
+"""Commands as processes: as many at a time as allowed, logs, exit codes, and signals that reach them once."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from kltune.run.children import Command, last_lines, run_commands, thread_share
+
+
+class Watch:
+    """What happened, in order."""
+
+    def __init__(self):
+        self.events, self.codes, self.now, self.most = [], {}, 0, 0
+
+    def started(self, command):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        self.events.append(f"+{command.name}")
+
+    def ended(self, command, code, seconds):
+        self.now -= 1
+        self.codes[command.name] = code
+        self.events.append(f"-{command.name}")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run Python lines by name; what was seen of them, and the signal that ended it."""
+
+    def run(jobs=1, **lines):
+        watch = Watch()
+        commands = [
+            Command(name, (sys.executable, "-S", "-c", line), tmp_path / f"{name}.log") for name, line in lines.items()
+        ]
+        number = run_commands(commands, jobs, environment=os.environ, started=watch.started, ended=watch.ended)
+        return watch, number
+
+    return run
+
+
+def test_one_after_the_other_each_with_its_exit_code_and_log(run, tmp_path):
+    watch, number = run(
+        a="print('said'); raise SystemExit(5)", b="import os; os.kill(os.getpid(), 9)", c="print('fine')"
+    )
+    assert number is None
+    assert watch.events == ["+a", "-a", "+b", "-b", "+c", "-c"]
+    assert watch.codes == {"a": 5, "b": 137, "c": 0}
+    assert (tmp_path / "a.log").read_text() == "said\n"
+
+
+def test_as_many_at_a_time_as_jobs(run):
+    watch, _ = run(jobs=2, **dict.fromkeys("abcd", "import time; time.sleep(0.15)"))
+    assert watch.most == 2
+    assert set(watch.codes.values()) == {0}
+
+
+def test_a_log_is_added_to(run, tmp_path):
+    run(a="print('first')")
+    run(a="import sys; print('second', file=sys.stderr)")
+    assert last_lines(tmp_path / "a.log", 5) == ["first", "second"]
+    assert last_lines(tmp_path / "a.log", 5, after=6) == ["second"]
+    assert last_lines(tmp_path / "none.log", 5) == []
+
+
+CAREFUL = """
+import signal, sys, time
+count = []
+signal.signal(signal.{name}, lambda *_: count.append(1))
+print('ready', flush=True)
+while not count: time.sleep(0.01)
+time.sleep(0.2)
+print('times', len(count), flush=True)
+sys.exit(128 + signal.{name})
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_is_handed_on_once_and_nothing_more_starts(run, tmp_path, name):
+    number = getattr(signal, name)
+
+    def interrupt():
+        while "ready" not in (log.read_text() if (log := tmp_path / "a.log").exists() else ""):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    watch, received = run(a=CAREFUL.format(name=name), b="print('never')")
+    thread.join()
+    assert received == number
+    assert watch.events == ["+a", "-a"]
+    assert watch.codes == {"a": 128 + number}
+    assert "times 1" in (tmp_path / "a.log").read_text()
+    assert signal.getsignal(number) == before
+
+
+def test_where_something_goes_wrong_here_no_child_is_left(tmp_path):
+    class Full(OSError):
+        pass
+
+    def started(command):
+        if command.name == "b":
+            raise Full
+
+    line = "import signal, time; time.sleep(60)"
+    commands = [Command(name, (sys.executable, "-S", "-c", line), tmp_path / f"{name}.log") for name in "ab"]
+    began = time.monotonic()
+    with pytest.raises(Full):
+        run_commands(commands, 2, environment=os.environ, started=started, ended=lambda *_: None)
+    assert time.monotonic() - began < 10      # the first was asked to stop, and waited for
+
+
+def test_processes_side_by_side_share_the_cores(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert thread_share({"A": "1"}, 3) == {"A": "1", "OMP_NUM_THREADS": "2"}
+    assert thread_share({}, 20) == {"OMP_NUM_THREADS": "1"}
+    assert thread_share({}, 1) == {}
+    assert thread_share({"OMP_NUM_THREADS": "6"}, 2) == {"OMP_NUM_THREADS": "6"}

@@ -1,0 +1,249 @@
+"""``kltune sweep`` on the tiny model: stopped in the middle it goes on, and no point can lose another.
+
+A point is a process of its own; here it is a fork of this one, where all that takes seconds is imported already.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kltune.cli import main
+from kltune.run import children
+from kltune.stages import sweep as sweep_stage
+from tests.run.killing import exit_code, start
+from tests.stages.conftest import PPO, write_recipe
+
+
+class Forked:
+    """``subprocess.Popen`` of a ``python -m kltune`` command, as far as a sweep uses it."""
+
+    def __init__(self, arguments, *, stdin, stdout, stderr, env, start_new_session):
+        assert arguments[:3] == (sys.executable, "-m", "kltune")
+        assert (stdin, stderr, start_new_session) == (subprocess.DEVNULL, subprocess.STDOUT, True)
+        self.returncode = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        os.setsid()
+        for link in Path("/proc/self/fd").glob("*"):      # as close_fds does: the sweep's lock is not its children's
+            if link.is_symlink() and os.readlink(link).endswith(".lock"):
+                os.close(int(link.name))
+        os.dup2(stdout.fileno(), 1)
+        os.dup2(stdout.fileno(), 2)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            signal.signal(number, handler)
+        torch.set_num_threads(1)      # the threads of before the fork are not here
+        code = 99
+        try:
+            main(list(arguments[3:]))
+        except SystemExit as left:
+            code = left.code or 0
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self):
+        while self.poll() is None:
+            time.sleep(0.01)
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch, run_folder):
+    """``run_folder`` is a run of this process: whatever a run imports when it needs it is here before the forks."""
+    monkeypatch.setattr(children.subprocess, "Popen", Forked)
+    monkeypatch.setattr(children, "POLL_SECONDS", 0.01)
+
+
+@pytest.fixture
+def recipe(tmp_path, llama) -> Path:
+    return write_recipe(tmp_path / "recipe", PPO | {"run": {"steps": 2, "save_every": 1, "eval_every": 100}}, llama)
+
+
+@pytest.fixture
+def sweep(capsys, recipe, tmp_path):
+    """``kltune sweep ... --json`` in this process: exit code, document (or text), stderr."""
+
+    def call(*arguments: object, as_json: bool = True):
+        capsys.readouterr()
+        command = ["sweep", "-r", str(recipe), "-o", str(tmp_path / "out"), *map(str, arguments)]
+        with pytest.raises(SystemExit) as left:
+            main([*command, *(["--json"] if as_json else [])])
+        out, err = capsys.readouterr()
+        return left.value.code, json.loads(out) if as_json and out else out, err
+
+    return call
+
+
+SIX = ("--over", "kl.target=0.3,0.6,1.2", "--over", "run.seed=0,1")
+
+
+def statuses(folder: Path) -> list[str]:
+    file = folder / "sweep.json"
+    return [row["status"] for row in json.loads(file.read_text())["points"]] if file.exists() else []
+
+
+def test_a_sweep_killed_in_the_middle_goes_on_and_finishes(sweep, recipe, tmp_path):
+    out = tmp_path / "out"
+    command = ["sweep", "-r", str(recipe), "-o", str(out), *SIX]
+    pid = start(lambda: leave(command))
+    while statuses(out).count("finished") < 1:
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGTERM)
+    assert exit_code(pid) == 143
+    stopped = statuses(out)
+    assert 1 <= stopped.count("finished") < 6
+    assert set(stopped) <= {"finished", "interrupted", "pending"}
+    before = {path: path.read_bytes() for path in out.glob("*/result.json")}
+
+    code, document, err = sweep(*SIX)
+    assert code == 0
+    assert statuses(out) == ["finished"] * 6
+    assert err.count("finished already") == len(before)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert document == json.loads((out / "sweep.json").read_text())
+    first = document["points"][0]
+    assert first["overrides"] == {"kl.target": "0.3", "run.seed": "0"}
+    result = json.loads((out / "kl.target=0.3,run.seed=0" / "result.json").read_text())
+    assert (first["kl"], first["score"]) == (result["kl"]["nats_per_response"], result["score"])
+    assert [first["kl_ci95"], first["seconds"], first["exit_code"]] == [result["kl"]["ci95"], result["seconds"], 0]
+
+
+def test_points_that_outlive_a_killed_sweep_are_waited_for(sweep, recipe, tmp_path):
+    out = tmp_path / "out"
+    over = ("--over", "run.seed=0,1", "-s", "run.steps=8")
+    pid = start(lambda: leave(["sweep", "-r", str(recipe), "-o", str(out), *over]))
+    while not (out / "run.seed=0" / "run.json").exists():
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    assert exit_code(pid) == -signal.SIGKILL
+    code, document, err = sweep(*over)
+    assert code == 0
+    assert "point 1/2 run.seed=0: still runs for a sweep that was killed; waiting for it" in err
+    assert [row["status"] for row in document["points"]] == ["finished", "finished"]
+
+
+def leave(command: list[str]) -> None:
+    """Run a command in a forked process, which ends with its code."""
+    try:
+        main(command)
+    except SystemExit as left:
+        os._exit(left.code or 0)
+
+
+FLAKY = """
+import os
+from pathlib import Path
+
+def flaky(prompts, responses):
+    if Path(__file__).with_name("broken").exists():
+        raise FileExistsError("broken")
+    return score(prompts, responses)
+
+def kill(prompts, responses):
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_point_that_fails_is_reported_and_not_fatal(sweep, recipe, tmp_path):
+    rewards, broken = recipe.parent / "rewards.py", recipe.parent / "broken"
+    rewards.write_text(rewards.read_text() + FLAKY)
+    broken.touch()
+    key = "reward.0.path="
+    code, document, err = sweep("--over", f"{key}rewards.py:flaky,rewards.py:kill,rewards.py:score")
+    assert code == 137      # the worst
+    assert [row["status"] for row in document["points"]] == ["failed", "failed", "finished"]
+    assert [row["exit_code"] for row in document["points"]] == [5, 137, 0]
+    failed = document["points"][0]
+    assert failed["exit_code"] == 5
+    assert "FileExistsError: broken" in failed["error"][-1]
+    assert "FileExistsError: broken" in Path(failed["log"]).read_text()
+    assert "failed with exit code 5; the end of" in err
+    assert (document["finished"], document["failed"]) == (1, 2)
+    # put right, it is tried again, and the other is not
+    broken.unlink()
+    code, document, err = sweep("--over", f"{key}rewards.py:flaky,rewards.py:score")
+    assert (code, document["points"][0]["error"]) == (0, [])
+    assert document["points"][2]["status"] == "failed"      # of the grid before, and not of this one
+    assert "tried again" in err
+    assert "finished already" in err
+
+
+@pytest.mark.parametrize(("codes", "worst"), [
+    ([0, 0], 0), ([5, 0], 5), ([75, 2, 5, 6, 74, 1], 1), ([75, 2], 2), ([1, 139, 137], 139), ([130, 75], 75),
+    ([None], 1),
+])
+def test_the_exit_code_is_that_of_the_worst(codes, worst):
+    rows = [{"status": "finished" if code == 0 else "failed", "exit_code": code} for code in codes]
+    assert sweep_stage.worst_code(rows) == worst
+
+
+def test_a_grid_may_grow_and_a_recipe_may_not_change(sweep, tmp_path):
+    assert sweep("--over", "kl.target=0.3")[0] == 0
+    code, document, err = sweep("--over", "kl.target=0.3,0.6", as_json=False)
+    assert code == 0
+    assert "point 1/2 kl.target=0.3: finished already: KL" in err
+    assert "2 of 2 points are finished" in document
+    assert "kl.target=0.6  finished" in document
+    # another axis: what was swept before stays in the list
+    code, document, _ = sweep("--over", "run.seed=1", "-s", "kl.target=0.3")
+    assert code == 0
+    assert [row["name"] for row in document["points"]] == ["run.seed=1", "kl.target=0.3", "kl.target=0.6"]
+    code, out, err = sweep("--over", "kl.target=0.3,0.6", "-s", "optim.lr=0.5")
+    assert (code, out) == (2, "")
+    assert "optim.lr: was 0.02, now 0.5" in err
+
+
+def test_another_recipe_is_refused_before_anything_runs(sweep, recipe, tmp_path):
+    assert sweep("--over", "kl.target=0.3")[0] == 0
+    recipe.write_text(recipe.read_text().replace("lr: 0.02", "lr: 0.03"))
+    before = (tmp_path / "out" / "sweep.json").read_bytes()
+    code, _, err = sweep("--over", "kl.target=0.6")
+    assert code == 2
+    assert "optim.lr: was 0.02, now 0.03" in err
+    assert (tmp_path / "out" / "sweep.json").read_bytes() == before
+    assert not (tmp_path / "out" / "kl.target=0.6").exists()
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(sweep, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    code, _, err = sweep("--over", "kl.target=0.3")
+    assert code == 2
+    assert "is no kltune sweep (it holds notes.txt)" in err
+
+
+def test_two_sweeps_in_one_folder(sweep, tmp_path):
+    from kltune.run.lock import locked
+
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out"):
+        assert sweep("--over", "kl.target=0.3")[0] == 75
+
+
+def test_side_by_side_is_the_same_as_one_after_the_other(sweep, tmp_path):
+    code, document, _ = sweep("--over", "kl.target=0.3,0.6", "--jobs", "2")
+    assert code == 0
+    assert [row["status"] for row in document["points"]] == ["finished", "finished"]
+    alone = json.loads((tmp_path / "out" / "kl.target=0.3" / "result.json").read_text())
+    assert document["points"][0]["kl"] == alone["kl"]["nats_per_response"]
