@@ -120,11 +120,25 @@ def demo(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
-    """Write report.html of a run again, and print where it is."""
-    from kltune.run.page import write_page
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Instead of report.html in the run, or comparison.html."),
+    ] = None,
+) -> None:
+    """Write report.html of a run again, or one page that compares several runs; print where it is.
 
-    emit(str(write_page(run)))
+    kltune report runs/a runs/b --output comparison.html
+    """
+    if len(runs) == 1:
+        from kltune.run.page import write_page
+
+        emit(str(write_page(runs[0], output)))
+    else:
+        from kltune.run.comparison import write_comparison
+
+        emit(str(write_comparison(runs, output or Path("comparison.html"))))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

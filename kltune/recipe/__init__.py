@@ -43,13 +43,13 @@ from kltune.recipe.sections import (
     TRPOSection,
 )
 from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
-from kltune.recipe.writing import differing_keys, dump_recipe, recipe_digest, recipe_schema
+from kltune.recipe.writing import differing_keys, dump_recipe, flat, recipe_digest, recipe_schema
 
 __all__ = [
     "STAGES", "BradleyTerrySection", "ClassifierReward", "DPOKLSection", "DPORecipe", "DPOSection", "DataSection",
     "EvalSection", "Fault", "FunctionReward", "JudgeReward", "KLSection", "LoraSection", "ModelReward", "ModelSection",
     "OptimSection", "PPORecipe", "PPOSection", "Place", "Recipe", "RecipeFaults", "RewardEntry", "RewardRecipe",
     "RunSection", "SFTRecipe", "SamplingSection", "TRPORecipe", "TRPOSection", "asks_for_pairs", "copy_recipe",
-    "differing_keys", "dump_recipe", "find_recipe", "load_recipe", "packaged_recipes", "recipe_digest", "recipe_schema",
-    "recipe_text", "recipes_folder",
+    "differing_keys", "dump_recipe", "find_recipe", "flat", "load_recipe", "packaged_recipes", "recipe_digest",
+    "recipe_schema", "recipe_text", "recipes_folder",
 ]

@@ -27,6 +27,7 @@ from kltune.lm.optim import (
 from kltune.lm.policy import Policy
 from kltune.lm.selftest import check_frozen
 from kltune.lm.texts import example_batch, log_perplexity, text_limits
+from kltune.lm.transcript import before_and_after
 from kltune.recipe import SFTRecipe
 from kltune.run.checkpoint import read_state, save_checkpoint, save_final
 from kltune.run.clock import Clock
@@ -141,6 +142,8 @@ def finish(job: Job, policy: Policy) -> dict[str, Any]:
             metrics["eval/reference_texts_nats_per_token"] = log_perplexity(policy, texts)
     kl = None if measured is None else kl_result(measured)
     final = save_final(job.run.folder, policy.save, info=about(recipe, policy, kl))
+    shown = before_and_after(policy, job.held_out.prompts, recipe.sampling, None, seed=recipe.run.seed)
+    job.report.samples(job.steps, shown)
     result = job.run.finish({
         "schema": "kltune.result/1",
         "status": "finished",

@@ -9,7 +9,8 @@ import pytest
 
 from kltune.errors import CheckpointError
 from kltune.recipe import dump_recipe
-from kltune.run.page import duration, number, write_page
+from kltune.run.page import write_page
+from kltune.run.words import duration, number
 
 HOSTILE = '<script src="http://evil/x.js">alert(1)</script> & "quoted" \x1b[31m'
 
@@ -102,7 +103,7 @@ def test_a_run_without_a_result_says_where_it_is(run_folder, record, words):
     rows = [{"step": 10, "kl/ref_nats_per_response": 6.0, "kl/ref_stderr": 0.1}]
     text = Tags(write_page(run_folder(rows=rows, **record)).read_text()).text
     assert words in text
-    assert "KL to the reference when last measured: 6 ± 0.1 nats per response." in text
+    assert "KL to the reference when last measured: 6.0 ± 0.1 nats per response." in text
 
 
 def test_a_page_from_almost_nothing(tmp_path):
@@ -146,7 +147,8 @@ def test_the_same_numbers_give_the_same_page(run_folder):
 
 
 def test_pictures_follow_what_was_measured(run_folder):
-    rows = [{"step": 1, "loss/mean": 2.0}, {"step": 2, "loss/mean": 1.5, "eval/perplexity": 9.0, "kl/beta": None}]
+    rows = [{"step": 1, "loss/mean": 2.0}, {"step": 2, "loss/mean": 1.5, "eval/perplexity": 9.0, "kl/beta": None},
+            {"step": 3, "eval/perplexity": 8.0, "score/mean": 1.0}]      # one point is no curve
     page = write_page(run_folder(rows=rows)).read_text()
     assert re.findall(r"<figcaption>([^<]*)", page) == ["Loss", "Held-out perplexity"]
     assert page.count("<svg ") == 2
