@@ -17,6 +17,7 @@ from kltune.cli.measuring import eval_kl_command, project_command
 from kltune.cli.options import JSONOption, OutputOption, RecipeOption, ResumeOption, SetOption
 from kltune.cli.output import as_user_error, complain, emit, show_result, to_json
 from kltune.cli.recipes import recipes
+from kltune.cli.sampling import sample_command
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
 
@@ -104,6 +105,7 @@ def dpo(
 
 app.command("eval-kl")(eval_kl_command)
 app.command("project")(project_command)
+app.command("sample")(sample_command)
 
 
 @app.command()

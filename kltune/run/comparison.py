@@ -10,15 +10,21 @@ from markupsafe import Markup
 
 from kltune.errors import RecipeError
 from kltune.recipe import flat
-from kltune.run.outcome import FIGURES, Files, alarm_of, limits_of, newest_kl, read_files, verdict_of
+from kltune.run.outcome import Files, alarm_of, beside, limits_of, newest_kl, read_files, verdict_of
 from kltune.run.page import environment
 from kltune.run.pictures import Plot, draw_together
 from kltune.run.plots import COLOURS, svg_of
 from kltune.run.storage import write_whole
 from kltune.run.words import duration, number, with_error
 
-WHERE_IT_IS_KEPT = ("run.output", "run.keep")      # keys in which any two runs may differ
-IN_THE_TABLE = ("eval/distinct_2_adjusted", "eval/response_tokens", "eval/tax_nats_per_token")
+WHERE_IT_IS_KEPT = ("run.output", "run.keep", "run.loggers")      # keys in which any two runs may differ
+IN_THE_TABLE = {
+    "distinct-2, adjusted": ("eval/distinct_2_adjusted", ""),
+    "self-BLEU": ("eval/self_bleu", ""),
+    "tokens per response": ("eval/response_tokens", ""),
+    "alignment tax, nats per token": ("eval/tax_nats_per_token", "eval/tax_stderr"),
+}
+ABSENT = "–"
 PLOTS = {
     "KL and score": (
         Plot("KL to the reference", "nats per response", ("kl/ref_nats_per_response", "eval/kl_ref_nats_per_response"),
@@ -56,16 +62,17 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     if repeated:
         raise RecipeError(f"named more than once: {', '.join(repeated)}; wanted different runs.")
     runs = dict(zip(labels_of(folders), (read_files(Path(folder)) for folder in folders), strict=True))
+    cells = [cells_of(files) for files in runs.values()]
+    columns = [name for name in cells[0] if any(row[name][0] != ABSENT for row in cells)]
     write_whole(path, environment().get_template("comparison.html.j2").render(
         references=references_of(runs),
-        columns=("verdict", "KL, nats per response", "target", "score", "gold score",
-                 *(title for title, name, _ in FIGURES if name in IN_THE_TABLE), "steps", "time"),
+        columns=columns,
         runs=[
             {
                 "label": label, "stage": files.record["stage"] or "run", "folder": str(files.folder),
-                "verdict": verdict_of(files), "alarm": alarm_of(files), "cells": cells_of(files),
+                "verdict": verdict_of(files), "alarm": alarm_of(files), "cells": row,
             }
-            for label, files in runs.items()
+            for (label, files), row in zip(runs.items(), cells, strict=True)
         ],
         pictures=pictures_of(runs),
         too_many=len(COLOURS) if len(runs) > len(COLOURS) else None,
@@ -94,24 +101,29 @@ def references_of(runs: dict[str, Files]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def cells_of(files: Files) -> list[str]:
-    """The figures of one run, in the order of the table's columns."""
+def cells_of(files: Files) -> dict[str, tuple[str, str]]:
+    """The figures of one run by column, each with what stands beneath it."""
     result, measured = files.result, files.evaluated
     kl = result.get("kl") or {}
     value, error = (kl.get("nats_per_response"), kl.get("stderr")) if result else newest_kl(files)
     low, high = kl.get("ci95") or (None, None)
-    interval = "" if low is None else f" ({number(low)} to {number(high)})"
     seconds = result.get("seconds", sum(row.get("time/step_seconds") or 0 for row in files.metrics))
-    steps = files.metrics[-1].get("step") if files.metrics else None
-    return [
-        with_error(value, error) + interval,
-        number(limits_of(files).target),
-        with_error(result.get("score"), result.get("score_stderr")),
-        with_error(result.get("gold"), result.get("gold_stderr")),
-        *(with_error(measured.get(name), measured.get(error)) for _, name, error in FIGURES if name in IN_THE_TABLE),
-        number(result.get("steps", steps)),
-        duration(seconds) if seconds else "–",
-    ]
+    steps = result.get("steps", files.metrics[-1].get("step") if files.metrics else None)
+    return {
+        "KL, nats per response": (
+            with_error(value, error), "" if low is None else f"95 %: {number(low)} to {number(high)}"
+        ),
+        "target": (number(limits_of(files).target), ""),
+        "score": (with_error(result.get("score"), result.get("score_stderr")), beside(result, "reference_score")),
+        "gold score": (with_error(result.get("gold"), result.get("gold_stderr")), beside(result, "reference_gold")),
+        "held-out accuracy": (number(result.get("accuracy")), ""),
+        **{
+            title: (with_error(measured.get(name), measured.get(error)), "")
+            for title, (name, error) in IN_THE_TABLE.items()
+        },
+        "steps": (number(steps), ""),
+        "time": (duration(seconds) if seconds else ABSENT, ""),
+    }
 
 
 def pictures_of(runs: dict[str, Files]) -> dict[str, list[tuple[str, Markup]]]:

@@ -192,6 +192,11 @@ def _interval(kl: dict[str, Any], unit: str) -> str:
     return f" (95 % interval {number(low)} to {number(high)})"
 
 
+def beside(numbers: dict[str, Any], name: str) -> str:
+    """What stands beside a figure of the policy: the reference's, where it was measured."""
+    return "" if numbers.get(name) is None else f"reference {number(numbers[name])}"
+
+
 def gauge_of(files: Files) -> dict[str, Any] | None:
     """Where the final KL, its interval, target and cap lie on one scale, in % of its length; None without a KL."""
     kl, limits = files.result.get("kl") or {}, limits_of(files)

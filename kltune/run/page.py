@@ -11,6 +11,7 @@ from markupsafe import Markup
 from kltune.run.outcome import (
     Files,
     alarm_of,
+    beside,
     figures_of,
     gauge_of,
     limits_of,
@@ -83,13 +84,12 @@ def facts_of(files: Files) -> list[tuple[str, str, str]]:
     value, error = (kl.get("nats_per_response"), kl.get("stderr")) if result else newest_kl(files)
     seconds = result.get("seconds", sum(row.get("time/step_seconds") or 0 for row in files.metrics))
     score = result.get("score", last.get("score/mean"))
-    adjusted = "eval/distinct_2_adjusted"
     facts = [
         ("KL, nats per response", with_error(value, error), target and f"target {number(target)}"),
-        ("score", with_error(score, result.get("score_stderr")), _of_reference(result.get("reference_score"))),
-        ("gold score", with_error(result.get("gold"), result.get("gold_stderr")),
-         _of_reference(result.get("reference_gold"))),
-        ("distinct-2, adjusted", number(measured.get(adjusted)), _of_reference(files.recorded.reference(adjusted))),
+        ("score", with_error(score, result.get("score_stderr")), beside(result, "reference_score")),
+        ("gold score", with_error(result.get("gold"), result.get("gold_stderr")), beside(result, "reference_gold")),
+        ("distinct-2, adjusted", number(measured.get("eval/distinct_2_adjusted")),
+         beside(measured, "eval/reference_distinct_2_adjusted")),
         ("alignment tax, nats per token",
          with_error(measured.get("eval/tax_nats_per_token"), measured.get("eval/tax_stderr")), ""),
         ("held-out accuracy", number(result.get("accuracy")), ""),
@@ -97,11 +97,7 @@ def facts_of(files: Files) -> list[tuple[str, str, str]]:
         ("steps", number(result.get("steps", last.get("step"))), ""),
         ("time", duration(seconds) if seconds else "–", ""),
     ]
-    return [(name, text, beside or "") for name, text, beside in facts if text != "–"]
-
-
-def _of_reference(value: Any) -> str:
-    return "" if value is None else f"reference {number(value)}"
+    return [(name, text, beneath or "") for name, text, beneath in facts if text != "–"]
 
 
 def pictures_of(files: Files) -> dict[str, list[tuple[str, Markup]]]:

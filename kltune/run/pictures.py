@@ -51,6 +51,7 @@ STANDARD_ERRORS = {
     "eval/score_z": "eval/score_z_stderr", "eval/gold_z": "eval/gold_z_stderr",
     "eval/margin_nats": "eval/margin_stderr", "eval/tax_nats_per_token": "eval/tax_stderr",
 }
+ENOUGH = 5             # points that make a curve to compare by
 TRAINING = ("kl/ref_nats_per_response", "kl/ref_nats_per_token", "score/mean", "policy/entropy_nats_per_token",
             "response/tokens", "loss/mean", "accuracy/mean", "pairs/margin_nats")      # of one noisy batch each
 
@@ -202,24 +203,25 @@ def draw_limits(axes: "Axes", limits: Limits) -> None:
 
 
 def draw_together(plot: Plot, runs: dict[str, Recorded], targets: dict[str, float]) -> "Figure | None":
-    """One curve of each run in one picture, of the last of the plot's metrics that it has; None if no run has any.
+    """One curve of each run in one picture, of the same metric; None if no run has any.
+
+    Of the plot's metrics it is the one that most runs have ``ENOUGH`` points of, the last of several.
 
     Args:
         plot: what to draw; its names are no patterns.
         runs: by the name to show.
         targets: of the runs that have one; dashed in the run's colour.
     """
+    found = {name: [_series(recorded, name) for recorded in runs.values()] for name in plot.patterns}
+    points = {name: [min(ENOUGH, len(s.values)) if s else 0 for s in series] for name, series in found.items()}
+    name = max(reversed(plot.patterns), key=lambda name: sum(points[name]))
     figure, axes = make_axes()
     drawn: list[float] = []
-    for colour, (label, recorded) in zip(COLOURS, runs.items(), strict=False):
-        names = _names(plot, recorded)
-        if not names:
-            continue
-        series, label = _series(recorded, names[-1]), visible(label)
+    for colour, (label, recorded), series in zip(COLOURS, runs.items(), found[name], strict=False):
         if series is not None:
-            draw_series(axes, series, colour, label)
+            draw_series(axes, series, colour, visible(label))
             drawn += series.values
-        saved = _draw_saved(axes, recorded, names[-1], colour, label if series is None else "_saved")
+        saved = _draw_saved(axes, recorded, plot.patterns[-1], colour, visible(label) if series is None else "_saved")
         drawn += [] if saved is None else [saved]
         if label in targets:
             draw_level(axes, targets[label], colour, "_target")
@@ -227,5 +229,6 @@ def draw_together(plot: Plot, runs: dict[str, Recorded], targets: dict[str, floa
         return None
     if plot.log:
         set_log(axes, drawn)
-    dress(axes, unit=plot.unit, last_step=max(recorded.last_step for recorded in runs.values()))
+    kind = f", {CURVE_NAMES[name]}" if len(plot.patterns) > 1 else ""
+    dress(axes, unit=plot.unit + kind, last_step=max(recorded.last_step for recorded in runs.values()))
     return figure

@@ -99,7 +99,10 @@ def make_job(
 ) -> Job:
     """The job of a run, whose report waits to be opened."""
     target = recipe.kl.target if recipe.kl.control == "target" else None
-    report = Report(run.folder, recipe.stage, steps, target=target, start_step=run.start_step, unit=recipe.kl.unit)
+    report = Report(
+        run.folder, recipe.stage, steps, target=target, start_step=run.start_step, unit=recipe.kl.unit,
+        loggers=recipe.run.loggers,
+    )
     return Job(recipe, run, report, prompts, held_out, steps, baseline)
 
 

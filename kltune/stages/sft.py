@@ -66,7 +66,7 @@ def train(recipe: SFTRecipe, policy: Policy, run: Run) -> dict[str, Any]:
         policy.load_trained(run.resume_from)
         load_optimizer(optimizer, policy.trainable_parameters(), read_state(run.resume_from)[0]["optimizer"])
     steps = total_steps(recipe.run, len(examples), recipe.optim.batch_size)
-    with Report(run.folder, "sft", steps, start_step=run.start_step) as report:
+    with Report(run.folder, "sft", steps, start_step=run.start_step, loggers=recipe.run.loggers) as report:
         for note in (policy.fingerprint.describe(), *held_out.notes):
             report.say(note)
         job = Job(recipe, run, report, examples, held_out, steps)

@@ -103,7 +103,7 @@ def test_a_run_without_a_result_says_where_it_is(run_folder, record, words):
     rows = [{"step": 10, "kl/ref_nats_per_response": 6.0, "kl/ref_stderr": 0.1}]
     text = Tags(write_page(run_folder(rows=rows, **record)).read_text()).text
     assert words in text
-    assert "KL to the reference when last measured: 6.0 ± 0.1 nats per response." in text
+    assert "KL to the reference when last measured: 6.00 ± 0.10 nats per response." in text
 
 
 def test_a_page_from_almost_nothing(tmp_path):
