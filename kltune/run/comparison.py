@@ -38,7 +38,7 @@ PLOTS = {
         Plot("Accuracy", "share of pairs", ("accuracy/mean", "eval/accuracy")),
     ),
     "Diversity, length and held-out texts": (
-        Plot("Different pairs of words, adjusted", "share of all", ("eval/distinct_2_adjusted",)),
+        Plot("Different pairs of tokens, adjusted", "share of all", ("eval/distinct_2_adjusted",)),
         Plot("Likeness to each other (self-BLEU)", "0 to 1", ("eval/self_bleu",)),
         Plot("Entropy", "nats per token", ("policy/entropy_nats_per_token", "eval/entropy_nats_per_token")),
         Plot("Length", "tokens per response", ("response/tokens", "eval/response_tokens")),

@@ -46,7 +46,7 @@ class Files:
     @property
     def recorded(self) -> Recorded:
         """The numbers that pictures are drawn from."""
-        return Recorded(self.metrics, self.evaluated)
+        return Recorded(self.metrics, self.evaluated, self.result.get("final_step"))
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,8 @@ def _scores(files: Files) -> list[str]:
     if isinstance(stopped, dict):
         reason = str(stopped.get("reason") or "the gold score had passed its peak").rstrip(".")
         sentences.append(f"It stopped early, at step {number(stopped.get('step'))}: {reason}.")
+        if stopped.get("gold_peak_step") is not None:
+            sentences.append(f"final is the policy after step {stopped['gold_peak_step']:,}, where gold was highest.")
     return sentences
 
 
@@ -235,8 +237,8 @@ FIGURES = (
     ("gold score", "eval/gold_mean", "eval/gold_stderr"),
     ("score, sd of the reference's", "eval/score_z", "eval/score_z_stderr"),
     ("gold score, sd of the reference's", "eval/gold_z", "eval/gold_z_stderr"),
-    ("different words (distinct-1)", "eval/distinct_1", ""),
-    ("different pairs of words (distinct-2)", "eval/distinct_2", ""),
+    ("different tokens (distinct-1)", "eval/distinct_1", ""),
+    ("different pairs of tokens (distinct-2)", "eval/distinct_2", ""),
     ("the same, adjusted for length", "eval/distinct_2_adjusted", ""),
     ("different pairs among answers to one prompt", "eval/distinct_2_per_input", ""),
     ("different pairs across prompts", "eval/distinct_2_across_input", ""),

@@ -84,10 +84,14 @@ class Plot:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a run has measured: its rows of metrics.jsonl, and the evaluation of what it saved ({} before that)."""
+    """What a run has measured: its rows of metrics.jsonl, and the evaluation of what it saved ({} before that).
+
+    final_step: steps that what was saved had done; None is all of them.
+    """
 
     rows: Sequence[dict[str, Any]]
     final: dict[str, Any]
+    final_step: int | None = None
 
     @property
     def last_step(self) -> float:
@@ -122,9 +126,9 @@ def plots_for(limits: Limits) -> dict[str, tuple[Plot, ...]]:
             Plot("KL to the loss's reference", "nats per response", ("kl/loss_ref_nats_per_response",)),
         ),
         "Diversity, length and held-out texts": (
-            Plot("Different words and pairs", "share of all", ("eval/distinct_1", "eval/distinct_2",
+            Plot("Different tokens and pairs", "share of all", ("eval/distinct_1", "eval/distinct_2",
                                                               "eval/distinct_2_adjusted")),
-            Plot("Different pairs of words", "share of all", ("eval/distinct_2_per_input",
+            Plot("Different pairs of tokens", "share of all", ("eval/distinct_2_per_input",
                                                               "eval/distinct_2_across_input")),
             Plot("Alike", "0 to 1", ("eval/self_bleu", "eval/duplicate_fraction")),
             Plot("Entropy", "nats per token", ("policy/entropy_nats_per_token", "eval/entropy_nats_per_token")),
@@ -188,7 +192,8 @@ def _draw_saved(axes: "Axes", recorded: Recorded, name: str, colour: str, label:
     value, error = recorded.final.get(name), recorded.final.get(STANDARD_ERRORS.get(name, ""))
     if not is_number(value):
         return None
-    draw_final(axes, recorded.last_step, value, error if is_number(error) else None, colour, label)
+    step = recorded.last_step if recorded.final_step is None else recorded.final_step
+    draw_final(axes, step, value, error if is_number(error) else None, colour, label)
     return value
 
 

@@ -180,7 +180,8 @@ WATCHED = [
 WATCHED_RESULT = result_of(6.0, 5.9, 6.1) | {
     "score": 3.0, "score_stderr": 0.05, "reference_score": 0.1,
     "gold": -0.2, "gold_stderr": 0.05, "reference_gold": 0.9,
-    "eval": {**WATCHED[-1], "eval/reference_score_mean": 0.1}, "stopped_early": {"step": 6, "reason": "gold fell"},
+    "eval": {**WATCHED[-1], "eval/reference_score_mean": 0.1},
+    "stopped_early": {"step": 6, "reason": "gold fell", "gold_peak_step": 2},
 }
 
 
@@ -190,9 +191,9 @@ def test_over_optimisation_is_said_at_the_top_and_drawn(run_folder):
     assert "kltune ppo: out on target score rose, gold fell" in text
     assert "The score rose from 0.1 (the reference's) to 3." in text
     assert "The gold score, never trained on, fell from 0.9 (the reference's) to −0.2." in text
-    assert "It stopped early, at step 6: gold fell." in text
+    assert "It stopped early, at step 6: gold fell. final is the policy after step 2, where gold was highest." in text
     assert re.findall(r"<figcaption>([^<]*)", page) == [
-        "Score", "Gold score", "Proxy and gold", "Different words and pairs", "Length", "Alignment tax",
+        "Score", "Gold score", "Proxy and gold", "Different tokens and pairs", "Length", "Alignment tax",
     ]
     assert "the same, adjusted for length 0.82 0.2 " in text
     assert "alignment tax, nats per token 0 0.0600 ± 0.0020" in text
