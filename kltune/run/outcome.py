@@ -10,6 +10,7 @@ import yaml
 from kltune.errors import CheckpointError
 from kltune.run.manifest import read_json
 from kltune.run.pictures import TOLERANCE, Limits, Recorded
+from kltune.run.plots import is_number
 from kltune.run.storage import read_jsonl
 from kltune.run.words import number, with_error
 
@@ -17,7 +18,7 @@ RECORDED = (
     "stage", "status", "seed", "reference", "versions", "started", "ended", "recipe_sha256", "command", "resumed_at",
     "error",
 )
-CLEAR = 2.0      # standard errors from which a score counts as moved
+CLEAR, CLEARER = 2.0, 3.0      # standard errors from which a score counts as moved; from the best of several
 ROSE, FELL, STAYED = "rose from", "fell from", "did not clearly move:"
 
 
@@ -158,7 +159,9 @@ def _scores(files: Files) -> list[str]:
         moved = move_of(files, name)
         if moved is not None:
             before, after, word = moved
-            sentences.append(f"{title} {word} {number(before)} (the reference's) to {number(after)}.")
+            best = best_gold(files) if name == "gold" else None
+            fallen = "" if best is None else f", after a best of {number(best[0])} at step {best[1]:,}"
+            sentences.append(f"{title} {word} {number(before)} (the reference's) to {number(after)}{fallen}.")
     stopped = files.result.get("stopped_early")
     if isinstance(stopped, dict):
         reason = str(stopped.get("reason") or "the gold score had passed its peak").rstrip(".")
@@ -169,10 +172,27 @@ def _scores(files: Files) -> list[str]:
 
 
 def alarm_of(files: Files) -> str:
-    """"gold fell" where the score that was trained on clearly rose and the gold score clearly fell; else ""."""
+    """"score rose, gold fell" where both clearly did, against the reference or since gold was at its best; else ""."""
     score, gold = move_of(files, "score"), move_of(files, "gold")
-    hacked = score is not None and gold is not None and score[2] == ROSE and gold[2] == FELL
-    return "score rose, gold fell" if hacked else ""
+    if score is None or gold is None or score[2] != ROSE:
+        return ""
+    return "score rose, gold fell" if gold[2] == FELL or best_gold(files) is not None else ""
+
+
+def best_gold(files: Files) -> tuple[float, int] | None:
+    """(gold score, step) of the evaluation that the final one clearly fell short of, with a higher score; else None.
+
+    The best of several is high by luck as well, hence ``CLEARER``.
+    """
+    final, error = files.evaluated.get("eval/gold_mean"), files.evaluated.get("eval/gold_stderr") or 0.0
+    rows = [row for row in files.metrics if is_number(row.get("eval/gold_mean"))]
+    if final is None or not rows:
+        return None
+    best = max(rows, key=lambda row: row["eval/gold_mean"])
+    spread = ((best.get("eval/gold_stderr") or 0.0) ** 2 + error**2) ** 0.5
+    fell = best["eval/gold_mean"] - final > CLEARER * spread
+    rose = (best.get("eval/score_mean") or 0.0) < (files.evaluated.get("eval/score_mean") or 0.0)
+    return (best["eval/gold_mean"], best["step"]) if fell and rose else None
 
 
 def move_of(files: Files, name: str) -> tuple[float, float, str] | None:

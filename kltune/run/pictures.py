@@ -150,11 +150,13 @@ def plots_for(limits: Limits) -> dict[str, tuple[Plot, ...]]:
 
 
 def draw(plot: Plot, recorded: Recorded, limits: Limits) -> "Figure | None":
-    """One picture; None if nothing of it was measured while the run went on, or once only: no curve has one point."""
+    """One picture; None if nothing of it was measured while the run went on, or only once, or as 0."""
     shown = [(name, _series(recorded, name)) for name in _names(plot, recorded)]
     points = max((len(series.values) for _, series in shown if series is not None), default=0)
     if points == 0 or (points == 1 and recorded.last_step > 1):
         return None
+    if not any(value for _, series in shown if series is not None for value in series.values):
+        return None      # a price of 0, a cap that was never met
     figure, axes = make_axes()
     for colour, (name, series) in zip(COLOURS, shown, strict=False):
         if series is not None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -190,7 +191,7 @@ def test_over_optimisation_is_said_at_the_top_and_drawn(run_folder):
     text = " ".join(Tags(page).text.split())
     assert "kltune ppo: out on target score rose, gold fell" in text
     assert "The score rose from 0.1 (the reference's) to 3." in text
-    assert "The gold score, never trained on, fell from 0.9 (the reference's) to −0.2." in text
+    assert "The gold score, never trained on, fell from 0.9 (the reference's) to −0.2, after a best of 0.6 at step 2." in text
     assert "It stopped early, at step 6: gold fell. final is the policy after step 2, where gold was highest." in text
     assert re.findall(r"<figcaption>([^<]*)", page) == [
         "Score", "Gold score", "Proxy and gold", "Different tokens and pairs", "Length", "Alignment tax",
@@ -205,6 +206,16 @@ def test_a_gold_score_that_rises_or_is_unsure_raises_no_alarm(run_folder, gold, 
     files = read_files(run_folder(result=result, status="finished"))
     assert f"never trained on, {word} 0.9" in verdict_of(files).sentences
     assert alarm_of(files) == ""
+
+
+def test_a_gold_score_that_fell_from_its_best_is_told_though_it_beats_the_reference(run_folder):
+    best = {"step": 4, "eval/gold_mean": 3.0, "eval/gold_stderr": 0.1, "eval/score_mean": 2.0}
+    result = WATCHED_RESULT | {"gold": 1.6, "eval": WATCHED[-1] | {"eval/gold_mean": 1.6}, "stopped_early": None}
+    files = read_files(run_folder(rows=[best], result=result, status="finished"))
+    assert "rose from 0.9 (the reference's) to 1.6, after a best of 3 at step 4." in verdict_of(files).sentences
+    assert alarm_of(files) == "score rose, gold fell"
+    for other in ({"eval/gold_mean": 1.9}, {"eval/score_mean": 3.5}):      # within three errors; the score fell as well
+        assert alarm_of(replace(files, metrics=[best | other])) == ""
 
 
 SAID = {
