@@ -11,9 +11,9 @@ from markupsafe import Markup
 from kltune.errors import RecipeError
 from kltune.recipe import flat
 from kltune.run.outcome import Files, alarm_of, beside, limits_of, newest_kl, read_files, verdict_of
-from kltune.run.page import environment
+from kltune.run.page import as_svg, environment
 from kltune.run.pictures import Plot, draw_together
-from kltune.run.plots import COLOURS, svg_of
+from kltune.run.plots import COLOURS
 from kltune.run.storage import write_whole
 from kltune.run.words import duration, number, with_error
 
@@ -134,16 +134,7 @@ def pictures_of(runs: dict[str, Files]) -> dict[str, list[tuple[str, Markup]]]:
         label: limit.target for label, limit in limits.items()
         if limit.target is not None and limit.unit == "nats_per_response"
     }
-    groups: dict[str, list[tuple[str, Markup]]] = {}
-    for heading, plots in PLOTS.items():
-        drawn = [(p.title, draw_together(p, recorded, targets if p.limited == "ref" else {})) for p in plots]
-        pictures = [
-            (title, Markup(svg_of(figure, f"plot-{len(groups)}-{place}", title)))      # safe: matplotlib escapes names
-            for place, (title, figure) in enumerate(drawn) if figure is not None
-        ]
-        if pictures:
-            groups[heading] = pictures
-    return groups
+    return as_svg(PLOTS, lambda plot: draw_together(plot, recorded, targets if plot.limited == "ref" else {}))
 
 
 def differences_of(runs: Sequence[Files]) -> list[tuple[str, list[str]]]:

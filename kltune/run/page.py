@@ -1,7 +1,7 @@
 """report.html: what a run did and whether it kept its budget, on one page that needs no network and no script."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from kltune.run.outcome import (
     read_files,
     verdict_of,
 )
-from kltune.run.pictures import TOLERANCE, draw, plots_for
+from kltune.run.pictures import TOLERANCE, Plot, draw, plots_for
 from kltune.run.plots import svg_of
 from kltune.run.shading import LEVELS, loudest, spans
 from kltune.run.storage import visible, write_whole
@@ -102,16 +102,24 @@ def facts_of(files: Files) -> list[tuple[str, str, str]]:
 
 def pictures_of(files: Files) -> dict[str, list[tuple[str, Markup]]]:
     """Under each heading, title and SVG of every curve that was measured."""
-    limits, recorded, groups = limits_of(files), files.recorded, {}
-    for heading, plots in plots_for(limits).items():
-        drawn = [(plot.title, draw(plot, recorded, limits)) for plot in plots]
+    limits, recorded = limits_of(files), files.recorded
+    return as_svg(plots_for(limits), lambda plot: draw(plot, recorded, limits))
+
+
+def as_svg(
+    groups: Mapping[str, Sequence[Plot]], drawn: Callable[[Plot], Any]
+) -> dict[str, list[tuple[str, Markup]]]:
+    """Title and SVG of each plot for which ``drawn`` has a figure, under the headings that then have any."""
+    found: dict[str, list[tuple[str, Markup]]] = {}
+    for heading, plots in groups.items():
+        figures = [(plot.title, drawn(plot)) for plot in plots]
         pictures = [
-            (title, Markup(svg_of(figure, f"plot-{len(groups)}-{place}", title)))      # safe: matplotlib escapes names
-            for place, (title, figure) in enumerate(drawn) if figure is not None
+            (title, Markup(svg_of(figure, f"plot-{len(found)}-{place}", title)))      # safe: matplotlib escapes names
+            for place, (title, figure) in enumerate(figures) if figure is not None
         ]
         if pictures:
-            groups[heading] = pictures
-    return groups
+            found[heading] = pictures
+    return found
 
 
 def pairs_of(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
