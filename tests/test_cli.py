@@ -281,7 +281,7 @@ def test_demo_and_report(run, stage, tmp_path):
     assert code == 0
     assert json.loads(out)["output"] == str(tmp_path / "demo")
     assert run("demo", "--output", "x")[:2] == (0, "a table on x\n")
-    stage("kltune.run.page", write_page=lambda folder: folder / "report.html")
+    stage("kltune.run.page", write_page=lambda folder, path: path or folder / "report.html")
     assert run("report", "runs/x")[:2] == (0, "runs/x/report.html\n")
 
 

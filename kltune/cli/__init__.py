@@ -17,6 +17,7 @@ from kltune.cli.measuring import eval_kl_command, project_command
 from kltune.cli.options import JSONOption, OutputOption, RecipeOption, ResumeOption, SetOption
 from kltune.cli.output import as_user_error, complain, emit, show_result, to_json
 from kltune.cli.recipes import recipes
+from kltune.cli.sampling import sample_command
 from kltune.cli.sweeping import frontier_command, sweep_command
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
@@ -107,6 +108,7 @@ app.command("eval-kl")(eval_kl_command)
 app.command("project")(project_command)
 app.command("sweep")(sweep_command)
 app.command("frontier")(frontier_command)
+app.command("sample")(sample_command)
 
 
 @app.command()
@@ -123,11 +125,25 @@ def demo(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
-    """Write report.html of a run again, and print where it is."""
-    from kltune.run.page import write_page
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Instead of report.html in the run, or comparison.html."),
+    ] = None,
+) -> None:
+    """Write report.html of a run again, or one page that compares several runs; print where it is.
 
-    emit(str(write_page(run)))
+    kltune report runs/a runs/b --output comparison.html
+    """
+    if len(runs) == 1:
+        from kltune.run.page import write_page
+
+        emit(str(write_page(runs[0], output)))
+    else:
+        from kltune.run.comparison import write_comparison
+
+        emit(str(write_comparison(runs, output or Path("comparison.html"))))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

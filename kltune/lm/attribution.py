@@ -8,6 +8,7 @@ import torch
 from kltune.lm.measurement import Measurement
 from kltune.lm.measures import VocabularySums
 from kltune.lm.policy import Policy
+from kltune.lm.transcript import transcript
 
 POSITION_ROWS = 512  # by_position is no longer than this
 
@@ -94,23 +95,11 @@ def _example(measured: Measurement, policy: Policy, index: int) -> dict[str, Any
         if row < len(rollout.ids):
             break
         before += len(rollout.ids)
-    ids, mask = rollout.ids[row][rollout.scored[row]].tolist(), rollout.response_mask[row]
-    nats = rollout.ref_kl[row][mask].tolist()
+    said = transcript(rollout, row, policy.tokenizer)
     return {
         "prompt": rollout.prompts[row],
         "response": rollout.responses[row],
         "nats": measured.exact[index].item(),
         "truncated": bool(rollout.truncated[row]),
-        "tokens": [{"token": t, "nats": n} for t, n in zip(_pieces(ids, policy.tokenizer), nats, strict=True)],
+        "tokens": [{"token": t, "nats": n} for t, n in zip(said["tokens"], said["token_kl"], strict=True)],
     }
-
-
-def _pieces(ids: list[int], tokenizer) -> list[str]:
-    """The text that each token adds; a character of several tokens is shown at its last."""
-    pieces, text = [], ""
-    for end in range(1, len(ids) + 1):
-        longer = tokenizer.decode(ids[:end])
-        whole = not longer.endswith("\N{REPLACEMENT CHARACTER}") or end == len(ids)
-        pieces.append(longer[len(text) :] if whole else "")
-        text = longer if whole else text
-    return pieces

@@ -6,7 +6,7 @@ A row of the file is kept, dropped (too long), skipped (faulty, and the recipe a
 disappears. The forms of the rows are in forms.py, the reading of files in rows.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -99,6 +99,7 @@ def load_prompts(
     template: str,
     on_overlong: str,
     on_bad_row: str,
+    rows: Iterable[Row] | None = None,
 ) -> tuple[list[Prompt], Counts]:
     """Read prompts: rows of ``{"prompt"}`` or ``{"messages"}``, or of pairs (pairs.py), one form in a file.
 
@@ -109,6 +110,7 @@ def load_prompts(
         template: auto (chat template if the rows are messages), none, or chat (a prompt is one user message).
         on_overlong: truncate (from the left, keeping bos), drop, or error (the row is faulty).
         on_bad_row: error, or skip (at most 1 % of the rows, or one row).
+        rows: what was typed instead; ``source`` is then only what faults are told of.
 
     Returns:
         The prompts in the order of the source, none without a token, and the counts.
@@ -133,7 +135,7 @@ def load_prompts(
             return None
         return Prompt(last_tokens(ids, max_tokens, tokenizer.bos_token_id), text, row.where), too_long
 
-    return collect_rows(source, build, on_bad_row)
+    return collect_rows(source, build, on_bad_row, rows)
 
 
 def load_examples(
@@ -259,8 +261,10 @@ def last_tokens(ids: Ids, limit: int, bos: int | None) -> Ids:
     return head + ids[len(ids) - limit + len(head) :]
 
 
-def collect_rows(source: str, build: Build[Item], on_bad_row: str) -> tuple[list[Item], Counts]:
-    """Build every row and count what becomes of it.
+def collect_rows(
+    source: str, build: Build[Item], on_bad_row: str, rows: Iterable[Row] | None = None
+) -> tuple[list[Item], Counts]:
+    """Build every row of a source, or of ``rows`` in its place, and count what becomes of it.
 
     Raises:
         DataError: too many rows are faulty, each is named with its place; or none is left.
@@ -268,7 +272,7 @@ def collect_rows(source: str, build: Build[Item], on_bad_row: str) -> tuple[list
     kept: list[Item] = []
     faults: list[str] = []
     read = truncated = dropped = 0
-    for row in read_rows(source):
+    for row in read_rows(source) if rows is None else rows:
         read += 1
         try:
             if row.fault:

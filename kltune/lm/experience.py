@@ -24,6 +24,7 @@ from kltune.lm.policy import Policy
 from kltune.lm.rollout import sample_rollout
 from kltune.lm.sampler import sample, uniform_numbers
 from kltune.lm.scorers import Scorer
+from kltune.lm.transcript import transcript
 from kltune.recipe import KLSection, SamplingSection
 
 REFERENCE_SAMPLES = 256  # responses a reward is standardised on (lm-human-preferences: 256)
@@ -242,8 +243,13 @@ def response_kl(rollout: Rollout) -> Tensor:
     return per_response(rollout.ref_kl if exact else kl_k1(rollout.logprobs, rollout.ref_logprobs, mask), mask)
 
 
-def sample_rows(rollout: Rollout, scores: Tensor | None, kl: Tensor, count: int = 4) -> list[dict[str, object]]:
-    """The first few responses with score and KL (nats per response), for people to read."""
+def sample_rows(
+    rollout: Rollout, scores: Tensor | None, kl: Tensor, tokenizer, count: int = 4
+) -> list[dict[str, object]]:
+    """The first few responses with score and KL (nats per response), and token by token, for people to read."""
     known = [None] * len(kl) if scores is None else scores.tolist()
     rows = zip(rollout.prompts, rollout.responses, known, kl.tolist(), strict=True)
-    return [{"prompt": p, "response": r, "score": s, "ref_kl": k} for p, r, s, k in list(rows)[:count]]
+    return [
+        {"prompt": p, "response": r, "score": s, "ref_kl": k, **transcript(rollout, row, tokenizer)}
+        for row, (p, r, s, k) in enumerate(list(rows)[:count])
+    ]

@@ -47,14 +47,14 @@ from kltune.recipe.sections import (
     TRPOSection,
 )
 from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
-from kltune.recipe.writing import differing_keys, dump_recipe, flat_settings, recipe_digest, recipe_schema
+from kltune.recipe.writing import differing_keys, dump_recipe, flat, flat_settings, recipe_digest, recipe_schema
 
 __all__ = [
     "STAGES", "Axis", "BradleyTerrySection", "ClassifierReward", "DPOKLSection", "DPORecipe", "DPOSection",
     "DataSection", "EvalSection", "Fault", "FunctionReward", "GridPoint", "JudgeReward", "KLSection", "LoraSection",
     "ModelReward", "ModelSection", "OptimSection", "PPORecipe", "PPOSection", "Place", "Recipe", "RecipeFaults",
     "RewardEntry", "RewardRecipe", "RunSection", "SFTRecipe", "SamplingSection", "TRPORecipe", "TRPOSection",
-    "asks_for_pairs", "copy_recipe", "differing_keys", "dump_recipe", "find_recipe", "flat_settings", "load_grid",
-    "load_recipe", "overlap", "packaged_recipes", "read_scorer", "recipe_digest", "recipe_schema", "recipe_text",
+    "asks_for_pairs", "copy_recipe", "differing_keys", "dump_recipe", "find_recipe", "flat", "flat_settings",
+    "load_grid", "load_recipe", "overlap", "packaged_recipes", "read_scorer", "recipe_digest", "recipe_schema", "recipe_text",
     "recipes_folder",
 ]

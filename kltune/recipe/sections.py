@@ -260,6 +260,9 @@ class RunSection(Section):
     save_every: Count = Field(20, description="steps between checkpoints")
     eval_every: Count = Field(20, description="steps between evaluations")
     keep: Count = Field(3, description="checkpoints kept")
+    loggers: Literal["auto"] | Annotated[
+        tuple[Literal["tensorboard", "trackio", "wandb"], ...], Field(strict=False)
+    ] = Field("auto", description="who draws curves beside metrics.jsonl; auto: TensorBoard if installed; []: nobody")
     output: Text = Field("runs/name", description="folder of the run; default runs/ and the recipe file's name")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = Field(
         "auto", description="auto, cpu, mps, cuda or cuda:1"

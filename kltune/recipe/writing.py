@@ -11,7 +11,7 @@ from kltune.errors import RecipeError
 from kltune.recipe.nodes import resolve
 from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
 
-NOT_PART_OF_THE_RUN = ("output", "keep")     # keys of run that change where results are, not what they are
+NOT_PART_OF_THE_RUN = ("output", "keep", "loggers")     # keys of run that change where results are, not what they are
 HOW_A_JUDGE_IS_REACHED = ("concurrency", "timeout_s", "retries", "key_env")     # and not what it answers
 
 

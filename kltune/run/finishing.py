@@ -14,6 +14,7 @@ from kltune.lm.dial import Dial
 from kltune.lm.evaluate import evaluate, kl_result
 from kltune.lm.measurement import Measurement
 from kltune.lm.selftest import check_frozen
+from kltune.lm.transcript import before_and_after
 from kltune.run.checkpoint import save_final, saved_step, whole_checkpoints
 from kltune.run.job import Job, about, dearer, kl_text, unit_text
 from kltune.run.learner import Learner
@@ -54,6 +55,9 @@ def finish(job: Job, learner: Learner) -> dict[str, Any]:
             "budget is not used."
         )
     final = save_final(job.run.folder, policy.save, info=about(recipe, policy, kl))
+    job.report.samples(job.steps, before_and_after(
+        policy, job.held_out.prompts, recipe.sampling, learner.scorer, seed=recipe.run.seed
+    ))
     result = job.run.finish({
         "schema": "kltune.result/1",
         "status": "finished",

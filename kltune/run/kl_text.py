@@ -108,7 +108,7 @@ def _where(document: dict[str, Any], colour: bool) -> Iterator[str]:
         yield f"  responses{'' if colour else f', tokens of {LOUD:g} nats or more marked'}"
         for row in document["examples"]:
             cut = " (cut)" if row["truncated"] else ""
-            yield f"  {row['nats']:>8.3f}  {_short(row['prompt'])!r} → {_tokens(row['tokens'], colour)}{cut}"
+            yield f"  {row['nats']:>8.3f}  {_short(row['prompt'])!r} → {shaded(row['tokens'], colour)}{cut}"
 
 
 def _verdict(document: dict[str, Any]) -> Iterator[str]:
@@ -162,7 +162,8 @@ def _bars(rows: list[dict[str, Any]]) -> tuple[str, float]:
     return "".join(BLOCKS[height] for height in heights), top
 
 
-def _tokens(tokens: list[dict[str, Any]], colour: bool) -> str:
+def shaded(tokens: list[dict[str, Any]], colour: bool) -> str:
+    """A response in one line: its tokens coloured by their KL, or those of ``LOUD`` and more followed by their nats."""
     return "".join(_token(row["token"], row["nats"], colour) for row in tokens)
 
 

@@ -9,6 +9,7 @@ from kltune.lm.loading import pick_device
 from kltune.lm.opening import load_policy
 from kltune.lm.policy import Policy
 from kltune.recipe import Recipe
+from kltune.run.loggers import wanted_loggers
 from kltune.run.session import Run, finished_result, open_run
 
 Train = Callable[[Any, Policy, Run], dict[str, Any]]
@@ -29,6 +30,7 @@ def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
     done = finished_result(recipe)
     if done is not None:
         return done
+    wanted_loggers(recipe.run.loggers)      # what is not installed is said before anything slow
     with open_run(recipe, resume=resume) as run:
         torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
         policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))

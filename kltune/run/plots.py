@@ -1,178 +1,140 @@
-"""The curves of a run as SVG that reads on white and on black, the same bytes for the same numbers."""
+"""Curves as SVG that reads on white and on black, the same bytes for the same numbers."""
 
 import io
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
-
-from kltune.run.storage import visible
 
 if TYPE_CHECKING:      # matplotlib is imported where a picture is drawn: a run that draws none should not wait for it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK = "#808080"        # mid-grey: stands in for the page's own text colour, see svg_of
-COLOURS = ("#3b7dd8", "#2f8f5b", "#8f5bc2", "#c2571a")      # each at least 3:1 against white and against #14161a
-TARGET = "#c27a00"
-TOLERANCE = 0.15       # how far from its target a KL still counts as on it
+# each at least 3.4:1 against white and against #1d2026
+COLOURS = ("#3b7dd8", "#2f8f5b", "#8f5bc2", "#c2571a", "#1c8b9c", "#c9477f", "#8a7a1e", "#77808c")
+TARGET, CAP = "#c27a00", "#c0392b"
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-FEW_POINTS = 40        # below this each point is marked, so that one alone is seen
-
-
-CURVE_NAMES = {
-    "kl/ref_nats_per_response": "training", "kl/ref_nats_per_token": "training", "score/mean": "training",
-    "eval/kl_ref_nats_per_response": "evaluation", "eval/kl_ref_nats_per_token": "evaluation",
-    "eval/score_mean": "evaluation", "eval/gold_mean": "gold", "trpo/predicted_gain": "predicted",
-    "trpo/gain": "measured", "kl/step_nats_per_response": "measured",
-    "trpo/radius_nats_per_response": "allowed in this step", "trpo/line_search_tries": "tries",
-    "trpo/accepted": "accepted", "trpo/last_gain_on_new_responses": "of the step before, on new responses",
-    "loss/mean": "training", "eval/loss": "held out",
-    "kl/cap_rollbacks": "gone back", "kl/cap_refusals": "steps cut short",
-    "accuracy/mean": "training", "eval/accuracy": "held out", "pairs/margin_nats": "training",
-    "eval/margin_nats": "held out", "pairs/chosen_log_ratio_nats": "chosen",
-    "pairs/rejected_log_ratio_nats": "rejected",
-}
-STANDARD_ERRORS = {
-    "kl/ref_nats_per_response": "kl/ref_stderr", "eval/kl_ref_nats_per_response": "eval/kl_ref_stderr",
-    "eval/score_mean": "eval/score_stderr", "eval/gold_mean": "eval/gold_stderr",
-    "eval/margin_nats": "eval/margin_stderr",
-}
+FEW_POINTS = 25        # below this each point is marked, so that one alone is seen
+DECADES = 30.0         # largest ÷ smallest from which a log axis shows more than a linear one
+LEAST_SPAN = 0.04      # of the values themselves, that an axis shows: what moves less has not moved
+Z95 = 1.96
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the KL is held against, in ``unit``; None where the recipe sets nothing."""
+class Series:
+    """Numbers over the steps of a run. errors: standard errors, None where there is none."""
 
-    unit: str = "nats_per_response"
-    target: float | None = None
-    hard_cap: float | None = None
-    max_step_kl: float | None = None
+    steps: list[float]
+    values: list[float]
+    errors: list[float | None]
 
-
-@dataclass(frozen=True)
-class Plot:
-    """One picture: its title, the unit of its y axis, and patterns for the names of its curves."""
-
-    title: str
-    unit: str
-    patterns: tuple[str, ...]
-    log: bool = False
-    limited: str = ""      # which limits belong in it: "ref" for target and hard cap, "step" for the largest step
+    @classmethod
+    def of(cls, rows: Sequence[dict[str, Any]], name: str, error: str = "") -> "Series | None":
+        """What the rows hold of one metric; None if nothing was measured."""
+        kept = [row for row in rows if is_number(row.get(name)) and is_number(row.get("step"))]
+        if not kept:
+            return None
+        errors = [row[error] if is_number(row.get(error)) else None for row in kept]
+        return cls([row["step"] for row in kept], [row[name] for row in kept], errors)
 
 
-def plots_for(limits: Limits) -> tuple[Plot, ...]:
-    """The pictures of a report, most asked for first; those without a number are left out by `draw`."""
-    names = (f"kl/ref_{limits.unit}", f"eval/kl_ref_{limits.unit}")
-    return (
-        Plot("KL to the reference", limits.unit.replace("_per_", " per "), names, limited="ref"),
-        Plot("Score", "score", ("score/mean", "eval/score_mean", "eval/gold_mean")),
-        Plot("Loss", "loss", ("loss/mean", "eval/loss*")),
-        Plot("Held-out perplexity", "perplexity", ("eval/perplexity",)),
-        Plot("Accuracy", "share of pairs", ("accuracy/mean", "*/accuracy")),
-        Plot("Margin of the pairs", "nats", ("pairs/margin_nats", "eval/margin_nats")),
-        Plot("Log-ratio to the reference", "nats per response", ("pairs/*_log_ratio_nats",)),
-        Plot("Beta of the preference loss", "reward per nat", ("dpo/beta",)),
-        Plot("KL to the moving reference of the loss", "nats per response", ("kl/loss_ref_nats_per_response",)),
-        Plot("Price of one nat (beta)", "score per nat", ("kl/beta",), log=True),
-        Plot("KL of one update", "nats per response", ("kl/step_nats_per_response", "trpo/radius*"), limited="step"),
-        Plot("Gain of the surrogate", "score", ("trpo/predicted_gain", "trpo/gain", "trpo/last_gain*")),
-        Plot("Damping", "× mean curvature", ("trpo/damping",), log=True),
-        Plot("Residual of conjugate gradients", "share of the gradient", ("trpo/cg_residual",), log=True),
-        Plot("Tries of the line search", "number", ("trpo/line_search_tries", "trpo/accepted")),
-        Plot("Cap", "times so far", ("kl/cap_rollbacks", "kl/cap_refusals")),
-    )
-
-
-def draw(plot: Plot, rows: Sequence[dict[str, Any]], limits: Limits) -> "Figure | None":
-    """One picture from the rows of metrics.jsonl; None if nothing of it was measured."""
-    from matplotlib.figure import Figure
-
-    names = sorted({name for row in rows for name in row})
-    matching = [name for pattern in plot.patterns for name in names if fnmatch(name, pattern)]
-    curves = {name: series for name in dict.fromkeys(matching) if (series := _measured(rows, name))}
-    if not curves:
-        return None
-    figure = Figure(figsize=(5.2, 3.0), layout="constrained")
-    axes = figure.add_subplot()
-    for colour, (name, (steps, values)) in zip(COLOURS, curves.items(), strict=False):
-        mark = "o" if len(values) <= FEW_POINTS else None
-        label = CURVE_NAMES.get(name, visible(name)) if len(curves) > 1 else "measured"
-        axes.plot(steps, values, color=colour, marker=mark, markersize=3, linewidth=1.6, label=label)
-        _draw_error(axes, rows, name, colour)
-    if plot.limited == "ref":
-        _draw_limits(axes, limits)
-    elif plot.limited == "step" and limits.max_step_kl is not None:
-        axes.axhline(limits.max_step_kl, color=TARGET, linestyle="--", linewidth=1.2, label="largest allowed")
-    if plot.log and all(value > 0 for _, values in curves.values() for value in values):
-        _set_log(axes)
-    _dress(axes, plot, last_step=rows[-1]["step"], single=len(axes.get_legend_handles_labels()[1]) == 1)
-    return figure
-
-
-def _measured(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]] | None:
-    points = [(row["step"], row[name]) for row in rows if _is_number(row.get(name)) and _is_number(row.get("step"))]
-    return ([step for step, _ in points], [value for _, value in points]) if points else None
-
-
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """A finite number, and no truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _draw_error(axes: "Axes", rows: Sequence[dict[str, Any]], name: str, colour: str) -> None:
-    """±1.96 standard errors, where they were measured too: bars on a few points, a band along many."""
-    error = STANDARD_ERRORS.get(name, "")
-    both = [row for row in rows if _is_number(row.get(name)) and _is_number(row.get(error))]
-    steps, values = [row["step"] for row in both], [row[name] for row in both]
-    widths = [1.96 * row[error] for row in both]
-    if 0 < len(both) <= FEW_POINTS:
-        axes.errorbar(steps, values, yerr=widths, fmt="none", ecolor=colour, elinewidth=1, capsize=2)
-    elif both:
+def make_axes() -> "tuple[Figure, Axes]":
+    """An empty picture in the size that pages show it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0, 3.1), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def draw_series(axes: "Axes", series: Series, colour: str, label: str, *, faint: bool = False) -> None:
+    """A line, marked where there are few points, with 95 % intervals: bars on a few points, a band along many."""
+    mark = "o" if len(series.values) <= FEW_POINTS else None
+    axes.plot(
+        series.steps, series.values, color=colour, marker=mark, markersize=2.5 if faint else 3.5,
+        linewidth=1.1 if faint else 1.8, alpha=0.75 if faint else 1.0, label=label,
+    )
+    known = [row for row in zip(series.steps, series.values, series.errors, strict=True) if row[2] is not None]
+    if not known:
+        return
+    steps, values, widths = zip(*((step, value, Z95 * error) for step, value, error in known), strict=True)
+    if len(known) <= FEW_POINTS and not faint:
+        axes.errorbar(steps, values, yerr=widths, fmt="none", ecolor=colour, elinewidth=1.1, capsize=2)
+    else:
         low, high = ([y + sign * w for y, w in zip(values, widths, strict=True)] for sign in (-1, 1))
-        axes.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0, label="95 %")
+        axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
-def _draw_limits(axes: "Axes", limits: Limits) -> None:
-    if limits.target is not None:
-        low, high = ((1 + sign * TOLERANCE) * limits.target for sign in (-1, 1))
-        axes.axhspan(low, high, color=TARGET, alpha=0.18, linewidth=0, label=f"target ± {100 * TOLERANCE:.0f} %")
-        axes.axhline(limits.target, color=TARGET, linestyle="--", linewidth=1.2)
-    if limits.hard_cap is not None:
-        axes.axhline(limits.hard_cap, color="#c0392b", linewidth=1.4, label="hard cap")
+def draw_final(axes: "Axes", step: float, value: float, error: float | None, colour: str, label: str) -> None:
+    """One point that stands for what was saved, with its interval."""
+    width = None if error is None else [Z95 * error]
+    axes.errorbar(
+        [step], [value], yerr=width, color=colour, marker="D", markersize=6.5, markeredgecolor=INK,
+        markeredgewidth=0.8, elinewidth=1.4, capsize=3, linestyle="none", label=label, zorder=4,
+    )
 
 
-def _set_log(axes: "Axes") -> None:
-    """A log axis whose ticks read 0.02, not 2 × 10⁻²."""
+def draw_level(axes: "Axes", value: float, colour: str, label: str, style: str = "--") -> None:
+    """A number that does not change, across the picture."""
+    axes.axhline(value, color=colour, linestyle=style, linewidth=1.2, label=label)
+
+
+def set_log(axes: "Axes", values: Sequence[float]) -> None:
+    """A log axis, where all values are above 0 and far apart, whose ticks read 0.02, not 2 × 10⁻²."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+    if not values or min(values) <= 0.0 or max(values) < DECADES * min(values):
+        return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _dress(axes: "Axes", plot: Plot, *, last_step: int, single: bool) -> None:
+def dress(axes: "Axes", *, unit: str, last_step: float) -> None:
+    """Axes, grid and legend in ink; the legend above the picture, where it covers no curve."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_xlim(0, 1.02 * max(1, last_step))
-    axes.set_xlabel("step", color=INK)
-    axes.set_ylabel(plot.unit, color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.tick_params(colors=INK, which="both")
-    axes.grid(True, color=INK, alpha=0.2, linewidth=0.6)
+    axes.set_xlim(0, 1.03 * max(1, last_step))
+    low, high = axes.get_ylim()
+    middle, span = (low + high) / 2.0, LEAST_SPAN * max(abs(low), abs(high))
+    if high - low < span:
+        axes.set_ylim(middle - span / 2.0, middle + span / 2.0)
+    axes.set_xlabel("step", color=INK, fontsize=11)
+    axes.set_ylabel(unit, color=INK, fontsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.tick_params(colors=INK, which="both", labelsize=11)
+    axes.grid(True, color=INK, alpha=0.22, linewidth=0.6)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(INK)
     axes.spines[["top", "right"]].set_visible(False)
-    if not single:
-        handles, labels = axes.get_legend_handles_labels()
-        unique = dict(zip(labels, handles, strict=True))      # two bands, one entry
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))      # two bands, one entry
+    if len(unique) > 1:
+        columns, order = legend_layout(list(unique))
         axes.figure.legend(
-            unique.values(), unique.keys(), loc="outside upper left", ncols=5, frameon=False, labelcolor=INK,
-            fontsize=8.5, columnspacing=1.2, handlelength=1.5,
+            [unique[label] for label in order], order, loc="outside upper left", ncols=columns, frameon=False,
+            labelcolor=INK, fontsize=10, columnspacing=1.0, handlelength=1.4, handletextpad=0.5, borderaxespad=0.2,
         )
+
+
+def legend_layout(labels: list[str], width: int = 60) -> tuple[int, list[str]]:
+    """As many columns as fit into so many characters, and the labels in the order that reads from left to right.
+
+    A legend is filled column by column.
+    """
+    for columns in range(len(labels), 0, -1):
+        filled = [labels[place::columns] for place in range(columns)]
+        if columns == 1 or sum(max(map(len, column)) + 6 for column in filled) <= width:
+            return columns, [label for column in filled for label in column]
+    return 1, labels
 
 
 def svg_of(figure: "Figure", name: str, title: str) -> str:

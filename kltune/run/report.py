@@ -1,7 +1,5 @@
 """The only writer of numbers: metrics.jsonl, samples.jsonl, TensorBoard, and the screen (stderr, never stdout)."""
 
-import contextlib
-import importlib.util
 import io
 import math
 import os
@@ -16,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from kltune.run.loggers import Curves, wanted_loggers
 from kltune.run.storage import append_line, redact, storing, to_json, visible, without_nonfinite
 
 PLAIN_LINE_SECONDS = 10.0
@@ -29,7 +28,6 @@ COLUMNS = (
     ("beta", ("kl/beta",), ".4g", ""),
     ("", ("responses_per_second", "examples_per_second"), ".1f", "/s"),
 )
-TENSORBOARD_FAILURES = (ImportError, OSError, TypeError, ValueError, RuntimeError, AttributeError)
 
 
 class Report:
@@ -45,6 +43,10 @@ class Report:
         target: the KL target, in ``unit``, or None.
         start_step: steps already done when resuming.
         unit: nats_per_response or nats_per_token.
+        loggers: the recipe's ``run.loggers``.
+
+    Raises:
+        RecipeError: a logger that is named is not installed.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Report:
         target: float | None = None,
         start_step: int = 0,
         unit: str = "nats_per_response",
+        loggers: str | Sequence[str] = "auto",
     ):
         self.folder, self.stage, self.total_steps, self.start_step = Path(folder), stage, total_steps, start_step
         self.target, self.unit = target, unit
@@ -63,8 +66,7 @@ class Report:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._tensorboard: Any = None
-        self._tensorboard_tried = False
+        self._curves = Curves(self.folder, wanted_loggers(loggers), self.warn)
         self._began = self._printed_at = -math.inf
 
     def __enter__(self) -> Self:
@@ -87,9 +89,7 @@ class Report:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self._tensorboard is not None:
-            with contextlib.suppress(*TENSORBOARD_FAILURES):
-                self._tensorboard.close()
+        self._curves.close()
         for file in self._files.values():
             file.close()
 
@@ -106,7 +106,7 @@ class Report:
         """
         numbers = {name: _plain_number(value) for name, value in metrics.items()}
         self._append("metrics.jsonl", {"step": step, **numbers})
-        self._draw(step, numbers)
+        self._curves.write(step, numbers)
         row = self._row(step, numbers)
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step, row=row)
@@ -169,33 +169,6 @@ class Report:
         seconds = round((time.monotonic() - self._began) / done * left)
         minutes, hours = seconds // 60, seconds // 3600
         return f"{hours}h{minutes % 60:02}m left" if hours else f"{minutes}m{seconds % 60:02}s left"
-
-    def _draw(self, step: int, metrics: Mapping[str, Number]) -> None:
-        """Curves for TensorBoard, if it is installed; its troubles never stop a run."""
-        if not self._tensorboard_tried:
-            self._tensorboard_tried = True
-            self._tensorboard = self._open_tensorboard(step)
-        if self._tensorboard is None:
-            return
-        try:
-            for name, value in metrics.items():
-                if isinstance(value, int | float):
-                    self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
-        except TENSORBOARD_FAILURES as error:
-            self._tensorboard = None
-            self.warn(f"TensorBoard stopped writing ({error}); metrics.jsonl goes on.")
-
-    def _open_tensorboard(self, step: int) -> Any:
-        if importlib.util.find_spec("tensorboard") is None:
-            return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # here, because it takes a second to import
-
-            return SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
-        except TENSORBOARD_FAILURES as error:
-            self.warn(f"no TensorBoard curves ({error}); metrics.jsonl is written.")
-            return None
 
 
 def is_live(stream: TextIO) -> bool:

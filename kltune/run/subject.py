@@ -1,4 +1,4 @@
-"""What ``eval-kl`` and ``project`` measure: a checkpoint, opened over its reference, and how it is to be measured."""
+"""What ``eval-kl``, ``project`` and ``sample`` measure: a checkpoint over its reference, and how it is measured."""
 
 import sys
 from collections.abc import Sequence
@@ -14,13 +14,14 @@ from kltune.lm.evaluate import prompts_source
 from kltune.lm.loading import pick_device
 from kltune.lm.opening import load_saved_policy
 from kltune.lm.policy import Policy
+from kltune.lm.rows import Row
 from kltune.recipe import DataSection, ModelSection, load_recipe
 from kltune.run.checkpoint import read_info, resolve_checkpoint
 
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """What both commands can be asked; None takes the checkpoint's own settings, then the defaults of ``Settings``."""
+    """What these commands can be asked; None takes the checkpoint's own settings, then the defaults of ``Settings``."""
 
     recipe: str | None = None
     reference: str | None = None
@@ -48,7 +49,7 @@ class Subject:
 class Settings:
     """How checkpoints are measured, all resolved."""
 
-    prompts: str
+    prompts: str | None
     data: DataSection
     responses: int = 256
     max_new_tokens: int = 128
@@ -119,14 +120,14 @@ def _named_base(folder: Path, is_adapter: bool) -> str:
     return path
 
 
-def settle(subjects: Sequence[Subject], options: MeasureOptions) -> Settings:
+def settle(subjects: Sequence[Subject], options: MeasureOptions, *, needs_prompts: bool = True) -> Settings:
     """Options first, then ``--recipe``, then what the first checkpoint that kltune made was made with, then defaults.
 
     All checkpoints are measured alike, or their differences would mean nothing; where one was made with other settings,
     that is said on stderr.
 
     Raises:
-        RecipeError: no prompts are known.
+        RecipeError: no prompts are known, and ``needs_prompts``.
     """
     own = [(subject.path, _recorded(subject.info)) for subject in subjects if subject.info is not None]
     if options.recipe is not None:
@@ -138,7 +139,7 @@ def settle(subjects: Sequence[Subject], options: MeasureOptions) -> Settings:
         for name in ("prompts", "responses", "max_new_tokens", "temperature", "texts")
     }
     found |= {name: value for name, value in asked.items() if value is not None}
-    if found["prompts"] is None:
+    if found["prompts"] is None and needs_prompts:
         where = ", ".join(str(subject.folder) for subject in subjects)
         raise RecipeError(f"{where}: no prompts to measure on; give --prompts FILE or --recipe R.yaml.")
     settings = Settings(**found)
@@ -179,10 +180,24 @@ def _said(settings: Settings) -> str:
 
 def measured_prompts(policy: Policy, settings: Settings) -> list[Prompt]:
     """The prompts to respond to, as this policy's tokens."""
-    limit = policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens)
-    prompts, counts = load_prompts(settings.prompts, policy.tokenizer, max_tokens=limit, **row_rules(settings.data))
+    prompts, counts = load_prompts(settings.prompts, policy.tokenizer, **_prompt_rules(policy, settings))
     print(described(settings.prompts, counts), file=sys.stderr)
     return prompts
+
+
+def typed_prompts(policy: Policy, settings: Settings, texts: Sequence[str]) -> list[Prompt]:
+    """Prompts that were typed, treated like those of a file of ``{"prompt"}``.
+
+    Raises:
+        DataError: one of which the tokenizer makes nothing, or a chat template that is not there.
+    """
+    rows = [Row(f"prompt {place}", {"prompt": text}) for place, text in enumerate(texts, start=1)]
+    return load_prompts("the prompts given", policy.tokenizer, **_prompt_rules(policy, settings), rows=rows)[0]
+
+
+def _prompt_rules(policy: Policy, settings: Settings) -> dict[str, Any]:
+    limit = policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens)
+    return {"max_tokens": limit, **row_rules(settings.data)}
 
 
 def measured_texts(policy: Policy, settings: Settings) -> list[Example]:

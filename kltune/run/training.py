@@ -99,7 +99,10 @@ def make_job(
 ) -> Job:
     """The job of a run, whose report waits to be opened."""
     target = recipe.kl.target if recipe.kl.control == "target" else None
-    report = Report(run.folder, recipe.stage, steps, target=target, start_step=run.start_step, unit=recipe.kl.unit)
+    report = Report(
+        run.folder, recipe.stage, steps, target=target, start_step=run.start_step, unit=recipe.kl.unit,
+        loggers=recipe.run.loggers,
+    )
     return Job(recipe, run, report, prompts, held_out, steps, baseline)
 
 
@@ -269,7 +272,8 @@ def close_step(
     counted = (len(batch.rollout.lengths),) if examples is None else (examples, "examples")
     job.report.step(step, metrics | clock.metrics(*counted))
     if batch is not None and (evaluates or step in (1, job.steps)):
-        job.report.samples(step, sample_rows(batch.rollout, batch.scores, response_kl(batch.rollout)))
+        kl = response_kl(batch.rollout)
+        job.report.samples(step, sample_rows(batch.rollout, batch.scores, kl, learner.policy.tokenizer))
     if step % recipe.run.save_every == 0 or step == job.steps or job.run.stop_signal:
         # A batch measures the policy before the step's update; one that went back was measured when it was remembered.
         kl = learner.cap.safe.kl if went_back else None if batch is None else asdict(batch.distance)

@@ -72,7 +72,7 @@ def train(recipe: RewardRecipe, policy: Policy, run: Run) -> dict[str, Any]:
     rows, held_out, notes = load_data(recipe, policy)
     model, optimizer = make_model(recipe, policy, run)
     steps = total_steps(recipe.run, len(rows), recipe.optim.batch_size)
-    with Report(run.folder, "reward", steps, start_step=run.start_step) as report:
+    with Report(run.folder, "reward", steps, start_step=run.start_step, loggers=recipe.run.loggers) as report:
         for note in (policy.fingerprint.describe(), *notes):
             report.say(note)
         job = Job(recipe, run, report, rows, held_out, reads_text(rows, policy.tokenizer), steps)

@@ -27,6 +27,7 @@ from kltune.lm.optim import (
 from kltune.lm.policy import Policy
 from kltune.lm.selftest import check_frozen
 from kltune.lm.texts import example_batch, log_perplexity, text_limits
+from kltune.lm.transcript import before_and_after
 from kltune.recipe import SFTRecipe
 from kltune.run.checkpoint import read_state, save_checkpoint, save_final
 from kltune.run.clock import Clock
@@ -65,7 +66,7 @@ def train(recipe: SFTRecipe, policy: Policy, run: Run) -> dict[str, Any]:
         policy.load_trained(run.resume_from)
         load_optimizer(optimizer, policy.trainable_parameters(), read_state(run.resume_from)[0]["optimizer"])
     steps = total_steps(recipe.run, len(examples), recipe.optim.batch_size)
-    with Report(run.folder, "sft", steps, start_step=run.start_step) as report:
+    with Report(run.folder, "sft", steps, start_step=run.start_step, loggers=recipe.run.loggers) as report:
         for note in (policy.fingerprint.describe(), *held_out.notes):
             report.say(note)
         job = Job(recipe, run, report, examples, held_out, steps)
@@ -141,6 +142,8 @@ def finish(job: Job, policy: Policy) -> dict[str, Any]:
             metrics["eval/reference_texts_nats_per_token"] = log_perplexity(policy, texts)
     kl = None if measured is None else kl_result(measured)
     final = save_final(job.run.folder, policy.save, info=about(recipe, policy, kl))
+    shown = before_and_after(policy, job.held_out.prompts, recipe.sampling, None, seed=recipe.run.seed)
+    job.report.samples(job.steps, shown)
     result = job.run.finish({
         "schema": "kltune.result/1",
         "status": "finished",

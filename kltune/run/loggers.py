@@ -1,0 +1,160 @@
+"""Where the numbers of a run are drawn while it goes on: TensorBoard, trackio, Weights & Biases.
+
+metrics.jsonl is the record; these are for looking. Whatever one of them raises, at whatever call, ends that logger with
+a warning and never the run. Nothing leaves the machine unless its owner has said so: trackio keeps its files here, and
+Weights & Biases is offline unless WANDB_MODE is set (``wandb sync`` sends such a run later).
+"""
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from kltune.errors import RecipeError
+
+AUTOMATIC = ("tensorboard",)      # what `run.loggers: auto` uses, where it is installed
+PROJECT = "kltune"
+Number = float | int
+
+
+class Logger(Protocol):
+    """What draws curves."""
+
+    def write(self, step: int, numbers: Mapping[str, Number]) -> None:
+        """Draw the numbers of one step."""
+
+    def close(self) -> None:
+        """Write what is still buffered."""
+
+
+class TensorBoard:
+    """Event files in ``tensorboard/`` of the run's folder."""
+
+    def __init__(self, folder: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter  # here, because it takes a second to import
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+
+    def write(self, step: int, numbers: Mapping[str, Number]) -> None:
+        """Draw the numbers of one step."""
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is still buffered."""
+        self._writer.close()
+
+
+class Trackio:
+    """A local trackio project named kltune; ``trackio show`` opens it."""
+
+    def __init__(self, folder: Path, step: int):
+        import trackio
+
+        self._run = trackio.init(project=PROJECT, name=folder.resolve().name, resume="allow")
+        self._finish = trackio.finish      # not the run's own: that is called once more as the process ends
+
+    def write(self, step: int, numbers: Mapping[str, Number]) -> None:
+        """Draw the numbers of one step."""
+        self._run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        """Write what is still buffered."""
+        self._finish()
+
+
+class WandB:
+    """A Weights & Biases run below ``wandb/`` of the run's folder, offline unless WANDB_MODE says otherwise."""
+
+    def __init__(self, folder: Path, step: int):
+        import wandb
+
+        self._run = wandb.init(
+            project=PROJECT, name=folder.resolve().name, dir=str(folder), mode=os.environ.get("WANDB_MODE", "offline"),
+            # Nothing but the numbers: a command line or a patch of the working folder may hold secrets.
+            settings=wandb.Settings(
+                silent=True, console="off", disable_git=True, save_code=False, x_disable_meta=True
+            ),
+        )
+
+    def write(self, step: int, numbers: Mapping[str, Number]) -> None:
+        """Draw the numbers of one step."""
+        self._run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        """Write what is still buffered."""
+        self._run.finish()
+
+
+LOGGERS: dict[str, Callable[[Path, int], Logger]] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WandB}
+
+
+def wanted_loggers(loggers: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of a recipe's ``run.loggers`` that can be used here.
+
+    Raises:
+        RecipeError: one that is named is not installed.
+    """
+    if loggers == "auto":
+        return tuple(name for name in AUTOMATIC if _is_installed(name))
+    absent = [name for name in loggers if not _is_installed(name)]
+    if absent:
+        extras = ",".join(absent)
+        raise RecipeError(
+            f"run.loggers: {', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed; "
+            f"pip install 'kltune[{extras}]', or leave it out (metrics.jsonl is always written)."
+        )
+    return tuple(dict.fromkeys(loggers))
+
+
+def _is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+class Curves:
+    """The loggers of a run, each on its own: one that fails is left out from then on.
+
+    Args:
+        folder: the run's.
+        names: of ``LOGGERS``.
+        warn: told once what a logger could not do.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], warn: Callable[[str], None]):
+        self._folder, self._warn = Path(folder), warn
+        self._waiting: list[str] = list(names)
+        self._open: dict[str, Logger] = {}
+
+    def write(self, step: int, metrics: Mapping[str, Number | None]) -> None:
+        """Draw what was measured in one step; the loggers are opened with the first."""
+        for name in self._waiting:
+            with self._guarded(name, "does not start"):
+                self._open[name] = LOGGERS[name](self._folder, step)
+        self._waiting = []
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        for name, logger in list(self._open.items()):
+            with self._guarded(name, "stopped writing"):
+                logger.write(step, numbers)
+
+    def close(self) -> None:
+        """Close all that are open."""
+        for name in list(self._open):
+            with self._guarded(name, "does not close"):
+                self._open.pop(name).close()
+
+    @contextlib.contextmanager
+    def _guarded(self, name: str, what: str) -> Iterator[None]:
+        """Whatever the logger raises becomes a warning and its end."""
+        try:
+            with contextlib.redirect_stdout(sys.stderr):      # stdout is for the result of the command
+                yield
+        except Exception as error:      # noqa: BLE001 (the code of others; a run is worth more than its pictures)
+            self._warn(f"{name} {what} ({type(error).__name__}: {error}); metrics.jsonl goes on.")
+            logger = self._open.pop(name, None)
+            if logger is not None:
+                with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):
+                    logger.close()

@@ -1,0 +1,150 @@
+"""What does a checkpoint say, and what did its reference: side by side, same random numbers, with the KL of each.
+
+Two models that are given the same random numbers say the same as far as they agree; where they part, and how far apart
+they are at every token, is what a number like 6 nats per response looks like.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kltune.errors import RecipeError
+from kltune.lm.data import Prompt
+from kltune.lm.forms import PROMPT_FORMS, FormOfFile, prompt_of
+from kltune.lm.measurement import Draw, Measurement
+from kltune.lm.policy import Policy
+from kltune.lm.rows import read_rows
+from kltune.lm.transcript import answer_both, transcript
+from kltune.run.subject import (
+    MeasureOptions,
+    Settings,
+    find_checkpoint,
+    measured_prompts,
+    open_subject,
+    settle,
+    typed_prompts,
+)
+
+DIRECTIONS = {"policy": "KL(policy||reference)", "reference": "KL(reference||policy)"}
+
+
+@dataclass(frozen=True)
+class SampleOptions(MeasureOptions):
+    """The command's options. per_prompt: responses to each prompt. template: of prompts that are typed."""
+
+    per_prompt: int = 1
+    template: str | None = None
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A checkpoint that waits to be asked."""
+
+    path: str
+    policy: Policy
+    settings: Settings
+    options: SampleOptions
+
+    def answer(self, texts: Sequence[str], turn: int = 0) -> list[dict[str, Any]]:
+        """What policy and reference say to prompts that were typed.
+
+        Args:
+            texts: the prompts.
+            turn: of a conversation, from 0: each has random numbers of its own.
+
+        Returns:
+            The ``prompts`` of the document.
+        """
+        return self._answer(typed_prompts(self.policy, self.settings, texts), turn)
+
+    def answer_file(self) -> list[dict[str, Any]]:
+        """The same for the prompts of ``--prompts``."""
+        return self._answer(measured_prompts(self.policy, self.settings), 0)
+
+    def document(self, prompts: list[dict[str, Any]]) -> dict[str, Any]:
+        """The JSON document of some answers."""
+        return {
+            "schema": "kltune.sample/1",
+            "checkpoint": self.path,
+            "reference": self.policy.fingerprint.as_dict(),
+            "direction": DIRECTIONS,
+            "template": self.settings.data.template,
+            "temperature": self.settings.temperature,
+            "max_new_tokens": self.settings.max_new_tokens,
+            "seed": self.options.seed,
+            "prompts": prompts,
+        }
+
+    def _answer(self, prompts: list[Prompt], turn: int) -> list[dict[str, Any]]:
+        per_prompt = self.options.per_prompt
+        draw = Draw(prompts, 0, len(prompts), per_prompt, round=turn)
+        sides = answer_both(self.policy, draw, **self.settings.drawn(self.options.seed))
+        spoken = [described(side, self.policy) for side in sides]
+        pairs = [{"policy": after, "reference": before} for after, before in zip(*spoken, strict=True)]
+        return [
+            {"prompt": prompt.text, "responses": pairs[place * per_prompt : (place + 1) * per_prompt]}
+            for place, prompt in enumerate(prompts)
+        ]
+
+
+def open_speaker(checkpoint: str, options: SampleOptions) -> Speaker:
+    """Find a checkpoint and open it over its reference, as ``eval-kl`` does.
+
+    Raises:
+        RecipeError, CheckpointError, ModelError: what cannot be opened.
+    """
+    subject = find_checkpoint(checkpoint, options)
+    settings = settle([subject], options, needs_prompts=False)
+    policy = open_subject(subject, options)
+    if options.prompts is None or options.template is not None:
+        template = options.template or template_of_typed(policy, settings)
+        settings = replace(settings, data=settings.data.model_copy(update={"template": template}))
+    return Speaker(subject.path, policy, settings, options)
+
+
+def template_of_typed(policy: Policy, settings: Settings) -> str:
+    """How a prompt that is typed becomes what the policy was trained on.
+
+    As the prompts of its run did; where they are not at hand, with the chat template if the tokenizer has one.
+    """
+    if settings.data.template != "auto":
+        return settings.data.template
+    messages = bool(policy.tokenizer.chat_template)
+    if settings.prompts is not None and os.path.isfile(settings.prompts):
+        row = next(iter(read_rows(settings.prompts)), None)
+        if row is not None and not row.fault:
+            messages = not isinstance(prompt_of(row.fields, FormOfFile(PROMPT_FORMS).of(row.fields)), str)
+    elif messages:
+        print("note: prompts go through the chat template; --template none gives them as they are.", file=sys.stderr)
+    return "chat" if messages else "none"
+
+
+def described(measured: Measurement, policy: Policy) -> list[dict[str, Any]]:
+    """Each response of one side with its KL, nats, and token by token."""
+    rows = [(rollout, row) for rollout in measured.rollouts for row in range(len(rollout.ids))]
+    return [
+        {
+            "response": rollout.responses[row],
+            "kl": nats,
+            "truncated": bool(rollout.truncated[row]),
+            **transcript(rollout, row, policy.tokenizer),
+        }
+        for (rollout, row), nats in zip(rows, measured.exact.tolist(), strict=True)
+    ]
+
+
+def sample(checkpoint: str, texts: Sequence[str], options: SampleOptions) -> dict[str, Any]:
+    """``kltune sample``: the answers to prompts that were given, or to those of ``--prompts``.
+
+    Raises:
+        RecipeError: there is no prompt, or there are two sources of them. CheckpointError, ModelError, DataError: what
+            cannot be answered. DivergedError: a number is not finite.
+    """
+    if texts and options.prompts is not None:
+        raise RecipeError("--prompt and --prompts: found both, wanted one of them.")
+    if not texts and options.prompts is None:
+        raise RecipeError("no prompt: give --prompt TEXT or --prompts FILE, or write one prompt a line on stdin.")
+    speaker = open_speaker(checkpoint, options)
+    return speaker.document(speaker.answer(texts) if texts else speaker.answer_file())
