@@ -4,10 +4,13 @@ import contextlib
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
+from kltune.cli import main
 from kltune.errors import RecipeError
+from kltune.recipe import recipe_digest
 from kltune.run import loggers
 from kltune.run.report import Report
 
@@ -126,3 +129,21 @@ def test_what_trackio_and_wandb_are_told(tmp_path, monkeypatch):
     assert told[1]["mode"] == "offline"      # nothing leaves the machine unless WANDB_MODE says so
     assert told[1]["dir"] == str(folder)
     assert told[2:] == [(1, {"score/mean": 1.0})] * 2 + ["finished"] * 2
+
+
+def test_a_name_that_is_not_installed_or_not_known_is_2_before_anything_is_written(make_recipe, monkeypatch, capsys):
+    output = Path(make_recipe().run.output)
+    recipe = output.parent / "recipe" / "ppo.yaml"
+    monkeypatch.setattr(loggers, "_is_installed", lambda name: False)
+    for name, words in (("wandb", "pip install 'kltune[wandb]'"), ("wandd", "did you mean wandb?")):
+        with pytest.raises(SystemExit) as caught:
+            main(["ppo", "--recipe", str(recipe), "--set", f"run.loggers=[{name}]", "--output", str(output)])
+        assert caught.value.code == 2
+        assert words in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_who_draws_the_curves_is_no_part_of_what_a_run_is(make_recipe):
+    nobody, somebody = make_recipe("run.loggers=[]"), make_recipe("run.loggers=[tensorboard]")
+    assert nobody != somebody
+    assert recipe_digest(nobody) == recipe_digest(somebody)
