@@ -55,6 +55,6 @@ __all__ = [
     "ModelReward", "ModelSection", "OptimSection", "PPORecipe", "PPOSection", "Place", "Recipe", "RecipeFaults",
     "RewardEntry", "RewardRecipe", "RunSection", "SFTRecipe", "SamplingSection", "TRPORecipe", "TRPOSection",
     "asks_for_pairs", "copy_recipe", "differing_keys", "dump_recipe", "find_recipe", "flat", "flat_settings",
-    "load_grid", "load_recipe", "overlap", "packaged_recipes", "read_scorer", "recipe_digest", "recipe_schema", "recipe_text",
-    "recipes_folder",
+    "load_grid", "load_recipe", "overlap", "packaged_recipes", "read_scorer", "recipe_digest", "recipe_schema",
+    "recipe_text", "recipes_folder",
 ]
