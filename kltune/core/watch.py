@@ -26,9 +26,10 @@ def errors_of(looks: int) -> float:
 
         the one-sided normal quantile at 0.05 / pairs,    pairs = looks · (looks + 1) / 2,    and at least 2
 
-    A peak is the best of several looks, and so looks better than it was: with 2 standard errors, half of the runs of ten
-    looks at a gold score that never changes would see it fall. Each look may be below any before it, the reference's
-    included, and the chance that any such pair is this far apart is at most the sum of their chances (Bonferroni).
+    A peak is the best of several looks, and so looks better than it was: with 2 standard errors, half of the runs of
+    ten looks at a gold score that never changes would see it fall. Each look may be below any before it, the
+    reference's included, and the chance that any such pair is this far apart is at most the sum of their chances
+    (Bonferroni).
 
     Args:
         looks: evaluations of the whole run, planned before the first; at least 1.
