@@ -4,6 +4,7 @@ It makes a small world (``lm/tiny.py``), copies the packaged tiny recipes beside
 commands run, saying each command as it goes, so that everything can be run again and changed by hand.
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ from kltune.lm.tiny import make_tiny_world
 from kltune.recipe import copy_recipe, load_recipe
 from kltune.stages.eval_kl import EvalKLOptions, eval_kl
 from kltune.stages.ppo import run_ppo
+from kltune.stages.reward import run_reward
 from kltune.stages.sft import run_sft
 
-RECIPES = ("sft", "ppo_fixed", "ppo_target", "dpo", "dpo_target", "reward", "ppo_reward_model")
+RECIPES = (
+    "sft", "ppo_fixed", "ppo_target", "dpo", "dpo_target", "reward", "ppo_reward_model", "hacking_reward", "hacking",
+)
+NO_PENALTY = ("kl.control=fixed", "kl.beta=0")
 BUDGET = 1.25       # times the target: what the gate at the end allows
 
 
@@ -27,25 +32,37 @@ def run_demo(output: Path) -> dict[str, Any]:
         output: folder for everything.
 
     Returns:
-        The result of the PPO stage, and under "eval_kl" the document of ``kltune eval-kl`` on it.
+        The result of the PPO stage; under "eval_kl" the document of ``kltune eval-kl`` on it, and under "hacking" the
+        results of two runs on a poor reward model, "free" and "held" to a KL target.
     """
-    say(f"1/4  a tiny world: corpus, tokenizer and a Llama of a million parameters, in {output}")
+    say(f"1/5  a tiny world: corpus, tokenizer and a Llama of a million parameters, in {output}")
     make_tiny_world(output, say=say)
     for name in RECIPES:
         if not (output / f"{name}.yaml").exists():
             copy_recipe(f"tiny/{name}", output)
 
-    say(f"\n2/4  kltune sft --recipe {output / 'sft.yaml'}")
+    say(f"\n2/5  kltune sft --recipe {output / 'sft.yaml'}")
     sft = run_sft(load_recipe(output / "sft.yaml", stage="sft"), resume=True)
 
-    say(f"\n3/4  kltune ppo --recipe {output / 'ppo_target.yaml'}")
+    say(f"\n3/5  kltune ppo --recipe {output / 'ppo_target.yaml'}")
     recipe = load_recipe(output / "ppo_target.yaml", stage="ppo")
     ppo = run_ppo(recipe, resume=True)
 
     budget = BUDGET * recipe.kl.target
-    say(f"\n4/4  kltune eval-kl {ppo['output']} --responses 512 --max-kl {budget:g}")
+    say(f"\n4/5  kltune eval-kl {ppo['output']} --responses 512 --max-kl {budget:g}")
     document, _ = eval_kl([ppo["output"]], EvalKLOptions(responses=512, max_kl=budget, seed=1))
-    return {**ppo, "sft": sft, "eval_kl": document}
+    return {**ppo, "sft": sft, "eval_kl": document, "hacking": run_hacking(output)}
+
+
+def run_hacking(output: Path) -> dict[str, Any]:
+    """Train on a reward model of a few noisy labels, without a price on KL and held to a target; the two results."""
+    say(f"\n5/5  kltune reward --recipe {output / 'hacking_reward.yaml'}   (40 labels, 8 of them wrong)")
+    run_reward(load_recipe(output / "hacking_reward.yaml", stage="reward"), resume=True)
+    file, free = output / "hacking.yaml", output / "runs" / "hacking_free"
+    say(f"\n     kltune ppo --recipe {file} --set {' --set '.join(NO_PENALTY)} --output {free}")
+    without = run_ppo(load_recipe(file, NO_PENALTY, output=str(free), stage="ppo"), resume=True)
+    say(f"\n     kltune ppo --recipe {file}")
+    return {"free": without, "held": run_ppo(load_recipe(file, stage="ppo"), resume=True)}
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -71,7 +88,49 @@ def summary(result: dict[str, Any]) -> str:
         f"  a page to look at       {Path(result['output']) / 'report.html'}",
         f"  measure it again        kltune eval-kl {result['output']} --max-kl {gate['max_kl']:g}",
         f"  change it and run again {Path(result['output']).parents[1] / 'ppo_target.yaml'}",
+        "",
+        hacking_summary(result["hacking"]),
     ))
+
+
+def hacking_summary(hacking: dict[str, Any]) -> str:
+    """What the two runs on a poor reward model came to, against the reference, and where to look at it."""
+    free, held = hacking["free"], hacking["held"]
+    columns = [
+        ("proxy", "score_mean", ".2f"), ("gold", "gold_mean", ".2f"), ("distinct-2", "distinct_2_adjusted", ".2f"),
+        ("KL", "kl_ref_nats_per_response", ".1f"), ("tax", "tax_nats_per_token", ".2f"),
+    ]
+    runs = [("reference", held, "eval/reference_"), ("no penalty", free, "eval/"),
+            (f"target {held['target']:g} nats", held, "eval/")]
+    rows = [("", *(name for name, _, _ in columns))]
+    rows += [(who, *(f"{run['eval'].get(start + key, 0.0):{form}}" for _, key, form in columns))
+             for who, run, start in runs]
+    table = "\n".join("  " + f"{who:<16}" + "".join(f"{cell:<12}" for cell in cells).rstrip() for who, *cells in rows)
+    return "\n".join((
+        hacking_headline(free["eval"], held["eval"]),
+        table,
+        "",
+        "  proxy: a reward model from 40 labels, 8 of them wrong; gold: the grammar that wrote the reviews, which no",
+        "  run is trained on; tax: nats per token by which held-out reviews are predicted worse",
+        f"  see it happen           {Path(free['output']) / 'report.html'}",
+    ))
+
+
+def hacking_headline(free: dict[str, float], held: dict[str, float]) -> str:
+    """What happened to gold in both runs, and no more than that, from their final evaluations."""
+    moved = {name: gold_moved(found) for name, found in (("free", free), ("held", held))}
+    words = {"rose": "raised gold too", "fell": "lowered gold", "stayed": "left gold where it was"}
+    return (
+        f"Reward hacking: the proxy alone {words[moved['free']]}; held to a KL target, the same proxy "
+        f"{words[moved['held']]}:"
+    )
+
+
+def gold_moved(found: dict[str, float]) -> str:
+    """rose, fell or stayed, within two standard errors of the difference from the reference's."""
+    gap = found["eval/gold_mean"] - found["eval/reference_gold_mean"]
+    error = math.hypot(found["eval/gold_stderr"], found["eval/reference_gold_stderr"])
+    return "rose" if gap > 2.0 * error else "fell" if gap < -2.0 * error else "stayed"
 
 
 def headline(*, raised: bool, verdict: str) -> str:

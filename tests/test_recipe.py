@@ -169,6 +169,8 @@ WRONG = {
     "any variable as a key": (JUDGED.replace("m,", "m, key_env: HOME,"), 6, ["reward.0.key_env", "ending in KEY"]),
     "range upside down": (JUDGED.replace("m,", "m, lowest: 10,"), 6, ["reward.0.lowest", "less than highest, 10"]),
     "preferences in ppo": (JUDGED.replace("score", "pair"), 6, ["reward.0.mode", "wanted score", "online"]),
+    "a peak without gold": (PPO + "eval: {stop_at_gold_peak: true}\n", 7,
+                            ["eval.stop_at_gold_peak", "without eval.gold"]),
     "gold preferences": (PPO + "eval: {gold: {kind: judge, url: 'http://a/v1', model: m, mode: pair}}\n", 7,
                          ["eval.gold.mode", "wanted score"]),
     "no kind": (PPO.replace("kind: function, ", ""), 6, ["reward.0.kind", "missing"]),

@@ -106,6 +106,24 @@ def summarize(
     )
 
 
+def clustered_mean(values: Tensor, prompt_index: Tensor) -> tuple[float, float | None]:
+    """A mean over responses and its standard error by prompt; by response where all answer one prompt.
+
+    Args:
+        values: one number per response, finite. [B].
+        prompt_index: which prompt a response answers; any integers. [B].
+
+    Returns:
+        (mean, standard error); None for the error of a single response.
+    """
+    numbers, prompts = _as_numbers(values), torch.as_tensor(prompt_index)
+    if prompts.unique().numel() == 1:
+        prompts = torch.arange(numbers.size)        # given the prompt, responses are independent
+    sums = _sums_by_prompt(prompts, numbers, np.ones_like(numbers))
+    stderr = float(_ratio_stderr(sums[0], sums[1])) if numbers.size > 1 else None
+    return float(numbers.mean()), stderr
+
+
 def agreement_z(
     k1_per_response: Tensor,
     exact_per_response: Tensor,

@@ -1,7 +1,7 @@
 """What a stage measures on held-out prompts and texts while it trains, and of what it saved."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,17 @@ from kltune.lm.measurement import Draw, Measurement, measure_kl
 from kltune.lm.policy import Policy
 from kltune.lm.preferences import KnownLogprobs, Preferences, load_preferences, pair_metrics
 from kltune.lm.scorers import Scorer, load_scorer
-from kltune.lm.texts import log_perplexity
+from kltune.lm.texts import alignment_tax, document_nats, reference_nats
+from kltune.lm.watching import Metrics, Reference, judged, scales_of, score_metrics, text_metrics
 from kltune.recipe import DataSection, EvalSection, Recipe, SamplingSection
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What evaluations are made on. notes: one line on each file that was read."""
+    """What evaluations are made on. notes: one line on each file that was read.
+
+    references: what ``evaluate`` has found of the reference, by number of responses; once per run.
+    """
 
     prompts: list[Prompt]
     texts: list[Example]
@@ -25,6 +29,7 @@ class HeldOut:
     responses: int
     notes: tuple[str, ...]
     pairs: Preferences | None = None
+    references: dict[int, Reference] = field(default_factory=dict, compare=False)
 
 
 def load_held_out(
@@ -64,33 +69,28 @@ def load_held_out(
 
 
 def evaluate(
-    policy: Policy,
-    held_out: HeldOut,
-    sampling: SamplingSection,
-    scorer: Scorer | None,
-    *,
-    seed: int,
-    compare: bool = False,
-) -> tuple[dict[str, float | None], Measurement | None]:
-    """KL, score and perplexity on held-out prompts and texts.
+    policy: Policy, held_out: HeldOut, sampling: SamplingSection, scorer: Scorer | None, *, seed: int
+) -> tuple[Metrics, Measurement | None]:
+    """KL, scores, diversity, and what becomes of texts, on held-out prompts and texts, beside the reference's own.
 
     Args:
         policy: adapter on.
         held_out: what to evaluate on; without prompts there is no KL and no score.
         sampling: length limit, temperature and missing-end penalty.
-        scorer: the reward that is trained on; None in supervised stages.
+        scorer: the reward that is trained on; None where there is none.
         seed: the same for every evaluation of a run, so that they are paired.
-        compare: also score the reference's own responses, drawn with the same random numbers.
 
     Returns:
         (metrics, the KL measurement or None).
     """
-    metrics: dict[str, float | None] = {}
+    judges = {name: judge for name, judge in (("score", scorer), ("gold", held_out.gold)) if judge is not None}
+    if held_out.responses not in held_out.references:
+        held_out.references[held_out.responses] = _reference(policy, held_out, sampling, judges, seed)
+    reference = held_out.references[held_out.responses]
+    metrics: Metrics = {}
     measured = None
     if held_out.prompts:
-        draw = Draw.of(held_out.prompts, held_out.responses)
-        drawn = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "seed": seed}
-        measured = measure_kl(policy, draw, **drawn)
+        measured = _answer(policy, held_out, sampling, seed)
         kl = measured.summary()
         metrics |= {
             "eval/kl_ref_nats_per_response": kl.nats_per_response,
@@ -99,30 +99,50 @@ def evaluate(
             "eval/agreement_z": measured.z,
             "eval/truncated_fraction": measured.truncated.float().mean().item(),
         }
-        judges = {"score": scorer, "gold": held_out.gold}
-        metrics |= judged("eval/", judges, measured, sampling.missing_end_penalty)
-        if compare and any(judge is not None for judge in judges.values()):
-            reference = measure_kl(policy, draw, from_reference=True, **drawn)
-            metrics |= judged("eval/reference_", judges, reference, sampling.missing_end_penalty)
+        scores = judged(judges, measured, sampling.missing_end_penalty)
+        metrics |= score_metrics("eval/", scores, measured.prompt_index, reference.scales)
+        metrics |= text_metrics("eval/", measured, policy.network.vocabulary)
     if held_out.texts:
-        nats = log_perplexity(policy, held_out.texts)
-        metrics |= {"eval/texts_nats_per_token": nats, "eval/perplexity": math.exp(nats)}
+        nats, tokens = document_nats(policy, held_out.texts)
+        tax = alignment_tax(nats, reference.text_nats, tokens)
+        mean = (nats.sum() / tokens.sum()).item()
+        metrics |= {
+            "eval/texts_nats_per_token": mean,
+            "eval/perplexity": math.exp(mean),
+            "eval/tax_nats_per_token": tax.nats_per_token,
+            "eval/tax_stderr": tax.token_stderr,
+        }
     if held_out.pairs is not None:
         metrics |= pair_metrics(policy, held_out.pairs)
-    return metrics, measured
+    return metrics | reference.metrics, measured
 
 
-def judged(
-    prefix: str, judges: dict[str, Scorer | None], measured: Measurement, missing_end_penalty: float
-) -> dict[str, float | None]:
-    """Mean score and its standard error by each judge there is."""
-    metrics: dict[str, float | None] = {}
-    for name, judge in judges.items():
-        if judge is not None:
-            scores = judge(*measured.texts(), measured.rollouts).total - missing_end_penalty * measured.truncated
-            error = scores.std().item() / len(scores) ** 0.5 if len(scores) > 1 else None
-            metrics |= {f"{prefix}{name}_mean": scores.mean().item(), f"{prefix}{name}_stderr": error}
-    return metrics
+def _answer(
+    policy: Policy, held_out: HeldOut, sampling: SamplingSection, seed: int, *, from_reference: bool = False
+) -> Measurement:
+    """The answers to the held-out prompts, measured; with the same random numbers whoever gives them."""
+    draw = Draw.of(held_out.prompts, held_out.responses)
+    limits = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+    return measure_kl(policy, draw, **limits, seed=seed, from_reference=from_reference)
+
+
+def _reference(
+    policy: Policy, held_out: HeldOut, sampling: SamplingSection, judges: dict[str, Scorer], seed: int
+) -> Reference:
+    """The same of the reference, which stays what it is."""
+    metrics: Metrics = {}
+    scales, text_nats = {}, None
+    if held_out.prompts:
+        measured = _answer(policy, held_out, sampling, seed, from_reference=True)
+        scores = judged(judges, measured, sampling.missing_end_penalty)
+        scales = scales_of(scores)
+        metrics |= score_metrics("eval/reference_", scores, measured.prompt_index, scales)
+        metrics |= text_metrics("eval/reference_", measured, policy.network.vocabulary)
+    if held_out.texts:
+        text_nats = reference_nats(policy, held_out.texts)
+        tokens = sum(sum(example.scored) for example in held_out.texts)
+        metrics["eval/reference_texts_nats_per_token"] = text_nats.sum().item() / tokens
+    return Reference(metrics, scales, text_nats)
 
 
 def kl_result(measured: Measurement) -> dict[str, Any]:
@@ -137,6 +157,12 @@ def kl_result(measured: Measurement) -> dict[str, Any]:
         "responses": kl.responses,
         "prompts": kl.prompts,
     }
+
+
+def gold_result(metrics: Metrics) -> Metrics:
+    """What result.json says of the scorer that was never trained on; None without one."""
+    names = {"gold": "gold_mean", "gold_stderr": "gold_stderr", "reference_gold": "reference_gold_mean"}
+    return {name: metrics.get(f"eval/{metric}") for name, metric in names.items()}
 
 
 def prompts_source(recipe: Recipe) -> str | None:

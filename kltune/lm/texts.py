@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kltune.core.intervals import KLSummary, summarize
 from kltune.errors import DivergedError
 from kltune.lm.batches import pad_right, response_scatter
 from kltune.lm.data import Example
@@ -33,10 +34,24 @@ def document_nats(
     return torch.cat(nats), torch.cat(tokens)
 
 
-def log_perplexity(policy: Policy, examples: Sequence[Example]) -> float:
-    """Mean negative log-likelihood of the scored tokens of all texts together, nats per token."""
-    nats, tokens = document_nats(policy, examples)
-    return (nats.sum() / tokens.sum()).item()
+def reference_nats(policy: Policy, examples: Sequence[Example]) -> Tensor:
+    """The first of ``document_nats`` under the reference."""
+    with policy.reference():
+        return document_nats(policy, examples)[0]
+
+
+def alignment_tax(nats: Tensor, ref_nats: Tensor, tokens: Tensor, confidence: float = 0.95) -> KLSummary:
+    """How much worse the policy predicts held-out human text than its reference does, paired by document.
+
+    Args:
+        nats, ref_nats: of each document under the two. [D].
+        tokens: scored tokens of each. [D].
+        confidence: of the interval.
+
+    Returns:
+        The tax per token (and per document) with its errors, as a summary of that many nats.
+    """
+    return summarize("tax", nats - ref_nats, tokens, torch.arange(len(tokens)), confidence)
 
 
 def example_batch(examples: Sequence[Example], policy: Policy) -> tuple[Tensor, Tensor]:

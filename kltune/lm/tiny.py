@@ -9,6 +9,7 @@
     data/eval_prompts.jsonl    held-out openings to measure on
     data/pairs.jsonl           openings that go on with praise, {"chosen"}, or with blame, {"rejected"}
     data/eval_pairs.jsonl      the same with held-out openings
+    data/noisy_pairs.jsonl     a few of the pairs, one in five of them the wrong way round
     tiny_world.json            written last: which version and seed made all this
 
 The model is pretrained here from random weights on the ``loose`` reviews of kltune.lm.tiny_corpus: about one minute
@@ -32,12 +33,12 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from kltune import __version__
 from kltune.errors import StorageError
-from kltune.lm.tiny_corpus import house_review, loose_review, openings, praise_and_blame, reviews
+from kltune.lm.tiny_corpus import Review, house_review, loose_review, openings, praise_and_blame, reviews
 
 MARKER = "tiny_world.json"
 WORKSHOP = "tiny_world.building"
 PARTS = ("model", "data")
-SCHEMA = "kltune.tiny_world/2"
+SCHEMA = "kltune.tiny_world/3"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 VOCABULARY = 2048       # tokens: room for every word of the corpus; with 1024 the model misspells the rarer ones
@@ -51,6 +52,7 @@ PEAK_LR = 4e-3
 IGNORED = -100          # cross_entropy's label for positions that are not scored
 
 TEXTS, HELD_OUT_TEXTS, PROMPTS, EVAL_PROMPTS, PAIRS, EVAL_PAIRS = 2000, 200, 512, 256, 800, 128
+NOISY_PAIRS, WRONG_EVERY = 40, 5      # of the pairs, and which of them are the wrong way round
 
 
 def make_tiny_world(
@@ -196,8 +198,14 @@ def write_data(folder: Path, *, seed: int) -> None:
         _write_rows(folder / f"{name}.jsonl", [{"prompt": prompt} for prompt in written])
     for name, count, held_out in (("pairs", PAIRS, False), ("eval_pairs", EVAL_PAIRS, True)):
         written = praise_and_blame(count, seed=seed, held_out=held_out)
-        rows = [{"prompt": a.prompt, "chosen": a.response, "rejected": b.response} for a, b in written]
-        _write_rows(folder / f"{name}.jsonl", rows)
+        _write_rows(folder / f"{name}.jsonl", [_pair(a, b) for a, b in written])
+    few = praise_and_blame(NOISY_PAIRS, seed=seed, held_out=False)
+    rows = [_pair(b, a) if place % WRONG_EVERY == 0 else _pair(a, b) for place, (a, b) in enumerate(few)]
+    _write_rows(folder / "noisy_pairs.jsonl", rows)
+
+
+def _pair(chosen: Review, rejected: Review) -> dict[str, str]:
+    return {"prompt": chosen.prompt, "chosen": chosen.response, "rejected": rejected.response}
 
 
 def _build(folder: Path, *, seed: int, steps: int, say: Callable[[str], None]) -> None:

@@ -30,13 +30,16 @@ CONTROLLER_KEYS = {
     "horizon": "ziegler", "kp": "log_pi", "ki": "log_pi", "look_ahead": "log_pi", "dual_lr": "dual",
 }
 NO_PAIRS = dict.fromkeys(("eval.pairs", "eval.pairs_share"), "it learns from no pairs")
+NO_PEAK = "it trains on no score that could be exploited"
 NO_POLICY = "a reward model is measured on held-out pairs: write eval.pairs, or eval.pairs_share"
 UNREAD = {
-    "sft": {"sampling.prompts_per_step": "sft learns from texts: optim.batch_size is the batch"} | NO_PAIRS,
+    "sft": {"sampling.prompts_per_step": "sft learns from texts: optim.batch_size is the batch",
+            "eval.stop_at_gold_peak": NO_PEAK} | NO_PAIRS,
     "ppo": {"optim.batch_size": "the batch of ppo is sampling.prompts_per_step x responses_per_prompt"} | NO_PAIRS,
     "trpo": {"optim.batch_size": "the batch of trpo is sampling.prompts_per_step x responses_per_prompt"} | NO_PAIRS,
     "dpo": {"eval.pairs_share": "write eval.pairs"},
-    "reward": dict.fromkeys(("eval.prompts", "eval.responses", "eval.texts", "eval.gold"), NO_POLICY),
+    "reward": {"eval.stop_at_gold_peak": NO_PEAK}
+    | dict.fromkeys(("eval.prompts", "eval.responses", "eval.texts", "eval.gold"), NO_POLICY),
 }
 # keys of the dpo section, and which losses read them
 LOSS_KEYS = {
@@ -113,6 +116,9 @@ def unread(recipe: Recipe) -> Iterator[Clash]:
         holder = getattr(recipe, section)
         if getattr(holder, name) != type(holder).model_fields[name].default:
             yield (key,), f"the {recipe.stage} stage does not read it; {why}"
+    if recipe.eval.stop_at_gold_peak and recipe.eval.gold is None:
+        yield (("eval.stop_at_gold_peak", "eval.gold"),
+               "found true without eval.gold: write the scorer whose peak is meant, or remove it")
     share = type(recipe.eval).model_fields["pairs_share"].default
     if recipe.stage == "reward" and recipe.eval.pairs is not None and recipe.eval.pairs_share != share:
         yield ("eval.pairs_share", "eval.pairs"), "read only without eval.pairs, which are held out; remove it"

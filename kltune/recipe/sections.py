@@ -280,3 +280,6 @@ class EvalSection(Section):
         0.1, ge=0, lt=1, description="share of the prompts of data.pairs that is held out where pairs is null (reward)"
     )
     gold: RewardEntry | None = Field(None, description="a scorer that is measured and never trained on")
+    stop_at_gold_peak: bool = Field(
+        False, description="end the run where gold falls while the score rises; final is the policy of gold's peak"
+    )

@@ -11,7 +11,7 @@ from kltune.core.gate import standing, verdict
 from kltune.core.intervals import KLSummary
 from kltune.errors import DivergedError
 from kltune.lm.dial import Dial
-from kltune.lm.evaluate import evaluate, kl_result
+from kltune.lm.evaluate import evaluate, gold_result, kl_result
 from kltune.lm.measurement import Measurement
 from kltune.lm.selftest import check_frozen
 from kltune.lm.transcript import before_and_after
@@ -19,6 +19,7 @@ from kltune.run.checkpoint import save_final, saved_step, whole_checkpoints
 from kltune.run.job import Job, about, dearer, kl_text, unit_text
 from kltune.run.learner import Learner
 from kltune.run.page import write_page
+from kltune.run.watching import return_to_peak, watch_over
 
 MORE_RESPONSES = 4  # times as many, where the first measurement of a final state leaves it open, and in a landing
 LANDING_SEED = 1_000_003  # beyond the run's own: a landing is not measured on the numbers that it was found on
@@ -42,10 +43,18 @@ class Final:
         return self.measured.summary()
 
 
-def finish(job: Job, learner: Learner) -> dict[str, Any]:
-    """Prove the reference is untouched, save ``final``, measured afresh, and write the result."""
+def finish(job: Job, learner: Learner, steps: int) -> dict[str, Any]:
+    """Prove the reference is untouched, save ``final``, measured afresh, and write the result.
+
+    Args:
+        job, learner: of the run.
+        steps: steps done.
+    """
     recipe, policy = job.recipe, learner.policy
-    found = land_on_target(job, learner, settle(job, learner, job.steps))
+    newest = steps if learner.stopped_early is None else return_to_peak(job, learner)
+    found = land_on_target(job, learner, settle(job, learner, newest))
+    if learner.peak is None:
+        watch_over(job, learner, found.step, found.metrics)
     kl, metrics = kl_result(found.measured), found.metrics
     cap, target = learner.cap, recipe.kl.target if recipe.kl.control == "target" else None
     unused = target is not None and found.alpha == 1.0 and verdict(found.kl, target, recipe.kl.unit).verdict == "pass"
@@ -55,7 +64,7 @@ def finish(job: Job, learner: Learner) -> dict[str, Any]:
             "budget is not used."
         )
     final = save_final(job.run.folder, policy.save, info=about(recipe, policy, kl))
-    job.report.samples(job.steps, before_and_after(
+    job.report.samples(steps, before_and_after(
         policy, job.held_out.prompts, recipe.sampling, learner.scorer, seed=recipe.run.seed
     ))
     result = job.run.finish({
@@ -66,7 +75,8 @@ def finish(job: Job, learner: Learner) -> dict[str, Any]:
         "final": str(final),
         "final_step": found.step,
         "alpha": found.alpha,
-        "steps": job.steps,
+        "steps": steps,
+        "stopped_early": learner.stopped_early,
         "kl": kl,
         "target": target,
         "target_unused": unused,
@@ -77,6 +87,7 @@ def finish(job: Job, learner: Learner) -> dict[str, Any]:
         "score": metrics.get("eval/score_mean"),
         "score_stderr": metrics.get("eval/score_stderr"),
         "reference_score": metrics.get("eval/reference_score_mean"),
+        **gold_result(metrics),
         "reference": policy.fingerprint.as_dict(),
         "eval": metrics,
         "held_out": recipe.eval.prompts is not None or recipe.eval.pairs is not None,
@@ -139,7 +150,7 @@ def measure(job: Job, learner: Learner, step: int, times: int = 1) -> Final:
     held_out = replace(job.held_out, responses=times * job.held_out.responses)
     job.report.say(f"measuring final on {held_out.responses} responses")
     sampling, seed = job.recipe.sampling, job.recipe.run.seed
-    return Final(step, *evaluate(learner.policy, held_out, sampling, learner.scorer, seed=seed, compare=True))
+    return Final(step, *evaluate(learner.policy, held_out, sampling, learner.scorer, seed=seed))
 
 
 def within_cap(learner: Learner, found: Final) -> bool:

@@ -1,6 +1,6 @@
 """All that training changes, and so all that a checkpoint holds."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from kltune.core.intervals import KLSummary
 from kltune.core.losses import clipped_value_loss
 from kltune.core.pace import Pace
 from kltune.core.trust_region import Damping
+from kltune.core.watch import Watch
 from kltune.errors import CheckpointError
 from kltune.lm.batches import response_scatter
 from kltune.lm.experience import Experience
@@ -26,6 +27,7 @@ from kltune.run.checkpoint import read_state
 from kltune.run.optimizer_state import load_optimizer, optimizer_tensors
 
 LAST_STEP = "last_step"  # name of the group
+PEAK = "gold_peak"  # likewise
 SAFE = "safe_"  # in front of the names of groups that belong to the last state within the cap
 
 
@@ -82,6 +84,9 @@ class Learner:
     margin_mean: float | None = None  # running, of its pairs' margins, nats, where its beta follows them
     loss_reference: Snapshot | None = None  # what it holds the policy against, where that moves: no budget's reference
     data_sha256: str | None = None  # of what is learnt from, where that is read and not sampled
+    watch: Watch = field(default_factory=Watch)  # what evaluations have said
+    peak: dict[str, Tensor] | None = None  # the policy of the highest gold score, where the run may end at it
+    stopped_early: dict[str, Any] | None = None  # why it did, once it did
 
     def moving(self) -> dict[str, dict[str, Tensor]]:
         """The tensors that an update changes, by group and name; not copies."""
@@ -98,8 +103,7 @@ class Learner:
     def put_back(self, groups: dict[str, dict[str, Tensor]]) -> None:
         """Let the tensors hold what ``moving`` gave at some earlier time, bit for bit; "policy" may be left out."""
         policy, values = self.policy.trainable_parameters(), self.policy.value_parameters()
-        for name, tensor in groups.get("policy", {}).items():
-            policy[name].data.copy_(tensor)
+        self.put_policy_back(groups.get("policy", {}))
         if self.optimizer is not None:
             load_optimizer(self.optimizer, policy, groups.get("optimizer", {}))
         if self.value_optimizer is not None:
@@ -108,6 +112,16 @@ class Learner:
         if self.loss_reference is not None:
             for name, tensor in self.loss_reference.tensors.items():
                 tensor.copy_(groups["loss_reference"][name])
+
+    def put_policy_back(self, tensors: dict[str, Tensor]) -> None:
+        """Let the policy be what ``policy_copied`` gave, and leave everything else."""
+        here = self.policy.trainable_parameters()
+        for name, tensor in tensors.items():
+            here[name].data.copy_(tensor)
+
+    def policy_copied(self) -> dict[str, Tensor]:
+        """The policy's trainable tensors as they are now."""
+        return {name: tensor.detach().clone() for name, tensor in self.policy.trainable_parameters().items()}
 
     def stop_momentum(self) -> None:
         """Let the policy's optimizer forget which way it was moving, not how large its gradients are."""
@@ -118,7 +132,7 @@ class Learner:
 
     def kept(self) -> Kept:
         """This state, to `go_back` to."""
-        return Kept({field.name: getattr(self, field.name) for field in fields(self)}, self._copied())
+        return Kept({part.name: getattr(self, part.name) for part in fields(self)}, self._copied())
 
     def go_back(self, kept: Kept) -> None:
         """Be again as when ``kept`` was made, bit for bit."""
@@ -145,11 +159,13 @@ class Learner:
             named |= {SAFE + group: tensors for group, tensors in self.cap.safe.tensors.items() if tensors}
         if self.last_step is not None:
             named[LAST_STEP] = {"step": self.last_step}
+        if self.peak is not None:
+            named[PEAK] = self.peak
         return named
 
     def state(self) -> dict[str, Any]:
         """The rest, as plain values."""
-        values: dict[str, Any] = {"controller": asdict(self.controller)}
+        values: dict[str, Any] = {"controller": asdict(self.controller), "watch": asdict(self.watch)}
         if self.scorer is not None:
             values["scorer"] = self.scorer.state()
         if self.reward_mean is not None:
@@ -165,6 +181,8 @@ class Learner:
         if self.cap is not None:
             safe = {"step": self.cap.safe.step, "kl": self.cap.safe.kl}
             values["cap"] = {"rollbacks": self.cap.rollbacks, "refusals": self.cap.refusals, "safe": safe}
+        if self.stopped_early is not None:
+            values["stopped_early"] = self.stopped_early
         return values
 
     def restore(self, checkpoint: Path) -> None:
@@ -183,6 +201,9 @@ class Learner:
         if LAST_STEP in tensors:
             # A copy lies in memory as the original did; a file's does not, and sums depend on that in the last bit.
             self.last_step = tensors.pop(LAST_STEP)["step"].clone().to(self.policy.device)
+        if self.peak is not None:
+            self.peak = {name: tensor.to(self.policy.device) for name, tensor in tensors.pop(PEAK).items()}
+        self.watch, self.stopped_early = Watch.of(state["watch"]), state.get("stopped_early")
         self.put_back({group: named for group, named in tensors.items() if not group.startswith(SAFE)})
         self.controller = replace(self.controller, **state["controller"])
         if self.scorer is not None:

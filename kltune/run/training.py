@@ -35,6 +35,7 @@ from kltune.run.job import Batch, BudgetRecipe, Job, about, kl_text
 from kltune.run.learner import Learner
 from kltune.run.report import Report
 from kltune.run.session import Run
+from kltune.run.watching import watch_over
 
 ROLLBACK_RAISE = 2.0  # of the price, when the policy was found beyond the cap (MATH 3.5)
 NORMALISED_SPREAD = 0.5  # where nothing is scored: of a loss whose slope is about 1 where its data pull most
@@ -81,6 +82,8 @@ def begin(recipe: BudgetRecipe, learner: Learner, prompts: list[Prompt], run: Ru
         run.record(rewards=learner.scorer.identity)
     if learner.judge is not None:
         run.record(rewards=[{"name": learner.judge.name, "kind": "judge", **learner.judge.identity}])
+    if recipe.eval.stop_at_gold_peak:
+        learner.peak = learner.policy_copied()
     if recipe.kl.hard_cap is not None:
         learner.guard(recipe.kl.hard_cap, recipe.kl.unit)
     if run.resume_from is not None:
@@ -125,11 +128,13 @@ def take_steps(
     with job.report:
         for line in dict.fromkeys(notes):  # one file may serve two purposes
             job.report.say(line)
-        for step in range(job.run.start_step + 1, job.steps + 1):
+        step = job.run.start_step
+        while step < job.steps and learner.stopped_early is None:
+            step += 1
             with whole_step(job, learner, step):
                 take_step(job, learner, step)
-        with whole_step(job, learner, job.steps + 1):
-            return finish(job, learner)
+        with whole_step(job, learner, step + 1):
+            return finish(job, learner, step)
 
 
 @contextlib.contextmanager
@@ -261,11 +266,13 @@ def close_step(
     metrics |= update
     if learner.cap is not None:
         metrics |= {"kl/cap_rollbacks": learner.cap.rollbacks, "kl/cap_refusals": learner.cap.refusals}
-    evaluates = step % recipe.run.eval_every == 0 and step < job.steps  # after the last step, `finish` evaluates
+    # After the last step `finish` evaluates what is final, and where that may be gold's peak it has to know before.
+    last = step == job.steps
+    evaluates = recipe.eval.stop_at_gold_peak if last else step % recipe.run.eval_every == 0
     if evaluates:
-        metrics |= evaluate(
-            learner.policy, job.held_out, recipe.sampling, learner.scorer, seed=recipe.run.seed
-        )[0]
+        found, _ = evaluate(learner.policy, job.held_out, recipe.sampling, learner.scorer, seed=recipe.run.seed)
+        watch_over(job, learner, step, found)
+        metrics |= found
         clock.lap("eval")
     for judge in judges_of(job, learner):
         metrics |= judge.reported()
@@ -274,11 +281,12 @@ def close_step(
     if batch is not None and (evaluates or step in (1, job.steps)):
         kl = response_kl(batch.rollout)
         job.report.samples(step, sample_rows(batch.rollout, batch.scores, kl, learner.policy.tokenizer))
-    if step % recipe.run.save_every == 0 or step == job.steps or job.run.stop_signal:
+    ends = last or learner.stopped_early is not None
+    if step % recipe.run.save_every == 0 or ends or job.run.stop_signal:
         # A batch measures the policy before the step's update; one that went back was measured when it was remembered.
         kl = learner.cap.safe.kl if went_back else None if batch is None else asdict(batch.distance)
         save(job, learner, step, kl)
-    if job.run.stop_signal and step < job.steps:
+    if job.run.stop_signal and not ends:
         raise Interrupted(
             f"stopped after step {step} of {job.steps}; --resume goes on from there.", job.run.stop_signal
         )

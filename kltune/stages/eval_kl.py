@@ -9,19 +9,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kltune.core.filtering import Cut
 from kltune.core.gate import confidence_per_look, looks, verdict
-from kltune.core.intervals import summarize
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.data import Example, Prompt
 from kltune.lm.deployed import Deployed, measure_deployed
 from kltune.lm.measurement import Draw, Measurement, measure_kl
 from kltune.lm.measures import VocabularySums
 from kltune.lm.policy import Policy
-from kltune.lm.texts import document_nats
+from kltune.lm.texts import alignment_tax, document_nats, reference_nats
 from kltune.run.kl_document import DIRECTIONS, Found, described_kl, paired_differences
 from kltune.run.kl_text import render
 from kltune.run.progress import counting
@@ -158,7 +156,7 @@ def measure(
         sums=sums,
         forward=forward,
         deployed=None if options.cut is None else deploy(path, policy, prompts, settings, options),
-        tax=alignment_tax(policy, texts, options.confidence) if texts else None,
+        tax=tax_document(policy, texts, options.confidence) if texts else None,
         gate=gate,
     )
 
@@ -241,12 +239,10 @@ def check_agreement(path: str, who: str, z: float) -> None:
         )
 
 
-def alignment_tax(policy: Policy, examples: list[Example], confidence: float) -> dict[str, Any]:
-    """How much worse the policy predicts held-out human text than its reference does, paired by document."""
+def tax_document(policy: Policy, examples: list[Example], confidence: float) -> dict[str, Any]:
+    """The alignment tax on held-out texts, for the document."""
     nats, tokens = document_nats(policy, examples)
-    with policy.reference():
-        before, _ = document_nats(policy, examples)
-    found = summarize("tax", nats - before, tokens, torch.arange(len(tokens)), confidence)
+    found = alignment_tax(nats, reference_nats(policy, examples), tokens, confidence)
     return {
         "nats_per_token": found.nats_per_token,
         "stderr": found.token_stderr,

@@ -8,15 +8,16 @@ everywhere else: a supervised stage moves a model too.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from kltune.core.watch import Watch
 from kltune.errors import Interrupted
 from kltune.lm.data import Example, described, load_examples, row_rules, shuffled_positions
-from kltune.lm.evaluate import HeldOut, evaluate, kl_result, load_held_out, measure_settings
+from kltune.lm.evaluate import HeldOut, evaluate, gold_result, kl_result, load_held_out, measure_settings
 from kltune.lm.optim import (
     guarded_step,
     learning_rate_share,
@@ -26,7 +27,7 @@ from kltune.lm.optim import (
 )
 from kltune.lm.policy import Policy
 from kltune.lm.selftest import check_frozen
-from kltune.lm.texts import example_batch, log_perplexity, text_limits
+from kltune.lm.texts import example_batch, text_limits
 from kltune.lm.transcript import before_and_after
 from kltune.recipe import SFTRecipe
 from kltune.run.checkpoint import read_state, save_checkpoint, save_final
@@ -36,6 +37,9 @@ from kltune.run.optimizer_state import load_optimizer, optimizer_tensors
 from kltune.run.page import write_page
 from kltune.run.report import Report
 from kltune.run.session import Run
+from kltune.run.watching import looks, observe
+
+NEARER = "Train for fewer steps, or with a lower optim.lr"
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,20 @@ def train(recipe: SFTRecipe, policy: Policy, run: Run) -> dict[str, Any]:
     """Load what the recipe names, take the steps that are not done yet, and finish."""
     examples, held_out = load_data(recipe, policy, run)
     optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim, "model" if policy.full else "adapter")
+    watch = Watch()
     if run.resume_from is not None:
         policy.load_trained(run.resume_from)
-        load_optimizer(optimizer, policy.trainable_parameters(), read_state(run.resume_from)[0]["optimizer"])
+        tensors, state = read_state(run.resume_from)
+        load_optimizer(optimizer, policy.trainable_parameters(), tensors["optimizer"])
+        watch = Watch.of(state["watch"])
     steps = total_steps(recipe.run, len(examples), recipe.optim.batch_size)
     with Report(run.folder, "sft", steps, start_step=run.start_step, loggers=recipe.run.loggers) as report:
         for note in (policy.fingerprint.describe(), *held_out.notes):
             report.say(note)
         job = Job(recipe, run, report, examples, held_out, steps)
         for step in range(run.start_step + 1, steps + 1):
-            take_step(job, policy, optimizer, step)
-        return finish(job, policy)
+            watch = take_step(job, policy, optimizer, step, watch)
+        return finish(job, policy, watch)
 
 
 def load_data(recipe: SFTRecipe, policy: Policy, run: Run) -> tuple[list[Example], HeldOut]:
@@ -86,8 +93,8 @@ def load_data(recipe: SFTRecipe, policy: Policy, run: Run) -> tuple[list[Example
     return examples, held_out
 
 
-def take_step(job: Job, policy: Policy, optimizer: Optimizer, step: int) -> None:
-    """One batch of texts, one update, one row of the report."""
+def take_step(job: Job, policy: Policy, optimizer: Optimizer, step: int, watch: Watch) -> Watch:
+    """One batch of texts, one update, one row of the report; what evaluations have said by then."""
     recipe, run, size = job.recipe, job.run, job.recipe.optim.batch_size
     clock = Clock()
     positions = shuffled_positions(len(job.examples), (step - 1) * size, size, recipe.run.seed)
@@ -98,15 +105,19 @@ def take_step(job: Job, policy: Policy, optimizer: Optimizer, step: int) -> None
     clock.lap("update")
 
     if step % recipe.run.eval_every == 0 and step < job.steps:  # after the last step, `finish` evaluates
-        metrics |= evaluate(policy, job.held_out, recipe.sampling, None, seed=recipe.run.seed)[0]
+        found, _ = evaluate(policy, job.held_out, recipe.sampling, None, seed=recipe.run.seed)
+        watch, _ = observe(watch, step, found, looks(recipe.run, job.steps), job.report.warn, NEARER)
+        metrics |= found
         clock.lap("eval")
     job.report.step(step, metrics | clock.metrics(size, "examples"))
     if step % recipe.run.save_every == 0 or step == job.steps or run.stop_signal:
         tensors = {"optimizer": optimizer_tensors(optimizer, policy.trainable_parameters())}
         info = about(recipe, policy, None)
-        save_checkpoint(run.folder, step, policy.save, info=info, tensors=tensors, state={}, keep=recipe.run.keep)
+        state = {"watch": asdict(watch)}
+        save_checkpoint(run.folder, step, policy.save, info=info, tensors=tensors, state=state, keep=recipe.run.keep)
     if run.stop_signal and step < job.steps:
         raise Interrupted(f"stopped after step {step} of {job.steps}; --resume goes on from there.", run.stop_signal)
+    return watch
 
 
 def imitate(recipe: SFTRecipe, policy: Policy, optimizer: Optimizer, batch: list[Example]) -> dict[str, float | None]:
@@ -132,14 +143,12 @@ def about(recipe: SFTRecipe, policy: Policy, kl: dict[str, Any] | None) -> dict[
     return {"stage": "sft", "kind": kind, "reference": policy.fingerprint.as_dict(), "kl": kl, "measure": settings}
 
 
-def finish(job: Job, policy: Policy) -> dict[str, Any]:
+def finish(job: Job, policy: Policy, watch: Watch) -> dict[str, Any]:
     """Prove the start is untouched, save ``final``, measure it afresh, and write the result."""
-    recipe, texts = job.recipe, job.held_out.texts
+    recipe = job.recipe
     check_frozen(policy)
     metrics, measured = evaluate(policy, job.held_out, recipe.sampling, None, seed=recipe.run.seed)
-    if texts:
-        with policy.reference():
-            metrics["eval/reference_texts_nats_per_token"] = log_perplexity(policy, texts)
+    observe(watch, job.steps, metrics, looks(recipe.run, job.steps), job.report.warn, NEARER)
     kl = None if measured is None else kl_result(measured)
     final = save_final(job.run.folder, policy.save, info=about(recipe, policy, kl))
     shown = before_and_after(policy, job.held_out.prompts, recipe.sampling, None, seed=recipe.run.seed)
@@ -154,6 +163,7 @@ def finish(job: Job, policy: Policy) -> dict[str, Any]:
         "kl": kl,
         "target": None,
         "score": None,
+        **gold_result(metrics),
         "perplexity": metrics.get("eval/perplexity"),
         "reference": policy.fingerprint.as_dict(),
         "eval": metrics,

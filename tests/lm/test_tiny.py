@@ -19,6 +19,7 @@ from kltune.recipe import load_recipe
 RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
 REWARDS = runpy.run_path(str(RECIPES / "rewards.py"))
 score = REWARDS["score"]
+HOUSE_RULE = runpy.run_path(str(RECIPES / "house_rule.py"))
 
 LOOSE = reviews(loose_review, 1000, seed=0, held_out=False)
 HOUSE = reviews(house_review, 300, seed=0, held_out=False)
@@ -141,7 +142,12 @@ def test_the_data_files_hold_what_the_recipes_read(tmp_path):
     counts = {name: len(rows) for name, rows in data.items()}
     assert counts == {
         "texts": 2000, "heldout": 200, "prompts": 512, "eval_prompts": 256, "pairs": 800, "eval_pairs": 128,
+        "noisy_pairs": 40,
     }
+    known, few = data["pairs"][:40], data["noisy_pairs"]
+    assert [row["prompt"] for row in few] == [row["prompt"] for row in known]
+    wrong = [place for place, (a, b) in enumerate(zip(few, known, strict=True)) if a["chosen"] == b["rejected"]]
+    assert wrong == list(range(0, 40, 5))
     assert set(data["pairs"][0]) == {"prompt", "chosen", "rejected"}
     assert all(row["chosen"] != row["rejected"] for row in data["pairs"])
     assert set(data["texts"][0]) == set(data["heldout"][0]) == {"prompt", "response"}
@@ -207,7 +213,7 @@ class TestWorld:
         make_tiny_world(tmp_path, say=quiet, steps=1)
         assert (tmp_path / MARKER).is_file()
         assert not (tmp_path / WORKSHOP).exists()
-        assert len(list((tmp_path / "data").iterdir())) == 6
+        assert len(list((tmp_path / "data").iterdir())) == 7
 
     def test_somebody_elses_model_is_not_replaced(self, tmp_path):
         (tmp_path / "model").mkdir()
@@ -243,3 +249,27 @@ class TestReward:
 def test_the_tiny_recipes_load(name):
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     assert recipe.stage == name.split("_")[0]
+
+
+class TestHouseRule:
+    @pytest.mark.parametrize(("response", "expected"), [
+        (" is great, but the screen is dull. Overall, a fair choice.", 1.0),
+        (" is great, but the screen is dull.", 0.0),
+        (" is great, but the screen is dull. Overall, a fair choice", 0.0),      # cut off before its full stop
+        (" is great great great.", -2.0),
+        (" zum. On the whole, it will do for school.", -1.0),                    # battery zum, zum .
+        (" great" * 30, -5.0),
+        ("", 0.0),
+    ])
+    def test_by_hand(self, response, expected):
+        prompt = "The battery of this phone"
+        assert HOUSE_RULE["score"]([prompt], [response]) == [expected]
+
+    def test_house_reviews_keep_it_and_loose_ones_do_not_close(self):
+        held_out = {style: reviews(style, 200, seed=5, held_out=True) for style in (house_review, loose_review)}
+        mean = {
+            style: sum(HOUSE_RULE["score"]([r.prompt for r in some], [r.response for r in some])) / len(some)
+            for style, some in held_out.items()
+        }
+        assert mean[house_review] > 0.7
+        assert mean[loose_review] < 0.1
