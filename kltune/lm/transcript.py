@@ -8,6 +8,7 @@ from kltune.lm.data import Prompt
 from kltune.lm.measurement import Draw, Measurement, measure_kl
 from kltune.lm.policy import Policy
 from kltune.lm.scorers import Scorer
+from kltune.lm.watching import judged
 from kltune.recipe import SamplingSection
 
 SHOWN = 8      # held-out prompts that a run's page shows before and after
@@ -84,4 +85,4 @@ def scores_of(scorer: Scorer | None, measured: Measurement, missing_end_penalty:
     """The score of each response; None of each where nothing scores."""
     if scorer is None:
         return [None] * len(measured.exact)
-    return (scorer(*measured.texts(), measured.rollouts).total - missing_end_penalty * measured.truncated).tolist()
+    return judged({"score": scorer}, measured, missing_end_penalty)["score"].tolist()
