@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kltune.core.gate import Unit, confidence_per_look, verdict
-from kltune.core.intervals import KLSummary
+from kltune.core.intervals import KLSummary, clustered_mean
 from kltune.core.projection import GRID, Point, Search, largest_alpha
 from kltune.lm.data import Prompt
-from kltune.lm.evaluate import judged
 from kltune.lm.measurement import Draw, Measurement, measure_kl
 from kltune.lm.policy import Policy
 from kltune.lm.scaling import AdapterScale
 from kltune.lm.scorers import Scorer
+from kltune.lm.watching import judged
 
 AGAIN = math.sqrt(2.0) * 1.645      # standard errors by which two measurements alike differ, once in twenty times
 ROOM = 0.08                         # of the budget: as many responses are drawn as keep the bound's distance below it
@@ -94,9 +94,11 @@ class Dial:
         """Set the adapter to α and measure it there."""
         self.scale.set(alpha)
         measured = measure_kl(self.policy, Draw.of(self.prompts, responses), seed=seed, **self._drawn)
-        score = judged("", {"score": self._scorer}, measured, self._penalty)
+        judges = {} if self._scorer is None else {"score": self._scorer}
+        scores = judged(judges, measured, self._penalty).values()
+        score, error = next((clustered_mean(row, measured.prompt_index) for row in scores), (None, None))
         kl = measured.summary("exact", confidence or self.confidence)
-        look = Look(alpha, purpose, kl, score.get("score_mean"), score.get("score_stderr"))
+        look = Look(alpha, purpose, kl, score, error)
         self.looks.append(look)
         nats, stderr, _ = look.figures(self.unit)
         scored = "" if look.score is None else f", score {look.score:.3f}"

@@ -149,12 +149,12 @@ def test_on_cap_stop_ends_with_6_and_final_is_the_last_state_within(ppo_recipe):
 def pushed_away(by: float):
     """``finish``, but the policy is pushed away from its reference first."""
 
-    def worse(job, learner):
+    def worse(job, learner, steps):
         with torch.no_grad():
             for name, tensor in learner.policy.trainable_parameters().items():
                 if "lora_B" in name:
                     tensor.add_(by)
-        return finishing.finish(job, learner)
+        return finishing.finish(job, learner, steps)
 
     return worse
 
