@@ -176,7 +176,9 @@ def test_a_gold_judge_is_asked_about_evaluations_only(ppo_recipe):
     rows = read_jsonl(folder / "metrics.jsonl")
     assert "eval/gold_mean" in rows[0]
     assert 0.0 <= result["eval"]["eval/gold_mean"] <= 1.0
-    assert [row["judge/gold_asked"] for row in rows] == [20.0, 0.0]  # of the reference too, once
+    asked = [row["judge/gold_asked"] for row in rows]
+    assert 10.0 < asked[0] <= 20.0      # of the policy's ten answers and of the reference's, where those are others
+    assert asked[1] == 0.0
     assert max(texts(endpoint).values()) == 1
 
 
