@@ -201,7 +201,8 @@ def run(folder: Path, output: Path, settings: str, changes: list[str]) -> None:
     module = importlib.import_module(f"kltune.stages.{work.stage}")
     rollout = importlib.import_module("kltune.lm.rollout")
     watch = Watch()
-    load, take_step, measured = module.load_policy, module.take_step, Preferences.measured
+    opening = importlib.import_module("kltune.run.opening")
+    load, take_step, measured = opening.load_policy, module.take_step, Preferences.measured
 
     def watched_load(*arguments, **options) -> Policy:
         policy = load(*arguments, **options)
@@ -210,13 +211,13 @@ def run(folder: Path, output: Path, settings: str, changes: list[str]) -> None:
         watch.loaded()
         return policy
 
-    def watched_step(*arguments) -> None:
+    def watched_step(*arguments, **options) -> None:
         if not watch.began:
             watch.stamp()
-        take_step(*arguments)
+        take_step(*arguments, **options)
         watch.stamp()
 
-    module.load_policy, module.take_step = watched_load, watched_step
+    opening.load_policy, module.take_step = watched_load, watched_step
     Preferences.measured = watch.timed("once", measured)
     rollout.sample = watch.timed("generate", rollout.sample)
     recipe = open_recipe(folder, settings, tuple(changes))

@@ -1,10 +1,14 @@
 """What bench_peers.py makes of numbers, by hand; the peer itself is never run in the tests."""
 
+import json
 import math
+import subprocess
+import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
-from bench_peers import figures, summary
+from bench_peers import SCRIPTS, figures, sized, summary
 from peers_gates import CLOSE, TRACE_CLOSE, compared_traces, gap, gate_row, gradient_gap
 from peers_watch import Watch
 
@@ -61,3 +65,19 @@ def test_ratios_are_of_medians_and_of_what_both_tools_tell():
     assert mine["per_second"] == 8.0
     assert mine["range"] == [1.0, 6.0]
     assert other["trl_over_kltune"] == {"seconds": 3.0}
+
+
+@pytest.mark.parametrize("name", ["dpo-wide", "grpo"])
+def test_kltunes_own_side_runs_and_stamps_its_steps(tmp_path, name):
+    small = {"prompt_tokens": 8, "new_tokens": 4, "random": {"hidden": 64, "layers": 1, "vocabulary": 64}, "rows": 16}
+    work = sized(name, Namespace(stories="", pairs="", prompts="", batch=None, works=[]), 4) | small
+    (tmp_path / "work.json").write_text(json.dumps(work | {"model": str(tmp_path / "model")}))
+    for words in (["prepare"], ["run"]):
+        output = [str(tmp_path / "out.json")] if words == ["run"] else []
+        command = [sys.executable, str(SCRIPTS / "peers_kltune.py"), *words, str(tmp_path), *output]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert len(document["seconds"]) == 4 - 3  # two steps to warm up, and the last, are left out
+    assert document["peak_mb"] > document["held_mb"] > 0.0
+    assert len(document["losses"]) == 4
