@@ -38,7 +38,7 @@ class Judges:
         """Scores of responses by each judge there is. {"score": [B], "gold": [B]} of float64 arrays."""
         judges = {name: judge for name, judge in (("score", self.score), ("gold", self.gold)) if judge is not None}
         return {
-            name: (judge(*texts, samples).total - self.penalty * truncated).double().numpy()
+            name: judge.total(*texts, samples, truncated, self.penalty).double().cpu().numpy()
             for name, judge in judges.items()
         }
 

@@ -60,7 +60,6 @@ class Experience:
         return (self.select(rows) for rows in order.split(size))
 
 
-
 def collect(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -114,8 +113,7 @@ def standardize(
 
 def score(scorer: Scorer, rollout: Rollout, missing_end_penalty: float) -> Tensor:
     """The score of each response, less the penalty where it never ended. [B]."""
-    total = scorer(rollout.prompts, rollout.responses, [rollout]).total.to(rollout.truncated.device)
-    return total - missing_end_penalty * rollout.truncated
+    return scorer.total(rollout.prompts, rollout.responses, [rollout], rollout.truncated, missing_end_penalty)
 
 
 def controller_of(kl: KLSection, updates_per_step: int) -> Controller:

@@ -81,6 +81,14 @@ class Scorer:
         total = sum((s.weight * (parts[s.name] - s.shift) / s.scale for s in self.sources), torch.zeros(len(responses)))
         return Scores(total=total, parts=parts)
 
+    def total(
+        self, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples], truncated: Tensor,
+        missing_end_penalty: float,
+    ) -> Tensor:
+        """The score of each response, less the penalty where it never ended. [B], on the device of ``truncated``."""
+        scores = self(prompts, responses, samples).total.to(truncated.device)
+        return scores - missing_end_penalty * truncated
+
     @property
     def wants_reference_samples(self) -> bool:
         """True if a source is to be standardised and has not been yet."""

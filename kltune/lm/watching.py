@@ -36,7 +36,7 @@ def judged(judges: Mapping[str, Scorer], measured: Measurement, missing_end_pena
     """Each judge's score of each response, less the penalty where it never ended. [B] each."""
     texts = measured.texts()
     return {
-        name: judge(*texts, measured.rollouts).total - missing_end_penalty * measured.truncated
+        name: judge.total(*texts, measured.rollouts, measured.truncated, missing_end_penalty)
         for name, judge in judges.items()
     }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from kltune.core.watch import errors_of
 from kltune.errors import CheckpointError
 from kltune.run.manifest import read_json
 from kltune.run.pictures import TOLERANCE, Limits, Recorded
@@ -18,7 +19,7 @@ RECORDED = (
     "stage", "status", "seed", "reference", "versions", "started", "ended", "recipe_sha256", "command", "resumed_at",
     "error",
 )
-CLEAR, CLEARER = 2.0, 3.0      # standard errors from which a score counts as moved; from the best of several
+CLEAR = 2.0      # standard errors from which a score counts as moved
 ROSE, FELL, STAYED = "rose from", "fell from", "did not clearly move:"
 
 
@@ -182,7 +183,7 @@ def alarm_of(files: Files) -> str:
 def best_gold(files: Files) -> tuple[float, int] | None:
     """(gold score, step) of the evaluation that the final one clearly fell short of, with a higher score; else None.
 
-    The best of several is high by luck as well, hence ``CLEARER``.
+    The best of several is high by luck as well, hence ``errors_of``, as while the run went on.
     """
     final, error = files.evaluated.get("eval/gold_mean"), files.evaluated.get("eval/gold_stderr") or 0.0
     rows = [row for row in files.metrics if is_number(row.get("eval/gold_mean"))]
@@ -190,7 +191,7 @@ def best_gold(files: Files) -> tuple[float, int] | None:
         return None
     best = max(rows, key=lambda row: row["eval/gold_mean"])
     spread = ((best.get("eval/gold_stderr") or 0.0) ** 2 + error**2) ** 0.5
-    fell = best["eval/gold_mean"] - final > CLEARER * spread
+    fell = best["eval/gold_mean"] - final > errors_of(len(rows) + 1) * spread
     rose = (best.get("eval/score_mean") or 0.0) < (files.evaluated.get("eval/score_mean") or 0.0)
     return (best["eval/gold_mean"], best["step"]) if fell and rose else None
 
