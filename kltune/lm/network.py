@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
 from kltune.core.head import Reader, through_head
+from kltune.lm.decoding import can_decode, one_more
 from kltune.lm.merging import MergedTrunk
 from kltune.lm.shared_prefix import can_share, shared_prefixes, states_before
 
@@ -37,6 +38,7 @@ class Network:
         # Equal, not close: a soft cap that small logits do not feel would be felt after training.
         self.split = cut is not None and cut.shape == whole.shape and torch.equal(cut.float(), whole.float())
         self.shares_prefixes = self.split and can_share(causal, self._trunk, self.trunk)
+        self.decodes = self.split and can_decode(causal, self._trunk)
 
     def refresh(self) -> None:
         """Find trunk and head again, after an adapter may have wrapped them."""
@@ -116,6 +118,8 @@ class Network:
         self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache | None
     ) -> tuple[Tensor, Cache]:
         """Feed left-padded prompts, or one more token each: the logits after the last [B, V], and the cache."""
+        if self.decodes and cache is not None:
+            return self.head(one_more(self._trunk, ids, attention_mask, position_ids, cache)), cache
         inputs = {
             "input_ids": ids,
             "attention_mask": attention_mask,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 
 # The pass over the responses needs a mask and copies keys: at 1.3 times fewer tokens, 64 after prompts of 20, it was no
 # faster; at 1.5 times, hh-harmless on stories260K, 1.25 times; at 1.6 to 1.8, six layers of 256, 1.6 to 1.8 times.
@@ -94,6 +94,19 @@ def _visible(prompt_lengths: Tensor, prompts: int, responses: int, dtype: torch.
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
+def attends_to_all(config: PreTrainedConfig) -> bool:
+    """Whether every layer of a model reads all tokens before: no windows, no chunks, no states."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return kinds == {"full_attention"} and window is None
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two ways to the same hidden states differ by no more than rounding."""
+    gap = (found - wanted).abs().max() / wanted.abs().max()
+    return bool(gap <= CLOSE.get(wanted.dtype, 0.05))
+
+
 @torch.no_grad()
 def can_share(causal: nn.Module, trunk: Callable, plain: Callable[[Tensor], Tensor]) -> bool:
     """Whether a trunk gives the same this way: plain attention everywhere, over what it is told to see; it is tried.
@@ -104,10 +117,7 @@ def can_share(causal: nn.Module, trunk: Callable, plain: Callable[[Tensor], Tens
         plain: hidden states of whole rows. [B, S] -> [B, S, H].
     """
     config = causal.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    masks = getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
-    if kinds != {"full_attention"} or window is not None or not masks:
+    if not attends_to_all(config) or getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
         return False
     device = next(causal.parameters()).device
     ids = torch.tensor([[0, 1, 0, 0, 0, 1, 1], [0, 1, 0, 0, 0, 0, 1], [1, 0, 1, 1, 0, 0, 0], [1, 0, 1, 0, 0, 0, 0]])
@@ -119,6 +129,4 @@ def can_share(causal: nn.Module, trunk: Callable, plain: Callable[[Tensor], Tens
         found = states_before(trunk, rows)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):    # no such cache, mask or positions
         return False
-    wanted = plain(ids)[:, :-1][scored[:, 1:]]
-    gap = (found - wanted).abs().max() / wanted.abs().max()
-    return bool(gap <= CLOSE.get(wanted.dtype, 0.05))
+    return close(found, plain(ids)[:, :-1][scored[:, 1:]])
