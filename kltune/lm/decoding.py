@@ -6,14 +6,49 @@ time at one row of a 260,000-parameter model; that part is paid per step and not
 whose responses have mostly ended. Whether it fits a model is tried (``can_decode``), and others take their own way.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
+from kltune.lm.kv_cache import give_room
 from kltune.lm.shared_prefix import attends_to_all, close
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # pre-norm layers of plain attention with rotary positions
+
+
+class Decoder:
+    """Rows that have read their prompts and are fed one token at a time, until they are dropped."""
+
+    compact_below = 0.8  # drop finished rows from the cache once fewer than this share is still going
+
+    def __init__(self, step: Callable[..., tuple[Tensor, Cache]], cache: Cache, mask: Tensor, limit: int):
+        """Take over a cache of left-padded prompts.
+
+        Args:
+            step: ``Network.step``.
+            cache: of the prompts.
+            mask: 0 on their padding. [R, width].
+            limit: how many tokens a row is fed at most.
+        """
+        give_room(cache)
+        self._step, self._cache = step, cache
+        self._read, self._next = mask.shape[1], mask.sum(dim=1, keepdim=True)
+        self._mask = torch.cat([mask, mask.new_ones(len(mask), limit)], dim=1)
+
+    def feed(self, ids: Tensor) -> Tensor:
+        """One more token for each row: the logits after it. [R] -> [R, V]."""
+        self._read += 1
+        logits, self._cache = self._step(ids[:, None], self._mask[:, : self._read], self._next, self._cache)
+        self._next = self._next + 1
+        return logits
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these."""
+        self._cache.batch_select_indices(rows)
+        self._mask, self._next = self._mask[rows], self._next[rows]
 
 
 def one_more(trunk: nn.Module, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:

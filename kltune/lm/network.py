@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
 from kltune.core.head import Reader, through_head
-from kltune.lm.decoding import can_decode, one_more
+from kltune.lm.captured import CapturedDecoder, can_capture
+from kltune.lm.decoding import Decoder, can_decode, one_more
 from kltune.lm.merging import MergedTrunk
 from kltune.lm.shared_prefix import can_share, shared_prefixes, states_before
 
@@ -39,6 +40,7 @@ class Network:
         self.split = cut is not None and cut.shape == whole.shape and torch.equal(cut.float(), whole.float())
         self.shares_prefixes = self.split and can_share(causal, self._trunk, self.trunk)
         self.decodes = self.split and can_decode(causal, self._trunk)
+        self.captures = self.decodes and can_capture(self.step, probe.device)
 
     def refresh(self) -> None:
         """Find trunk and head again, after an adapter may have wrapped them."""
@@ -132,6 +134,10 @@ class Network:
             return self.head(output.last_hidden_state[:, -1]), output.past_key_values
         output = self.causal(**inputs)
         return output.logits[:, -1], output.past_key_values
+
+    def decoder(self, cache: Cache, mask: Tensor, limit: int) -> Decoder | CapturedDecoder:
+        """What feeds the rows of a cache one token at a time. See ``Decoder``."""
+        return (CapturedDecoder if self.captures else Decoder)(self.step, cache, mask, limit)
 
     @property
     def chunk_rows(self) -> int:

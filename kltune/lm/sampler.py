@@ -19,12 +19,10 @@ from kltune.core.filtering import Cut, renormalized
 from kltune.errors import DivergedError
 from kltune.lm.batches import Samples, pad_right, response_scatter
 from kltune.lm.data import Prompt
-from kltune.lm.kv_cache import give_room
 from kltune.lm.policy import Policy
 
 ROWS_PER_PASS = 512  # responses sampled side by side; the cache is what takes the memory
 DRAW_BYTES = 2**20   # of float32 logits that are turned into tokens at once
-COMPACT_BELOW = 0.8  # drop finished rows from the cache once fewer than this share is still going
 
 
 def uniform_numbers(rng: np.random.Generator, responses: int, max_new_tokens: int) -> Tensor:
@@ -75,16 +73,14 @@ def _decode(
     if per_prompt > 1:  # each prompt went through the model once; its cache serves all its responses
         cache.batch_repeat_interleave(per_prompt)
         logits, mask = (tensor.repeat_interleave(per_prompt, dim=0) for tensor in (logits, mask))
-    give_room(cache)
-    width, position = mask.shape[1], mask.sum(dim=1, keepdim=True)
-    mask = torch.cat([mask, mask.new_ones(len(mask), limit)], dim=1)
+    rows = policy.network.decoder(cache, mask, limit)
 
     count = len(uniforms)
     tokens = torch.zeros(count, limit, dtype=torch.long, device=device)
     logprobs = torch.zeros(count, limit, device=device)
     lengths = torch.full((count,), limit, device=device)
-    alive = torch.arange(count, device=device)  # the response that each row of the cache belongs to
-    going = torch.ones(count, dtype=torch.bool, device=device)  # per row of the cache
+    alive = torch.arange(count, device=device)  # the response that each row belongs to
+    going = torch.ones(count, dtype=torch.bool, device=device)  # per row
     for t in range(limit):
         drawn, seen = _draw(logits, uniforms[alive, t], temperature, cut)
         tokens[alive, t], logprobs[alive, t] = drawn, seen  # rows that have ended draw on; what they draw is cut off
@@ -94,11 +90,11 @@ def _decode(
         left = int(going.sum())
         if left == 0 or t == limit - 1:
             break
-        if left < COMPACT_BELOW * len(alive):
+        if left < rows.compact_below * len(alive):
             keep = going.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            alive, mask, position, drawn, going = (rows[keep] for rows in (alive, mask, position, drawn, going))
-        logits, cache = policy.network.step(drawn[:, None], mask[:, : width + t + 1], position + t, cache)
+            rows.keep(keep)
+            alive, drawn, going = alive[keep], drawn[keep], going[keep]
+        logits = rows.feed(drawn)
     sizes = lengths.tolist()
     return (
         [row[:size] for row, size in zip(tokens.tolist(), sizes, strict=True)],

@@ -12,6 +12,7 @@ from kltune.errors import DivergedError
 from kltune.lm import sampler
 from kltune.lm.batches import Samples
 from kltune.lm.data import Prompt
+from kltune.lm.decoding import Decoder
 from kltune.lm.policy import Policy
 from kltune.lm.sampler import sample, uniform_numbers
 from tests.oracles import BOS, Responses, tiny_policy_logits, tiny_reference_logits
@@ -164,7 +165,7 @@ def test_the_split_into_passes_and_the_dropping_of_finished_rows_change_nothing(
 ):
     whole = draw(ending_policy)
     monkeypatch.setattr(sampler, "ROWS_PER_PASS", rows)
-    monkeypatch.setattr(sampler, "COMPACT_BELOW", compact_below)
+    monkeypatch.setattr(Decoder, "compact_below", compact_below)
     again = draw(ending_policy)
     assert tokens_of(again) == tokens_of(whole)
     assert (again.logprobs - whole.logprobs).abs().max() < 1e-5
