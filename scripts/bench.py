@@ -4,10 +4,10 @@
     python scripts/bench.py ppo trpo dpo --model MODEL [--responses 128] [--prompt-tokens 12] [--set ppo.epochs=4]...
 
 ``sample`` draws responses of full length, then ragged ones, which end at tokens chosen for a mean length of a quarter
-of the limit: what a token costs there, against full length. ``score`` teacher-forces responses through policy and
-reference for log-probabilities and exact KL; ``eval-kl`` samples them first. ``ppo``, ``trpo`` and ``dpo`` are whole
-steps of a run with the recipe's defaults, as the run times them; two responses make a pair of ``dpo``, whose KL is not
-held here.
+of the limit: what a token costs there, against full length; on a GPU, also without the captured graph. ``score``
+teacher-forces responses through policy and reference for log-probabilities and exact KL; ``eval-kl`` samples them
+first. ``ppo``, ``trpo`` and ``dpo`` are whole steps of a run with the recipe's defaults, as the run times them; two
+responses make a pair of ``dpo``, whose KL is not held here.
 
 The floor under each is the model's own matrix products over as many positions, one after the other with nothing between
 them, timed in the same process: one pass for each token decoded, one for policy and reference each to score a response,
@@ -61,7 +61,7 @@ def ends_for(responses: list[list[int]], mean: float) -> tuple[int, ...]:
 
 
 def sample_row(model: str, responses: int, new_tokens: int, repeat: int, prompt_tokens: int) -> dict:
-    """Sampling alone: full length, then ragged, in turns; and the floor under the first."""
+    """Sampling alone: full length, ragged, and on a GPU full length without the captured graph, in turns; the floor."""
     import numpy as np
 
     from kltune.lm.sampler import sample, uniform_numbers
@@ -71,18 +71,21 @@ def sample_row(model: str, responses: int, new_tokens: int, repeat: int, prompt_
     policy.end_ids = (-1,)
     whole = sample(policy, prompts, uniforms, temperature=1.0)
     ends = {"full": (-1,), "ragged": ends_for(whole.ids[whole.scored].view(responses, -1).tolist(), new_tokens / 4)}
-    seconds = {"full": [], "ragged": [], "floor": []}
-    tokens = {}
+    captures = policy.network.captures
+    if captures:
+        ends["uncaptured"] = (-1,)
+    seconds, tokens = {kind: [] for kind in (*ends, "floor")}, {}
     held = memory_mb("VmRSS")
     reset_peak()
     for _ in range(repeat):
         for kind, policy.end_ids in ends.items():
+            policy.network.captures = captures and kind != "uncaptured"
             began = time.perf_counter()
             tokens[kind] = int(sample(policy, prompts, uniforms, temperature=1.0).lengths.sum())
             seconds[kind].append(time.perf_counter() - began)
         seconds["floor"].append(decoding_floor(policy, responses, new_tokens))
     median = {kind: statistics.median(found) for kind, found in seconds.items()}
-    return {
+    row = {
         "work": "sample", "model": Path(model).name, "vocabulary": policy.network.vocabulary, "responses": responses,
         "tokens": tokens["full"], "seconds": median["full"], "range": [min(seconds["full"]), max(seconds["full"])],
         "responses_per_second": responses / median["full"], "tokens_per_second": tokens["full"] / median["full"],
@@ -91,6 +94,7 @@ def sample_row(model: str, responses: int, new_tokens: int, repeat: int, prompt_
         "ragged_token_cost": median["ragged"] / tokens["ragged"] / (median["full"] / tokens["full"]),
         "peak_mb_above_model": memory_mb("VmHWM") - held,
     }
+    return row | ({"uncaptured_seconds": median["uncaptured"]} if captures else {})
 
 
 def score_row(model: str, responses: int, new_tokens: int, repeat: int, prompt_tokens: int) -> dict:
@@ -272,6 +276,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--dtype", default="float32", help="of a random Llama")
     parser.add_argument("--responses", type=int, nargs="+", default=[128])
     parser.add_argument("--prompt-tokens", type=int, default=12)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -282,7 +287,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = os.path.abspath(arguments.model) if arguments.model else str(random_llama(
             Path(folder) / f"llama-h{arguments.hidden}-l{arguments.layers}", hidden=arguments.hidden,
-            layers=arguments.layers, vocabulary=arguments.vocabulary,
+            layers=arguments.layers, vocabulary=arguments.vocabulary, dtype=arguments.dtype,
         ))
         rows = []
         for work, count in itertools.product(arguments.work, arguments.responses):
@@ -296,11 +301,13 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"schema": "kltune.bench/1", "rows": rows}, indent=2))
         return
-    columns = {
+    shapes = {
         "responses": "d", "tokens": "d", "seconds": ".2f", "sample_seconds": ".2f", "update_seconds": ".2f",
         "responses_per_second": ".1f", "tokens_per_second": ".0f", "peak_mb_above_model": ".0f",
         "mb_of_all_logits_of_one_model": ".0f", "share_of_floor": ".2f", "ragged_token_cost": ".2f",
+        "uncaptured_seconds": ".2f",
     }
+    columns = {name: shape for name, shape in shapes.items() if any(name in row for row in rows)}
     print(f"{'work':<9}{'model':<16}" + "".join(f"{name.replace('_', ' '):>{len(name) + 2}}" for name in columns))
     for row in rows:
         cells = (format(row[name], shape) if name in row else "" for name, shape in columns.items())

@@ -16,7 +16,7 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def random_llama(folder: Path, *, hidden: int, layers: int, vocabulary: int) -> Path:
+def random_llama(folder: Path, *, hidden: int, layers: int, vocabulary: int, dtype: str = "float32") -> Path:
     """A Llama of random weights and a tokenizer of as many words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -26,9 +26,9 @@ def random_llama(folder: Path, *, hidden: int, layers: int, vocabulary: int) -> 
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
         num_attention_heads=max(1, hidden // 64), max_position_embeddings=1024, bos_token_id=0, eos_token_id=1,
-        pad_token_id=1, dtype="float32",
+        pad_token_id=1, dtype=dtype,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     words = {"<s>": 0, "</s>": 1} | {f"w{number}": number for number in range(2, vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
