@@ -142,7 +142,7 @@ def kl_exact(logits: Tensor, ref_logits: Tensor, temperature: float) -> Tensor:
 def kl_of_distributions(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """``kl_exact`` from a and b, the log-probabilities of every token as ``log_distribution`` gives them."""
     p = logprobs.exp()
-    return _never_below_zero((p * gap_where_possible(logprobs, ref_logprobs) + (ref_logprobs.exp() - p)).sum(-1))
+    return never_below_zero((p * gap_where_possible(logprobs, ref_logprobs) + (ref_logprobs.exp() - p)).sum(-1))
 
 
 class ByToken(NamedTuple):
@@ -199,23 +199,22 @@ def compare(logprobs: Tensor, ref_logprobs: Tensor, *, by_token: bool = False) -
     parts = p * gap
     mean = parts.sum(-1, keepdim=True)
     parts += q - p
-    return Comparison(
-        kl=_never_below_zero(parts.sum(-1)),
-        entropy=_entropy(p, logprobs),
-        ref_entropy=_entropy(q, ref_logprobs),
-        log_ratio_variance=(p * (gap - mean).square_()).sum(-1),
-        by_token=ByToken(parts.sum(0), p.sum(0), q.sum(0)) if by_token else None,
-    )
+    sums = ByToken(parts.sum(0), p.sum(0), q.sum(0)) if by_token else None
+    kl = never_below_zero(parts.sum(-1))
+    # In place from here on: a fresh tensor of the vocabulary's size costs more than what is computed in it.
+    variance = gap.sub_(mean).square_().mul_(p).sum(-1)
+    return Comparison(kl, _entropy(p, logprobs), _entropy(q, ref_logprobs), variance, sums)
 
 
-def _never_below_zero(kl: Tensor) -> Tensor:
+def never_below_zero(kl: Tensor) -> Tensor:
     """What rounding leaves below 0 becomes 0, without touching the gradient; NaN and ∞ pass."""
     return kl - kl.detach().clamp(max=0.0)
 
 
 def _entropy(p: Tensor, logprobs: Tensor) -> Tensor:
-    """−Σ p log p, with 0 · log 0 = 0."""
-    return -(p * (logprobs if _all_possible(logprobs) else logprobs.masked_fill(logprobs == -torch.inf, 0.0))).sum(-1)
+    """−Σ p log p, with 0 · log 0 = 0; written over p."""
+    where = logprobs if _all_possible(logprobs) else logprobs.masked_fill(logprobs == -torch.inf, 0.0)
+    return -p.mul_(where).sum(-1)
 
 
 def gap_where_possible(a: Tensor, b: Tensor) -> Tensor:

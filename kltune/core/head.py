@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from kltune.core.divergence import gap_where_possible, kl_of_distributions
+from kltune.core.divergence import gap_where_possible, kl_of_distributions, never_below_zero
 from kltune.core.logprobs import log_distribution
 
 
@@ -62,12 +62,13 @@ def read_logprobs_and_kl(
     Arguments as in ``read_logprobs``; ref_logits: of the reference, [n, V], taken as constant.
     """
     a, b = log_distribution(logits, temperature), log_distribution(ref_logits, temperature)
-    value, kl = _chosen(a, tokens), kl_of_distributions(a, b)
+    value = _chosen(a, tokens)
     if not slopes:
-        return Reading(value, None), Reading(kl, None)
-    gap = gap_where_possible(a, b).sub_(kl[:, None])
+        return Reading(value, None), Reading(kl_of_distributions(a, b), None)
+    gap = gap_where_possible(a, b)
     p = a.exp_()
-    kl_slope = gap.mul_(p).div_(temperature)
+    kl = never_below_zero(b.exp_().sub_(p).add_(p * gap).sum(-1))
+    kl_slope = gap.sub_(kl[:, None]).mul_(p).div_(temperature)
     return Reading(value, _logprob_slope(p, tokens, temperature)), Reading(kl, kl_slope)
 
 

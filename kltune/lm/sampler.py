@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kltune.core.filtering import Cut, renormalized
+from kltune.core.logprobs import log_distribution
 from kltune.errors import DivergedError
 from kltune.lm.batches import Samples, pad_right, response_scatter
 from kltune.lm.data import Prompt
@@ -115,7 +116,7 @@ def _draw(logits: Tensor, uniforms: Tensor, temperature: float, cut: Cut | None)
 
 
 def _draw_part(logits: Tensor, uniforms: Tensor, temperature: float, cut: Cut | None) -> tuple[Tensor, Tensor]:
-    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    logprobs = log_distribution(logits, temperature)
     if cut is not None:
         logprobs = renormalized(logprobs, cut.kept(logprobs))
     # float64: a float32 sum over 100,000 tokens is off by more than a rare token's probability. MPS has none.

@@ -339,7 +339,7 @@ def test_chunks_and_recomputation_change_no_number_and_no_gradient(open_policy, 
         return torch.stack([logprobs, ref_kl]).detach(), found
 
     numbers, whole = gradients()
-    monkeypatch.setattr(network_module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(network_module, "CHUNK_BYTES", {"cpu": 1})
     assert int(scored.sum()) > 2 * policy.network.chunk_rows == 128  # several chunks, the last one not full
     chunked_numbers, chunked = gradients()
     assert (numbers - chunked_numbers).abs().max() < 1e-6
