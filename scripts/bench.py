@@ -4,10 +4,10 @@
     python scripts/bench.py ppo trpo dpo --model MODEL [--responses 128] [--prompt-tokens 12] [--set ppo.epochs=4]...
 
 ``sample`` draws responses of full length, then ragged ones, which end at tokens chosen for a mean length of a quarter
-of the limit: what a token costs there, against full length; on a GPU, also without the captured graph. ``score``
-teacher-forces responses through policy and reference for log-probabilities and exact KL; ``eval-kl`` samples them
-first. ``ppo``, ``trpo`` and ``dpo`` are whole steps of a run with the recipe's defaults, as the run times them; two
-responses make a pair of ``dpo``, whose KL is not held here.
+of the limit: what a token costs there, against full length, the pass over the prompts left out; on a GPU, also without
+the captured graph. ``score`` teacher-forces responses through policy and reference for log-probabilities and exact KL;
+``eval-kl`` samples them first. ``ppo``, ``trpo`` and ``dpo`` are whole steps of a run with the recipe's defaults, as
+the run times them; two responses make a pair of ``dpo``, whose KL is not held here.
 
 The floor under each is the model's own matrix products over as many positions, one after the other with nothing between
 them, timed in the same process: one pass for each token decoded, one for policy and reference each to score a response,
@@ -74,7 +74,7 @@ def sample_row(model: str, responses: int, new_tokens: int, repeat: int, prompt_
     captures = policy.network.captures
     if captures:
         ends["uncaptured"] = (-1,)
-    seconds, tokens = {kind: [] for kind in (*ends, "floor")}, {}
+    seconds, tokens = {kind: [] for kind in (*ends, "prompts", "floor")}, {}
     held = memory_mb("VmRSS")
     reset_peak()
     for _ in range(repeat):
@@ -83,15 +83,18 @@ def sample_row(model: str, responses: int, new_tokens: int, repeat: int, prompt_
             began = time.perf_counter()
             tokens[kind] = int(sample(policy, prompts, uniforms, temperature=1.0).lengths.sum())
             seconds[kind].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        sample(policy, prompts, uniforms[:, :1], temperature=1.0)
+        seconds["prompts"].append(time.perf_counter() - began)
         seconds["floor"].append(decoding_floor(policy, responses, new_tokens))
     median = {kind: statistics.median(found) for kind, found in seconds.items()}
+    full, ragged = ((median[kind] - median["prompts"]) / tokens[kind] for kind in ("full", "ragged"))
     row = {
         "work": "sample", "model": Path(model).name, "vocabulary": policy.network.vocabulary, "responses": responses,
         "tokens": tokens["full"], "seconds": median["full"], "range": [min(seconds["full"]), max(seconds["full"])],
         "responses_per_second": responses / median["full"], "tokens_per_second": tokens["full"] / median["full"],
         "share_of_floor": median["floor"] / median["full"], "ragged_seconds": median["ragged"],
-        "ragged_tokens": tokens["ragged"],
-        "ragged_token_cost": median["ragged"] / tokens["ragged"] / (median["full"] / tokens["full"]),
+        "ragged_tokens": tokens["ragged"], "prompts_seconds": median["prompts"], "ragged_token_cost": ragged / full,
         "peak_mb_above_model": memory_mb("VmHWM") - held,
     }
     return row | ({"uncaptured_seconds": median["uncaptured"]} if captures else {})
