@@ -178,6 +178,8 @@ class Comparison(NamedTuple):
 def compare(logprobs: Tensor, ref_logprobs: Tensor, *, by_token: bool = False) -> Comparison:
     """All that is measured of two next-token distributions, with every pass over the vocabulary made once.
 
+    It works in place on what it makes, so no gradient flows.
+
         D = Σ_v e^a (a − b),    H = −Σ_v e^a a,    V = Σ_v e^a (a − b − D)²
 
     V, summed along responses, is the variance of k1 − exact that honest sampling implies, rare tokens included that a

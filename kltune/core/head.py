@@ -67,6 +67,7 @@ def read_logprobs_and_kl(
         return Reading(value, None), Reading(kl_of_distributions(a, b), None)
     gap = gap_where_possible(a, b)
     p = a.exp_()
+    # ``kl_of_distributions`` again, in tensors that are there already: half of its passes and no fresh memory.
     kl = never_below_zero(b.exp_().sub_(p).add_(p * gap).sum(-1))
     kl_slope = gap.sub_(kl[:, None]).mul_(p).div_(temperature)
     return Reading(value, _logprob_slope(p, tokens, temperature)), Reading(kl, kl_slope)

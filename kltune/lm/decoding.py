@@ -1,9 +1,10 @@
 """One more token for many responses, without what a model's own forward pass does around each layer's arithmetic.
 
 A decoding step of a small model, or of few rows, is bookkeeping: masks made anew, wrappers, arguments handed through.
-For models built like Llama the step here does the same arithmetic in the same order, to the last bit, in half of the
-time at one row of a 260,000-parameter model; that part is paid per step and not per row, so it is what a batch costs
-whose responses have mostly ended. Whether it fits a model is tried (``can_decode``), and others take their own way.
+For models built like Llama the step here does the same arithmetic in the same order, in float32 on a CPU to the last
+bit, and one row of a 260,000-parameter model takes 1.25 ms instead of 2.0. That part is paid per step and not per row,
+so it is what a batch costs whose responses have mostly ended. Whether it fits a model is tried (``can_decode``), and
+others take their own way.
 """
 
 from collections.abc import Callable

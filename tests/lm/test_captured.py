@@ -6,7 +6,7 @@ import torch
 from kltune.lm.captured import CapturedDecoder, FixedLayer, can_capture, captured_agrees
 from kltune.lm.network import Network
 from tests.lm.test_decoding import DECODED, NOT_DECODED, network_of
-from tests.lm.test_sampler import LIMIT, PROMPTS, UNIFORMS, draw, ending_policy, many_ends, tokens_of  # noqa: F401
+from tests.lm.test_sampler import LIMIT, UNIFORMS, draw, tokens_of
 
 DEVICES = [
     "cpu",
@@ -44,7 +44,7 @@ def test_a_model_that_does_not_decode_the_short_way_is_not_captured():
     assert not network_of(NOT_DECODED["granite"]).captures
 
 
-def test_a_policy_draws_the_same_responses_and_drops_rows_at_half(ending_policy, monkeypatch):  # noqa: F811
+def test_a_policy_draws_the_same_responses_and_drops_rows_at_half(ending_policy, monkeypatch):
     wanted = tokens_of(draw(ending_policy))
     lengths = sorted({len(row) for row in wanted})
     assert len(lengths) > 3
