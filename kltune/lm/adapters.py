@@ -6,7 +6,7 @@ reference, bit for bit.
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
 # These put virtual tokens in front of a prompt; there is no layer to switch off.
 PROMPT_LEARNING = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
 
+SwitchState = list[tuple[bool, list[str]]]  # by layer: whether adapters are off, and which is on otherwise
+
 
 class AdapterSwitch:
     """Turns adapters on and off by flag on a list of layers found once.
@@ -40,22 +42,27 @@ class AdapterSwitch:
         speed_up(model)
         self.layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
-    def _set(self, name: str | None) -> None:
-        for layer in self.layers:
-            layer._disable_adapters = name is None
-            if name is not None:
-                layer._active_adapter = [name]
+    def state(self) -> SwitchState:
+        """Which adapters are on in each layer, for ``as_in``."""
+        return [(layer._disable_adapters, layer._active_adapter) for layer in self.layers]
 
     @contextmanager
-    def active(self, name: str | None) -> Iterator[None]:
-        """Within: only adapter ``name`` is on, or none. After, exceptions included: as before."""
-        before = [(layer._disable_adapters, layer._active_adapter) for layer in self.layers]
-        self._set(name)
+    def as_in(self, state: SwitchState) -> Iterator[None]:
+        """Within: adapters are on as they were in a state. After, exceptions included: as before."""
+        before = self.state()
+        self._set(state)
         try:
             yield
         finally:
-            for layer, (disabled, adapter) in zip(self.layers, before, strict=True):
-                layer._disable_adapters, layer._active_adapter = disabled, adapter
+            self._set(before)
+
+    def active(self, name: str | None) -> AbstractContextManager[None]:
+        """Within: only adapter ``name`` is on, or none. After, exceptions included: as before."""
+        return self.as_in([(name is None, layer._active_adapter if name is None else [name]) for layer in self.layers])
+
+    def _set(self, state: SwitchState) -> None:
+        for layer, (disabled, adapter) in zip(self.layers, state, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, adapter
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The tensors of one adapter, keyed by layer number and role; objects, not a search through names.

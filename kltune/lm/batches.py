@@ -11,7 +11,7 @@ the first end token and nothing after it and is built from lengths, never from `
 log-probability of response token t under the distribution it was sampled from: same temperature, nothing cut off.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -28,6 +28,32 @@ def response_scatter(flat: Tensor, response_mask: Tensor) -> Tensor:
     """Lay N per-token numbers (or vectors) out as [B, T], 0 outside the mask; row by row, as ``scored`` selects."""
     laid_out = torch.zeros(*response_mask.shape, *flat.shape[1:], dtype=flat.dtype, device=flat.device)
     return laid_out.masked_scatter(response_mask.view(*response_mask.shape, *[1] * (flat.dim() - 1)), flat)
+
+
+def micro_batches(lengths: Sequence[int], most: Callable[[int], int], cost: int) -> list[list[int]]:
+    """Cut a batch into parts of similar lengths, so that padding and the number of parts cost least together.
+
+    Args:
+        lengths: tokens of each row.
+        most: how many rows of a length may be in one part; a part holds at least one.
+        cost: of a part, in tokens.
+
+    Returns:
+        Places in ``lengths``, for each part; the longest first, so that what does not fit in memory fails at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    cheapest, ends = [0] * (len(order) + 1), [0] * len(order)   # from a place in the order on; where its part ends
+    for start in reversed(range(len(order))):
+        width = lengths[order[start]]
+        last = min(len(order), start + max(1, most(width)))
+        costs = {end: cost + (end - start) * width + cheapest[end] for end in range(start + 1, last + 1)}
+        ends[start] = min(costs, key=costs.get)
+        cheapest[start] = costs[ends[start]]
+    parts, start = [], 0
+    while start < len(order):
+        parts.append(order[start : ends[start]])
+        start = ends[start]
+    return parts
 
 
 @dataclass(frozen=True)
@@ -77,6 +103,16 @@ class Rollout(Samples):
     log_ratio_variance: Tensor | None
     values: Tensor | None = None
     value_states: Tensor | None = None
+
+    @property
+    def widths(self) -> list[int]:
+        """Tokens of each row, prompt and response; of rows that answer one prompt, of the longest of them."""
+        owner = self.prompt_index.tolist()
+        own = (self.scored.shape[1] - self.scored.flip(1).int().argmax(dim=1)).tolist()
+        longest = dict.fromkeys(owner, 0)
+        for prompt, width in zip(owner, own, strict=True):
+            longest[prompt] = max(width, longest[prompt])
+        return [longest[prompt] for prompt in owner]
 
     def select(self, rows: Tensor) -> "Rollout":
         """The rollout of some rows only, cut to the longest sequence among them."""

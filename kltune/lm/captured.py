@@ -60,7 +60,8 @@ class CapturedDecoder:
         self._next = mask.sum(dim=1, keepdim=True)
         self._mask = torch.cat([mask, mask.new_zeros(rows, total - width)], dim=1)
         self._ids = mask.new_zeros(rows, 1)
-        cache.layers = [FixedLayer(layer, total, self._place) for layer in cache.layers]
+        for index, layer in enumerate(cache.layers):  # one by one: two copies of all of them may not fit
+            cache.layers[index] = FixedLayer(layer, total, self._place)
         self._record()
 
     def feed(self, ids: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ transformers' DynamicCache concatenates at every token, which reads and writes t
 memory; for 128 responses of a six-layer model that took a quarter of all sampling.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -48,6 +50,27 @@ def give_room(cache: Cache) -> None:
     cache.layers = [
         RoomyLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer for layer in cache.layers
     ]
+
+
+def is_plain(cache: Cache) -> bool:
+    """Whether all of it is keys and values of all tokens: no windows, no states."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def bytes_held(cache: Cache) -> int:
+    """The memory of its keys and values."""
+    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def joined(caches: Sequence[Cache]) -> Cache:
+    """The rows of plain caches of as many tokens, in the first of them."""
+    first = caches[0]
+    if len(caches) > 1:
+        for index, layer in enumerate(first.layers):
+            layer.keys = torch.cat([cache.layers[index].keys for cache in caches])
+            layer.values = torch.cat([cache.layers[index].values for cache in caches])
+    return first
 
 
 def _with_room(held: Tensor, total: int) -> Tensor:

@@ -5,16 +5,23 @@ are just head(trunk), with no scaling or soft cap behind it) is found out by try
 take the place of the hidden states, and everything else works the same with less of it at once.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
+from transformers.utils import ModelOutput
 
 from kltune.core.head import Reader, through_head
+from kltune.lm.batches import micro_batches
 from kltune.lm.captured import CapturedDecoder, can_capture
+from kltune.lm.checkpointing import CheckpointedLayers
 from kltune.lm.decoding import Decoder, can_decode, one_more
+from kltune.lm.kv_cache import bytes_held, is_plain, joined
+from kltune.lm.memory import TrainingRoom, cached_rows, training_room
 from kltune.lm.merging import MergedTrunk
 from kltune.lm.shared_prefix import can_share, shared_prefixes, states_before
 
@@ -23,6 +30,10 @@ from kltune.lm.shared_prefix import can_share, shared_prefixes, states_before
 CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
 PASS_BYTES = 64 * 2**20  # of logits in one pass of a model that cannot be cut, prompts and all
 TOKENS_PER_PASS = 16_384  # tokens through the trunk at once when nothing is trained
+TRAINED_SHARE = 4  # of these, a fraction is trained on at once: more take memory and are no faster
+ROWS_PER_PASS = 512  # responses sampled side by side: more are no faster
+# What a pass over a batch costs whatever is in it, in tokens: batches of unequal rows are cut where padding costs more.
+PASS_COSTS = {"cpu": 256, "cuda": 2048}
 
 
 class Network:
@@ -31,6 +42,7 @@ class Network:
     def __init__(self, causal: nn.Module):
         self.causal = causal
         self._home: dict[int, Tensor] = {}
+        self._recomputes = True     # layers, where a backward pass would not fit otherwise
         self.refresh()
         self.vocabulary = self.causal.config.get_text_config().vocab_size
         probe = torch.tensor([[0, 1, 0]], device=next(causal.parameters()).device)
@@ -44,12 +56,16 @@ class Network:
         self.shares_prefixes = self.split and can_share(causal, self._trunk, self.trunk)
         self.decodes = self.split and can_decode(causal, self._trunk)
         self.captures = self.decodes and can_capture(self.step, probe.device)
+        _, cache = self.step(probe, torch.ones_like(probe), torch.arange(3, device=probe.device)[None], None)
+        self._bytes_cached, self._joins_caches = bytes_held(cache) / probe.numel(), is_plain(cache)
 
     def refresh(self) -> None:
         """Find trunk and head again, after an adapter may have wrapped them."""
         self._trunk = self.causal.base_model
         self.head = self.causal.get_output_embeddings()
         self.merged = MergedTrunk(self._trunk)
+        self._layers = CheckpointedLayers(self._trunk)
+        self._room: TrainingRoom | None = None
 
     def move_head(self, device: torch.device) -> None:
         """Put the head (and embeddings that are tied to it) on a device."""
@@ -66,19 +82,22 @@ class Network:
 
     def trunk(self, ids: Tensor) -> Tensor:
         """Last hidden states. [B, S] -> [B, S, H]. No mask: rows are right-padded and the model is causal."""
-        output = self._trunk(input_ids=ids, use_cache=False)
-        return output.last_hidden_state
+        return self._whole(self._trunk, ids).last_hidden_state
 
     def hidden(self, ids: Tensor) -> Tensor:
         """What ``logits`` takes: hidden states, or the logits themselves where the model cannot be cut."""
-        return self.trunk(ids) if self.split else self.causal(input_ids=ids, use_cache=False).logits
+        return self.trunk(ids) if self.split else self._whole(self.causal, ids).logits
+
+    def _whole(self, model: nn.Module, ids: Tensor) -> ModelOutput:
+        with self._layers.active() if self._too_large(ids) else nullcontext():
+            return model(input_ids=ids, use_cache=False)
 
     def before(self, ids: Tensor, scored: Tensor) -> Tensor:
         """What ``logits`` takes, where it predicts the scored tokens: position i − 1 for token i. [B, S] ×2 -> [N, H].
 
         Prompts that neighbouring rows share are read once where that pays (``shared_prefix.py``).
         """
-        rows = shared_prefixes(ids, scored) if self.shares_prefixes else None
+        rows = shared_prefixes(ids, scored) if self.shares_prefixes and not self._too_large(ids) else None
         return self.hidden(ids)[:, :-1][scored[:, 1:]] if rows is None else states_before(self._trunk, rows)
 
     def trunk_before(self, ids: Tensor, scored: Tensor) -> Tensor:
@@ -138,15 +157,78 @@ class Network:
         output = self.causal(**inputs)
         return output.logits[:, -1], output.past_key_values
 
+    def read_prompts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Cache]:
+        """Feed left-padded prompts, as many at once as go through the trunk: logits after the last [B, V], and cache.
+
+        Args:
+            ids: [B, S] int64.
+            mask: 0 on their padding. [B, S].
+        """
+        rows = max(1, self.tokens_per_pass // ids.shape[1]) if self._joins_caches else len(ids)
+        parts = zip(ids.split(rows), mask.split(rows), strict=True)
+        logits, caches = zip(
+            *(self.step(some, seen, (seen.cumsum(1) - 1).clamp(min=0), None) for some, seen in parts), strict=True
+        )
+        return torch.cat(logits), joined(caches)
+
     def decoder(self, cache: Cache, mask: Tensor, limit: int) -> Decoder | CapturedDecoder:
         """What feeds the rows of a cache one token at a time. See ``Decoder``."""
         return (CapturedDecoder if self.captures else Decoder)(self.step, cache, mask, limit)
 
+    def micro_batches(self, lengths: Sequence[int], sequences: int | None, *, group: int = 1) -> list[list[int]]:
+        """Cut a batch into parts that are trained on one after the other, so that little of them is padding.
+
+        Args:
+            lengths: tokens of each row, or of the longest row of each group.
+            sequences: how many go into a part at most; None: what memory holds, and no more than is any use.
+            group: rows that stay together.
+
+        Returns:
+            Places in ``lengths``, for each part.
+        """
+        tokens = self.tokens_per_pass // TRAINED_SHARE
+
+        def most(length: int) -> int:
+            if sequences is None:
+                return min(self.trained_rows(length), tokens // length) // group
+            return sequences // group
+
+        return micro_batches(lengths, most, self._for_device(PASS_COSTS) // group)
+
+    def trained_rows(self, length: int) -> int:
+        """How many sequences of a length fit in memory with all that their backward pass needs."""
+        if self._room is None:
+            self._room = training_room(self.causal, self._trunk if self.split else self.causal)
+        return sys.maxsize if self._room is None else self._room.rows(length)
+
+    @contextmanager
+    def whole_graphs(self) -> Iterator[None]:
+        """Within: no layer is computed twice. A graph that is differentiated twice would keep all of it anyway."""
+        self._recomputes = False
+        try:
+            yield
+        finally:
+            self._recomputes = True
+
+    def _too_large(self, ids: Tensor) -> bool:
+        return self._recomputes and torch.is_grad_enabled() and len(ids) > self.trained_rows(ids.shape[1])
+
+    def sampled_rows(self, tokens: int) -> int:
+        """How many responses may be sampled side by side, by the memory that keys and values of their tokens take.
+
+        Args:
+            tokens: of a prompt and the longest response to it.
+        """
+        fit = cached_rows(self.causal, self._bytes_cached, tokens)
+        return max(1, min(ROWS_PER_PASS, fit))
+
     @property
     def chunk_rows(self) -> int:
         """Positions whose float32 logits may exist at once."""
-        kind = next(self.causal.parameters()).device.type
-        return max(64, CHUNK_BYTES.get(kind, CHUNK_BYTES["cpu"]) // (4 * self.vocabulary))
+        return max(64, self._for_device(CHUNK_BYTES) // (4 * self.vocabulary))
+
+    def _for_device(self, table: dict[str, int]) -> int:
+        return table.get(next(self.causal.parameters()).device.type, table["cpu"])
 
     @property
     def tokens_per_pass(self) -> int:

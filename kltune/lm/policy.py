@@ -25,6 +25,7 @@ from kltune.lm.adapters import (
     load_compatible,
     wrap,
 )
+from kltune.lm.batches import Rollout
 from kltune.lm.heads import ScalarHead
 from kltune.lm.loading import Fingerprint, end_token_ids, weights_sha256
 from kltune.lm.measures import TokenMeasures, VocabularySums, measure_sampled, measure_tokens
@@ -328,6 +329,11 @@ class Policy:
         for part, marks in zip(ids.split(rows), scored.split(rows), strict=True):
             width = int(marks.nonzero()[:, 1].max()) + 1
             yield part[:, :width], marks[:, :width]
+
+    def micro_batches(self, rollout: Rollout, sequences: int | None) -> list[Tensor]:
+        """Rows of a rollout in the parts they are trained on: see ``Network.micro_batches``."""
+        parts = self.network.micro_batches(rollout.widths, sequences)
+        return [torch.tensor(rows, device=self.device) for rows in parts]
 
     def ref_logits(self, ref_hidden: Tensor) -> Tensor:
         """Logits of the reference from its hidden states. [N, H] -> [N, V]; no gradient."""

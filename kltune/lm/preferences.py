@@ -97,17 +97,10 @@ class Preferences:
         }
         return json.dumps(found)
 
-    def parts(self, sequences: int | None, tokens: int) -> list[list[int]]:
-        """The groups in micro-batches, longest last: of so many sequences, or else of about so many tokens."""
-        order = sorted(range(len(self)), key=self._length)
-        parts: list[list[int]] = [[]]
-        for at in order:
-            count = self.group * (len(parts[-1]) + 1)
-            full = count > sequences if sequences is not None else count * self._length(at) > tokens
-            if parts[-1] and full:
-                parts.append([])
-            parts[-1].append(at)
-        return parts
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of the longest sequence of each group."""
+        return [self._length(at) for at in range(len(self))]
 
     def _length(self, at: int) -> int:
         return max(len(example.ids) for example in self.examples[self.group * at : self.group * (at + 1)])

@@ -22,8 +22,7 @@ from kltune.lm.batches import Samples, pad_right, response_scatter
 from kltune.lm.data import Prompt
 from kltune.lm.policy import Policy
 
-ROWS_PER_PASS = 512  # responses sampled side by side; the cache is what takes the memory
-DRAW_BYTES = 2**20   # of float32 logits that are turned into tokens at once
+DRAW_BYTES = 2**20  # of float32 logits that are turned into tokens at once
 
 
 def uniform_numbers(rng: np.random.Generator, responses: int, max_new_tokens: int) -> Tensor:
@@ -51,7 +50,8 @@ def sample(
     per_prompt, rest = divmod(len(uniforms), len(prompts))
     if rest or per_prompt == 0:
         raise ValueError(f"{len(uniforms)} rows of random numbers do not divide among {len(prompts)} prompts.")
-    step = max(1, ROWS_PER_PASS // per_prompt)
+    longest = max(len(prompt.ids) for prompt in prompts) + uniforms.shape[1]
+    step = max(1, policy.network.sampled_rows(longest) // per_prompt)
     tokens, logprobs = [], []
     with policy.network.merged.active():
         for start in range(0, len(prompts), step):
@@ -70,7 +70,7 @@ def _decode(
     device, limit = policy.device, uniforms.shape[1]
     ends = torch.tensor(policy.end_ids, device=device)
     ids, mask = (tensor.to(device) for tensor in _left_padded(prompts, policy.tokenizer.pad_token_id))
-    logits, cache = policy.network.step(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), None)
+    logits, cache = policy.network.read_prompts(ids, mask)
     if per_prompt > 1:  # each prompt went through the model once; its cache serves all its responses
         cache.batch_repeat_interleave(per_prompt)
         logits, mask = (tensor.repeat_interleave(per_prompt, dim=0) for tensor in (logits, mask))

@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -240,14 +239,14 @@ class Learner:
             clip_range: how far a value may gain from moving, unit of score; ∞ for no limit.
             coef: factor of the loss.
             max_grad_norm: a larger gradient is scaled down to this norm.
-            micro_batch: rows in memory at once; None for all.
+            micro_batch: rows in memory at once; None: as many as fit.
 
         Returns:
             (loss, unit of score squared; norm of the gradient before clipping).
         """
-        rows, tokens = len(part.advantages), int(part.rollout.response_mask.sum())
+        tokens = int(part.rollout.response_mask.sum())
         total = 0.0
-        for micro in torch.arange(rows, device=self.policy.device).split(micro_batch or rows):
+        for micro in self.policy.micro_batches(part.rollout, micro_batch):
             piece = part.select(micro)
             old, mask = piece.rollout, piece.rollout.response_mask
             states = old.value_states

@@ -75,7 +75,6 @@ from kltune.run.training import (
 LABELLED = ("kto", "bco")  # losses of responses judged one by one
 MEMORY = 0.9  # share of a running mean that a step leaves
 BALANCE_SHARE = {"file": 0.4, "online": 1.0}  # of the price that balances the gradients of pairs and KL
-TRAINED_SHARE = 4  # of the tokens that fit through the trunk without gradients, this fraction is trained on at once
 
 
 def run_dpo(recipe: DPORecipe, resume: bool) -> dict[str, Any]:
@@ -242,7 +241,7 @@ def add_loss_gradient(
     held = part if held is None else held
     point = reference_point(recipe.dpo, learner, part)
     values, nats = [], torch.empty(len(part.examples), dtype=torch.float64)
-    for groups in part.parts(recipe.optim.micro_batch_size, policy.network.tokens_per_pass // TRAINED_SHARE):
+    for groups in policy.network.micro_batches(part.lengths, recipe.optim.micro_batch_size, group=part.group):
         micro = held.select(groups)
         logprobs, lengths = response_logprobs(policy, micro)
         ratio = logprobs - micro.ref_logprobs
@@ -264,7 +263,7 @@ def add_loss_gradient(
 def add_kl_gradient(recipe: DPORecipe, policy: Policy, rollout: Rollout) -> None:
     """Add the gradient of KL(policy ‖ reference), nats per response, on fresh responses."""
     rows = len(rollout.response_mask)
-    for micro in torch.arange(rows, device=policy.device).split(recipe.optim.micro_batch_size or rows):
+    for micro in policy.micro_batches(rollout, recipe.optim.micro_batch_size):
         some = rollout.select(micro)
         logprobs, exact = (
             response_scatter(found, some.response_mask)

@@ -10,7 +10,6 @@ section 2.2 (KL in the reward, and a target for it).
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kltune.core.divergence import kl_k3
@@ -122,7 +121,7 @@ def policy_step(recipe: PPORecipe, learner: Learner, part: Experience, *, first:
     policy, rows = learner.policy, part.rollout.response_mask.shape[0]
     tokens = int(part.rollout.response_mask.sum())
     sums = dict.fromkeys(("ppo/policy_loss", "ppo/clip_fraction", "kl/step_nats_per_response"), 0.0)
-    for micro in torch.arange(rows, device=policy.device).split(recipe.optim.micro_batch_size or rows):
+    for micro in policy.micro_batches(part.rollout, recipe.optim.micro_batch_size):
         piece = part.select(micro)
         old, mask = piece.rollout, piece.rollout.response_mask
         logprobs, kl_loss = current_logprobs(recipe, policy, piece)

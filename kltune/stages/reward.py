@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from kltune.core.bradley_terry import bradley_terry_loss, centring_penalty, label_loss
 from kltune.core.calibration import win_share
 from kltune.errors import Interrupted, RecipeError
-from kltune.lm.comparisons import Comparison, hold_out, load_comparisons, reads_text, sequences
+from kltune.lm.comparisons import Comparison, answers, hold_out, load_comparisons, reads_text, sequences
 from kltune.lm.data import described, row_rules, shuffled_positions
 from kltune.lm.optim import (
     guarded_step,
@@ -151,12 +151,13 @@ def learn(
     recipe: RewardRecipe, model: RewardModel, optimizer: Optimizer, batch: Sequence[Comparison]
 ) -> dict[str, float | None]:
     """One step on a batch, in micro-batches whose gradients add up to that of the mean over its rows."""
-    size = recipe.optim.micro_batch_size or len(batch)
-    batch = sorted(batch, key=lambda row: max(map(len, sequences([row]))))      # micro-batches with little padding
+    lengths = [max(map(len, sequences([row]))) for row in batch]
+    group = len(answers(batch[0]))
+    parts = model.policy.network.micro_batches(lengths, recipe.optim.micro_batch_size, group=group)
     losses, scores = [], []
     with model.policy.dropout() if recipe.lora.dropout > 0.0 else nullcontext():
-        for start in range(0, len(batch), size):
-            part = batch[start : start + size]
+        for places in parts:
+            part = [batch[place] for place in places]
             found = model.scores(*model.batch(sequences(part)))
             loss, penalty = objective(recipe, part, found)
             ((loss.sum() + penalty.sum()) / len(batch)).backward()
@@ -169,7 +170,7 @@ def learn(
         gaps = whole[0] - whole[1]
         metrics |= {"accuracy/mean": win_share(gaps), "reward/gap": gaps.mean().item()}
     else:
-        wanted = torch.tensor([row.wanted for row in batch], device=whole.device)
+        wanted = torch.tensor([batch[place].wanted for places in parts for place in places], device=whole.device)
         metrics["accuracy/mean"] = win_share(torch.where(wanted, whole[0], -whole[0]))
     return metrics | {"reward/grad_norm": norm}
 

@@ -123,11 +123,11 @@ def take_step(job: Job, policy: Policy, optimizer: Optimizer, step: int, watch: 
 def imitate(recipe: SFTRecipe, policy: Policy, optimizer: Optimizer, batch: list[Example]) -> dict[str, float | None]:
     """One step on a batch, in micro-batches whose gradients add up to that of the mean over all its scored tokens."""
     tokens = sum(sum(example.scored) for example in batch)
-    size = recipe.optim.micro_batch_size or len(batch)
+    parts = policy.network.micro_batches([len(row.ids) for row in batch], recipe.optim.micro_batch_size)
     loss = 0.0
     with policy.dropout() if recipe.lora is not None and recipe.lora.dropout > 0.0 else nullcontext():
-        for start in range(0, len(batch), size):
-            ids, scored = example_batch(batch[start : start + size], policy)
+        for places in parts:
+            ids, scored = example_batch([batch[place] for place in places], policy)
             part = -policy.logprobs(ids, scored).sum() / tokens
             part.backward()
             loss += part.item()

@@ -202,7 +202,7 @@ def policy_gradient(recipe: TRPORecipe, policy: Policy, experience: Experience) 
     parameters = list(policy.trainable_parameters().values())
     rows = len(experience.advantages)
     total = torch.zeros(sum(tensor.numel() for tensor in parameters), device=policy.device)
-    for micro in torch.arange(rows, device=policy.device).split(recipe.optim.micro_batch_size or rows):
+    for micro in policy.micro_batches(experience.rollout, recipe.optim.micro_batch_size):
         piece = experience.select(micro)
         batch, mask = piece.rollout, piece.rollout.response_mask
         logprobs = response_scatter(policy.logprobs(batch.ids, batch.scored, recipe.sampling.temperature), mask)

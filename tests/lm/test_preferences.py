@@ -116,14 +116,8 @@ def test_selecting_keeps_the_sides_of_a_pair_together(pairs):
     assert some.wanted.tolist() == [True, False, True, False]
 
 
-@pytest.mark.parametrize(
-    ("sequences", "tokens", "expected"),
-    [(None, 10**6, [[1, 2, 0]]), (2, 1, [[1], [2], [0]]), (1, 1, [[1], [2], [0]]), (5, 1, [[1, 2], [0]]),
-     (None, 24, [[1, 2], [0]]), (None, 1, [[1], [2], [0]])],
-)
-def test_micro_batches_hold_so_many_sequences_or_tokens(pairs, sequences, tokens, expected):
-    # the longer side of each pair has 11, 4 and 6 tokens
-    assert pairs.parts(sequences, tokens) == expected
+def test_the_length_of_a_pair_is_that_of_its_longer_side(pairs):
+    assert pairs.lengths == [11, 4, 6]
 
 
 def test_held_out_pairs_by_hand(trained_policy, pairs):

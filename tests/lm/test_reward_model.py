@@ -337,7 +337,7 @@ def test_an_adapter_that_would_be_on_beside_the_policy_is_caught(open_policy, sa
 
     def left_on(self: Policy, name: str, config) -> None:
         add_beside(self, name, config)
-        self._switch._set(name)
+        self._switch._set([(False, [name]) for _ in self._switch.layers])
 
     monkeypatch.setattr(Policy, "add_beside", left_on)
     with pytest.raises(ModelError, match="it changes the policy"):

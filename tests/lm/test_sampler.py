@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from kltune.errors import DivergedError
-from kltune.lm import sampler
+from kltune.lm import network, sampler
 from kltune.lm.batches import Samples
 from kltune.lm.data import Prompt
 from kltune.lm.decoding import Decoder
@@ -149,7 +149,7 @@ def test_the_split_into_passes_and_the_dropping_of_finished_rows_change_nothing(
     ending_policy, monkeypatch, rows, compact_below
 ):
     whole = draw(ending_policy)
-    monkeypatch.setattr(sampler, "ROWS_PER_PASS", rows)
+    monkeypatch.setattr(network, "ROWS_PER_PASS", rows)
     monkeypatch.setattr(Decoder, "compact_below", compact_below)
     again = draw(ending_policy)
     assert tokens_of(again) == tokens_of(whole)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kltune.lm import measurement, rollout, sampler
+from kltune.lm import measurement, network, rollout, sampler
 from kltune.lm.data import Prompt, load_prompts
 from kltune.lm.measurement import Draw, measure_kl
 from kltune.lm.network import Network
@@ -279,7 +279,7 @@ def test_how_the_work_is_divided_changes_nothing(policy, run_folder, monkeypatch
     draw, options = Draw.of(prompts, 40), {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
     whole = measure_kl(policy, draw, **options)
     monkeypatch.setattr(measurement, "RESPONSES_PER_PASS", 12)
-    monkeypatch.setattr(sampler, "ROWS_PER_PASS", 8)
+    monkeypatch.setattr(network, "ROWS_PER_PASS", 8)
     monkeypatch.setattr(Network, "tokens_per_pass", 30)
     monkeypatch.setattr(Network, "chunk_rows", 7)
     parts = measure_kl(policy, draw, **options)
