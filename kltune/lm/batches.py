@@ -11,7 +11,7 @@ the first end token and nothing after it and is built from lengths, never from `
 log-probability of response token t under the distribution it was sampled from: same temperature, nothing cut off.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -54,6 +54,33 @@ def micro_batches(lengths: Sequence[int], most: Callable[[int], int], cost: int)
         parts.append(order[start : ends[start]])
         start = ends[start]
     return parts
+
+
+class Parts:
+    """A batch in parts of similar lengths, each trimmed to its longest row: iterates over (ids, scored)."""
+
+    def __init__(self, ids: Tensor, scored: Tensor, rows: Sequence[Sequence[int]]):
+        """Take a batch, [B, S] each, and the rows of each part."""
+        self._scored = scored
+        self._rows = [torch.tensor(part, device=ids.device) for part in rows]
+        self._parts = [(ids[part], scored[part]) for part in self._rows]
+        self._parts = [(some[:, :end], marks[:, :end]) for some, marks in self._parts for end in [_width(marks)]]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def in_order(self, found: Tensor) -> Tensor:
+        """Numbers (or vectors) of the scored tokens, one part after the other -> row by row of the batch. [N, ...]."""
+        number = self._scored.flatten().cumsum(0).view_as(self._scored) - 1  # of each scored token in the batch
+        places = torch.cat([number[part][self._scored[part]] for part in self._rows])
+        return torch.empty_like(found).index_copy_(0, places, found)
+
+
+def _width(scored: Tensor) -> int:
+    return int(scored.nonzero()[:, 1].max()) + 1
 
 
 @dataclass(frozen=True)
@@ -104,19 +131,9 @@ class Rollout(Samples):
     values: Tensor | None = None
     value_states: Tensor | None = None
 
-    @property
-    def widths(self) -> list[int]:
-        """Tokens of each row, prompt and response; of rows that answer one prompt, of the longest of them."""
-        owner = self.prompt_index.tolist()
-        own = (self.scored.shape[1] - self.scored.flip(1).int().argmax(dim=1)).tolist()
-        longest = dict.fromkeys(owner, 0)
-        for prompt, width in zip(owner, own, strict=True):
-            longest[prompt] = max(width, longest[prompt])
-        return [longest[prompt] for prompt in owner]
-
     def select(self, rows: Tensor) -> "Rollout":
         """The rollout of some rows only, cut to the longest sequence among them."""
-        seq = int(self.scored[rows].nonzero()[:, 1].max()) + 1
+        seq = _width(self.scored[rows])
         longest = int(self.lengths[rows].max())
         cut = {"ids": seq, "scored": seq}
         chosen = {}

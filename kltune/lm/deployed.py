@@ -84,10 +84,9 @@ def measure_deployed(
     ties = count = 0
     for part, span in draw.parts():
         samples = sample(policy, part, uniforms[span], temperature=temperature, cut=cut)
-        chunks = policy.over_vocabulary(
+        flat = policy.over_vocabulary(
             samples.ids, samples.scored, lambda *logits: _measure(*logits, cut=cut, temperature=temperature)
         )
-        flat = [torch.cat(column) for column in zip(*chunks, strict=True)]
         if not all(torch.isfinite(column).all() for column in flat):
             raise DivergedError("a log-probability or KL of the deployed policy is not finite; are the weights whole?")
         inside, logprobs, *rest = (response_scatter(column, samples.response_mask) for column in flat)

@@ -16,14 +16,14 @@ from transformers import Cache
 from transformers.utils import ModelOutput
 
 from kltune.core.head import Reader, through_head
-from kltune.lm.batches import micro_batches
+from kltune.lm.batches import Parts, micro_batches
 from kltune.lm.captured import CapturedDecoder, can_capture
 from kltune.lm.checkpointing import CheckpointedLayers
 from kltune.lm.decoding import Decoder, can_decode, one_more
 from kltune.lm.kv_cache import bytes_held, is_plain, joined
 from kltune.lm.memory import TrainingRoom, cached_rows, training_room
 from kltune.lm.merging import MergedTrunk
-from kltune.lm.shared_prefix import can_share, shared_prefixes, states_before
+from kltune.lm.shared_prefix import begins_another, can_share, shared_prefixes, spans, states_before
 
 # float32 logits that may exist at once, per model. On a CPU more are slower: what is made of them is fresh memory each
 # time; 64 MB took 1.6 times as long as 8 to measure KL at V = 8,192, 1.7 at 32,000. A GPU wants large launches.
@@ -174,6 +174,24 @@ class Network:
     def decoder(self, cache: Cache, mask: Tensor, limit: int) -> Decoder | CapturedDecoder:
         """What feeds the rows of a cache one token at a time. See ``Decoder``."""
         return (CapturedDecoder if self.captures else Decoder)(self.step, cache, mask, limit)
+
+    def lengths(self, ids: Tensor, scored: Tensor) -> list[int]:
+        """Tokens of each row up to its last scored one. [B, S] each.
+
+        Neighbours that share their prompt count as the longest of them, so that sorting leaves them side by side.
+        """
+        starts, ends = spans(scored)
+        if self.shares_prefixes:
+            owner = begins_another(ids, starts).cumsum(0) - 1
+            ends = ends.new_zeros(len(ends)).scatter_reduce(0, owner, ends, "amax")[owner]
+        return ends.tolist()
+
+    def parts(self, ids: Tensor, scored: Tensor) -> Parts:
+        """Rows in parts that go through the trunk at once, without gradients. [B, S] each."""
+        rows = micro_batches(
+            self.lengths(ids, scored), lambda length: self.tokens_per_pass // length, self._for_device(PASS_COSTS)
+        )
+        return Parts(ids, scored, rows)
 
     def micro_batches(self, lengths: Sequence[int], sequences: int | None, *, group: int = 1) -> list[list[int]]:
         """Cut a batch into parts that are trained on one after the other, so that little of them is padding.

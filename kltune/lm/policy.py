@@ -278,13 +278,12 @@ class Policy:
         else:
             found = partial(measure_sampled, temperature=temperature)
         function = (lambda logits, ref_logits, tokens: found(ref_logits, logits, tokens)) if swap else found
-        columns = zip(*self.over_vocabulary(ids, scored, function), strict=True)
-        return TokenMeasures(*(None if column[0] is None else torch.cat(column) for column in columns))
+        return TokenMeasures(*self.over_vocabulary(ids, scored, function))
 
     @torch.no_grad()
     def over_vocabulary(
         self, ids: Tensor, scored: Tensor, function: Callable[[Tensor, Tensor, Tensor], tuple]
-    ) -> list[tuple]:
+    ) -> tuple[Tensor | None, ...]:
         """Call a function on every scored position, a chunk at a time, so that memory does not grow with their number.
 
         Policy and reference take a pass each: one batch of both (PEFT's adapter_names) was 1.1 to 1.2 times slower.
@@ -292,13 +291,13 @@ class Policy:
         Args:
             ids: right-padded sequences. [B, S] int64.
             scored: True on the tokens to measure, never in column 0. [B, S] bool.
-            function: takes the policy's logits [n, V], the reference's [n, V] and the tokens [n].
+            function: takes the policy's logits [n, V], the reference's [n, V] and the tokens [n]; gives numbers [n].
 
         Returns:
-            What it gave for each chunk, in order.
+            What it gave, row by row; [N] each, or None where it gave None.
         """
-        found = []
-        for part, marks in self.parts(ids, scored):
+        found, parts = [], self.network.parts(ids, scored)
+        for part, marks in parts:
             hidden = self.scored_hidden(part, marks)
             with self.reference():
                 ref_hidden = self.scored_hidden(part, marks)
@@ -307,33 +306,28 @@ class Policy:
             found += [
                 function(self.network.logits(mine), self.ref_logits(others), tokens) for mine, others, tokens in chunks
             ]
-        return found
+        columns = zip(*found, strict=True)
+        return tuple(None if column[0] is None else parts.in_order(torch.cat(column)) for column in columns)
 
     @torch.no_grad()
     def measure_values(self, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tensor | None]:
         """``values`` without gradients, rows in parts; and what a head alone reads. [N] and [N, H] or None, float32."""
-        parts = self.parts(ids, scored)
+        parts = self.network.parts(ids, scored)
         if self._switch.parameters(VALUE):
-            return torch.cat([self.values(*part) for part in parts]), None
-        states = torch.cat([self.network.trunk_before(*part).float() for part in parts])
+            return parts.in_order(torch.cat([self.values(*part) for part in parts])), None
+        states = parts.in_order(torch.cat([self.network.trunk_before(*part).float() for part in parts]))
         return self.value_head(states), states
 
     @torch.no_grad()
     def measure_logprobs(self, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
         """``logprobs`` without gradients, rows in parts. [N] float32, nats."""
-        return torch.cat([self.logprobs(*part, temperature) for part in self.parts(ids, scored)])
-
-    def parts(self, ids: Tensor, scored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Runs of rows that fit through the trunk at once, each trimmed to its longest row."""
-        rows = max(1, self.network.tokens_per_pass // ids.shape[1])
-        for part, marks in zip(ids.split(rows), scored.split(rows), strict=True):
-            width = int(marks.nonzero()[:, 1].max()) + 1
-            yield part[:, :width], marks[:, :width]
+        parts = self.network.parts(ids, scored)
+        return parts.in_order(torch.cat([self.logprobs(*part, temperature) for part in parts]))
 
     def micro_batches(self, rollout: Rollout, sequences: int | None) -> list[Tensor]:
         """Rows of a rollout in the parts they are trained on: see ``Network.micro_batches``."""
-        parts = self.network.micro_batches(rollout.widths, sequences)
-        return [torch.tensor(rows, device=self.device) for rows in parts]
+        lengths = self.network.lengths(rollout.ids, rollout.scored)
+        return [torch.tensor(rows, device=self.device) for rows in self.network.micro_batches(lengths, sequences)]
 
     def ref_logits(self, ref_hidden: Tensor) -> Tensor:
         """Logits of the reference from its hidden states. [N, H] -> [N, V]; no gradient."""

@@ -64,7 +64,8 @@ class RewardModel:
     @torch.no_grad()
     def measure(self, ids: Tensor, last: Tensor) -> Tensor:
         """``scores`` without gradients, rows in parts. [B] float32, on the CPU."""
-        return torch.cat([self.scores(*part) for part in self.policy.parts(ids, last)]).cpu()
+        parts = self.policy.network.parts(ids, last)
+        return parts.in_order(torch.cat([self.scores(*part) for part in parts])).cpu()
 
     def measure_rows(self, rows: Sequence[Ids]) -> Tensor:
         """The scores of sequences of any lengths. [B] float32, on the CPU."""

@@ -44,20 +44,16 @@ def shared_prefixes(ids: Tensor, scored: Tensor) -> SharedPrefixes | None:
         ids: right-padded; rows with the same prompt lie side by side. [B, S] int64.
         scored: True on the tokens to measure, never in column 0. [B, S] bool.
     """
-    width = ids.shape[1]
-    columns = torch.arange(width, device=ids.device)
-    starts = scored.int().argmax(dim=1)     # the first of them
-    ends = width - scored.flip(1).int().argmax(dim=1)
-    within = columns < starts[:, None]
-    same = (starts[1:] == starts[:-1]) & ((ids[1:] == ids[:-1]) | ~within[1:]).all(dim=1)
-    if not same.any() or not scored.any(dim=1).all():
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    starts, ends = spans(scored)
+    first = begins_another(ids, starts)
+    if first.all() or not scored.any(dim=1).all():
         return None
-    first = torch.cat([same.new_ones(1), ~same])
     heads = first.nonzero().squeeze(1)
     before, after = int(starts.max()), int((ends - starts).max())
     if WORTH_IT * (len(heads) * before + len(ids) * after) > ids.numel():
         return None
-    at = (starts[:, None] + columns[:after]).clamp(max=width - 1)
+    at = (starts[:, None] + columns[:after]).clamp(max=ids.shape[1] - 1)
     return SharedPrefixes(
         prompts=ids[heads, :before],
         prompt_lengths=starts[heads],
@@ -65,6 +61,18 @@ def shared_prefixes(ids: Tensor, scored: Tensor) -> SharedPrefixes | None:
         responses=ids.gather(1, at)[:, :-1],
         scored=scored.gather(1, at) & (columns[:after] < (ends - starts)[:, None]),
     )
+
+
+def spans(scored: Tensor) -> tuple[Tensor, Tensor]:
+    """The first scored column of each row, and the one after its last. [B, S] -> [B] each."""
+    return scored.int().argmax(dim=1), scored.shape[1] - scored.flip(1).int().argmax(dim=1)
+
+
+def begins_another(ids: Tensor, starts: Tensor) -> Tensor:
+    """True where a row has another prompt, of so many tokens, than the row above. [B, S], [B] -> [B] bool."""
+    within = torch.arange(ids.shape[1], device=ids.device) < starts[1:, None]
+    same = (starts[1:] == starts[:-1]) & ((ids[1:] == ids[:-1]) | ~within).all(dim=1)
+    return torch.cat([same.new_ones(1), ~same])
 
 
 def states_before(trunk: Callable, rows: SharedPrefixes) -> Tensor:

@@ -69,7 +69,7 @@ class Move:
         """
         self._policy, self._old, self._temperature, self._with_reference = policy, old, temperature, reference
         self._mask = rollout.response_mask
-        self._parts = list(policy.parts(rollout.ids, rollout.scored))
+        self._parts = policy.network.parts(rollout.ids, rollout.scored)
         # A model whose head cannot be cut off gives logits for hidden states: too large to keep.
         self._kept = [self._hidden_behind(*part) for part in self._parts] if policy.network.split else None
 
@@ -82,7 +82,8 @@ class Move:
         """
         kept = self._kept or (self._hidden_behind(*part) for part in self._parts)
         parts = [self._part(*part, *behind) for part, behind in zip(self._parts, kept, strict=True)]
-        logprobs, step_kl, ref_kl = (response_scatter(torch.cat(c), self._mask) for c in zip(*parts, strict=True))
+        columns = (self._parts.in_order(torch.cat(column)) for column in zip(*parts, strict=True))
+        logprobs, step_kl, ref_kl = (response_scatter(column, self._mask) for column in columns)
         return logprobs, step_kl, ref_kl if self._with_reference else None
 
     def _hidden_behind(self, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kltune.lm import memory, network
-from kltune.lm.batches import micro_batches
+from kltune.lm.batches import Parts, micro_batches
 from kltune.lm.curvature import Fisher
 from kltune.lm.data import Prompt
 from kltune.lm.memory import device_bytes, free_bytes, saved_bytes
@@ -83,13 +82,31 @@ def test_a_row_that_fits_nowhere_is_a_part_of_its_own():
     assert micro_batches([3, 50, 3], lambda length: 10 // length, 1) == [[1], [0, 2]]
 
 
-def test_responses_to_one_prompt_are_trained_on_together(both):
+def test_responses_to_one_prompt_stay_together(both):
     uniforms = uniform_numbers(np.random.default_rng(0), 10, 6)
     rollout = sample_rollout(both, PROMPTS, uniforms, temperature=1.0, exact=False)
-    cut = replace(rollout, scored=rollout.scored & (torch.rand(rollout.scored.shape) < 0.9))
-    own = [int(row.nonzero().max()) + 1 for row in cut.scored]
-    assert cut.widths == [max(own[2 * (at // 2)], own[2 * (at // 2) + 1]) for at in range(10)]
-    assert len(set(cut.widths)) > 2
+    ids, scored = rollout.ids, rollout.scored & (torch.rand(rollout.scored.shape) < 0.7)
+    scored[:, 8] |= rollout.scored[:, 8]  # no row without any
+    scored[torch.arange(10), rollout.scored.int().argmax(1)] = True  # all of one prompt begin alike
+    own = [int(row.nonzero().max()) + 1 for row in scored]
+    lengths = both.network.lengths(ids, scored)
+    assert lengths == [max(own[2 * (at // 2)], own[2 * (at // 2) + 1]) for at in range(10)] != own
+    both.network.shares_prefixes = False
+    assert both.network.lengths(ids, scored) == own
+
+
+def test_what_is_measured_in_parts_comes_back_row_by_row(trained_policy, monkeypatch):
+    ids, scored = random_batch(9)
+    whole = Parts(ids, scored, [range(9)])
+    monkeypatch.setattr(network, "PASS_COSTS", {"cpu": 0})
+    parts = trained_policy.network.parts(ids, scored)
+    assert len(parts) > 4
+    wanted, found = (
+        division.in_order(torch.cat([trained_policy.logprobs(*part) for part in division]))
+        for division in (whole, parts)
+    )
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert torch.equal(parts.in_order(torch.cat([part[marks] for part, marks in parts])), ids[scored])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
