@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from kltune.lm.decoding import Decoder
+from kltune.lm.decoding import Decoder, Step
 from kltune.lm.shared_prefix import close
 
 ALIGNED = 8  # attention kernels want widths in multiples of it, and copy the mask where they are not
@@ -51,7 +51,7 @@ class CapturedDecoder:
 
     compact_below = 0.5
 
-    def __init__(self, step: Callable[..., tuple[Tensor, Cache]], cache: Cache, mask: Tensor, limit: int):
+    def __init__(self, step: Step, cache: Cache, mask: Tensor, limit: int):
         """Take over a cache of left-padded prompts; arguments as ``Decoder``'s."""
         rows, width = mask.shape
         total = -(-(width + limit) // ALIGNED) * ALIGNED
@@ -110,25 +110,28 @@ def recorded(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable
 
 
 @torch.no_grad()
-def can_capture(step: Callable[..., tuple[Tensor, Cache]], device: torch.device) -> bool:
+def can_capture(step: Step, next_step: Callable[[int], Step], device: torch.device) -> bool:
     """Whether a device and a model decode this way as they do otherwise; it is tried. Only a GPU gains anything."""
     if device.type != "cuda":
         return False
     try:
-        return captured_agrees(step, device)
+        return captured_agrees(step, next_step, device)
     except RuntimeError:  # what the model does on the way cannot be captured: a wait for the GPU, memory it allocates
         return False
 
 
 @torch.no_grad()
-def captured_agrees(step: Callable[..., tuple[Tensor, Cache]], device: torch.device) -> bool:
-    """Whether three tokens for three rows and two for the two that are left get the same logits either way."""
+def captured_agrees(step: Step, next_step: Callable[[int], Step], device: torch.device) -> bool:
+    """Whether three tokens for three rows and two for the two that are left get the same logits either way.
+
+    step: ``Network.step``, which reads the prompts. next_step: ``Network.next_step``.
+    """
     ids = torch.tensor([[0, 1, 0], [0, 0, 1], [1, 1, 0]], device=device)
     mask = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 1]], device=device)
 
     def logits(kind: type[Decoder | CapturedDecoder]) -> Tensor:
         first, cache = step(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), None)
-        rows = kind(step, cache, mask, limit=5)
+        rows = kind(next_step(8), cache, mask, limit=5)
         found = [first] + [rows.feed(ids[:, column]).clone() for column in range(3)]
         rows.keep(torch.tensor([0, 2], device=device))
         return torch.cat(found + [rows.feed(ids[[0, 2], column]).clone() for column in range(2)])

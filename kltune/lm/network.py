@@ -19,7 +19,7 @@ from kltune.core.head import Reader, through_head
 from kltune.lm.batches import Parts, micro_batches
 from kltune.lm.captured import CapturedDecoder, can_capture
 from kltune.lm.checkpointing import CheckpointedLayers
-from kltune.lm.decoding import Decoder, can_decode, one_more
+from kltune.lm.decoding import Decoder, OneMore, Step, can_decode
 from kltune.lm.kv_cache import bytes_held, is_plain, joined
 from kltune.lm.memory import TrainingRoom, cached_rows, training_room
 from kltune.lm.merging import MergedTrunk
@@ -55,7 +55,7 @@ class Network:
         self.split = cut is not None and cut.shape == whole.shape and torch.equal(cut.float(), whole.float())
         self.shares_prefixes = self.split and can_share(causal, self._trunk, self.trunk)
         self.decodes = self.split and can_decode(causal, self._trunk)
-        self.captures = self.decodes and can_capture(self.step, probe.device)
+        self.captures = self.decodes and can_capture(self.step, self.next_step, probe.device)
         _, cache = self.step(probe, torch.ones_like(probe), torch.arange(3, device=probe.device)[None], None)
         self._bytes_cached, self._joins_caches = bytes_held(cache) / probe.numel(), is_plain(cache)
 
@@ -142,8 +142,6 @@ class Network:
         self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache | None
     ) -> tuple[Tensor, Cache]:
         """Feed left-padded prompts, or one more token each: the logits after the last [B, V], and the cache."""
-        if self.decodes and cache is not None:
-            return self.head(one_more(self._trunk, ids, attention_mask, position_ids, cache)), cache
         inputs = {
             "input_ids": ids,
             "attention_mask": attention_mask,
@@ -173,7 +171,15 @@ class Network:
 
     def decoder(self, cache: Cache, mask: Tensor, limit: int) -> Decoder | CapturedDecoder:
         """What feeds the rows of a cache one token at a time. See ``Decoder``."""
-        return (CapturedDecoder if self.captures else Decoder)(self.step, cache, mask, limit)
+        kind = CapturedDecoder if self.captures else Decoder
+        return kind(self.next_step(mask.shape[1] + limit), cache, mask, limit)
+
+    def next_step(self, positions: int) -> Step:
+        """``step`` for one more token of each row, with the weights as they are now; rows have so many positions."""
+        if not self.decodes:
+            return self.step
+        short, head = OneMore(self._trunk, positions), self.head
+        return lambda ids, mask, places, cache: (head(short(ids, mask, places, cache)), cache)
 
     def lengths(self, ids: Tensor, scored: Tensor) -> list[int]:
         """Tokens of each row up to its last scored one. [B, S] each.

@@ -17,9 +17,9 @@ DECODED = {
     "qwen3": tiny_config("qwen3"),
     "qwen2": Qwen2Config(**SIZES, **SPECIAL),  # biases
     "mistral": MistralConfig(**SIZES, **SPECIAL, sliding_window=None, head_dim=16),
-    "dynamic": Qwen2Config(**SIZES | {"max_position_embeddings": 8}, **SPECIAL, rope_parameters=SCALED),
 }
 NOT_DECODED = {name: tiny_config(name) for name in ("gpt2", "gemma2", "granite", "cohere")} | {
+    "dynamic": Qwen2Config(**SIZES | {"max_position_embeddings": 8}, **SPECIAL, rope_parameters=SCALED),
     "window": MistralConfig(**SIZES, **SPECIAL, sliding_window=8),
     "gemma": GemmaConfig(**SIZES, **SPECIAL, head_dim=8),  # the same modules, and embeddings that are scaled
     "olmo2": Olmo2Config(**SIZES, **SPECIAL),  # norms in other places
@@ -36,13 +36,14 @@ def logits_of(network: Network) -> list[torch.Tensor]:
     cache.batch_repeat_interleave(3)
     give_room(cache)
     mask, found = mask.repeat_interleave(3, dim=0), [logits]
+    next_step = network.next_step(45)
     for step in range(40):
         if step == 11:
             cache.batch_select_indices(torch.tensor([0, 2, 5]))
             mask = mask[[0, 2, 5]]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         ids = torch.randint(3, VOCABULARY, (len(mask), 1), generator=numbers)
-        logits, cache = network.step(ids, mask, mask.sum(1, keepdim=True) - 1, cache)
+        logits, cache = next_step(ids, mask, mask.sum(1, keepdim=True) - 1, cache)
         found.append(logits)
     return found
 

@@ -198,13 +198,14 @@ def test_numbers_that_do_not_divide_among_the_prompts_are_a_bug(policy):
 
 def counted_steps(policy: Policy, monkeypatch) -> list[tuple[int, int]]:
     """The shapes of all that goes through the model from now on: (rows, tokens) of each pass."""
-    shapes, step = [], policy.network.step
+    shapes, network = [], policy.network
 
-    def counted(ids, *rest):
-        shapes.append(tuple(ids.shape))
-        return step(ids, *rest)
+    def counting(step):
+        return lambda ids, *rest: shapes.append(tuple(ids.shape)) or step(ids, *rest)
 
-    monkeypatch.setattr(policy.network, "step", counted)
+    monkeypatch.setattr(network, "step", counting(network.step))
+    next_step = network.next_step
+    monkeypatch.setattr(network, "next_step", lambda positions: counting(next_step(positions)))
     return shapes
 
 
