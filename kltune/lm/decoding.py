@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
@@ -63,9 +64,10 @@ class OneMore:
 
     def __init__(self, trunk: nn.Module, positions: int):
         """Take a model of one of ``FAMILIES`` without its head, and how many positions a row may have."""
-        self._words = trunk.embed_tokens.weight
-        places = torch.arange(positions, device=self._words.device)[None]
-        cos, sin = (table[0] for table in trunk.rotary_emb(self._words[:1], places))
+        words = trunk.embed_tokens
+        self._embed = words if isinstance(words, BaseTunerLayer) else partial(F.embedding, weight=words.weight)
+        places = torch.arange(positions, device=words.weight.device)[None]
+        cos, sin = (table[0] for table in trunk.rotary_emb(words.weight[:1], places))
         front, back = sin.chunk(2, dim=-1)
         self._cos, self._sin = cos, torch.cat([-front, back], dim=-1)   # so that halves are swapped and not negated
         self._layers = [_Layer(layer) for layer in trunk.layers]
@@ -83,7 +85,7 @@ class OneMore:
         Returns:
             [B, H].
         """
-        hidden = F.embedding(ids.squeeze(1), self._words)
+        hidden = self._embed(ids.squeeze(1))
         turned = self._cos[position_ids], self._sin[position_ids]
         unseen = torch.zeros(attention_mask.shape, dtype=hidden.dtype, device=hidden.device)
         unseen = unseen.masked_fill_(attention_mask == 0, float("-inf"))[:, None, None]
@@ -135,7 +137,7 @@ def _linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
 def _normed(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """The families' RMS norm as one call. In narrow dtypes it rounds elsewhere than they do, so there the module."""
     weight = module.weight
-    if weight.dtype not in EXACT:
+    if isinstance(module, BaseTunerLayer) or weight.dtype not in EXACT:
         return module
     return partial(F.rms_norm, normalized_shape=weight.shape, weight=weight, eps=module.variance_epsilon)
 

@@ -8,6 +8,7 @@ take the place of the hidden states, and everything else works the same with les
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +57,6 @@ class Network:
         self.shares_prefixes = self.split and can_share(causal, self._trunk, self.trunk)
         self.decodes = self.split and can_decode(causal, self._trunk)
         self.captures = self.decodes and can_capture(self.step, self.next_step, probe.device)
-        _, cache = self.step(probe, torch.ones_like(probe), torch.arange(3, device=probe.device)[None], None)
-        self._bytes_cached, self._joins_caches = bytes_held(cache) / probe.numel(), is_plain(cache)
 
     def refresh(self) -> None:
         """Find trunk and head again, after an adapter may have wrapped them."""
@@ -162,7 +161,7 @@ class Network:
             ids: [B, S] int64.
             mask: 0 on their padding. [B, S].
         """
-        rows = max(1, self.tokens_per_pass // ids.shape[1]) if self._joins_caches else len(ids)
+        rows = max(1, self.tokens_per_pass // ids.shape[1]) if is_plain(self._probe_cache) else len(ids)
         parts = zip(ids.split(rows), mask.split(rows), strict=True)
         logits, caches = zip(
             *(self.step(some, seen, (seen.cumsum(1) - 1).clamp(min=0), None) for some, seen in parts), strict=True
@@ -243,8 +242,15 @@ class Network:
         Args:
             tokens: of a prompt and the longest response to it.
         """
-        fit = cached_rows(self.causal, self._bytes_cached, tokens)
+        fit = cached_rows(self.causal, bytes_held(self._probe_cache), tokens)
         return max(1, min(ROWS_PER_PASS, fit))
+
+    @cached_property
+    def _probe_cache(self) -> Cache:
+        """The cache of one token."""
+        probe = torch.zeros(1, 1, dtype=torch.long, device=next(self.causal.parameters()).device)
+        with torch.no_grad():
+            return self.step(probe, torch.ones_like(probe), probe, None)[1]
 
     @property
     def chunk_rows(self) -> int:

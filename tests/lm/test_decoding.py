@@ -8,6 +8,7 @@ from kltune.lm import sampler
 from kltune.lm.kv_cache import give_room
 from kltune.lm.network import Network
 from kltune.lm.policy import Policy
+from kltune.recipe import LoraSection
 from tests.lm.test_sampler import PROMPTS, UNIFORMS, draw, tokens_of
 from tests.tiny_policies import ARCHITECTURES, SIZES, SPECIAL, VOCABULARY, random_model, randomize, tiny_config
 
@@ -90,9 +91,10 @@ def test_eager_attention_is_the_models_own():
     assert not Network(model).decodes
 
 
-def test_a_trained_policy_draws_the_same_responses_either_way(open_policy, monkeypatch):
+@pytest.mark.parametrize("targets", ["all-linear", ("embed_tokens", "q_proj")])
+def test_a_trained_policy_draws_the_same_responses_either_way(open_policy, monkeypatch, targets):
     """Merged or not, with the adapter on or off."""
-    policy: Policy = open_policy("llama")
+    policy: Policy = open_policy("llama", lora=LoraSection(rank=4, alpha=8.0, targets=targets))
     randomize(policy.trainable_parameters())
 
     def drawn() -> list[list[list[int]]]:

@@ -12,6 +12,7 @@ from kltune.lm import memory, network
 from kltune.lm.batches import Parts, micro_batches
 from kltune.lm.curvature import Fisher
 from kltune.lm.data import Prompt
+from kltune.lm.kv_cache import bytes_held
 from kltune.lm.memory import device_bytes, free_bytes, saved_bytes
 from kltune.lm.policy import Policy
 from kltune.lm.rollout import sample_rollout
@@ -225,6 +226,6 @@ def test_prompts_are_read_and_answered_in_parts_that_fit(open_policy, architectu
     monkeypatch.setattr(network, "TOKENS_PER_PASS", 16)     # two prompts of 8
     assert torch.equal(sample(policy, PROMPTS, uniforms, temperature=1.0).ids, whole.ids)
     rows = policy.network.sampled_rows(16)
-    hold(monkeypatch, policy, 4.5 * memory.CACHE * policy.network._bytes_cached * 16)
+    hold(monkeypatch, policy, 4.5 * memory.CACHE * bytes_held(policy.network._probe_cache) * 16)
     assert (rows, policy.network.sampled_rows(16)) == (512, 4)
     assert torch.equal(sample(policy, PROMPTS, uniforms, temperature=1.0).ids, whole.ids)
