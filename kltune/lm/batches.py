@@ -30,7 +30,7 @@ def response_scatter(flat: Tensor, response_mask: Tensor) -> Tensor:
     return laid_out.masked_scatter(response_mask.view(*response_mask.shape, *[1] * (flat.dim() - 1)), flat)
 
 
-def micro_batches(lengths: Sequence[int], most: Callable[[int], int], cost: int) -> list[list[int]]:
+def micro_batches(lengths: Sequence[int], most: Callable[[int], int], cost: float) -> list[list[int]]:
     """Cut a batch into parts of similar lengths, so that padding and the number of parts cost least together.
 
     Args:

@@ -5,6 +5,7 @@ cut their batches alike, or they differ in the last bits and a resumed run is no
 """
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,12 @@ class TrainingRoom:
 
     def rows(self, length: int) -> int:
         """How many sequences of a length fit; 0 where not even one does."""
-        return max(0, int(self.bytes / (self.per_token * length + self.per_square * length**2)))
+        each = self.per_token * length + self.per_square * length**2
+        return max(0, int(self.bytes / each)) if each else sys.maxsize
 
 
-def training_room(model: nn.Module, trained: nn.Module) -> TrainingRoom | None:
-    """Measure what a model keeps for its backward pass, on three small batches; None where nothing needs one.
+def training_room(model: nn.Module, trained: nn.Module) -> TrainingRoom:
+    """Measure what a model keeps for its backward pass, on three small batches.
 
     Args:
         model: with what is trained of it.
@@ -52,8 +54,6 @@ def training_room(model: nn.Module, trained: nn.Module) -> TrainingRoom | None:
 
     with torch.random.fork_rng():  # an adapter's dropout draws
         one = saved(1, PROBE)
-        if one == 0:
-            return None
         per_row = saved(2, PROBE) - one     # what does not grow with the rows, as weights with an adapter added, is out
         long = saved(1, 2 * PROBE)
     per_square = max(0.0, (long - one - per_row) / (2 * PROBE**2))

@@ -5,7 +5,6 @@ are just head(trunk), with no scaling or soft cap behind it) is found out by try
 take the place of the hidden states, and everything else works the same with less of it at once.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -33,8 +32,11 @@ PASS_BYTES = 64 * 2**20  # of logits in one pass of a model that cannot be cut, 
 TOKENS_PER_PASS = 16_384  # tokens through the trunk at once when nothing is trained
 TRAINED_SHARE = 4  # of these, a fraction is trained on at once: more take memory and are no faster
 ROWS_PER_PASS = 512  # responses sampled side by side: more are no faster
-# What a pass over a batch costs whatever is in it, in tokens: batches of unequal rows are cut where padding costs more.
-PASS_COSTS = {"cpu": 256, "cuda": 2048}
+# What a pass costs whatever is in it: for each layer so many products of a number with a weight, and what reading the
+# weights takes, in tokens. Batches of unequal rows are cut where padding costs more. Measured on a CPU, where a pass is
+# worth 170 to 340 tokens of stories260K and 85 to 120 of six layers of 256; guessed on a GPU.
+PASS_PRODUCTS = {"cpu": 12e6, "cuda": 30e9}
+PASS_READS = 64
 
 
 class Network:
@@ -194,7 +196,7 @@ class Network:
     def parts(self, ids: Tensor, scored: Tensor) -> Parts:
         """Rows in parts that go through the trunk at once, without gradients. [B, S] each."""
         rows = micro_batches(
-            self.lengths(ids, scored), lambda length: self.tokens_per_pass // length, self._for_device(PASS_COSTS)
+            self.lengths(ids, scored), lambda length: self.tokens_per_pass // length, self._pass_tokens
         )
         return Parts(ids, scored, rows)
 
@@ -216,13 +218,16 @@ class Network:
                 return min(self.trained_rows(length), tokens // length) // group
             return sequences // group
 
-        return micro_batches(lengths, most, self._for_device(PASS_COSTS) // group)
+        return micro_batches(lengths, most, self._pass_tokens / group)
 
     def trained_rows(self, length: int) -> int:
-        """How many sequences of a length fit in memory with all that their backward pass needs."""
+        """How many sequences of a length fit in memory with all that their backward pass needs.
+
+        Measured when it is first asked, with the adapter that is on then; larger passes checkpoint their layers since.
+        """
         if self._room is None:
             self._room = training_room(self.causal, self._trunk if self.split else self.causal)
-        return sys.maxsize if self._room is None else self._room.rows(length)
+        return self._room.rows(length)
 
     @contextmanager
     def whole_graphs(self) -> Iterator[None]:
@@ -234,7 +239,8 @@ class Network:
             self._recomputes = True
 
     def _too_large(self, ids: Tensor) -> bool:
-        return self._recomputes and torch.is_grad_enabled() and len(ids) > self.trained_rows(ids.shape[1])
+        known = self._room is not None and self._recomputes and torch.is_grad_enabled()
+        return known and len(ids) > self.trained_rows(ids.shape[1])
 
     def sampled_rows(self, tokens: int) -> int:
         """How many responses may be sampled side by side, by the memory that keys and values of their tokens take.
@@ -256,6 +262,14 @@ class Network:
     def chunk_rows(self) -> int:
         """Positions whose float32 logits may exist at once."""
         return max(64, self._for_device(CHUNK_BYTES) // (4 * self.vocabulary))
+
+    @cached_property
+    def _pass_tokens(self) -> float:
+        """How many tokens of padding cost what one more pass costs."""
+        words = self.causal.get_input_embeddings().weight.numel()
+        layers = self.causal.config.get_text_config().num_hidden_layers
+        weights = sum(tensor.numel() for tensor in self.causal.base_model.parameters()) - words
+        return PASS_READS + self._for_device(PASS_PRODUCTS) * layers / weights
 
     def _for_device(self, table: dict[str, int]) -> int:
         return table.get(next(self.causal.parameters()).device.type, table["cpu"])
