@@ -63,8 +63,10 @@ class Parts:
         """Take a batch, [B, S] each, and the rows of each part."""
         self._scored = scored
         self._rows = [torch.tensor(part, device=ids.device) for part in rows]
-        self._parts = [(ids[part], scored[part]) for part in self._rows]
-        self._parts = [(some[:, :end], marks[:, :end]) for some, marks in self._parts for end in [_width(marks)]]
+        self._parts = []
+        for part in self._rows:
+            end = _width(scored[part])
+            self._parts.append((ids[part, :end], scored[part, :end]))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(self._parts)

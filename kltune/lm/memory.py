@@ -68,7 +68,10 @@ def cached_rows(model: nn.Module, per_token: float, tokens: int) -> int:
 
 
 def free_bytes(model: nn.Module, device: torch.device) -> float:
-    """What is planned to be left of a device beside a model and its optimizer; may be negative."""
+    """What is planned to be left of a device beside a model and its optimizer; may be negative.
+
+    Other models on the device, as a reward model with weights of its own, are not known here.
+    """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     trained = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
     return SHARE * device_bytes(device) - weights - TRAINED_BYTES * trained

@@ -223,7 +223,7 @@ class Network:
     def trained_rows(self, length: int) -> int:
         """How many sequences of a length fit in memory with all that their backward pass needs.
 
-        Measured when it is first asked, with the adapter that is on then; larger passes checkpoint their layers since.
+        Measured when first asked, with the adapter that is on then; from then on larger passes checkpoint their layers.
         """
         if self._room is None:
             self._room = training_room(self.causal, self._trunk if self.split else self.causal)
@@ -267,9 +267,9 @@ class Network:
     def _pass_tokens(self) -> float:
         """How many tokens of padding cost what one more pass costs."""
         words = self.causal.get_input_embeddings().weight.numel()
-        layers = self.causal.config.get_text_config().num_hidden_layers
+        layers = getattr(self.causal.config.get_text_config(), "num_hidden_layers", 1)
         weights = sum(tensor.numel() for tensor in self.causal.base_model.parameters()) - words
-        return PASS_READS + self._for_device(PASS_PRODUCTS) * layers / weights
+        return PASS_READS + self._for_device(PASS_PRODUCTS) * layers / max(1, weights)
 
     def _for_device(self, table: dict[str, int]) -> int:
         return table.get(next(self.causal.parameters()).device.type, table["cpu"])
