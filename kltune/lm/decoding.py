@@ -135,11 +135,18 @@ def _linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _normed(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The families' RMS norm as one call. In narrow dtypes it rounds elsewhere than they do, so there the module."""
-    weight = module.weight
+    """The families' RMS norm as one call. In narrow dtypes it rounds elsewhere than they do, so there the module.
+
+    On a CPU ``rms_norm`` is many small steps; with the mean of squares as a product there are five, and a decoding step
+    of a 260,000-parameter model takes 0.92 (1 to 32 rows) to 0.96 (128 and 512 rows) of the time.
+    """
+    weight, eps = module.weight, module.variance_epsilon
     if isinstance(module, BaseTunerLayer) or weight.dtype not in EXACT:
         return module
-    return partial(F.rms_norm, normalized_shape=weight.shape, weight=weight, eps=module.variance_epsilon)
+    if weight.device.type != "cpu":
+        return partial(F.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
+    mean = torch.full_like(weight, 1 / len(weight))[:, None]
+    return lambda x: (x * (x * x).matmul(mean).add_(eps).rsqrt_()).mul_(weight)
 
 
 @torch.no_grad()
