@@ -2,7 +2,7 @@
 
 A decoding step of a small model, or of few rows, is bookkeeping: masks and angles made anew, wrappers, arguments handed
 through. For models built like Llama the step here does the same arithmetic, in float32 to rounding, and one row of a
-260,000-parameter model takes 0.8 ms instead of 2.0. That part is paid per step and not per row, so it is what a batch
+260,000-parameter model takes 0.7 ms instead of 2.0. That part is paid per step and not per row, so it is what a batch
 costs whose responses have mostly ended. Whether it fits a model is tried (``can_decode``), and others take their own
 way.
 """
