@@ -20,7 +20,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimSection, 
     assert parameters, f"{what}: nothing is trainable"
     assert all(tensor.requires_grad for tensor in parameters.values()), f"{what}: a tensor is frozen"
     assert all(tensor.dtype == torch.float32 for tensor in parameters.values()), f"{what}: not float32"
-    # fused: one call for all tensors. A step on 70 small ones takes 1.1 ms on a CPU instead of 4.8, and PPO takes 32.
+    # fused: one call for all tensors. On a CPU a step of stories260K's adapter takes 1.1 ms instead of 4.8.
     return AdamW(parameters.values(), lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
 
 
