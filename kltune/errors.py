@@ -13,8 +13,11 @@
     ├── JudgeError       75   an AI judge does not answer; everything up to then was saved
     └── Interrupted     130 / 143   SIGINT / SIGTERM, after a checkpoint was saved
 
-Anything else that escapes is a bug in kltune: exit code 1, with a traceback.
+Anything else that escapes is a bug in kltune: exit code 1, with a traceback. ``EXIT_CODES`` says of every code what it
+means and what to do about it.
 """
+
+from dataclasses import dataclass
 
 
 class KltuneError(Exception):
@@ -81,3 +84,76 @@ class Interrupted(KltuneError):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number      # 130 for SIGINT, 143 for SIGTERM
+
+
+@dataclass(frozen=True)
+class ExitCode:
+    """What an exit code means, what to do about it, and a command that can end with it."""
+
+    code: int
+    meaning: str
+    to_do: str
+    example: str
+
+
+EXIT_CODES = {entry.code: entry for entry in (
+    ExitCode(
+        0, "done; of eval-kl --max-kl: the budget holds at the stated confidence; of a finished run that is started "
+        "again: nothing was left to do",
+        "nothing", "kltune eval-kl runs/ppo --max-kl 8",
+    ),
+    ExitCode(
+        1, "a bug in kltune; no other code comes with a traceback",
+        "report it with its traceback; --resume goes on from the run's newest checkpoint", "any command",
+    ),
+    ExitCode(
+        2, "the arguments or the recipe are wrong; nothing was trained",
+        "correct what the message names: all faults of a recipe are listed at once, each with its line",
+        "kltune recipe check my.yaml",
+    ),
+    ExitCode(
+        3, "eval-kl --max-kl: over the budget at the stated confidence, the whole interval lies above it",
+        "scale the adapter back with kltune project, or train with a lower kl.target or with kl.hard_cap",
+        "kltune eval-kl runs/ppo --max-kl 4",
+    ),
+    ExitCode(
+        4, "eval-kl --max-kl: undecided, the budget lies within the confidence interval",
+        "ask for more --responses (the message says about how many more would decide it), or let --auto keep sampling; "
+        "where it says that more answers to the same prompts do not help, give more --prompts",
+        "kltune eval-kl runs/ppo --max-kl 6 --responses 64",
+    ),
+    ExitCode(
+        5, "something that was read is wrong: rows of data, a reward function or its scores, a model or tokenizer, a "
+        "damaged checkpoint, or one of another reference",
+        "correct the file, row or function that the message names", "kltune ppo my.yaml",
+    ),
+    ExitCode(
+        6, "the run diverged: a number stopped being finite, or kl.hard_cap was passed with on_cap: stop, or nothing "
+        "within the cap was left to call final; nothing bad was saved",
+        "lower optim.lr, or raise kl.beta or kl.hard_cap, and start again under another --output",
+        "kltune ppo my.yaml --set kl.hard_cap=8 --set kl.on_cap=stop",
+    ),
+    ExitCode(
+        74, "nothing more can be written (the disk is full, a folder is read-only), or memory ran out",
+        "make room on the disk; for memory lower optim.micro_batch_size, which does not change the result, or "
+        "sampling.max_new_tokens; then --resume", "kltune ppo my.yaml --resume",
+    ),
+    ExitCode(
+        75, "try again later: another run has the output folder, or an AI judge does not answer; all is saved",
+        "wait for the other run or choose another --output; once the judge answers again, --resume",
+        "kltune ppo judged.yaml --resume",
+    ),
+    ExitCode(
+        130, "stopped by Ctrl-C (SIGINT); a stage finishes its step and saves a checkpoint first, a second Ctrl-C ends "
+        "it at once", "the same command with --resume goes on from there", "kltune ppo my.yaml --resume",
+    ),
+    ExitCode(
+        137, "killed (SIGKILL), most often by the system because memory ran out; of kltune sweep: a point was killed",
+        "use less memory, as for 74, or fewer --jobs; the same command with --resume, a sweep without it, goes on from "
+        "the newest checkpoint", "kltune sweep --recipe my.yaml --over kl.target=3,6 --output sweeps/a --jobs 4",
+    ),
+    ExitCode(
+        143, "stopped by SIGTERM, which schedulers send; a stage finishes its step and saves a checkpoint first",
+        "the same command with --resume goes on from there", "kltune ppo my.yaml --resume",
+    ),
+)}

@@ -64,7 +64,7 @@ def sample_row(model: str, responses: int, new_tokens: int, repeat: int, prompt_
     """Sampling alone: full length, ragged, and on a GPU full length without the captured graph, in turns; the floor."""
     import numpy as np
 
-    from kltune.lm.sampler import sample, uniform_numbers
+    from kltune.lm.model.sampler import sample, uniform_numbers
 
     policy, prompts = open_policy(model, responses, prompt_tokens)
     uniforms = uniform_numbers(np.random.default_rng(0), responses, new_tokens)
@@ -135,8 +135,8 @@ def eval_kl_row(model: str, responses: int, new_tokens: int, repeat: int, prompt
     """Sampling and exact measuring of a policy with a LoRA on all linear layers: what ``kltune eval-kl`` does."""
     import torch
 
-    from kltune.lm.measurement import Draw, measure_kl
-    from kltune.lm.measures import VocabularySums
+    from kltune.core.kl.divergence import VocabularySums
+    from kltune.lm.measure.measurement import Draw, measure_kl
 
     policy, prompts = open_policy(model, responses, prompt_tokens)
     vocabulary = policy.network.vocabulary

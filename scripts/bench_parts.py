@@ -40,9 +40,9 @@ def open_policy(model: str, responses: int, prompt_tokens: int):
     """A policy with a LoRA on all linear layers that does something, and random prompts for it."""
     import torch
 
-    from kltune.lm.data import Prompt
-    from kltune.lm.loading import pick_device
-    from kltune.lm.opening import load_policy
+    from kltune.lm.data.examples import Prompt
+    from kltune.lm.model.loading import pick_device
+    from kltune.lm.model.opening import load_policy
     from kltune.recipe import LoraSection, ModelSection
 
     torch.manual_seed(0)

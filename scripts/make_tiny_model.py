@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from kltune.demo.world import make_tiny_world
 from kltune.errors import KltuneError
-from kltune.lm.tiny import make_tiny_world
 
 
 def main() -> None:

@@ -22,14 +22,14 @@ from bench_parts import random_llama
 from peers_watch import SETTINGS, Watch
 from safetensors.torch import save_file
 
-from kltune.core import preferences as losses
-from kltune.lm.data import load_prompts, row_rules, shuffled_positions
-from kltune.lm.opening import load_policy
-from kltune.lm.policy import Policy
-from kltune.lm.preferences import Preferences, load_preferences, response_logprobs
-from kltune.lm.texts import example_batch
+from kltune.core.objectives import preferences as losses
+from kltune.lm.data.examples import load_prompts, row_rules, shuffled_positions
+from kltune.lm.model.likelihood import example_batch
+from kltune.lm.model.opening import load_policy
+from kltune.lm.model.policy import Policy
 from kltune.recipe import load_recipe
-from kltune.run.learner import Learner
+from kltune.train.learner import Learner
+from kltune.train.preferences import Preferences, load_preferences, response_logprobs
 
 NEVER = 1_000_000
 NO_TOKEN = (-1,)  # end tokens of a response whose length is fixed
@@ -199,9 +199,9 @@ def run(folder: Path, output: Path, settings: str, changes: list[str]) -> None:
     """The stage, watched."""
     work = load_work(folder)
     module = importlib.import_module(f"kltune.stages.{work.stage}")
-    rollout = importlib.import_module("kltune.lm.rollout")
+    rollout = importlib.import_module("kltune.lm.model.sampler")
     watch = Watch()
-    opening = importlib.import_module("kltune.run.opening")
+    opening = importlib.import_module("kltune.run.session")
     load, take_step, measured = opening.load_policy, module.take_step, Preferences.measured
 
     def watched_load(*arguments, **options) -> Policy:

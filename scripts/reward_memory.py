@@ -19,8 +19,8 @@ def save_fresh_reward_model(model: str, folder: Path) -> None:
     """An untrained reward model as ``kltune reward`` saves one."""
     import torch
 
-    from kltune.lm.opening import load_policy
-    from kltune.lm.reward_model import RewardModel
+    from kltune.lm.model.opening import load_policy
+    from kltune.lm.rewards.reward_model import RewardModel
     from kltune.recipe import LoraSection, ModelSection
 
     policy = load_policy(ModelSection(path=model), LoraSection(), device=torch.device("cpu"))
@@ -36,8 +36,8 @@ def row(model: str, folder: Path, share: bool) -> dict[str, float]:
     """Parameters and resident memory before, and what opening the reward model adds to both."""
     import torch
 
-    from kltune.lm.opening import load_policy
-    from kltune.lm.reward_reader import open_reward_model
+    from kltune.lm.model.opening import load_policy
+    from kltune.lm.rewards.reward_model import open_reward_model
     from kltune.recipe import LoraSection, ModelSection
 
     policy = load_policy(ModelSection(path=model), LoraSection(), device=torch.device("cpu"))

@@ -31,8 +31,8 @@ from pathlib import Path
 
 from train_judge import measured, train_judge
 
-from kltune.lm.judge import Judge
-from kltune.lm.tiny import make_tiny_world
+from kltune.demo.world import make_tiny_world
+from kltune.lm.rewards.judge import Judge
 from kltune.recipe import JudgeReward, copy_recipe, load_recipe
 
 PACKAGES = ("fastapi", "uvicorn", "openai")

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer
 
-from kltune.lm.chat import Endpoint
-from kltune.lm.judge import Judge
-from kltune.lm.tiny_corpus import Review, loose_review, reviews
-from kltune.lm.verdicts import read_preference, read_score
+from kltune.demo.grammar import Review, loose_review, reviews
+from kltune.lm.rewards.chat_endpoint import Endpoint
+from kltune.lm.rewards.judge import Judge
+from kltune.lm.rewards.verdicts import read_preference, read_score
 from kltune.recipe import JudgeReward, load_recipe
 from kltune.stages.sft import run_sft
 

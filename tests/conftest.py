@@ -7,9 +7,20 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from kltune.lm.policy import Policy
+    from kltune.lm.model.policy import Policy
+    from kltune.recipe import PPORecipe
 
 STORIES = Path(__file__).resolve().parents[1].parent / "shared" / "models" / "stories260K"
+
+
+RECIPE = """
+stage: ppo
+model: {path: some/model}
+data: {prompts: prompts.jsonl}
+reward:
+  - {kind: function, path: "rewards.py:score"}
+run: {steps: 10, output: out}
+"""
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +57,7 @@ def open_policy(tiny_model: Callable[[str], Path]) -> Callable[..., "Policy"]:
     """
     import torch
 
-    from kltune.lm.opening import load_policy
+    from kltune.lm.model.opening import load_policy
     from kltune.recipe import LoraSection, ModelSection
 
     small = LoraSection(rank=4, alpha=8.0)
@@ -92,3 +103,20 @@ def tiny_lm_policy(tmp_path: Path, open_policy: Callable[..., "Policy"]) -> "Pol
         tensors["A"].copy_((tiny_policy_logits() - tiny_reference_logits()).T)
         tensors["B"].zero_()[:3].copy_(torch.eye(3))
     return policy
+
+
+@pytest.fixture
+def make_recipe(tmp_path: Path) -> Callable[..., "PPORecipe"]:
+    """A function from overrides to a recipe whose output is ``tmp_path/out``."""
+    from kltune.recipe import load_recipe
+
+    folder = tmp_path / "recipe"
+    folder.mkdir()
+    (folder / "prompts.jsonl").write_text('{"prompt": "once"}\n')
+    (folder / "rewards.py").write_text("def score(prompts, responses):\n    return [0.0] * len(prompts)\n")
+    (folder / "ppo.yaml").write_text(RECIPE)
+
+    def make(*overrides: str, output: str = "out") -> "PPORecipe":
+        return load_recipe(folder / "ppo.yaml", overrides, output=str(tmp_path / output))
+
+    return make

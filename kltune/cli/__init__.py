@@ -13,12 +13,13 @@ from typing import Annotated, NoReturn
 import typer
 
 from kltune import __version__
-from kltune.cli.measuring import eval_kl_command, project_command
+from kltune.cli.explain import explain_command
+from kltune.cli.measure import eval_kl_command, project_command
 from kltune.cli.options import JSONOption, OutputOption, RecipeOption, ResumeOption, SetOption
 from kltune.cli.output import as_user_error, complain, emit, show_result, to_json
 from kltune.cli.recipes import recipes
-from kltune.cli.sampling import sample_command
-from kltune.cli.sweeping import frontier_command, sweep_command
+from kltune.cli.sample import sample_command
+from kltune.cli.sweep import frontier_command, sweep_command
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
 
@@ -28,7 +29,6 @@ QUIET_LIBRARIES = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-
 app = typer.Typer(
     name="kltune", pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True,
     help="Fine-tune language models while holding their KL divergence from a reference to a budget.",
@@ -105,10 +105,19 @@ def dpo(
 
 
 app.command("eval-kl")(eval_kl_command)
+
+
 app.command("project")(project_command)
+
+
 app.command("sweep")(sweep_command)
+
+
 app.command("frontier")(frontier_command)
+
+
 app.command("sample")(sample_command)
+app.command("explain")(explain_command)
 
 
 @app.command()
@@ -117,8 +126,8 @@ def demo(
     as_json: JSONOption = False,
 ) -> None:
     """The whole walk on a tiny model: no download, no GPU, a few minutes."""
-    from kltune.demo import run_demo
-    from kltune.demo import summary as table
+    from kltune.demo.run import run_demo
+    from kltune.demo.run import summary as table
 
     result = run_demo(output)
     emit(to_json(result) if as_json else table(result))
@@ -137,11 +146,11 @@ def report(
     kltune report runs/a runs/b --output comparison.html
     """
     if len(runs) == 1:
-        from kltune.run.page import write_page
+        from kltune.report.pages import write_page
 
         emit(str(write_page(runs[0], output)))
     else:
-        from kltune.run.comparison import write_comparison
+        from kltune.report.pages import write_comparison
 
         emit(str(write_comparison(runs, output or Path("comparison.html"))))
 

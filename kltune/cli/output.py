@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from kltune.errors import Interrupted, KltuneError, StorageError
 from kltune.recipe import RecipeFaults
-from kltune.run.ci import escaped
+from kltune.report.ci import escaped
 
 CANNOT_WRITE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 OUT_OF_MEMORY = "out of memory; lower optim.micro_batch_size (results stay the same), or sampling.max_new_tokens"

@@ -17,11 +17,17 @@
 Nothing here imports torch: a wrong recipe is answered before the first model is thought of.
 """
 
-from kltune.recipe.copying import copy_recipe
 from kltune.recipe.faults import Fault, Place, RecipeFaults
 from kltune.recipe.grid import Axis, GridPoint, load_grid
-from kltune.recipe.packaged import find_recipe, packaged_recipes, recipes_folder
-from kltune.recipe.reading import load_recipe, overlap, recipe_text
+from kltune.recipe.reading import (
+    find_recipe,
+    load_recipe,
+    overlap,
+    packaged_recipes,
+    read_scorer,
+    recipe_text,
+    recipes_folder,
+)
 from kltune.recipe.rewards import (
     ClassifierReward,
     FunctionReward,
@@ -30,7 +36,6 @@ from kltune.recipe.rewards import (
     RewardEntry,
     asks_for_pairs,
 )
-from kltune.recipe.scorer import read_scorer
 from kltune.recipe.sections import (
     BradleyTerrySection,
     DataSection,
@@ -47,7 +52,15 @@ from kltune.recipe.sections import (
     TRPOSection,
 )
 from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
-from kltune.recipe.writing import differing_keys, dump_recipe, flat, flat_settings, recipe_digest, recipe_schema
+from kltune.recipe.writing import (
+    copy_recipe,
+    differing_keys,
+    dump_recipe,
+    flat,
+    flat_settings,
+    recipe_digest,
+    recipe_schema,
+)
 
 __all__ = [
     "STAGES", "Axis", "BradleyTerrySection", "ClassifierReward", "DPOKLSection", "DPORecipe", "DPOSection",

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kltune.recipe.faults import Clash
-from kltune.recipe.judges import judges
-from kltune.recipe.rewards import asks_for_pairs
+from kltune.recipe.rewards import asks_for_pairs, judges
 from kltune.recipe.sections import DPOKLSection, KLSection
 from kltune.recipe.stages import PATH_KEYS, Recipe
 
@@ -19,7 +18,6 @@ FUNCTION = re.compile(r"(?P<file>[^:]+\.py):(?P<name>[A-Za-z_]\w*)")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".jsonl.gz")
 SOURCES = {"sft": "texts", "reward": "pairs", "ppo": "prompts", "trpo": "prompts"}
 SCORED = "the score has to come from somewhere: write reward: [{kind: function, path: rewards.py:score}]"
-
 BAD_PRICES = {
     ("loss", "k1"): "k1 as a loss has an expected gradient of exactly zero: the price would be noise; write exact",
     ("reward", "k2"): "k2 in the reward does not have the gradient of the KL; write k1",

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kltune.recipe.faults import Fault, Place, RecipeFaults
-from kltune.recipe.nodes import resolve
 from kltune.recipe.reading import load_recipe
 from kltune.recipe.stages import Recipe
 from kltune.recipe.writing import recipe_digest
+from kltune.recipe.yaml_tree import resolve
 
 OPENING, CLOSING = "[{", "]}"
 NOT_SWEPT = {

@@ -1,26 +1,61 @@
-"""From a YAML file and ``--set`` overrides to a recipe; every fault at once, each with its place."""
+"""From a YAML file, or a packaged recipe, and ``--set`` overrides to a recipe; every fault at once with its place."""
 
 import copy
 import errno
 import os
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from kltune.recipe.checks import absolute, clashes, function_values, path_values, responses_per_step
+from kltune.errors import RecipeError
+from kltune.recipe.checks import FUNCTION, absolute, clashes, function_values, path_values, responses_per_step
 from kltune.recipe.faults import Fault, Place, RecipeFaults
-from kltune.recipe.nodes import MAX_BYTES, KeyPath, Node, Plain, decode, read_nodes
-from kltune.recipe.packaged import find_recipe, packaged_recipes
+from kltune.recipe.rewards import FunctionReward, ModelReward, RewardEntry
 from kltune.recipe.stages import STAGES, Recipe
 from kltune.recipe.wording import dotted, found, listed, schema_at, unknown_key, wanted, wrong_value
+from kltune.recipe.yaml_tree import MAX_BYTES, KeyPath, Node, Plain, decode, read_nodes
 
+PACKAGE = Path(__file__).absolute().parents[1]
 NEEDED = {                                       # kinds of a reward entry, and what each cannot do without
     "function": {"path"}, "model": {"path"}, "classifier": {"path"}, "judge": {"url", "model"},
 }
 KINDS = tuple(NEEDED)
+FORMS = "wanted file.py:function, a reward model's folder, or an entry as in a recipe, such as {kind: model, path: x}"
+
+
+def recipes_folder() -> Path:
+    """Folder of the packaged recipes: inside the installed package, or beside it in a checkout."""
+    installed = PACKAGE / "recipes"
+    return installed if installed.is_dir() else PACKAGE.parent / "recipes"
+
+
+@cache
+def packaged_recipes() -> dict[str, Path]:
+    """Names such as ``tiny/ppo_target`` and the files they stand for, in alphabetical order."""
+    folder = recipes_folder()
+    files = sorted(file for suffix in ("yaml", "yml") for file in folder.rglob(f"*.{suffix}"))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def find_recipe(name: str) -> Path:
+    """The file that a path or the name of a packaged recipe stands for.
+
+    Raises:
+        RecipeError: neither; with the nearest names.
+    """
+    file = Path(name)
+    if name and "\0" not in name and os.path.lexists(file):
+        return file
+    recipes = packaged_recipes()
+    if name.removesuffix(".yaml") in recipes:
+        return recipes[name.removesuffix(".yaml")]
+    near = get_close_matches(name, recipes, 3, 0.5)
+    advice = f"did you mean {' or '.join(near)}?" if near else "kltune recipe list shows the packaged ones"
+    raise RecipeFaults(name, [Fault(Place(name), "", f"no such file, and no packaged recipe of that name; {advice}")])
 
 
 def load_recipe(
@@ -267,3 +302,23 @@ def put(whole: dict[str, Plain], key: str, value: str) -> None:
     for step in steps:
         holder = holder[int(step)] if isinstance(holder, list | tuple) else holder[step]
     holder[last] = value
+
+
+def read_scorer(text: str) -> RewardEntry:
+    """``rewards.py:gold`` is a function, ``{kind: ...}`` an entry of a recipe's ``reward``, anything else a model.
+
+    Raises:
+        RecipeError: it is none of these.
+    """
+    if FUNCTION.fullmatch(text):
+        return FunctionReward(kind="function", path=text)
+    if not text.startswith("{"):
+        return ModelReward(kind="model", path=text)
+    node, faults = read_nodes(text, "--gold")
+    if faults or node is None:
+        raise RecipeError(f"--gold: {faults[0].text if faults else 'empty'}; {FORMS}.")
+    try:
+        return TypeAdapter(RewardEntry).validate_python(node.plain())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise RecipeError(f"--gold: {'.'.join(map(str, first['loc']))}: {first['msg']}; {FORMS}.") from error

@@ -16,9 +16,10 @@ from kltune.recipe.rewards import RewardEntry
 class ModelSection(Section):
     """The frozen weights; with the policy's adapter off they are the reference."""
 
-    path: Text = Field(description="folder of a model, or its name on the hub")
+    path: Text = Field(description="folder of a model, or its name on the hub", examples=["HuggingFaceTB/SmolLM2-135M"])
     sft_adapter: Text | None = Field(
-        None, description="a LoRA from kltune sft, merged into the base: base + SFT is then the reference"
+        None, description="a LoRA from kltune sft, merged into the base: base + SFT is then the reference",
+        examples=["runs/sft/final"],
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type of the frozen weights; adapters are always trained in float32"
@@ -27,12 +28,13 @@ class ModelSection(Section):
 
 
 class LoraSection(Section):
-    """The adapter that is trained."""
+    """The adapter that is trained; sft alone also takes ``lora: null``, which trains every weight."""
 
     rank: int = Field(16, ge=1, le=4096, description="rank of each update matrix")
     alpha: Positive = Field(32.0, description="the update is scaled by alpha / rank")
     targets: Literal["all-linear"] | Annotated[tuple[Text, ...], Field(strict=False, min_length=1)] = Field(
-        "all-linear", description="which linear layers get an adapter: all-linear, or a list of layer names"
+        "all-linear", description="which linear layers get an adapter: all-linear, or a list of layer names",
+        examples=[("q_proj", "v_proj")],
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="must be 0 in ppo, trpo and dpo, where logprobs are compared")
 
@@ -40,14 +42,21 @@ class LoraSection(Section):
 class DataSection(Section):
     """Where rows come from, and what happens to rows that do not fit."""
 
-    prompts: Text | None = Field(None, description="prompts to respond to (ppo, trpo, online dpo): file or hub name")
-    texts: Text | None = Field(None, description="texts to imitate (sft): file or hub name")
-    pairs: Text | None = Field(None, description="chosen and rejected responses (dpo, reward): file or hub name")
+    prompts: Text | None = Field(
+        None, description="prompts to respond to (ppo, trpo, online dpo): file or hub name", examples=["prompts.jsonl"]
+    )
+    texts: Text | None = Field(
+        None, description="texts to imitate (sft): file or hub name", examples=["texts.jsonl"]
+    )
+    pairs: Text | None = Field(
+        None, description="chosen and rejected responses (dpo, reward): file or hub name", examples=["pairs.jsonl"]
+    )
     template: Literal["auto", "none", "chat"] = Field(
         "auto", description="auto uses the chat template if the rows are messages"
     )
     max_prompt_tokens: Count | None = Field(
-        None, description="tokens; null leaves what the model's context has beside the response"
+        None, description="tokens of a prompt; null leaves what the model's context has beside the response",
+        examples=[512],
     )
     max_response_tokens: Count = Field(512, description="tokens of a response that is read from data")
     on_overlong: Literal["truncate", "drop", "error"] = Field(
@@ -63,7 +72,7 @@ class SamplingSection(Section):
     responses_per_prompt: Count = Field(
         1, description="responses to each prompt; rloo, grpo and online dpo need at least 2"
     )
-    max_new_tokens: Count = Field(128, description="tokens; a longer response is cut there")
+    max_new_tokens: Count = Field(128, description="tokens of a response, which is cut there")
     temperature: float = Field(
         1.0, ge=0.1, le=10, description="divides the logits; KL is measured at this same temperature"
     )
@@ -77,20 +86,21 @@ class KLSection(Section):
 
     control: Literal["fixed", "target"] = Field("target", description="keep beta, or steer it until the KL is target")
     beta: Literal["auto"] | NotNegative = Field(
-        "auto", description="score per nat; auto follows the spread of the scores; 0 measures without a price"
+        "auto", description="score per nat; auto follows the spread of the scores; 0 measures without a price",
+        examples=[0.1],
     )
     target: Positive | None = Field(6.0, description="KL(policy‖reference) to hold, in kl.unit; 6 nats is a start")
     unit: Literal["nats_per_response", "nats_per_token"] = Field(
         "nats_per_response", description="unit of target and hard_cap"
     )
-    placement: Literal["reward", "loss"] = Field("reward", description="where the price is paid")
+    placement: Literal["reward", "loss"] = Field("reward", description="where the price is paid; loss in ppo alone")
     estimator: Literal["k1", "k2", "exact"] = Field(
         default_factory=lambda section: "exact" if section.get("placement") == "loss" else "k1",
         description="what is priced; default k1 with placement reward, exact with placement loss",
     )
     controller: Literal["log_pi", "ziegler", "dual"] = Field("log_pi", description="how target steers beta")
     hard_cap: Positive | None = Field(
-        None, description="in kl.unit; what is not within it at 95 % confidence is never called final"
+        None, description="in kl.unit; what is not within it at 95 % confidence is never called final", examples=[8.0]
     )
     land: bool = Field(
         default_factory=lambda section: section.get("control") == "target" or section.get("hard_cap") is not None,
@@ -101,7 +111,7 @@ class KLSection(Section):
     )
     exact: bool = Field(True, description="measure the KL over the full vocabulary at every step")
     beta_min: Positive = Field(1e-4, description="score per nat; beta is steered within beta_min and beta_max")
-    beta_max: Positive = Field(1e3, description="score per nat")
+    beta_max: Positive = Field(1e3, description="score per nat; beta is steered within beta_min and beta_max")
     horizon: Positive = Field(10000.0, description="responses (ziegler); larger is calmer")
     kp: NotNegative = Field(0.35, description="gain on the error now (log_pi)")
     ki: NotNegative = Field(0.05, description="gain on the error summed over steps (log_pi)")
@@ -127,6 +137,7 @@ class DPOKLSection(KLSection):
         "auto",
         description="what a nat of KL(policy‖reference) costs beside the loss ÷ dpo.beta; 0 is plain DPO; auto "
         "follows the gradients' sizes (control: target)",
+        examples=[0.1],
     )
     placement: Literal["loss"] = Field("loss", description="where the price is paid")
     estimator: Literal["exact"] = Field("exact", description="what is priced")
@@ -153,9 +164,12 @@ class PPOSection(Section):
     gamma: Fraction = Field(1.0, description="discount per token")
     gae_lambda: Fraction = Field(0.95, description="1 is unbiased, lower is calmer")
     stop_step_kl: Positive | None = Field(
-        None, description="nats per response; leaves the epochs once KL(old‖new) passes it; null never does"
+        None, description="nats per response; leaves the epochs once KL(old‖new) passes it; null never does",
+        examples=[0.5],
     )
-    value_lr: Positive | None = Field(None, description="learning rate of the value function; null is optim.lr")
+    value_lr: Positive | None = Field(
+        None, description="learning rate of the value function; null is optim.lr", examples=[3e-4]
+    )
 
 
 class TRPOSection(Section):
@@ -207,15 +221,15 @@ class DPOSection(Section):
         5.0, description="rewards of a pair that differ by twice as much pull no further (chi_po)"
     )
     gap: NotNegative = Field(1.0, description="by which the chosen response's reward should be ahead (simpo)")
-    wanted_weight: Positive = Field(1.0, description="of wanted responses (kto)")
-    unwanted_weight: Positive = Field(1.0, description="of unwanted responses (kto)")
+    wanted_weight: Positive = Field(1.0, description="weight of wanted responses in the loss (kto)")
+    unwanted_weight: Positive = Field(1.0, description="weight of unwanted responses in the loss (kto)")
     dynamic_beta: NotNegative = Field(
         0.0, description="a batch's beta is beta x (1 + this x (its mean margin - the running mean of them, nats)); 0 "
-        "keeps beta, 0.6 is beta-DPO's (sigmoid)"
+        "keeps beta, 0.6 is beta-DPO's (sigmoid)", examples=[0.6]
     )
     reference_alpha: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="how far towards the policy the loss's reference goes every reference_every steps (TR-DPO: "
-        "0.6, or 1); null leaves it; the KL is to the model's frozen weights all the same"
+        "0.6, or 1); null leaves it; the KL is to the model's frozen weights all the same", examples=[0.6]
     )
     reference_every: Count = Field(1, description="steps between moves of the loss's reference (reference_alpha)")
     from_reference: bool = Field(
@@ -238,12 +252,13 @@ class OptimSection(Section):
     lr: Positive = Field(1e-4, description="learning rate of the adapter; in trpo, of the value function")
     batch_size: Count = Field(32, description="rows or pairs per step (sft, reward, dpo from a file)")
     micro_batch_size: Count | None = Field(
-        None, description="sequences in memory at once; changes memory and speed, not the result; null chooses"
+        None, description="sequences in memory at once; changes memory and speed, not the result; null chooses",
+        examples=[8],
     )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="course of lr after the warm-up"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps over which it rises from 0")
+    warmup_steps: int = Field(0, ge=0, description="steps over which lr rises from 0")
     max_grad_norm: Positive = Field(1.0, description="a larger gradient is scaled down to this norm")
     weight_decay: NotNegative = Field(0.0, description="decoupled, per unit of lr")
 
@@ -251,7 +266,7 @@ class OptimSection(Section):
 class RunSection(Section):
     """How long, how often, where."""
 
-    epochs: Positive | None = Field(None, description="passes over the data, instead of steps")
+    epochs: Positive | None = Field(None, description="passes over the data, instead of steps", examples=[1.0])
     steps: Count | None = Field(
         default_factory=lambda section: 100 if section.get("epochs") is None else None,
         description="turns of the loop; default 100, or null when epochs is given",
@@ -262,7 +277,10 @@ class RunSection(Section):
     keep: Count = Field(3, description="checkpoints kept")
     loggers: Literal["auto"] | Annotated[
         tuple[Literal["tensorboard", "trackio", "wandb"], ...], Field(strict=False)
-    ] = Field("auto", description="who draws curves beside metrics.jsonl; auto: TensorBoard if installed; []: nobody")
+    ] = Field(
+        "auto", description="who draws curves beside metrics.jsonl: a list of tensorboard, trackio and wandb; auto: "
+        "TensorBoard if installed; []: nobody", examples=[("tensorboard", "wandb")],
+    )
     output: Text = Field("runs/name", description="folder of the run; default runs/ and the recipe file's name")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = Field(
         "auto", description="auto, cpu, mps, cuda or cuda:1"
@@ -272,14 +290,24 @@ class RunSection(Section):
 class EvalSection(Section):
     """Held-out measurements."""
 
-    prompts: Text | None = Field(None, description="held-out prompts for KL and score; null measures on data.prompts")
+    prompts: Text | None = Field(
+        None, description="held-out prompts for KL and score; null measures on data.prompts",
+        examples=["held_out.jsonl"],
+    )
     responses: Count = Field(128, description="responses per measurement")
-    texts: Text | None = Field(None, description="held-out human texts for the alignment tax")
-    pairs: Text | None = Field(None, description="held-out pairs for accuracy and margin (dpo, reward)")
+    texts: Text | None = Field(
+        None, description="held-out human texts for the alignment tax", examples=["held_out_texts.jsonl"]
+    )
+    pairs: Text | None = Field(
+        None, description="held-out pairs for accuracy and margin (dpo, reward)", examples=["held_out_pairs.jsonl"]
+    )
     pairs_share: float = Field(
         0.1, ge=0, lt=1, description="share of the prompts of data.pairs that is held out where pairs is null (reward)"
     )
-    gold: RewardEntry | None = Field(None, description="a scorer that is measured and never trained on")
+    gold: RewardEntry | None = Field(
+        None, description="a scorer that is measured and never trained on",
+        examples=[{"kind": "function", "path": "rewards.py:gold"}],
+    )
     stop_at_gold_peak: bool = Field(
         False, description="end the run where gold falls while the score rises; final is the policy of gold's peak"
     )

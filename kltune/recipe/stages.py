@@ -43,6 +43,12 @@ class Recipe(Section):
     __hash__ = None
 
 
+def prompts_source(recipe: Recipe) -> str | None:
+    """The file whose prompts a stage's KL is measured on; held-out ones where the recipe has any."""
+    held_out, data = recipe.eval, recipe.data
+    return held_out.prompts or held_out.pairs or data.prompts or data.pairs
+
+
 class SFTRecipe(Recipe):
     """Imitate texts; ``lora: null`` trains every weight."""
 

@@ -4,12 +4,11 @@ import re
 from difflib import get_close_matches
 from typing import Any
 
-from kltune.recipe.nodes import KeyPath, Node
 from kltune.recipe.stages import STAGES
+from kltune.recipe.yaml_tree import KeyPath, Node
 
 NUMBER_LIKE = re.compile(r"[-+]?[0-9.][0-9_.:eE+xXobOBa-fA-F-]*")
 SCHEMAS: dict[str, dict[str, Any]] = {}
-
 RENORMALISED = (
     "kltune samples from the whole distribution: with a renormalised one the logprobs, and so the KL, would be of "
     "another policy; remove it (sampling.temperature is scored as it is sampled)"
@@ -81,8 +80,6 @@ FOREIGN = {
     **dict.fromkeys(("trainer", "algorithm", "algo"), "called stage here: sft, reward, ppo, trpo or dpo"),
     "env": "a recipe sets no environment variables; set them in the shell", "<<": "write the values out",
 }
-
-
 # values that deserve a reason rather than a list of the right ones
 REFUSED_VALUES = {
     ("kl.estimator", "k3"): "as a loss k3 has the gradient of the forward KL(reference‖policy), and in the reward it "

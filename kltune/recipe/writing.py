@@ -1,18 +1,77 @@
-"""A recipe as YAML, as a digest, as a schema, and next to another recipe."""
+"""A recipe as YAML, digest, schema, next to another recipe, as a copy to be changed; and its keys explained."""
 
 import hashlib
 import json
-from typing import Annotated, Any
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from inspect import getdoc
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import Field, TypeAdapter
 
-from kltune.errors import RecipeError
-from kltune.recipe.nodes import resolve
+from kltune.errors import RecipeError, StorageError
+from kltune.recipe.checks import SOURCES, UNREAD, function_values
+from kltune.recipe.fields import Section
+from kltune.recipe.reading import find_recipe, load_recipe
 from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
+from kltune.recipe.wording import wanted
+from kltune.recipe.yaml_tree import resolve
 
 NOT_PART_OF_THE_RUN = ("output", "keep", "loggers")     # keys of run that change where results are, not what they are
 HOW_A_JUDGE_IS_REACHED = ("concurrency", "timeout_s", "retries", "key_env")     # and not what it answers
+
+
+def copy_recipe(name: str, destination: Path) -> tuple[list[Path], list[str]]:
+    """Copy a recipe and its reward functions.
+
+    Args:
+        name: a packaged recipe, or a path.
+        destination: a folder, made if need be, or a file that ends in .yaml.
+
+    Returns:
+        The files written, and notes on paths that mean something else at the new place.
+
+    Raises:
+        RecipeError: no such recipe, or a file is already there; then nothing was written.
+        StorageError: it cannot be written.
+    """
+    source = find_recipe(name)
+    recipe = load_recipe(name)
+    is_file = destination.suffix in (".yaml", ".yml") and not destination.is_dir()
+    target = destination if is_file else destination / source.name
+    functions = dict(function_values(recipe))
+    plan = {target: source}
+    for value in functions.values():
+        file = Path(value.rpartition(":")[0])
+        plan[target.parent / file.relative_to(recipe.folder)] = file
+    # a reward file with the same bytes is the one wanted: two recipes may share it
+    contents = {to: origin.read_bytes() for to, origin in plan.items()}
+    present = [to for to in plan if to.exists() and (to == target or to.read_bytes() != contents[to])]
+    if present:
+        raise RecipeError(f"{present[0]} is already there; name another place: kltune recipe copy {name} DEST")
+    written = [to for to in plan if not to.exists()]
+    try:
+        for to in written:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            with open(to, "xb") as file:
+                file.write(contents[to])
+    except OSError as error:
+        raise StorageError(f"cannot write {error.filename}: {error.strerror}") from error
+    return written, notes_on_paths(name, target, set(functions))
+
+
+def notes_on_paths(name: str, target: Path, functions: set[str]) -> list[str]:
+    """Which relative paths name other files now that the recipe lies elsewhere."""
+    try:
+        changed = differing_keys(load_recipe(name), load_recipe(target))
+    except RecipeError as error:
+        return [f"paths in the copy start at {target.parent}; correct them: {error}"]
+    moved = [line for line in changed if line.partition(":")[0] not in functions]
+    return [f"relative paths start at the copy now; correct it if need be: {line}" for line in moved]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -100,3 +159,134 @@ def recipe_schema(stage: str | None = None) -> dict[str, Any]:
         else TypeAdapter(Annotated[anyone, Field(discriminator="stage")]).json_schema()
     )
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "kltune recipe", **schema}
+
+
+@dataclass(frozen=True)
+class RecipeKey:
+    """What there is to say of a key, a section or a key of a reward entry.
+
+    meaning, wanted, default: by stage, in a reward entry by kind; default: absent where the key must be written.
+    read_by: stages. example: YAML; none of a section.
+    """
+
+    key: str
+    meaning: dict[str, str]
+    wanted: dict[str, str]
+    default: dict[str, Any]
+    read_by: tuple[str, ...]
+    example: str
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A key in the recipe of one stage: ``section`` is where it is, ``name`` what it is called there."""
+
+    stage: str
+    section: type[Section]
+    name: str
+
+    @property
+    def info(self) -> Any:
+        return self.section.model_fields[self.name]
+
+    @property
+    def by(self) -> str:
+        """What its meaning may differ by: the kind of a reward entry, else the stage."""
+        kind = self.section.model_fields.get("kind")
+        return get_args(kind.annotation)[0] if kind else self.stage
+
+    @property
+    def inner(self) -> list[type[Section]]:
+        """The section that it is, or the kinds of entry that it takes."""
+        return _sections_in(self.info.annotation)
+
+
+def keys_named(word: str) -> list[RecipeKey]:
+    """The keys that a word names: dotted (reward entries as reward.url, reward[].url or reward.0.url), or bare."""
+    known, key = recipe_keys(), re.sub(r"\[\d*\]|\.\d+(?=\.|$)", "", word)
+    if key in known:
+        return [known[key]]
+    return [known[name] for name in known if name.endswith(f".{key}") and not name.startswith("eval.gold.")]
+
+
+@cache
+def recipe_keys() -> dict[str, RecipeKey]:
+    """Every section and key of every stage that reads it, by its dotted name."""
+    found: dict[str, list[_Field]] = {}
+    for stage, recipe in STAGES.items():
+        for key, section, name in _fields_under(recipe):
+            if _is_read(stage, key):
+                found.setdefault(key, []).append(_Field(stage, section, name))
+    return {key: _recipe_key(key, fields) for key, fields in found.items()}
+
+
+def _recipe_key(key: str, fields: list[_Field]) -> RecipeKey:
+    meaning, range_, default = {}, {}, {}
+    for field in fields:
+        is_section = len(field.inner) == 1
+        doc = getdoc(field.inner[0]) if is_section else field.info.description
+        meaning[field.by] = doc.partition("\n\n")[0].replace("\n", " ").replace("``", "`")
+        range_[field.by] = wanted(_properties(field.section)[field.name])
+        if not (is_section or field.info.is_required() or _must_be_written(field.stage, key)):
+            default[field.by] = getattr(field.section.model_construct(), field.name)
+    stages = tuple(dict.fromkeys(field.stage for field in fields))
+    return RecipeKey(key, meaning, range_, default, stages, "" if is_section else _example(key, fields[0]))
+
+
+def _example(key: str, field: _Field) -> str:
+    outer = key.split(".")[:-1]
+    beside = _smallest(field.section) if "kind" in field.section.model_fields else {}
+    entry: Any = {**beside, field.name: _likely(field)}
+    for name in reversed(outer):
+        entry = {name: [entry] if name == "reward" else entry}
+    flow = None if outer else False
+    text = yaml.dump(entry, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow)
+    return text.rstrip("\n")
+
+
+def _likely(field: _Field) -> Any:
+    """A value worth showing: one that is given as an example, else the default."""
+    if field.info.examples:
+        return field.info.examples[0]
+    if field.inner:
+        return [_smallest(field.inner[0])]
+    if field.info.is_required():
+        return get_args(field.info.annotation)[0]
+    return getattr(field.section.model_construct(), field.name)
+
+
+def _smallest(section: type[Section]) -> dict[str, Any]:
+    """A reward entry with nothing but what must be written."""
+    fields = [_Field("", section, name) for name, info in section.model_fields.items() if info.is_required()]
+    return {field.name: _likely(field) for field in fields}
+
+
+def _is_read(stage: str, key: str) -> bool:
+    """Whether a stage reads a key that its recipe has: some it shares with others, and refuses."""
+    rows = (SOURCES[stage],) if stage in SOURCES else ("prompts", "pairs")
+    section, name, *_ = [*key.split("."), ""]
+    foreign_rows = section == "data" and name in ("prompts", "texts", "pairs") and name not in rows
+    return not foreign_rows and f"{section}.{name}" not in UNREAD.get(stage, {})
+
+
+def _must_be_written(stage: str, key: str) -> bool:
+    """Whether ``checks`` asks for a key that has a default for the sake of other stages."""
+    return key == f"data.{SOURCES.get(stage)}" or (key == "reward" and SOURCES.get(stage) == "prompts")
+
+
+def _fields_under(section: type[Section], prefix: str = "") -> Iterator[tuple[str, type[Section], str]]:
+    for name, info in section.model_fields.items():
+        yield prefix + name, section, name
+        for inner in _sections_in(info.annotation):
+            yield from _fields_under(inner, f"{prefix}{name}.")
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    if parts := get_args(annotation):
+        return [section for part in parts for section in _sections_in(part)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, Section) else []
+
+
+@cache
+def _properties(section: type[Section]) -> dict[str, Any]:
+    return section.model_json_schema()["properties"]

@@ -11,6 +11,8 @@ A save fills a hidden folder, flushes every file to the disk, and renames the fo
 moment leaves the folder under its hidden name (removed at the next save) or complete under its own.
 """
 
+import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -26,11 +28,32 @@ from torch import Tensor
 
 import kltune
 from kltune.errors import CheckpointError, DivergedError
-from kltune.run.manifest import read_json, seal, verify, write_json
-from kltune.run.storage import nonfinite_keys, storing, sync_folder
+from kltune.recipe import DataSection
+from kltune.run.files import (
+    nonfinite_keys,
+    read_json,
+    storing,
+    sync_file,
+    sync_folder,
+    write_json,
+)
 
 SCHEMA = "kltune.checkpoint/1"
 STEP_FOLDER = re.compile(r"step-\d{6,}")
+MANIFEST_SCHEMA = "kltune.manifest/1"
+
+
+def measure_settings(
+    prompts: str | None, data: DataSection, max_new_tokens: int, temperature: float
+) -> dict[str, Any]:
+    """How the KL of a checkpoint is measured unless asked otherwise; kltune.json keeps it for ``kltune eval-kl``."""
+    return {
+        "prompts": prompts,
+        "template": data.template,
+        "max_prompt_tokens": data.max_prompt_tokens,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+    }
 
 
 def save_checkpoint(
@@ -301,3 +324,54 @@ def _stamped(info: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 def _warn_damaged(error: CheckpointError) -> None:
     print(f"warning: {error} Falling back to the checkpoint before it.", file=sys.stderr)
+
+
+def seal(folder: Path) -> None:
+    """Write manifest.json with the sha256 and size of every file, and flush all of it to the disk."""
+    with contextlib.suppress(OSError):
+        (folder / "state").rmdir()      # final/ has no state; a folder with files in it stays
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = {
+        path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files
+    }
+    write_json(folder / "manifest.json", {"schema": MANIFEST_SCHEMA, "files": listed})
+    for path in (*files, folder / "manifest.json"):
+        sync_file(path)
+    for place in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        sync_folder(place)
+
+
+def verify(folder: Path, inside: str = "") -> list[str]:
+    """Compare the files of a folder with its manifest: all sizes first, then each sha256.
+
+    Args:
+        folder: what `seal` sealed.
+        inside: only names that begin so, as "state/".
+
+    Returns:
+        The names that were compared.
+
+    Raises:
+        CheckpointError: the manifest or a file is missing, or a file is not what was saved.
+    """
+    manifest = read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("schema") != MANIFEST_SCHEMA:
+        raise CheckpointError(f"{folder / 'manifest.json'} is not of schema {MANIFEST_SCHEMA}.")
+    try:
+        wanted = {name: (file["bytes"], file["sha256"]) for name, file in manifest["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'manifest.json'} is damaged: it lists no files.") from error
+    names = [name for name in wanted if name.startswith(inside)]
+    for name in names:
+        path, size = folder / name, wanted[name][0]
+        if not path.is_file() or path.stat().st_size != size:
+            raise CheckpointError(f"{folder} is damaged: {name} is missing or is not {size} bytes long.")
+    for name in names:
+        if _sha256(folder / name) != wanted[name][1]:
+            raise CheckpointError(f"{folder} is damaged: {name} is not what was saved (its sha256 differs).")
+    return names
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

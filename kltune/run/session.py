@@ -1,4 +1,4 @@
-"""A run and its folder: who may write there, where it starts, what asks it to stop, and how it ended."""
+"""A run and its folder: how every stage begins, who may write there, what asks it to stop, and how it ended."""
 
 import contextlib
 import importlib.metadata
@@ -10,26 +10,35 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
+import torch
 
 import kltune
 from kltune.errors import CheckpointError, Interrupted, JudgeError, RecipeError, StorageError
+from kltune.lm.model.loading import pick_device
+from kltune.lm.model.opening import load_policy
+from kltune.lm.model.policy import Policy
 from kltune.recipe import Recipe, differing_keys, dump_recipe, load_recipe, recipe_digest
-from kltune.run.answers import StoredAnswers
+from kltune.run.caches import StoredAnswers, StoredLogprobs
 from kltune.run.checkpoint import clear_leftovers, latest_checkpoint, saved_step
-from kltune.run.lock import claim, locked
-from kltune.run.manifest import read_document, read_json
-from kltune.run.ref_logprobs import StoredLogprobs
-from kltune.run.storage import read_jsonl, redact, to_json, without_nonfinite, write_whole
-
-SCHEMA = "kltune.run/1"
-SAME_SIGNAL_SECONDS = 0.1      # `timeout` and wrappers that forward send one signal twice, within milliseconds
+from kltune.run.files import (
+    claim,
+    locked,
+    read_document,
+    read_json,
+    read_jsonl,
+    redact,
+    to_json,
+    without_nonfinite,
+    write_whole,
+)
+from kltune.run.loggers import wanted_loggers
 
 
 class Run:
@@ -124,6 +133,34 @@ class Run:
         elif number != self.stop_signal or time.monotonic() - self._signalled_at > SAME_SIGNAL_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+Train = Callable[[Any, Policy, Run], dict[str, Any]]
+SCHEMA = "kltune.run/1"
+SAME_SIGNAL_SECONDS = 0.1      # `timeout` and wrappers that forward send one signal twice, within milliseconds
+
+
+def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
+    """Run a stage in the folder that its recipe names, unless it is finished there already.
+
+    Args:
+        recipe: what to do.
+        resume: go on from the newest checkpoint in the output folder.
+        train: takes the recipe, a policy with a fresh adapter and the open run, and gives the object of
+            ``result.json``.
+
+    Returns:
+        That object, of this run or of the one that is finished.
+    """
+    done = finished_result(recipe)
+    if done is not None:
+        return done
+    wanted_loggers(recipe.run.loggers)      # what is not installed is said before anything slow
+    with open_run(recipe, resume=resume) as run:
+        torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
+        policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))
+        run.set_reference(policy.fingerprint.as_dict())
+        return train(recipe, policy, run)
 
 
 @contextlib.contextmanager

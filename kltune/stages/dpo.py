@@ -31,45 +31,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kltune.core.calibration import win_share
-from kltune.core.losses import exact_kl_loss
-from kltune.core.preferences import dynamic_beta, mismatch_point
+from kltune.core.objectives.bradley_terry import win_share
+from kltune.core.objectives.losses import exact_kl_loss
+from kltune.core.objectives.preferences import dynamic_beta, mismatch_point
 from kltune.errors import DivergedError
-from kltune.lm.batches import Rollout, response_scatter
-from kltune.lm.data import Prompt, shuffled_positions
-from kltune.lm.experience import controller_of
-from kltune.lm.judge import Judge
-from kltune.lm.online_pairs import best_against_worst, win_rates
-from kltune.lm.optim import guarded_step, learning_rate_share, make_optimizer, total_steps
-from kltune.lm.policy import Policy
-from kltune.lm.preference_losses import preference_losses, scale_of
-from kltune.lm.preferences import (
+from kltune.lm.data.examples import Prompt, shuffled_positions
+from kltune.lm.model.batches import Rollout, response_scatter
+from kltune.lm.model.policy import Policy
+from kltune.lm.model.snapshot import Snapshot, kl_to
+from kltune.lm.rewards.judge import Judge
+from kltune.lm.rewards.scorers import load_scorer, name_of
+from kltune.recipe import DPORecipe, DPOSection, asks_for_pairs
+from kltune.run.optimizer import guarded_step, learning_rate_share, make_optimizer, total_steps
+from kltune.run.recorder import Clock
+from kltune.run.session import Run, run_stage
+from kltune.train.batch import Batch, sample_batch
+from kltune.train.budget import NORMALISED_SPREAD, controller_of
+from kltune.train.learner import Job, Learner
+from kltune.train.loop import begin, close_step, load_data, make_job, reprice, stepped_back, take_steps
+from kltune.train.preferences import (
     Preferences,
+    best_against_worst,
     check_first_log_ratios,
     load_preferences,
     log_ratios,
     log_ratios_of,
     margins,
+    preference_losses,
     response_logprobs,
-)
-from kltune.lm.scorers import load_scorer, name_of
-from kltune.lm.snapshot import Snapshot, kl_to
-from kltune.recipe import DPORecipe, DPOSection, asks_for_pairs
-from kltune.run.clock import Clock
-from kltune.run.job import Batch, Job
-from kltune.run.learner import Learner
-from kltune.run.opening import run_stage
-from kltune.run.session import Run
-from kltune.run.training import (
-    NORMALISED_SPREAD,
-    begin,
-    close_step,
-    load_data,
-    make_job,
-    reprice,
-    sample_batch,
-    stepped_back,
-    take_steps,
+    scale_of,
+    win_rates,
 )
 
 LABELLED = ("kto", "bco")  # losses of responses judged one by one

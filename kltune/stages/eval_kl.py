@@ -11,19 +11,19 @@ from typing import Any
 
 from torch import Tensor
 
-from kltune.core.filtering import Cut
-from kltune.core.gate import confidence_per_look, looks, verdict
+from kltune.core.kl.divergence import VocabularySums
+from kltune.core.kl.gate import confidence_per_look, looks, verdict
+from kltune.core.kl.truncation import Cut
 from kltune.errors import ModelError, RecipeError
-from kltune.lm.data import Example, Prompt
-from kltune.lm.deployed import Deployed, measure_deployed
-from kltune.lm.measurement import Draw, Measurement, measure_kl
-from kltune.lm.measures import VocabularySums
-from kltune.lm.policy import Policy
-from kltune.lm.texts import alignment_tax, document_nats, reference_nats
-from kltune.run.kl_document import DIRECTIONS, Found, described_kl, paired_differences
-from kltune.run.kl_text import render
-from kltune.run.progress import counting
-from kltune.run.subject import (
+from kltune.lm.data.examples import Example, Prompt
+from kltune.lm.measure.deployed import Deployed, measure_deployed
+from kltune.lm.measure.kl_document import DIRECTIONS, Found, described_kl, paired_differences
+from kltune.lm.measure.measurement import Draw, Measurement, measure_kl
+from kltune.lm.model.likelihood import alignment_tax, document_nats, reference_nats
+from kltune.lm.model.policy import Policy
+from kltune.report.text import render
+from kltune.run.recorder import counting
+from kltune.run.saved_policy import (
     MeasureOptions,
     Settings,
     Subject,
@@ -35,7 +35,6 @@ from kltune.run.subject import (
 )
 
 __all__ = ["EvalKLOptions", "eval_kl", "render"]
-
 EXIT_CODES = {"pass": 0, "fail": 3, "inconclusive": 4}
 WORST_FIRST = ("fail", "inconclusive", "pass")
 WORST_Z = 4.0  # |k1 − exact| in standard errors; chance alone passes it once in 16,000 runs

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from kltune.errors import RecipeError, ScorerError
-from kltune.lm.anchor import Judges, anchor_draw, anchored, clustered, judged, standardized
-from kltune.lm.measurement import Draw, measure_kl
-from kltune.lm.policy import Policy
-from kltune.lm.scorers import load_scorer
+from kltune.lm.measure.best_of_n import Judges, anchor_draw, anchored, clustered, judged, standardized
+from kltune.lm.measure.measurement import Draw, measure_kl
+from kltune.lm.model.policy import Policy
+from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import Recipe, RewardEntry, asks_for_pairs, load_recipe
-from kltune.run.frontier_page import render, write_frontier
-from kltune.run.points import (
+from kltune.report.frontier.page import render, write_frontier
+from kltune.report.frontier.points import (
     Point,
     Source,
     check_one_reference,
@@ -27,13 +27,12 @@ from kltune.run.points import (
     find_sources,
     points_of,
 )
-from kltune.run.pooling import curves_at, efficiency, fits, pick, pooled
-from kltune.run.progress import counting
-from kltune.run.results import headline
-from kltune.run.subject import MeasureOptions, find_checkpoint, measured_prompts, open_subject, settle
+from kltune.report.frontier.pooling import curves_at, efficiency, fits, pick, pooled
+from kltune.report.numbers import headline
+from kltune.run.recorder import counting
+from kltune.run.saved_policy import MeasureOptions, find_checkpoint, measured_prompts, open_subject, settle
 
 __all__ = ["FrontierOptions", "frontier", "render"]
-
 SCHEMA = "kltune.frontier/1"
 
 

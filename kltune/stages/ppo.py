@@ -12,32 +12,22 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from kltune.core.divergence import kl_k3
-from kltune.core.losses import clip_fraction, clipped_policy_loss, exact_kl_loss, k2_kl_loss
-from kltune.core.masking import per_response
-from kltune.lm.batches import response_scatter
-from kltune.lm.data import Prompt
-from kltune.lm.experience import Experience, check_first_ratio, controller_of, shape, whitened
-from kltune.lm.optim import guarded_step, learning_rate_share, make_optimizer, total_steps
-from kltune.lm.policy import Policy
-from kltune.lm.scorers import load_scorer
+from kltune.core.kl.divergence import kl_k3
+from kltune.core.objectives.losses import clip_fraction, clipped_policy_loss, exact_kl_loss, k2_kl_loss
+from kltune.core.tensors import per_response
+from kltune.lm.data.examples import Prompt
+from kltune.lm.model.batches import response_scatter
+from kltune.lm.model.policy import Policy
+from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import PPORecipe
-from kltune.run.clock import Clock
-from kltune.run.job import Job
-from kltune.run.learner import Learner
-from kltune.run.opening import run_stage
-from kltune.run.session import Run
-from kltune.run.training import (
-    add_values,
-    begin,
-    close_step,
-    load_data,
-    make_job,
-    reprice,
-    sample_batch,
-    stepped_back,
-    take_steps,
-)
+from kltune.run.optimizer import guarded_step, learning_rate_share, make_optimizer, total_steps
+from kltune.run.recorder import Clock
+from kltune.run.session import Run, run_stage
+from kltune.train.batch import sample_batch
+from kltune.train.budget import controller_of
+from kltune.train.experience import Experience, check_first_ratio, shape, whitened
+from kltune.train.learner import Job, Learner
+from kltune.train.loop import add_values, begin, close_step, load_data, make_job, reprice, stepped_back, take_steps
 
 
 def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:

@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from kltune.errors import ModelError, RecipeError
-from kltune.lm.dial import Dial, Look
-from kltune.lm.evaluate import measure_settings
-from kltune.lm.policy import Policy
-from kltune.lm.scorers import load_scorer
+from kltune.lm.measure.interpolation import Dial, Look
+from kltune.lm.measure.kl_document import kl_figures
+from kltune.lm.model.policy import Policy
+from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import asks_for_pairs, load_recipe
-from kltune.run.checkpoint import save_adapter
-from kltune.run.curve import Curve, CurvePoint, Frame, curve_svg
-from kltune.run.kl_document import kl_figures
-from kltune.run.manifest import write_json
-from kltune.run.storage import storing, write_whole
-from kltune.run.subject import (
+from kltune.report.plots import Curve, CurvePoint, Frame, curve_svg
+from kltune.run.checkpoint import measure_settings, save_adapter
+from kltune.run.files import storing, write_json, write_whole
+from kltune.run.saved_policy import (
     MeasureOptions,
     Settings,
     Subject,

@@ -16,32 +16,29 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kltune.core.bradley_terry import bradley_terry_loss, centring_penalty, label_loss
-from kltune.core.calibration import win_share
+from kltune.core.objectives.bradley_terry import bradley_terry_loss, centring_penalty, label_loss, win_share
 from kltune.errors import Interrupted, RecipeError
-from kltune.lm.comparisons import Comparison, answers, hold_out, load_comparisons, reads_text, sequences
-from kltune.lm.data import described, row_rules, shuffled_positions
-from kltune.lm.optim import (
+from kltune.lm.data.examples import described, row_rules, shuffled_positions
+from kltune.lm.data.pairs import Comparison, Pair, answers, hold_out, load_comparisons, reads_text, sequences
+from kltune.lm.model.likelihood import text_limits
+from kltune.lm.model.opening import check_frozen
+from kltune.lm.model.policy import Policy
+from kltune.lm.rewards.reward_evaluation import judge, reward_result, sample_pairs
+from kltune.lm.rewards.reward_model import RewardModel
+from kltune.recipe import RewardRecipe
+from kltune.report.pages import write_page
+from kltune.run.checkpoint import read_state, save_checkpoint, save_final
+from kltune.run.optimizer import (
     guarded_step,
     learning_rate_share,
+    load_optimizer,
     make_optimizer,
+    optimizer_tensors,
     set_learning_rate,
     total_steps,
 )
-from kltune.lm.pairs import Pair
-from kltune.lm.policy import Policy
-from kltune.lm.reward_evaluation import judge, reward_result, sample_pairs
-from kltune.lm.reward_model import RewardModel
-from kltune.lm.selftest import check_frozen
-from kltune.lm.texts import text_limits
-from kltune.recipe import RewardRecipe
-from kltune.run.checkpoint import read_state, save_checkpoint, save_final
-from kltune.run.clock import Clock
-from kltune.run.opening import run_stage
-from kltune.run.optimizer_state import load_optimizer, optimizer_tensors
-from kltune.run.page import write_page
-from kltune.run.report import Report
-from kltune.run.session import Run
+from kltune.run.recorder import Clock, Report
+from kltune.run.session import Run, run_stage
 
 CENTRED_ON = 4096       # training rows at most, over which the saved scores have mean 0
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kltune.errors import RecipeError
-from kltune.lm.data import Prompt
-from kltune.lm.forms import PROMPT_FORMS, FormOfFile, prompt_of
-from kltune.lm.measurement import Draw, Measurement
-from kltune.lm.policy import Policy
-from kltune.lm.rows import read_rows
-from kltune.lm.transcript import answer_both, transcript
-from kltune.run.subject import (
+from kltune.lm.data.examples import Prompt
+from kltune.lm.data.forms import PROMPT_FORMS, FormOfFile, prompt_of
+from kltune.lm.data.rows import read_rows
+from kltune.lm.measure.breakdown import transcript
+from kltune.lm.measure.measurement import Draw, Measurement, answer_both
+from kltune.lm.model.policy import Policy
+from kltune.run.saved_policy import (
     MeasureOptions,
     Settings,
     find_checkpoint,

@@ -14,30 +14,29 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from kltune.core.watch import Watch
+from kltune.core.hacking.detector import Watch
 from kltune.errors import Interrupted
-from kltune.lm.data import Example, described, load_examples, row_rules, shuffled_positions
-from kltune.lm.evaluate import HeldOut, evaluate, gold_result, kl_result, load_held_out, measure_settings
-from kltune.lm.optim import (
+from kltune.lm.data.examples import Example, described, load_examples, row_rules, shuffled_positions
+from kltune.lm.measure.measurement import kl_result
+from kltune.lm.model.likelihood import example_batch, text_limits
+from kltune.lm.model.opening import check_frozen
+from kltune.lm.model.policy import Policy
+from kltune.recipe import SFTRecipe
+from kltune.report.pages import write_page
+from kltune.run.checkpoint import measure_settings, read_state, save_checkpoint, save_final
+from kltune.run.optimizer import (
     guarded_step,
     learning_rate_share,
+    load_optimizer,
     make_optimizer,
+    optimizer_tensors,
     set_learning_rate,
     total_steps,
 )
-from kltune.lm.policy import Policy
-from kltune.lm.selftest import check_frozen
-from kltune.lm.texts import example_batch, text_limits
-from kltune.lm.transcript import before_and_after
-from kltune.recipe import SFTRecipe
-from kltune.run.checkpoint import read_state, save_checkpoint, save_final
-from kltune.run.clock import Clock
-from kltune.run.opening import run_stage
-from kltune.run.optimizer_state import load_optimizer, optimizer_tensors
-from kltune.run.page import write_page
-from kltune.run.report import Report
-from kltune.run.session import Run
-from kltune.run.watching import looks, observe
+from kltune.run.recorder import Clock, Report
+from kltune.run.session import Run, run_stage
+from kltune.train.alarms import looks, observe
+from kltune.train.evaluation import HeldOut, before_and_after, evaluate, gold_result, load_held_out
 
 NEARER = "Train for fewer steps, or with a lower optim.lr"
 

@@ -18,11 +18,20 @@ from typing import Any
 
 from kltune.errors import BusyError, Interrupted, RecipeError
 from kltune.recipe import Axis, GridPoint, differing_keys, flat_settings, load_recipe, overlap, recipe_digest
-from kltune.run.children import Command, last_lines, run_commands, thread_share
-from kltune.run.lock import claim, locked
-from kltune.run.manifest import read_document, read_json
-from kltune.run.results import aligned, headline, with_error
-from kltune.run.storage import redact, to_json, visible, without_nonfinite, write_whole
+from kltune.report.numbers import aligned, headline
+from kltune.report.numbers import with_stderr as with_error
+from kltune.run.files import (
+    claim,
+    locked,
+    read_document,
+    read_json,
+    redact,
+    to_json,
+    visible,
+    without_nonfinite,
+    write_whole,
+)
+from kltune.run.subprocesses import Command, last_lines, run_commands, thread_share
 
 SCHEMA = "kltune.sweep/1"
 RUN_SCHEMA = "kltune.run/1"                     # of a run's run.json; its own module imports torch

@@ -18,13 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kltune.core.gate import standing
-from kltune.core.intervals import summarize
-from kltune.core.masking import per_response
-from kltune.core.pace import Pace
-from kltune.core.trust_region import (
-    FIRST_DAMPING,
-    Damping,
+from kltune.core.control.adaptation import FIRST_DAMPING, Damping, Pace
+from kltune.core.control.trust_region import (
     SearchResult,
     Trial,
     carried_ref_kl,
@@ -34,33 +29,25 @@ from kltune.core.trust_region import (
     step_scale,
     surrogate,
 )
+from kltune.core.kl.gate import standing
+from kltune.core.kl.intervals import summarize
+from kltune.core.tensors import per_response
 from kltune.errors import DivergedError
-from kltune.lm.batches import response_scatter
-from kltune.lm.curvature import Fisher, flat, unflat
-from kltune.lm.data import Prompt
-from kltune.lm.experience import Experience, centred, check_first_ratio, controller_of, shape
-from kltune.lm.optim import learning_rate_share, total_steps
-from kltune.lm.policy import Policy
-from kltune.lm.scorers import load_scorer
-from kltune.lm.snapshot import Move, Snapshot
+from kltune.lm.data.examples import Prompt
+from kltune.lm.model.batches import response_scatter
+from kltune.lm.model.curvature import Fisher, flat, unflat
+from kltune.lm.model.policy import Policy
+from kltune.lm.model.snapshot import Move, Snapshot
+from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import TRPORecipe
-from kltune.run.clock import Clock
-from kltune.run.job import Batch, Job
-from kltune.run.learner import Learner
-from kltune.run.opening import run_stage
-from kltune.run.session import Run
-from kltune.run.training import (
-    REFUSAL_RAISE,
-    add_values,
-    begin,
-    close_step,
-    load_data,
-    make_job,
-    reprice,
-    sample_batch,
-    stepped_back,
-    take_steps,
-)
+from kltune.run.optimizer import learning_rate_share, total_steps
+from kltune.run.recorder import Clock
+from kltune.run.session import Run, run_stage
+from kltune.train.batch import Batch, sample_batch
+from kltune.train.budget import REFUSAL_RAISE, controller_of
+from kltune.train.experience import Experience, centred, check_first_ratio, shape
+from kltune.train.learner import Job, Learner
+from kltune.train.loop import add_values, begin, close_step, load_data, make_job, reprice, stepped_back, take_steps
 
 PROBES = 2  # random vectors for the mean curvature: damping only needs its order of magnitude
 

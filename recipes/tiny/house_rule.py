@@ -9,7 +9,7 @@ itself: what hacking.yaml holds against a reward model that learnt from a few la
 import re
 from itertools import pairwise
 
-from kltune.lm.tiny_corpus import house_review, loose_review, reviews
+from kltune.demo.grammar import house_review, loose_review, reviews
 
 REVIEWS = 4000      # of each dialect: most pairs that the grammar can make
 VERDICT = re.compile(r"\b(overall|on balance|all in all|in short|on the whole)\b[^.]*\.\s*$", re.IGNORECASE)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kltune.core.logprobs import log_distribution, token_logprobs
+from kltune.core.tensors import log_distribution, token_logprobs
 
 LOGITS = torch.tensor([[0.0, math.log(2.0), math.log(5.0)], [1.0, 1.0, 1.0]])     # (1, 2, 5)/8 and thirds
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kltune.core.masking import (
+from kltune.core.tensors import (
     at_least_float32,
     expect_leading_mask,
     expect_same_shape,

@@ -5,9 +5,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from kltune.core.divergence import kl_exact, kl_k1
-from kltune.core.logprobs import token_logprobs
-from kltune.core.masking import per_response
+from kltune.core.kl.divergence import kl_exact, kl_k1
+from kltune.core.tensors import per_response, token_logprobs
 from tests.oracles import (
     BOS,
     EOS,

@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kltune.core.advantages import gae, leave_one_out
-from kltune.core.divergence import kl_exact, kl_k1, kl_k3
-from kltune.core.logprobs import token_logprobs
-from kltune.core.losses import clipped_policy_loss, clipped_value_loss, exact_kl_loss
-from kltune.core.masking import masked_whiten, per_response
-from kltune.core.rewards import penalize
+from kltune.core.kl.divergence import kl_exact, kl_k1, kl_k3
+from kltune.core.objectives.advantages import gae, leave_one_out, penalize
+from kltune.core.objectives.losses import clipped_policy_loss, clipped_value_loss, exact_kl_loss
+from kltune.core.tensors import masked_whiten, per_response, token_logprobs
 from tests.oracles import Responses, tilt, tiny_reference_logits
 
 RESPONSES = Responses()

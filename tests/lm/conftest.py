@@ -3,7 +3,7 @@
 import pytest
 from transformers import GenerationConfig
 
-from kltune.lm.policy import Policy
+from kltune.lm.model.policy import Policy
 from tests.tiny_policies import randomize, save_tiny_model
 
 

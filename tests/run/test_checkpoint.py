@@ -25,7 +25,7 @@ from kltune.run.checkpoint import (
     save_checkpoint,
     save_final,
 )
-from kltune.run.optimizer_state import load_optimizer, optimizer_tensors
+from kltune.run.optimizer import load_optimizer, optimizer_tensors
 
 AWKWARD = {"beta": 0.1 + 0.2, "tiny": 5e-324, "seed": 2**64 - 1, "done": None, "list": [1, 0.25, "é\n"], "flag": True}
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from kltune.run.children import Command, last_lines, run_commands, thread_share
+from kltune.run.subprocesses import Command, last_lines, run_commands, thread_share
 
 
 class Watch:

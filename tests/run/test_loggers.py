@@ -12,7 +12,7 @@ from kltune.cli import main
 from kltune.errors import RecipeError
 from kltune.recipe import recipe_digest
 from kltune.run import loggers
-from kltune.run.report import Report
+from kltune.run.recorder import Report
 
 
 class Broken(Exception):

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from kltune.errors import StorageError
-from kltune.run.ref_logprobs import NAME, StoredLogprobs
+from kltune.run.caches import REF_LOGPROBS_FILE as NAME
+from kltune.run.caches import StoredLogprobs
 
 NUMBERS = torch.tensor([-1.0 / 3.0, torch.nan, -0.0], dtype=torch.float64)
 

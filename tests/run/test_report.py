@@ -11,8 +11,8 @@ from killing import exit_code, start
 
 from kltune.errors import StorageError
 from kltune.run import loggers
-from kltune.run import report as report_module
-from kltune.run.report import Report, is_live
+from kltune.run import recorder as report_module
+from kltune.run.recorder import Report, is_live
 
 METRICS = {
     "kl/ref_nats_per_response": 5.934, "kl/ref_stderr": 0.114, "kl/ref_nats_per_token": 0.12, "kl/beta": 0.05,

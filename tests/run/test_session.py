@@ -16,7 +16,7 @@ from killing import adapter_of, exit_code, start
 from kltune.errors import BusyError, CheckpointError, Interrupted, RecipeError
 from kltune.recipe import load_recipe
 from kltune.run.checkpoint import save_checkpoint
-from kltune.run.report import Report
+from kltune.run.recorder import Report
 from kltune.run.session import Run, finished_result, open_run
 
 

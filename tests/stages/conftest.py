@@ -15,8 +15,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from kltune.cli import main
 from kltune.recipe import Recipe, load_recipe
-from kltune.run import finishing
 from kltune.stages import ppo, reward, sft
+from kltune.train import finish as finishing
 from tests.oracles import BANDIT_REFERENCE, save_tiny_lm
 
 LETTERS = string.ascii_lowercase + " .,"

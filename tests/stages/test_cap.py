@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from kltune.errors import DivergedError, RecipeError
-from kltune.lm.data import load_prompts
-from kltune.lm.measurement import Draw, measure_kl
-from kltune.lm.opening import load_saved_policy
-from kltune.run import finishing, training
+from kltune.lm.data.examples import load_prompts
+from kltune.lm.measure.measurement import Draw, measure_kl
+from kltune.lm.model.opening import load_saved_policy
 from kltune.run.checkpoint import read_state
 from kltune.stages import ppo
 from kltune.stages.ppo import run_ppo
 from kltune.stages.trpo import run_trpo
+from kltune.train import finish as finishing
+from kltune.train import loop as training
 from tests.stages.conftest import read_jsonl, write_rows
 from tests.stages.test_resume import CUTS, STEPS, assert_same_run, run_with_stops
 

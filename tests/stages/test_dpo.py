@@ -9,16 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from kltune.cli import main
-from kltune.core.intervals import summarize
+from kltune.core.kl.intervals import summarize
 from kltune.errors import CheckpointError, DataError, DivergedError
-from kltune.lm.preference_losses import preference_losses, scale_of
-from kltune.lm.preferences import load_preferences
 from kltune.recipe import DataSection, DPOSection
+from kltune.report.pages import write_page
 from kltune.run.checkpoint import read_state
-from kltune.run.job import Batch
-from kltune.run.page import write_page
 from kltune.stages import dpo
 from kltune.stages.dpo import run_dpo
+from kltune.train.batch import Batch
+from kltune.train.preferences import load_preferences, preference_losses, scale_of
 from tests.stages.conftest import HELD_OUT, PROMPTS, read_jsonl, write_rows
 from tests.stages.test_resume import CUTS, STEPS, assert_same_run, run_with_stops
 from tests.tiny_policies import plain_logprobs, randomize

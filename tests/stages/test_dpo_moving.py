@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from kltune.errors import Interrupted
-from kltune.lm.preferences import Preferences, log_ratios, margins
-from kltune.lm.snapshot import Snapshot
+from kltune.lm.model.snapshot import Snapshot
 from kltune.recipe import load_recipe
+from kltune.run.caches import REF_LOGPROBS_FILE as NAME
 from kltune.run.checkpoint import read_state
-from kltune.run.ref_logprobs import NAME
 from kltune.stages import dpo
 from kltune.stages.dpo import run_dpo
+from kltune.train.preferences import Preferences, log_ratios, margins
 from tests.stages.conftest import write_recipe, write_rows
 from tests.stages.test_dpo import PULL, rows_of, small_preferences
 from tests.stages.test_dpo_online import ONLINE

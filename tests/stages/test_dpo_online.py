@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from kltune.errors import JudgeError
-from kltune.lm import judge as judge_module
+from kltune.lm.rewards import judge as judge_module
 from kltune.recipe import load_recipe
 from kltune.run.checkpoint import read_state
 from kltune.stages.dpo import run_dpo

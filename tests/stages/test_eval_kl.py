@@ -11,13 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kltune.lm import measurement, network, rollout, sampler
-from kltune.lm.data import Prompt, load_prompts
-from kltune.lm.measurement import Draw, measure_kl
-from kltune.lm.network import Network
-from kltune.lm.opening import load_saved_policy
-from kltune.lm.policy import Policy
-from kltune.lm.rollout import sample_rollout
+from kltune.lm.data.examples import Prompt, load_prompts
+from kltune.lm.measure import measurement
+from kltune.lm.measure.measurement import Draw, measure_kl
+from kltune.lm.model import network, sampler
+from kltune.lm.model import sampler as rollout
+from kltune.lm.model.network import Network
+from kltune.lm.model.opening import load_saved_policy
+from kltune.lm.model.policy import Policy
+from kltune.lm.model.sampler import sample_rollout
 from kltune.recipe import ModelSection
 from tests.oracles import TinyLM, tiny_adapter, tiny_policy_logits
 from tests.stages.conftest import HELD_OUT, small_llama, write_rows

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from kltune.errors import RecipeError
-from kltune.run import finishing
 from kltune.stages.dpo import run_dpo
 from kltune.stages.ppo import run_ppo
 from kltune.stages.sft import run_sft
 from kltune.stages.trpo import run_trpo
+from kltune.train import finish as finishing
 from tests.stages.conftest import read_jsonl
 from tests.stages.test_resume import assert_same_run, run_with_stops
 

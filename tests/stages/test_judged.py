@@ -8,9 +8,9 @@ import pytest
 
 from kltune.cli import main
 from kltune.errors import JudgeError, ScorerError
-from kltune.lm import judge as judge_module
+from kltune.lm.rewards import judge as judge_module
 from kltune.recipe import load_recipe
-from kltune.run.answers import StoredAnswers
+from kltune.run.caches import StoredAnswers
 from kltune.run.checkpoint import latest_checkpoint, saved_step
 from kltune.stages.ppo import run_ppo
 from kltune.stages.trpo import run_trpo

@@ -15,14 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kltune.core.advantages import leave_one_out
-from kltune.core.divergence import kl_k1, kl_k2, kl_k3
-from kltune.core.losses import clipped_policy_loss, k2_kl_loss
-from kltune.core.masking import per_response
-from kltune.core.rewards import penalize
+from kltune.core.kl.divergence import kl_k1, kl_k2, kl_k3
+from kltune.core.objectives.advantages import leave_one_out, penalize
+from kltune.core.objectives.losses import clipped_policy_loss, k2_kl_loss
+from kltune.core.tensors import per_response
 from kltune.errors import RecipeError
-from kltune.lm.opening import load_saved_policy
-from kltune.lm.policy import Policy
+from kltune.lm.model.opening import load_saved_policy
+from kltune.lm.model.policy import Policy
 from kltune.recipe import PPORecipe
 from kltune.stages.ppo import run_ppo
 from tests.oracles import (
@@ -72,7 +71,7 @@ def pulled(policy: Policy) -> Tensor:
 
 
 def test_a_fresh_policy_is_the_listed_reference(bandit_recipe, tiny_recipe):
-    from kltune.lm.opening import load_policy
+    from kltune.lm.model.opening import load_policy
 
     for recipe, listed, expected in ((tiny_recipe(), spoken, RHO), (bandit_recipe(), pulled, BANDIT_REFERENCE)):
         policy = load_policy(recipe.model, recipe.lora, device=torch.device("cpu"))

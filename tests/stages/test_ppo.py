@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from kltune.errors import DivergedError, ModelError, ScorerError
-from kltune.lm.policy import Policy
+from kltune.lm.model.policy import Policy
 from kltune.recipe import load_recipe
-from kltune.run import finishing, learner, opening, training
-from kltune.run.page import write_page
+from kltune.report.pages import write_page
+from kltune.run import session as opening
 from kltune.stages import ppo
 from kltune.stages.ppo import run_ppo
+from kltune.train import finish as finishing
+from kltune.train import learner
+from kltune.train import loop as training
 from tests.stages.conftest import read_jsonl
 
 STEP_KEYS = {
@@ -156,7 +159,7 @@ def test_prompts_go_round_in_reshuffled_epochs(ppo_recipe, monkeypatch):
 
 def test_a_target_per_token_is_the_target_per_response_of_its_length(ppo_recipe, monkeypatch):
     targets = []
-    from kltune.core.controllers import LogPI
+    from kltune.core.control.controllers import LogPI
 
     def spy(self, ref_kl, target, *, spread, responses):
         targets.append(target)

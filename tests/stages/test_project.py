@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from kltune.cli import main
-from kltune.lm.opening import load_saved_policy
+from kltune.lm.model.opening import load_saved_policy
 from kltune.recipe import ModelSection
 
 

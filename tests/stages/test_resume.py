@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from kltune.cli import main
 from kltune.errors import Interrupted, ScorerError
 from kltune.recipe import Recipe, load_recipe
-from kltune.run.report import Report
+from kltune.run.recorder import Report
 from kltune.stages.ppo import run_ppo
 from kltune.stages.reward import run_reward
 from kltune.stages.sft import run_sft

@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kltune.cli import main
-from kltune.core.bradley_terry import bradley_terry_loss
+from kltune.core.objectives.bradley_terry import bradley_terry_loss
 from kltune.errors import DataError, RecipeError, ScorerError
-from kltune.lm.reward_model import HEAD
-from kltune.lm.reward_reader import open_reward_model
+from kltune.lm.rewards.reward_model import HEAD, open_reward_model
 from kltune.recipe import load_recipe
 from kltune.run.checkpoint import read_info
 from kltune.stages.ppo import run_ppo
@@ -199,7 +198,7 @@ def test_trpo_and_a_gold_scorer_share_them_too(trpo_recipe, reward_model):
 
 
 def test_a_run_does_not_go_on_with_another_reward_model(ppo_recipe, reward_model, tmp_path):
-    from kltune.lm.scorers import load_scorer
+    from kltune.lm.rewards.scorers import load_scorer
 
     judge = tmp_path / "judge"
     shutil.copytree(reward_model, judge)
@@ -286,7 +285,7 @@ def test_a_reward_model_named_in_another_way_is_pointed_at(ppo_recipe, reward_mo
 
 
 def test_the_page_says_how_often_it_is_right(reward_recipe):
-    from kltune.run.page import write_page
+    from kltune.report.pages import write_page
 
     recipe = reward_recipe("run.steps=12", "run.eval_every=4")
     run_reward(recipe, resume=False)

@@ -8,10 +8,10 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kltune.cli import main
-from kltune.lm.data import Prompt
-from kltune.lm.measurement import Draw
+from kltune.lm.data.examples import Prompt
+from kltune.lm.measure.measurement import Draw
 from kltune.recipe import DataSection
-from kltune.run.subject import Settings
+from kltune.run.saved_policy import Settings
 from kltune.stages.sample import template_of_typed
 from tests.stages.conftest import write_rows
 from tests.tiny_policies import plain_sample
@@ -91,10 +91,10 @@ def test_a_conversation_at_a_terminal(sample, run_folder):
 
 
 def test_colour_on_a_terminal_and_marks_elsewhere(sample, run_folder, monkeypatch):
-    monkeypatch.setattr("kltune.run.kl_text.LOUD", 0.05)  # so briefly trained a policy is never loud
+    monkeypatch.setattr("kltune.report.text.LOUD", 0.05)  # so briefly trained a policy is never loud
     arguments = (run_folder, "-p", "the ", "--responses", 4, "--temperature", 1.5)
     assert "[0." in sample(*arguments, as_json=False)[1]
-    monkeypatch.setattr("kltune.cli.sampling.wants_colour", lambda stream: True)
+    monkeypatch.setattr("kltune.cli.sample.wants_colour", lambda stream: True)
     assert "\033[3" in sample(*arguments, as_json=False)[1]
 
 

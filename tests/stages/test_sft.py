@@ -11,10 +11,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kltune.cli import main
-from kltune.lm.data import load_examples
-from kltune.lm.opening import load_policy
-from kltune.lm.optim import make_optimizer
+from kltune.lm.data.examples import load_examples
+from kltune.lm.model.opening import load_policy
 from kltune.recipe import SFTRecipe
+from kltune.run.optimizer import make_optimizer
 from kltune.stages.sft import imitate, run_sft
 from tests.stages.conftest import SFT, read_jsonl, write_recipe
 

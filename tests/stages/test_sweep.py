@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kltune.cli import main
-from kltune.run import children
+from kltune.run import subprocesses as children
 from kltune.stages import sweep as sweep_stage
 from tests.run.killing import exit_code, start
 from tests.stages.conftest import PPO, write_recipe
@@ -234,7 +234,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(sweep, tmp_path):
 
 
 def test_two_sweeps_in_one_folder(sweep, tmp_path):
-    from kltune.run.lock import locked
+    from kltune.run.files import locked
 
     (tmp_path / "out").mkdir()
     with locked(tmp_path / "out"):

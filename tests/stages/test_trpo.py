@@ -9,16 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kltune.core.divergence import kl_exact
-from kltune.core.masking import per_response
-from kltune.core.pace import FIRST_SEEN
+from kltune.core.control.adaptation import FIRST_SEEN
+from kltune.core.kl.divergence import kl_exact
+from kltune.core.tensors import per_response
 from kltune.errors import DivergedError, RecipeError
-from kltune.lm.batches import response_scatter
-from kltune.lm.opening import load_saved_policy
-from kltune.run import finishing, training
-from kltune.run.page import write_page
+from kltune.lm.model.batches import response_scatter
+from kltune.lm.model.opening import load_saved_policy
+from kltune.report.pages import write_page
 from kltune.stages import trpo
 from kltune.stages.trpo import run_trpo
+from kltune.train import finish as finishing
+from kltune.train import loop as training
 from tests.oracles import kl
 from tests.stages.conftest import read_jsonl
 from tests.stages.test_oracles import BEST, BEST_KL, RHO, spoken

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kltune.lm.opening import load_saved_policy
+from kltune.lm.model.opening import load_saved_policy
 from kltune.recipe import load_recipe
 from kltune.stages.ppo import run_ppo
 from tests.stages.conftest import HELD_OUT, PPO, write_recipe, write_rows

@@ -1,0 +1,126 @@
+"""``kltune eval-kl`` and ``kltune project``: measure checkpoints, and dial one back to a budget."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kltune.cli.options import Direction, JSONOption, Unit, finite, share
+from kltune.cli.output import emit, on_github, to_json, wants_colour
+from kltune.errors import KltuneError
+from kltune.recipe import load_recipe
+from kltune.report.ci import annotations, write_junit, write_junit_error, write_step_summary
+
+SourceOption = Annotated[
+    str | None, typer.Option("--recipe", "-r", metavar="R.yaml", help="Where prompts and sampling come from.")
+]
+ReferenceOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Instead of the recorded reference.")]
+PromptsOption = Annotated[str | None, typer.Option(metavar="FILE", help="Prompts to respond to.")]
+ResponsesOption = Annotated[int | None, typer.Option(min=2, help="Responses to sample.")]
+LengthOption = Annotated[int | None, typer.Option(min=1, help="Tokens; a longer response is cut.")]
+TemperatureOption = Annotated[float | None, typer.Option(min=0.1, max=10, callback=finite, help="Of both models.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Same seed, same machine: same numbers.")]
+UnitOption = Annotated[Unit, typer.Option(help="Unit of --max-kl.")]
+ConfidenceOption = Annotated[float, typer.Option(callback=share, help="Of intervals and of the verdict.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python that ships with the models; off unless you read it.")
+]
+
+
+def eval_kl_command(
+    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Runs, checkpoints or adapters.")],
+    recipe: SourceOption = None,
+    reference: ReferenceOption = None,
+    prompts: PromptsOption = None,
+    responses: ResponsesOption = None,
+    max_new_tokens: LengthOption = None,
+    temperature: TemperatureOption = None,
+    seed: SeedOption = 0,
+    max_kl: Annotated[
+        float | None, typer.Option("--max-kl", min=0, callback=finite, help="A budget: exit 3 beyond it, 4 undecided.")
+    ] = None,
+    unit: UnitOption = Unit.NATS_PER_RESPONSE,
+    confidence: ConfidenceOption = 0.95,
+    auto: Annotated[bool, typer.Option("--auto", help="Keep sampling until --max-kl is decided.")] = False,
+    max_responses: Annotated[int, typer.Option(min=2, help="Where --auto gives up.")] = 4096,
+    direction: Annotated[Direction, typer.Option(help="Which way round; the gate judges forward if only that.")] = (
+        Direction.REVERSE
+    ),
+    top_p: Annotated[
+        float | None, typer.Option(callback=finite, help="Also measure the policy deployed so; 1: temperature alone.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Also measure the policy deployed so.")] = None,
+    texts: Annotated[str | None, typer.Option(metavar="FILE", help="Human texts, for the alignment tax.")] = None,
+    top: Annotated[int, typer.Option(min=0, help="How many tokens and prompts of largest KL to list.")] = 10,
+    show: Annotated[int, typer.Option(min=0, help="How many responses to show token by token.")] = 3,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML.")] = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JSONOption = False,
+) -> None:
+    """Measure how far checkpoints are from their reference, with error bars, against a budget.
+
+    Exit code 0: within --max-kl (or none given); 3: over it; 4: undecided, more responses are needed.
+    """
+    try:
+        if recipe is not None:
+            load_recipe(recipe)      # its faults are told before anything slow is imported
+        from kltune.stages.eval_kl import EvalKLOptions, eval_kl, render
+
+        options = EvalKLOptions(
+            recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
+            temperature=temperature, seed=seed, max_kl=max_kl, unit=unit.value, confidence=confidence,
+            direction=direction.value, texts=texts, top=top, show=show, auto=auto, max_responses=max_responses,
+            top_p=top_p, top_k=top_k, trust_remote_code=trust_remote_code,
+        )
+        document, code = eval_kl(checkpoints, options)
+    except KltuneError as error:
+        if junit is not None:
+            write_junit_error(junit, checkpoints, type(error).__name__, str(error))
+        raise
+    if junit is not None:
+        write_junit(junit, document)
+    if on_github():
+        print(*annotations(document), sep="\n", file=sys.stderr)
+        write_step_summary(document)
+    emit(to_json(document) if as_json else render(document, colour=wants_colour(sys.stdout)))
+    raise typer.Exit(code)
+
+
+def project_command(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A run, checkpoint or adapter.")],
+    max_kl: Annotated[
+        float | None, typer.Option("--max-kl", min=0, callback=finite, help="The budget to dial the adapter back to.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the dialled adapter.")
+    ] = None,
+    curve: Annotated[bool, typer.Option("--curve", help="Measure ten alphas: all there is between.")] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", metavar="R.yaml", help="Prompts, sampling, and the rewards to score with."),
+    ] = None,
+    reference: ReferenceOption = None,
+    prompts: PromptsOption = None,
+    responses: Annotated[int | None, typer.Option(min=2, help="Responses to sample at each α, at first.")] = None,
+    max_responses: Annotated[int, typer.Option(min=2, help="As many where the budget calls for more.")] = 4096,
+    max_new_tokens: LengthOption = None,
+    temperature: TemperatureOption = None,
+    seed: SeedOption = 0,
+    unit: UnitOption = Unit.NATS_PER_RESPONSE,
+    confidence: ConfidenceOption = 0.95,
+    trust_remote_code: TrustOption = False,
+    as_json: JSONOption = False,
+) -> None:
+    """Scale an adapter back to the largest share of it that keeps within --max-kl, and save that as a plain adapter."""
+    if recipe is not None:
+        load_recipe(recipe)
+    from kltune.stages.project import ProjectOptions, project, render
+
+    options = ProjectOptions(
+        recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
+        temperature=temperature, seed=seed, max_kl=max_kl, unit=unit.value, confidence=confidence, output=output,
+        curve=curve, max_responses=max_responses, trust_remote_code=trust_remote_code,
+    )
+    document = project(checkpoint, options)
+    emit(to_json(document) if as_json else render(document))

@@ -1,0 +1,86 @@
+"""``kltune sample``: ask a checkpoint and its reference the same."""
+
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from kltune.cli.measure import LengthOption, ReferenceOption, SeedOption, SourceOption, TemperatureOption, TrustOption
+from kltune.cli.options import JSONOption
+from kltune.cli.output import emit, to_json, wants_colour
+from kltune.recipe import load_recipe
+
+
+class Template(StrEnum):
+    """What becomes of a prompt that was typed."""
+
+    AUTO = "auto"
+    NONE = "none"
+    CHAT = "chat"
+
+
+def sample_command(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A run, checkpoint, adapter or model.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="May be repeated.")] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="FILE", help="Rows of prompts, as in data.prompts.")] = None,
+    responses: Annotated[int, typer.Option(min=1, help="To each prompt.")] = 1,
+    template: Annotated[Template, typer.Option(help="Of prompts typed; auto does as the run's own prompts did.")] = (
+        Template.AUTO
+    ),
+    recipe: SourceOption = None,
+    reference: ReferenceOption = None,
+    max_new_tokens: LengthOption = None,
+    temperature: TemperatureOption = None,
+    seed: SeedOption = 0,
+    trust_remote_code: TrustOption = False,
+    as_json: JSONOption = False,
+) -> None:
+    """Let a checkpoint and its reference answer the same prompts, and show the KL at every token.
+
+    Without --prompt and --prompts, prompts are read from stdin, one a line: typed at a terminal, or from a pipe.
+
+    kltune sample runs/ppo --prompt "Once upon a time" --responses 3
+    """
+    if recipe is not None:
+        load_recipe(recipe)
+    from kltune.report.text import render_sample
+    from kltune.stages.sample import SampleOptions, open_speaker, sample
+
+    options = SampleOptions(
+        recipe=recipe, reference=reference, prompts=prompts, max_new_tokens=max_new_tokens, temperature=temperature,
+        seed=seed, per_prompt=responses, template=None if template is Template.AUTO else template.value,
+        trust_remote_code=trust_remote_code,
+    )
+    colour = wants_colour(sys.stdout)
+    if not prompt and prompts is None and sys.stdin.isatty():
+        if not as_json:
+            converse(open_speaker(checkpoint, options), colour)
+            return
+        print("Type prompts, one a line; Ctrl-D ends.", file=sys.stderr)
+    texts = list(prompt or ()) if prompt or prompts is not None else lines_of(sys.stdin)
+    document = sample(checkpoint, texts, options)
+    emit(to_json(document) if as_json else render_sample(document, colour=colour))
+
+
+def lines_of(stream) -> list[str]:
+    """The lines of a stream that are not empty, without their ends."""
+    return [text for line in stream if (text := line.rstrip("\r\n"))]
+
+
+def converse(speaker, colour: bool) -> None:
+    """Answer prompts as they are typed, until there are no more."""
+    from kltune.report.text import heading, render_prompt
+
+    emit("\n".join(heading(speaker.document([]), colour=colour)))
+    turn = 0
+    while True:
+        print("\n> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            print(file=sys.stderr)
+            return
+        if line.strip():
+            for entry in speaker.answer([line.rstrip("\r\n")], turn):
+                emit(render_prompt(entry, colour=colour))
+            turn += 1

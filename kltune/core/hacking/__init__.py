@@ -1,0 +1,1 @@
+"""Signs that a reward is being exploited: over-optimization, lost diversity, and what detects them."""

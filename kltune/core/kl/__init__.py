@@ -1,0 +1,1 @@
+"""Divergences and their errors: of tokens, of whole responses, cut distributions, gates."""

@@ -1,0 +1,134 @@
+"""The head of a language model with its gradient computed in the forward pass.
+
+What is asked of a position's logits is one number, as the log-probability of a token or a KL. Its derivative by the
+hidden state,
+
+    ∂f/∂h = Wᵀ ∂f/∂z,    z = W h + b,
+
+does not depend on what is done with f later. So it is computed at once, while the logits are there, and the backward
+pass is a product with one number per position: two matrix products in all where recomputing takes three, and of the
+vocabulary nothing is kept: memory does not grow with positions × vocabulary (PERF 3.1).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from kltune.core.kl.divergence import gap_where_possible, kl_of_distributions, never_below_zero
+from kltune.core.tensors import log_distribution
+
+
+class Reading(NamedTuple):
+    """A number at each of n positions, and how it changes with the logits there.
+
+    value: [n] float32. slope: ∂ value / ∂ logits, [n, V] float32; None unless asked for.
+    """
+
+    value: Tensor
+    slope: Tensor | None
+
+
+Reader = Callable[..., tuple[Reading, ...]]  # (logits [n, V], *tensors of n positions, slopes=) -> readings
+
+
+def read_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float, slopes: bool) -> tuple[Reading]:
+    """The log-probability of each token.
+
+        ∂ log π(y) / ∂z = (1_y − π) / τ
+
+    Args:
+        logits: [n, V].
+        tokens: [n] int64.
+        temperature: τ, above 0.
+        slopes: also say how they change; else they are differentiable in the logits.
+    """
+    a = log_distribution(logits, temperature)
+    value = _chosen(a, tokens)
+    # In place: a fresh tensor of a chunk's size costs more than what is computed in it.
+    return (Reading(value, _logprob_slope(a.exp_(), tokens, temperature) if slopes else None),)
+
+
+def read_logprobs_and_kl(
+    logits: Tensor, tokens: Tensor, ref_logits: Tensor, *, temperature: float, slopes: bool
+) -> tuple[Reading, Reading]:
+    """The log-probability of each token, and exact KL(policy ‖ reference) at its position.
+
+        ∂D / ∂z = π (a − b − D) / τ,    a = log π, b = log π_ref
+
+    Arguments as in ``read_logprobs``; ref_logits: of the reference, [n, V], taken as constant.
+    """
+    a, b = log_distribution(logits, temperature), log_distribution(ref_logits, temperature)
+    value = _chosen(a, tokens)
+    if not slopes:
+        return Reading(value, None), Reading(kl_of_distributions(a, b), None)
+    gap = gap_where_possible(a, b)
+    p = a.exp_()
+    # ``kl_of_distributions`` again, in tensors that are there already: half of its passes and no fresh memory.
+    kl = never_below_zero(b.exp_().sub_(p).add_(p * gap).sum(-1))
+    kl_slope = gap.sub_(kl[:, None]).mul_(p).div_(temperature)
+    return Reading(value, _logprob_slope(p, tokens, temperature)), Reading(kl, kl_slope)
+
+
+def _chosen(a: Tensor, tokens: Tensor) -> Tensor:
+    return a.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def _logprob_slope(p: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """(1_y − p) / τ, written over p."""
+    slope = p.mul_(-1.0 / temperature)
+    return slope.scatter_add_(1, tokens[:, None], slope.new_full((len(tokens), 1), 1.0 / temperature))
+
+
+def through_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, reader: Reader, others: Sequence[Tensor], rows: int
+) -> tuple[Tensor, ...]:
+    """Read numbers off the logits of all positions, so many positions at a time; differentiable in ``hidden``, once.
+
+    Args:
+        hidden: hidden states. [N, H].
+        weight, bias: of the head, not trained. [V, H] and [V] or None.
+        reader: what to read.
+        others: what it takes besides the logits, without gradients: tensors of N positions, or functions that give
+            those of a slice.
+        rows: positions whose logits may exist at once.
+
+    Returns:
+        One tensor for each reading, [N] float32 (float64 for float64 hidden states).
+    """
+    return _ThroughHead.apply(hidden, weight, bias, reader, others, rows)
+
+
+class _ThroughHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, reader, others, rows):
+        """Values by position; for the backward pass, ∂ value / ∂ hidden of each reading."""
+        ctx.set_materialize_grads(False)
+        slopes = ctx.needs_input_grad[0]
+        values: list[list[Tensor]] = []
+        moved: list[list[Tensor]] = []
+        for start in range(0, max(1, len(hidden)), rows):
+            part = slice(start, start + rows)
+            logits = functional.linear(hidden[part], weight, bias)
+            beside = [other[part] if isinstance(other, Tensor) else other(part) for other in others]
+            readings = reader(logits, *beside, slopes=slopes)
+            values.append([reading.value for reading in readings])
+            if slopes:
+                moved.append([reading.slope.to(weight.dtype) @ weight for reading in readings])
+        if slopes:
+            ctx.save_for_backward(*(torch.cat(column) for column in zip(*moved, strict=True)))
+        return tuple(torch.cat(column) for column in zip(*values, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        """Each position's number times how it moves with the hidden state."""
+        total = None
+        for gradient, slope in zip(gradients, ctx.saved_tensors, strict=True):
+            if gradient is not None:
+                part = gradient[:, None].to(slope.dtype) * slope
+                total = part if total is None else total.add_(part)
+        return total, None, None, None, None, None

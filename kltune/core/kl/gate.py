@@ -1,0 +1,227 @@
+"""Whether a KL budget is held at a stated confidence, how many responses would decide it, and how far to scale back.
+
+Scaling an adapter by α goes from the reference (0) to the trained policy (1), and KL(π_α ‖ ρ) grows about as α² near 0.
+Nothing guarantees that it grows everywhere, so the search for the largest α within a budget looks at several first and
+says so where it does not.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from kltune.core.kl.intervals import Interval, KLSummary
+
+Unit = Literal["nats_per_response", "nats_per_token"]
+GRID = (1.0, 0.75, 0.5, 0.25)
+NARROWEST = 1e-3        # of its upper end: a bracket that is not worth another measurement
+FALL = 3.0              # standard errors by which a KL must fall with growing α before that is called a fall
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a KL budget is held. more_responses: about how many more would tell, None when decided or unknown.
+
+    wants_prompts: no number of further answers to these prompts would tell; other prompts might.
+    """
+
+    verdict: Literal["pass", "fail", "inconclusive"]
+    more_responses: int | None = None
+    wants_prompts: bool = False
+
+
+def verdict(
+    summary: KLSummary,
+    max_kl: float,
+    unit: Unit = "nats_per_response",
+    confidence: float = 0.95,
+    *,
+    fresh_prompts: bool = True,
+) -> Verdict:
+    """Whether the measured KL(policy ‖ reference) is within a budget, at the confidence of its interval.
+
+        pass: upper end ≤ max_kl      fail: lower end > max_kl      else inconclusive, and the interval decides once
+        its half h that faces the budget has shrunk to |max_kl − estimate|
+
+    The standard error falls with the root of the number of responses if further ones answer further prompts. If they
+    answer the same prompts again, only the part falls that is due to the answers: the prompts' own differences stay
+    (``KLSummary.floor``). Both ends are those of the *two-sided* interval: simple, and conservative (95 % two-sided is
+    97.5 % on the side that decides). One prompt is always inconclusive.
+
+    Args:
+        summary: from ``summarize``.
+        max_kl: the budget, in ``unit``, finite.
+        unit: which of the two figures the budget is about.
+        confidence: the confidence wanted; it must be the one the summary was made at.
+        fresh_prompts: there are prompts that have not been answered yet.
+
+    Returns:
+        The verdict.
+
+    Raises:
+        ValueError: the estimate, its interval or ``max_kl`` is not finite (what was not measured passes no gate), the
+            unit is unknown, or ``summary`` was made at another confidence.
+    """
+    figures = {
+        "nats_per_response": (summary.nats_per_response, summary.stderr, summary.floor, summary.ci),
+        "nats_per_token": (summary.nats_per_token, summary.token_stderr, summary.token_floor, summary.token_ci),
+    }
+    if unit not in figures:
+        raise ValueError(f"unit is {unit!r}, must be one of {', '.join(figures)}")
+    if confidence != summary.confidence:
+        raise ValueError(f"the interval was made at confidence {summary.confidence}, not {confidence}")
+    estimate, stderr, floor, ci = figures[unit]
+    if not all(map(math.isfinite, (estimate, max_kl, *(ci or ())))):
+        raise ValueError(f"no verdict on a KL of {estimate} with interval {ci} against a budget of {max_kl} {unit}")
+    if ci is None or stderr is None:
+        return Verdict("inconclusive", wants_prompts=True)
+    if ci[1] <= max_kl:
+        return Verdict("pass")
+    if ci[0] > max_kl:
+        return Verdict("fail")
+    needed = _needed_stderr(estimate, stderr, ci, max_kl)
+    floor = 0.0 if fresh_prompts or floor is None else floor
+    if needed == 0.0:
+        return Verdict("inconclusive")
+    if needed <= floor:
+        return Verdict("inconclusive", wants_prompts=True)
+    responses = summary.responses * (stderr**2 - floor**2) / (needed**2 - floor**2)
+    return Verdict("inconclusive", max(1, math.ceil(responses - summary.responses)))
+
+
+def standing(summary: KLSummary, cap: float, unit: Unit = "nats_per_response") -> Literal["within", "open", "beyond"]:
+    """Where a measured KL(policy ‖ reference) stands to a cap that must not be passed.
+
+        within: upper end of the interval ≤ cap     beyond: estimate > cap, or not finite     else open
+
+    Within is what can be claimed; beyond does not wait until chance is ruled out, for then it would be far beyond.
+
+    Args:
+        summary: from ``summarize``.
+        cap: in ``unit``, finite.
+        unit: which of the two figures the cap is about.
+    """
+    estimate = summary.nats_per_response if unit == "nats_per_response" else summary.nats_per_token
+    if not estimate <= cap:
+        return "beyond"
+    return "within" if verdict(summary, cap, unit, summary.confidence).verdict == "pass" else "open"
+
+
+def _needed_stderr(estimate: float, stderr: float, ci: Interval, max_kl: float) -> float:
+    """The standard error at which the side of the interval that faces the budget just reaches it."""
+    half = ci[1] - estimate if estimate < max_kl else estimate - ci[0]
+    return stderr * abs(max_kl - estimate) / half
+
+
+def looks(first: int, most: int) -> tuple[int, ...]:
+    """How many responses there are each time a measurement that keeps sampling is looked at: doubling up to the most.
+
+    Args:
+        first: responses before the first look, at least 1.
+        most: responses before the last.
+    """
+    counts = [min(first, most)]
+    while counts[-1] < most:
+        counts.append(min(2 * counts[-1], most))
+    return tuple(counts)
+
+
+def confidence_per_look(confidence: float, count: int) -> float:
+    """The confidence of each of several intervals that are looked at in turn, so that all hold together.
+
+        1 − (1 − confidence) / count
+
+    Whoever looks until the answer pleases is wrong more often than one interval says. The chance that *any* of
+    ``count`` intervals misses is at most the sum of their chances (Bonferroni), whatever the rule for stopping.
+
+    Args:
+        confidence: of the whole procedure.
+        count: how many looks were planned before the first.
+    """
+    return 1.0 - (1.0 - confidence) / count
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measurement at one α. nats, stderr: KL and its standard error. bound: what must not exceed the budget."""
+
+    alpha: float
+    nats: float
+    stderr: float
+    bound: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """alpha: the largest that was found to meet the budget, 0 if none did. points: all that was measured, by α.
+
+    falls: pairs of α between which the KL fell though α grew; the answer is then the largest α found, and there may
+    be others below it that do not meet the budget.
+    """
+
+    alpha: float
+    points: tuple[Point, ...]
+    falls: tuple[tuple[float, float], ...]
+
+
+def largest_alpha(
+    measure: Callable[[float], Point],
+    budget: float,
+    *,
+    grid: Sequence[float] = GRID,
+    tolerance: float = 0.01,
+    tries: int = 12,
+) -> Search:
+    """Find the largest α in (0, 1] whose bound is within a budget.
+
+    The grid is measured from above until α's that do and do not meet the budget enclose the answer; the bracket is
+    then narrowed, each try placed where a power law through its ends meets the budget, and at least a tenth of the
+    bracket away from either end.
+
+    Args:
+        measure: the measurement at an α, with the same random numbers for every α.
+        budget: in the unit of ``Point.bound``, above 0.
+        grid: α's to begin with; all of them are measured unless the first meets the budget.
+        tolerance: share of the budget that may be left unused.
+        tries: measurements after those of the grid.
+    """
+    points: dict[float, Point] = {}
+
+    def look(alpha: float) -> Point:
+        points[alpha] = measure(alpha)
+        return points[alpha]
+
+    for alpha in sorted(grid, reverse=True):
+        if look(alpha).bound <= budget and len(points) == 1:
+            return Search(alpha, tuple(points.values()), ())
+    within = [alpha for alpha, point in points.items() if point.bound <= budget]
+    low = max(within, default=0.0)
+    high = min(alpha for alpha in points if alpha > low)
+    for _ in range(tries):
+        unused = budget - points[low].bound if low else budget
+        if unused <= tolerance * budget or high - low < NARROWEST * high:
+            break
+        alpha = _between(low, points[low].bound if low else 0.0, high, points[high].bound, budget)
+        if look(alpha).bound <= budget:
+            low = alpha
+        else:
+            high = alpha
+    ordered = sorted(points.values(), key=lambda point: point.alpha)
+    falls = tuple(
+        (a.alpha, b.alpha)
+        for a, b in pairwise(ordered)
+        if a.nats - b.nats > FALL * math.hypot(a.stderr, b.stderr)
+    )
+    return Search(low, tuple(ordered), falls)
+
+
+def _between(low: float, low_bound: float, high: float, high_bound: float, budget: float) -> float:
+    """Where bound ∝ α^k through both ends meets the budget; k = 2 where the lower end is the reference itself."""
+    if low > 0.0 and 0.0 < low_bound < high_bound and math.isfinite(high_bound):
+        power = math.log(high_bound / low_bound) / math.log(high / low)
+        guess = low * (budget / low_bound) ** (1.0 / power)
+    else:
+        guess = high * math.sqrt(budget / high_bound) if math.isfinite(high_bound) else 0.5 * (low + high)
+    margin = 0.1 * (high - low)
+    return min(max(guess, low + margin), high - margin)

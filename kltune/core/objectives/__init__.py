@@ -1,0 +1,1 @@
+"""What the stages minimise: advantages, policy and value losses, preference losses, Bradley-Terry."""

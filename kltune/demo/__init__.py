@@ -1,0 +1,1 @@
+"""The whole walk on a language model made on the spot."""

@@ -1,0 +1,145 @@
+"""``kltune demo``: the whole walk on a tiny model, from nothing to a measured budget, in a few minutes.
+
+It makes a small world (``lm/tiny.py``), copies the packaged tiny recipes beside it, and runs the same stages that the
+commands run, saying each command as it goes, so that everything can be run again and changed by hand.
+"""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from kltune.demo.world import make_tiny_world
+from kltune.recipe import copy_recipe, load_recipe
+from kltune.stages.eval_kl import EvalKLOptions, eval_kl
+from kltune.stages.ppo import run_ppo
+from kltune.stages.reward import run_reward
+from kltune.stages.sft import run_sft
+
+RECIPES = (
+    "sft", "ppo_fixed", "ppo_target", "dpo", "dpo_target", "reward", "ppo_reward_model", "hacking_reward", "hacking",
+)
+NO_PENALTY = ("kl.control=fixed", "kl.beta=0")
+BUDGET = 1.25       # times the target: what the gate at the end allows
+
+
+def run_demo(output: Path) -> dict[str, Any]:
+    """Make the tiny world, fine-tune, raise a score within a KL budget, and measure what came out.
+
+    What is there already is used: a second call after an interruption goes on where the first one stopped.
+
+    Args:
+        output: folder for everything.
+
+    Returns:
+        The result of the PPO stage; under "eval_kl" the document of ``kltune eval-kl`` on it, and under "hacking" the
+        results of two runs on a poor reward model, "free" and "held" to a KL target.
+    """
+    say(f"1/5  a tiny world: corpus, tokenizer and a Llama of a million parameters, in {output}")
+    make_tiny_world(output, say=say)
+    for name in RECIPES:
+        if not (output / f"{name}.yaml").exists():
+            copy_recipe(f"tiny/{name}", output)
+
+    say(f"\n2/5  kltune sft --recipe {output / 'sft.yaml'}")
+    sft = run_sft(load_recipe(output / "sft.yaml", stage="sft"), resume=True)
+
+    say(f"\n3/5  kltune ppo --recipe {output / 'ppo_target.yaml'}")
+    recipe = load_recipe(output / "ppo_target.yaml", stage="ppo")
+    ppo = run_ppo(recipe, resume=True)
+
+    budget = BUDGET * recipe.kl.target
+    say(f"\n4/5  kltune eval-kl {ppo['output']} --responses 512 --max-kl {budget:g}")
+    document, _ = eval_kl([ppo["output"]], EvalKLOptions(responses=512, max_kl=budget, seed=1))
+    return {**ppo, "sft": sft, "eval_kl": document, "hacking": run_hacking(output)}
+
+
+def run_hacking(output: Path) -> dict[str, Any]:
+    """Train on a reward model of a few noisy labels, without a price on KL and held to a target; the two results."""
+    say(f"\n5/5  kltune reward --recipe {output / 'hacking_reward.yaml'}   (40 labels, 8 of them wrong)")
+    run_reward(load_recipe(output / "hacking_reward.yaml", stage="reward"), resume=True)
+    file, free = output / "hacking.yaml", output / "runs" / "hacking_free"
+    say(f"\n     kltune ppo --recipe {file} --set {' --set '.join(NO_PENALTY)} --output {free}")
+    without = run_ppo(load_recipe(file, NO_PENALTY, output=str(free), stage="ppo"), resume=True)
+    say(f"\n     kltune ppo --recipe {file}")
+    return {"free": without, "held": run_ppo(load_recipe(file, stage="ppo"), resume=True)}
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The demo in a table a newcomer understands: score and KL before and after, against the budget."""
+    kl, gate = result["eval_kl"]["kl"]["exact"], result["eval_kl"]["gate"]
+    texts = result["sft"]["eval"]
+    before, after = result["reference_score"], result["score"]
+    rows = [
+        ("", "before", "after", ""),
+        ("score", f"{before:.2f}", f"{after:.2f} ± {result['score_stderr']:.2f}", "praise words less blame words"),
+        ("KL", "0", f"{kl['nats_per_response']:.2f} ± {kl['stderr']:.2f}",
+         f"nats per response, target {result['target']:g}"),
+        ("gate", "", gate["verdict"], f"at most {gate['max_kl']:g} nats, {gate['confidence']:.0%} confidence"),
+    ]
+    table = "\n".join(f"  {name:<8}{old:<10}{new:<16}{note}".rstrip() for name, old, new, note in rows)
+    nats = texts["eval/texts_nats_per_token"], texts["eval/reference_texts_nats_per_token"]
+    return "\n".join((
+        headline(raised=after - before > 2.0 * result["score_stderr"], verdict=gate["verdict"]),
+        table,
+        "",
+        "  before: the reference, base + SFT (held-out reviews: "
+        f"{nats[0]:.2f} nats per token, {nats[1]:.2f} without SFT); after: the policy in {result['final']}",
+        f"  a page to look at       {Path(result['output']) / 'report.html'}",
+        f"  measure it again        kltune eval-kl {result['output']} --max-kl {gate['max_kl']:g}",
+        f"  change it and run again {Path(result['output']).parents[1] / 'ppo_target.yaml'}",
+        "",
+        hacking_summary(result["hacking"]),
+    ))
+
+
+def hacking_summary(hacking: dict[str, Any]) -> str:
+    """What the two runs on a poor reward model came to, against the reference, and where to look at it."""
+    free, held = hacking["free"], hacking["held"]
+    columns = [
+        ("proxy", "score_mean", ".2f"), ("gold", "gold_mean", ".2f"), ("distinct-2", "distinct_2_adjusted", ".2f"),
+        ("KL", "kl_ref_nats_per_response", ".1f"), ("tax", "tax_nats_per_token", ".2f"),
+    ]
+    runs = [("reference", held, "eval/reference_"), ("no penalty", free, "eval/"),
+            (f"target {held['target']:g} nats", held, "eval/")]
+    rows = [("", *(name for name, _, _ in columns))]
+    rows += [(who, *(f"{run['eval'].get(start + key, 0.0):{form}}" for _, key, form in columns))
+             for who, run, start in runs]
+    table = "\n".join("  " + f"{who:<16}" + "".join(f"{cell:<12}" for cell in cells).rstrip() for who, *cells in rows)
+    return "\n".join((
+        hacking_headline(free["eval"], held["eval"]),
+        table,
+        "",
+        "  proxy: a reward model from 40 labels, 8 of them wrong; gold: the grammar that wrote the reviews, which no",
+        "  run is trained on; tax: nats per token by which held-out reviews are predicted worse",
+        f"  see it happen           {Path(free['output']) / 'report.html'}",
+    ))
+
+
+def hacking_headline(free: dict[str, float], held: dict[str, float]) -> str:
+    """What happened to gold in both runs, and no more than that, from their final evaluations."""
+    moved = {name: gold_moved(found) for name, found in (("free", free), ("held", held))}
+    words = {"rose": "raised gold too", "fell": "lowered gold", "stayed": "left gold where it was"}
+    return (
+        f"Reward hacking: the proxy alone {words[moved['free']]}; held to a KL target, the same proxy "
+        f"{words[moved['held']]}:"
+    )
+
+
+def gold_moved(found: dict[str, float]) -> str:
+    """rose, fell or stayed, within two standard errors of the difference from the reference's."""
+    gap = found["eval/gold_mean"] - found["eval/reference_gold_mean"]
+    error = math.hypot(found["eval/gold_stderr"], found["eval/reference_gold_stderr"])
+    return "rose" if gap > 2.0 * error else "fell" if gap < -2.0 * error else "stayed"
+
+
+def headline(*, raised: bool, verdict: str) -> str:
+    """What happened, and no more than that: a score within two standard errors of where it was did not rise."""
+    score = "PPO raised the score" if raised else "PPO did not raise the score"
+    place = {"pass": "within", "fail": "over", "inconclusive": "perhaps within, perhaps over"}[verdict]
+    return f"{score} and is {place} its KL budget:"
+
+
+def say(text: str) -> None:
+    """Progress, on stderr: stdout is for the result."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,250 @@
+"""The tiny world: a language model and its data, made on the spot for people with no model and no network.
+
+``make_tiny_world`` writes into a folder
+
+    model/                     Llama of about one million parameters, with a byte-level BPE tokenizer
+    data/texts.jsonl           rows for ``kltune sft``: {"prompt", "response"} in the house style
+    data/heldout.jsonl         the same kind of rows with openings no training text has, for perplexity
+    data/prompts.jsonl         neutral openings to sample from while training
+    data/eval_prompts.jsonl    held-out openings to measure on
+    data/pairs.jsonl           openings that go on with praise, {"chosen"}, or with blame, {"rejected"}
+    data/eval_pairs.jsonl      the same with held-out openings
+    data/noisy_pairs.jsonl     a few of the pairs, one in five of them the wrong way round
+    tiny_world.json            written last: which version and seed made all this
+
+The model is pretrained here from random weights on the ``loose`` reviews of kltune.demo.grammar: about one minute
+on two cores.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kltune import __version__
+from kltune.demo.grammar import Review, house_review, loose_review, openings, praise_and_blame, reviews
+from kltune.errors import StorageError
+
+MARKER = "tiny_world.json"
+WORKSHOP = "tiny_world.building"
+PARTS = ("model", "data")
+SCHEMA = "kltune.tiny_world/3"
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+VOCABULARY = 2048       # tokens: room for every word of the corpus; with 1024 the model misspells the rarer ones
+CONTEXT = 256           # tokens
+ROW = 128               # tokens per packed row: several reviews, so that positions beyond one review are trained too
+OPEN_ROWS = 20          # the last rows, which a text may still go into
+PRETRAIN_TEXTS = 24_000
+PRETRAIN_STEPS = 1600   # about one pass; chosen with BATCH and PEAK_LR by the loss on held-out reviews per second
+BATCH = 4               # rows per step; small, because with so few tokens to learn from the number of updates counts
+PEAK_LR = 4e-3
+IGNORED = -100          # cross_entropy's label for positions that are not scored
+TEXTS, HELD_OUT_TEXTS, PROMPTS, EVAL_PROMPTS, PAIRS, EVAL_PAIRS = 2000, 200, 512, 256, 800, 128
+NOISY_PAIRS, WRONG_EVERY = 40, 5      # of the pairs, and which of them are the wrong way round
+
+
+def make_tiny_world(
+    folder: Path, *, seed: int = 0, say: Callable[[str], None], steps: int = PRETRAIN_STEPS
+) -> None:
+    """Write the tiny model and its data into ``folder``, unless the same world is there already.
+
+    The same seed and number of threads give the same files. A build that was killed is never taken for complete: the
+    world is made in a folder beside its place and moved there, the marker last.
+
+    Args:
+        folder: where to write; made if missing. Files that are not part of the world are left alone.
+        seed: of the texts, the first weights and the order of training.
+        say: gets one line of progress now and then.
+        steps: optimizer steps of the pretraining; fewer give a worse model sooner.
+
+    Raises:
+        StorageError: ``model`` or ``data`` is there already and was not made by this function.
+    """
+    identity = {"schema": SCHEMA, "kltune_version": __version__, "seed": seed, "steps": steps}
+    if _read_marker(folder / MARKER) == identity and all((folder / part).is_dir() for part in PARTS):
+        say(f"the tiny world in {folder} is complete; nothing to do")
+        return
+    _refuse_foreign(folder)
+    workshop = folder / WORKSHOP
+    shutil.rmtree(workshop, ignore_errors=True)
+    workshop.mkdir(parents=True)
+    _build(workshop, seed=seed, steps=steps, say=say)
+    (workshop / MARKER).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    (folder / MARKER).unlink(missing_ok=True)
+    for part in PARTS:
+        shutil.rmtree(folder / part, ignore_errors=True)
+        os.replace(workshop / part, folder / part)
+    os.replace(workshop / MARKER, folder / MARKER)
+    workshop.rmdir()
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that puts ``<s>`` before every text, and ``</s>`` nowhere.
+
+    Bytes never seen still have a token, so that decoding what was encoded gives back any text.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[BOS, EOS, PAD], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bos = (BOS, bpe.token_to_id(BOS))
+    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[bos])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left",
+        model_max_length=CONTEXT, clean_up_tokenization_spaces=False,
+    )
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
+    """A Llama of about one million parameters with random float32 weights."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=CONTEXT, tie_word_embeddings=True, dtype="float32",
+        initializer_range=0.06,       # the usual 0.02 is for wide layers; at this width it learns half as fast
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model
+
+
+def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """Whole texts, each from ``<s>`` to ``</s>``, side by side in rows of equal length.
+
+    Every row begins with a text, as every prompt does.
+
+    Returns:
+        ids [rows, ROW] int64, padded on the right, and labels [rows, ROW], which hold ``IGNORED`` on the padding and on
+        every ``<s>``: nothing can be learnt about where the next text begins.
+    """
+    rows: list[list[int]] = []
+    for ids in tokenizer(texts)["input_ids"]:
+        document = [*ids, tokenizer.eos_token_id][:ROW]
+        room = next((row for row in rows[-OPEN_ROWS:] if len(row) + len(document) <= ROW), None)
+        if room is None:
+            rows.append(room := [])
+        room += document
+    packed = torch.full((len(rows), ROW), tokenizer.pad_token_id)
+    for index, row in enumerate(rows):
+        packed[index, : len(row)] = torch.tensor(row)
+    unscored = (packed == tokenizer.pad_token_id) | (packed == tokenizer.bos_token_id)
+    return packed, packed.masked_fill(unscored, IGNORED)
+
+
+def pretrain(
+    model: LlamaForCausalLM, ids: Tensor, labels: Tensor, *, steps: int, seed: int
+) -> Iterator[float]:
+    """Train on packed rows with AdamW, a short warm-up and a cosine down to a hundredth of the peak rate.
+
+    Args:
+        model: trained in place.
+        ids: [rows, S]; the order of rows is reshuffled for every pass.
+        labels: [rows, S], ``IGNORED`` where not scored.
+        steps: optimizer steps of ``BATCH`` rows.
+        seed: of the order.
+
+    Yields:
+        The loss of each step before its update, nats per token.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05)
+    warm_up = max(1, steps // 20)
+    order = np.random.default_rng(seed)
+    queue = np.empty(0, dtype=np.int64)
+    model.train()
+    for step in range(steps):
+        while len(queue) < BATCH:
+            queue = np.concatenate([queue, order.permutation(len(ids))])
+        batch, queue = torch.from_numpy(queue[:BATCH]), queue[BATCH:]
+        cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warm_up) / max(1, steps - warm_up)))
+        optimizer.param_groups[0]["lr"] = PEAK_LR * min((step + 1) / warm_up, 0.01 + 0.99 * cosine)
+        logits = model(input_ids=ids[batch], use_cache=False).logits[:, :-1]      # position t−1 predicts token t
+        loss = cross_entropy(logits.flatten(0, 1), labels[batch, 1:].flatten(), ignore_index=IGNORED)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        yield loss.item()
+    model.eval()
+
+
+def write_data(folder: Path, *, seed: int) -> None:
+    """Write the JSONL files that the tiny recipes read; see the module docstring."""
+    folder.mkdir(parents=True)
+    for name, count, held_out in (("texts", TEXTS, False), ("heldout", HELD_OUT_TEXTS, True)):
+        written = reviews(house_review, count, seed=seed, held_out=held_out)
+        _write_rows(folder / f"{name}.jsonl", [{"prompt": r.prompt, "response": r.response} for r in written])
+    for name, count, held_out in (("prompts", PROMPTS, False), ("eval_prompts", EVAL_PROMPTS, True)):
+        written = openings(count, seed=seed, held_out=held_out)
+        _write_rows(folder / f"{name}.jsonl", [{"prompt": prompt} for prompt in written])
+    for name, count, held_out in (("pairs", PAIRS, False), ("eval_pairs", EVAL_PAIRS, True)):
+        written = praise_and_blame(count, seed=seed, held_out=held_out)
+        _write_rows(folder / f"{name}.jsonl", [_pair(a, b) for a, b in written])
+    few = praise_and_blame(NOISY_PAIRS, seed=seed, held_out=False)
+    rows = [_pair(b, a) if place % WRONG_EVERY == 0 else _pair(a, b) for place, (a, b) in enumerate(few)]
+    _write_rows(folder / "noisy_pairs.jsonl", rows)
+
+
+def _pair(chosen: Review, rejected: Review) -> dict[str, str]:
+    return {"prompt": chosen.prompt, "chosen": chosen.response, "rejected": rejected.response}
+
+
+def _build(folder: Path, *, seed: int, steps: int, say: Callable[[str], None]) -> None:
+    """Write ``model`` and ``data`` into an empty folder."""
+    say("writing reviews, learning the tokenizer")
+    write_data(folder / "data", seed=seed)
+    texts = [review.text for review in reviews(loose_review, PRETRAIN_TEXTS, seed=seed, held_out=False)]
+    tokenizer = train_tokenizer(texts)
+    model = new_model(tokenizer, seed=seed)
+    ids, labels = pack(texts, tokenizer)
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    say(f"pretraining a Llama of {size:.2f} million parameters on {len(texts)} reviews, {steps} steps")
+    started = time.monotonic()
+    for step, loss in enumerate(pretrain(model, ids, labels, steps=steps, seed=seed), start=1):
+        if step % max(1, steps // 10) == 0:
+            left = (time.monotonic() - started) / step * (steps - step)
+            say(f"step {step}/{steps}: {loss:.2f} nats per token, about {left:.0f} s left")
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise if building would replace a model or data that this module never made.
+
+    A marker, or the workshop of a build that was killed, says that they are ours.
+    """
+    taken = [part for part in PARTS if (folder / part).exists()]
+    if taken and not (folder / MARKER).exists() and not (folder / WORKSHOP).exists():
+        raise StorageError(
+            f"{folder} already holds {' and '.join(taken)}, and no {MARKER} says that kltune made it. "
+            "Nothing was changed; choose another output folder."
+        )
+
+
+def _read_marker(marker: Path) -> object:
+    """The marker's content; None if there is none, or none that can be read."""
+    try:
+        return json.loads(marker.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,309 @@
+"""What a row of prompts or texts must hold, and which of the accepted forms it has."""
+
+import json
+import math
+from typing import Any
+
+from kltune.errors import DataError
+from kltune.lm.data.rows import RowFault, describe, has_surrogate
+
+Form = tuple[str, ...]
+Message = dict[str, str]            # {"role": ..., "content": ...}
+Asked = str | list[Message]         # a prompt as text, or as messages that the assistant has still to answer
+SIDES = ("chosen", "rejected")
+TEXT_FORMS: tuple[Form, ...] = (("text",), ("prompt", "response"), ("messages",))
+PAIR_FORMS: tuple[Form, ...] = (("prompt", *SIDES), ("messages", *SIDES), SIDES)
+LABELLED_FORM: Form = ("prompt", "response", "label")
+PROMPT_FORMS: tuple[Form, ...] = (*PAIR_FORMS, ("prompt",), ("messages",))      # a file of pairs has prompts in it too
+MARKER = "\n\nAssistant:"       # what an answer follows in the transcripts of Anthropic's hh-rlhf
+LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}     # CSV has only text
+# Who may speak after whom; None is the start of the conversation.
+NEXT_ROLES: dict[str | None, tuple[str, ...]] = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class MixedForms(RowFault):
+    """A row has another form than the rows before it: the file as a whole is refused."""
+
+
+class FormOfFile:
+    """The one form that all rows of a source have: that of the first row which is complete in one.
+
+    Fields beyond those of the form are extra fields and ignored. A first row that is complete in two forms has the
+    one that stands first in ``forms``. A field that is null counts as absent here, because Parquet and ``datasets``
+    give every row the fields of all.
+    """
+
+    def __init__(self, forms: tuple[Form, ...]):
+        self.forms = forms
+        self.form: Form | None = None
+
+    def of(self, fields: dict[str, Any]) -> Form:
+        """The form of a row; the fields' values are not looked at yet.
+
+        Raises:
+            MixedForms: the row is complete in another form than the rows before.
+            RowFault: the row is complete in none, and has no field that says which one is meant.
+        """
+        complete = [form for form in self.forms if all(fields.get(name) is not None for name in form)]
+        if self.form is None and complete:
+            self.form = complete[0]
+        partly = complete and self.form and set(complete[0]) < set(self.form)      # a field of the form is null
+        if complete and self.form not in complete and not partly:
+            raise MixedForms(f"found a row with {_names(complete[0])}, the rows before it have {_names(self.form)}; "
+                             "wanted one form in a file")
+        if self.form is not None:
+            return self.form
+        begun = [form for form in self.forms if any(name in fields for name in form)]
+        if not begun:
+            least = [form for form in self.forms if not any(set(other) < set(form) for other in self.forms)]
+            wanted = " or ".join(_names(form) for form in sorted(least, key=len))
+            raise RowFault(f"wanted {wanted}, found {_names(fields) if fields else 'an object without fields'}")
+        return begun[0]
+
+
+def _names(names: Any) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
+def text_field(fields: dict[str, Any], name: str, label: str = "") -> str:
+    """The text of a field, as it is in the file.
+
+    Args:
+        fields: the row, or one message of it.
+        name: the field.
+        label: how a fault names the field; ``field "name"`` where not given.
+
+    Raises:
+        RowFault: missing, null, no text, empty, only white space, or text with a NUL or half a surrogate pair.
+    """
+    label = label or f'field "{name}"'
+    if name not in fields:
+        raise RowFault(f"{label}: missing, wanted non-empty text")
+    value = fields[name]
+    if not isinstance(value, str) or not value.strip():
+        raise RowFault(f"{label}: found {describe(value)}, wanted non-empty text")
+    if "\0" in value:
+        raise RowFault(f"{label}: found a NUL character at character {value.index(chr(0)) + 1}, wanted text")
+    if has_surrogate(value):
+        raise RowFault(f"{label}: found half of a surrogate pair, wanted text that can be written as UTF-8")
+    return value
+
+
+def message_list(fields: dict[str, Any], name: str = "messages", before: str | None = None) -> list[Message]:
+    """The messages in a field of a row: role and content of each, in an order that a conversation can have.
+
+    Args:
+        fields: the row.
+        name: the field.
+        before: the role that spoke before the first of them; None at the start of a conversation.
+
+    Raises:
+        RowFault: no list, empty, a message without role or content, an unknown role, or a role out of turn.
+    """
+    value = fields.get(name)
+    if name not in fields:
+        raise RowFault(f'field "{name}": missing, wanted a list of {{"role", "content"}}')
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if isinstance(value, list) else describe(value)
+        raise RowFault(f'field "{name}": found {found}, wanted a list of {{"role", "content"}}')
+    messages: list[Message] = []
+    for index, message in enumerate(value):
+        messages.append(_checked_message(message, f"{name}[{index}]", messages[-1]["role"] if messages else before))
+    return messages
+
+
+def _checked_message(message: Any, label: str, before: str | None) -> Message:
+    if not isinstance(message, dict):
+        raise RowFault(f'field "{label}": found {describe(message)}, wanted {{"role", "content"}}')
+    role = text_field(message, "role", f'field "{label}.role"')
+    if role not in ROLES:
+        raise RowFault(f'field "{label}.role": found {json.dumps(role)}, wanted {", ".join(ROLES)}')
+    if role not in NEXT_ROLES[before]:
+        after = f"after {before}" if before else "as the first role"
+        raise RowFault(f'field "{label}.role": found {role} {after}, wanted {" or ".join(NEXT_ROLES[before])}')
+    return {"role": role, "content": text_field(message, "content", f'field "{label}.content"')}
+
+
+def open_messages(fields: dict[str, Any], name: str) -> list[Message]:
+    """The messages in a field, which the assistant has still to answer.
+
+    Raises:
+        RowFault: the field is faulty, or the assistant has the last word already.
+    """
+    messages = message_list(fields, name)
+    if messages[-1]["role"] == "assistant":
+        raise RowFault(f'field "{name}[{len(messages) - 1}].role": found assistant in the last message of a prompt, '
+                       "wanted system, user or tool")
+    return messages
+
+
+def answered_messages(fields: dict[str, Any], form: Form) -> list[Message]:
+    """A text as messages with at least one of the assistant; prompt and response become user and assistant.
+
+    Raises:
+        RowFault: the row is faulty, or the assistant says nothing in it.
+        DataError: the rows are whole texts, in which nobody says who speaks.
+    """
+    if form == ("text",):
+        raise DataError('data.template: chat cannot be used with rows of "text": nothing in them says who speaks; '
+                        "wanted data.template: none, or rows with \"prompt\" and \"response\", or with \"messages\".")
+    if form == ("prompt", "response"):
+        prompt, response = text_field(fields, "prompt"), text_field(fields, "response")
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    messages = message_list(fields)
+    if all(message["role"] != "assistant" for message in messages):
+        raise RowFault('field "messages": found no message of the assistant, wanted at least one')
+    return messages
+
+
+def label_of(fields: dict[str, Any]) -> bool:
+    """Whether the response of a row is a wanted one.
+
+    Raises:
+        RowFault: the label is none of true, false, 1 and 0.
+    """
+    value = fields.get("label")
+    key = value.strip().lower() if isinstance(value, str) else value
+    if isinstance(key, bool | int | float | str) and key in LABELS:
+        return LABELS[key]
+    found = describe(value) if "label" in fields else "nothing"
+    raise RowFault(f'field "label": found {found}, wanted true or false (1 or 0)')
+
+
+def margin_of(fields: dict[str, Any]) -> float:
+    """How much better the chosen response of a row is said to be, in units of score; 0 where it does not say.
+
+    Raises:
+        RowFault: the margin is no finite number of at least 0.
+    """
+    value = fields.get("margin")
+    if value is None:
+        return 0.0
+    try:
+        margin = math.nan if isinstance(value, bool) else float(value)      # CSV has only text
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not 0.0 <= margin < math.inf:
+        raise RowFault(f'field "margin": found {describe(value)}, wanted a number of at least 0')
+    return margin
+
+
+def sides_of(fields: dict[str, Any], form: Form) -> tuple[Asked, str, str]:
+    """The prompt of a pair, and what was chosen and rejected.
+
+    Raises:
+        RowFault: a field is faulty, the sides are empty or equal, or share no prompt.
+    """
+    asked, chosen, rejected = _read_together(fields, form) or prompt_and(fields, form[0], SIDES)
+    for side, text in zip(SIDES, (chosen, rejected), strict=True):
+        if not text.strip():
+            raise RowFault(f'field "{side}": found nothing behind the prompt that both share, wanted a response')
+    if chosen == rejected:
+        raise RowFault('"chosen" and "rejected" are equal, wanted two different responses')
+    return asked, chosen, rejected
+
+
+def prompt_of(fields: dict[str, Any], form: Form) -> Asked:
+    """The prompt of a row of prompts or of pairs; what a pair says in answer to it is not looked at.
+
+    Raises:
+        RowFault: the prompt is faulty, or a pair's sides share none.
+    """
+    together = _read_together(fields, form) if form in PAIR_FORMS else None
+    return together[0] if together else _asked(fields, form[0])
+
+
+def _read_together(fields: dict[str, Any], form: Form) -> tuple[Asked, str, str] | None:
+    """A pair whose sides repeat the prompt, taken apart; None where the sides are the responses alone."""
+    listed = [isinstance(fields.get(side), list) for side in SIDES]
+    if form == SIDES:
+        return _conversations(fields) if any(listed) else _transcripts(fields)
+    if not all(listed) or _first_role(fields["chosen"]) == "assistant":
+        return None
+    read = _conversations(fields)
+    _expect_prompt(fields.get(form[0]), form[0], read[0])
+    return read
+
+
+def _transcripts(fields: dict[str, Any]) -> tuple[str, str, str]:
+    chosen, rejected = (text_field(fields, side) for side in SIDES)
+    letters = zip(chosen, rejected, strict=False)
+    shared = next((at for at, (a, b) in enumerate(letters) if a != b), min(len(chosen), len(rejected)))
+    start = chosen.rfind(MARKER, 0, shared)
+    if start < 0:
+        raise RowFault(
+            f'"chosen" and "rejected" share no beginning that ends with {MARKER!r}; wanted two transcripts of one '
+            'conversation, or a field "prompt"'
+        )
+    start += len(MARKER)
+    return chosen[:start], chosen[start:], rejected[start:]
+
+
+def _conversations(fields: dict[str, Any]) -> tuple[list[Message], str, str]:
+    both = [message_list(fields, side) for side in SIDES]
+    for side, messages in zip(SIDES, both, strict=True):
+        if messages[-1]["role"] != "assistant":
+            raise RowFault(f'field "{side}": found {messages[-1]["role"]} in the last message, wanted assistant')
+    chosen, rejected = both
+    if chosen[:-1] != rejected[:-1]:
+        raise RowFault('"chosen" and "rejected" differ before their last message, wanted one prompt for both')
+    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+
+
+def _expect_prompt(value: Any, name: str, asked: list[Message]) -> None:
+    """A prompt that stands beside whole conversations says what they begin with."""
+    if value != asked and value not in [message["content"] for message in asked if message["role"] == "user"]:
+        raise RowFault(f'field "{name}": not the prompt that "chosen" and "rejected" begin with; remove one of the two')
+
+
+def prompt_and(fields: dict[str, Any], name: str, sides: tuple[str, ...]) -> tuple[Any, ...]:
+    """The prompt in the field ``name``, and the responses in the fields ``sides``; each a text, or messages.
+
+    Raises:
+        RowFault: a field is faulty.
+    """
+    return _asked(fields, name), *(_answer(fields, side) for side in sides)
+
+
+def _asked(fields: dict[str, Any], name: str) -> Asked:
+    if name == "messages" or isinstance(fields.get(name), list):
+        return open_messages(fields, name)
+    text = text_field(fields, name)
+    answers = (fields.get(side) for side in (*SIDES, "response"))
+    return as_messages(text) if any(isinstance(answer, list) for answer in answers) else text
+
+
+def _answer(fields: dict[str, Any], side: str) -> str:
+    if not isinstance(fields.get(side), list):
+        return text_field(fields, side)
+    messages = message_list(fields, side, before="user")
+    if len(messages) > 1:
+        raise RowFault(f'field "{side}": found {len(messages)} messages, wanted one of the assistant')
+    return messages[0]["content"]
+
+
+def _first_role(messages: list[Any]) -> Any:
+    return messages[0].get("role") if messages and isinstance(messages[0], dict) else None
+
+
+def as_messages(asked: Asked) -> list[Message]:
+    """A prompt as messages: a text is one message of the user.
+
+    Raises:
+        DataError: the text is a transcript, which says already who speaks.
+    """
+    if not isinstance(asked, str):
+        return asked
+    if asked.endswith(MARKER):
+        raise DataError(
+            f"data.template: chat cannot be used with prompts that end with {MARKER!r}: they say already who speaks; "
+            "wanted data.template: none, or rows of messages."
+        )
+    return [{"role": "user", "content": asked}]

@@ -1,0 +1,139 @@
+"""Decoding on a GPU as a captured graph: one launch for a token, where a model's layers take hundreds.
+
+A step for a few hundred rows is so little arithmetic that a GPU waits for Python to name each kernel; a CUDA graph
+names them once. It repeats the very same kernels on the very same memory, so all of a step's inputs lie in buffers that
+are written before a replay, and keys and values in a cache of the final size.
+
+A graph is captured anew for each batch, two steps of the usual kind, and dropped with it: its memory is free again when
+training starts, and neither an adapter that is switched nor weights that have moved can be replayed as they were. Rows
+that have ended are dropped when half have: each new number of rows is one more capture.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from kltune.lm.fast.decoding import Decoder, Step
+from kltune.lm.fast.shared_prefix import close
+
+ALIGNED = 8  # attention kernels want widths in multiples of it, and copy the mask where they are not
+
+
+class FixedLayer(DynamicLayer):
+    """One layer's keys and values with room for all that will come; attention reads the whole of it, behind a mask."""
+
+    def __init__(self, full: DynamicLayer, tokens: int, place: Tensor):
+        """Copy what a layer holds.
+
+        Args:
+            full: keys and values of the prompts, [rows, heads, S, head_dim].
+            tokens: how many there will be.
+            place: where the next token goes; changed from outside. [1] int64.
+        """
+        super().__init__()
+        self.lazy_initialization(full.keys, full.values)
+        more = (0, 0, 0, tokens - full.keys.shape[2])  # zeros: what is behind the mask is multiplied by 0, so no NaN
+        self.keys, self.values = (torch.nn.functional.pad(held, more) for held in (full.keys, full.values))
+        self._place = place
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write one token's keys and values, in place."""
+        self.keys.index_copy_(2, self._place, key_states)
+        self.values.index_copy_(2, self._place, value_states)
+        return self.keys, self.values
+
+
+class CapturedDecoder:
+    """What ``Decoder`` does, each step a replay."""
+
+    compact_below = 0.5
+
+    def __init__(self, step: Step, cache: Cache, mask: Tensor, limit: int):
+        """Take over a cache of left-padded prompts; arguments as ``Decoder``'s."""
+        rows, width = mask.shape
+        total = -(-(width + limit) // ALIGNED) * ALIGNED
+        self._step, self._cache, self._read = step, cache, width
+        self._place = torch.tensor([width], device=mask.device)
+        self._next = mask.sum(dim=1, keepdim=True)
+        self._mask = torch.cat([mask, mask.new_zeros(rows, total - width)], dim=1)
+        self._ids = mask.new_zeros(rows, 1)
+        for index, layer in enumerate(cache.layers):  # one by one: two copies of all of them may not fit
+            cache.layers[index] = FixedLayer(layer, total, self._place)
+        self._record()
+
+    def feed(self, ids: Tensor) -> Tensor:
+        """One more token for each row: the logits after it, until the next call. [R] -> [R, V]."""
+        self._ids.copy_(ids[:, None])
+        self._mask[:, self._read] = 1
+        self._replay()
+        self._read += 1
+        self._place += 1
+        self._next += 1
+        return self._logits
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these."""
+        self._cache.batch_select_indices(rows)
+        self._mask, self._next, self._ids = self._mask[rows], self._next[rows], self._ids[rows]
+        self._record()
+
+    def _record(self) -> None:
+        """Capture a step on the buffers as they are. It writes the next token's place, which ``feed`` writes again."""
+
+        def once() -> Tensor:
+            return self._step(self._ids, self._mask, self._next, self._cache)[0]
+
+        self._mask[:, self._read] = 1
+        self._replay, self._logits = recorded(once, self._ids.device)
+
+
+def recorded(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Work on fixed memory as something that can be done again, and the tensor that will hold its result.
+
+    Elsewhere than on a GPU the work is simply done each time, so that all but the capture is the same everywhere.
+    """
+    if device.type != "cuda":
+        result = work()
+        return lambda: result.copy_(work()), result
+    stream = torch.cuda.Stream(device)  # libraries set up their workspaces on first use, which a capture may not hold
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+    return graph.replay, result
+
+
+@torch.no_grad()
+def can_capture(step: Step, next_step: Callable[[int], Step], device: torch.device) -> bool:
+    """Whether a device and a model decode this way as they do otherwise; it is tried. Only a GPU gains anything."""
+    if device.type != "cuda":
+        return False
+    try:
+        return captured_agrees(step, next_step, device)
+    except RuntimeError:  # what the model does on the way cannot be captured: a wait for the GPU, memory it allocates
+        return False
+
+
+@torch.no_grad()
+def captured_agrees(step: Step, next_step: Callable[[int], Step], device: torch.device) -> bool:
+    """Whether three tokens for three rows and two for the two that are left get the same logits either way.
+
+    step: ``Network.step``, which reads the prompts. next_step: ``Network.next_step``.
+    """
+    ids = torch.tensor([[0, 1, 0], [0, 0, 1], [1, 1, 0]], device=device)
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 1]], device=device)
+
+    def logits(kind: type[Decoder | CapturedDecoder]) -> Tensor:
+        first, cache = step(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), None)
+        rows = kind(next_step(8), cache, mask, limit=5)
+        found = [first] + [rows.feed(ids[:, column]).clone() for column in range(3)]
+        rows.keep(torch.tensor([0, 2], device=device))
+        return torch.cat(found + [rows.feed(ids[[0, 2], column]).clone() for column in range(2)])
+
+    return close(logits(CapturedDecoder), logits(Decoder))

@@ -1,0 +1,131 @@
+"""The JSON document of ``kltune eval-kl``, from what was measured."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kltune.core.kl.divergence import VocabularySums
+from kltune.core.kl.intervals import KLSummary, summarize
+from kltune.core.kl.sequences import jensen_shannon, tails, total_variation
+from kltune.lm.measure.breakdown import by_position, end_token, examples, top_prompts, top_tokens
+from kltune.lm.measure.deployed import Deployed
+from kltune.lm.measure.measurement import Measurement
+from kltune.lm.model.policy import Policy
+
+ESTIMATORS = ("exact", "k1", "k3", "cv")
+DIRECTIONS = {"reverse": "KL(policy||reference)", "forward": "KL(reference||policy)"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that was measured of one checkpoint; None for what was not asked for.
+
+    reverse: on the policy's responses. sums: of the same, by token of the vocabulary. forward: on the reference's
+    responses. deployed: with top-p and top-k. tax: log-perplexity on held-out texts. gate: the budget's part.
+    """
+
+    reverse: Measurement
+    sums: VocabularySums
+    forward: Measurement | None
+    deployed: Deployed | None
+    tax: dict[str, Any] | None
+    gate: dict[str, Any] | None
+
+
+def described_kl(found: Found, policy: Policy, *, confidence: float, top: int, show: int) -> dict[str, Any]:
+    """The measured part of the document.
+
+    Args:
+        found: what was measured.
+        policy: whose tokens and reference these are.
+        confidence: of all intervals but those of the gate.
+        top: how many tokens and prompts to list.
+        show: how many responses to give token by token.
+    """
+    reverse, forward = found.reverse, found.forward
+    count = len(reverse.exact)
+    other = None if forward is None else -forward.k1      # k1 of the reference's responses is log ρ − log π
+    js = None if other is None else jensen_shannon(reverse.k1, other)
+    tv, spread = total_variation(reverse.k1, other), tails(reverse.exact)
+    return {
+        "reference": policy.fingerprint.as_dict(),
+        "direction": DIRECTIONS["reverse"],
+        "prompts": reverse.summary().prompts,
+        "responses": count,
+        "tokens": int(reverse.tokens.sum()),
+        "truncated_fraction": reverse.truncated.double().mean().item(),
+        "kl": {name: kl_figures(reverse.summary(name, confidence)) for name in ESTIMATORS},
+        "distribution": {**asdict(spread), "heavy": spread.heavy},
+        "forward": None if forward is None else {"exact": kl_figures(forward.summary("exact", confidence))},
+        "js": None if js is None else js.value,
+        "js_stderr": None if js is None else js.stderr,
+        "tv": tv.value,
+        "tv_stderr": tv.stderr,
+        "entropy": {
+            "policy": _per_token(reverse.entropy, reverse),
+            "reference": _per_token(reverse.ref_entropy, reverse),
+        },
+        "agreement_z": reverse.z,
+        "deployed": None if found.deployed is None else _deployed(found.deployed, confidence),
+        "end_token": end_token(found.sums, count, policy),
+        "top_tokens": top_tokens(found.sums, count, policy, top),
+        "top_prompts": top_prompts(reverse, top),
+        "by_position": by_position(reverse),
+        "examples": examples(reverse, policy, show),
+        "alignment_tax": found.tax,
+        "gate": found.gate,
+    }
+
+
+def kl_figures(kl: KLSummary) -> dict[str, Any]:
+    """One estimator's figures, per response and per token (ratio of sums)."""
+    return {
+        "nats_per_response": kl.nats_per_response,
+        "stderr": kl.stderr,
+        "ci": kl.ci,
+        "nats_per_token": kl.nats_per_token,
+        "token_stderr": kl.token_stderr,
+        "token_ci": kl.token_ci,
+    }
+
+
+def paired_differences(
+    paths: Sequence[str], measured: Sequence[tuple[Tensor, Tensor]], confidence: float
+) -> list[dict[str, Any]]:
+    """By how much each checkpoint is further from its reference than the first, on the same prompts and numbers.
+
+    Args:
+        paths: of the checkpoints.
+        measured: exact KL of each response [B] and the prompt it answers [B], for each checkpoint. Where one kept
+            sampling longer, what both have is compared.
+        confidence: of the intervals.
+    """
+    rows = []
+    first, prompts = measured[0]
+    for path, (exact, _) in zip(paths[1:], measured[1:], strict=True):
+        both = min(len(first), len(exact))
+        gap = exact[:both].double() - first[:both].double()
+        kl = summarize("difference", gap, torch.ones(both), prompts[:both], confidence)
+        rows.append({
+            "checkpoint": path,
+            "minus": paths[0],
+            "nats_per_response": kl.nats_per_response,
+            "stderr": kl.stderr,
+            "ci": kl.ci,
+            "responses": kl.responses,
+        })
+    return rows
+
+
+def _deployed(deployed: Deployed, confidence: float) -> dict[str, Any]:
+    sides = {name: kl_figures(deployed.summary(name, confidence)) for name in ("vs_base", "both")}
+    zs = {f"{name}_agreement_z": deployed.z(name) for name in ("vs_base", "both")}
+    return {**sides, **zs, "ties": deployed.ties}
+
+
+def _per_token(sums: Tensor, measured: Measurement) -> float:
+    """Ratio of sums over all responses."""
+    return (sums.double().sum() / measured.tokens.sum()).item()

@@ -1,0 +1,302 @@
+"""Adapters over one set of frozen weights: which are on, which are refused, and layers that are computed twice.
+
+Only adapters that leave the base weights as they are can serve: then the model with every adapter off *is* the
+reference, bit for bit.
+
+Gradient checkpointing (a layer keeps its input alone, and its backward pass computes the layer again) is for sequences
+whose backward pass would not fit otherwise: six layers of 256 took 1.37 times as long and kept 16 MB instead of 336.
+transformers' own switch works only in training mode, which would turn every dropout on. The trap is that the layer is
+computed again later: by then another adapter may be on, and the gradient would silently be that of another function.
+So a layer remembers how its adapters were switched.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from kltune.errors import ModelError
+from kltune.lm.fast.lora import speed_up
+
+POLICY = "default"  # PEFT saves an adapter of this name at the root of the folder, where every loader looks
+VALUE = "value"
+# These rewrite the base weights when the adapter is made, so "adapter off" is no longer the model that was loaded.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
+# These put virtual tokens in front of a prompt; there is no layer to switch off.
+PROMPT_LEARNING = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
+SwitchState = list[tuple[bool, list[str]]]  # by layer: whether adapters are off, and which is on otherwise
+
+
+class AdapterSwitch:
+    """Turns adapters on and off by flag on a list of layers found once.
+
+    PEFT's ``disable_adapter`` walks every module and takes 6-11 ms; during sampling and measuring that adds up. The
+    flags are PEFT's own, and ``Policy`` proves at start-up that adapters off gives the base model's logits.
+    """
+
+    def __init__(self, model: nn.Module):
+        speed_up(model)
+        self.layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+    def state(self) -> SwitchState:
+        """Which adapters are on in each layer, for ``as_in``."""
+        return [(layer._disable_adapters, layer._active_adapter) for layer in self.layers]
+
+    @contextmanager
+    def as_in(self, state: SwitchState) -> Iterator[None]:
+        """Within: adapters are on as they were in a state. After, exceptions included: as before."""
+        before = self.state()
+        self._set(state)
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def active(self, name: str | None) -> AbstractContextManager[None]:
+        """Within: only adapter ``name`` is on, or none. After, exceptions included: as before."""
+        return self.as_in([(name is None, layer._active_adapter if name is None else [name]) for layer in self.layers])
+
+    def _set(self, state: SwitchState) -> None:
+        for layer, (disabled, adapter) in zip(self.layers, state, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, adapter
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The tensors of one adapter, keyed by layer number and role; objects, not a search through names.
+
+        Only layers that have the adapter are numbered: another one on other layers renames nothing.
+        """
+        found = {}
+        holders = [layer for layer in self.layers if any(name in getattr(layer, r) for r in layer.adapter_layer_names)]
+        for number, layer in enumerate(holders):
+            for role in layer.adapter_layer_names:
+                held = getattr(layer, role)
+                if name in held:
+                    parts = held[name].named_parameters() if isinstance(held[name], nn.Module) else [("", held[name])]
+                    found |= {f"{number}.{role}.{part}": tensor for part, tensor in parts}
+        return found
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder.
+
+    Raises:
+        ModelError: there is none, it is not JSON, or the adapter is of a kind that puts no layers on a model's own.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = f" Did you mean {folder / 'final'}?" if (folder / "final" / "adapter_config.json").exists() else ""
+        raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing).{hint}") from None
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON ({error}).") from None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind in PROMPT_LEARNING or kind not in PEFT_TYPE_TO_TUNER_MAPPING:
+        raise ModelError(
+            f"{folder}: an adapter of type {kind}; kltune reads those that change a model's layers, as LORA and IA3, "
+            "and none that puts tokens before the prompt."
+        )
+    return config
+
+
+def rewritten_base(config: dict[str, Any]) -> list[str]:
+    """Why this adapter belongs to other base weights than those of the model it names; [] if it does not.
+
+    Its training began by changing them, and the change is not in its file.
+    """
+    faults = []
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+        faults.append(f"init_lora_weights is {init!r}, which rewrites the base weights; use the default or 'gaussian'")
+    if config.get("kasa_config") is not None:
+        faults.append("kasa_config is set, which cuts the base weights down; use none")
+    return faults
+
+
+def trained_base(config: dict[str, Any], weights: dict[str, Tensor], model: nn.Module) -> list[str]:
+    """What of the base this adapter brings its own version of, so that it cannot be switched off; [] if nothing.
+
+    Args:
+        config: of the adapter.
+        weights: its tensors by their saved names.
+        model: what it is for, with or without the adapter's layers.
+    """
+    faults = []
+    if config.get("bias", "none") != "none":
+        faults.append(f"bias is {config['bias']!r}, which trains the base's own biases; use 'none'")
+    if config.get("modules_to_save"):
+        faults.append(f"modules_to_save is {config['modules_to_save']}, which trains copies of base layers; use none")
+    if config.get("trainable_token_indices"):
+        faults.append("trainable_token_indices is set, which trains rows of the base's embedding; use none")
+    if config.get("layer_replication"):
+        faults.append("layer_replication is set, which gives the base other layers; use none")
+    names = {name.removeprefix("base_model.model.") for name in model.state_dict()}
+    both = [name for name in weights if name.removeprefix("base_model.model.") in names]
+    if both and not faults:
+        faults.append(f"its file holds {both[0]}, a tensor of the base itself; save without embedding layers")
+    return faults
+
+
+def load_compatible(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a saved adapter that leaves its base alone.
+
+    Raises:
+        ModelError: there is none, it is damaged, or with it off the model would not be its frozen base.
+    """
+    config = read_adapter_config(folder)
+    weights = load_weights(folder)
+    faults = rewritten_base(config) + trained_base(config, weights, model)
+    if faults:
+        raise ModelError(
+            f"{folder}: with this adapter off, the model is not its frozen base: " + "; ".join(faults) + "."
+        )
+    return weights
+
+
+def config_to_fill(folder: Path) -> PeftConfig:
+    """The configuration of a saved adapter whose tensors are about to be loaded: it starts as one that does nothing."""
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    for name in ("init_lora_weights", "init_ia3_weights"):
+        if hasattr(config, name):
+            setattr(config, name, True)
+    return config
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, from safetensors only: a pickle could run code.
+
+    Raises:
+        ModelError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        pickled = (
+            " adapter_model.bin is a pickle, which kltune never opens."
+            if (folder / "adapter_model.bin").exists()
+            else ""
+        )
+        raise ModelError(f"{path}: no such file.{pickled}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ModelError(f"{path}: damaged ({error}).") from None
+
+
+def wrap(model: nn.Module, config: PeftConfig, what: str) -> PeftModel:
+    """Put the layers of an adapter on a model.
+
+    Args:
+        model: changed in place.
+        config: of the adapter.
+        what: where the names of the layers come from, for the error.
+
+    Raises:
+        ModelError: no layer has one of the names, or a layer is of a kind that the adapter cannot serve.
+    """
+    config.base_model_name_or_path = None  # PEFT would warn of another path; hashes tell bases apart
+    try:
+        return get_peft_model(model, config, adapter_name=POLICY)
+    except ValueError as error:
+        raise ModelError(f"{what} does not fit {model.name_or_path}: {error}") from error
+
+
+def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path, name: str = POLICY) -> None:
+    """Load tensors into the layers that were made for them as adapter ``name``, one to one.
+
+    Raises:
+        ModelError: a tensor is too many, missing, not finite, or of another shape.
+    """
+    finite(weights, str(folder))
+    misfit = f"{folder}: the adapter does not fit {model.name_or_path}"
+    try:
+        outcome = set_peft_model_state_dict(model, weights, adapter_name=name)
+    except KeyError as error:
+        raise ModelError(f"{misfit}: its file has no tensor {error}.") from error
+    except RuntimeError as error:  # load_state_dict lists each wrong shape on a line of its own
+        raise ModelError(f"{misfit}: {str(error).splitlines()[-1].strip()}") from error
+    prefix = f".{PEFT_TYPE_TO_PREFIX_MAPPING[model.peft_config[name].peft_type]}"
+    missing = [key for key in outcome.missing_keys if name in key.partition(prefix)[2].split(".")]
+    if missing or outcome.unexpected_keys:
+        raise ModelError(
+            f"{misfit}: {len(missing)} of its layers have no tensor in the file, {len(outcome.unexpected_keys)} "
+            "tensors in the file have no layer; was it made for another model?"
+        )
+
+
+def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float]:
+    """Add an SFT adapter into the weights of its base; the result is the reference from then on.
+
+    Done once, before anything is frozen or hashed, in float32, and rounded to the model's dtype at the end: in
+    bfloat16 small updates are partly lost to that rounding, so the share that survived is returned.
+
+    Returns:
+        (merged model, share of the update that arrived, as a projection on what was asked for; 1 in float32).
+
+    Raises:
+        ModelError: it changes the base in other ways, does not fit it one to one, or changes nothing.
+    """
+    weights = load_compatible(folder, model)
+    dtype = next(model.parameters()).dtype
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    adapted = wrap(model.float(), PeftConfig.from_pretrained(folder), str(folder))
+    fill(adapted, weights, folder)
+    merged = adapted.merge_and_unload()
+    asked = arrived = 0.0
+    for name, tensor in merged.named_parameters():
+        delta = tensor.detach() - before[name].float()
+        tensor.data = tensor.detach().to(dtype)  # parameters only: rotary buffers stay float32
+        asked += delta.square().sum().item()
+        arrived += ((tensor.detach().float() - before[name].float()) * delta).sum().item()
+    if asked == 0.0:
+        raise ModelError(f"{folder}: this adapter changes nothing (every merged update is 0); is it the trained one?")
+    return merged, arrived / asked
+
+
+def finite(tensors: dict[str, Tensor], where: str) -> None:
+    """Raise ModelError at the first tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{where}: {name} holds NaN or infinity.")
+
+
+class CheckpointedLayers:
+    """The layers of a trunk that can be computed twice; none, where its author did not mark them."""
+
+    def __init__(self, trunk: nn.Module):
+        found = (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))
+        self._layers = [(layer, AdapterSwitch(layer)) for layer in found]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within: forward passes keep each layer's input alone. Their backward passes may come later."""
+        for layer, switch in self._layers:
+            layer.forward = partial(_checkpointed, layer.forward, switch)
+        try:
+            yield
+        finally:
+            for layer, _ in self._layers:
+                del layer.forward   # back to that of its class
+
+
+def _checkpointed(forward: Callable[..., Any], switch: AdapterSwitch, *args, **kwargs) -> Any:
+    state = switch.state()
+
+    def again(*args, **kwargs) -> Any:
+        with switch.as_in(state):
+            return forward(*args, **kwargs)
+
+    return checkpoint(again, *args, use_reentrant=False, **kwargs)

@@ -1,0 +1,96 @@
+"""The shape contract, and the frozen dataclasses that travel between rooms.
+
+Letters: B responses, S length of the longest sequence, T length of the longest response, N scored tokens, V vocabulary.
+
+Sequences are right-padded and contiguous: the prompt, then at once its response, then padding. A causal model never
+looks ahead, so teacher forcing needs no attention mask and padding cannot change a number. ``scored`` [B, S] is True
+where a token's log-probability is wanted; token i is predicted from position i − 1.
+
+Per-token tensors of a rollout are [B, T], right-padded, float32 and exactly 0 outside ``response_mask``, which includes
+the first end token and nothing after it and is built from lengths, never from ``ids != pad``. ``logprobs[b, t]`` is the
+log-probability of response token t under the distribution it was sampled from: same temperature, nothing cut off.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from kltune.lm.fast.memory import _width
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad: int | bool, dtype: torch.dtype = torch.long) -> Tensor:
+    """Stack rows of unequal length into [B, S], filled up on the right with ``pad``."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], dtype=dtype)
+
+
+def response_scatter(flat: Tensor, response_mask: Tensor) -> Tensor:
+    """Lay N per-token numbers (or vectors) out as [B, T], 0 outside the mask; row by row, as ``scored`` selects."""
+    laid_out = torch.zeros(*response_mask.shape, *flat.shape[1:], dtype=flat.dtype, device=flat.device)
+    return laid_out.masked_scatter(response_mask.view(*response_mask.shape, *[1] * (flat.dim() - 1)), flat)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Responses as the sampler drew them.
+
+    ids: prompt and response tokens. [B, S] int64.
+    scored: True on response tokens. [B, S] bool.
+    response_mask: the same tokens, counted from the start of the response. [B, T] bool.
+    prompt_index: which prompt of the batch a response answers. [B] int64.
+    truncated: True where the response reached the length limit before an end token. [B] bool.
+    logprobs: as the sampler saw them, to hold against teacher forcing. [B, T].
+    prompts, responses: text, special tokens left out.
+    """
+
+    ids: Tensor
+    scored: Tensor
+    response_mask: Tensor
+    prompt_index: Tensor
+    truncated: Tensor
+    logprobs: Tensor
+    prompts: tuple[str, ...]
+    responses: tuple[str, ...]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens per response, the end token included. [B] int64."""
+        return self.response_mask.sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Rollout(Samples):
+    """Responses and all that was measured on them by teacher forcing; every tensor below is [B, T].
+
+    logprobs, ref_logprobs: of the sampled tokens under policy and reference.
+    ref_kl: exact KL(policy ‖ reference) at each position, over the whole vocabulary; None where not measured.
+    entropy, ref_entropy: of the next-token distributions; None where not measured.
+    log_ratio_variance: of log π − log π_ref under π at each position, nats²; None where not measured.
+    values: what the value function expected before each token; None without one.
+    value_states: the hidden states that a value head alone reads it off, [B, T, H]; None without one.
+    """
+
+    ref_logprobs: Tensor
+    ref_kl: Tensor | None
+    entropy: Tensor | None
+    ref_entropy: Tensor | None
+    log_ratio_variance: Tensor | None
+    values: Tensor | None = None
+    value_states: Tensor | None = None
+
+    def select(self, rows: Tensor) -> "Rollout":
+        """The rollout of some rows only, cut to the longest sequence among them."""
+        seq = _width(self.scored[rows])
+        longest = int(self.lengths[rows].max())
+        cut = {"ids": seq, "scored": seq}
+        chosen = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                value = value[rows]
+                chosen[field.name] = value[:, : cut.get(field.name, longest)] if value.dim() > 1 else value
+            elif isinstance(value, tuple):
+                chosen[field.name] = tuple(value[i] for i in rows.tolist())
+        return replace(self, **chosen)

@@ -1,0 +1,69 @@
+"""What the policy makes of texts that were written and not sampled: log-likelihood of their scored tokens."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kltune.core.kl.intervals import KLSummary, summarize
+from kltune.errors import DivergedError
+from kltune.lm.data.examples import Example
+from kltune.lm.model.batches import pad_right, response_scatter
+from kltune.lm.model.policy import Policy
+from kltune.recipe import DataSection
+
+TEXTS_PER_PASS = 256
+
+
+def document_nats(
+    policy: Policy, examples: Sequence[Example], temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each text's scored tokens, and how many they are. [D] float64 nats, [D] int64.
+
+    Raises:
+        DivergedError: a log-probability is not finite.
+    """
+    nats, tokens = [], []
+    for start in range(0, len(examples), TEXTS_PER_PASS):
+        ids, scored = example_batch(examples[start : start + TEXTS_PER_PASS], policy)
+        logprobs = policy.measure_logprobs(ids, scored, temperature)
+        if not torch.isfinite(logprobs).all():
+            raise DivergedError("the log-probability of a held-out token is not finite; lower optim.lr.")
+        nats.append(-response_scatter(logprobs.double(), scored).sum(dim=1).cpu())
+        tokens.append(scored.sum(dim=1).cpu())
+    return torch.cat(nats), torch.cat(tokens)
+
+
+def reference_nats(policy: Policy, examples: Sequence[Example]) -> Tensor:
+    """The first of ``document_nats`` under the reference."""
+    with policy.reference():
+        return document_nats(policy, examples)[0]
+
+
+def alignment_tax(nats: Tensor, ref_nats: Tensor, tokens: Tensor, confidence: float = 0.95) -> KLSummary:
+    """How much worse the policy predicts held-out human text than its reference does, paired by document.
+
+    Args:
+        nats, ref_nats: of each document under the two. [D].
+        tokens: scored tokens of each. [D].
+        confidence: of the interval.
+
+    Returns:
+        The tax per token (and per document) with its errors, as a summary of that many nats.
+    """
+    return summarize("tax", nats - ref_nats, tokens, torch.arange(len(tokens)), confidence)
+
+
+def example_batch(examples: Sequence[Example], policy: Policy) -> tuple[Tensor, Tensor]:
+    """Examples as right-padded ids and scored marks, [B, S] each, on the policy's device."""
+    ids = pad_right([example.ids for example in examples], policy.tokenizer.pad_token_id)
+    scored = pad_right([example.scored for example in examples], False, torch.bool)
+    return ids.to(policy.device), scored.to(policy.device)
+
+
+def text_limits(policy: Policy, data: DataSection) -> dict[str, int]:
+    """How long prompt and response of a text may be, in tokens: of the context, a prompt takes half at most."""
+    context = policy.max_context
+    limit = policy.prompt_limit(data.max_prompt_tokens, min(data.max_response_tokens, (context or 1024) // 2))
+    room = data.max_response_tokens if context is None else min(data.max_response_tokens, context - limit)
+    return {"max_prompt_tokens": limit, "max_response_tokens": room}

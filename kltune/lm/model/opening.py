@@ -1,0 +1,176 @@
+"""Open a policy with its reference, and try on the real model what must hold before and after training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from torch import nn
+
+from kltune.errors import ModelError
+from kltune.lm.data.examples import Prompt
+from kltune.lm.model.adapters import (
+    fill,
+    load_weights,
+    merge_adapter,
+    read_adapter_config,
+    rewritten_base,
+    trained_base,
+    wrap,
+)
+from kltune.lm.model.batches import pad_right
+from kltune.lm.model.loading import Fingerprint, check_made_for, check_same_tokenizer, load_base, load_tokenizer
+from kltune.lm.model.policy import Policy
+from kltune.recipe import LoraSection, ModelSection
+
+ROOM = 1.3      # times a second model's weights that must be free on the device: its share of cache and logits
+PROMPTS, TOKENS = 8, 64  # of each as many: over a large vocabulary, all of long prompts would take longer than a step
+
+
+def load_policy(
+    section: ModelSection, lora: LoraSection | None, *, device: torch.device, where: str = "model.path"
+) -> Policy:
+    """Load base and tokenizer, merge the SFT adapter if the recipe names one, and add a fresh adapter.
+
+    Args:
+        section: the recipe's ``model``.
+        lora: the recipe's ``lora``; None trains every weight and keeps a frozen second copy as the reference.
+        device: where the weights live.
+        where: what to call the model in error messages.
+
+    Raises:
+        ModelError: missing, not a causal LM, an adapter, a tokenizer that differs, or a base-changing SFT adapter.
+    """
+    policy = load_reference(section, device=device, where=where, full=lora is None)
+    if lora is not None:
+        policy.add_adapter(lora)
+    return policy
+
+
+def load_reference(
+    section: ModelSection, *, device: torch.device, where: str = "model.path", full: bool = False
+) -> Policy:
+    """A Policy without an adapter: policy and reference are still the same weights (two copies if ``full``)."""
+    if full and section.dtype == "bfloat16":
+        raise ModelError(
+            "model.dtype: full fine-tuning (lora: null) needs float32; in bfloat16 small updates round to nothing."
+        )
+    if full:
+        section = section.model_copy(update={"dtype": "float32"})
+    model = load_base(section, device, where)
+    tokenizer = load_tokenizer(section.path, section.trust_remote_code)
+    survived = 1.0
+    if section.sft_adapter is not None:
+        check_same_tokenizer(Path(section.sft_adapter), tokenizer, what="model.sft_adapter")
+        check_made_for(Path(section.sft_adapter), model, section.path)
+        model, survived = merge_adapter(model, Path(section.sft_adapter))
+    fingerprint = Fingerprint.of(section, model, tokenizer, merge_survived=survived)
+    if not full:
+        return Policy(model, tokenizer, fingerprint)
+    trained = load_base(section, device, where)
+    trained.load_state_dict(model.state_dict())
+    return Policy(trained, tokenizer, fingerprint, frozen=model)
+
+
+def load_saved_policy(folder: Path, section: ModelSection, *, device: torch.device, is_adapter: bool) -> Policy:
+    """A saved adapter over its reference, or what has weights of its own beside it.
+
+    Args:
+        folder: where the adapter or model is.
+        section: the reference.
+        device: where the weights live.
+        is_adapter: one set of weights and an adapter, unless it also trained parts of the base; else two sets.
+
+    Raises:
+        ModelError: it cannot be loaded, or is a model with another vocabulary or tokenizer than the reference.
+    """
+    policy = load_reference(section, device=device, where="reference")
+    check_same_tokenizer(folder, policy.tokenizer, "checkpoint", section.trust_remote_code)
+    if is_adapter:
+        config, weights = read_adapter_config(folder), load_weights(folder)
+        if rewritten_base(config) or not trained_base(config, weights, policy.model):
+            return _with_adapter(policy, folder)
+        trained, together = _beside(policy, section, section.path)
+        fill(wrap(trained, PeftConfig.from_pretrained(folder), str(folder)), weights, folder)  # in place
+    else:
+        trained, together = _beside(policy, section, str(folder))
+    reference = policy.model if together else policy.model.cpu()
+    placed = {"frozen": reference, "swap_on": None if together else device}
+    saved = Policy(trained.to(reference.device), policy.tokenizer, policy.fingerprint, **placed)
+    if saved.network.vocabulary != policy.network.vocabulary:
+        raise ModelError(
+            f"{folder}: it gives logits for {saved.network.vocabulary} tokens, the reference {section.path} for "
+            f"{policy.network.vocabulary}: they cannot be compared."
+        )
+    return saved
+
+
+def _with_adapter(policy: Policy, folder: Path) -> Policy:
+    """The adapter on the reference's own weights; switched off, it must leave every logit as it was."""
+    before = probe_logits(policy)
+    policy.load_adapter(folder)
+    with policy.reference():
+        after = probe_logits(policy)
+    if not torch.equal(before, after):
+        raise ModelError(
+            f"{folder}: with this adapter off, the model is not its frozen base (a logit differs by "
+            f"{(before - after).abs().max().item():.3g}); a {read_adapter_config(folder)['peft_type']} adapter of this "
+            "form cannot be measured on one set of weights. Merge it into a model and give that, with --reference."
+        )
+    return policy
+
+
+@torch.no_grad()
+def probe_logits(policy: Policy) -> torch.Tensor:
+    """Logits on a few tokens, to hold against those of before or after. [1, S, V]"""
+    probe = torch.tensor([[*range(min(16, policy.network.vocabulary))]], device=policy.device)
+    return policy.network.logits(policy.network.hidden(probe))
+
+
+def _beside(policy: Policy, section: ModelSection, path: str) -> tuple[nn.Module, bool]:
+    """A second model on the CPU, and whether it has room on the device beside the first."""
+    second = section.model_copy(update={"path": path, "dtype": policy.fingerprint.dtype})
+    model = load_base(second, torch.device("cpu"), "checkpoint")
+    if policy.device.type != "cuda":
+        return model, True
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    return model, ROOM * needed < torch.cuda.mem_get_info(policy.device)[0]
+
+
+@torch.no_grad()
+def check_fresh_policy(policy: Policy, prompts: Sequence[Prompt]) -> None:
+    """Policy and reference are one before training: exact KL 0 on a few prompts, and two passes agree bit for bit.
+
+    Raises:
+        ModelError: they are not, with the likely causes in order.
+    """
+    rows = [prompt.ids[:TOKENS] for prompt in prompts[:PROMPTS] if len(prompt.ids) > 1] or [prompts[0].ids * 2]
+    ids = pad_right(rows, policy.tokenizer.pad_token_id).to(policy.device)
+    scored = pad_right([[False] + [True] * (len(row) - 1) for row in rows], False, torch.bool).to(policy.device)
+    once, again = policy.measure(ids, scored), policy.measure(ids, scored, exact=False)
+    if not torch.equal(once.logprobs, again.logprobs):
+        raise ModelError(
+            f"{policy.fingerprint.path}: two passes over the same tokens differ, so something in the model draws "
+            "random numbers; every KL would be noise. Dropout is off here: look for custom code in the model."
+        )
+    worst = once.ref_kl.max().item()
+    if worst != 0.0:
+        raise ModelError(
+            f"{policy.fingerprint.path}: before training, KL(policy ‖ reference) is {worst:.3g} nats at a token and "
+            "not 0, so adapter-off is not the policy's own start. Likely: an adapter that is not fresh, or a layer "
+            "that the adapter changes even at 0."
+        )
+
+
+def check_frozen(policy: Policy) -> None:
+    """The reference's weights are the ones that were fingerprinted, to the last bit.
+
+    Raises:
+        ModelError: something moved them, and every KL measured since is against another reference.
+    """
+    now = policy.frozen_sha256()
+    if now != policy.fingerprint.sha256:
+        raise ModelError(
+            f"The frozen weights changed during the run: sha256 {policy.fingerprint.sha256[:12]} at the start, "
+            f"{now[:12]} now. Nothing measured in this run can be trusted."
+        )

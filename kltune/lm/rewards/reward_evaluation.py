@@ -1,0 +1,133 @@
+"""What a reward model is worth on rows it has not learnt from: accuracy, calibration, and whether it goes by length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kltune.core.kl.intervals import wilson
+from kltune.core.objectives.bradley_terry import (
+    Bin,
+    bradley_terry_loss,
+    calibration_error,
+    label_loss,
+    pair_reliability,
+    rank_correlation,
+    reliability,
+    win_share,
+)
+from kltune.errors import DivergedError
+from kltune.lm.data.pairs import Comparison, Pair, answers, sequences
+from kltune.lm.rewards.reward_model import RewardModel
+
+LABEL_BINS = 10     # from 0 to 1; the pairs' five from ½ to 1 are as wide
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Rows as a reward model scores them.
+
+    scores: of every response, for pairs the chosen ones' and then the rejected ones'. lengths: their tokens. [R].
+    gaps: for pairs r_chosen − r_rejected; for labelled responses the score, its sign turned where the response is not
+    wanted: above 0 the model is right. loss: without margin and smoothing, nats. wanted: the labels; None for pairs.
+    All [N].
+    """
+
+    scores: Tensor
+    lengths: Tensor
+    gaps: Tensor
+    loss: Tensor
+    wanted: Tensor | None
+
+    @property
+    def table(self) -> list[Bin]:
+        """Predicted against observed."""
+        if self.wanted is None:
+            return pair_reliability(self.gaps)
+        return reliability(torch.sigmoid(self.scores.double()), self.wanted, LABEL_BINS)
+
+    def metrics(self) -> dict[str, float | None]:
+        """The numbers of an evaluation."""
+        share = win_share(self.gaps)
+        low, high = wilson(share, len(self.gaps))
+        return {
+            "eval/loss": self.loss.double().mean().item(),
+            "eval/accuracy": share,
+            "eval/accuracy_low": low,
+            "eval/accuracy_high": high,
+            "eval/calibration_error": calibration_error(self.table),
+            "eval/score_mean": self.scores.double().mean().item(),
+            "eval/score_sd": self.scores.double().std().item() if len(self.scores) > 1 else None,
+            **self.by_length(),
+        }
+
+    def by_length(self) -> dict[str, float | None]:
+        """Whether the longer response is chosen, by the labels and by the model, and how the two go together.
+
+        ``eval/length_correlation`` is Spearman's: of the differences between the two sides, for labelled responses of
+        score and length. Pairs of equal length are left out of the shares.
+        """
+        if self.wanted is not None:
+            return {"eval/length_correlation": rank_correlation(self.scores, self.lengths)}
+        chosen, rejected = self.lengths.chunk(2)
+        longer = (chosen - rejected).double()
+        apart = longer != 0
+        shares = (None, None)
+        if apart.any():
+            shares = win_share(longer[apart]), win_share(self.gaps[apart] * longer[apart].sign())
+        return {
+            "eval/length_correlation": rank_correlation(self.gaps, longer),
+            "eval/longer_is_chosen": shares[0],
+            "eval/longer_scores_higher": shares[1],
+        }
+
+
+def judge(model: RewardModel, rows: Sequence[Comparison]) -> Judged:
+    """Score rows, at least one.
+
+    Raises:
+        DivergedError: a score is not finite.
+    """
+    scores = model.measure_rows(sequences(rows))
+    if not torch.isfinite(scores).all():
+        raise DivergedError("the score of a held-out response is not finite; lower optim.lr.")
+    lengths = torch.tensor([len(answer.ids) for side in zip(*map(answers, rows), strict=True) for answer in side])
+    if isinstance(rows[0], Pair):
+        chosen, rejected = scores.chunk(2)
+        loss = bradley_terry_loss(chosen, rejected, torch.zeros_like(chosen))
+        return Judged(scores, lengths, chosen - rejected, loss, None)
+    wanted = torch.tensor([row.wanted for row in rows])
+    return Judged(scores, lengths, torch.where(wanted, scores, -scores), label_loss(scores, wanted), wanted)
+
+
+def reward_result(judged: Judged | None) -> dict[str, Any]:
+    """What result.json says of the held-out rows; null where there were none."""
+    if judged is None:
+        names = ("accuracy", "accuracy_ci95", "loss", "held_out_rows", "calibration", "length")
+        return dict.fromkeys(names)
+    metrics = judged.metrics()
+    length = {name.removeprefix("eval/"): value for name, value in judged.by_length().items()}
+    return {
+        "accuracy": metrics["eval/accuracy"],
+        "accuracy_ci95": [metrics["eval/accuracy_low"], metrics["eval/accuracy_high"]],
+        "loss": metrics["eval/loss"],
+        "held_out_rows": len(judged.gaps),
+        "calibration": {
+            "error": metrics["eval/calibration_error"],
+            "table": [row._asdict() for row in judged.table],
+        },
+        "length": length,
+    }
+
+
+def sample_pairs(judged: Judged, rows: Sequence[Comparison], count: int = 4) -> list[dict[str, Any]]:
+    """The responses of the first few rows with their scores, for people to read."""
+    names = ("chosen", "rejected") if judged.wanted is None else ("labelled",)
+    sides = judged.scores.chunk(len(names))
+    return [
+        {"prompt": row.prompt.text, "response": answer.text, "side": name, "score": side[index].item()}
+        for index, row in enumerate(rows[:count])
+        for name, answer, side in zip(names, answers(row), sides, strict=True)
+    ]

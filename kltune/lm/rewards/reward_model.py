@@ -1,0 +1,268 @@
+"""A reward model: an adapter on the frozen trunk, and a head that reads the last token of a response.
+
+While it is trained, its adapter is the policy's own (a reward model is not sampled from). Afterwards the same adapter
+can lie beside a policy's on one trunk: policy, reference, value function and reward model are then one set of weights,
+and it reads the very tokens that were sampled. On weights of its own it reads text, cut into tokens by its own
+tokenizer. Either way a response that was cut off at the length limit is read up to its last token, without the end
+token that it never said: as responses cut by ``data.on_overlong`` are in training.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kltune.errors import ModelError
+from kltune.lm.data.encoding import Encoder, Ids, spelled
+from kltune.lm.model.adapters import POLICY, config_to_fill, fill, load_compatible
+from kltune.lm.model.batches import Samples, pad_right
+from kltune.lm.model.network import ScalarHead
+from kltune.lm.model.opening import load_reference, probe_logits
+from kltune.lm.model.policy import Policy
+from kltune.recipe import ModelSection
+
+HEAD = "reward_head.safetensors"
+ROWS_PER_PAD = 256      # padded together, so that one long response does not make all of them long
+PROBE = 16              # tokens that a saved model is tried on when it is opened again
+AGREES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}      # of 1 + |score|, on another machine
+IMPORTS = "from safetensors.torch import load_file\n"
+USE = f'''head = load_file("this/folder/{HEAD}")
+
+# ids: the tokens of prompt and response and, if the response has ended, its end token. [1, S]
+hidden = model.get_base_model().base_model(input_ids=ids).last_hidden_state[0, -1].float()
+score = (hidden @ head["weight"][0] + head["bias"][0]).item()
+'''
+FILES = ("adapter_model.safetensors", HEAD)
+ADAPTER = "reward"      # its name beside the policy's; a second one gets a number
+
+
+class RewardModel:
+    """Scores responses; greater is better, and only differences mean something."""
+
+    def __init__(self, policy: Policy, adapter: str = POLICY):
+        """Take the adapter of that name on a policy's trunk, and a head that gives 0."""
+        self.policy, self.adapter = policy, adapter
+        self.head = ScalarHead(policy.network.hidden_size).to(policy.device)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name: the adapter's tensors (as the policy's own adapter) and the head's."""
+        return self.policy.trainable_parameters() | self.head_parameters()
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """The head's tensors by name."""
+        return {f"head.{name}": tensor for name, tensor in self.head.linear.named_parameters()}
+
+    def scores(self, ids: Tensor, last: Tensor) -> Tensor:
+        """Scores of whole sequences, differentiable in adapter and head.
+
+        Args:
+            ids: right-padded prompts with their responses. [B, S] int64.
+            last: True on the last token of each response, and nowhere else. [B, S] bool.
+
+        Returns:
+            [B] float32.
+        """
+        return self.policy.read(self.adapter, self.head, ids, last)
+
+    @torch.no_grad()
+    def measure(self, ids: Tensor, last: Tensor) -> Tensor:
+        """``scores`` without gradients, rows in parts. [B] float32, on the CPU."""
+        parts = self.policy.network.parts(ids, last)
+        return parts.in_order(torch.cat([self.scores(*part) for part in parts])).cpu()
+
+    def measure_rows(self, rows: Sequence[Ids]) -> Tensor:
+        """The scores of sequences of any lengths. [B] float32, on the CPU."""
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        found = torch.empty(len(rows))
+        for start in range(0, len(rows), ROWS_PER_PAD):
+            part = order[start : start + ROWS_PER_PAD]
+            found[part] = self.measure(*self.batch([rows[index] for index in part]))
+        return found
+
+    def batch(self, rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        """Sequences as ``scores`` takes them: ids and last, [B, S] each, on the device."""
+        ids = pad_right(rows, self.policy.tokenizer.pad_token_id)
+        last = torch.arange(ids.shape[1]) == torch.tensor([len(row) - 1 for row in rows])[:, None]
+        return ids.to(self.policy.device), last.to(self.policy.device)
+
+    def centre(self, rows: Sequence[Ids]) -> float:
+        """Shift the scores so that their mean over these sequences is 0; what was taken away, unit of score."""
+        mean = self.measure_rows(rows).double().mean().item()
+        self.head.linear.bias.data -= mean
+        return mean
+
+    def save(self, folder: Path) -> None:
+        """Write a plain PEFT adapter, the tokenizer, the head beside them, and how to read all of it."""
+        self.policy.save(folder)
+        head = {name.removeprefix("head."): tensor.detach().cpu() for name, tensor in self.head_parameters().items()}
+        save_file(head, folder / HEAD)
+        readme = self.policy.fingerprint.how_to_load("Reward model (LoRA adapter and head)", IMPORTS, USE)
+        (folder / "README.md").write_text(readme, encoding="utf-8")
+
+    def load_head(self, folder: Path) -> None:
+        """Put a saved head in place.
+
+        Raises:
+            ModelError: its file is missing, damaged, not finite, or of another width than this trunk.
+        """
+        path = folder / HEAD
+        try:
+            held = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: cannot be read ({error}).") from None
+        wanted = self.head.linear.state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
+        if shapes != {name: tuple(tensor.shape) for name, tensor in wanted.items()}:
+            raise ModelError(f"{path}: found {shapes}, wanted a weight of [1, {wanted['weight'].shape[1]}] and a bias.")
+        if not all(torch.isfinite(tensor).all() for tensor in held.values()):
+            raise ModelError(f"{path}: holds NaN or infinity.")
+        self.head.linear.load_state_dict(held)
+
+    def probe(self) -> dict[str, Any]:
+        """A few tokens and their score, to be kept beside the model and tried again by ``check_probe``."""
+        ids = list(range(min(PROBE, self.policy.network.vocabulary)))
+        return {"ids": ids, "score": self.measure_rows([tuple(ids)]).item()}
+
+    def check_probe(self, kept: dict[str, Any], folder: Path) -> None:
+        """This model gives the score that the one which was saved gave.
+
+        Raises:
+            ModelError: it does not, so adapter, head and trunk are not those that were trained together.
+        """
+        found = self.measure_rows([tuple(kept["ids"])]).item()
+        if not abs(found - kept["score"]) <= AGREES[self.policy.dtype] * (1.0 + abs(kept["score"])):
+            raise ModelError(
+                f"{folder}: on {self.policy.fingerprint.path} it gives its probe the score {found:.6g}, but it gave "
+                f"{kept['score']:.6g} when it was saved: adapter, head and base are not the ones trained together."
+            )
+
+
+@dataclass(frozen=True)
+class RewardReader:
+    """A reward model that reads responses. shared: its tokens are the policy's, because its trunk is."""
+
+    model: RewardModel
+    shared: bool
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """Scores of texts, each response taken to have ended."""
+        return self._read_texts(prompts, responses, [True] * len(responses))
+
+    def read(self, samples: Samples) -> list[float]:
+        """Scores of sampled responses."""
+        if not self.shared:
+            return self._read_texts(samples.prompts, samples.responses, (~samples.truncated).tolist())
+        places = torch.arange(samples.ids.shape[1], device=samples.ids.device)
+        last = places == (samples.scored * places).amax(dim=1, keepdim=True)
+        return self.model.measure(samples.ids, last).tolist()
+
+    def _read_texts(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> list[float]:
+        policy = self.model.policy
+        encoder, rows = Encoder(policy.tokenizer, "none"), zip(prompts, responses, ended, strict=True)
+        return self.model.measure_rows([spelled(encoder, *row, limit=policy.max_context) for row in rows]).tolist()
+
+
+def is_reward_model(folder: Path) -> bool:
+    """Whether ``kltune reward`` made what is there."""
+    return (folder / HEAD).is_file()
+
+
+def open_reward_model(folder: Path, policy: Policy | None, device: torch.device) -> tuple[RewardReader, str, str]:
+    """Open a reward model that ``kltune reward`` saved, and try it on the tokens that were kept with it.
+
+    Args:
+        folder: the checkpoint.
+        policy: whose trunk it may share; None shares nothing.
+        device: for weights of its own.
+
+    Returns:
+        (reader, sha256 of adapter and head, one line on whose weights it reads with).
+
+    Raises:
+        ModelError: it is damaged, no reward model, or its base is not the one it was trained on; or it needs weights
+            of its own but cannot read plain text.
+    """
+    record = _read_record(folder)
+    obstacles = ["there is no policy"] if policy is None else _obstacles(policy, record)
+    if not obstacles:
+        model = _beside(folder, policy)
+    elif record["reward"]["reads_text"]:
+        model = _alone(folder, record["reference"], device)
+    else:
+        raise ModelError(
+            f"reward {folder}: it was trained on tokens that the text of a prompt and a response does not give again "
+            "(a chat template's), so it can only read those of a policy on the same weights. They are not the same:\n"
+            "  " + "\n  ".join(obstacles)
+        )
+    model.load_head(folder)
+    model.check_probe(record["reward"]["probe"], folder)
+    if not obstacles:
+        size = sum((folder / name).stat().st_size for name in FILES) / 1e6
+        note = f"shares the policy's weights; its adapter and head take {size:.2g} MB"
+    else:
+        whole = sum(tensor.numel() * tensor.element_size() for tensor in model.policy.model.parameters()) / 1e6
+        note = f"has weights of its own, {whole:.3g} MB, and reads text: " + "; ".join(obstacles)
+    return RewardReader(model, shared=not obstacles), _sha256(folder), f"reward {folder}: {note}"
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """The kltune.json of a reward model."""
+    try:
+        record = json.loads((folder / "kltune.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"reward {folder}: its kltune.json cannot be read ({error}).") from None
+    known = isinstance(record, dict) and record.get("stage") == "reward"
+    if not known or not {"probe", "reads_text"} <= record.get("reward", {}).keys() or not record.get("reference"):
+        raise ModelError(f"reward {folder}: its kltune.json is not one that kltune reward wrote.")
+    return record
+
+
+def _obstacles(policy: Policy, record: dict[str, Any]) -> list[str]:
+    """Why a reward model cannot lie on the policy's trunk; [] if it can."""
+    if policy.full:
+        return ["the policy has weights of its own beside its reference's"]
+    adapter = getattr(policy.model, "peft_config", {}).get(POLICY)
+    if adapter is None or adapter.peft_type != "LORA":
+        return ["the policy's adapter is no LoRA"]
+    return policy.fingerprint.differences(record["reference"])
+
+
+def _beside(folder: Path, policy: Policy) -> RewardModel:
+    """One more adapter on the policy's trunk, which must not move a bit of the policy."""
+    number = sum(name.startswith(ADAPTER) for name in policy.model.peft_config)
+    name = f"{ADAPTER}{number or ''}"
+    weights, probe = load_compatible(folder, policy.model), probe_logits(policy)
+    try:
+        policy.add_beside(name, config_to_fill(folder))
+    except ValueError as error:
+        raise ModelError(f"reward {folder}: does not fit {policy.fingerprint.path}: {error}") from error
+    fill(policy.model, weights, folder, name)
+    if not torch.equal(probe, probe_logits(policy)):
+        raise ModelError(f"reward {folder}: beside the policy's adapter it changes the policy; nothing was trained.")
+    return RewardModel(policy, name)
+
+
+def _alone(folder: Path, reference: dict[str, Any], device: torch.device) -> RewardModel:
+    """Its own base, tokenizer and adapter, as it was trained."""
+    section = ModelSection(**{name: reference[name] for name in ("path", "sft_adapter", "dtype")})
+    policy = load_reference(section, device=device, where=f"reward {folder}")
+    if differences := policy.fingerprint.differences(reference):
+        raise ModelError(f"reward {folder}: its base is not the one it was trained on.\n  " + "\n  ".join(differences))
+    policy.load_adapter(folder)
+    for tensor in policy.trainable_parameters().values():
+        tensor.requires_grad_(False)
+    return RewardModel(policy)
+
+
+def _sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in FILES:
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,287 @@
+"""Who gives the score: functions, reward models, classifiers and AI judges, alone or as a weighted sum.
+
+Scorers read text, so a reward model may bring a tokenizer of its own; only one of kltune's that shares the policy's
+weights, and so its tokenizer, reads the tokens that were sampled. Whatever they return must be one
+finite number per response; anything else names the row and stops the run.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kltune.errors import KltuneError, ScorerError
+from kltune.lm.model.batches import Samples
+from kltune.lm.model.policy import Policy
+from kltune.lm.rewards.classifiers import ScoreFunction, load_classifier
+from kltune.lm.rewards.judge import Answers, Judge
+from kltune.lm.rewards.reward_model import is_reward_model, open_reward_model
+from kltune.recipe import ClassifierReward, FunctionReward, JudgeReward, ModelReward
+
+TokenFunction = Callable[[Samples], Sequence[float]]
+RewardSource = FunctionReward | ModelReward | ClassifierReward | JudgeReward
+LARGEST = torch.finfo(torch.float32).max  # of a score: what is larger would become infinite
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of scores. identity: what run.json records; shift, scale: standardisation on reference samples.
+
+    tokens: scores the same responses as they were sampled, where more is known of them than their text. note: a line
+    for the start of a run. judge: who is asked, where that may take long or fail.
+    """
+
+    name: str
+    function: ScoreFunction
+    weight: float
+    normalize: bool
+    identity: dict[str, str]
+    shift: float = 0.0
+    scale: float = 1.0
+    tokens: TokenFunction | None = None
+    note: str = ""
+    judge: Judge | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """total: the weighted sum. parts: each source by name, as it came. [B] float32 each, on the CPU."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Scorer:
+    """The weighted sum of one or more sources."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = tuple(sources)
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples] = ()
+    ) -> Scores:
+        """Score each response.
+
+        Args:
+            prompts: text.
+            responses: text, one for each prompt.
+            samples: the same responses in the same order, as they were sampled, in parts.
+
+        Raises:
+            ScorerError: a source raised, returned another number of scores, or one that is not finite.
+        """
+        parts = {source.name: run_source(source, prompts, responses, samples) for source in self.sources}
+        total = sum((s.weight * (parts[s.name] - s.shift) / s.scale for s in self.sources), torch.zeros(len(responses)))
+        return Scores(total=total, parts=parts)
+
+    def total(
+        self, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples], truncated: Tensor,
+        missing_end_penalty: float,
+    ) -> Tensor:
+        """The score of each response, less the penalty where it never ended. [B], on the device of ``truncated``."""
+        scores = self(prompts, responses, samples).total.to(truncated.device)
+        return scores - missing_end_penalty * truncated
+
+    @property
+    def wants_reference_samples(self) -> bool:
+        """True if a source is to be standardised and has not been yet."""
+        return any(source.normalize and source.scale == 1.0 and source.shift == 0.0 for source in self.sources)
+
+    def standardized(
+        self, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples] = ()
+    ) -> "Scorer":
+        """The same sources, those marked ``normalize`` shifted and scaled to mean 0 and sd 1 on reference samples.
+
+        Source: lm-human-preferences, reward model normalised on samples of the initial policy.
+
+        Raises:
+            ScorerError: a source gives every reference sample the same score: there is no scale to divide by.
+        """
+        return Scorer([self._standardize(source, prompts, responses, samples) for source in self.sources])
+
+    def _standardize(
+        self, source: Source, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples]
+    ) -> Source:
+        if not source.normalize:
+            return source
+        scores = run_source(source, prompts, responses, samples).double()
+        shift, scale = scores.mean().item(), scores.std().item()
+        if not scale > 1e-6:
+            raise ScorerError(
+                f"reward {source.name}: all {len(scores)} reference samples score {shift:.4g}, so normalize: true has "
+                "no spread to divide by; set normalize: false."
+            )
+        return replace(source, shift=shift, scale=scale)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say of the sources at the start of a run."""
+        return tuple(source.note for source in self.sources if source.note)
+
+    @property
+    def judges(self) -> tuple[Judge, ...]:
+        """The AI judges among the sources."""
+        return tuple(source.judge for source in self.sources if source.judge is not None)
+
+    @property
+    def identity(self) -> list[dict[str, Any]]:
+        """Where the scores come from: each source's kind, path and weight, and the sha256 of a Python file."""
+        return [{"name": source.name, "weight": source.weight, **source.identity} for source in self.sources]
+
+    def state(self) -> list[dict[str, Any]]:
+        """The standardisation and identity of each source, for a checkpoint."""
+        return [
+            {"shift": source.shift, "scale": source.scale, "identity": source.identity} for source in self.sources
+        ]
+
+    def restored(self, state: Sequence[dict[str, Any]]) -> "Scorer":
+        """The same sources with the standardisation a checkpoint holds.
+
+        Raises:
+            ScorerError: a reward function is not the one that the checkpoint was trained on.
+        """
+        for source, saved in zip(self.sources, state, strict=True):
+            if source.identity != saved["identity"]:
+                raise ScorerError(
+                    f"reward {source.name}: found {source.identity}, but the run was started with {saved['identity']}; "
+                    "put the file back, or start a new run."
+                )
+        scales = [{"shift": saved["shift"], "scale": saved["scale"]} for saved in state]
+        return Scorer([replace(source, **scale) for source, scale in zip(self.sources, scales, strict=True)])
+
+
+def run_source(
+    source: Source, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples] = ()
+) -> Tensor:
+    """The scores of one source, checked; arguments as for ``Scorer``. [B] float32."""
+    if source.tokens is not None and samples:
+        scores = [score for part in samples for score in source.tokens(part)]
+        return _checked(source.name, scores, prompts, responses)
+    try:
+        scores = source.function(list(prompts), list(responses))
+    except KltuneError:
+        raise
+    except Exception as error:  # noqa: BLE001  a user's function may raise anything; the row is found and named
+        row, cause = _failing_row(source, prompts, responses, error)
+        raise ScorerError(f"reward {source.name}: {row} raised {type(cause).__name__}: {cause}") from cause
+    return _checked(source.name, scores, prompts, responses)
+
+
+def _failing_row(
+    source: Source, prompts: Sequence[str], responses: Sequence[str], error: Exception
+) -> tuple[str, Exception]:
+    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        try:
+            source.function([prompt], [response])
+        except Exception as cause:  # noqa: BLE001  as above
+            return _row(index, prompt, response), cause
+    return f"the batch of {len(responses)} (each row alone is fine)", error
+
+
+def _checked(name: str, scores: Sequence[float], prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+    values = scores.tolist() if hasattr(scores, "tolist") else scores
+    if not isinstance(values, list | tuple):
+        raise ScorerError(
+            f"reward {name}: returned {type(scores).__name__}, wanted a list of {len(responses)} numbers."
+        )
+    if len(values) != len(responses):
+        raise ScorerError(
+            f"reward {name}: returned {len(values)} scores for {len(responses)} responses; wanted one each."
+        )
+    values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]  # NumPy, torch
+    for index, value in enumerate(values):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not abs(value) <= LARGEST:  # NaN is not <= anything
+            where = _row(index, prompts[index], responses[index])
+            raise ScorerError(f"reward {name}: {where} got {value!r}, wanted a finite number.")
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _row(index: int, prompt: str, response: str) -> str:
+    return f"row {index} (prompt {prompt[-60:]!r}, response {response[:60]!r})"
+
+
+def load_scorer(
+    section: Sequence[RewardSource],
+    folder: Path,
+    device: torch.device,
+    policy: Policy | None = None,
+    answers: Answers | None = None,
+) -> Scorer:
+    """Build the scorer of a recipe's ``reward`` list.
+
+    Args:
+        section: the sources, at least one.
+        folder: the recipe's folder; functions may live nowhere else.
+        device: where reward models run.
+        policy: whose frozen weights a reward model of kltune's may share, if it was trained on the same.
+        answers: what AI judges were asked before, and where their answers are kept; None: nothing, nowhere.
+
+    Raises:
+        ScorerError: a file, function or model cannot be loaded.
+        ModelError: a reward model of kltune's is damaged, or on another base than it was trained on.
+    """
+    sources: list[Source] = []
+    for number, entry in enumerate(section):
+        name = name_of(entry)
+        if name in {source.name for source in sources}:
+            name = f"{name}-{number}"
+        more: dict[str, Any] = {}
+        if entry.kind == "function":
+            function, identity = _load_function(entry, folder)
+        elif entry.kind == "judge":
+            judge = Judge(entry, name, answers)
+            function, identity, more = judge.scores, judge.identity, {"judge": judge, "note": judge.note}
+        elif entry.kind == "model" and is_reward_model(Path(entry.path)):
+            function, identity, more = _load_reward_model(entry, device, policy)
+        else:
+            function, identity = load_classifier(entry, device)
+        sources.append(Source(name, function, entry.weight, entry.normalize, {"kind": entry.kind, **identity}, **more))
+    return Scorer(sources)
+
+
+def name_of(entry: RewardSource) -> str:
+    """What an entry is called in messages and metrics: its own name, or that of its function or model."""
+    if entry.name is not None:
+        return entry.name
+    if entry.kind == "function":
+        return entry.path.rpartition(":")[2]
+    return Path(entry.model if entry.kind == "judge" else entry.path).name
+
+
+def _load_reward_model(
+    entry: ModelReward, device: torch.device, policy: Policy | None
+) -> tuple[ScoreFunction, dict[str, str], dict[str, Any]]:
+    if entry.input != "prompt_response":
+        raise ScorerError(
+            f"reward {entry.path}: found input: {entry.input}, wanted prompt_response, what it was trained to read."
+        )
+    reader, digest, note = open_reward_model(Path(entry.path), policy, device)
+    return reader, {"path": entry.path, "sha256": digest}, {"tokens": reader.read, "note": note}
+
+
+def _load_function(entry: FunctionReward, folder: Path) -> tuple[ScoreFunction, dict[str, str]]:
+    file, _, attribute = entry.path.rpartition(":")
+    path = folder / file
+    try:
+        code = path.read_bytes()
+    except OSError as error:
+        raise ScorerError(f"reward {entry.path}: {path} cannot be read ({error.strerror}).") from None
+    digest = hashlib.sha256(code).hexdigest()
+    module = ModuleType(f"{path.stem}_{digest[:12]}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses and pickle look a class's module up by name
+    try:
+        exec(compile(code, str(path), "exec"), module.__dict__)  # what was hashed is what runs
+    except Exception as error:
+        raise ScorerError(f"reward {entry.path}: importing {path} raised {type(error).__name__}: {error}") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ScorerError(f"reward {entry.path}: {path} has no function {attribute!r}.")
+    return function, {"path": entry.path, "sha256": digest}

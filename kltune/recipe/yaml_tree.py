@@ -1,0 +1,215 @@
+"""YAML text to a tree that remembers where every key and value stood.
+
+Read from PyYAML's parser events, so no tag ever builds an object, nothing recurses, and a bomb is met at its first
+alias or at the nesting limit. Plain values follow YAML 1.2: ``1e-5`` is a number, ``yes`` and ``010`` are text.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+import yaml
+
+from kltune.recipe.faults import Fault, Place, RecipeFaults
+
+MAX_BYTES, MAX_DEPTH, MAX_NODES = 1_000_000, 16, 10_000
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,400})")
+FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+WORDS = {word: value for value, spellings in {
+    None: "null Null NULL ~", True: "true True TRUE", False: "false False FALSE",
+}.items() for word in spellings.split()} | {"": None}
+DIRECTION_MARKS = re.compile("[\u202a-\u202e\u2066-\u2069]")    # they show a line other than it is read
+Value = None | bool | int | float | str | dict[str, "Node"] | list["Node"]
+KeyPath = tuple[str | int, ...]          # ("reward", 0, "path")
+Plain = None | bool | int | float | str | dict[str, "Plain"] | list["Plain"]
+
+
+@dataclass
+class Node:
+    """A value, the place where it stands, and the places of its keys if it is a section."""
+
+    value: Value
+    place: Place
+    quoted: bool = False
+    key_places: dict[str, Place] = field(default_factory=dict)
+
+    def plain(self) -> Plain:
+        """The value without places."""
+        if isinstance(self.value, dict):
+            return {key: child.plain() for key, child in self.value.items()}
+        if isinstance(self.value, list):
+            return [child.plain() for child in self.value]
+        return self.value
+
+    def at(self, path: KeyPath) -> "Node | None":
+        """The node under a path of keys and list indices; None if there is none."""
+        node: Node | None = self
+        for step in path:
+            match node.value if node else None:
+                case dict() as section:
+                    node = section.get(step)
+                case list() as entries:
+                    node = entries[step] if isinstance(step, int) and step < len(entries) else None
+                case _:
+                    return None
+        return node
+
+    def place_of(self, path: KeyPath) -> Place:
+        """Where the value under a path stands, or the nearest section around it."""
+        while (node := self.at(path)) is None:
+            path = path[:-1]
+        return node.place
+
+    def place_of_key(self, path: KeyPath) -> Place:
+        """Where the last key of a path stands."""
+        parent = self.at(path[:-1])
+        return parent.key_places.get(path[-1], self.place_of(path)) if parent else self.place_of(path)
+
+
+def resolve(text: str) -> Plain:
+    """What an unquoted YAML 1.2 value means: null, true or false, a decimal number, else text."""
+    if text in WORDS:
+        return WORDS[text]
+    if INTEGER.fullmatch(text):
+        return int(text)
+    if FLOAT.fullmatch(text):
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    return text
+
+
+def decode(data: bytes, file: str) -> str:
+    """The recipe's text.
+
+    Raises:
+        RecipeFaults: too large, not UTF-8, or characters that have no business in a recipe.
+    """
+    if len(data) > MAX_BYTES:
+        raise RecipeFaults(file, [Fault(Place(file), "", "larger than 1 MB; a recipe is a page of YAML")])
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        place = place_at(file, data[: error.start].decode("utf-8", "replace"))
+        raise RecipeFaults(file, [Fault(place, "", "not UTF-8; save the file as UTF-8")]) from error
+    for what, found in (("a NUL byte", re.search("\0", text)), ("a text-direction mark", DIRECTION_MARKS.search(text))):
+        if found:
+            raise RecipeFaults(file, [Fault(place_at(file, text[: found.start()]), "", f"{what}; remove it")])
+    return text
+
+
+def place_at(file: str, before: str) -> Place:
+    """The place after a piece of text from the start of the file."""
+    return Place(file, before.count("\n") + 1, len(before) - before.rfind("\n"))
+
+
+def read_nodes(text: str, file: str, override: str | None = None) -> tuple[Node | None, list[Fault]]:
+    """Parse one YAML document.
+
+    Args:
+        text: the YAML.
+        file: its name in messages.
+        override: the ``--set`` it comes from, which then is its place.
+
+    Returns:
+        The tree (None for an empty document), and faults that leave the rest readable: repeated keys, tags, anchors.
+
+    Raises:
+        RecipeFaults: the text is no YAML, nests too deeply, or holds several documents.
+    """
+    builder = _Builder(file, override)
+    try:
+        for event in yaml.parse(text, Loader=LOADER):
+            builder.take(event)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        context = f" {error.context}" if error.context else ""
+        raise builder.fatal(mark, f"not YAML: {error.problem}{context}; {SYNTAX_HINT}") from error
+    except yaml.reader.ReaderError as error:
+        place = place_at(file, text[: error.position])
+        raise RecipeFaults(file, [Fault(place, "", "a control character; remove it")]) from error
+    return builder.root, builder.faults
+
+
+SYNTAX_HINT = "check indentation (spaces, no tabs), a space after each colon, closing brackets and quotes"
+
+
+class _Builder:
+    """Collects events into nodes; ``open`` holds the sections and lists not yet closed."""
+
+    def __init__(self, file: str, override: str | None):
+        self.file, self.override = file, override
+        self.root: Node | None = None
+        self.faults: list[Fault] = []
+        self.open: list[Node] = []
+        self.keys: list[tuple[str, Place] | None] = []       # the key waiting for its value, per open node
+        self.documents = self.count = 0
+
+    def place(self, mark: yaml.Mark | None) -> Place:
+        line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+        return Place(self.file, line, column, self.override)
+
+    def fatal(self, mark: yaml.Mark | None, text: str) -> RecipeFaults:
+        return RecipeFaults(self.file, [*self.faults, Fault(self.place(mark), "", text)])
+
+    def take(self, event: yaml.Event) -> None:
+        """Add one event to the tree."""
+        match event:
+            case yaml.DocumentStartEvent():
+                self.documents += 1
+                if self.documents > 1:
+                    raise self.fatal(event.start_mark, "a second document; a recipe is one document, remove the ---")
+            case yaml.MappingStartEvent() | yaml.SequenceStartEvent():
+                self._open(event)
+            case yaml.MappingEndEvent() | yaml.SequenceEndEvent():
+                self.open.pop()
+                self.keys.pop()
+            case yaml.AliasEvent():
+                self._fault(event, f"alias *{event.anchor}; write the value out")
+                self._put(Node(None, self.place(event.start_mark)))
+            case yaml.ScalarEvent():
+                self._refuse_properties(event)
+                quoted = bool(event.style)
+                value = event.value if quoted else resolve(event.value)
+                self._put(Node(value, self.place(event.start_mark), quoted), event.value)
+
+    def _open(self, event: yaml.CollectionStartEvent) -> None:
+        self._refuse_properties(event)
+        if len(self.open) >= MAX_DEPTH:
+            raise self.fatal(event.start_mark, f"nested more than {MAX_DEPTH} deep; a recipe needs 4")
+        node = Node({} if isinstance(event, yaml.MappingStartEvent) else [], self.place(event.start_mark))
+        self._put(node)
+        self.open.append(node)
+        self.keys.append(None)
+
+    def _refuse_properties(self, event: yaml.NodeEvent) -> None:
+        if event.tag is not None:
+            self._fault(event, f"tag {event.tag}; a recipe holds plain values only, remove the tag")
+        if event.anchor is not None:
+            self._fault(event, f"anchor &{event.anchor}; write the value out where it is needed")
+
+    def _fault(self, event: yaml.Event, text: str) -> None:
+        self.faults.append(Fault(self.place(event.start_mark), "", f"found {text}"))
+
+    def _put(self, node: Node, text: str | None = None) -> None:
+        """Place a node in its parent: as the next key, the value of that key, a list entry, or the root."""
+        self.count += 1
+        if self.count > MAX_NODES:
+            raise RecipeFaults(self.file, [Fault(node.place, "", f"more than {MAX_NODES:,} values; is this a recipe?")])
+        parent = self.open[-1] if self.open else None
+        if parent is None:
+            self.root = node
+        elif isinstance(parent.value, list):
+            parent.value.append(node)
+        elif self.keys[-1] is None:
+            self._put_key(node, text)
+        else:
+            (key, place), self.keys[-1] = self.keys[-1], None
+            if key in parent.value:
+                first = parent.key_places[key]
+                self.faults.append(Fault(place, key, f"given twice, first in line {first.line}; keep one"))
+            else:
+                parent.value[key], parent.key_places[key] = node, place
+
+    def _put_key(self, node: Node, text: str | None) -> None:
+        if text is None:
+            raise RecipeFaults(self.file, [*self.faults, Fault(node.place, "", "a key must be one plain word")])
+        self.keys[-1] = (text, node.place)

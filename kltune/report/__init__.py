@@ -1,0 +1,1 @@
+"""What people look at: pages, figures, tables, text, annotations for CI."""

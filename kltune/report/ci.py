@@ -1,0 +1,99 @@
+"""What continuous integration reads of ``kltune eval-kl``: JUnit XML, GitHub's annotations and its step summary."""
+
+import os
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kltune.report.text import verdict_line, with_error
+from kltune.run.files import storing, visible, write_whole
+
+LEVELS = {"pass": "notice", "fail": "error", "inconclusive": "warning"}
+
+
+def write_junit(path: Path, document: dict[str, Any]) -> None:
+    """One test case per checkpoint: passed, or failed where the gate did not pass.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    cases = []
+    for part in _parts(document):
+        case = ET.Element("testcase", classname="kltune.eval-kl", name=visible(part["checkpoint"]))
+        gate, figures = part["gate"], ET.SubElement(case, "properties")
+        exact = part["kl"]["exact"]
+        for name in ("nats_per_response", "stderr", "nats_per_token"):
+            ET.SubElement(figures, "property", name=name, value=str(exact[name]))
+        if gate is not None and gate["verdict"] != "pass":
+            ET.SubElement(case, "failure", type=gate["verdict"], message=_headline(part))
+        cases.append(case)
+    _write(path, cases, failures=sum(case.find("failure") is not None for case in cases), errors=0)
+
+
+def write_junit_error(path: Path, checkpoints: Sequence[str], kind: str, message: str) -> None:
+    """One test case that says why nothing was measured: whoever reads only this file must not take it for a pass."""
+    case = ET.Element("testcase", classname="kltune.eval-kl", name=visible(", ".join(checkpoints)))
+    ET.SubElement(case, "error", type=kind, message=visible(message))
+    _write(path, [case], failures=0, errors=1)
+
+
+def _write(path: Path, cases: list[ET.Element], *, failures: int, errors: int) -> None:
+    counts = {"tests": str(len(cases)), "failures": str(failures), "errors": str(errors)}
+    suite = ET.Element("testsuite", name="kltune eval-kl", **counts)
+    suite.extend(cases)
+    root = ET.Element("testsuites", **counts)
+    root.append(suite)
+    ET.indent(root)
+    write_whole(path, ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n")
+
+
+def annotations(document: dict[str, Any]) -> list[str]:
+    """GitHub workflow commands, one per checkpoint that was judged."""
+    return [
+        f"::{LEVELS[part['gate']['verdict']]} title=kltune eval-kl::{escaped(_headline(part))}"
+        for part in _parts(document)
+        if part["gate"] is not None
+    ]
+
+
+def write_step_summary(document: dict[str, Any]) -> None:
+    """Add a table to the page of a GitHub job, where its file is named by GITHUB_STEP_SUMMARY.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    name = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not name:
+        return
+    lines = [
+        "### kltune eval-kl",
+        "",
+        "| checkpoint | KL(policy‖reference), nats per response | interval | responses | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for part in _parts(document):
+        exact, gate = part["kl"]["exact"], part["gate"]
+        interval = "" if exact["ci"] is None else f"{exact['ci'][0]:.3f} to {exact['ci'][1]:.3f}"
+        verdict = "" if gate is None else verdict_line(gate)
+        cells = (part["checkpoint"], with_error(exact["nats_per_response"], exact["stderr"]), interval)
+        cells = (*cells, str(part["responses"]), verdict)
+        lines.append("| " + " | ".join(visible(cell).replace("|", "\\|") for cell in cells) + " |")
+    path = Path(name)
+    with storing(path), open(path, "a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n\n")
+
+
+def escaped(text: str, more: str = "") -> str:
+    """Text for a GitHub workflow command; properties need ``:`` and ``,`` escaped ``more``."""
+    return "".join(f"%{ord(c):02X}" if c in "%\r\n" + more else c for c in text)
+
+
+def _parts(document: dict[str, Any]) -> list[dict[str, Any]]:
+    return document.get("checkpoints", [document])
+
+
+def _headline(part: dict[str, Any]) -> str:
+    exact = part["kl"]["exact"]
+    kl = with_error(exact["nats_per_response"], exact["stderr"])
+    return f"{visible(part['checkpoint'])}: {verdict_line(part['gate'])}; KL {kl} nats per response"

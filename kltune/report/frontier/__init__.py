@@ -1,0 +1,1 @@
+"""Reward against KL over many runs."""

@@ -1,0 +1,283 @@
+"""Runs as points of reward against KL: what was measured of each, and which curve it is on."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kltune.errors import CheckpointError
+from kltune.recipe import flat_settings, load_recipe
+from kltune.report.numbers import headline
+from kltune.run.files import read_json, read_jsonl
+
+NEAR = 0.15             # of its target: how close a KL counts as there
+KNOBS = ("kl.target", "kl.beta", "dpo.beta", "kl.hard_cap")      # what a run's KL is set by; the rest names the curve
+NO_DIFFERENCE = ("run.seed", "run.save_every", "run.eval_every", "run.device", "optim.micro_batch_size")
+SAME_REFERENCE = ("sha256", "tokenizer_sha256", "template_sha256")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where points come from: a finished run, or the curve of ``kltune project``.
+
+    path: as it is named to the user. folder: of the run, None for a curve. settings: of its recipe by dotted key, {}
+    where none is known. document: result.json, or project.json. rewards: identities of what scored it.
+    """
+
+    path: str
+    folder: Path | None
+    reference: dict[str, Any]
+    settings: dict[str, Any]
+    document: dict[str, Any]
+    rewards: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A policy: its KL(policy ‖ reference) in nats per response, and how it was scored; None where not measured.
+
+    curve, setting: which line it is on, and where. cluster: the run it comes from. alpha: the share of its adapter.
+    """
+
+    run: str
+    cluster: str
+    curve: str
+    setting: str
+    seed: int | None
+    alpha: float
+    kl: float
+    kl_stderr: float | None
+    kl_ci95: tuple[float, float] | None
+    score: float | None
+    score_stderr: float | None
+    gold: float | None = None
+    gold_stderr: float | None = None
+    steps_to_target: int | None = None
+
+
+def find_sources(paths: Sequence[str]) -> list[Source]:
+    """Runs, the finished points of sweeps, and curves, each once.
+
+    Raises:
+        CheckpointError: a path is none of these, or a run that has not finished.
+    """
+    found: dict[Path, Source] = {}
+    for path in paths:
+        folder = Path(path)
+        if (folder / "sweep.json").is_file():
+            rows = read_json(folder / "sweep.json")["points"]
+            done = [row["name"] for row in rows if _is_finished(folder / row["name"])]
+            if not done:
+                raise CheckpointError(f"{path}: no point of this sweep has finished yet.")
+            for name in done:
+                found.setdefault((folder / name).resolve(), _run_source(str(folder / name)))
+        elif (folder / "run.json").is_file():
+            found.setdefault(folder.resolve(), _run_source(path))
+        else:
+            found.setdefault(folder.resolve(), _curve_source(path))
+    return list(found.values())
+
+
+def _is_finished(folder: Path) -> bool:
+    try:
+        return read_json(folder / "run.json")["status"] == "finished" and (folder / "result.json").is_file()
+    except CheckpointError:
+        return False
+
+
+def _run_source(path: str) -> Source:
+    folder = Path(path)
+    if not _is_finished(folder):
+        raise CheckpointError(f"{path} has not finished; wanted runs with a result.json.")
+    record = read_json(folder / "run.json")
+    settings = flat_settings(load_recipe(folder / "recipe.yaml"))
+    if settings["stage"] == "reward":
+        raise CheckpointError(f"{path} is a reward model, which says nothing and so has no KL; wanted policies.")
+    return Source(
+        path, folder, record["reference"], settings, read_json(folder / "result.json"), record.get("rewards", [])
+    )
+
+
+def _curve_source(path: str) -> Source:
+    file = Path(path) / "project.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path} is no run, no sweep and no curve: wanted a folder with run.json, sweep.json or project.json, or "
+            "the JSON of kltune project --curve."
+        )
+    document = read_json(file)
+    looks = [look for look in _looks(document) if look["purpose"] == "curve"]
+    if not looks:
+        raise CheckpointError(f"{path} holds no curve; kltune project CHECKPOINT --curve measures one.")
+    checkpoint = Path(document["checkpoint"])
+    run = checkpoint if (checkpoint / "recipe.yaml").is_file() else checkpoint.parent
+    known = (run / "run.json").is_file() and (run / "recipe.yaml").is_file()
+    settings = flat_settings(load_recipe(run / "recipe.yaml")) if known else {}
+    return Source(path, None, document["reference"], settings, document, document.get("rewards") or [])
+
+
+def _looks(document: Any) -> list[dict[str, Any]]:
+    known = isinstance(document, dict) and document.get("schema") == "kltune.project/1"
+    return document["looks"] if known else []
+
+
+def check_one_reference(sources: Sequence[Source]) -> None:
+    """KLs are comparable only to one and the same reference.
+
+    Raises:
+        CheckpointError: names the runs of each reference.
+    """
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for source in sources:
+        groups.setdefault(tuple(source.reference[name] for name in SAME_REFERENCE), []).append(source.path)
+    if len(groups) > 1:
+        lines = "".join(
+            f"\n  weights {weights[:12]}, tokenizer {tokenizer[:12]}, template {template[:12]}: {', '.join(paths)}"
+            for (weights, tokenizer, template), paths in groups.items()
+        )
+        raise CheckpointError(f"These were not measured against one reference, so their KLs do not compare:{lines}")
+
+
+def check_one_reward(sources: Sequence[Source]) -> None:
+    """Scores are comparable only if the same rewards gave them.
+
+    Raises:
+        CheckpointError: names the runs of each.
+    """
+    groups: dict[str, list[str]] = {}
+    for source in sources:
+        if source.rewards:
+            what = [
+                {key: value for key, value in reward.items() if key not in ("name", "path") or "sha256" not in reward}
+                for reward in source.rewards
+            ]
+            key = json.dumps([what, source.settings.get("sampling.missing_end_penalty")], sort_keys=True)
+            groups.setdefault(key, []).append(source.path)
+    if len(groups) > 1:
+        lines = "".join(f"\n  {', '.join(paths)}" for paths in groups.values())
+        raise CheckpointError(
+            f"These were scored by different rewards, so their scores do not compare:{lines}\nGive --recipe R.yaml to "
+            "score them all afresh by the rewards of one recipe."
+        )
+
+
+def differing_measures(sources: Sequence[Source]) -> list[str]:
+    """Notes on runs whose KL was measured in another way than the first one's."""
+    notes, first = [], None
+    for source in sources:
+        here = {
+            name: source.settings.get(f"sampling.{name}", source.document.get(name))
+            for name in ("max_new_tokens", "temperature")
+        }
+        named = (source.settings.get(key) for key in ("eval.prompts", "eval.pairs", "data.prompts", "data.pairs"))
+        here["prompts"] = next((name for name in named if name is not None), None)
+        first = first or here
+        if here != first:
+            said, other = (", ".join(f"{name} {value}" for name, value in one.items()) for one in (here, first))
+            notes.append(f"{source.path} was measured with {said}; the first with {other}")
+    return notes
+
+
+def points_of(sources: Sequence[Source]) -> list[Point]:
+    """All points, each on a curve that its recipe names."""
+    names = curve_names([source for source in sources if source.folder is not None])
+    points: list[Point] = []
+    for source in sources:
+        if source.folder is not None:
+            curve, setting = names[source.path]
+            figures = {
+                name: value for name, value in headline(source.document).items()
+                if not name.startswith("reference_")
+            }
+            if figures["kl"] is not None:
+                points.append(Point(
+                    source.path, source.path, curve, setting, source.settings["run.seed"],
+                    source.document.get("alpha") or 1.0, **figures, steps_to_target=steps_to_target(source),
+                ))
+        else:
+            points += _curve_points(source)
+    return points
+
+
+def _curve_points(source: Source) -> list[Point]:
+    checkpoint = source.document["checkpoint"]
+    if source.settings:
+        settings = source.settings
+        curve = f"alpha curve of {family(settings)}, {_said(settings, [main_knob(settings)])}"
+        seed = settings["run.seed"]
+    else:
+        curve, seed = f"alpha curve of {checkpoint}", None
+    return [
+        Point(
+            source.path, checkpoint, curve, f"alpha={look['alpha']:g}", seed, look["alpha"], look["nats_per_response"],
+            look["stderr"], look["ci"], look["score"], look["score_stderr"],
+        )
+        for look in _looks(source.document)
+        if look["purpose"] == "curve" and look["alpha"] > 0.0
+    ]
+
+
+def family(settings: dict[str, Any]) -> str:
+    """What a curve is called: stage and control."""
+    stage = settings["stage"]
+    if stage == "dpo":
+        loss, online = settings["dpo.loss"], settings["dpo.source"] == "online"
+        words = [stage, *(["online"] if online else []), *([loss] if loss != "sigmoid" else [])]
+        return " ".join([*words, *(["target"] if settings["kl.control"] == "target" else [])])
+    if stage == "trpo" and settings["kl.control"] == "target":
+        return stage
+    return f"{stage} {settings['kl.control']}" if "kl.control" in settings else stage
+
+
+def main_knob(settings: dict[str, Any]) -> str:
+    """The key that sets how far a run goes."""
+    if settings.get("kl.control") == "target":
+        return "kl.target"
+    if settings["stage"] == "dpo" and settings["kl.beta"] == 0.0:
+        return "dpo.beta"
+    return "kl.beta" if "kl.beta" in settings else "run.steps"
+
+
+def curve_names(sources: Sequence[Source]) -> dict[str, tuple[str, str]]:
+    """Of each run: (its curve, its setting).
+
+    Runs of one family that differ in more than what sets the KL, and the seed, are on curves of their own.
+    """
+    families: dict[str, list[Source]] = {}
+    for source in sources:
+        families.setdefault(family(source.settings), []).append(source)
+    names = {}
+    for name, members in families.items():
+        keys = sorted({key for member in members for key in member.settings})
+        varying = [
+            key for key in keys
+            if key not in NO_DIFFERENCE and not key.startswith("eval.")
+            and len({json.dumps(member.settings.get(key)) for member in members}) > 1
+        ]
+        for member in members:
+            knob = main_knob(member.settings)
+            others = [key for key in varying if key not in KNOBS and key != knob]
+            knobs = list(dict.fromkeys([knob, *(key for key in varying if key in KNOBS)]))
+            curve = ", ".join([name, *([_said(member.settings, others)] if others else [])])
+            names[member.path] = curve, _said(member.settings, knobs)
+    return names
+
+
+def _said(settings: dict[str, Any], keys: Sequence[str]) -> str:
+    values = [(key, settings.get(key)) for key in keys]
+    return ", ".join(
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in values
+    )
+
+
+def steps_to_target(source: Source) -> int | None:
+    """Steps after which a run's KL first came within 15 % of its target; None without one, or if it never did."""
+    target = source.document.get("target")
+    if target is None or source.folder is None:
+        return None
+    name = f"kl/ref_{source.document.get('unit', 'nats_per_response')}"
+    for row in read_jsonl(source.folder / "metrics.jsonl"):
+        if row.get(name) is not None and row[name] >= (1.0 - NEAR) * target:
+            return row["step"]
+    return None

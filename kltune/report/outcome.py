@@ -1,0 +1,287 @@
+"""What a run folder holds, and its answer in one word and a few sentences: did it end, and within its budget?"""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kltune.core.hacking.detector import errors_of
+from kltune.errors import CheckpointError
+from kltune.report.figures import TOLERANCE, Limits, Recorded
+from kltune.report.numbers import number, with_error
+from kltune.report.plots import is_number
+from kltune.run.files import read_json, read_jsonl
+
+RECORDED = (
+    "stage", "status", "seed", "reference", "versions", "started", "ended", "recipe_sha256", "command", "resumed_at",
+    "error",
+)
+CLEAR = 2.0      # standard errors from which a score counts as moved
+ROSE, FELL, STAYED = "rose from", "fell from", "did not clearly move:"
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a run folder holds; empty where a file is not there yet."""
+
+    folder: Path
+    record: dict[str, Any]
+    recipe_text: str
+    recipe: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    result: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """The evaluation of what was saved; {} before that."""
+        return self.result.get("eval") or {}
+
+    @property
+    def recorded(self) -> Recorded:
+        """The numbers that pictures are drawn from."""
+        return Recorded(self.metrics, self.evaluated, self.result.get("final_step"))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer in one word, with its tone (good, bad or plain) and in sentences."""
+
+    word: str
+    tone: str
+    sentences: str
+
+
+def read_files(folder: Path) -> Files:
+    """Everything the page is made from.
+
+    Raises:
+        CheckpointError: there is no run.json.
+    """
+    if not (folder / "run.json").exists():
+        raise CheckpointError(f"{folder} is no kltune run: there is no run.json in it.")
+    recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8") if (folder / "recipe.yaml").exists() else ""
+    recipe: Any = {}
+    with contextlib.suppress(yaml.YAMLError):      # a damaged recipe is still shown, as text
+        recipe = yaml.safe_load(recipe_text)
+    return Files(
+        folder=folder,
+        record={**dict.fromkeys(RECORDED), **read_json(folder / "run.json")},
+        recipe_text=recipe_text,
+        recipe=recipe if isinstance(recipe, dict) else {},
+        metrics=read_jsonl(folder / "metrics.jsonl"),
+        samples=read_jsonl(folder / "samples.jsonl"),
+        result=read_json(folder / "result.json") if (folder / "result.json").exists() else {},
+    )
+
+
+def verdict_of(files: Files) -> Verdict:
+    """Whether the run ended, and how far from its reference, in plain words."""
+    status, total = files.record.get("status"), (files.recipe.get("run") or {}).get("steps")
+    if status == "finished":
+        return _final_verdict(files)
+    done = files.metrics[-1].get("step", 0) if files.metrics else 0
+    where = f"step {done:,} of {total:,}" if total else f"step {done:,}"
+    reason = files.record.get("error") or "no reason recorded"
+    word, tone, sentence = {
+        "interrupted": ("interrupted", "plain", f"Stopped at {where}; --resume continues it."),
+        "failed": ("failed", "bad", f"Failed at {where}: {reason}."),
+    }.get(str(status), ("running", "plain", f"At {where} when this page was written; no final measurement yet."))
+    return Verdict(word, tone, f"{sentence} {_so_far(files)}".strip())
+
+
+def _so_far(files: Files) -> str:
+    value, error = newest_kl(files)
+    if value is None:
+        return ""
+    return f"KL to the reference when last measured: {with_error(value, error)} nats per response."
+
+
+def newest_kl(files: Files) -> tuple[float | None, float | None]:
+    """KL of the last batch, or of the last evaluation where batches have none; with its standard error."""
+    for row in reversed(files.metrics):
+        for name in ("kl/ref", "eval/kl_ref"):
+            if row.get(f"{name}_nats_per_response") is not None:
+                return row[f"{name}_nats_per_response"], row.get(f"{name}_stderr")
+    return None, None
+
+
+def _reward_verdict(files: Files) -> Verdict:
+    accuracy, (low, high) = files.result.get("accuracy"), files.result.get("accuracy_ci95") or (None, None)
+    if accuracy is None:
+        return Verdict("not measured", "plain", "The run finished; no rows were held out to measure it on.")
+    rows = files.result["held_out_rows"]
+    word, tone = ("learnt", "good") if low > 0.5 else ("no better than chance", "bad")
+    return Verdict(word, tone, (
+        f"It is right on {100 * accuracy:.1f} % of {rows:,} held-out rows (95 % interval {100 * low:.1f} to "
+        f"{100 * high:.1f} %), where chance is right on 50 %."
+    ))
+
+
+def _final_verdict(files: Files) -> Verdict:
+    if files.record["stage"] == "reward":
+        return _reward_verdict(files)
+    kl, limits = files.result.get("kl") or {}, limits_of(files)
+    value = kl.get(limits.unit)
+    if value is None:
+        return Verdict("KL not measured", "bad", "The run finished, but the KL of the final policy was not measured.")
+    unit = limits.unit.replace("_per_", " per ")
+    sentences = [f"The final policy is {number(value)} {unit} from its reference{_interval(kl, limits.unit)}."]
+    word, tone = "measured", "plain"
+    if limits.target:
+        share = value / limits.target - 1
+        side = "above" if share > 0 else "below"
+        rest = "; the rest of the budget is not used" if files.result.get("target_unused") else ""
+        sentences.append(f"That is {100 * abs(share):.0f} % {side} the target of {number(limits.target)}{rest}.")
+        on_target = abs(share) <= TOLERANCE
+        word = "on target" if on_target else f"{side} target"
+        tone = "good" if on_target else "bad" if share > 0 else "plain"
+    elif limits.hard_cap is None:
+        sentences.append("The recipe sets no target and no cap.")
+    if limits.hard_cap is not None:
+        within = value <= limits.hard_cap
+        sentences.append(f"It is {'within' if within else 'beyond'} the hard cap of {number(limits.hard_cap)}.")
+        word, tone = (word, tone) if within else ("over the hard cap", "bad")
+    return Verdict(word, tone, " ".join([*sentences, *_scores(files)]))
+
+
+def _scores(files: Files) -> list[str]:
+    """What became of the score, and of the gold score that nothing was trained on."""
+    sentences = []
+    for name, title in (("score", "The score"), ("gold", "The gold score, never trained on,")):
+        moved = move_of(files, name)
+        if moved is not None:
+            before, after, word = moved
+            best = best_gold(files) if name == "gold" else None
+            fallen = "" if best is None else f", after a best of {number(best[0])} at step {best[1]:,}"
+            sentences.append(f"{title} {word} {number(before)} (the reference's) to {number(after)}{fallen}.")
+    stopped = files.result.get("stopped_early")
+    if isinstance(stopped, dict):
+        reason = str(stopped.get("reason") or "the gold score had passed its peak").rstrip(".")
+        sentences.append(f"It stopped early, at step {number(stopped.get('step'))}: {reason}.")
+        if stopped.get("gold_peak_step") is not None:
+            sentences.append(f"final is the policy after step {stopped['gold_peak_step']:,}, where gold was highest.")
+    return sentences
+
+
+def alarm_of(files: Files) -> str:
+    """"score rose, gold fell" where both clearly did, against the reference or since gold was at its best; else ""."""
+    score, gold = move_of(files, "score"), move_of(files, "gold")
+    if score is None or gold is None or score[2] != ROSE:
+        return ""
+    return "score rose, gold fell" if gold[2] == FELL or best_gold(files) is not None else ""
+
+
+def best_gold(files: Files) -> tuple[float, int] | None:
+    """(gold score, step) of the evaluation that the final one clearly fell short of, with a higher score; else None.
+
+    The best of several is high by luck as well, hence ``errors_of``, as while the run went on.
+    """
+    final, error = files.evaluated.get("eval/gold_mean"), files.evaluated.get("eval/gold_stderr") or 0.0
+    rows = [row for row in files.metrics if is_number(row.get("eval/gold_mean"))]
+    if final is None or not rows:
+        return None
+    best = max(rows, key=lambda row: row["eval/gold_mean"])
+    spread = ((best.get("eval/gold_stderr") or 0.0) ** 2 + error**2) ** 0.5
+    fell = best["eval/gold_mean"] - final > errors_of(len(rows) + 1) * spread
+    rose = (best.get("eval/score_mean") or 0.0) < (files.evaluated.get("eval/score_mean") or 0.0)
+    return (best["eval/gold_mean"], best["step"]) if fell and rose else None
+
+
+def move_of(files: Files, name: str) -> tuple[float, float, str] | None:
+    """(the reference's, the policy's, how it moved) of "score" or "gold"; None where one was not measured."""
+    result, measured = files.result, files.evaluated
+    before, after = result.get(f"reference_{name}"), result.get(name)
+    if before is None or after is None:
+        return None
+    errors = [measured.get(f"eval/{side}{name}_stderr") or 0.0 for side in ("reference_", "")]
+    error = sum(e * e for e in errors) ** 0.5
+    word = STAYED if abs(after - before) <= CLEAR * error else ROSE if after > before else FELL
+    return before, after, word
+
+
+def _interval(kl: dict[str, Any], unit: str) -> str:
+    low, high = kl.get("ci95") or (None, None)
+    if low is None or high is None or unit != "nats_per_response":      # ci95 is per response
+        return ""
+    return f" (95 % interval {number(low)} to {number(high)})"
+
+
+def beside(numbers: dict[str, Any], name: str) -> str:
+    """What stands beside a figure of the policy: the reference's, where it was measured."""
+    return "" if numbers.get(name) is None else f"reference {number(numbers[name])}"
+
+
+def gauge_of(files: Files) -> dict[str, Any] | None:
+    """Where the final KL, its interval, target and cap lie on one scale, in % of its length; None without a KL."""
+    kl, limits = files.result.get("kl") or {}, limits_of(files)
+    value = kl.get(limits.unit)
+    if value is None:
+        return None
+    low, high = (kl.get("ci95") if limits.unit == "nats_per_response" else None) or (value, value)
+    marks = [value, high or 0.0, 1.5 * (limits.target or 0.0), 1.1 * (limits.hard_cap or 0.0)]
+    end = max(*marks, 1.3 * value) or 1.0
+
+    def place(nats: float | None) -> float | None:
+        return None if nats is None else round(100.0 * nats / end, 2)
+
+    target = limits.target
+    return {
+        "value": place(value), "low": place(low), "high": place(high), "target": place(target),
+        "cap": place(limits.hard_cap), "end": end, "unit": limits.unit.replace("_per_", " per "),
+        "band": None if target is None else [place((1 + sign * TOLERANCE) * target) for sign in (-1, 1)],
+    }
+
+
+def limits_of(files: Files) -> Limits:
+    """The target and the caps of the recipe, and the unit they are in."""
+    kl, trpo = files.recipe.get("kl") or {}, files.recipe.get("trpo") or {}
+    return Limits(
+        unit=kl.get("unit", "nats_per_response"),
+        target=kl.get("target") if kl.get("control", "target") == "target" else None,
+        hard_cap=kl.get("hard_cap"),
+        max_step_kl=trpo.get("max_step_kl"),
+    )
+
+
+# title, metric, its standard error: what is compared between reference and policy, and between runs
+FIGURES = (
+    ("score", "eval/score_mean", "eval/score_stderr"),
+    ("gold score", "eval/gold_mean", "eval/gold_stderr"),
+    ("score, sd of the reference's", "eval/score_z", "eval/score_z_stderr"),
+    ("gold score, sd of the reference's", "eval/gold_z", "eval/gold_z_stderr"),
+    ("different tokens (distinct-1)", "eval/distinct_1", ""),
+    ("different pairs of tokens (distinct-2)", "eval/distinct_2", ""),
+    ("the same, adjusted for length", "eval/distinct_2_adjusted", ""),
+    ("different pairs among answers to one prompt", "eval/distinct_2_per_input", ""),
+    ("different pairs across prompts", "eval/distinct_2_across_input", ""),
+    ("likeness to each other (self-BLEU)", "eval/self_bleu", ""),
+    ("duplicates, share of responses", "eval/duplicate_fraction", ""),
+    ("entropy, nats per token", "eval/entropy_nats_per_token", ""),
+    ("tokens per response", "eval/response_tokens", ""),
+    ("responses that end, share", "eval/end_fraction", ""),
+    ("held-out texts, nats per token", "eval/texts_nats_per_token", ""),
+    ("alignment tax, nats per token", "eval/tax_nats_per_token", "eval/tax_stderr"),
+)
+
+
+BY_DEFINITION = {"eval/tax_nats_per_token", "eval/score_z", "eval/gold_z"}      # of the reference: 0
+
+
+def figures_of(files: Files) -> list[tuple[str, str, str]]:
+    """(what, the reference's, the policy's) of what the last evaluation measured; a dash for what it did not."""
+    measured, recorded = files.evaluated, files.recorded
+    rows = []
+    for title, name, error in FIGURES:
+        if measured.get(name) is None:
+            continue
+        before = 0.0 if name in BY_DEFINITION else recorded.reference(name)
+        rows.append((title, number(before), with_error(measured[name], measured.get(error))))
+    return rows

@@ -1,0 +1,263 @@
+"""Curves as SVG that reads on white and on black, the same bytes for the same numbers."""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+if TYPE_CHECKING:      # matplotlib is imported where a picture is drawn: a run that draws none should not wait for it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+# each at least 3.4:1 against white and against #1d2026
+COLOURS = ("#3b7dd8", "#2f8f5b", "#8f5bc2", "#c2571a", "#1c8b9c", "#c9477f", "#8a7a1e", "#77808c")
+MORE_COLOURS = (*COLOURS, "#c9418c", "#1a8a99", "#85801f", "#a86a4c")      # as those, 3:1 on white and on #14161a
+MARKERS = "os^DvPX*"      # so that a curve is known without its colour
+INK = "#808080"        # mid-grey: stands in for the page's own text colour, see svg_of
+TARGET, CAP = "#c27a00", "#c0392b"
+NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+FEW_POINTS = 25        # below this each point is marked, so that one alone is seen
+DECADES = 30.0         # largest ÷ smallest from which a log axis shows more than a linear one
+LEAST_SPAN = 0.04      # of the values themselves, that an axis shows: what moves less has not moved
+Z95 = 1.96
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """x, y and what half an error bar is in either direction (1.96 standard errors). label: written beside it."""
+
+    x: float
+    y: float
+    x_error: float = 0.0
+    y_error: float = 0.0
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points under one name; joined by a line, or standing alone.
+
+    place: of its colour and mark, which repeat after eight. marked: without it a bare dashed line in grey.
+    """
+
+    name: str
+    points: Sequence[CurvePoint]
+    place: int = 0
+    joined: bool = True
+    marked: bool = True
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands around curves.
+
+    x, y: what the axes show, with its unit. title: read aloud in the picture's place. name: of the picture, where a
+    page has several. root: space the x axis by square roots, on which a gain in proportion to √KL is a straight line.
+    narrow: for the column of a page or a phone: smaller, so that its letters come out larger.
+    """
+
+    x: str
+    y: str
+    title: str
+    name: str = "curve"
+    root: bool = False
+    narrow: bool = False
+
+
+def curve_svg(curves: Sequence[Curve], frame: Frame) -> str:
+    """Curves with error bars in one picture.
+
+    Returns:
+        An ``<svg>`` element that can stand alone.
+    """
+    from matplotlib.figure import Figure
+
+    size = (4.7, 3.0 + 0.19 * len(curves)) if frame.narrow else (6.4, 4.0)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    for curve in curves:
+        points = curve.points
+        if not curve.marked:
+            axes.plot([p.x for p in points], [p.y for p in points], color=INK, linestyle="--", label=curve.name)
+            continue
+        colour = MORE_COLOURS[curve.place % len(MORE_COLOURS)]
+        axes.errorbar(
+            [p.x for p in points], [p.y for p in points], xerr=[p.x_error for p in points],
+            yerr=[p.y_error for p in points], color=colour, marker=MARKERS[curve.place % len(MARKERS)], markersize=4.5,
+            linewidth=1.6, elinewidth=1, capsize=2, linestyle="-" if curve.joined else "none", label=curve.name,
+        )
+        for point in points:
+            offset = (5, -11) if curve.joined else (5, 5)
+            axes.annotate(point.label, (point.x, point.y), offset, textcoords="offset points", color=colour, fontsize=8)
+    if frame.root:
+        space_by_roots(axes)
+    axes.set_xlabel(frame.x, color=INK)
+    axes.set_ylabel(frame.y, color=INK)
+    axes.tick_params(colors=INK)
+    axes.grid(True, color=INK, alpha=0.2, linewidth=0.6)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(curves) > 1:
+        columns = 1 if frame.narrow else 2
+        figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK, fontsize=8.5)
+    # It may stand alone, in a page that knows nothing of it: the ink stays mid-grey, to be read on white and on black.
+    return svg_of(figure, frame.name, frame.title).replace("currentColor", INK)
+
+
+def space_by_roots(axes: "Axes") -> None:
+    """An x axis from 0 on which √x is evenly spaced, its ticks at round numbers."""
+    import numpy as np
+
+    high = axes.get_xlim()[1]
+    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0.0)), np.square))
+    axes.set_xlim(0.0, high)
+    step = 10.0 ** np.floor(np.log10(high))
+    ticks = [0.0]
+    for tick in step * np.array([0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0]):
+        if tick <= high and np.sqrt(tick) - np.sqrt(ticks[-1]) >= 0.1 * np.sqrt(high):
+            ticks.append(tick)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+@dataclass(frozen=True)
+class Series:
+    """Numbers over the steps of a run. errors: standard errors, None where there is none."""
+
+    steps: list[float]
+    values: list[float]
+    errors: list[float | None]
+
+    @classmethod
+    def of(cls, rows: Sequence[dict[str, Any]], name: str, error: str = "") -> "Series | None":
+        """What the rows hold of one metric; None if nothing was measured."""
+        kept = [row for row in rows if is_number(row.get(name)) and is_number(row.get("step"))]
+        if not kept:
+            return None
+        errors = [row[error] if is_number(row.get(error)) else None for row in kept]
+        return cls([row["step"] for row in kept], [row[name] for row in kept], errors)
+
+
+def is_number(value: object) -> bool:
+    """A finite number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def make_axes() -> "tuple[Figure, Axes]":
+    """An empty picture in the size that pages show it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0, 3.1), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def draw_series(axes: "Axes", series: Series, colour: str, label: str, *, faint: bool = False) -> None:
+    """A line, marked where there are few points, with 95 % intervals: bars on a few points, a band along many."""
+    mark = "o" if len(series.values) <= FEW_POINTS else None
+    axes.plot(
+        series.steps, series.values, color=colour, marker=mark, markersize=2.5 if faint else 3.5,
+        linewidth=1.1 if faint else 1.8, alpha=0.75 if faint else 1.0, label=label,
+    )
+    known = [row for row in zip(series.steps, series.values, series.errors, strict=True) if row[2] is not None]
+    if not known:
+        return
+    steps, values, widths = zip(*((step, value, Z95 * error) for step, value, error in known), strict=True)
+    if len(known) <= FEW_POINTS and not faint:
+        axes.errorbar(steps, values, yerr=widths, fmt="none", ecolor=colour, elinewidth=1.1, capsize=2)
+    else:
+        low, high = ([y + sign * w for y, w in zip(values, widths, strict=True)] for sign in (-1, 1))
+        axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def draw_final(axes: "Axes", step: float, value: float, error: float | None, colour: str, label: str) -> None:
+    """One point that stands for what was saved, with its interval."""
+    width = None if error is None else [Z95 * error]
+    axes.errorbar(
+        [step], [value], yerr=width, color=colour, marker="D", markersize=6.5, markeredgecolor=INK,
+        markeredgewidth=0.8, elinewidth=1.4, capsize=3, linestyle="none", label=label, zorder=4,
+    )
+
+
+def draw_level(axes: "Axes", value: float, colour: str, label: str, style: str = "--") -> None:
+    """A number that does not change, across the picture."""
+    axes.axhline(value, color=colour, linestyle=style, linewidth=1.2, label=label)
+
+
+def set_log(axes: "Axes", values: Sequence[float]) -> None:
+    """A log axis, where all values are above 0 and far apart, whose ticks read 0.02, not 2 × 10⁻²."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    if not values or min(values) <= 0.0 or max(values) < DECADES * min(values):
+        return
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def dress(axes: "Axes", *, unit: str, last_step: float) -> None:
+    """Axes, grid and legend in ink; the legend above the picture, where it covers no curve."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(0, 1.03 * max(1, last_step))
+    low, high = axes.get_ylim()
+    middle, span = (low + high) / 2.0, LEAST_SPAN * max(abs(low), abs(high))
+    if high - low < span:
+        axes.set_ylim(middle - span / 2.0, middle + span / 2.0)
+    axes.set_xlabel("step", color=INK, fontsize=11)
+    axes.set_ylabel(unit, color=INK, fontsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.tick_params(colors=INK, which="both", labelsize=11)
+    axes.grid(True, color=INK, alpha=0.22, linewidth=0.6)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))      # two bands, one entry
+    if len(unique) > 1:
+        columns, order = legend_layout(list(unique))
+        axes.figure.legend(
+            [unique[label] for label in order], order, loc="outside upper left", ncols=columns, frameon=False,
+            labelcolor=INK, fontsize=10, columnspacing=1.0, handlelength=1.4, handletextpad=0.5, borderaxespad=0.2,
+        )
+
+
+def legend_layout(labels: list[str], width: int = 60) -> tuple[int, list[str]]:
+    """As many columns as fit into so many characters, and the labels in the order that reads from left to right.
+
+    A legend is filled column by column.
+    """
+    for columns in range(len(labels), 0, -1):
+        filled = [labels[place::columns] for place in range(columns)]
+        if columns == 1 or sum(max(map(len, column)) + 6 for column in filled) <= width:
+            return columns, [label for column in filled for label in column]
+    return 1, labels
+
+
+def svg_of(figure: "Figure", name: str, title: str) -> str:
+    """A figure as an ``<svg>`` element to stand inside a page.
+
+    Text stays text; the mid-grey becomes ``currentColor``, so that it follows the page's light or dark; ids are made
+    unique by ``name``, because several pictures share one page; ``title`` is read aloud in the picture's place.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    with matplotlib.rc_context({"svg.hashsalt": "kltune", "svg.fonttype": "none"}):
+        FigureCanvasSVG(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg"):].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # The page sets the width; the viewBox keeps the proportions.
+    svg = re.sub(r'^<svg[^>]*(viewBox="[^"]*")[^>]*>', rf'<svg {NAMESPACES} \1 role="img" aria-label="{title}">', svg)
+    return re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\1{name}-", svg).strip()

@@ -1,0 +1,211 @@
+"""The documents of ``eval-kl`` and ``sample`` for people: every number with its standard error, direction and unit."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from kltune.run.files import visible
+
+LOUD = 0.3              # nats at a token from which it is marked
+SHADES = ((1.0, "1;31"), (LOUD, "31"), (0.05, "33"))      # least nats, and the colour from there on
+BLOCKS = "▁▂▃▄▅▆▇█"
+WIDTH = 60              # positions drawn side by side
+PROMPT_ROWS = 5
+NAMES = {"cv": "exact, k1 as control variate", "exact": "exact", "k1": "k1", "k3": "k3"}
+
+
+def render(document: dict[str, Any], *, colour: bool = False) -> str:
+    """The document as lines of text.
+
+    Args:
+        document: what ``eval_kl`` returns.
+        colour: colour tokens by their KL with ANSI codes; else those of ``LOUD`` or more are marked with their nats.
+    """
+    if "checkpoints" in document:
+        parts = [render(part, colour=colour) for part in document["checkpoints"]]
+        return "\n\n".join([*parts, "\n".join(_differences(document["differences"]))])
+    return "\n".join([*_estimates(document), *_around(document), *_where(document, colour), *_verdict(document)])
+
+
+def _estimates(document: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"{document['direction']} · {visible(document['checkpoint'])} · {document['responses']} responses to "
+        f"{document['prompts']} prompts · temperature {document['temperature']:g} · "
+        f"at most {document['max_new_tokens']} tokens"
+    )
+    rows = [(NAMES[name], kl) for name, kl in document["kl"].items()]
+    if document["forward"]:
+        rows.append(("forward: KL(reference||policy)", document["forward"]["exact"]))
+    if document["deployed"]:
+        cut = ", ".join(f"{n} {document[n]:g}" for n in ("top_p", "top_k") if document[n] is not None)
+        rows.append((f"deployed ({cut}) vs base", document["deployed"]["vs_base"]))
+        rows.append(("deployed, both cut alike", document["deployed"]["both"]))
+    width = max(30, 2 + max(len(name) for name, _ in rows))
+    yield f"  {'estimator':<{width}}{'nats per response':<26}nats per token"
+    for name, kl in rows:
+        yield (
+            f"  {name:<{width}}{with_error(kl['nats_per_response'], kl['stderr']):<26}"
+            f"{with_error(kl['nats_per_token'], kl['token_stderr']):<20}"
+        ).rstrip()
+
+
+def _around(document: dict[str, Any]) -> Iterator[str]:
+    exact, spread = document["kl"]["exact"], document["distribution"]
+    if exact["ci"] is not None:
+        yield (
+            f"  {document['confidence']:.0%} interval of exact: {exact['ci'][0]:.3f} to {exact['ci'][1]:.3f} nats per "
+            "response"
+        )
+    yield (
+        f"  k1 agrees with exact to {round(document['agreement_z'], 1) + 0.0:+.1f} standard errors; "      # no -0.0
+        f"{document['truncated_fraction']:.0%} of the responses reached the length limit"
+    )
+    quantiles = spread["quantiles"]
+    yield (
+        f"  responses: median {quantiles['0.5']:.3f}, 90 % below {quantiles['0.9']:.3f}, 99 % below "
+        f"{quantiles['0.99']:.3f}, largest {spread['maximum']:.3f} nats with {spread['largest_share']:.1%} of all KL"
+    )
+    if spread["heavy"]:
+        yield "  warning: one response carries more than 10 % of the KL; its standard error is not to be trusted"
+    entropy = document["entropy"]
+    line = f"  entropy {entropy['policy']:.3f} nats per token, reference {entropy['reference']:.3f}"
+    line += f" · TV {with_error(document['tv'], document['tv_stderr'])} of at most 1"
+    if document["js"] is not None:
+        line += f" · JS {with_error(document['js'], document['js_stderr'])} of at most {math.log(2.0):.3f}"
+    yield line
+    if document["alignment_tax"] is not None:
+        tax = document["alignment_tax"]
+        yield (
+            f"  alignment tax {with_error(tax['nats_per_token'], tax['stderr'])} nats per token "
+            f"on {tax['documents']} held-out texts"
+        )
+    if exact["nats_per_response"] == 0.0:
+        yield "  this checkpoint equals its reference: nothing in it was trained, or nothing of it was loaded"
+
+
+def _where(document: dict[str, Any], colour: bool) -> Iterator[str]:
+    """By position, token and prompt, and a few responses; nothing where there is no KL."""
+    if document["kl"]["exact"]["nats_per_response"] == 0.0:
+        return
+    rows = document["by_position"]
+    if len(rows) > 1:
+        bars, top = _bars(rows)
+        yield f"  by position, 1 to {rows[-1]['position']}: {bars} (full height {top:.3f} nats)"
+    if document["top_tokens"]:
+        yield f"  {'token':<16}{'share of KL':<14}{'policy says':<14}{'reference would':<17}times per response"
+        end = {"token": "(end of text)", **document["end_token"]}
+        for row in (*document["top_tokens"], end):
+            name = visible(row["token"]) if row is end else repr(row["token"])
+            yield (
+                f"  {name:<16}{row['share']:<14.1%}{row['policy_per_response']:<14.3f}"
+                f"{row['reference_per_response']:.3f}"
+            )
+    if document["top_prompts"]:
+        yield "  prompts of the most KL, nats per response"
+        for row in document["top_prompts"][:PROMPT_ROWS]:
+            yield f"  {row['nats_per_response']:>8.3f}  {_short(row['prompt'])!r}"
+    if document["examples"]:
+        yield f"  responses{'' if colour else f', tokens of {LOUD:g} nats or more marked'}"
+        for row in document["examples"]:
+            cut = " (cut)" if row["truncated"] else ""
+            yield f"  {row['nats']:>8.3f}  {_short(row['prompt'])!r} → {shaded(row['tokens'], colour)}{cut}"
+
+
+def _verdict(document: dict[str, Any]) -> Iterator[str]:
+    if document["gate"] is not None:
+        yield f"  {verdict_line(document['gate'])}"
+
+
+def _differences(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield "differences in exact KL, nats per response, on the same prompts and random numbers"
+    for row in rows:
+        interval = "" if row["ci"] is None else f", {row['ci'][0]:+.3f} to {row['ci'][1]:+.3f}"
+        error = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
+        yield f"  {row['nats_per_response']:+.3f}{error}{interval}  {row['checkpoint']} minus {row['minus']}"
+
+
+def verdict_line(gate: dict[str, Any]) -> str:
+    """What the gate says, in words."""
+    budget = f"{gate['max_kl']:g} {gate['unit'].replace('_', ' ')}"
+    look = gate["looks"][-1]
+    sure = f"at {gate['confidence']:.0%} confidence"
+    if gate["planned_looks"] > 1:
+        sure += (
+            f" (look {len(gate['looks'])} of at most {gate['planned_looks']}, {look['responses']} responses; each "
+            f"interval at {100 * look['confidence']:.3g} %)"
+        )
+    if gate["verdict"] == "pass":
+        return f"PASS: within {budget} {sure}"
+    if gate["verdict"] == "fail":
+        return f"FAIL: over {budget} {sure}"
+    if gate["wants_prompts"]:
+        return f"INCONCLUSIVE: the interval straddles {budget}; only more prompts would decide it, not more responses"
+    more = gate["more_responses"]
+    advice = "" if more is None else f"; about {more} more responses would decide it (--responses, or --auto)"
+    return f"INCONCLUSIVE: the interval straddles {budget}{advice}"
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A number and its standard error."""
+    return f"{value:.3f} ± {error:.3f}" if error is not None else f"{value:.3f} (one prompt: no error)"
+
+
+def _bars(rows: list[dict[str, Any]]) -> tuple[str, float]:
+    """Mean KL by position as a row of blocks, several positions to a block where there are many."""
+    step = math.ceil(len(rows) / WIDTH)
+    means = []
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        means.append(sum(r["nats"] * r["responses"] for r in part) / sum(r["responses"] for r in part))
+    top = max(means)
+    heights = [min(len(BLOCKS) - 1, int(len(BLOCKS) * mean / top)) if top > 0.0 else 0 for mean in means]
+    return "".join(BLOCKS[height] for height in heights), top
+
+
+def shaded(tokens: list[dict[str, Any]], colour: bool) -> str:
+    """A response in one line: its tokens coloured by their KL, or those of ``LOUD`` and more followed by their nats."""
+    return "".join(_token(row["token"], row["nats"], colour) for row in tokens)
+
+
+def _token(text: str, nats: float, colour: bool) -> str:
+    text = visible(text.replace("\n", "⏎"))
+    if not colour:
+        return f"{text}[{nats:.1f}]" if nats >= LOUD else text
+    shade = next((code for least, code in SHADES if nats >= least), None)
+    return text if shade is None else f"\033[{shade}m{text}\033[0m"
+
+
+def _short(text: str) -> str:
+    return visible(text if len(text) <= 48 else f"…{text[-47:]}")
+
+
+def render_sample(document: dict[str, Any], *, colour: bool = False) -> str:
+    """The whole document as lines of text.
+
+    Args:
+        document: what ``sample`` returns.
+        colour: colour tokens by their KL with ANSI codes; else those of ``LOUD`` nats or more are followed by it.
+    """
+    blocks = [render_prompt(entry, colour=colour) for entry in document["prompts"]]
+    return "\n\n".join(["\n".join(heading(document, colour=colour)), *blocks])
+
+
+def heading(document: dict[str, Any], *, colour: bool = False) -> Iterator[str]:
+    """What was asked how, and how to read it."""
+    yield (
+        f"{visible(document['checkpoint'])} · temperature {document['temperature']:g} · at most "
+        f"{document['max_new_tokens']} tokens · seed {document['seed']} · the same random numbers for both"
+    )
+    marked = "coloured by it" if colour else f"of {LOUD:g} or more marked"
+    yield f"KL in nats: of the policy to the reference on its words, and the other way round; tokens {marked}"
+
+
+def render_prompt(entry: dict[str, Any], *, colour: bool = False) -> str:
+    """One prompt with what both say to it."""
+    lines = [f"{'prompt':<18}{visible(entry['prompt'].replace(chr(10), '⏎'))}"]
+    for pair in entry["responses"]:
+        for name, side in pair.items():
+            tokens = [{"token": t, "nats": n} for t, n in zip(side["tokens"], side["token_kl"], strict=True)]
+            cut = " (cut)" if side["truncated"] else ""
+            lines.append(f"{name:<11}{side['kl']:>6.2f} {shaded(tokens, colour)}{cut}")
+    return "\n".join(lines)

@@ -1,0 +1,256 @@
+"""How kltune writes files, whole or not at all, and the lock that makes a folder one process's own."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
+
+from kltune.errors import BusyError, CheckpointError, RecipeError, StorageError
+
+NO_LOCKS_HERE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
+CANNOT_WRITE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
+}
+SECRET_SHAPES = re.compile(r"\bhf_\w{16,}|\bsk-[A-Za-z0-9]{16,}|\bsk-[a-z]+-[\w-]{16,}|\bgh[pousr]_\w{16,}")
+USER_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
+SECRET_VARIABLE = re.compile(r"(?i)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
+SECRET_ARGUMENT = re.compile(r"(?i)((?:api_?key|token|secret|password|passwd)(?:\s*[=:]\s*|\s+))(?=\S)([^\s'\"]+)")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def claim(folder: Path, what: str, *, ours: bool) -> None:
+    """Make the folder, or make sure that it is ours: what kltune did not make is left alone.
+
+    Args:
+        folder: where to write.
+        what: it should hold, as "run".
+        ours: there is such a thing in it already.
+
+    Raises:
+        RecipeError: it holds something else, or is a file. StorageError: it cannot be made.
+    """
+    try:
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise RecipeError(f"{folder} cannot be a folder: a file has that name. Choose another --output.") from error
+    with storing(folder):
+        strangers = sorted(path.name for path in folder.iterdir() if path.name != ".lock" and path.name[:5] != ".tmp-")
+    if strangers and not ours:
+        raise RecipeError(
+            f"{folder} is not empty and is no kltune {what} (it holds {', '.join(strangers[:3])}"
+            f"{', ...' if len(strangers) > 3 else ''}). Choose another --output."
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the system frees it whenever the process ends, however it ends."""
+    path = folder / ".lock"
+    with storing(path):
+        file = open(path, "a+", encoding="utf-8")      # noqa: SIM115 (closed just below)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise BusyError(f"{folder} is in use by {holder}: wait, or choose another --output.") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS_HERE:
+                raise
+            print(f"warning: {folder} is on a file system without locks; start no second run there.", file=sys.stderr)
+        with storing(path):
+            file.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        yield
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON document for people and programs; NaN is refused."""
+    path.write_text(to_json(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read what `write_json` wrote.
+
+    Raises:
+        CheckpointError: it is missing, cut short, or holds a number JSON does not know.
+    """
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(path.read_bytes(), parse_constant=refuse)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def read_document(path: Path, schema: str) -> dict[str, Any] | None:
+    """A JSON object of a schema; None where there is none that can be read."""
+    try:
+        document = read_json(path)
+    except CheckpointError:
+        return None
+    return document if isinstance(document, dict) and document.get("schema") == schema else None
+
+
+@contextlib.contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write ``path`` into an error the user can put right.
+
+    Raises:
+        StorageError: the disk, quota or file-size limit is reached, or the place is read-only. Names the path, the
+            reason and the free bytes.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _number_in(error)
+        if number not in CANNOT_WRITE:
+            raise
+        raise StorageError(
+            f"cannot write {path}: {os.strerror(number)} ({_free_bytes(path):,} bytes are free there). "
+            "What was saved before is intact; make room, then start again with --resume."
+        ) from error
+
+
+def _number_in(error: SafetensorError) -> int | None:
+    """The errno inside safetensors' message, which is no OSError: '... File too large (os error 27)'."""
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found.group(1)) if found else None
+
+
+def _free_bytes(path: Path) -> int:
+    place = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    return shutil.disk_usage(place).free
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names inside ``folder`` survive a power cut, not only the bytes of the files."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make the bytes of ``path`` survive a power cut."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a kill at any moment, finds the old file or the new one.
+
+    Raises:
+        StorageError: the file cannot be written; the old one is untouched.
+    """
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    with storing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content.encode("utf-8") if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def append_line(file: BinaryIO, path: Path, line: str) -> None:
+    """Add one line to an unbuffered file; if it does not fit, take its first half away again.
+
+    Raises:
+        StorageError: the line cannot be written.
+    """
+    before, data = file.seek(0, os.SEEK_END), memoryview(f"{line}\n".encode())
+    with storing(path):
+        try:
+            while data:
+                data = data[file.write(data):]      # an unbuffered write may take only a part
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON as RFC 8259 has it: NaN and infinity are refused, other letters than ASCII stay readable.
+
+    Raises:
+        ValueError: a number is not finite. TypeError: something JSON has no form for.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    # A lone surrogate has no UTF-8 form; escaped it has.
+    return json.dumps(value, allow_nan=False, indent=indent) if re.search("[\ud800-\udfff]", text) else text
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that this package wrote line by line; [] if there is none.
+
+    A last line that a kill cut short is left out.
+    """
+    rows = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def nonfinite_keys(value: Any, where: str = "") -> list[str]:
+    """Dotted names of the numbers in nested dicts and lists that are NaN or infinite."""
+    if isinstance(value, dict):
+        return [key for name, item in value.items() for key in nonfinite_keys(item, f"{where}.{name}".lstrip("."))]
+    if isinstance(value, list | tuple):
+        return [key for place, item in enumerate(value) for key in nonfinite_keys(item, f"{where}[{place}]")]
+    return [where] if isinstance(value, float) and not math.isfinite(value) else []
+
+
+def without_nonfinite(value: dict[str, Any]) -> dict[str, Any]:
+    """A copy with null for every NaN and infinity, and their names under "nonfinite" if there are any."""
+    names, nulled = nonfinite_keys(value), _nulled(value)
+    return {**nulled, "nonfinite": names} if names else nulled
+
+
+def _nulled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _nulled(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nulled(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def visible(text: str) -> str:
+    """Text in which control characters show as escapes, so that a model's response cannot steer a terminal."""
+    return CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def redact(text: str, *, arguments: bool = False) -> str:
+    """Text without the secrets of this process: keys and tokens from the environment, and what looks like one.
+
+    Args:
+        text: what is about to be written.
+        arguments: True for a command line, where the value of ``--set x.api_key=...`` goes as well.
+    """
+    for name, secret in os.environ.items():
+        if SECRET_VARIABLE.search(name) and len(secret) >= 8 and not secret.startswith("/"):      # a path is no secret
+            text = text.replace(secret, "[redacted]")
+    text = USER_IN_URL.sub("[redacted]", SECRET_SHAPES.sub("[redacted]", text))
+    return SECRET_ARGUMENT.sub(r"\1[redacted]", text) if arguments else text

@@ -1,0 +1,279 @@
+"""What ``eval-kl``, ``project`` and ``sample`` measure: a checkpoint over its reference, and how it is measured.
+
+No file of a model or checkpoint is ever run, unless that was asked for by name. transformers, PEFT and the hub can be
+led to import Python or to unpickle by a line of JSON; what comes from a stranger is looked through before any of them
+opens it: only safetensors and JSON, and nothing that names code.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kltune.errors import CheckpointError, ModelError, RecipeError
+from kltune.lm.data.examples import Example, Prompt, described, load_examples, load_prompts, row_rules
+from kltune.lm.data.rows import Row
+from kltune.lm.model.adapters import read_adapter_config
+from kltune.lm.model.loading import pick_device
+from kltune.lm.model.opening import load_saved_policy
+from kltune.lm.model.policy import Policy
+from kltune.recipe import DataSection, ModelSection, load_recipe
+from kltune.recipe.stages import prompts_source
+from kltune.run.checkpoint import read_info, resolve_checkpoint
+
+# Keys by which a JSON file has a library import Python: the model's own (auto_map, custom_*), PEFT's (megatron_core,
+# read where megatron_config is set), or kernels that are fetched from the hub and run. Not auto_mapping: ordinary
+# adapters have it, and only PEFT's Auto classes, which kltune does not use, import what it names.
+NAMES_CODE = {"auto_map", "custom_generate", "custom_pipelines", "megatron_config"}
+ATTENTION = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation"}
+VOCABULARIES = {"tokenizer.json", "vocab.json", "added_tokens.json"}    # a token may be called anything
+
+
+def refuse_code(folder: Path, what: str, *, trusted: bool = False) -> None:
+    """Look through the JSON files of a folder before anything loads it.
+
+    Args:
+        folder: a model, adapter or checkpoint; where it is no folder (a name on the hub) there is nothing to look at.
+        what: what to call it, as "checkpoint".
+        trusted: the user asked for its code to be run; then only pickles are refused.
+
+    Raises:
+        ModelError: a file names code to be run, or weights that are pickled; names the file and the key.
+    """
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        if path.name in VOCABULARIES:
+            continue
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ModelError(f"{what}: {path} is not JSON ({str(error)[:80]}).") from None
+        for key, value in _entries(content):
+            if path.name.endswith(".safetensors.index.json") and not _is_safetensors(key, value):
+                raise ModelError(f"{what}: {path} says that {key} is in {value}; kltune opens only safetensors.")
+            if not trusted and _names_code(key, value):
+                raise ModelError(
+                    f"{what}: {path} has {key}: {json.dumps(value)[:80]}, which would have Python code run that kltune "
+                    "has not read. Remove the key if the model works without it, or, if you trust the folder, add "
+                    "--trust-remote-code."
+                )
+
+
+def _names_code(key: str, value: Any) -> bool:
+    if key in ATTENTION:
+        return isinstance(value, str) and "/" in value
+    return (key in NAMES_CODE or key == "trust_remote_code") and bool(value)
+
+
+def _is_safetensors(key: str, value: Any) -> bool:
+    """An entry of an index that is no weight, or one in a safetensors file of the same folder."""
+    return not isinstance(value, str) or key == "format" or (value.endswith(".safetensors") and "/" not in value)
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, however deep."""
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            yield from item.items()
+        if isinstance(item, dict | list):
+            left += item.values() if isinstance(item, dict) else item
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What these commands can be asked; None takes the checkpoint's own settings, then the defaults of ``Settings``."""
+
+    recipe: str | None = None
+    reference: str | None = None
+    prompts: str | None = None
+    responses: int | None = None
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    seed: int = 0
+    max_kl: float | None = None
+    unit: str = "nats_per_response"
+    confidence: float = 0.95
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint that was found: as it was named, where it is, and its kltune.json if kltune made it."""
+
+    path: str
+    folder: Path
+    info: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How checkpoints are measured, all resolved."""
+
+    prompts: str | None
+    data: DataSection
+    responses: int = 256
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    texts: str | None = None
+
+    def drawn(self, seed: int) -> dict[str, Any]:
+        """The keywords of ``measure_kl`` that say how responses are drawn."""
+        return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": seed}
+
+
+def find_checkpoint(path: str, options: MeasureOptions) -> Subject:
+    """Find what a path means, and refuse it if its files would have code run.
+
+    Raises:
+        CheckpointError: there is nothing to load, it is damaged, or a reward model. ModelError: it names code, or
+            pickled weights.
+    """
+    folder = resolve_checkpoint(path)
+    refuse_code(folder, str(path), trusted=options.trust_remote_code)
+    info = read_info(folder) if (folder / "kltune.json").exists() else None
+    if info is not None and info.get("stage") == "reward":
+        raise CheckpointError(
+            f"{path} is a reward model, which says nothing and so has no KL; wanted a policy. It scores responses as "
+            f"reward: [{{kind: model, path: {folder}}}] in a recipe."
+        )
+    return Subject(str(path), folder, info)
+
+
+def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
+    """A checkpoint over its own reference; for one that kltune did not make, its base or ``--reference``.
+
+    Raises:
+        CheckpointError: the reference found is not the one the checkpoint was trained against, or none is known.
+        ModelError: one of the two cannot be loaded, or they do not fit together.
+    """
+    folder, info = subject.folder, subject.info
+    is_adapter = (folder / "adapter_config.json").exists()
+    if info is not None:
+        known = info["reference"]
+        facts = {name: known[name] for name in ("path", "sft_adapter", "dtype")}
+        facts["path"] = options.reference or facts["path"]
+    else:
+        facts = {"path": options.reference or _named_base(folder, is_adapter)}
+    section = ModelSection(**facts, trust_remote_code=options.trust_remote_code)
+    for place in (section.path, section.sft_adapter):
+        if place is not None:
+            refuse_code(Path(place), "reference", trusted=options.trust_remote_code)
+    policy = load_saved_policy(folder, section, device=pick_device("auto"), is_adapter=is_adapter)
+    if info is not None and (differences := policy.fingerprint.differences(info["reference"])):
+        raise CheckpointError(
+            f"{folder}: this is not the reference it was trained against.\n  " + "\n  ".join(differences)
+        )
+    print(f"{subject.path}: {policy.fingerprint.describe()}", file=sys.stderr)
+    return policy
+
+
+def _named_base(folder: Path, is_adapter: bool) -> str:
+    config = read_adapter_config(folder) if is_adapter else {}
+    path = config.get("base_model_name_or_path")
+    if path is None:
+        raise CheckpointError(f"{folder}: which model is the reference? Give it as --reference MODEL.")
+    if config.get("revision") and not Path(path).exists():
+        raise CheckpointError(
+            f"{folder}: its base is revision {config['revision']} of {path}; download that one and give its folder as "
+            "--reference."
+        )
+    return path
+
+
+def settle(subjects: Sequence[Subject], options: MeasureOptions, *, needs_prompts: bool = True) -> Settings:
+    """Options first, then ``--recipe``, then what the first checkpoint that kltune made was made with, then defaults.
+
+    All checkpoints are measured alike, or their differences would mean nothing; where one was made with other settings,
+    that is said on stderr.
+
+    Raises:
+        RecipeError: no prompts are known, and ``needs_prompts``.
+    """
+    own = [(subject.path, _recorded(subject.info)) for subject in subjects if subject.info is not None]
+    if options.recipe is not None:
+        found = _of_recipe(options.recipe)
+    else:
+        found = dict(own[0][1]) if own else {"data": DataSection(), "prompts": None}
+    asked = {
+        name: getattr(options, name, None)
+        for name in ("prompts", "responses", "max_new_tokens", "temperature", "texts")
+    }
+    found |= {name: value for name, value in asked.items() if value is not None}
+    if found["prompts"] is None and needs_prompts:
+        where = ", ".join(str(subject.folder) for subject in subjects)
+        raise RecipeError(f"{where}: no prompts to measure on; give --prompts FILE or --recipe R.yaml.")
+    settings = Settings(**found)
+    for path, recorded in own if len(subjects) > 1 else ():
+        others = Settings(**(recorded | {"responses": settings.responses, "texts": settings.texts}))
+        if options.prompts is not None:
+            others = replace(others, prompts=settings.prompts)
+        if others != settings:
+            print(f"note: {path} was made with other settings; all are measured on {_said(settings)}", file=sys.stderr)
+    return settings
+
+
+def _recorded(info: dict[str, Any]) -> dict[str, Any]:
+    own = info["measure"]
+    data = DataSection(template=own["template"], max_prompt_tokens=own["max_prompt_tokens"])
+    return {"data": data} | {name: own[name] for name in ("prompts", "max_new_tokens", "temperature")}
+
+
+def _of_recipe(path: str) -> dict[str, Any]:
+    recipe = load_recipe(path)
+    found: dict[str, Any] = {
+        "prompts": prompts_source(recipe),
+        "data": recipe.data,
+        "responses": recipe.eval.responses,
+        "texts": recipe.eval.texts,
+    }
+    if hasattr(recipe, "sampling"):
+        found |= {"max_new_tokens": recipe.sampling.max_new_tokens, "temperature": recipe.sampling.temperature}
+    return found
+
+
+def _said(settings: Settings) -> str:
+    return (
+        f"prompts {settings.prompts}, at most {settings.max_new_tokens} new tokens, temperature "
+        f"{settings.temperature:g}, template {settings.data.template}."
+    )
+
+
+def measured_prompts(policy: Policy, settings: Settings) -> list[Prompt]:
+    """The prompts to respond to, as this policy's tokens."""
+    prompts, counts = load_prompts(settings.prompts, policy.tokenizer, **_prompt_rules(policy, settings))
+    print(described(settings.prompts, counts), file=sys.stderr)
+    return prompts
+
+
+def typed_prompts(policy: Policy, settings: Settings, texts: Sequence[str]) -> list[Prompt]:
+    """Prompts that were typed, treated like those of a file of ``{"prompt"}``.
+
+    Raises:
+        DataError: one of which the tokenizer makes nothing, or a chat template that is not there.
+    """
+    rows = [Row(f"prompt {place}", {"prompt": text}) for place, text in enumerate(texts, start=1)]
+    return load_prompts("the prompts given", policy.tokenizer, **_prompt_rules(policy, settings), rows=rows)[0]
+
+
+def _prompt_rules(policy: Policy, settings: Settings) -> dict[str, Any]:
+    limit = policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens)
+    return {"max_tokens": limit, **row_rules(settings.data)}
+
+
+def measured_texts(policy: Policy, settings: Settings) -> list[Example]:
+    """The held-out texts of ``--texts``, as this policy's tokens; [] without."""
+    if settings.texts is None:
+        return []
+    texts, counts = load_examples(
+        settings.texts,
+        policy.tokenizer,
+        end_token=policy.tokenizer.eos_token_id,
+        max_prompt_tokens=policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens),
+        max_response_tokens=settings.data.max_response_tokens,
+        **row_rules(settings.data),
+    )
+    print(described(settings.texts, counts), file=sys.stderr)
+    return texts

@@ -1,0 +1,125 @@
+"""Commands as processes of their own, some at a time: what one of them does to itself, the others never feel."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from kltune.run.files import storing
+
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to run: a name to speak of it, the arguments, and the file that stdout and stderr are added to."""
+
+    name: str
+    arguments: tuple[str, ...]
+    log: Path
+
+
+@dataclass
+class _Child:
+    command: Command
+    process: subprocess.Popen
+    began: float
+
+
+def run_commands(
+    commands: Sequence[Command],
+    jobs: int,
+    *,
+    environment: Mapping[str, str],
+    started: Callable[[Command], None],
+    ended: Callable[[Command, int, float], None],
+) -> int | None:
+    """Run all commands, at most ``jobs`` at a time, each whatever became of the others.
+
+    SIGINT and SIGTERM are handed on to those that run, as often as they come, and nothing more is started. Children are
+    sessions of their own: what a terminal sends to everyone would reach them twice, and twice means at once.
+
+    Args:
+        commands: in the order in which they start.
+        jobs: at least 1.
+        environment: of the children.
+        started: told of each as it starts.
+        ended: told of each with its exit code (128 + the signal for one that was killed) and its seconds.
+
+    Returns:
+        The signal that ended it early, or None.
+
+    Raises:
+        StorageError: a log cannot be written; the commands that ran were asked to stop first.
+    """
+    waiting, running = list(commands), []
+    with _handing_on(running) as received:
+        try:
+            while running or (waiting and not received):
+                while waiting and len(running) < jobs and not received:
+                    started(waiting[0])
+                    running.append(_start(waiting.pop(0), environment))
+                    if received:      # while it was being started: it was not there yet to be told
+                        running[-1].process.send_signal(received[-1])
+                for child in [child for child in running if child.process.poll() is not None]:
+                    running.remove(child)
+                    code = child.process.returncode
+                    ended(child.command, code if code >= 0 else 128 - code, time.monotonic() - child.began)
+                time.sleep(POLL_SECONDS)
+        finally:
+            for child in running:      # only where something went wrong here
+                child.process.terminate()
+            for child in running:
+                child.process.wait()
+    return received[0] if received else None
+
+
+def _start(command: Command, environment: Mapping[str, str]) -> _Child:
+    with storing(command.log), open(command.log, "ab") as log:
+        process = subprocess.Popen(
+            command.arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,
+        )
+    return _Child(command, process, time.monotonic())
+
+
+@contextmanager
+def _handing_on(running: Sequence[_Child]) -> Iterator[list[int]]:
+    """Within: signals go to the children that run; the list holds those that came."""
+    received: list[int] = []
+
+    def hand_on(number: int, _frame: FrameType | None) -> None:
+        if not received:
+            os.write(2, f"{signal.Signals(number).name}: the points that run save and stop.\n".encode())
+        received.append(number)
+        for child in running:
+            child.process.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def thread_share(environment: Mapping[str, str], jobs: int) -> dict[str, str]:
+    """The environment with threads for one of ``jobs`` processes, unless it says already how many.
+
+    Two processes with a thread for every core each wait for one another at every operation, and take 5 to 10 times as
+    long.
+    """
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    more = {"OMP_NUM_THREADS": threads} if jobs > 1 and "OMP_NUM_THREADS" not in environment else {}
+    return {**environment, **more}
+
+
+def last_lines(path: Path, count: int, after: int = 0) -> list[str]:
+    """The last lines of a log that are not empty, from a byte on."""
+    text = path.read_bytes()[after:].decode("utf-8", "replace") if path.exists() else ""
+    return [line for line in text.splitlines() if line.strip()][-count:]

@@ -1,0 +1,276 @@
+"""What a stage measures on held-out prompts and texts while it trains, and of what it saved.
+
+Besides the KL: scores on the reference's scale, diversity, length, entropy, the alignment tax. All of it is read off
+the responses that the KL was measured on; nothing more is sampled for it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kltune.core.hacking.diversity import diversity
+from kltune.core.kl.intervals import clustered_mean
+from kltune.lm.data.examples import Example, Prompt, described, distinct, load_examples, load_prompts, row_rules
+from kltune.lm.measure.breakdown import transcript
+from kltune.lm.measure.measurement import Draw, Measurement, answer_both, judged, measure_kl
+from kltune.lm.model.likelihood import alignment_tax, document_nats, reference_nats
+from kltune.lm.model.policy import Policy
+from kltune.lm.rewards.judge import Answers
+from kltune.lm.rewards.scorers import Scorer, load_scorer
+from kltune.recipe import DataSection, EvalSection, SamplingSection
+from kltune.train.preferences import KnownLogprobs, Preferences, load_preferences, pair_metrics
+
+SHOWN = 8      # held-out prompts that a run's page shows before and after
+Metrics = dict[str, float | None]
+Scales = Mapping[str, tuple[float, float]]
+LEAST_SPREAD = 1e-6  # of the reference's scores, below which there is no scale to put others on
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What evaluations hold the policy against: the reference's own answers to the same prompts, and the same texts.
+
+    metrics: named as in the metrics, ``eval/reference_...``. scales: mean and sd of each judge's scores of its answers,
+    where they have a spread. text_nats: of each held-out text, [D] nats; None without texts.
+    """
+
+    metrics: Metrics
+    scales: Scales
+    text_nats: Tensor | None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What evaluations are made on. notes: one line on each file that was read.
+
+    references: what ``evaluate`` has found of the reference, by number of responses; once per run.
+    """
+
+    prompts: list[Prompt]
+    texts: list[Example]
+    gold: Scorer | None
+    responses: int
+    notes: tuple[str, ...]
+    pairs: Preferences | None = None
+    references: dict[int, Reference] = field(default_factory=dict, compare=False)
+
+
+def load_held_out(
+    section: EvalSection,
+    data: DataSection,
+    policy: Policy,
+    fallback: list[Prompt],
+    *,
+    prompt_limit: int,
+    folder: Path,
+    note: str,
+    answers: Answers | None = None,
+    ref_logprobs: KnownLogprobs | None = None,
+) -> HeldOut:
+    """Read the recipe's ``eval`` section; without prompts or pairs of its own, evaluations use ``fallback``.
+
+    ``answers`` are those of a gold judge, as ``load_scorer`` takes them; ``ref_logprobs`` those of the reference that
+    are known, as ``Preferences.measured`` takes them.
+    """
+    rules, own = row_rules(data), section.prompts or section.pairs
+    prompts, texts, pairs, notes = fallback, [], None, [note]
+    if own is not None:
+        prompts, counts = load_prompts(own, policy.tokenizer, max_tokens=prompt_limit, **rules)
+        prompts = prompts if section.prompts else distinct(prompts)
+        notes.append(described(own, counts))
+    if section.texts is not None:
+        ends = {"end_token": policy.tokenizer.eos_token_id, "max_response_tokens": data.max_response_tokens}
+        texts, counts = load_examples(section.texts, policy.tokenizer, max_prompt_tokens=prompt_limit, **ends, **rules)
+        notes.append(described(section.texts, counts))
+    if section.pairs is not None:
+        pairs, note = load_preferences(section.pairs, policy, data)
+        pairs = pairs.measured(policy, range(len(pairs)), ref_logprobs)
+        notes.append(note)
+    gold = None if section.gold is None else load_scorer([section.gold], folder, policy.device, policy, answers)
+    notes += () if gold is None else gold.notes
+    return HeldOut(prompts, texts, gold, section.responses, tuple(notes), pairs)
+
+
+def evaluate(
+    policy: Policy, held_out: HeldOut, sampling: SamplingSection, scorer: Scorer | None, *, seed: int
+) -> tuple[Metrics, Measurement | None]:
+    """KL, scores, diversity, and what becomes of texts, on held-out prompts and texts, beside the reference's own.
+
+    Args:
+        policy: adapter on.
+        held_out: what to evaluate on; without prompts there is no KL and no score.
+        sampling: length limit, temperature and missing-end penalty.
+        scorer: the reward that is trained on; None where there is none.
+        seed: the same for every evaluation of a run, so that they are paired.
+
+    Returns:
+        (metrics, the KL measurement or None).
+    """
+    judges = {name: judge for name, judge in (("score", scorer), ("gold", held_out.gold)) if judge is not None}
+    if held_out.responses not in held_out.references:
+        held_out.references[held_out.responses] = _reference(policy, held_out, sampling, judges, seed)
+    reference = held_out.references[held_out.responses]
+    metrics: Metrics = {}
+    measured = None
+    if held_out.prompts:
+        measured = _answer(policy, held_out, sampling, seed)
+        kl = measured.summary()
+        metrics |= {
+            "eval/kl_ref_nats_per_response": kl.nats_per_response,
+            "eval/kl_ref_stderr": kl.stderr,
+            "eval/kl_ref_nats_per_token": kl.nats_per_token,
+            "eval/agreement_z": measured.z,
+            "eval/truncated_fraction": measured.truncated.float().mean().item(),
+        }
+        scores = judged(judges, measured, sampling.missing_end_penalty)
+        metrics |= score_metrics("eval/", scores, measured.prompt_index, reference.scales)
+        metrics |= text_metrics("eval/", measured, policy.network.vocabulary)
+    if held_out.texts:
+        nats, tokens = document_nats(policy, held_out.texts)
+        tax = alignment_tax(nats, reference.text_nats, tokens)
+        mean = (nats.sum() / tokens.sum()).item()
+        metrics |= {
+            "eval/texts_nats_per_token": mean,
+            "eval/perplexity": math.exp(mean),
+            "eval/tax_nats_per_token": tax.nats_per_token,
+            "eval/tax_stderr": tax.token_stderr,
+        }
+    if held_out.pairs is not None:
+        metrics |= pair_metrics(policy, held_out.pairs)
+    return metrics | reference.metrics, measured
+
+
+def _answer(
+    policy: Policy, held_out: HeldOut, sampling: SamplingSection, seed: int, *, from_reference: bool = False
+) -> Measurement:
+    """The answers to the held-out prompts, measured; with the same random numbers whoever gives them."""
+    draw = Draw.of(held_out.prompts, held_out.responses)
+    limits = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+    return measure_kl(policy, draw, **limits, seed=seed, from_reference=from_reference)
+
+
+def _reference(
+    policy: Policy, held_out: HeldOut, sampling: SamplingSection, judges: dict[str, Scorer], seed: int
+) -> Reference:
+    """The same of the reference, which stays what it is."""
+    metrics: Metrics = {}
+    scales, text_nats = {}, None
+    if held_out.prompts:
+        measured = _answer(policy, held_out, sampling, seed, from_reference=True)
+        scores = judged(judges, measured, sampling.missing_end_penalty)
+        scales = scales_of(scores)
+        metrics |= score_metrics("eval/reference_", scores, measured.prompt_index, scales)
+        metrics |= text_metrics("eval/reference_", measured, policy.network.vocabulary)
+    if held_out.texts:
+        text_nats = reference_nats(policy, held_out.texts)
+        tokens = sum(sum(example.scored) for example in held_out.texts)
+        metrics["eval/reference_texts_nats_per_token"] = text_nats.sum().item() / tokens
+    return Reference(metrics, scales, text_nats)
+
+
+def gold_result(metrics: Metrics) -> Metrics:
+    """What result.json says of the scorer that was never trained on; None without one."""
+    names = {"gold": "gold_mean", "gold_stderr": "gold_stderr", "reference_gold": "reference_gold_mean"}
+    return {name: metrics.get(f"eval/{metric}") for name, metric in names.items()}
+
+
+def before_and_after(
+    policy: Policy, prompts: Sequence[Prompt], sampling: SamplingSection, scorer: Scorer | None, *, seed: int
+) -> list[dict[str, Any]]:
+    """Rows of samples.jsonl on the first held-out prompts, each with what the reference says to it; [] without prompts.
+
+    With one response to a prompt they are the first of the evaluation with the same seed.
+    """
+    if not prompts:
+        return []
+    draw = Draw(prompts, 0, min(SHOWN, len(prompts)), per_prompt=1)
+    settings = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "seed": seed}
+    sides = answer_both(policy, draw, **settings)
+    after, before = sides
+    scores = [scores_of(scorer, side, sampling.missing_end_penalty) for side in sides]
+    rollout = after.rollouts[0]
+    return [
+        {
+            "held_out": True,
+            "prompt": rollout.prompts[row],
+            "response": rollout.responses[row],
+            "score": scores[0][row],
+            "ref_kl": after.exact[row].item(),
+            **transcript(rollout, row, policy.tokenizer),
+            "reference_response": before.rollouts[0].responses[row],
+            "reference_score": scores[1][row],
+        }
+        for row in range(draw.count)
+    ]
+
+
+def scores_of(scorer: Scorer | None, measured: Measurement, missing_end_penalty: float) -> list[float | None]:
+    """The score of each response; None of each where nothing scores."""
+    if scorer is None:
+        return [None] * len(measured.exact)
+    return judged({"score": scorer}, measured, missing_end_penalty)["score"].tolist()
+
+
+def scales_of(scores: Mapping[str, Tensor]) -> Scales:
+    """Mean and sd of each judge's scores, of those that have a spread."""
+    found = {name: (row.mean().item(), row.std().item()) for name, row in scores.items() if len(row) > 1}
+    return {name: (mean, spread) for name, (mean, spread) in found.items() if spread > LEAST_SPREAD}
+
+
+def score_metrics(prefix: str, scores: Mapping[str, Tensor], prompt_index: Tensor, scales: Scales) -> Metrics:
+    """Mean of each judge's scores with its standard error: as they come, and in standard deviations of the reference's.
+
+        z = (mean − mean of the reference's) / sd of the reference's,    gold_gap = score_z − gold_z
+
+    Args:
+        prefix: of the names.
+        scores: of each judge, [B].
+        prompt_index: which prompt a response answers. [B].
+        scales: from ``scales_of`` the reference's scores; a judge without one has no z.
+    """
+    metrics: Metrics = {}
+    for name, row in scores.items():
+        mean, error = clustered_mean(row, prompt_index)
+        centre, spread = scales.get(name, (None, None))
+        metrics |= {
+            f"{prefix}{name}_mean": mean,
+            f"{prefix}{name}_stderr": error,
+            f"{prefix}{name}_z": None if spread is None else (mean - centre) / spread,
+            f"{prefix}{name}_z_stderr": None if spread is None or error is None else error / spread,
+        }
+    if "score" in scores and "gold" in scores:
+        both = metrics[f"{prefix}score_z"], metrics[f"{prefix}gold_z"]
+        metrics[f"{prefix}gold_gap"] = None if None in both else both[0] - both[1]
+    return metrics
+
+
+def text_metrics(prefix: str, measured: Measurement, vocabulary: int) -> Metrics:
+    """How much the responses repeat each other, how sure they were, how long they are and whether they end."""
+    found = diversity(response_tokens(measured), measured.prompt_index.tolist(), vocabulary)
+    tokens = measured.tokens.sum().item()
+    return {
+        f"{prefix}distinct_1": found.distinct_1,
+        f"{prefix}distinct_2": found.distinct_2,
+        f"{prefix}distinct_2_adjusted": found.distinct_2_adjusted,
+        f"{prefix}self_bleu": found.self_bleu,
+        f"{prefix}distinct_2_per_input": found.per_input,
+        f"{prefix}distinct_2_across_input": found.across_input,
+        f"{prefix}duplicate_fraction": found.duplicates,
+        f"{prefix}entropy_nats_per_token": measured.entropy.double().sum().item() / tokens,
+        f"{prefix}response_tokens": tokens / len(measured.tokens),
+        f"{prefix}end_fraction": 1.0 - measured.truncated.double().mean().item(),
+    }
+
+
+def response_tokens(measured: Measurement) -> list[list[int]]:
+    """Each response's tokens, in order, without its end token."""
+    found = []
+    for rollout in measured.rollouts:
+        said = (rollout.lengths - (~rollout.truncated).long()).tolist()
+        rows = zip(rollout.ids.cpu(), rollout.scored.cpu(), said, strict=True)
+        found += [ids[scored][:count].tolist() for ids, scored, count in rows]
+    return found

@@ -1,0 +1,112 @@
+"""From prompts to experience: sample and measure, score, price the KL, and say how each token did.
+
+What PPO and TRPO have in common; what they do with an Experience is theirs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kltune.core.kl.divergence import kl_k1
+from kltune.core.objectives.advantages import gae, group_normalized, leave_one_out, penalize
+from kltune.core.tensors import masked_mean, masked_whiten, per_response
+from kltune.errors import ModelError
+from kltune.lm.model.batches import Rollout
+from kltune.lm.model.policy import Policy
+
+# Largest |change of a log-prob| when nothing was updated yet: rounding that depends on the batch's shape.
+FIRST_RATIO_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+WHITEN_FLOOR = 0.01  # of the spread of the scores: near the optimum all shaped returns coincide (MATH 2.4)
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout ready for an update. advantages, returns: [B, T]; returns is None without a value function.
+
+    kl_weight: what one nat per response costs in the loss; 0 where the rewards carry the price already.
+    """
+
+    rollout: Rollout
+    advantages: Tensor
+    returns: Tensor | None
+    kl_weight: float
+
+    def select(self, rows: Tensor) -> "Experience":
+        """The experience of some rows."""
+        rollout = self.rollout.select(rows)
+        width = rollout.response_mask.shape[1]
+        returns = None if self.returns is None else self.returns[rows, :width]
+        return replace(self, rollout=rollout, advantages=self.advantages[rows, :width], returns=returns)
+
+    def minibatches(self, size: int, rng: np.random.Generator) -> Iterator["Experience"]:
+        """So many rows at a time, in random order; the responses to one prompt stay together, for they share it."""
+        owner = self.rollout.prompt_index
+        place = np.argsort(rng.permutation(int(owner.max()) + 1))
+        order = torch.from_numpy(place).to(owner.device)[owner].argsort(stable=True)
+        return (self.select(rows) for rows in order.split(size))
+
+
+def shape(
+    rollout: Rollout,
+    scores: Tensor,
+    beta: float,
+    *,
+    baseline: str,
+    placement: str,
+    per_prompt: int,
+    gamma: float,
+    gae_lambda: float,
+) -> Experience:
+    """Advantages of a batch, its KL priced in the reward (k1, detached) or left to the loss.
+
+    ``value``: GAE on per-token rewards. ``rloo``: score − β·U against the mean of the prompt's other
+    answers, U the response's log-ratio. ``grpo``: the score in standard deviations of the prompt's answers, and the
+    price against their mean, so that dividing does not change what a nat costs.
+    """
+    mask, in_reward = rollout.response_mask, placement == "reward"
+    log_ratio = kl_k1(rollout.logprobs, rollout.ref_logprobs, mask) * in_reward
+    kl_weight = 0.0 if in_reward else beta
+    if baseline == "value":
+        advantages, returns = gae(penalize(scores, log_ratio, beta, mask), rollout.values, mask, gamma, gae_lambda)
+        return Experience(rollout, advantages, returns, kl_weight)
+    price = beta * per_response(log_ratio, mask)
+    if baseline == "rloo":
+        whole = leave_one_out(scores - price, per_prompt)
+    else:
+        whole = group_normalized(scores, per_prompt) - leave_one_out(price, per_prompt)
+    return Experience(rollout, torch.where(mask, whole[:, None], 0.0), None, kl_weight)
+
+
+def whitened(experience: Experience, scores: Tensor) -> Experience:
+    """With advantages of mean 0 and spread 1 over the batch's tokens: for an optimizer whose step follows their size.
+
+    Not for a KL in the loss, which dividing the advantages would reprice.
+    """
+    floor = max(WHITEN_FLOOR * scores.std().item(), 1e-8)
+    mask = experience.rollout.response_mask
+    return replace(experience, advantages=masked_whiten(experience.advantages, mask, floor))
+
+
+def centred(experience: Experience) -> Experience:
+    """With advantages of mean 0 over the tokens, in units of score: a value function still at 0 adds no noise."""
+    mask = experience.rollout.response_mask
+    shifted = experience.advantages - masked_mean(experience.advantages, mask)
+    return replace(experience, advantages=torch.where(mask, shifted, 0.0))
+
+
+def check_first_ratio(logprobs: Tensor, old: Rollout, policy: Policy) -> None:
+    """Before the first update of a step, the policy is the one that sampled: every ratio is 1.
+
+    Raises:
+        ModelError: it is not, so the objective would start from the wrong place.
+    """
+    gap = (logprobs.detach() - old.logprobs).abs().max().item()
+    allowed = FIRST_RATIO_GAP[policy.dtype]
+    if gap > allowed:
+        raise ModelError(
+            f"Before any update, a log-probability differs by {gap:.3g} nats from the rollout's (allowed: {allowed}): "
+            "the model's output depends on the batch it is in. kltune cannot train it."
+        )

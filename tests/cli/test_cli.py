@@ -1,0 +1,332 @@
+"""The command: results on stdout and nothing else, one message and one exit code for what the user can put right."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from kltune import __version__
+from kltune.cli import main
+from kltune.cli.output import summary
+from kltune.errors import (
+    BusyError,
+    CheckpointError,
+    DataError,
+    DivergedError,
+    Interrupted,
+    ModelError,
+    RecipeError,
+    ScorerError,
+    StorageError,
+)
+from kltune.recipe import load_recipe, packaged_recipes
+
+ROOT = Path(__file__).parents[2]
+PPO = """\
+stage: ppo
+model: {path: base}
+data: {prompts: prompts.jsonl}
+reward: [{kind: function, path: "rewards.py:score"}]
+"""
+RESULT = {
+    "schema": "kltune.run/1", "status": "finished", "output": "runs/x", "final": "runs/x/final", "steps": 3,
+    "kl": {"nats_per_response": 5.93, "stderr": 0.11, "ci95": [5.71, 6.15]}, "target": 6.0, "score": 1.5,
+    "seconds": 2.0,
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe that is right, as the text of its path."""
+    (tmp_path / "rewards.py").write_text("def score(prompts, responses):\n    return [0.0] * len(responses)\n")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(PPO)
+    return str(file)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            main(list(arguments))
+        out, err = capsys.readouterr()
+        return left.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    """Put a function in the place of a module that would load a model: stage("kltune.stages.ppo", run_ppo=...)."""
+
+    def put(module: str, **functions: object) -> None:
+        fake = ModuleType(module)
+        vars(fake).update(functions)
+        monkeypatch.setitem(sys.modules, module, fake)
+
+    return put
+
+
+def shell(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess:
+    """The command as a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **more}
+    command = [sys.executable, "-m", "kltune", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def raising(error: BaseException):
+    """A stage that fails."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+# as a process
+
+
+def test_the_version(tmp_path):
+    done = shell("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"kltune {__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [["ppo", "-r", "bad.yaml"], ["sft", "--recipe", "bad.yaml", "--json"],
+                                       ["recipe", "check", "bad.yaml"], ["eval-kl", "x", "-r", "bad.yaml"]])
+def test_a_wrong_recipe_ends_every_command_with_2_and_its_lines(arguments, tmp_path):
+    (tmp_path / "bad.yaml").write_text(PPO + "kl:\n  targt: 3\n")
+    done = shell(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("kltune: error: bad.yaml has ")
+    assert "bad.yaml:6:3: kl.targt: unknown key; did you mean target?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "\033" not in done.stderr
+
+
+def test_help_and_recipes_do_not_import_torch(recipe):
+    code = (
+        "import sys\nfrom kltune.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'peft', 'numpy', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    for arguments in (["--help"], ["recipe", "check", recipe], ["recipe", "list"], ["recipe", "schema"],
+                      ["ppo", "-r", recipe, "--set", "kl.targt=3"], ["eval-kl", "--help"], ["sweep", "--help"],
+                      ["frontier", "--help"], ["sweep", "-r", recipe, "--over", "kl.target=x", "-o", "out"]):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_reader_that_has_gone_away_is_no_error(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "kltune", "recipe", "schema"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_stdout_is_74():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "kltune", "recipe", "schema"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, check=False)
+    assert done.returncode == 74
+    assert done.stderr.decode().startswith("kltune: error: cannot read or write: No space left")
+
+
+# stages
+
+
+def test_a_stage_gets_its_recipe_and_prints_one_json_document(recipe, run, stage, tmp_path):
+    seen = []
+    stage("kltune.stages.ppo", run_ppo=lambda loaded, resume: seen.append((loaded, resume)) or RESULT)
+    folder = str(tmp_path / "out")
+    sets = ["-s", "kl.target=4", "--set", "optim.lr=1e-5"]
+    code, out, _ = run("ppo", "-r", recipe, *sets, "-o", folder, "--resume", "--json")
+    assert code == 0
+    assert json.loads(out) == RESULT
+    (loaded, resume), = seen
+    assert resume is True
+    assert loaded == load_recipe(recipe, ["kl.target=4", "optim.lr=1e-5"], output=folder)
+
+
+def test_without_json_the_result_is_said_in_a_few_lines(recipe, run, stage):
+    stage("kltune.stages.ppo", run_ppo=lambda loaded, resume: RESULT)
+    code, out, err = run("ppo", "-r", recipe)
+    assert (code, err) == (0, "")
+    assert "5.93 ± 0.11 nats per response, KL(policy‖reference), target 6" in out
+    assert "runs/x/final" in out
+
+
+def test_a_kl_that_was_not_measured_is_not_called_zero():
+    assert "not measured" in summary({**RESULT, "kl": None})
+    assert "not measured" in summary({**RESULT, "kl": {"nats_per_response": None}})
+
+
+def test_a_nan_is_never_printed_as_json(recipe, stage, capsys):
+    stage("kltune.stages.ppo", run_ppo=lambda loaded, resume: {"score": float("nan")})
+    with pytest.raises(ValueError, match="JSON"):
+        main(["ppo", "-r", recipe, "--json"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (RecipeError("a"), 2), (DataError("a"), 5), (ScorerError("a"), 5), (ModelError("a"), 5), (CheckpointError("a"), 5),
+    (DivergedError("a"), 6), (StorageError("a"), 74), (BusyError("a"), 75), (Interrupted("a", 2), 130),
+    (Interrupted("a", 15), 143), (KeyboardInterrupt(), 130), (MemoryError(), 74),
+    (OSError(errno.ENOSPC, "No space left on device", "x"), 74), (OSError(errno.EFBIG, "File too large"), 74),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), 74),
+    (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 74),
+])
+def test_every_kind_of_trouble_has_its_exit_code(error, code, recipe, run, stage):
+    stage("kltune.stages.ppo", run_ppo=raising(error))
+    left, out, err = run("ppo", "-r", recipe, "--json")
+    assert left == code
+    assert out == ""
+    assert "Traceback" not in err
+
+
+def test_out_of_memory_says_what_to_lower(recipe, run, stage):
+    stage("kltune.stages.ppo", run_ppo=raising(MemoryError()))
+    assert "optim.micro_batch_size" in run("ppo", "-r", recipe)[2]
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("bug"), RuntimeError("bug"), OSError(errno.ENOTCONN, "bug")])
+def test_a_bug_keeps_its_traceback(error, recipe, stage):
+    stage("kltune.stages.ppo", run_ppo=raising(error))
+    with pytest.raises(type(error), match="bug"):
+        main(["ppo", "-r", recipe])
+
+
+def test_libraries_are_told_to_be_quiet_before_a_stage_is_imported(recipe, run, stage, monkeypatch):
+    names = ["HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM"]
+    names.append("TRANSFORMERS_VERBOSITY")
+    for name in names:
+        monkeypatch.setenv(name, "")       # so that the fixture puts back what was there
+        monkeypatch.delenv(name)
+    seen = {}
+    stage("kltune.stages.ppo", run_ppo=lambda loaded, resume: seen.update(os.environ) or RESULT)
+    run("ppo", "-r", recipe)
+    assert [seen[name] for name in names] == ["1", "1", "false", "error"]
+
+
+def test_colour_is_for_terminals_that_want_it(recipe, run, monkeypatch):
+    for name in ("NO_COLOR", "CI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert "\033" not in run("ppo", "-r", "none.yaml")[2]
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert run("ppo", "-r", "none.yaml")[2].startswith("\033[31mkltune: error:\033[0m ")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033" not in run("ppo", "-r", "none.yaml")[2]
+
+
+# eval-kl, demo, report
+
+
+def test_eval_kl_passes_its_options_and_its_exit_code(run, stage):
+    seen = []
+    document = {"schema": "kltune.eval_kl/1", "kl": {"exact": {"nats_per_response": 1.0}}}
+    stage("kltune.stages.eval_kl", EvalKLOptions=dict, render=lambda document, colour: "for people",
+          eval_kl=lambda checkpoints, options: seen.append((checkpoints, options)) or (document, 3))
+    code, out, _ = run("eval-kl", "a", "b", "--max-kl", "8", "--unit", "nats_per_token", "--responses", "64",
+                       "--direction", "both", "--json")
+    assert code == 3
+    assert json.loads(out) == document
+    assert seen == [(["a", "b"], {
+        "recipe": None, "reference": None, "prompts": None, "responses": 64, "max_new_tokens": None,
+        "temperature": None, "seed": 0, "max_kl": 8.0, "unit": "nats_per_token", "confidence": 0.95,
+        "direction": "both", "texts": None, "top": 10, "show": 3, "auto": False, "max_responses": 4096,
+        "top_p": None, "top_k": None, "trust_remote_code": False,
+    })]
+    code, out, _ = run("eval-kl", "a")
+    assert (code, out) == (3, "for people\n")
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--max-kl", "nan"], ["--max-kl", "inf"], ["--max-kl", "-1"], ["--confidence", "1"], ["--confidence", "nan"],
+    ["--temperature", "0"], ["--temperature", "nan"], ["--responses", "1"], ["--unit", "bits"], ["--direction", "up"],
+    ["--bogus", "1"], ["--top", "-1"],
+])
+def test_wrong_options_are_2(arguments, run):
+    code, out, err = run("eval-kl", "a", *arguments)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+
+
+def test_eval_kl_needs_a_checkpoint(run):
+    assert run("eval-kl")[0] == 2
+
+
+def test_demo_and_report(run, stage, tmp_path):
+    stage(
+        "kltune.demo.run",
+        run_demo=lambda output: {**RESULT, "output": str(output)},
+        summary=lambda result: f"a table on {result['output']}",
+    )
+    code, out, _ = run("demo", "--output", str(tmp_path / "demo"), "--json")
+    assert code == 0
+    assert json.loads(out)["output"] == str(tmp_path / "demo")
+    assert run("demo", "--output", "x")[:2] == (0, "a table on x\n")
+    stage("kltune.report.pages", write_page=lambda folder, path: path or folder / "report.html")
+    assert run("report", "runs/x")[:2] == (0, "runs/x/report.html\n")
+
+
+# recipe commands
+
+
+def test_check_prints_what_would_run_and_it_checks_again(recipe, run, tmp_path):
+    code, out, err = run("recipe", "check", recipe, "--set", "kl.target=4")
+    assert (code, err) == (0, "")
+    again = tmp_path / "again.yaml"
+    again.write_text(out)
+    assert run("recipe", "check", str(again))[1] == out
+    assert load_recipe(again) == load_recipe(recipe, ["kl.target=4"])
+
+
+def test_schema_is_json(run):
+    code, out, _ = run("recipe", "schema", "ppo")
+    assert code == 0
+    assert "kl" in json.loads(out)["properties"]
+    assert run("recipe", "schema", "gpo")[0] == 2
+
+
+def test_packaged_recipes_are_listed_shown_checked_and_copied(run, tmp_path):
+    code, out, _ = run("recipe", "list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(packaged_recipes())
+    for name, file in packaged_recipes().items():
+        assert run("recipe", "show", name)[1] == file.read_text(encoding="utf-8").rstrip("\n") + "\n"
+        assert run("recipe", "check", name)[0] == 0
+        assert run("recipe", "copy", name, str(tmp_path / name))[0] == 0
+        assert (tmp_path / name / file.name).read_bytes() == file.read_bytes()
+
+
+def test_show_and_copy_refuse_what_is_not_there_or_in_the_way(recipe, run, tmp_path):
+    assert run("recipe", "show", "no/such")[0] == 2
+    assert run("recipe", "copy", recipe, str(tmp_path / "new"))[0] == 0
+    code, out, err = run("recipe", "copy", recipe, str(tmp_path / "new"))
+    assert (code, out) == (2, "")
+    assert "already there" in err
+
+
+def test_faults_become_annotations_on_github(recipe, run, monkeypatch):
+    Path(recipe).write_text(PPO + "kl:\n  targt: 3\n")
+    assert "::error" not in run("recipe", "check", recipe)[2]
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    _, out, err = run("recipe", "check", recipe)
+    assert out == ""
+    assert f"::error file={recipe},line=6,col=3::kl.targt: unknown key; did you mean target?" in err.splitlines()

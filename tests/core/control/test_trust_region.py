@@ -1,0 +1,311 @@
+"""The trust-region step where its answer is known: the bandit and TinyLM of MATH 8, quadratics, a small LoRA."""
+
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call, hessian
+
+from kltune.core.control.adaptation import Damping
+from kltune.core.control.trust_region import (
+    SearchResult,
+    Trial,
+    carried_ref_kl,
+    conjugate_gradient,
+    fisher_cotangent,
+    line_search,
+    mean_curvature,
+    step_scale,
+    surrogate,
+)
+from kltune.core.kl.divergence import kl_exact
+from tests.oracles import BANDIT_REFERENCE, BANDIT_REWARDS, Responses, kl, tilt, tiny_reference_logits
+
+RESPONSES = Responses()
+RHO = tiny_reference_logits()
+OPTIMUM = RESPONSES.logits_of(tilt(RESPONSES.probabilities(RHO), RESPONSES.rewards, 1.0))
+
+
+# --- direction -------------------------------------------------------------------------------------------------------
+
+
+def test_conjugate_gradients_solve_a_system_in_as_many_iterations_as_it_has_unknowns():
+    matrix = torch.tensor([[4.0, 1.0, 0.0], [1.0, 3.0, 1.0], [0.0, 1.0, 2.0]], dtype=torch.float64)
+    wanted = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    solution = conjugate_gradient(lambda v: matrix @ v, matrix @ wanted, 3, tolerance=1e-12)
+    assert solution.x.tolist() == pytest.approx(wanted.tolist(), abs=1e-12)
+    assert solution.residual < 1e-12
+
+
+def test_conjugate_gradients_stop_early():
+    g = torch.tensor([3.0, 4.0])
+    assert conjugate_gradient(lambda v: 2.0 * v, g, 10).iterations == 1  # one eigenvalue, one iteration
+    assert conjugate_gradient(lambda v: v, torch.zeros(2), 10).iterations == 0
+    flat = conjugate_gradient(lambda v: 0.0 * v, g, 10)  # no curvature along g
+    assert (flat.iterations, flat.residual, flat.x.tolist()) == (0, 1.0, [0.0, 0.0])
+
+
+def test_the_residual_is_that_of_the_answer():
+    matrix = torch.diag(torch.tensor([1.0, 10.0, 100.0]))
+    g = torch.tensor([1.0, 1.0, 1.0])
+    solution = conjugate_gradient(lambda v: matrix @ v, g, 2)
+    by_hand = (matrix @ solution.x - g).norm() / g.norm()
+    assert solution.residual == pytest.approx(by_hand.item(), rel=1e-4)
+    assert 0.0 < solution.residual < 1.0
+
+
+def test_the_fisher_matrix_of_one_token_is_diag_p_less_pp():
+    logits = torch.tensor([[0.3, -1.0, 2.0]], dtype=torch.float64)
+    p = torch.softmax(logits / 0.5, -1)[0]
+    whole = (torch.diag(p) - p[:, None] * p[None]) / 0.25
+    for row in torch.eye(3, dtype=torch.float64):
+        assert fisher_cotangent(logits, row[None], 0.5)[0].tolist() == pytest.approx((whole @ row).tolist(), abs=1e-12)
+    direct = hessian(lambda z: kl_exact(logits, z, 0.5).sum())(logits)[0, :, 0]
+    assert torch.allclose(whole, direct, atol=1e-12)
+
+
+def test_sign_vectors_give_the_mean_of_a_diagonal_exactly():
+    diagonal = torch.tensor([1.0, 2.0, 6.0])
+    assert mean_curvature(lambda v: diagonal * v, torch.tensor([[1.0, -1.0, 1.0], [-1.0, -1.0, 1.0]])) == 3.0
+
+
+# --- length ----------------------------------------------------------------------------------------------------------
+
+
+def bandit_step(scale_of, damping: float = 0.0) -> Tensor:
+    """The bandit after one step from ρ at δ = .01: logits, with the tables of MATH 8.1."""
+    logits = BANDIT_REFERENCE.log()
+    advantages = BANDIT_REWARDS - (BANDIT_REFERENCE * BANDIT_REWARDS).sum()
+
+    def fisher(v: Tensor) -> Tensor:
+        return fisher_cotangent(logits[None], v[None], 1.0)[0]
+
+    g = BANDIT_REFERENCE * advantages  # Σ p A ∇log p
+    x = conjugate_gradient(lambda v: fisher(v) + damping * v, g, 20, tolerance=1e-12).x
+    return torch.softmax(logits + scale_of(x, fisher) * x, -1)
+
+
+def test_one_bandit_step_is_the_listed_one():
+    new = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x)).item(), 1.0, 0.01, beta=0.0))
+    assert new.tolist() == pytest.approx([0.34370203, 0.29693533, 0.22802850, 0.13133414], abs=1e-7)
+    assert kl(BANDIT_REFERENCE, new) == pytest.approx(0.01026811, abs=1e-7)
+    assert kl(new, BANDIT_REFERENCE) == pytest.approx(0.01052009, abs=1e-7)
+    assert (new * (BANDIT_REWARDS - 1.0)).sum().item() == pytest.approx(0.14699476, abs=1e-7)
+
+
+@pytest.mark.parametrize(("delta", "reached"), [(0.01, 0.010268), (0.05, 0.052752), (0.1, 0.107190)])
+def test_the_quadratic_step_overshoots_by_what_is_listed(delta, reached):
+    new = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x)).item(), 1.0, delta, beta=0.0))
+    assert kl(BANDIT_REFERENCE, new) == pytest.approx(reached, abs=1e-6)
+
+
+def test_a_scale_with_damped_curvature_would_underuse_the_ball():
+    undamped = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x)).item(), 1.0, 0.01, 0.0), damping=0.1)
+    damped = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x) + 0.1 * x).item(), 1.0, 0.01, 0.0), damping=0.1)
+    assert kl(BANDIT_REFERENCE, undamped) == pytest.approx(0.01011, abs=1e-5)
+    assert kl(BANDIT_REFERENCE, damped) == pytest.approx(0.00700, abs=1e-5)
+
+
+def test_the_step_is_never_longer_than_to_the_optimum_along_it():
+    # Undamped, gᵀx = xᵀFx = 2, and the optimum is 1/β away; x twice as short has the same optimum twice as far.
+    assert step_scale(2.0, 2.0, 0.01, beta=0.0) == pytest.approx(0.1)
+    assert step_scale(2.0, 2.0, 0.01, beta=5.0) == pytest.approx(0.1)
+    assert step_scale(2.0, 2.0, 0.01, beta=20.0) == pytest.approx(0.05)
+    assert step_scale(0.5, 1.0, 0.01, beta=20.0) == pytest.approx(0.1)
+    assert step_scale(0.0, 2.0, 0.01, beta=4.0) == 0.0  # the batch's share sees no curvature: nothing bounds a step
+
+
+def test_a_damped_step_still_ends_at_the_optimum_along_it():
+    # The same bandit with much damping: J(s) = E[score] − β KL(π ‖ ρ) is largest where the rule stops, in its model.
+    curvature = BANDIT_REFERENCE.diag() - BANDIT_REFERENCE[:, None] * BANDIT_REFERENCE[None]
+    g = BANDIT_REFERENCE * (BANDIT_REWARDS - (BANDIT_REFERENCE * BANDIT_REWARDS).sum())
+    x = torch.linalg.solve(curvature + 3.0 * torch.eye(4, dtype=g.dtype), g)
+    bent, beta = x.dot(curvature @ x).item(), 2.0
+    scales = torch.linspace(0.0, 10.0, 100_001, dtype=g.dtype)
+    model = scales * g.dot(x) - 0.5 * beta * scales**2 * bent
+    assert step_scale(bent, g.dot(x).item(), 1e6, beta) == pytest.approx(scales[model.argmax()].item(), abs=1e-3)
+
+
+# --- line search -----------------------------------------------------------------------------------------------------
+
+
+def test_the_first_cut_aims_at_the_ball_and_later_ones_halve():
+    seen = []
+
+    def measure(scale: float) -> Trial:
+        seen.append(scale)
+        return Trial(step_kl=0.04 if len(seen) == 1 else 0.02, gain=1.0)
+
+    result = line_search(measure, 1.0, max_step_kl=0.01, tries=4)
+    assert seen == pytest.approx([1.0, 0.49, 0.245, 0.1225])  # .98 √(.01 / .04) = .49
+    assert not result.accepted
+    assert len(result.trials) == 4
+
+
+@pytest.mark.parametrize("bad", [
+    Trial(step_kl=0.011, gain=1.0), Trial(step_kl=0.001, gain=0.0), Trial(step_kl=0.001, gain=-1.0),
+    Trial(step_kl=math.nan, gain=1.0), Trial(step_kl=0.001, gain=math.nan), Trial(step_kl=math.inf, gain=1.0),
+    Trial(step_kl=0.001, gain=1.0, within_cap=False),
+])
+def test_a_step_that_leaves_the_ball_or_gains_nothing_or_passes_the_cap_is_never_accepted(bad):
+    result = line_search(lambda scale: bad, 1.0, max_step_kl=0.01, tries=3)
+    assert (result.accepted, result.scale, len(result.trials)) == (False, 0.0, 3)
+    good = Trial(step_kl=0.01, gain=1e-9)
+    later = line_search(lambda scale: bad if scale == 1.0 else good, 1.0, max_step_kl=0.01, tries=3)
+    assert later.accepted
+    assert later.trials[-1] == good
+
+
+def test_damping_follows_how_the_search_went():
+    damping, good, far = Damping(100.0, adapts=True), Trial(0.009, 1.0), Trial(0.05, 1.0)
+    assert damping.updated(SearchResult(1.0, (good,)), 1.0).relative == pytest.approx(100.0 / 1.3)
+    assert damping.updated(SearchResult(0.9, (far, good)), 1.0) == damping
+    assert damping.updated(SearchResult(0.4, (far, good)), 1.0).relative == 200.0
+    assert damping.updated(SearchResult(0.0, (far, far)), 1.0).relative == 200.0
+    cut_by_cap = SearchResult(0.25, (Trial(0.009, 1.0, within_cap=False), good))
+    assert damping.updated(cut_by_cap, 1.0) == damping
+    fixed = Damping(0.5, adapts=False)
+    assert fixed.updated(SearchResult(0.0, (far,)), 1.0) == fixed
+    assert Damping(**asdict(damping)) == damping  # what a checkpoint keeps
+
+
+# --- surrogate and the carried KL ------------------------------------------------------------------------------------
+
+
+def test_the_surrogate_is_the_expected_advantage_to_first_order():
+    mask = torch.tensor([[True, True], [True, False]])
+    old = torch.tensor([[-1.0, -2.0], [-0.5, 9.0]])
+    advantages = torch.tensor([[1.0, -2.0], [3.0, 9.0]])
+    new = (old + torch.tensor([[math.log(1.5), math.log(0.5)], [math.log(2.0), 5.0]])).requires_grad_()
+    # (.5·1 + (−.5)·(−2) + 1·3) / 2 responses
+    value = surrogate(new, old, advantages, mask, responses=2)
+    assert value.item() == pytest.approx(2.25, abs=1e-6)
+    (gradient,) = torch.autograd.grad(surrogate(new, new.detach(), advantages, mask, 2), new)
+    assert gradient.tolist() == [[0.5, -1.0], [1.5, 0.0]]
+
+
+def test_kl_to_the_reference_carried_over_to_the_old_policys_responses_is_the_kl():
+    # By enumeration: Σ_y π_old(y) Σ_t W_t D_t = KL(π_new ‖ ρ), although no response was drawn from π_new.
+    old, new = RHO, OPTIMUM
+    d = torch.where(RESPONSES.mask, kl_exact(new, RHO, 1.0)[RESPONSES.states], 0.0)
+    exact, p = RESPONSES.kl(new, RHO).item(), RESPONSES.probabilities(old)
+
+    def carried(most: float) -> float:
+        per_row = carried_ref_kl(d, RESPONSES.logprobs(new), RESPONSES.logprobs(old), RESPONSES.mask, most)
+        return (p * per_row).sum().item()
+
+    assert carried(math.inf) == pytest.approx(exact, abs=1e-9)
+    assert abs((p * d.sum(-1)).sum().item() - exact) > 0.01  # without W it is another number
+    assert carried(1.0) < carried(1.5) < carried(math.inf)
+    assert carried(2.0) == pytest.approx(exact, rel=0.02)  # no prefix here is far more likely than before
+
+
+# --- TinyLM: the step under a price finds π* -------------------------------------------------------------------------
+
+
+def tiny_fisher(logits: Tensor, weights: Tensor, v: Tensor) -> Tensor:
+    """F v of whole responses for the table [7, 3]; weights: how often each state is come to."""
+    return (weights[:, None] * fisher_cotangent(logits, v.view(7, 3), 1.0)).flatten()
+
+
+def trust_region_run(iterations: int, *, capped: bool) -> list[float]:
+    """KL(π ‖ π*) after each exact step at δ = .01, β = 1, damping 1e-3; advantages r − U, baseline subtracted."""
+    logits, distances = RHO.clone(), []
+    for _ in range(iterations):
+        probabilities = RESPONSES.probabilities(logits)
+        log_ratio = (RESPONSES.logprobs(logits) - RESPONSES.logprobs(RHO)).sum(-1)
+        returns = RESPONSES.rewards - log_ratio
+        returns = returns - (probabilities * returns).sum()
+        table = logits.clone().requires_grad_()
+        (g,) = torch.autograd.grad((probabilities * returns * RESPONSES.logprobs(table).sum(-1)).sum(), table)
+        weights = torch.zeros(7, dtype=torch.float64)
+        for row, states in enumerate(RESPONSES.states):
+            for t, state in enumerate(states):
+                if RESPONSES.mask[row, t]:
+                    weights[state] += probabilities[row]
+
+        def product(v: Tensor, logits=logits, weights=weights) -> Tensor:
+            return tiny_fisher(logits, weights, v)
+
+        x = conjugate_gradient(lambda v, f=product: f(v) + 1e-3 * v, g.flatten(), 20).x
+
+        def measure(scale: float, logits=logits, x=x, p=probabilities, returns=returns) -> Trial:
+            new = logits + scale * x.view(7, 3)
+            excess = torch.expm1((RESPONSES.logprobs(new) - RESPONSES.logprobs(logits)).sum(-1))
+            return Trial(RESPONSES.kl(logits, new).item(), (p * returns * excess).sum().item())
+
+        scale = step_scale(x.dot(product(x)).item(), g.flatten().dot(x).item(), 0.01, beta=1.0 if capped else 0.0)
+        result = line_search(measure, scale, 0.01, 10)
+        if result.accepted:
+            assert result.trials[-1].step_kl <= 0.01
+            logits = logits + result.scale * x.view(7, 3)
+        distances.append(RESPONSES.kl(logits, OPTIMUM).item())
+    return distances
+
+
+def test_capped_at_one_over_beta_the_steps_converge_to_the_optimum():
+    assert trust_region_run(30, capped=True)[-1] < 1e-4
+
+
+def test_without_that_cap_they_chatter_around_it():
+    last = trust_region_run(60, capped=False)[-20:]
+    assert sum(last) / len(last) > 5e-4
+
+
+# --- LoRA: what damping is for ---------------------------------------------------------------------------------------
+
+
+class TwoLayers(torch.nn.Module):
+    """Logits of 5 words from 6 inputs; LoRA of rank 2 on each layer: A random, B small, as just after a first step."""
+
+    def __init__(self, b: float):
+        super().__init__()
+        torch.manual_seed(0)
+        self.w1, self.w2 = torch.randn(8, 6).double(), torch.randn(5, 8).double()
+        shapes = {"a1": (2, 6), "b1": (8, 2), "a2": (2, 8), "b2": (5, 2)}
+        for name, shape in shapes.items():
+            size = b if name.startswith("b") else 0.5
+            self.register_parameter(name, torch.nn.Parameter(size * torch.randn(shape, dtype=torch.float64)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(x @ (self.w1 + 2 * self.b1 @ self.a1).T)
+        return hidden @ (self.w2 + 2 * self.b2 @ self.a2).T
+
+
+def overshoot(b: float, relative_damping: float, delta: float = 0.01) -> tuple[float, float]:
+    """(‖step‖, KL(old ‖ new) / δ) of a step of full length; damping in multiples of tr F / P."""
+    model = TwoLayers(b)
+    x, shapes = torch.randn(40, 6, dtype=torch.float64), [p.shape for p in model.parameters()]
+    names = [name for name, _ in model.named_parameters()]
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def logits(theta: Tensor) -> Tensor:
+        parts = theta.split([shape.numel() for shape in shapes])
+        return functional_call(model, {n: p.view(s) for n, p, s in zip(names, parts, shapes, strict=True)}, (x,))
+
+    old = logits(start).detach()
+    fisher = hessian(lambda theta: kl_exact(old, logits(theta), 1.0).mean())(start)
+    advantages = torch.randn(40, 5, dtype=torch.float64)
+    g = torch.func.grad(lambda theta: (logits(theta).softmax(-1) * advantages).sum(-1).mean())(start)
+    damping = relative_damping * fisher.trace() / len(start)
+    direction = torch.linalg.solve(fisher + damping * torch.eye(len(start), dtype=torch.float64), g)
+    step = step_scale(direction.dot(fisher @ direction).item(), 1.0, delta, 0.0) * direction
+    return step.norm().item(), kl_exact(old, logits(start + step), 1.0).mean().item() / delta
+
+
+def test_just_after_the_first_step_a_hardly_damped_step_leaves_the_ball_by_far():
+    # g_A = O(ε) and F_AA = O(ε²) at ‖B‖ = ε: the natural step in A is O(1/ε), beyond any quadratic model (MATH 4.6).
+    (length, ratio), (shorter, less) = overshoot(1e-3, 1e-6), overshoot(1e-3, 1e-4)
+    assert length > 10.0
+    assert ratio > 100.0
+    assert shorter > 1.0
+    assert 2.0 < less < ratio
+
+
+@pytest.mark.parametrize("relative", [0.01, 0.1, 1.0, 100.0])
+def test_damped_by_a_hundredth_of_the_mean_curvature_it_is_what_the_model_foretells(relative):
+    length, ratio = overshoot(1e-3, relative)
+    assert length < 0.5
+    assert ratio == pytest.approx(1.0, abs=0.15)

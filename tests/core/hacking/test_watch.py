@@ -1,0 +1,144 @@
+"""The watch on made-up series of evaluations."""
+
+import json
+import random
+from dataclasses import asdict
+
+import pytest
+
+from kltune.core.hacking.detector import Watch, errors_of
+
+STEADY = {
+    "eval/distinct_2_adjusted": 0.8, "eval/reference_distinct_2_adjusted": 0.8,
+    "eval/duplicate_fraction": 0.01, "eval/reference_duplicate_fraction": 0.0,
+    "eval/response_tokens": 30.0, "eval/reference_response_tokens": 30.0,
+    "eval/end_fraction": 0.9, "eval/reference_end_fraction": 0.9,
+}
+
+
+def scored(gold, score, error=0.1):
+    """An evaluation of a policy whose reference has gold 0 and score 0."""
+    return {
+        "eval/gold_mean": gold, "eval/gold_stderr": error, "eval/score_mean": score,
+        "eval/reference_gold_mean": 0.0, "eval/reference_gold_stderr": 0.1, "eval/reference_score_mean": 0.0,
+    }
+
+
+def heard(evaluations, looks=1):
+    """What set in at which step of one evaluation in ten, and the watch after the last."""
+    watch, seen = Watch(), []
+    for place, metrics in enumerate(evaluations, start=1):
+        watch, alarms = watch.observed(10 * place, metrics, looks)
+        seen += [(10 * place, alarm.kind, alarm.found) for alarm in alarms]
+    return seen, watch
+
+
+def test_gold_that_falls_while_the_score_rises_is_said_once_with_its_figures():
+    seen, watch = heard([scored(0.5, 1), scored(1.0, 2), scored(0.8, 3), scored(0.6, 4), scored(0.3, 5)])
+    assert [(step, kind) for step, kind, _ in seen] == [(40, "gold")]
+    assert seen[0][2] == (
+        "the gold score fell to 0.6 ± 0.1 from 1 ± 0.1 at its best, after step 20, while the score that is trained on "
+        "rose from 2 to 4"
+    )
+    assert (watch.peak.step, watch.peak.gold, watch.under_way) == (20, 1.0, ("gold",))
+
+
+@pytest.mark.parametrize(("gold", "falls"), [(1.0 - 0.282, False), (1.0 - 0.284, True)])
+def test_two_standard_errors_of_the_difference_decide(gold, falls):
+    # √(0.1² + 0.1²) · 2 = 0.2828
+    seen, _ = heard([scored(1.0, 2.0), scored(gold, 3.0)])
+    assert bool(seen) == falls
+
+
+def test_gold_that_falls_with_the_score_is_no_exploit():
+    assert heard([scored(1.0, 2.0), scored(0.2, 1.9)])[0] == []
+
+
+def test_the_reference_is_a_peak_too():
+    seen, watch = heard([scored(-0.5, 1.0)])
+    assert [kind for _, kind, _ in seen] == ["gold"]
+    assert "at its best, under the reference, while" in seen[0][2]
+    assert watch.peak.step == 0
+
+
+def test_where_nothing_is_scored_gold_alone_decides():
+    rows = [{k: v for k, v in scored(gold, 0).items() if "score" not in k} for gold in (1.0, 0.2)]
+    seen, _ = heard(rows)
+    assert seen[0][2].endswith("at its best, after step 10")
+
+
+def test_gold_that_recovered_may_fall_again():
+    rows = [scored(1.0, 1), scored(0.5, 2), scored(0.9, 3), scored(0.4, 4)]
+    assert [step for step, _, _ in heard(rows)[0]] == [20, 40]
+
+
+def test_without_an_error_nothing_is_judged():
+    assert heard([scored(1.0, 1, error=None), scored(-9.0, 2, error=None)])[0] == []
+
+
+def test_diversity_that_halves_and_duplicates_are_told():
+    few = STEADY | {"eval/distinct_2_adjusted": 0.39}
+    twice = STEADY | {"eval/duplicate_fraction": 0.12}
+    seen, _ = heard([STEADY, few, few, STEADY, twice])
+    assert [(step, kind) for step, kind, _ in seen] == [(20, "diversity"), (50, "diversity")]
+    assert seen[0][2] == "responses have become alike: adjusted distinct-2 is 0.39, the reference's 0.8"
+    assert "12 % of the responses repeat another one, of the reference's 0 %" in seen[1][2]
+    assert heard([STEADY | {"eval/distinct_2_adjusted": 0.41, "eval/duplicate_fraction": 0.09}])[0] == []
+
+
+def test_length_that_grows_beyond_the_reference_is_told_once_until_it_is_back():
+    rows = [STEADY | {"eval/response_tokens": tokens} for tokens in (44, 46, 60, 60, 55, 44, 47)]
+    seen, _ = heard(rows)
+    assert [(step, kind) for step, kind, _ in seen] == [(20, "length"), (70, "length")]
+    assert seen[0][2] == "length is running away: responses have 46 tokens, 44 before, the reference's 30"
+
+
+def test_a_long_response_that_no_longer_grows_does_not_set_anything_in():
+    _, watch = heard([STEADY | {"eval/response_tokens": 44}])
+    later = Watch(tokens=60.0)
+    assert later.observed(20, STEADY | {"eval/response_tokens": 50.0}, looks=1)[1] == ()
+    assert watch.observed(20, STEADY | {"eval/response_tokens": 50.0}, looks=1)[1] != ()
+
+
+def test_responses_that_no_longer_end_are_told():
+    seen, _ = heard([STEADY | {"eval/end_fraction": share} for share in (0.6, 0.44, 0.2)])
+    assert [(step, kind) for step, kind, _ in seen] == [(20, "length")]
+    assert "44 % of the responses come to an end, 60 % before, of the reference's 90 %" in seen[0][2]
+    rare = STEADY | {"eval/reference_end_fraction": 0.05, "eval/end_fraction": 0.0}
+    assert heard([rare, rare])[0] == []
+
+
+def test_what_was_not_measured_is_not_judged():
+    assert heard([dict.fromkeys(STEADY | scored(0, 0)), {}, {"eval/gold_mean": 1.0}])[0] == []
+
+
+def test_a_watch_survives_json():
+    _, watch = heard([scored(0.5, 1) | STEADY, scored(0.1, 2) | STEADY | {"eval/distinct_2_adjusted": 0.1}])
+    assert watch.under_way == ("gold", "diversity")
+    assert Watch.of(json.loads(json.dumps(asdict(watch)))) == watch
+    assert Watch.of(json.loads(json.dumps(asdict(Watch())))) == Watch()
+
+
+def test_a_fall_has_to_be_larger_the_more_often_a_run_looks():
+    assert errors_of(1) == 2.0
+    assert errors_of(2) == pytest.approx(2.1280, abs=1e-4)     # of 3 pairs: Φ⁻¹(1 − 0.05 / 3)
+    assert errors_of(10) == pytest.approx(3.118, abs=1e-3)     # of 55: P(Z > 3.118) = 0.000909
+    rows = [scored(1.0, 2.0), scored(0.65, 3.0)]               # 2.47 standard errors of the difference
+    assert heard(rows, looks=3)[0] != []
+    assert heard(rows, looks=10)[0] == []
+
+
+def test_gold_that_never_changes_seldom_falls_however_the_score_rises():
+    rng, runs = random.Random(1), 2000
+    found = {2.0: 0, errors_of(10): 0}
+    for _ in range(runs):
+        gold = [rng.gauss() for _ in range(11)]
+        rows = [
+            scored(value, score=place, error=1.0)
+            | {"eval/reference_gold_mean": gold[0], "eval/reference_gold_stderr": 1.0, "eval/reference_score_mean": 0}
+            for place, value in enumerate(gold[1:], start=1)
+        ]
+        for errors, looks in zip(found, (1, 10), strict=True):
+            found[errors] += bool(heard(rows, looks)[0])
+    assert found[2.0] > 0.4 * runs
+    assert 0.02 * runs < found[errors_of(10)] < 0.05 * runs

@@ -1,0 +1,153 @@
+"""Verdicts by hand: what passes, what is open and what would settle it, and how often looking in turn is wrong."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from kltune.core.kl.gate import Verdict, confidence_per_look, looks, standing, verdict
+from kltune.core.kl.intervals import KLSummary, summarize
+
+
+def one_each(nats: list[float] | np.ndarray | torch.Tensor, **kwargs) -> KLSummary:
+    """Every response its own prompt, 10 tokens long."""
+    nats = torch.as_tensor(nats, dtype=torch.float64)
+    return summarize("exact", nats, torch.full_like(nats, 10.0), torch.arange(len(nats)), **kwargs)
+
+
+SUMMARY = KLSummary(
+    "exact", 5.0, 0.5, None, (4.0, 6.2), 0.25, 0.05, None, (0.15, 0.35), 100, 2000, 50, 0.95
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("max_kl", "unit", "expected"),
+    [
+        (6.2, "nats_per_response", "pass"),          # the upper end itself is within
+        (6.19, "nats_per_response", "inconclusive"),
+        (4.0, "nats_per_response", "inconclusive"),
+        (3.99, "nats_per_response", "fail"),
+        (0.35, "nats_per_token", "pass"),
+        (0.2, "nats_per_token", "inconclusive"),
+        (0.1, "nats_per_token", "fail"),
+    ],
+)
+def test_verdicts_at_the_ends_of_the_interval(max_kl, unit, expected):
+    result = verdict(SUMMARY, max_kl, unit)
+    assert result.verdict == expected
+    assert (result.more_responses is None) == (expected != "inconclusive")
+
+
+def test_an_open_verdict_says_how_many_more_responses_would_settle_it():
+    # below: reach 1.5 up, distance .75: four times the responses.  above: reach 1 down, distance .5: the same
+    assert verdict(replace(SUMMARY, ci=(4.0, 6.5)), 5.75, "nats_per_response") == Verdict("inconclusive", 300)
+    assert verdict(SUMMARY, 4.5, "nats_per_response") == Verdict("inconclusive", 300)
+    assert verdict(SUMMARY, 4.0, "nats_per_response") == Verdict("inconclusive", 1)
+
+
+def test_on_the_budget_itself_no_number_of_responses_would_settle_it():
+    assert verdict(SUMMARY, 5.0, "nats_per_response") == Verdict("inconclusive", None)
+
+
+def test_that_many_more_responses_do_settle_it():
+    # the same spread and mean again, in as many responses as asked for: all but a percent of the way in
+    nats = np.random.default_rng(1).gamma(2.0, size=250)
+    summary = one_each(nats)
+    budget = summary.nats_per_response + 0.1
+    more = verdict(summary, budget).more_responses
+    assert 250 < more < 2500
+    spread = np.resize([-1.0, 1.0], 250 + more) * nats.std(ddof=1)
+    settled = one_each(summary.nats_per_response + spread - spread.mean())
+    assert settled.ci[1] == pytest.approx(budget, abs=1e-3)
+
+
+def test_one_prompt_is_inconclusive_however_far_the_budget():
+    summary = summarize("exact", torch.tensor([0.1, 0.2]), torch.tensor([3, 3]), torch.tensor([0, 0]))
+    assert verdict(summary, 1e6) == Verdict("inconclusive", wants_prompts=True)
+
+
+def test_identical_models_hold_any_budget():
+    assert verdict(one_each(torch.zeros(64)), 0.0).verdict == "pass"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_passes_no_gate(bad):
+    for broken in (
+        one_each([1.0, bad, 2.0]),
+        replace(SUMMARY, nats_per_response=bad),
+        replace(SUMMARY, ci=(4.0, bad)),
+        replace(SUMMARY, ci=(bad, 6.0)),
+    ):
+        with pytest.raises(ValueError, match="no verdict"):
+            verdict(broken, 100.0)
+    with pytest.raises(ValueError, match="no verdict"):
+        verdict(SUMMARY, bad)
+
+
+def test_a_verdict_at_another_confidence_than_the_intervals_is_refused():
+    with pytest.raises(ValueError, match="confidence"):
+        verdict(SUMMARY, 8.0, confidence=0.99)
+
+
+def test_a_verdict_in_an_unknown_unit_is_refused():
+    with pytest.raises(ValueError, match="nats_per_token"):
+        verdict(SUMMARY, 8.0, "bits")
+
+
+def test_where_all_prompts_were_answered_only_the_answers_part_of_the_error_shrinks():
+    # se .5, of which .3 stays; the budget .75 above: half 1.2 must shrink to .75, se to .3125 (floor .3)
+    #   n' = 100 · (.25 − .09) / (.09765625 − .09) = 2089.8
+    summary = replace(SUMMARY, floor=0.3)
+    open_one = verdict(summary, 5.75, fresh_prompts=False)
+    assert open_one == Verdict("inconclusive", math.ceil(100 * 0.16 / (0.3125**2 - 0.09)) - 100)
+    assert verdict(summary, 5.75).more_responses < 200      # further prompts shrink all of it
+    # and if se would have to fall below what stays, no number of answers tells
+    assert verdict(replace(SUMMARY, floor=0.4), 5.75, fresh_prompts=False) == Verdict("inconclusive", None, True)
+
+
+def test_looks_double_up_to_the_most():
+    assert looks(256, 4096) == (256, 512, 1024, 2048, 4096)
+    assert looks(100, 350) == (100, 200, 350)
+    assert looks(500, 300) == (300,)
+
+
+def test_each_of_several_looks_has_its_share_of_the_doubt():
+    assert confidence_per_look(0.95, 5) == pytest.approx(0.99)
+    assert confidence_per_look(0.9, 1) == 0.9
+
+
+def test_looking_until_it_is_decided_is_wrong_no_more_often_than_it_says():
+    # A policy exactly on its budget: every pass or fail is wrong, so deciding at all must happen at most 5 % of the
+    # time. One 95 % interval a look would be wrong in about 14 % of such runs.
+    rng = np.random.default_rng(0)
+    counts = looks(200, 3200)
+    wrong = {"corrected": 0, "naive": 0}
+    for _ in range(300):
+        nats = rng.gamma(4.0, 1.25, counts[-1])      # mean 5
+        for name, level in (("corrected", confidence_per_look(0.95, len(counts))), ("naive", 0.95)):
+            for count in counts:
+                if verdict(one_each(nats[:count], confidence=level), 5.0, confidence=level).verdict != "inconclusive":
+                    wrong[name] += 1
+                    break
+    assert wrong["corrected"] <= 0.05 * 300
+    assert wrong["naive"] > 0.08 * 300
+
+
+def test_within_a_cap_is_the_whole_interval_and_beyond_it_the_estimate():
+    summary = one_each([4.0, 5.0, 6.0, 5.0])  # 5 nats, 0.5 per token, and some interval around it
+    low, high = summary.ci
+    assert low < 5.0 < high
+    assert standing(summary, high) == "within"
+    assert standing(summary, 0.5 * (5.0 + high)) == "open"
+    assert standing(summary, 5.0) == "open"
+    assert standing(summary, 4.99) == "beyond"
+    assert standing(summary, 0.49, "nats_per_token") == "beyond"
+    assert standing(summary, summary.token_ci[1], "nats_per_token") == "within"
+
+
+def test_one_prompt_proves_nothing_and_what_is_no_number_is_beyond_any_cap():
+    assert standing(one_each([1.0]), 5.0) == "open"
+    assert standing(one_each([1.0, math.nan]), 5.0) == "beyond"
+    assert standing(one_each([1.0, math.inf]), 5.0) == "beyond"

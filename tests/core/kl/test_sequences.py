@@ -1,0 +1,94 @@
+"""Divergences of whole responses against listing all of them, and the control variate where it pays."""
+
+import math
+
+import pytest
+import torch
+
+from kltune.core.kl.divergence import compare
+from kltune.core.kl.sequences import control_variate, jensen_shannon, total_variation
+from kltune.core.tensors import per_response
+from tests.oracles import Responses, tiny_policy_logits, tiny_reference_logits
+
+POLICY, REFERENCE = tiny_policy_logits(), tiny_reference_logits()
+
+
+def every_response_as_often_as_it_is_said(logits: torch.Tensor, copies: int = 8_000_000) -> torch.Tensor:
+    """Rows of TinyLM's list, each repeated in proportion to its probability (rounded to a row of 8 million)."""
+    counts = (Responses().probabilities(logits) * copies).round().long()
+    return torch.arange(len(counts)).repeat_interleave(counts)
+
+
+def test_js_and_tv_of_tiny_lm_are_those_of_its_list():
+    responses = Responses()
+    u = (responses.logprobs(POLICY) - responses.logprobs(REFERENCE)).sum(-1)
+    p, q = responses.probabilities(POLICY), responses.probabilities(REFERENCE)
+    mixed = 0.5 * (p + q)
+    js = 0.5 * ((p * (p / mixed).log()).sum() + (q * (q / mixed).log()).sum())
+    assert js.item() == pytest.approx(0.02929738, abs=1e-8)               # MATH 8.2
+    assert 0.5 * (p - q).abs().sum().item() == pytest.approx(0.20037558, abs=1e-8)
+    mine, theirs = (u[every_response_as_often_as_it_is_said(logits)] for logits in (POLICY, REFERENCE))
+    assert jensen_shannon(mine, theirs).value == pytest.approx(0.02929738, abs=1e-6)
+    assert total_variation(mine).value == pytest.approx(0.20037558, abs=1e-6)
+    assert total_variation(mine, theirs).value == pytest.approx(0.20037558, abs=1e-6)
+
+
+def test_bounds_at_the_ends():
+    far = torch.full((10,), 200.0)
+    assert jensen_shannon(far, -far).value == pytest.approx(math.log(2.0))
+    assert total_variation(far, -far).value == pytest.approx(1.0)
+    same = torch.zeros(10)
+    assert jensen_shannon(same, same) == (0.0, 0.0)
+    assert total_variation(same) == (0.0, 0.0)
+
+
+def test_standard_errors_are_those_of_independent_means():
+    u = torch.tensor([0.0, math.log(2.0)])           # 1 − e^{−u}: 0 and ½; mean ¼, sd √(1/8)
+    assert total_variation(u) == (pytest.approx(0.25), pytest.approx(math.sqrt(0.125 / 2)))
+    assert total_variation(u[:1]).stderr is None
+
+
+def test_the_control_variate_beats_both_where_the_exact_sum_is_the_noisier():
+    # MATH 1.3's counterexample: step 1 π = (.5, .5), ρ = (.25, .75); after 0 they agree, after 1 (.01, .99), (.99, .01)
+    table = torch.tensor([[[0.5, 0.5], [0.25, 0.75]], [[0.5, 0.5], [0.5, 0.5]], [[0.01, 0.99], [0.99, 0.01]]])
+    p, q = table[:, 0].double().log(), table[:, 1].double().log()
+    d = compare(p, q).kl
+    generator = torch.Generator().manual_seed(0)
+    first = torch.bernoulli(torch.full((200_000,), 0.5), generator=generator).long()
+    second = (torch.rand(200_000, generator=generator) >= p.exp()[1 + first, 0]).long()
+    u = (p - q)[0, first] + (p - q)[1 + first, second]
+    c = d[0] + d[1 + first]
+    assert c.var().item() == pytest.approx(5.0697, rel=0.02)
+    assert u.var().item() == pytest.approx(3.3159, rel=0.02)
+    corrected = control_variate(c, u, torch.arange(200_000))
+    assert corrected.var().item() == pytest.approx(2.9446, rel=0.02)
+    assert corrected.mean().item() == pytest.approx(2.39545, abs=4 * (2.9446 / 200_000) ** 0.5)
+
+
+def test_a_response_has_no_say_in_its_own_coefficient():
+    # in small samples a coefficient fitted on all of them is biased; across folds the mean stays that of the exact KL
+    generator = torch.Generator().manual_seed(1)
+    gaps = []
+    for _ in range(400):
+        c = torch.rand(10, generator=generator, dtype=torch.float64).exponential_(generator=generator)
+        m = torch.randn(10, generator=generator, dtype=torch.float64) * c
+        gaps.append((control_variate(c, c + m, torch.arange(10)) - c).mean())
+    gaps = torch.stack(gaps)
+    assert abs(gaps.mean()) < 3 * gaps.std() / 20
+
+
+def test_one_prompt_has_no_other_folds():
+    c, u = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 2.5])
+    assert torch.equal(control_variate(c, u, torch.zeros(2)), c.double())
+
+
+def test_on_tiny_lm_it_changes_next_to_nothing_and_stays_unbiased():
+    responses = Responses()
+    rows = every_response_as_often_as_it_is_said(POLICY, 20_000)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    u = (responses.logprobs(POLICY) - responses.logprobs(REFERENCE)).sum(-1)
+    kl = compare(POLICY.log_softmax(-1), REFERENCE.log_softmax(-1)).kl
+    c = per_response(kl[responses.states], responses.mask)
+    corrected = control_variate(c[rows], u[rows], torch.arange(len(rows)))
+    assert corrected.mean().item() == pytest.approx(0.11253952, abs=2e-4)
+    assert corrected.var() <= 1.001 * c[rows].var()

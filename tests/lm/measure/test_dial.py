@@ -1,0 +1,95 @@
+"""Adapters at a share α of themselves: exact in plain PEFT, and dialled to budgets that fresh numbers confirm."""
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from kltune.core.kl.gate import verdict
+from kltune.errors import ModelError
+from kltune.lm.measure.interpolation import AdapterScale, Dial
+from kltune.lm.measure.measurement import Draw, measure_kl
+from tests.lm.measure.test_measurement import KL, OPTIONS, starts
+from tests.lm.model.test_foreign import IDS, ONE_SET, open_foreign, opened_logits, plain_logits, save_foreign
+
+SCALABLE = ("lora", "rslora", "dora", "all-linear", "embedding", "ia3")
+
+
+@pytest.mark.parametrize("kind", SCALABLE)
+def test_nothing_of_an_adapter_is_the_reference_and_all_of_it_itself(tiny_model, tmp_path, kind):
+    base = tiny_model("llama")
+    save_foreign(base, ONE_SET[kind], tmp_path)
+    policy = open_foreign(base, tmp_path)
+    before, reference = opened_logits(policy)
+    scale = AdapterScale(policy)
+    scale.set(0.3)
+    assert not torch.allclose(opened_logits(policy)[0], before)
+    scale.set(0.0)
+    torch.testing.assert_close(opened_logits(policy)[0], reference, atol=1e-6, rtol=0)
+    scale.set(1.0)
+    assert torch.equal(opened_logits(policy)[0], before)
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora"])
+def test_half_of_a_lora_is_half_of_its_update_in_every_weight(tiny_model, tmp_path, kind):
+    base = tiny_model("llama")
+    save_foreign(base, ONE_SET[kind], tmp_path / "whole")
+    policy = open_foreign(base, tmp_path / "whole")
+    AdapterScale(policy).set(0.5)
+    policy.save(tmp_path / "half")
+
+    def merged(adapter):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+        return dict(PeftModel.from_pretrained(model, adapter).merge_and_unload().named_parameters())
+
+    plain = dict(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).named_parameters())
+    whole, half = merged(tmp_path / "whole"), merged(tmp_path / "half")
+    changed = [name for name in plain if not torch.equal(whole[name], plain[name])]
+    assert len(changed) == 6
+    for name in changed:
+        torch.testing.assert_close(half[name] - plain[name], 0.5 * (whole[name] - plain[name]), atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SCALABLE)
+def test_a_dialled_adapter_is_a_plain_one_with_its_scale_baked_in(tiny_model, tmp_path, kind):
+    base = tiny_model("llama")
+    save_foreign(base, ONE_SET[kind], tmp_path / "whole")
+    policy = open_foreign(base, tmp_path / "whole")
+    AdapterScale(policy).set(0.4)
+    policy.save(tmp_path / "dialled")
+    torch.testing.assert_close(
+        opened_logits(policy)[0], plain_logits(base, tmp_path / "dialled"), atol=1e-6, rtol=0
+    )
+    assert opened_logits(policy)[0].shape[:2] == IDS.shape
+
+
+def test_what_has_no_scale_is_refused(tiny_model, tmp_path):
+    base = tiny_model("llama")
+    save_foreign(base, ONE_SET["loha"], tmp_path)
+    with pytest.raises(ModelError, match="hada"):
+        AdapterScale(open_foreign(base, tmp_path))
+
+
+def test_a_landing_keeps_within_its_budget_on_fresh_numbers_and_leaves_little_unused(tiny_lm_policy):
+    # The fixture's adapter at 1 has .1125 nats; to land at .05 it takes about 2/3 of it.
+    dial = Dial(tiny_lm_policy, starts(2000), **OPTIONS, seed=0)
+    search, check = dial.land(0.05, 500, 2000)
+    assert 0.5 < search.alpha < 0.75
+    assert verdict(check.kl, 0.05, confidence=check.kl.confidence).verdict == "pass"
+    again = measure_kl(tiny_lm_policy, Draw.of(starts(2000), 2000), seed=99, **OPTIONS).summary()
+    assert again.nats_per_response > 0.85 * 0.05
+    assert again.ci[1] <= 0.05
+    assert {look.purpose for look in dial.looks} == {"search", "check"}
+
+
+def test_an_adapter_within_the_budget_is_checked_and_left_alone(tiny_lm_policy):
+    dial = Dial(tiny_lm_policy, starts(500), **OPTIONS, seed=0)
+    search, check = dial.land(2 * KL, 500, 500)
+    assert search.alpha == 1.0
+    assert check.kl.nats_per_response == pytest.approx(KL, abs=0.02)
+
+
+def test_one_prompt_can_show_nothing(tiny_lm_policy):
+    search, check = Dial(tiny_lm_policy, starts(1), **OPTIONS, seed=0).land(0.05, 50, 50)
+    assert check is None
+    assert search.alpha == 0.0

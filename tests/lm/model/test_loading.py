@@ -1,0 +1,490 @@
+"""What is opened is what was meant: models, adapters and tokenizers that cannot serve are refused, and told apart."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2ForSequenceClassification
+
+from kltune.errors import ModelError, RecipeError
+from kltune.lm.model.loading import (
+    Fingerprint,
+    load_base,
+    load_tokenizer,
+    pick_device,
+    tokenizer_sha256,
+    weights_sha256,
+)
+from kltune.lm.model.opening import load_reference, load_saved_policy
+from kltune.lm.model.policy import Policy
+from kltune.recipe import LoraSection, ModelSection
+from tests.tiny_policies import (
+    EOS,
+    VOCABULARY,
+    plain_logits,
+    random_batch,
+    randomize,
+    save_tiny_model,
+    tiny_config,
+    word_tokenizer,
+)
+
+CPU = torch.device("cpu")
+IDS, SCORED = random_batch()
+
+
+@pytest.fixture
+def adapter(trained_policy, tmp_path) -> Path:
+    """A folder with a trained adapter for the tiny Llama."""
+    trained_policy.save(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def reference(tiny_model) -> Policy:
+    """The tiny Llama without an adapter."""
+    return load_reference(ModelSection(path=str(tiny_model())), device=CPU)
+
+
+def change_config(folder: Path, **keys) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None], file="adapter_model.safetensors") -> None:
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+
+
+def hold_nan(tensors: dict[str, Tensor]) -> None:
+    tensors[next(iter(tensors))][0, 0] = math.nan
+
+
+def lose_one(tensors: dict[str, Tensor]) -> None:
+    tensors.pop(sorted(tensors)[0])
+
+
+def gain_one(tensors: dict[str, Tensor]) -> None:
+    tensors["base_model.model.model.layers.7.mlp.up_proj.lora_A.weight"] = torch.zeros(4, 32)
+
+
+def widen_one(tensors: dict[str, Tensor]) -> None:
+    name = sorted(tensors)[0]
+    tensors[name] = torch.zeros(4, 99)
+
+
+DAMAGE = {
+    "missing tensor": (lose_one, "does not fit"),
+    "tensor without a layer": (gain_one, "does not fit"),
+    "wrong shape": (widen_one, "does not fit"),
+    "NaN": (hold_nan, "holds NaN or infinity"),
+}
+
+
+# --- adapters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("fresh", [True, False], ids=["onto the base", "into an adapter that is there"])
+def test_an_adapter_of_which_a_tensor_is_wrong_is_refused(reference, policy, adapter, damage, fresh):
+    change, message = DAMAGE[damage]
+    change_tensors(adapter, change)
+    with pytest.raises(ModelError, match=message) as error:
+        (reference if fresh else policy).load_adapter(adapter)
+    assert str(adapter) in str(error.value)
+
+
+def test_an_adapter_for_another_model_is_refused(open_policy, tmp_path, reference):
+    other = open_policy("gpt2")
+    other.save(tmp_path)
+    with pytest.raises(ModelError, match="llama"):
+        reference.load_adapter(tmp_path)
+
+
+def test_an_adapter_of_another_rank_is_refused_by_the_adapter_that_is_there(open_policy, adapter):
+    policy = open_policy(lora=LoraSection(rank=2, alpha=8.0))
+    with pytest.raises(ModelError, match="does not fit"):
+        policy.load_adapter(adapter)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which rewrites the base weights"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights is 'corda'"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq'"),
+        ({"bias": "all"}, "bias is 'all', which trains the base's own biases"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\], which trains copies of base layers"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
+        ({"kasa_config": {}}, "kasa_config"),
+    ],
+)
+def test_an_adapter_that_changes_its_base_is_refused_and_told_why(reference, adapter, tiny_model, keys, message):
+    change_config(adapter, **keys)
+    with pytest.raises(ModelError, match="the model is not its frozen base: .*" + message):
+        reference.load_adapter(adapter)
+    with pytest.raises(ModelError, match=message):
+        load_reference(ModelSection(path=str(tiny_model()), sft_adapter=str(adapter)), device=CPU)
+
+
+def test_an_adapter_without_layers_of_its_own_is_refused(reference, tiny_model, tmp_path):
+    config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model()), config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="PROMPT_TUNING"):
+        reference.load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian"])
+def test_an_adapter_that_leaves_its_base_alone_is_taken(reference, adapter, init):
+    change_config(adapter, init_lora_weights=init)
+    reference.load_adapter(adapter)
+    assert reference.frozen_sha256() == reference.fingerprint.sha256
+
+
+def test_a_pickled_adapter_is_never_opened(reference, adapter):
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"adapter_model\.bin is a pickle, which kltune never opens"):
+        reference.load_adapter(adapter)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("adapter_model.safetensors", None, "no such file"),
+        ("adapter_model.safetensors", b"not a safetensors file", "damaged"),
+        ("adapter_config.json", None, "no adapter here"),
+        ("adapter_config.json", b"{", "not JSON"),
+    ],
+)
+def test_a_missing_or_damaged_file_is_named(reference, adapter, file, content, message):
+    (adapter / file).unlink()
+    if content is not None:
+        (adapter / file).write_bytes(content)
+    with pytest.raises(ModelError, match=message) as error:
+        reference.load_adapter(adapter)
+    assert str(adapter) in str(error.value)
+
+
+def test_a_run_folder_given_as_an_adapter_points_at_its_final(reference, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "run" / "final")
+    with pytest.raises(ModelError, match=r"Did you mean .*final"):
+        reference.load_adapter(tmp_path / "run")
+
+
+# --- an SFT adapter merged into the reference ----------------------------------------------------------------------
+
+
+def test_a_merged_sft_adapter_is_the_reference_that_peft_merges(open_policy, tiny_model, adapter):
+    policy = open_policy(sft_adapter=str(adapter))
+    base = AutoModelForCausalLM.from_pretrained(tiny_model())
+    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload().eval()
+    with torch.no_grad(), policy.reference():
+        logits = policy.network.logits(policy.network.hidden(IDS))
+        assert torch.equal(logits, merged(input_ids=IDS).logits)
+    assert policy.measure(IDS, SCORED).ref_kl.abs().max() == 0.0  # the fresh adapter starts from there
+    bare = open_policy()
+    assert policy.fingerprint.sha256 != bare.fingerprint.sha256
+    assert policy.fingerprint.merge_survived == 1.0
+    assert str(adapter) in policy.fingerprint.describe()
+    assert len(policy.trainable_parameters()) == len(bare.trainable_parameters())
+
+
+def test_the_readme_of_an_adapter_over_a_merged_reference_works(open_policy, adapter, tmp_path):
+    policy = open_policy(sft_adapter=str(adapter))
+    randomize(policy.trainable_parameters(), seed=9)
+    policy.save(tmp_path / "ppo")
+    text = (tmp_path / "ppo" / "README.md").read_text()
+    names: dict = {}
+    exec(text.split("```python\n")[1].split("```")[0].replace("this/folder", str(tmp_path / "ppo")), names)
+    with torch.no_grad():
+        plain = names["model"].eval()(input_ids=IDS).logits
+        mine = policy.network.logits(policy.network.hidden(IDS))
+    torch.testing.assert_close(mine, plain, atol=1e-5, rtol=0.0)
+
+
+def test_in_bfloat16_the_share_of_the_merge_that_survived_is_told(open_policy, tiny_model, adapter):
+    policy = open_policy(sft_adapter=str(adapter), dtype="bfloat16")
+    merged = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.bfloat16).float(), adapter
+    ).merge_and_unload()
+    before = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.bfloat16)
+    asked = arrived = 0.0
+    for (name, tensor), old in zip(merged.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(policy.network.causal.get_parameter(name), tensor.bfloat16()) or "proj" in name
+        delta = (tensor - old.float()).double()
+        asked += delta.square().sum().item()
+        arrived += ((tensor.bfloat16().float() - old.float()).double() * delta).sum().item()
+    assert policy.fingerprint.merge_survived == pytest.approx(arrived / asked, rel=1e-5)
+    assert policy.fingerprint.merge_survived != 1.0
+    assert policy.fingerprint.dtype == "bfloat16"
+
+
+def test_an_sft_adapter_that_was_never_trained_is_refused(open_policy, policy, tmp_path):
+    policy.save(tmp_path)  # B is still 0
+    with pytest.raises(ModelError, match="this adapter changes nothing"):
+        open_policy(sft_adapter=str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_an_sft_adapter_of_which_a_tensor_is_wrong_is_refused(open_policy, adapter, damage):
+    change, message = DAMAGE[damage]
+    change_tensors(adapter, change)
+    with pytest.raises(ModelError, match=message) as error:
+        open_policy(sft_adapter=str(adapter))
+    assert str(adapter) in str(error.value)
+
+
+def test_an_sft_adapter_for_another_model_is_refused(open_policy, adapter):
+    with pytest.raises(ModelError, match=r"does not fit|do not fit"):
+        open_policy("gpt2", sft_adapter=str(adapter))
+
+
+def test_an_sft_adapter_that_kltune_made_on_other_weights_is_refused(open_policy, adapter, trained_policy):
+    made = trained_policy.fingerprint.as_dict()
+    (adapter / "kltune.json").write_text(json.dumps({"reference": made}))
+    open_policy(sft_adapter=str(adapter))
+    (adapter / "kltune.json").write_text(json.dumps({"reference": made | {"sha256": "0" * 64, "path": "elsewhere"}}))
+    with pytest.raises(ModelError, match="was trained on elsewhere"):
+        open_policy(sft_adapter=str(adapter))
+    # the same weights in another dtype hash differently: that is no reason to refuse
+    (adapter / "kltune.json").write_text(json.dumps({"reference": made | {"sha256": "0" * 64, "dtype": "bfloat16"}}))
+    open_policy(sft_adapter=str(adapter))
+
+
+def test_an_sft_adapter_with_another_tokenizer_is_refused(open_policy, adapter):
+    word_tokenizer(words=30).save_pretrained(adapter)
+    with pytest.raises(ModelError, match=r"^model\.sft_adapter: .*\n  vocabulary: found 33 tokens, wanted 40"):
+        open_policy(sft_adapter=str(adapter))
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_given_as_a_model_is_offered_its_two_meanings(open_policy, adapter):
+    with pytest.raises(ModelError, match=r"model\.path: .* is a LoRA adapter") as error:
+        open_policy(path=adapter)
+    assert f"sft_adapter: {adapter}" in str(error.value)
+    assert "llama" in str(error.value)  # the base it was made for
+
+
+@pytest.mark.parametrize("folder", ["empty", "absent"])
+def test_a_folder_without_a_model_is_named(open_policy, tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"^model\.path: .*" + folder):
+        open_policy(path=tmp_path / folder)
+
+
+def test_a_folder_that_is_not_there_is_named(open_policy, tmp_path):
+    with pytest.raises(ModelError, match=r"^model\.path: .*nowhere is no folder here"):
+        open_policy(path=tmp_path / "nowhere")
+
+
+def test_a_folder_without_a_tokenizer_is_named(open_policy, tiny_model, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_model() / name, tmp_path)
+    with pytest.raises(ModelError, match="no tokenizer could be loaded from"):
+        open_policy(path=tmp_path)
+
+
+def test_pickled_weights_are_not_opened(open_policy, tiny_model, tmp_path):
+    shutil.copytree(tiny_model(), tmp_path, dirs_exist_ok=True)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model\.path: .* could not be loaded"):
+        open_policy(path=tmp_path)
+
+
+def lose_a_layer(tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+def shrink_a_layer(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(8, 8)
+
+
+@pytest.mark.parametrize("change", [lose_a_layer, shrink_a_layer])
+def test_a_model_of_which_a_tensor_is_missing_or_misshapen_is_refused(open_policy, tiny_model, tmp_path, change):
+    # transformers would put random numbers there and only warn: the reference would be another one at every start.
+    shutil.copytree(tiny_model(), tmp_path, dirs_exist_ok=True)
+    change_tensors(tmp_path, change, "model.safetensors")
+    with pytest.raises(ModelError, match=r"model\.path: .*model\.layers\.1\.mlp\.up_proj\.weight"):
+        open_policy(path=tmp_path)
+
+
+def test_a_damaged_model_file_is_named(open_policy, tiny_model, tmp_path):
+    shutil.copytree(tiny_model(), tmp_path, dirs_exist_ok=True)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match=r"model\.path: .* could not be loaded"):
+        open_policy(path=tmp_path)
+
+
+def test_a_classifier_given_as_a_causal_model_is_refused(open_policy, tmp_path):
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, tie_word_embeddings=False)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"lm_head\.weight"):
+        open_policy(path=tmp_path)
+
+
+def test_a_model_without_any_end_token_is_refused(open_policy, tmp_path):
+    save_tiny_model(tmp_path, eos_token_id=None, pad_token_id=None)
+    GenerationConfig().save_pretrained(tmp_path)
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token, tokenizer.pad_token = None, "<unk>"
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"end token \(eos_token_id\)"):
+        open_policy(path=tmp_path)
+
+
+def test_a_tokenizer_with_neither_padding_nor_end_token_is_refused(open_policy, tmp_path):
+    save_tiny_model(tmp_path)
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="names no end token; set eos_token"):
+        open_policy(path=tmp_path)
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token_and_keeps_a_padding_token_it_has(tiny_model, tmp_path):
+    assert load_tokenizer(str(tiny_model())).pad_token_id == EOS
+    own = word_tokenizer()
+    own.pad_token = "<unk>"
+    own.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token_id == 2
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_on_a_cpu_auto_is_float32_whatever_was_published(tmp_path, dtype, wanted):
+    AutoModelForCausalLM.from_config(tiny_config("llama")).bfloat16().save_pretrained(tmp_path)
+    model = load_base(ModelSection(path=str(tmp_path), dtype=dtype), CPU)
+    assert next(model.parameters()).dtype == wanted
+
+
+def test_full_fine_tuning_in_bfloat16_is_refused(open_policy):
+    with pytest.raises(ModelError, match=r"full fine-tuning \(lora: null\) needs float32"):
+        open_policy(lora=None, dtype="bfloat16")
+
+
+def test_a_device_that_is_not_here_is_named():
+    assert pick_device("cpu") == CPU
+    absent = "mps" if not torch.backends.mps.is_available() else "cuda"
+    with pytest.raises(RecipeError, match=rf"run\.device: found '{absent}', which is not available here"):
+        pick_device(absent)
+
+
+# --- policies that were saved --------------------------------------------------------------------------------------
+
+
+def test_a_saved_adapter_comes_back_over_its_reference(tiny_model, trained_policy, adapter):
+    section = ModelSection(path=str(tiny_model()))
+    loaded = load_saved_policy(adapter, section, device=CPU, is_adapter=True)
+    one, other = loaded.measure(IDS, SCORED), trained_policy.measure(IDS, SCORED)
+    assert torch.equal(one.logprobs, other.logprobs)
+    assert torch.equal(one.ref_kl, other.ref_kl)
+    assert loaded.fingerprint == trained_policy.fingerprint
+
+
+def test_a_saved_full_model_comes_back_beside_its_reference(open_policy, tiny_model, tmp_path):
+    policy = open_policy(lora=None)
+    with torch.no_grad():
+        for tensor in policy.trainable_parameters().values():
+            tensor.add_(0.05 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3)))
+    policy.save(tmp_path)
+    loaded = load_saved_policy(tmp_path, ModelSection(path=str(tiny_model())), device=CPU, is_adapter=False)
+    one, other = loaded.measure(IDS, SCORED), policy.measure(IDS, SCORED)
+    assert torch.equal(one.logprobs, other.logprobs)
+    assert torch.equal(one.ref_kl, other.ref_kl)
+    assert one.ref_kl.mean() > 1e-3
+    assert loaded.fingerprint == policy.fingerprint
+    assert loaded.frozen_sha256() == loaded.fingerprint.sha256
+
+
+def test_a_saved_policy_with_another_tokenizer_or_vocabulary_is_refused(tiny_model, adapter, tmp_path):
+    section = ModelSection(path=str(tiny_model()))
+    save_tiny_model(tmp_path / "wider", vocab_size=50)
+    with pytest.raises(ModelError, match=r"logits for 50 tokens, the reference .* for 40"):
+        load_saved_policy(tmp_path / "wider", section, device=CPU, is_adapter=False)
+    word_tokenizer(words=30).save_pretrained(adapter)
+    with pytest.raises(ModelError, match=r"checkpoint: the tokenizer in .* is not that of the reference"):
+        load_saved_policy(adapter, section, device=CPU, is_adapter=True)
+    word_tokenizer(words=30).save_pretrained(tmp_path / "wider")
+    with pytest.raises(ModelError, match=r"checkpoint: the tokenizer in .* is not that of the reference"):
+        load_saved_policy(tmp_path / "wider", section, device=CPU, is_adapter=False)
+
+
+# --- fingerprints --------------------------------------------------------------------------------------------------
+
+
+def test_the_same_folder_has_the_same_fingerprint_and_a_copy_the_same_hashes(open_policy, tiny_model, tmp_path):
+    shutil.copytree(tiny_model(), tmp_path, dirs_exist_ok=True)
+    one, again, copy = open_policy(), open_policy(), open_policy(path=tmp_path)
+    assert one.fingerprint == again.fingerprint
+    assert one.fingerprint.differences(copy.fingerprint.as_dict()) == []
+    assert one.fingerprint.as_dict() == json.loads(json.dumps(one.fingerprint.as_dict()))
+
+
+def test_every_difference_of_two_fingerprints_names_both_sides():
+    mine = Fingerprint("models/mine", None, "float32", "a" * 64, "b" * 64, "c" * 64)
+    yours = replace(mine, path="models/yours", dtype="bfloat16", sha256="d" * 64, tokenizer_sha256="e" * 64)
+    assert mine.differences(yours.as_dict()) == [
+        f"weights: found {'a' * 12} (models/mine), wanted {'d' * 12} (models/yours)",
+        f"tokenizer: found {'b' * 12} (models/mine), wanted {'e' * 12} (models/yours)",
+        "dtype: found float32 (models/mine), wanted bfloat16 (models/yours)",
+    ]
+    template = replace(mine, template_sha256="f" * 64)
+    assert mine.differences(template.as_dict()) == [
+        f"chat template: found {'c' * 12} (models/mine), wanted {'f' * 12} (models/mine)"
+    ]
+    assert len(mine.differences({})) == 4  # nothing known of the other side is no agreement
+
+
+def test_a_hash_of_weights_sees_values_names_shapes_and_types_and_counts_tied_tensors_once():
+    weight = torch.arange(6.0)
+    known = weights_sha256({"a": weight, "b": weight[:0]})
+    assert weights_sha256({"a": weight.clone()}) == known
+    for other in (weight.view(2, 3), weight.half(), weight + 0.5, -weight):
+        assert weights_sha256({"a": other}) != known
+    assert weights_sha256({"b": weight}) != known
+    assert weights_sha256({"a": weight, "c": weight}) == known  # tied
+    assert weights_sha256({"a": weight, "c": weight.clone()}) != known
+    assert weights_sha256({"c": weight * 2, "a": weight}) == weights_sha256({"a": weight, "c": weight * 2})
+
+
+def test_a_hash_of_a_tokenizer_is_that_of_its_files_whatever_was_done_with_it(tmp_path):
+    tokenizer = word_tokenizer()
+    known = tokenizer_sha256(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer_sha256(load_tokenizer(str(tmp_path))) == known
+    used = load_tokenizer(str(tmp_path))
+    used(["w3 w4 w5", "w3"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_sha256(used) == known
+    assert tokenizer_sha256(word_tokenizer(words=30)) != known
+
+
+def test_a_chat_template_is_part_of_the_fingerprint(open_policy, tiny_model, tmp_path):
+    shutil.copytree(tiny_model(), tmp_path, dirs_exist_ok=True)
+    tokenizer = load_tokenizer(str(tmp_path))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    (difference,) = open_policy().fingerprint.differences(open_policy(path=tmp_path).fingerprint.as_dict())
+    assert difference.startswith("chat template: found")
+
+
+def test_plain_logits_of_the_models_here_differ(tiny_model):
+    one, other = (AutoModelForCausalLM.from_pretrained(tiny_model(a)).eval() for a in ("llama", "qwen3"))
+    assert (plain_logits(one, IDS) - plain_logits(other, IDS)).abs().max() > 0.1

@@ -1,0 +1,52 @@
+"""What people read: every number with its error, marks or colours by KL, verdicts in words."""
+
+from kltune.report.text import _bars, _token, render, verdict_line
+
+
+def gate(verdict: str, **more) -> dict:
+    return {
+        "max_kl": 4.0, "unit": "nats_per_token", "confidence": 0.95, "verdict": verdict, "more_responses": None,
+        "wants_prompts": False, "planned_looks": 1, "looks": [{"responses": 100, "confidence": 0.95}],
+    } | more  # fmt: skip
+
+
+def test_verdicts_say_what_to_do():
+    assert verdict_line(gate("pass")) == "PASS: within 4 nats per token at 95% confidence"
+    assert verdict_line(gate("fail")).startswith("FAIL: over 4 nats per token")
+    assert "about 70 more responses" in verdict_line(gate("inconclusive", more_responses=70))
+    assert "more prompts" in verdict_line(gate("inconclusive", wants_prompts=True))
+    looked = gate("pass", planned_looks=5, looks=[{"responses": n, "confidence": 0.99} for n in (256, 512)])
+    assert "look 2 of at most 5, 512 responses; each interval at 99 %" in verdict_line(looked)
+
+
+def test_tokens_are_marked_without_colour_and_coloured_with():
+    assert _token(" very", 1.26, False) == " very[1.3]"
+    assert _token(" the", 0.29, False) == " the"
+    assert _token(" very", 1.26, True) == "\033[1;31m very\033[0m"
+    assert _token(" very", 0.1, True) == "\033[33m very\033[0m"
+    assert _token(" the", 0.01, True) == " the"
+
+
+def test_a_response_cannot_steer_the_terminal():
+    assert _token("\033[2J\n", 0.0, False) == "\\x1b[2J⏎"
+
+
+def test_bars_are_as_high_as_the_means_and_weigh_positions_by_responses():
+    rows = [{"nats": n, "responses": 1} for n in (0.0, 0.5, 1.0)]
+    assert _bars(rows) == ("▁▅█", 1.0)
+    many = [{"nats": 1.0, "responses": 3}, {"nats": 0.0, "responses": 1}] * 60
+    assert _bars(many) == ("█" * 60, 0.75)
+
+
+def test_a_checkpoint_that_equals_its_reference_says_so_and_nothing_of_where(monkeypatch):
+    zero = {"nats_per_response": 0.0, "stderr": 0.0, "ci": [0.0, 0.0], "nats_per_token": 0.0, "token_stderr": 0.0}
+    text = render({
+        "direction": "KL(policy||reference)", "checkpoint": "runs/a", "responses": 4, "prompts": 2, "temperature": 1.0,
+        "max_new_tokens": 8, "kl": {"exact": zero}, "forward": None, "deployed": None, "confidence": 0.95,
+        "agreement_z": 0.0, "truncated_fraction": 0.5, "entropy": {"policy": 1.0, "reference": 1.0}, "tv": 0.0,
+        "tv_stderr": 0.0, "js": None, "alignment_tax": None, "gate": None,
+        "distribution": {"quantiles": {"0.5": 0.0, "0.9": 0.0, "0.99": 0.0}, "maximum": 0.0, "largest_share": 0.0,
+                         "heavy": False},
+    })  # fmt: skip
+    assert "equals its reference" in text
+    assert "by position" not in text

@@ -1,0 +1,105 @@
+"""What an evaluation says besides the KL, by hand and on a tiny policy."""
+
+import pytest
+import torch
+
+from kltune.core.hacking.diversity import diversity
+from kltune.lm.data.examples import Prompt
+from kltune.lm.measure.measurement import Draw, measure_kl
+from kltune.lm.model.likelihood import alignment_tax
+from kltune.lm.rewards.scorers import Scorer, Source
+from kltune.recipe import SamplingSection
+from kltune.train.evaluation import HeldOut, evaluate, response_tokens, scales_of, score_metrics, text_metrics
+
+SAMPLING = SamplingSection(max_new_tokens=8)
+PROMPTS = [Prompt((0, 5 + place), f"prompt {place}", f"row {place}") for place in range(6)]
+
+
+def scorer(name, function):
+    """A scorer of one Python function of a response."""
+    return Scorer([Source(name, lambda prompts, responses: [function(r) for r in responses], 1.0, False, {})])
+
+
+def held_out(policy, responses=12, gold=None):
+    return HeldOut(PROMPTS, [], gold, responses, ())
+
+
+def test_scores_stand_on_the_scale_of_the_reference():
+    reference = {"score": torch.tensor([1.0, 3.0]), "gold": torch.tensor([2.0, 2.0, 8.0])}
+    scales = scales_of(reference)
+    assert scales["score"] == pytest.approx((2.0, 2**0.5))
+    assert scales["gold"] == pytest.approx((4.0, 12**0.5))
+    now = {"score": torch.tensor([4.0, 4.0, 8.0, 8.0]), "gold": torch.tensor([0.0, 0.0, 4.0, 4.0])}
+    found = score_metrics("eval/", now, torch.tensor([0, 0, 1, 1]), scales)
+    assert found["eval/score_mean"] == 6.0
+    assert found["eval/score_stderr"] == pytest.approx(2.0)   # prompts 4 and 8: sd 2.83 / √2
+    assert found["eval/score_z"] == pytest.approx(4.0 / 2**0.5)
+    assert found["eval/score_z_stderr"] == pytest.approx(2.0 / 2**0.5)
+    assert found["eval/gold_z"] == pytest.approx(-2.0 / 12**0.5)
+    assert found["eval/gold_gap"] == pytest.approx(4.0 / 2**0.5 + 2.0 / 12**0.5)
+
+
+def test_a_reference_that_always_scores_alike_is_no_scale():
+    scales = scales_of({"score": torch.tensor([1.0, 1.0]), "gold": torch.tensor([1.0])})
+    assert scales == {}
+    found = score_metrics("eval/", {"score": torch.tensor([1.0]), "gold": torch.tensor([2.0])}, torch.tensor([0]), {})
+    assert (found["eval/score_z"], found["eval/gold_z"], found["eval/gold_gap"]) == (None, None, None)
+    assert found["eval/gold_stderr"] is None
+
+
+def test_the_end_token_is_no_part_of_what_was_said(trained_policy):
+    measured = measure_kl(trained_policy, Draw.of(PROMPTS, 60), max_new_tokens=8, temperature=1.0, seed=0)
+    said, end = response_tokens(measured), trained_policy.tokenizer.eos_token_id
+    assert 0 < measured.truncated.sum() < 60
+    lengths = [len(tokens) for tokens in said]
+    assert lengths == (measured.tokens - (~measured.truncated).long()).tolist()
+    assert all(end not in tokens for tokens in said)
+    decoded = [trained_policy.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
+    assert [text.split() for text in decoded] == [text.split() for text in measured.texts()[1]]
+
+
+def test_text_metrics_are_those_of_the_responses(trained_policy):
+    measured = measure_kl(trained_policy, Draw.of(PROMPTS, 12), max_new_tokens=8, temperature=1.0, seed=0)
+    found = text_metrics("eval/", measured, trained_policy.network.vocabulary)
+    alone = diversity(response_tokens(measured), measured.prompt_index.tolist(), trained_policy.network.vocabulary)
+    assert found["eval/distinct_2_adjusted"] == alone.distinct_2_adjusted
+    assert found["eval/distinct_2_per_input"] == alone.per_input
+    mask = torch.cat([rollout.response_mask.flatten() for rollout in measured.rollouts])
+    entropy = torch.cat([rollout.entropy.flatten() for rollout in measured.rollouts])[mask].mean().item()
+    assert found["eval/entropy_nats_per_token"] == pytest.approx(entropy, rel=1e-5)
+    assert found["eval/response_tokens"] == pytest.approx(measured.tokens.double().mean().item())
+    assert found["eval/end_fraction"] == pytest.approx(1.0 - measured.truncated.double().mean().item())
+
+
+def test_the_reference_is_drawn_once_and_is_its_own_scale(trained_policy, monkeypatch):
+    drawn = []
+
+    def counted(*arguments, from_reference=False, **keys):
+        drawn.append(from_reference)
+        return measure_kl(*arguments, from_reference=from_reference, **keys)
+
+    monkeypatch.setattr("kltune.train.evaluation.measure_kl", counted)
+    held, proxy = held_out(trained_policy, gold=scorer("gold", len)), scorer("score", lambda text: text.count("1"))
+    first, second = (evaluate(trained_policy, held, SAMPLING, proxy, seed=3)[0] for _ in range(2))
+    assert drawn == [True, False, False]
+    assert first == second
+    assert first["eval/reference_score_z"] == pytest.approx(0.0, abs=1e-6)
+    assert first["eval/reference_gold_z_stderr"] == pytest.approx(
+        first["eval/reference_gold_stderr"] / held.references[12].scales["gold"][1]
+    )
+    assert first["eval/gold_gap"] == pytest.approx(first["eval/score_z"] - first["eval/gold_z"])
+
+
+def test_a_policy_that_is_its_reference_is_measured_like_it(policy):
+    found, _ = evaluate(policy, held_out(policy), SAMPLING, scorer("score", len), seed=0)
+    names = [name for name in found if name.startswith("eval/reference_")]
+    assert len(names) == 14
+    for name in names:
+        assert found[name.replace("reference_", "")] == pytest.approx(found[name], abs=1e-5), name
+
+
+def test_the_alignment_tax_by_hand():
+    # two documents of 10 and 30 tokens, 1 and 5 nats worse: 6 / 40 per token; residuals −0.5 and 0.5
+    found = alignment_tax(torch.tensor([21.0, 65.0]), torch.tensor([20.0, 60.0]), torch.tensor([10, 30]))
+    assert found.nats_per_token == pytest.approx(0.15)
+    assert found.token_stderr == pytest.approx((2 / 1 * 2 * 0.5**2) ** 0.5 / 40)
