@@ -22,33 +22,36 @@ reference is no average of the two models); MATH 6.6 (a target for the KL).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from kltune.core.control.controllers import pull_at
 from kltune.core.objectives.bradley_terry import win_share
 from kltune.core.objectives.losses import exact_kl_loss
 from kltune.core.objectives.preferences import dynamic_beta, mismatch_point
-from kltune.errors import DivergedError
-from kltune.lm.data.examples import Prompt, shuffled_positions
+from kltune.errors import CheckpointError, DivergedError
+from kltune.lm.data.examples import shuffled_positions
 from kltune.lm.model.batches import Rollout, response_scatter
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.snapshot import Snapshot, kl_to
 from kltune.lm.rewards.judge import Judge
 from kltune.lm.rewards.scorers import load_scorer, name_of
 from kltune.recipe import DPORecipe, DPOSection, asks_for_pairs
-from kltune.run.optimizer import guarded_step, learning_rate_share, make_optimizer, total_steps
+from kltune.run.optimizer import guarded_step, learning_rate_share, make_optimizer, set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
+from kltune.train.alarms import Alarms
 from kltune.train.batch import Batch, sample_batch
-from kltune.train.budget import NORMALISED_SPREAD, controller_of
-from kltune.train.learner import Job, Learner
-from kltune.train.loop import begin, close_step, load_data, make_job, reprice, stepped_back, take_steps
+from kltune.train.budget import LOSS_PULL, Budget
+from kltune.train.learner import ALARMS, SCORER, Job, Learner, Part, make_job
+from kltune.train.loop import Taken, enforce_cap, load_data, take_steps
 from kltune.train.preferences import (
     Preferences,
     best_against_worst,
@@ -66,6 +69,87 @@ from kltune.train.preferences import (
 LABELLED = ("kto", "bco")  # losses of responses judged one by one
 MEMORY = 0.9  # share of a running mean that a step leaves
 BALANCE_SHARE = {"file": 0.4, "online": 1.0}  # of the price that balances the gradients of pairs and KL
+LOSS_REFERENCE, MEANS, PAIRS = "loss_reference", "means", "pairs"  # the stage's own parts of a learner
+
+
+@dataclass(frozen=True)
+class LossReference:
+    """What the loss holds the policy against where that moves; no reference of the budget's."""
+
+    snapshot: Snapshot
+    moves: ClassVar[bool] = True
+
+    def state(self) -> dict[str, Any]:
+        """See ``Part.state``."""
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See ``Part.tensors``."""
+        return self.snapshot.tensors
+
+    def restored(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """See ``Part.restored``."""
+        for name, tensor in self.snapshot.tensors.items():
+            tensor.copy_(tensors[name])
+        return self
+
+
+@dataclass(frozen=True)
+class RunningMeans:
+    """Means over the batches so far, of the rewards that the loss implies and of the pairs' margins in nats."""
+
+    reward: float = 0.0
+    margin: float = 0.0
+    moves: ClassVar[bool] = False
+
+    def with_reward(self, reward: float) -> Self:
+        """After a batch whose responses have this mean reward."""
+        return replace(self, reward=self.reward + (1.0 - MEMORY) * (reward - self.reward))
+
+    def with_margin(self, margin: float) -> Self:
+        """After a batch whose pairs have this mean margin."""
+        return replace(self, margin=self.margin + (1.0 - MEMORY) * (margin - self.margin))
+
+    def state(self) -> dict[str, float]:
+        """See ``Part.state``."""
+        return asdict(self)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See ``Part.tensors``."""
+        return {}
+
+    def restored(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """See ``Part.restored``."""
+        return RunningMeans(**state)
+
+
+@dataclass(frozen=True)
+class LearntPairs:
+    """Which pairs a run learns from, so that it does not go on with others."""
+
+    sha256: str
+    moves: ClassVar[bool] = False
+
+    def state(self) -> dict[str, str]:
+        """See ``Part.state``."""
+        return asdict(self)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See ``Part.tensors``."""
+        return {}
+
+    def restored(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """See ``Part.restored``.
+
+        Raises:
+            CheckpointError: the checkpoint was learnt from other pairs.
+        """
+        if state["sha256"] != self.sha256:
+            raise CheckpointError(
+                f"the checkpoint was learnt from other data than the recipe's file holds now: sha256 {state['sha256']},"
+                f" now {self.sha256}. Put the file back, or choose another --output."
+            )
+        return self
 
 
 def run_dpo(recipe: DPORecipe, resume: bool) -> dict[str, Any]:
@@ -88,30 +172,28 @@ def train(recipe: DPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
         )
         steps = total_steps(recipe.run, len(pairs), recipe.optim.batch_size)
         pairs = pairs.measured(policy, positions(recipe, pairs, 1, steps), run.ref_logprobs)
-    learner = make_learner(recipe, policy, pairs, prompts, run)
-    job = make_job(recipe, run, prompts, held_out, steps)
+    learner = make_learner(recipe, policy, pairs)
+    pair_judge = None
+    if recipe.reward and asks_for_pairs(recipe.reward[0]):
+        pair_judge = Judge(recipe.reward[0], name_of(recipe.reward[0]), run.answers)
+    elif recipe.reward:
+        learner.parts[SCORER] = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)
+    job = make_job(recipe, run, held_out, steps, prompts=prompts, pair_judge=pair_judge)
     return take_steps(job, learner, partial(take_step, pairs=pairs), notes)
 
 
-def make_learner(
-    recipe: DPORecipe, policy: Policy, pairs: Preferences | None, prompts: list[Prompt], run: Run
-) -> Learner:
-    """Optimizer, controller and, for online pairs, who scores or compares; checked at the start, or restored."""
+def make_learner(recipe: DPORecipe, policy: Policy, pairs: Preferences | None) -> Learner:
+    """The policy with its optimizer and budget, and what the loss needs to know of the steps before."""
     dpo, parameters = recipe.dpo, policy.trainable_parameters()
-    learner = Learner(
-        policy, controller_of(recipe.kl, updates_per_step=1),
-        optimizer=make_optimizer(parameters, recipe.optim, "policy"),
-        data_sha256=None if pairs is None else pairs.sha256(),
-        reward_mean=0.0 if dpo.loss == "bco" else None,
-        margin_mean=0.0 if dpo.dynamic_beta > 0.0 else None,
-        loss_reference=None if dpo.reference_alpha is None else Snapshot(parameters),
-    )
-    if recipe.reward and asks_for_pairs(recipe.reward[0]):
-        learner.judge = Judge(recipe.reward[0], name_of(recipe.reward[0]), run.answers)
-    elif recipe.reward:
-        learner.scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)
-    begin(recipe, learner, prompts, run)
-    return learner
+    parts: dict[str, Part] = {ALARMS: Alarms()}
+    if pairs is not None:
+        parts[PAIRS] = LearntPairs(pairs.sha256())
+    if dpo.loss == "bco" or dpo.dynamic_beta > 0.0:
+        parts[MEANS] = RunningMeans()
+    if dpo.reference_alpha is not None:
+        parts[LOSS_REFERENCE] = LossReference(Snapshot(parameters))
+    optimizers = {"policy": make_optimizer(parameters, recipe.optim, "policy")}
+    return Learner(policy, optimizers, Budget.of(recipe.kl, updates_per_step=1), parts)
 
 
 def positions(recipe: DPORecipe, pairs: Preferences, step: int, steps: int = 1) -> list[int]:
@@ -121,48 +203,46 @@ def positions(recipe: DPORecipe, pairs: Preferences, step: int, steps: int = 1) 
     return shuffled_positions(len(pairs), (step - 1) * size, count, recipe.run.seed)
 
 
-def take_step(job: Job, learner: Learner, step: int, pairs: Preferences | None) -> None:
-    """One turn of the loop: respond where the KL has a price or a cap or there are no pairs, improve, record."""
-    recipe, online = job.recipe, pairs is None
+def take_step(job: Job, learner: Learner, step: int, pairs: Preferences | None) -> Taken:
+    """One turn of the loop: respond where the KL has a price or a cap or there are no pairs, and improve."""
+    recipe, online, moving = job.recipe, pairs is None, learner.parts.get(LOSS_REFERENCE)
     clock = Clock()
-    priced = recipe.kl.control == "target" or learner.controller.beta > 0.0
-    batch = None
-    if online or priced or learner.cap is not None:
-        # Whatever the scores' own spread: the price stands beside a loss.
-        batch = replace(sample_batch(job, learner, step, clock), spread=NORMALISED_SPREAD)
+    priced = recipe.kl.control == "target" or learner.budget.price > 0.0
+    sampled = online or priced or learner.budget.cap is not None
+    batch = sample_batch(job, learner, step, clock) if sampled else None
+    examples = None if online else recipe.optim.batch_size
     lr = learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr
     update: dict[str, float | None] = {"optim/lr": lr}
-    if learner.loss_reference is not None:
+    if moving is not None:
         update["kl/loss_ref_nats_per_response"] = None if batch is None else kl_to(
-            learner.policy, learner.loss_reference, batch.rollout, recipe.sampling.temperature
+            learner.policy, moving.snapshot, batch.rollout, recipe.sampling.temperature
         )
-    went_back = batch is not None and stepped_back(job, learner, step, batch)
-    if went_back:
+    # Whatever the scores' own spread: the price stands beside a loss.
+    if batch is not None and enforce_cap(job, learner, step, batch, pull=LOSS_PULL):
         # With one update in a step, momentum would carry the policy out again before the new price is felt.
-        learner.stop_momentum()
+        stop_momentum(learner.optimizers["policy"])
+        return Taken(update, clock, batch, went_back=True, examples=examples)
+    set_learning_rate(learner.optimizers["policy"], lr)
+    if online:
+        part = sampled_pairs(job, batch, clock)
+        count = 0 if part is None else len(part)
+        update |= {"pairs/count": count, "pairs/ties": recipe.sampling.prompts_per_step - count}
     else:
-        learner.set_learning_rates(lr, lr)
-        if online:
-            part = sampled_pairs(job, learner, batch, clock)
-            count = 0 if part is None else len(part)
-            update |= {"pairs/count": count, "pairs/ties": recipe.sampling.prompts_per_step - count}
-        else:
-            part = pairs.select(positions(recipe, pairs, step))
-        if part is not None:
-            update |= improve(job, learner, part, batch if priced else None, step)
-        if learner.loss_reference is not None and step % recipe.dpo.reference_every == 0:
-            learner.loss_reference.approach(recipe.dpo.reference_alpha)
-        clock.lap("update")
-    examples = None if online else recipe.optim.batch_size
-    close_step(job, learner, step, batch, update, clock, went_back=went_back, examples=examples)
+        part = pairs.select(positions(recipe, pairs, step))
+    if part is not None:
+        update |= improve(job, learner, part, batch if priced else None, step)
+    if moving is not None and step % recipe.dpo.reference_every == 0:
+        moving.snapshot.approach(recipe.dpo.reference_alpha)
+    clock.lap("update")
+    return Taken(update, clock, batch, examples=examples)
 
 
-def sampled_pairs(job: Job, learner: Learner, batch: Batch, clock: Clock) -> Preferences | None:
+def sampled_pairs(job: Job, batch: Batch, clock: Clock) -> Preferences | None:
     """Pairs of a step's own responses, by their scores or by a judge who compares them; None if all are ties."""
     sampling, scores = job.recipe.sampling, batch.scores
-    if learner.judge is not None:
+    if job.pair_judge is not None:
         rollout = batch.rollout
-        scores = win_rates(learner.judge, rollout.prompts, rollout.responses, sampling.responses_per_prompt)
+        scores = win_rates(job.pair_judge, rollout.prompts, rollout.responses, sampling.responses_per_prompt)
         clock.lap("score")
     return best_against_worst(batch.rollout, scores, sampling.responses_per_prompt, sampling.temperature)
 
@@ -171,66 +251,66 @@ def improve(
     job: Job, learner: Learner, part: Preferences, batch: Batch | None, step: int
 ) -> dict[str, float | None]:
     """One step against the loss of some pairs and, with a batch of responses, against what their KL costs."""
-    recipe, parameters = job.recipe, list(learner.policy.trainable_parameters().values())
-    has_moved = learner.loss_reference is not None and step > recipe.dpo.reference_every
+    recipe, dpo, parameters = job.recipe, job.recipe.dpo, list(learner.policy.trainable_parameters().values())
+    has_moved = LOSS_REFERENCE in learner.parts and step > dpo.reference_every
     held = part.against(loss_reference(learner), learner.policy) if has_moved else part
-    if learner.margin_mean is not None:
-        recipe = with_beta_of_batch(recipe, learner, held)
-    stats = add_loss_gradient(recipe, learner, part, first=step == 1, held=held)
+    beta = beta_of_batch(dpo, learner, held) if dpo.dynamic_beta > 0.0 else dpo.beta
+    stats = add_loss_gradient(recipe, learner, part, beta, first=step == 1, held=held)
     if batch is not None:
         own = [parameter.grad for parameter in parameters]
-        learner.optimizer.zero_grad(set_to_none=True)
+        learner.optimizers["policy"].zero_grad(set_to_none=True)
         add_kl_gradient(recipe, learner.policy, batch.rollout)
-        scale = scale_of(recipe.dpo)
-        share = BALANCE_SHARE[recipe.dpo.source]
-        spread = balance(own, [parameter.grad for parameter in parameters], batch, scale, share)
-        price = reprice(job, learner, replace(batch, spread=spread))
+        scale = scale_of(dpo.loss, beta)
+        share = BALANCE_SHARE[dpo.source]
+        price = starting_price(own, [parameter.grad for parameter in parameters], scale, share)
+        pull = LOSS_PULL if price is None else pull_at(price, batch.kl.nats_per_response)
+        learner.budget = learner.budget.priced(batch.rollout, batch.kl, pull)
         for parameter, gradient in zip(parameters, own, strict=True):
-            parameter.grad.mul_(price * scale).add_(gradient)
-    norm = guarded_step(learner.optimizer, recipe.optim.max_grad_norm, "policy")
-    if learner.reward_mean is not None:
-        learner.reward_mean = running(learner.reward_mean, stats["pairs/reward_mean"])
-    if learner.margin_mean is not None:
-        stats |= {"dpo/beta": recipe.dpo.beta, "dpo/margin_mean_nats": learner.margin_mean}
+            parameter.grad.mul_(learner.budget.price * scale).add_(gradient)
+    norm = guarded_step(learner.optimizers["policy"], recipe.optim.max_grad_norm, "policy")
+    if dpo.loss == "bco":
+        learner.parts[MEANS] = learner.parts[MEANS].with_reward(stats["pairs/reward_mean"])
+    if dpo.dynamic_beta > 0.0:
+        stats |= {"dpo/beta": beta, "dpo/margin_mean_nats": learner.parts[MEANS].margin}
     return stats | {"dpo/grad_norm": norm}
 
 
-def with_beta_of_batch(recipe: DPORecipe, learner: Learner, held: Preferences) -> DPORecipe:
-    """The recipe with this batch's own beta, of whose margin the running mean has heard by then."""
-    dpo, margin = recipe.dpo, margins(log_ratios(learner.policy, held)).mean().item()
-    learner.margin_mean = running(learner.margin_mean, margin)
-    beta = dynamic_beta(dpo.beta, dpo.dynamic_beta, margin, learner.margin_mean)
-    return recipe.model_copy(update={"dpo": dpo.model_copy(update={"beta": beta})})
-
-
-def running(mean: float, new: float) -> float:
-    """A running mean that has heard one more number."""
-    return mean + (1.0 - MEMORY) * (new - mean)
+def beta_of_batch(dpo: DPOSection, learner: Learner, held: Preferences) -> float:
+    """This batch's own beta, of whose margin the running mean has heard by then."""
+    margin = margins(log_ratios(learner.policy, held)).mean().item()
+    means = learner.parts[MEANS] = learner.parts[MEANS].with_margin(margin)
+    return dynamic_beta(dpo.beta, dpo.dynamic_beta, margin, means.margin)
 
 
 def loss_reference(learner: Learner) -> AbstractContextManager[None]:
     """Within: the policy is what its loss is held against."""
-    moving = learner.loss_reference
-    return learner.policy.reference() if moving is None else moving.in_place()
+    moving = learner.parts.get(LOSS_REFERENCE)
+    return learner.policy.reference() if moving is None else moving.snapshot.in_place()
+
+
+def stop_momentum(optimizer: Optimizer) -> None:
+    """Let an optimizer forget which way it was moving, not how large its gradients are."""
+    for entries in optimizer.state.values():
+        entries["exp_avg"].zero_()
 
 
 def add_loss_gradient(
-    recipe: DPORecipe, learner: Learner, part: Preferences, *, first: bool, held: Preferences | None = None
+    recipe: DPORecipe, learner: Learner, part: Preferences, beta: float, *, first: bool, held: Preferences
 ) -> dict[str, float | None]:
     """Add the gradient of the mean loss over some pairs, micro-batches summed to it, and say what they say.
 
     Args:
         recipe, learner: of the run.
         part: the pairs, under the reference that metrics are held against.
+        beta: of the loss.
         first: before any update.
-        held: the same under the loss's reference, where that is another.
+        held: the same under the loss's reference, which may be another.
 
     Raises:
         ModelError: ``first``, before any update, and a response is not as likely as under the reference.
     """
-    policy = learner.policy
-    held = part if held is None else held
-    point = reference_point(recipe.dpo, learner, part)
+    policy, dpo = learner.policy, recipe.dpo
+    point = reference_point(dpo, learner, part)
     values, nats = [], torch.empty(len(part.examples), dtype=torch.float64)
     for groups in policy.network.micro_batches(part.lengths, recipe.optim.micro_batch_size, group=part.group):
         micro = held.select(groups)
@@ -238,16 +318,18 @@ def add_loss_gradient(
         ratio = logprobs - micro.ref_logprobs
         if first:
             check_first_log_ratios(ratio, lengths, policy)
-        each = preference_losses(recipe.dpo, ratio, logprobs / lengths, micro.wanted, point)
+        each = preference_losses(
+            dpo, ratio, logprobs / lengths, micro.wanted, beta=beta, point=point
+        )
         (each.sum() / len(part)).backward()
         values.append(each.detach())
         nats[[part.group * at + side for at in groups for side in range(part.group)]] = logprobs.detach()
-    metrics = preference_metrics(recipe.dpo, torch.cat(values), nats - part.ref_logprobs, part)
+    metrics = preference_metrics(dpo, torch.cat(values), nats - part.ref_logprobs, part)
     own = nats - held.ref_logprobs
-    if learner.loss_reference is not None:
+    if LOSS_REFERENCE in learner.parts:
         metrics["dpo/margin_nats"] = by_side(own, part)[2]
-    if recipe.dpo.loss == "bco":
-        metrics["pairs/reward_mean"] = recipe.dpo.beta * own.mean().item()
+    if dpo.loss == "bco":
+        metrics["pairs/reward_mean"] = beta * own.mean().item()
     return metrics
 
 
@@ -263,8 +345,8 @@ def add_kl_gradient(recipe: DPORecipe, policy: Policy, rollout: Rollout) -> None
         exact_kl_loss(exact, logprobs, some.response_mask, rows).backward()
 
 
-def balance(own: Sequence[Tensor], kl: Sequence[Tensor], batch: Batch, scale: float, share: float) -> float:
-    """A share of the price at which both gradients, of KL and pairs, are as large, times √(2·KL): ``Batch.spread``.
+def starting_price(own: Sequence[Tensor], kl: Sequence[Tensor], scale: float, share: float) -> float | None:
+    """A share of the price at which the gradients of KL and pairs are equally large; None where the KL has none yet.
 
     Their inner product, which says at which price a small step leaves the KL alone, is no guide: what drives the KL is
     also the noise of steps that an optimizer makes equally long, and noise has no direction. Nor is the whole of this
@@ -276,7 +358,6 @@ def balance(own: Sequence[Tensor], kl: Sequence[Tensor], batch: Batch, scale: fl
     Args:
         own: gradient of the loss, by parameter.
         kl: gradient of the KL, likewise.
-        batch: whose KL it is; its own spread is the answer where that has no gradient yet.
         scale: of the loss, from ``scale_of``.
         share: from ``BALANCE_SHARE``.
 
@@ -286,16 +367,14 @@ def balance(own: Sequence[Tensor], kl: Sequence[Tensor], batch: Batch, scale: fl
     size, size_kl = (math.sqrt(sum(g.double().square().sum().item() for g in side)) for side in (own, kl))
     if not math.isfinite(size + size_kl):
         raise DivergedError("the gradient of pairs or KL is not finite; nothing was updated. Lower optim.lr.")
-    if size_kl == 0.0:
-        return batch.spread
-    return share * size / (scale * size_kl) * math.sqrt(2.0 * batch.distance.nats_per_response)
+    return None if size_kl == 0.0 else share * size / (scale * size_kl)
 
 
 def reference_point(dpo: DPOSection, learner: Learner, part: Preferences) -> float:
     """What responses judged one by one are held against: kto's z₀, in nats, or bco's δ, in reward; 0 for pairs."""
     if dpo.loss == "kto":
         return mismatch_point(log_ratios_of(learner.policy, part.mismatched(), loss_reference(learner)))
-    return learner.reward_mean or 0.0
+    return learner.parts[MEANS].reward if dpo.loss == "bco" else 0.0
 
 
 def preference_metrics(

@@ -15,19 +15,21 @@ from torch import Tensor
 from kltune.core.kl.divergence import kl_k3
 from kltune.core.objectives.losses import clip_fraction, clipped_policy_loss, exact_kl_loss, k2_kl_loss
 from kltune.core.tensors import per_response
-from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import response_scatter
+from kltune.lm.model.opening import check_first_ratio
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import PPORecipe
-from kltune.run.optimizer import guarded_step, learning_rate_share, make_optimizer, total_steps
+from kltune.run.optimizer import guarded_step, learning_rate_share, make_optimizer, set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
+from kltune.train.alarms import Alarms
 from kltune.train.batch import sample_batch
-from kltune.train.budget import controller_of
-from kltune.train.experience import Experience, check_first_ratio, shape, whitened
-from kltune.train.learner import Job, Learner
-from kltune.train.loop import add_values, begin, close_step, load_data, make_job, reprice, stepped_back, take_steps
+from kltune.train.budget import Budget
+from kltune.train.experience import Experience, compute_advantages, whitened
+from kltune.train.learner import ALARMS, SCORER, Job, Learner, make_job
+from kltune.train.loop import Taken, add_value_function, enforce_cap, load_data, take_steps
+from kltune.train.value_function import VALUE, ValueFunction
 
 
 def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
@@ -41,44 +43,45 @@ def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
 def train(recipe: PPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
     """Load what the recipe names, take the steps that are not done yet, and finish."""
     prompts, held_out = load_data(recipe, policy, run)
-    learner = make_learner(recipe, policy, prompts, run)
+    learner = make_learner(recipe, policy, run)
     steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
-    job = make_job(recipe, run, prompts, held_out, steps, recipe.ppo.baseline)
+    job = make_job(recipe, run, held_out, steps, prompts=prompts, baseline=recipe.ppo.baseline)
     return take_steps(job, learner, take_step)
 
 
-def make_learner(recipe: PPORecipe, policy: Policy, prompts: list[Prompt], run: Run) -> Learner:
-    """Value function, optimizers, controller and scorer; checked at the start, or restored from a checkpoint."""
-    value_optimizer = add_values(recipe, policy, recipe.ppo)
-    optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim, "policy")
-    scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)
+def make_learner(recipe: PPORecipe, policy: Policy, run: Run) -> Learner:
+    """The policy with its optimizer, budget and scorer and, where the recipe wants one, a value function."""
     responses = recipe.sampling.prompts_per_step * recipe.sampling.responses_per_prompt
-    controller = controller_of(recipe.kl, updates_per_step=recipe.ppo.epochs * responses // recipe.ppo.minibatch_size)
-    learner = Learner(policy, controller, scorer, optimizer=optimizer, value_optimizer=value_optimizer)
-    begin(recipe, learner, prompts, run)
+    budget = Budget.of(recipe.kl, updates_per_step=recipe.ppo.epochs * responses // recipe.ppo.minibatch_size)
+    learner = Learner(policy, budget=budget, parts={ALARMS: Alarms()})
+    add_value_function(recipe, recipe.ppo, learner)
+    learner.optimizers["policy"] = make_optimizer(policy.trainable_parameters(), recipe.optim, "policy")
+    learner.parts[SCORER] = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)
     return learner
 
 
-def take_step(job: Job, learner: Learner, step: int) -> None:
-    """One turn of the loop: respond, measure, score, price, improve, record."""
+def take_step(job: Job, learner: Learner, step: int) -> Taken:
+    """One turn of the loop: respond, measure, score, price, improve."""
     recipe, ppo = job.recipe, job.recipe.ppo
     clock = Clock()
     batch = sample_batch(job, learner, step, clock)
-    went_back = stepped_back(job, learner, step, batch)
+    went_back = enforce_cap(job, learner, step, batch, pull=batch.spread)
     share = learning_rate_share(recipe.optim, step, job.steps)
     update = {"optim/lr": share * recipe.optim.lr}
     if not went_back:
-        beta = reprice(job, learner, batch)
-        experience = shape(
-            batch.rollout, batch.scores, beta, placement=recipe.kl.placement, gamma=ppo.gamma,
-            gae_lambda=ppo.gae_lambda, **job.grouping,
+        learner.budget = learner.budget.priced(batch.rollout, batch.kl, pull=batch.spread)
+        experience = compute_advantages(
+            batch, learner.budget.price, ppo, per_prompt=recipe.sampling.responses_per_prompt,
+            placement=recipe.kl.placement,
         )
         if ppo.baseline == "value" and recipe.kl.placement == "reward":
             experience = whitened(experience, batch.scores)
-        learner.set_learning_rates(share * recipe.optim.lr, share * (ppo.value_lr or recipe.optim.lr))
+        set_learning_rate(learner.optimizers["policy"], share * recipe.optim.lr)
+        if VALUE in learner.optimizers:
+            set_learning_rate(learner.optimizers[VALUE], share * (ppo.value_lr or recipe.optim.lr))
         update = improve(recipe, learner, experience, job.run.rng("minibatches", step)) | update
         clock.lap("update")
-    close_step(job, learner, step, batch, update, clock, went_back=went_back)
+    return Taken(update, clock, batch, went_back)
 
 
 def improve(recipe: PPORecipe, learner: Learner, experience: Experience, rng: np.random.Generator) -> dict[str, float]:
@@ -88,7 +91,7 @@ def improve(recipe: PPORecipe, learner: Learner, experience: Experience, rng: np
     for _ in range(ppo.epochs):
         for part in experience.minibatches(ppo.minibatch_size, rng):
             stats = policy_step(recipe, learner, part, first=not done)
-            if learner.value_optimizer is not None:
+            if VALUE in learner.parts:
                 stats |= value_step(recipe, learner, part)
             done.append(stats)
             # The step KL is measured before the minibatch's own step, so this stops one step after the limit is passed.
@@ -124,7 +127,7 @@ def policy_step(recipe: PPORecipe, learner: Learner, part: Experience, *, first:
         sums["ppo/policy_loss"] += loss.item()
         sums["ppo/clip_fraction"] += clip_fraction(logprobs, old.logprobs, mask, recipe.ppo.clip_range, tokens).item()
         sums["kl/step_nats_per_response"] += step_kl.item()
-    norm = guarded_step(learner.optimizer, recipe.optim.max_grad_norm, "policy")
+    norm = guarded_step(learner.optimizers["policy"], recipe.optim.max_grad_norm, "policy")
     return sums | {"ppo/policy_grad_norm": norm}
 
 
@@ -144,11 +147,9 @@ def current_logprobs(recipe: PPORecipe, policy: Policy, part: Experience) -> tup
 
 def value_step(recipe: PPORecipe, learner: Learner, part: Experience) -> dict[str, float]:
     """One clipped step of the value function, which cannot move the policy."""
-    loss, norm = learner.value_step(
-        part,
-        clip_range=recipe.ppo.value_clip_range,
+    values: ValueFunction = learner.parts[VALUE]
+    loss, norm = values.step(
+        learner.optimizers[VALUE], part, recipe.optim, clip_range=recipe.ppo.value_clip_range,
         coef=recipe.ppo.value_coef,
-        max_grad_norm=recipe.optim.max_grad_norm,
-        micro_batch=recipe.optim.micro_batch_size,
     )
     return {"ppo/value_loss": loss, "ppo/value_grad_norm": norm}

@@ -11,8 +11,9 @@ Source: Schulman et al. 2015, arXiv 1502.05477; what is different for language m
 """
 
 import math
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -29,27 +30,59 @@ from kltune.core.control.trust_region import (
     step_scale,
     surrogate,
 )
-from kltune.core.kl.gate import standing
 from kltune.core.kl.intervals import summarize
 from kltune.core.tensors import per_response
 from kltune.errors import DivergedError
-from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import response_scatter
 from kltune.lm.model.curvature import Fisher, flat, unflat
+from kltune.lm.model.opening import check_first_ratio
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.snapshot import Move, Snapshot
 from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import TRPORecipe
-from kltune.run.optimizer import learning_rate_share, total_steps
+from kltune.run.optimizer import learning_rate_share, set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
+from kltune.train.alarms import Alarms
 from kltune.train.batch import Batch, sample_batch
-from kltune.train.budget import REFUSAL_RAISE, controller_of
-from kltune.train.experience import Experience, centred, check_first_ratio, shape
-from kltune.train.learner import Job, Learner
-from kltune.train.loop import add_values, begin, close_step, load_data, make_job, reprice, stepped_back, take_steps
+from kltune.train.budget import Budget
+from kltune.train.experience import Experience, centred, compute_advantages
+from kltune.train.learner import ALARMS, SCORER, Job, Learner, make_job
+from kltune.train.loop import Taken, add_value_function, enforce_cap, load_data, take_steps
+from kltune.train.value_function import VALUE, ValueFunction
 
+TRUST_REGION = "trust_region"   # the stage's own part of a learner
 PROBES = 2  # random vectors for the mean curvature: damping only needs its order of magnitude
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    """What the steps so far say of the next one's shape and length. last_step: [P], which the next batch judges."""
+
+    damping: Damping
+    pace: Pace
+    last_step: Tensor | None = None
+    moves: ClassVar[bool] = False
+
+    def judged(self, gradient: Tensor, price: float) -> tuple[Self, float | None]:
+        """Let a fresh batch's gradient judge the step before; with the gain that it finds there, unit of score."""
+        if self.last_step is None:
+            return self, None
+        slope = gradient.dot(self.last_step).item()
+        pace = self.pace.observed(slope, price)
+        return replace(self, pace=pace), pace.fresh_gain(slope, price)
+
+    def state(self) -> dict[str, Any]:
+        """See ``Part.state``."""
+        return {"damping": asdict(self.damping), "pace": asdict(self.pace)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See ``Part.tensors``."""
+        return {} if self.last_step is None else {"last_step": self.last_step}
+
+    def restored(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """See ``Part.restored``."""
+        return TrustRegion(Damping(**state["damping"]), Pace(**state["pace"]), tensors.get("last_step"))
 
 
 def run_trpo(recipe: TRPORecipe, resume: bool) -> dict[str, Any]:
@@ -63,45 +96,42 @@ def run_trpo(recipe: TRPORecipe, resume: bool) -> dict[str, Any]:
 def train(recipe: TRPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
     """Load what the recipe names, take the steps that are not done yet, and finish."""
     prompts, held_out = load_data(recipe, policy, run)
-    learner = make_learner(recipe, policy, prompts, run)
+    learner = make_learner(recipe, policy, run)
     steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
-    job = make_job(recipe, run, prompts, held_out, steps, recipe.trpo.baseline)
+    job = make_job(recipe, run, held_out, steps, prompts=prompts, baseline=recipe.trpo.baseline)
     return take_steps(job, learner, take_step)
 
 
-def make_learner(recipe: TRPORecipe, policy: Policy, prompts: list[Prompt], run: Run) -> Learner:
-    """Value function with its optimizer, damping, controller and scorer; checked at the start, or restored."""
-    value_optimizer = add_values(recipe, policy, recipe.trpo)
+def make_learner(recipe: TRPORecipe, policy: Policy, run: Run) -> Learner:
+    """The policy with its trust region, budget and scorer and, where the recipe wants one, a value function."""
     adapts = recipe.trpo.damping == "auto"
     damping = Damping(FIRST_DAMPING if adapts else float(recipe.trpo.damping), adapts)
-    scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)
-    controller = controller_of(recipe.kl, updates_per_step=1)
-    learner = Learner(policy, controller, scorer, value_optimizer=value_optimizer, damping=damping, pace=Pace())
-    begin(recipe, learner, prompts, run)
+    parts = {ALARMS: Alarms(), TRUST_REGION: TrustRegion(damping, Pace())}
+    learner = Learner(policy, budget=Budget.of(recipe.kl, updates_per_step=1), parts=parts)
+    add_value_function(recipe, recipe.trpo, learner)
+    learner.parts[SCORER] = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)
     return learner
 
 
-def take_step(job: Job, learner: Learner, step: int) -> None:
-    """One turn of the loop: respond, measure, score, price, step within the ball, fit the values, record."""
+def take_step(job: Job, learner: Learner, step: int) -> Taken:
+    """One turn of the loop: respond, measure, score, price, step within the ball, fit the values."""
     recipe, trpo = job.recipe, job.recipe.trpo
     clock = Clock()
     batch = sample_batch(job, learner, step, clock)
-    went_back = stepped_back(job, learner, step, batch)
-    update: dict[str, float] = {}
-    if went_back:
-        learner.last_step = None
-    else:
-        beta = reprice(job, learner, batch)
-        experience = shape(
-            batch.rollout, batch.scores, beta, placement="reward", gamma=trpo.gamma, gae_lambda=trpo.gae_lambda,
-            **job.grouping,
-        )
-        update = trust_region_step(job, learner, batch, experience, job.run.rng("curvature", step))
-        if learner.value_optimizer is not None:
-            learner.set_learning_rates(0.0, learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr)
-            update |= fit_values(recipe, learner, experience, job.run.rng("minibatches", step))
-        clock.lap("update")
-    close_step(job, learner, step, batch, update, clock, went_back=went_back)
+    if enforce_cap(job, learner, step, batch, pull=batch.spread):
+        learner.parts[TRUST_REGION] = replace(learner.parts[TRUST_REGION], last_step=None)
+        return Taken({}, clock, batch, went_back=True)
+    learner.budget = learner.budget.priced(batch.rollout, batch.kl, pull=batch.spread)
+    experience = compute_advantages(
+        batch, learner.budget.price, trpo, per_prompt=recipe.sampling.responses_per_prompt
+    )
+    update = trust_region_step(job, learner, batch, experience, job.run.rng("curvature", step))
+    if VALUE in learner.parts:
+        lr = learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr
+        set_learning_rate(learner.optimizers[VALUE], lr)
+        update |= fit_values(recipe, learner, experience, job.run.rng("minibatches", step))
+    clock.lap("update")
+    return Taken(update, clock, batch)
 
 
 def trust_region_step(
@@ -118,22 +148,23 @@ def trust_region_step(
     Returns:
         Metrics.
     """
-    recipe, trpo, beta = job.recipe, job.recipe.trpo, learner.controller.beta
+    recipe, trpo, price = job.recipe, job.recipe.trpo, learner.budget.price
     parameters = learner.policy.trainable_parameters()
     old = Snapshot(parameters)
     experience = centred(experience)
     gradient = policy_gradient(recipe, learner.policy, experience)
-    fresh_gain = learn_pace(learner, gradient)
-    radius = learner.pace.radius(trpo.max_step_kl, beta)
+    region, fresh_gain = learner.parts[TRUST_REGION].judged(gradient, price)
+    radius = region.pace.radius(trpo.max_step_kl, price)
     fisher = fisher_on_some(recipe, learner.policy, experience, rng)
     signs = torch.from_numpy(rng.integers(0, 2, size=(PROBES, len(gradient))) * 2.0 - 1.0).to(gradient)
     curvature = mean_curvature(fisher, signs)
-    damping = learner.damping.relative * curvature
+    damping = region.damping.relative * curvature
     solution = conjugate_gradient(lambda v: fisher(v) + damping * v, gradient, trpo.cg_iterations)
     slope = gradient.dot(solution.x).item()
-    first = step_scale(solution.x.dot(fisher(solution.x)).item(), slope, radius, beta)
+    first = step_scale(solution.x.dot(fisher(solution.x)).item(), slope, radius, price)
     direction = dict(zip(parameters, unflat(solution.x, list(parameters.values())), strict=True))
-    move = Move(learner.policy, old, batch.rollout, recipe.sampling.temperature, reference=learner.cap is not None)
+    capped = learner.budget.cap is not None
+    move = Move(learner.policy, old, batch.rollout, recipe.sampling.temperature, reference=capped)
 
     def measure(scale: float) -> Trial:
         old.step(direction, scale)
@@ -144,14 +175,13 @@ def trust_region_step(
     result = line_search(measure, first, radius, trpo.line_search_steps) if movable else SearchResult(0.0, ())
     if not result.accepted:
         old.restore()
-    if movable:
-        learner.damping = learner.damping.updated(result, first)
     if not all(trial.within_cap for trial in result.trials):
-        learner.cap = replace(learner.cap, refusals=learner.cap.refusals + 1)
-        learner.controller = learner.controller.raised(REFUSAL_RAISE, least=0.0)
+        learner.budget = learner.budget.refused()
     done = result.trials[-1] if result.accepted else Trial(step_kl=0.0, gain=0.0)
-    learner.last_step = result.scale * solution.x if result.accepted else None
-    learner.pace = learner.pace.stepped(done.step_kl)
+    region = learner.parts[TRUST_REGION] = TrustRegion(
+        region.damping.updated(result, first) if movable else region.damping, region.pace.stepped(done.step_kl),
+        result.scale * solution.x if result.accepted else None,
+    )
     return {
         "kl/step_nats_per_response": done.step_kl,
         "trpo/radius_nats_per_response": radius,
@@ -159,7 +189,7 @@ def trust_region_step(
         "trpo/predicted_gain": result.scale * slope,
         "trpo/gain": done.gain,
         "trpo/last_gain_on_new_responses": fresh_gain,
-        "trpo/gain_rate": learner.pace.rate,
+        "trpo/gain_rate": region.pace.rate,
         "trpo/gradient_norm": gradient.norm().item(),
         "trpo/mean_curvature": curvature,
         "trpo/damping": damping / curvature if curvature > 0.0 else 0.0,
@@ -168,15 +198,6 @@ def trust_region_step(
         "trpo/line_search_tries": float(len(result.trials)),
         "trpo/accepted": float(result.accepted),
     }
-
-
-def learn_pace(learner: Learner, gradient: Tensor) -> float | None:
-    """Let this batch's gradient judge the step before; the gain that it finds there, unit of score."""
-    if learner.last_step is None:
-        return None
-    slope, beta = gradient.dot(learner.last_step).item(), learner.controller.beta
-    learner.pace = learner.pace.observed(slope, beta)
-    return learner.pace.fresh_gain(slope, beta)
 
 
 def policy_gradient(recipe: TRPORecipe, policy: Policy, experience: Experience) -> Tensor:
@@ -214,31 +235,27 @@ def effect(learner: Learner, batch: Batch, experience: Experience, move: Move) -
 
     A step that brings the policy nearer to its reference is within the cap wherever it ends.
     """
-    rollout, cap, mask = batch.rollout, learner.cap, batch.rollout.response_mask
+    rollout, budget, mask = batch.rollout, learner.budget, batch.rollout.response_mask
     logprobs, step_kl, ref_kl = move.measure()
     rows = len(mask)
     gain = surrogate(logprobs, rollout.logprobs, experience.advantages, mask, rows).item()
     size = per_response(step_kl, mask).mean().item()
-    if cap is None or not math.isfinite(size):
+    if budget.cap is None or not math.isfinite(size):
         return Trial(size, gain)
     carried = carried_ref_kl(ref_kl, logprobs, rollout.logprobs, mask)
     after = summarize("exact", carried, rollout.lengths, rollout.prompt_index)
-    nearer = after.nats_per_response <= batch.distance.nats_per_response
-    return Trial(size, gain, within_cap=nearer or standing(after, cap.limit, cap.unit) == "within")
+    nearer = after.nats_per_response <= batch.kl.nats_per_response
+    return Trial(size, gain, within_cap=nearer or budget.standing(after) == "within")
 
 
 def fit_values(
     recipe: TRPORecipe, learner: Learner, experience: Experience, rng: np.random.Generator
 ) -> dict[str, float]:
     """A few passes of the value function over the step's returns."""
+    values: ValueFunction = learner.parts[VALUE]
     done: list[tuple[float, float]] = []
     for _ in range(recipe.trpo.value_epochs):
         for part in experience.minibatches(recipe.trpo.value_minibatch_size, rng):
-            done.append(
-                learner.value_step(
-                    part, clip_range=math.inf, coef=1.0, max_grad_norm=recipe.optim.max_grad_norm,
-                    micro_batch=recipe.optim.micro_batch_size,
-                )
-            )
+            done.append(values.step(learner.optimizers[VALUE], part, recipe.optim, clip_range=math.inf, coef=1.0))
     loss, norm = (sum(column) / len(done) for column in zip(*done, strict=True))
     return {"trpo/value_loss": loss, "trpo/value_grad_norm": norm}

@@ -1,12 +1,12 @@
 """Say what an evaluation shows of a reward being exploited, and end a run there if its recipe says so."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
 
 from kltune.core.hacking.detector import Watch
-from kltune.recipe import RunSection
-from kltune.train.budget import dearer
-from kltune.train.learner import Job, Learner
 
 ADVICE = {
     "gold": "The reward is being exploited: what it asks for is no longer what is meant. {nearer}; mend the reward; or "
@@ -17,49 +17,44 @@ ADVICE = {
 }
 
 
-def observe(
-    watch: Watch, step: int, metrics: Mapping[str, float | None], looks: int, warn: Callable[[str], None], nearer: str
-) -> tuple[Watch, bool]:
-    """Let a watch hear of an evaluation, and say what has set in.
+@dataclass(frozen=True)
+class Alarms:
+    """What evaluations have said so far, and whether the run ends for it.
 
-    Args:
-        watch: of the run.
-        step: steps done.
-        metrics: of the evaluation.
-        looks: evaluations of the whole run.
-        warn: takes a sentence or two.
-        nearer: what to change so that the policy stays nearer to its reference.
-
-    Returns:
-        (the watch after it, whether gold has begun to fall).
+    peak: the policy of the highest gold score; None unless the run may end at it. stopped: why it did, once it did.
     """
-    watch, alarms = watch.observed(step, metrics, looks)
-    for alarm in alarms:
-        warn(f"step {step}: {alarm.found}. {ADVICE[alarm.kind].format(nearer=nearer)}")
-    return watch, any(alarm.kind == "gold" for alarm in alarms)
 
+    watch: Watch = field(default_factory=Watch)
+    peak: Mapping[str, Tensor] | None = None
+    stopped: Mapping[str, Any] | None = None
+    moves: ClassVar[bool] = False
 
-def looks(run: RunSection, steps: int) -> int:
-    """Evaluations of a run: every so many steps, and at its end."""
-    return -(-steps // run.eval_every)
+    def observed(
+        self, step: int, metrics: Mapping[str, float | None], looks: int, *, nearer: str, warn: Callable[[str], None],
+        copied: Callable[[], Mapping[str, Tensor]],
+    ) -> Self:
+        """After one more evaluation; what it is the first to show is said.
 
-
-def watch_over(job: Job, learner: Learner, step: int, metrics: Mapping[str, float | None]) -> None:
-    """Judge the policy of after a step by its evaluation.
-
-    With ``eval.stop_at_gold_peak``, remember the policy of the highest gold score, and mark the run as stopped where
-    that has fallen.
-    """
-    before = learner.watch.peak
-    count = looks(job.recipe.run, job.steps)
-    learner.watch, fell = observe(learner.watch, step, metrics, count, job.report.warn, dearer(job))
-    peak = learner.watch.peak
-    if learner.peak is None or peak is None:
-        return
-    if peak != before and peak.step == step:
-        learner.peak = learner.policy_copied()
-    if fell:
-        learner.stopped_early = {
+        Args:
+            step: steps done.
+            metrics: of the evaluation.
+            looks: evaluations of the whole run.
+            nearer: what to change so that the policy stays nearer to its reference.
+            warn: takes a sentence or two.
+            copied: gives the policy's tensors, which are kept where they are those of the highest gold score.
+        """
+        before = self.watch.peak
+        watch, alarms = self.watch.observed(step, metrics, looks)
+        for alarm in alarms:
+            warn(f"step {step}: {alarm.found}. {ADVICE[alarm.kind].format(nearer=nearer)}")
+        now, peak = replace(self, watch=watch), watch.peak
+        if self.peak is None or peak is None:
+            return now
+        if peak != before and peak.step == step:
+            now = replace(now, peak=copied())
+        if not any(alarm.kind == "gold" for alarm in alarms):
+            return now
+        return replace(now, stopped={
             "step": step,
             "reason": "the gold score fell while the score that is trained on rose",
             "gold_peak_step": peak.step,
@@ -67,16 +62,26 @@ def watch_over(job: Job, learner: Learner, step: int, metrics: Mapping[str, floa
             "gold_at_stop": metrics["eval/gold_mean"],
             "score_at_peak": peak.score,
             "score_at_stop": metrics.get("eval/score_mean"),
-        }
+        })
 
+    def farewell(self, steps: int) -> str:
+        """Why a run of so many steps was stopped early, and which of its policies is final."""
+        told = self.stopped
+        where = f"step {told['gold_peak_step']}" if told["gold_peak_step"] else "the start, which is the reference"
+        return (
+            f"stopped after step {told['step']} of {steps}: gold is {told['gold_at_stop']:.3g}, and was "
+            f"{told['gold_at_peak']:.3g} at its peak. final is the policy of {where}."
+        )
 
-def return_to_peak(job: Job, learner: Learner) -> int:
-    """Let the policy of a run that was stopped early be that of its gold peak; the steps it had done."""
-    stopped: dict[str, Any] = learner.stopped_early
-    learner.put_policy_back(learner.peak)
-    where = f"step {stopped['gold_peak_step']}" if stopped["gold_peak_step"] else "the start, which is the reference"
-    job.report.say(
-        f"stopped after step {stopped['step']} of {job.steps}: gold is {stopped['gold_at_stop']:.3g}, and was "
-        f"{stopped['gold_at_peak']:.3g} at its peak. final is the policy of {where}."
-    )
-    return stopped["gold_peak_step"]
+    def state(self) -> dict[str, Any]:
+        """See ``Part.state``."""
+        return {"watch": asdict(self.watch), "stopped": None if self.stopped is None else dict(self.stopped)}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """See ``Part.tensors``."""
+        return self.peak or {}
+
+    def restored(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """See ``Part.restored``."""
+        peak = None if self.peak is None else tensors
+        return replace(self, watch=Watch.of(state["watch"]), peak=peak, stopped=state["stopped"])

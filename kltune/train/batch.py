@@ -1,9 +1,7 @@
 """The responses of one step: sampled, scored, measured, and how they are reported."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 from torch import Tensor
 
 from kltune.core.kl.divergence import kl_k1
@@ -11,90 +9,88 @@ from kltune.core.kl.intervals import KLSummary, summarize
 from kltune.core.objectives.advantages import spread_within_groups
 from kltune.core.objectives.bradley_terry import correlation
 from kltune.core.tensors import masked_mean, per_response
-from kltune.lm.data.examples import Prompt, shuffled_positions
+from kltune.lm.data.examples import shuffled_positions
 from kltune.lm.measure.breakdown import transcript
 from kltune.lm.model.batches import Rollout, response_scatter
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import sample, sample_rollout, uniform_numbers
 from kltune.lm.rewards.scorers import Scorer
-from kltune.recipe import SamplingSection
 from kltune.run.recorder import Clock
-from kltune.train.budget import NORMALISED_SPREAD
 from kltune.train.learner import Job, Learner
 
 REFERENCE_SAMPLES = 256  # responses a reward is standardised on (lm-human-preferences: 256)
 UNMEASURED = dict.fromkeys(("kl/ref_nats_per_response", "kl/ref_stderr", "kl/ref_nats_per_token"))
 
 
-def collect(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    sampling: SamplingSection,
-    *,
-    step: int,
-    seed: int,
-    rng: np.random.Generator,
-    exact: bool,
-) -> Rollout:
-    """The responses of one step, measured under policy, reference and, if there is one, the value function.
+@dataclass(frozen=True)
+class Batch:
+    """The responses of a step, and how far their policy is from the reference.
 
-    Args:
-        policy: adapter on.
-        prompts: all training prompts; each epoch goes through them in a new order.
-        sampling: the recipe's section.
-        step: counted from 1; says which prompts are next.
-        seed: of the order of the prompts.
-        rng: this step's random numbers for sampling.
-        exact: measure exact KL.
+    scores: [B]; None where nothing scores them. spread: standard deviation of the scores of answers to one prompt, in
+    the unit that a price is in; None where there are no scores.
     """
+
+    rollout: Rollout
+    kl: KLSummary
+    scores: Tensor | None = None
+    spread: float | None = None
+
+
+def sample_batch(job: Job, learner: Learner, step: int, clock: Clock) -> Batch:
+    """Respond to the step's prompts, measure and, where something scores, score."""
+    sampling = job.recipe.sampling
+    rollout = sample_responses(job, learner.policy, step)
+    clock.lap("sample")
+    if learner.scorer is None:
+        return Batch(rollout, kl_of(rollout))
+    scores = learner.scorer.total(
+        rollout.prompts, rollout.responses, [rollout], rollout.truncated, sampling.missing_end_penalty
+    )
+    clock.lap("score")
+    # grpo divides the scores of a prompt's answers by their spread, which leaves 1 of it.
+    spread = 1.0 if job.baseline == "grpo" else spread_within_groups(scores, sampling.responses_per_prompt)
+    return Batch(rollout, kl_of(rollout), scores, spread)
+
+
+def sample_responses(job: Job, policy: Policy, step: int) -> Rollout:
+    """The responses of a step, measured under policy, reference and, if there is one, the value function.
+
+    Each epoch goes through all training prompts in a new order; a step's random numbers are its own.
+    """
+    sampling, seed = job.recipe.sampling, job.recipe.run.seed
     size = sampling.prompts_per_step
-    chosen = [prompts[i] for i in shuffled_positions(len(prompts), (step - 1) * size, size, seed)]
+    chosen = [job.prompts[i] for i in shuffled_positions(len(job.prompts), (step - 1) * size, size, seed)]
+    rng = job.run.rng("sampling", step)
     uniforms = uniform_numbers(rng, size * sampling.responses_per_prompt, sampling.max_new_tokens)
-    rollout = sample_rollout(policy, chosen, uniforms, temperature=sampling.temperature, exact=exact)
+    rollout = sample_rollout(policy, chosen, uniforms, temperature=sampling.temperature, exact=job.recipe.kl.exact)
     if policy.value_head is None:
         return rollout
     values, states = (
-        None if found is None else response_scatter(found, rollout.response_mask)
-        for found in policy.measure_values(rollout.ids, rollout.scored)
+        None if flat is None else response_scatter(flat, rollout.response_mask)
+        for flat in policy.measure_values(rollout.ids, rollout.scored)
     )
     return replace(rollout, values=values, value_states=states)
 
 
-def standardize(
-    scorer: Scorer,
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    sampling: SamplingSection,
-    *,
-    seed: int,
-    rng: np.random.Generator,
-) -> Scorer:
+def standardize(scorer: Scorer, policy: Policy, job: Job) -> Scorer:
     """The scorer with its ``normalize`` sources shifted and scaled to mean 0, sd 1 on responses of the reference."""
-    chosen = [prompts[i] for i in shuffled_positions(len(prompts), 0, REFERENCE_SAMPLES, seed)]
-    uniforms = uniform_numbers(rng, len(chosen), sampling.max_new_tokens)
+    sampling, seed = job.recipe.sampling, job.recipe.run.seed
+    chosen = [job.prompts[i] for i in shuffled_positions(len(job.prompts), 0, REFERENCE_SAMPLES, seed)]
+    uniforms = uniform_numbers(job.run.rng("reference", 0), len(chosen), sampling.max_new_tokens)
     with policy.reference():
         samples = sample(policy, chosen, uniforms, temperature=sampling.temperature)
     return scorer.standardized(samples.prompts, samples.responses, [samples])
 
 
-def score(scorer: Scorer, rollout: Rollout, missing_end_penalty: float) -> Tensor:
-    """The score of each response, less the penalty where it never ended. [B]."""
-    return scorer.total(rollout.prompts, rollout.responses, [rollout], rollout.truncated, missing_end_penalty)
-
-
-def measured_kl(rollout: Rollout) -> KLSummary:
+def kl_of(rollout: Rollout) -> KLSummary:
     """KL(policy ‖ reference) of a batch with its standard error: exact where measured, else k1."""
     name = "k1" if rollout.ref_kl is None else "exact"
     return summarize(name, response_kl(rollout), rollout.lengths, rollout.prompt_index)
 
 
-def score_spread(scores: Tensor, *, baseline: str, per_prompt: int) -> float:
-    """How far apart the scores of answers to one prompt lie, in the unit that beta prices: grpo divides by it, so 1."""
-    return 1.0 if baseline == "grpo" else spread_within_groups(scores, per_prompt)
-
-
-def batch_metrics(rollout: Rollout, scores: Tensor | None, kl: KLSummary, beta: float) -> dict[str, float | None]:
+def batch_metrics(batch: Batch, beta: float) -> dict[str, float | None]:
     """What a batch says of the policy that sampled it; names carry direction and unit."""
+    rollout, scores, kl = batch.rollout, batch.scores, batch.kl
     mask = rollout.response_mask
     log_ratio = per_response(kl_k1(rollout.logprobs, rollout.ref_logprobs, mask), mask)
     scored = {} if scores is None else {
@@ -131,32 +127,3 @@ def sample_rows(
         {"prompt": p, "response": r, "score": s, "ref_kl": k, **transcript(rollout, row, tokenizer)}
         for row, (p, r, s, k) in enumerate(list(rows)[:count])
     ]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The responses of a step, and how far their policy is from the reference.
-
-    scores: [B]; None where nothing scores them. spread: what pulls the policy away, in what beta prices: at a price of
-    spread/√(2·KL) an ideal policy stays at that KL. Of scores it is their spread among answers to one prompt.
-    """
-
-    rollout: Rollout
-    scores: Tensor | None
-    distance: KLSummary
-    spread: float
-
-
-def sample_batch(job: Job, learner: Learner, step: int, clock: Clock) -> Batch:
-    """Respond, measure and score, where there is something that scores."""
-    recipe, sampling = job.recipe, job.recipe.sampling
-    rng = job.run.rng("sampling", step)
-    rollout = collect(
-        learner.policy, job.prompts, sampling, step=step, seed=recipe.run.seed, rng=rng, exact=recipe.kl.exact
-    )
-    clock.lap("sample")
-    if learner.scorer is None:
-        return Batch(rollout, None, measured_kl(rollout), NORMALISED_SPREAD)
-    scores = score(learner.scorer, rollout, sampling.missing_end_penalty)
-    clock.lap("score")
-    return Batch(rollout, scores, measured_kl(rollout), score_spread(scores, **job.grouping))

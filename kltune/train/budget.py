@@ -1,87 +1,183 @@
-"""The KL budget of a run: its price, its cap, and how both are spoken of."""
+"""The KL budget of a run: what a nat costs, what must not be passed, and the last state that was within it.
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+    target     where the controller steers KL(policy ‖ reference)        kl.target
+    price      what one nat costs, score per nat                         kl.beta, or the controller's
+    cap        what no state that is called final may pass               kl.hard_cap
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from kltune.core.control.controllers import Controller, Dual, FixedBeta, LogPI, Ziegler
-from kltune.core.kl.gate import Unit
+from kltune.core.control.controllers import Controller, Dual, FixedBeta, LogPI, Ziegler, feed_forward
+from kltune.core.kl.gate import Standing, standing, verdict
 from kltune.core.kl.intervals import KLSummary
 from kltune.lm.model.batches import Rollout
 from kltune.recipe import KLSection
 
-if TYPE_CHECKING:
-    from kltune.train.learner import Job
+ROLLBACK_RAISE = 2.0    # of the price, when the policy was found beyond the cap
+REFUSAL_RAISE = 1.1     # of the price, when a line search met the cap: at no loss, and again at the next step
+LOSS_PULL = 0.5         # of a loss whose slope is about 1 where its data pull most; where nothing is scored
 
-ROLLBACK_RAISE = 2.0  # of the price, when the policy was found beyond the cap (MATH 3.5)
-NORMALISED_SPREAD = 0.5  # where nothing is scored: of a loss whose slope is about 1 where its data pull most
-REFUSAL_RAISE = 1.1  # of the price, when a line search met the cap: at no loss, and again at the next step
-
-
-def controller_of(kl: KLSection, updates_per_step: int) -> Controller:
-    """The controller that a recipe's ``kl`` section asks for; ``look_ahead`` turns from updates into steps."""
-    beta = None if kl.beta == "auto" else float(kl.beta)
-    bounds = {"beta_min": kl.beta_min, "beta_max": kl.beta_max}
-    if kl.control == "fixed":
-        return FixedBeta(beta)
-    if kl.controller == "ziegler":
-        return Ziegler(beta, horizon=kl.horizon, **bounds)
-    if kl.controller == "dual":
-        return Dual(beta, lr=kl.dual_lr, **bounds)
-    ahead = kl.look_ahead / updates_per_step
-    return LogPI(beta, kp=kl.kp, ki=kl.ki, look_ahead=ahead, fixed_feed_forward=beta, **bounds)
-
-
-def priced(controller: Controller, kl: KLSection, rollout: Rollout, ref_kl: float, spread: float) -> Controller:
-    """The controller after it has seen a batch and before the batch is priced.
-
-    A target per token becomes one per response by the batch's mean length.
-    """
-    tokens = rollout.lengths.float().mean().item() if kl.unit == "nats_per_token" else 1.0
-    return controller.updated(ref_kl, (kl.target or 0.0) * tokens, spread=spread, responses=len(rollout.lengths))
-
-
-def unit_text(job: "Job") -> str:
-    """The unit of the recipe's target and cap, in words."""
-    return job.recipe.kl.unit.replace("_per_", " per ")
-
-
-def kl_text(kl: KLSummary, job: "Job") -> str:
-    """A measured KL with its interval, in that unit."""
-    per_response = job.recipe.kl.unit == "nats_per_response"
-    value, ci = (kl.nats_per_response, kl.ci) if per_response else (kl.nats_per_token, kl.token_ci)
-    spread = "" if ci is None else f" (95 %: {ci[0]:.3g} to {ci[1]:.3g})"
-    return f"{value:.3g} {unit_text(job)}{spread}"
-
-
-def dearer(job: "Job") -> str:
-    """What to change in the recipe so that the policy stays nearer."""
-    return "Lower kl.target" if job.recipe.kl.control == "target" else "Raise kl.beta, or write kl.control: target"
+Groups = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Safe:
-    """The last state that its own batch proved to be within the cap.
+class LastWithinCap:
+    """The last state whose own batch proved it to be within the cap.
 
-    step: steps done. kl: how far it was from the reference, as `asdict` of a KLSummary. tensors: ``Learner.moving``.
+    step: steps it had done. kl: its KL, as ``asdict`` of a KLSummary. tensors: of ``Learner.copied``.
     """
 
     step: int
     kl: dict[str, Any]
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: Groups
 
 
 @dataclass(frozen=True)
-class Cap:
-    """What the KL to the reference must not pass, and where to go back to when it did.
+class Budget:
+    """A recipe's ``kl`` section at work; whatever happens to it gives a new one.
 
-    limit: in ``unit``. rollbacks: how often the run went back. refusals: steps that a line search cut or gave up
-    because of the cap.
+    last_within: None without a cap. rollbacks: how often the run went back to it. refusals: steps that a line search
+    cut or left out because of the cap.
     """
 
-    limit: float
-    unit: Unit
-    safe: Safe
+    section: KLSection
+    controller: Controller
+    last_within: LastWithinCap | None = None
     rollbacks: int = 0
     refusals: int = 0
+    moves: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, section: KLSection, updates_per_step: int) -> Self:
+        """The budget of a recipe; the controller looks ahead in updates, of which a step makes so many."""
+        beta = None if section.beta == "auto" else float(section.beta)
+        bounds = {"beta_min": section.beta_min, "beta_max": section.beta_max}
+        if section.control == "fixed":
+            return cls(section, FixedBeta(beta))
+        if section.controller == "ziegler":
+            return cls(section, Ziegler(beta, horizon=section.horizon, **bounds))
+        if section.controller == "dual":
+            return cls(section, Dual(beta, lr=section.dual_lr, **bounds))
+        ahead = section.look_ahead / updates_per_step
+        gains = {"kp": section.kp, "ki": section.ki, "look_ahead": ahead, "fixed_feed_forward": beta}
+        return cls(section, LogPI(beta, **gains, **bounds))
+
+    @property
+    def price(self) -> float:
+        """What one nat of KL(policy ‖ reference) per response costs now, unit of score."""
+        return self.controller.beta
+
+    @property
+    def target(self) -> float | None:
+        """Where the KL is steered, in the section's unit; None where the price is fixed."""
+        return self.section.target if self.section.control == "target" else None
+
+    @property
+    def cap(self) -> float | None:
+        """What the KL must not pass, in the section's unit."""
+        return self.section.hard_cap
+
+    def priced(self, rollout: Rollout, kl: KLSummary, pull: float) -> Self:
+        """The budget once its controller has seen a batch, and before that batch is priced.
+
+        Args:
+            rollout: the batch; a target per token becomes one per response by its mean length.
+            kl: its KL(policy ‖ reference).
+            pull: what drives the policy away, as ``Controller.updated`` takes it.
+        """
+        target = (self.section.target or 0.0) * self._tokens(rollout)
+        responses = len(rollout.lengths)
+        updated = self.controller.updated(kl.nats_per_response, target, pull=pull, responses=responses)
+        return replace(self, controller=updated)
+
+    def standing(self, kl: KLSummary) -> Standing:
+        """Where a measured KL lies: "within" the cap with its whole 95 % interval, "beyond" it, or "open"."""
+        return "within" if self.cap is None else standing(kl, self.cap, self.section.unit)
+
+    def guarded(self, tensors: Groups) -> Self:
+        """With the state at the start, the reference's own, as the last one within the cap; no other without a cap."""
+        if self.cap is None:
+            return self
+        nothing = {"nats_per_response": 0.0, "stderr": 0.0, "nats_per_token": 0.0}
+        return replace(self, last_within=LastWithinCap(0, nothing, tensors))
+
+    def remembered(self, step: int, kl: KLSummary, tensors: Groups) -> Self:
+        """With the state after so many steps, of that KL, as the one to go back to."""
+        return replace(self, last_within=LastWithinCap(step, asdict(kl), tensors))
+
+    def rolled_back(self, rollout: Rollout, pull: float) -> Self:
+        """After a batch beyond the cap: a nat costs twice as much.
+
+        It costs no less than what would hold an ideal policy at the cap: a price near 0 would take many doublings.
+        """
+        least = feed_forward(pull, self.cap * self._tokens(rollout))
+        raised = self.controller.raised(ROLLBACK_RAISE, least=least)
+        return replace(self, controller=raised, rollbacks=self.rollbacks + 1)
+
+    def refused(self) -> Self:
+        """After a step that a line search cut or left out because of the cap: a nat costs a tenth more."""
+        return replace(self, controller=self.controller.raised(REFUSAL_RAISE, least=0.0), refusals=self.refusals + 1)
+
+    def is_unused(self, kl: KLSummary) -> bool:
+        """Whether a measured KL lies below the target with its whole interval."""
+        return self.target is not None and verdict(kl, self.target, self.section.unit).verdict == "pass"
+
+    def is_passed(self, kl: KLSummary) -> bool:
+        """Whether a measured KL lies above the target with its whole interval."""
+        return self.target is not None and verdict(kl, self.target, self.section.unit).verdict == "fail"
+
+    def counts(self) -> dict[str, float]:
+        """Metrics of the cap; none without one."""
+        return {} if self.cap is None else {"kl/cap_rollbacks": self.rollbacks, "kl/cap_refusals": self.refusals}
+
+    def advice(self) -> str:
+        """What to change in the recipe so that the policy stays nearer to its reference."""
+        return "Raise kl.beta, or write kl.control: target" if self.target is None else "Lower kl.target"
+
+    def in_unit(self, kl: KLSummary) -> float:
+        """A measured KL in the section's unit."""
+        return kl.nats_per_response if self.section.unit == "nats_per_response" else kl.nats_per_token
+
+    @property
+    def unit_text(self) -> str:
+        """The section's unit in words."""
+        return self.section.unit.replace("_per_", " per ")
+
+    def describe(self, kl: KLSummary) -> str:
+        """A measured KL with its 95 % interval in words, in the section's unit."""
+        ci = kl.ci if self.section.unit == "nats_per_response" else kl.token_ci
+        spread = "" if ci is None else f" (95 %: {ci[0]:.3g} to {ci[1]:.3g})"
+        return f"{self.in_unit(kl):.3g} {self.unit_text}{spread}"
+
+    def state(self) -> dict[str, Any]:
+        """Controller, counts and the last state within the cap but for its tensors; see ``Part.state``."""
+        last = None if self.last_within is None else {"step": self.last_within.step, "kl": self.last_within.kl}
+        counts = {"rollbacks": self.rollbacks, "refusals": self.refusals}
+        return {"controller": asdict(self.controller), "last_within": last, **counts}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the last state within the cap, as ``group/name``; see ``Part.tensors``."""
+        groups = {} if self.last_within is None else self.last_within.tensors
+        return {f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
+
+    def restored(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """See ``Part.restored``."""
+        last = None
+        if state["last_within"] is not None:
+            groups: dict[str, dict[str, Tensor]] = {}
+            for key, tensor in tensors.items():
+                group, _, name = key.partition("/")
+                groups.setdefault(group, {})[name] = tensor
+            last = LastWithinCap(**state["last_within"], tensors=groups)
+        return replace(
+            self, controller=replace(self.controller, **state["controller"]), last_within=last,
+            rollbacks=state["rollbacks"], refusals=state["refusals"],
+        )
+
+    def _tokens(self, rollout: Rollout) -> float:
+        """What turns the section's unit into nats per response."""
+        return rollout.lengths.float().mean().item() if self.section.unit == "nats_per_token" else 1.0

@@ -7,7 +7,6 @@ the responses that the KL was measured on; nothing more is sampled for it.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,10 +18,11 @@ from kltune.lm.measure.breakdown import transcript
 from kltune.lm.measure.measurement import Draw, Measurement, answer_both, judged, measure_kl
 from kltune.lm.model.likelihood import alignment_tax, document_nats, reference_nats
 from kltune.lm.model.policy import Policy
-from kltune.lm.rewards.judge import Answers
+from kltune.lm.rewards.judge import Judge
 from kltune.lm.rewards.scorers import Scorer, load_scorer
-from kltune.recipe import DataSection, EvalSection, SamplingSection
-from kltune.train.preferences import KnownLogprobs, Preferences, load_preferences, pair_metrics
+from kltune.recipe import Recipe, SamplingSection
+from kltune.run.session import Run
+from kltune.train.preferences import Preferences, load_preferences, pair_metrics
 
 SHOWN = 8      # held-out prompts that a run's page shows before and after
 Metrics = dict[str, float | None]
@@ -43,133 +43,133 @@ class Reference:
     text_nats: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class HeldOut:
-    """What evaluations are made on. notes: one line on each file that was read.
+    """What a policy is evaluated on, and how it responds there. notes: one line on each file that was read.
 
-    references: what ``evaluate`` has found of the reference, by number of responses; once per run.
+    gold: a scorer that is never trained on. seed: the same for every evaluation of a run, so that they are paired.
     """
 
-    prompts: list[Prompt]
-    texts: list[Example]
+    prompts: Sequence[Prompt]
+    texts: Sequence[Example]
     gold: Scorer | None
     responses: int
-    notes: tuple[str, ...]
+    sampling: SamplingSection
+    seed: int
+    notes: tuple[str, ...] = ()
     pairs: Preferences | None = None
-    references: dict[int, Reference] = field(default_factory=dict, compare=False)
+    _references: dict[int, Reference] = field(default_factory=dict)     # by number of responses; once per run
 
+    @property
+    def judges(self) -> tuple[Judge, ...]:
+        """The AI judges that an evaluation may ask."""
+        return () if self.gold is None else self.gold.judges
 
-def load_held_out(
-    section: EvalSection,
-    data: DataSection,
-    policy: Policy,
-    fallback: list[Prompt],
-    *,
-    prompt_limit: int,
-    folder: Path,
-    note: str,
-    answers: Answers | None = None,
-    ref_logprobs: KnownLogprobs | None = None,
-) -> HeldOut:
-    """Read the recipe's ``eval`` section; without prompts or pairs of its own, evaluations use ``fallback``.
+    def measured(self, policy: Policy, scorer: Scorer | None, times: int = 1) -> tuple[Metrics, Measurement | None]:
+        """KL, scores, diversity, and what becomes of texts, beside the reference's own.
 
-    ``answers`` are those of a gold judge, as ``load_scorer`` takes them; ``ref_logprobs`` those of the reference that
-    are known, as ``Preferences.measured`` takes them.
-    """
-    rules, own = row_rules(data), section.prompts or section.pairs
-    prompts, texts, pairs, notes = fallback, [], None, [note]
-    if own is not None:
-        prompts, counts = load_prompts(own, policy.tokenizer, max_tokens=prompt_limit, **rules)
-        prompts = prompts if section.prompts else distinct(prompts)
-        notes.append(described(own, counts))
-    if section.texts is not None:
-        ends = {"end_token": policy.tokenizer.eos_token_id, "max_response_tokens": data.max_response_tokens}
-        texts, counts = load_examples(section.texts, policy.tokenizer, max_prompt_tokens=prompt_limit, **ends, **rules)
-        notes.append(described(section.texts, counts))
-    if section.pairs is not None:
-        pairs, note = load_preferences(section.pairs, policy, data)
-        pairs = pairs.measured(policy, range(len(pairs)), ref_logprobs)
-        notes.append(note)
-    gold = None if section.gold is None else load_scorer([section.gold], folder, policy.device, policy, answers)
-    notes += () if gold is None else gold.notes
-    return HeldOut(prompts, texts, gold, section.responses, tuple(notes), pairs)
+        Args:
+            policy: adapter on.
+            scorer: the reward that is trained on; None where there is none.
+            times: as many responses as usual.
 
+        Returns:
+            (metrics, the KL measurement; None without prompts, where there is no score either).
+        """
+        scorers = {name: scorer for name, scorer in (("score", scorer), ("gold", self.gold)) if scorer is not None}
+        count = times * self.responses
+        if count not in self._references:
+            self._references[count] = self._reference(policy, scorers, count)
+        reference = self._references[count]
+        metrics: Metrics = {}
+        measured = None
+        if self.prompts:
+            measured = self._answered(policy, count)
+            kl = measured.summary()
+            metrics |= {
+                "eval/kl_ref_nats_per_response": kl.nats_per_response,
+                "eval/kl_ref_stderr": kl.stderr,
+                "eval/kl_ref_nats_per_token": kl.nats_per_token,
+                "eval/agreement_z": measured.z,
+                "eval/truncated_fraction": measured.truncated.float().mean().item(),
+            }
+            scores = judged(scorers, measured, self.sampling.missing_end_penalty)
+            metrics |= score_metrics("eval/", scores, measured.prompt_index, reference.scales)
+            metrics |= text_metrics("eval/", measured, policy.network.vocabulary)
+        if self.texts:
+            metrics |= self._tax(policy, reference)
+        if self.pairs is not None:
+            metrics |= pair_metrics(policy, self.pairs)
+        return metrics | reference.metrics, measured
 
-def evaluate(
-    policy: Policy, held_out: HeldOut, sampling: SamplingSection, scorer: Scorer | None, *, seed: int
-) -> tuple[Metrics, Measurement | None]:
-    """KL, scores, diversity, and what becomes of texts, on held-out prompts and texts, beside the reference's own.
+    def _answered(self, policy: Policy, count: int, *, from_reference: bool = False) -> Measurement:
+        """So many answers to the prompts, measured; with the same random numbers whoever gives them."""
+        limits = {"max_new_tokens": self.sampling.max_new_tokens, "temperature": self.sampling.temperature}
+        draw = Draw.of(self.prompts, count)
+        return measure_kl(policy, draw, **limits, seed=self.seed, from_reference=from_reference)
 
-    Args:
-        policy: adapter on.
-        held_out: what to evaluate on; without prompts there is no KL and no score.
-        sampling: length limit, temperature and missing-end penalty.
-        scorer: the reward that is trained on; None where there is none.
-        seed: the same for every evaluation of a run, so that they are paired.
-
-    Returns:
-        (metrics, the KL measurement or None).
-    """
-    judges = {name: judge for name, judge in (("score", scorer), ("gold", held_out.gold)) if judge is not None}
-    if held_out.responses not in held_out.references:
-        held_out.references[held_out.responses] = _reference(policy, held_out, sampling, judges, seed)
-    reference = held_out.references[held_out.responses]
-    metrics: Metrics = {}
-    measured = None
-    if held_out.prompts:
-        measured = _answer(policy, held_out, sampling, seed)
-        kl = measured.summary()
-        metrics |= {
-            "eval/kl_ref_nats_per_response": kl.nats_per_response,
-            "eval/kl_ref_stderr": kl.stderr,
-            "eval/kl_ref_nats_per_token": kl.nats_per_token,
-            "eval/agreement_z": measured.z,
-            "eval/truncated_fraction": measured.truncated.float().mean().item(),
-        }
-        scores = judged(judges, measured, sampling.missing_end_penalty)
-        metrics |= score_metrics("eval/", scores, measured.prompt_index, reference.scales)
-        metrics |= text_metrics("eval/", measured, policy.network.vocabulary)
-    if held_out.texts:
-        nats, tokens = document_nats(policy, held_out.texts)
+    def _tax(self, policy: Policy, reference: Reference) -> Metrics:
+        """How well the held-out texts are predicted, and how much worse than by the reference."""
+        nats, tokens = document_nats(policy, self.texts)
         tax = alignment_tax(nats, reference.text_nats, tokens)
         mean = (nats.sum() / tokens.sum()).item()
-        metrics |= {
+        return {
             "eval/texts_nats_per_token": mean,
             "eval/perplexity": math.exp(mean),
             "eval/tax_nats_per_token": tax.nats_per_token,
             "eval/tax_stderr": tax.token_stderr,
         }
-    if held_out.pairs is not None:
-        metrics |= pair_metrics(policy, held_out.pairs)
-    return metrics | reference.metrics, measured
+
+    def _reference(self, policy: Policy, scorers: Mapping[str, Scorer], count: int) -> Reference:
+        """The same of the reference, which stays what it is."""
+        metrics: Metrics = {}
+        scales, text_nats = {}, None
+        if self.prompts:
+            measured = self._answered(policy, count, from_reference=True)
+            scores = judged(scorers, measured, self.sampling.missing_end_penalty)
+            scales = scales_of(scores)
+            metrics |= score_metrics("eval/reference_", scores, measured.prompt_index, scales)
+            metrics |= text_metrics("eval/reference_", measured, policy.network.vocabulary)
+        if self.texts:
+            text_nats = reference_nats(policy, self.texts)
+            tokens = sum(sum(example.scored) for example in self.texts)
+            metrics["eval/reference_texts_nats_per_token"] = text_nats.sum().item() / tokens
+        return Reference(metrics, scales, text_nats)
 
 
-def _answer(
-    policy: Policy, held_out: HeldOut, sampling: SamplingSection, seed: int, *, from_reference: bool = False
-) -> Measurement:
-    """The answers to the held-out prompts, measured; with the same random numbers whoever gives them."""
-    draw = Draw.of(held_out.prompts, held_out.responses)
-    limits = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
-    return measure_kl(policy, draw, **limits, seed=seed, from_reference=from_reference)
+def load_held_out(
+    recipe: Recipe, policy: Policy, run: Run, prompts: Sequence[Prompt], prompt_limit: int | None, note: str
+) -> HeldOut:
+    """Read the recipe's ``eval`` section.
 
-
-def _reference(
-    policy: Policy, held_out: HeldOut, sampling: SamplingSection, judges: dict[str, Scorer], seed: int
-) -> Reference:
-    """The same of the reference, which stays what it is."""
-    metrics: Metrics = {}
-    scales, text_nats = {}, None
-    if held_out.prompts:
-        measured = _answer(policy, held_out, sampling, seed, from_reference=True)
-        scores = judged(judges, measured, sampling.missing_end_penalty)
-        scales = scales_of(scores)
-        metrics |= score_metrics("eval/reference_", scores, measured.prompt_index, scales)
-        metrics |= text_metrics("eval/reference_", measured, policy.network.vocabulary)
-    if held_out.texts:
-        text_nats = reference_nats(policy, held_out.texts)
-        tokens = sum(sum(example.scored) for example in held_out.texts)
-        metrics["eval/reference_texts_nats_per_token"] = text_nats.sum().item() / tokens
-    return Reference(metrics, scales, text_nats)
+    Args:
+        recipe, policy, run: of a stage that trains a policy.
+        prompts: to evaluate on where the section has no prompts or pairs of its own.
+        prompt_limit: tokens of a prompt.
+        note: the line on the training rows.
+    """
+    section, data, tokenizer = recipe.eval, recipe.data, policy.tokenizer
+    rules, own = row_rules(data), section.prompts or section.pairs
+    texts, pairs, notes = [], None, [note]
+    if own is not None:
+        prompts, counts = load_prompts(own, tokenizer, max_tokens=prompt_limit, **rules)
+        prompts = prompts if section.prompts else distinct(prompts)
+        notes.append(described(own, counts))
+    if section.texts is not None:
+        ends = {"end_token": tokenizer.eos_token_id, "max_response_tokens": data.max_response_tokens}
+        texts, counts = load_examples(section.texts, tokenizer, max_prompt_tokens=prompt_limit, **ends, **rules)
+        notes.append(described(section.texts, counts))
+    if section.pairs is not None:
+        pairs, note = load_preferences(section.pairs, policy, data)
+        pairs = pairs.measured(policy, range(len(pairs)), run.ref_logprobs)
+        notes.append(note)
+    gold = None
+    if section.gold is not None:
+        gold = load_scorer([section.gold], recipe.folder, policy.device, policy, run.answers)
+        notes += gold.notes
+    return HeldOut(
+        prompts, texts, gold, section.responses, recipe.sampling, recipe.run.seed, notes=tuple(notes), pairs=pairs
+    )
 
 
 def gold_result(metrics: Metrics) -> Metrics:
@@ -178,17 +178,16 @@ def gold_result(metrics: Metrics) -> Metrics:
     return {name: metrics.get(f"eval/{metric}") for name, metric in names.items()}
 
 
-def before_and_after(
-    policy: Policy, prompts: Sequence[Prompt], sampling: SamplingSection, scorer: Scorer | None, *, seed: int
-) -> list[dict[str, Any]]:
+def before_and_after(policy: Policy, held_out: HeldOut, scorer: Scorer | None) -> list[dict[str, Any]]:
     """Rows of samples.jsonl on the first held-out prompts, each with what the reference says to it; [] without prompts.
 
     With one response to a prompt they are the first of the evaluation with the same seed.
     """
+    prompts, sampling = held_out.prompts, held_out.sampling
     if not prompts:
         return []
     draw = Draw(prompts, 0, min(SHOWN, len(prompts)), per_prompt=1)
-    settings = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "seed": seed}
+    settings = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "seed": held_out.seed}
     sides = answer_both(policy, draw, **settings)
     after, before = sides
     scores = [scores_of(scorer, side, sampling.missing_end_penalty) for side in sides]

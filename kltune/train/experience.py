@@ -13,12 +13,10 @@ from torch import Tensor
 from kltune.core.kl.divergence import kl_k1
 from kltune.core.objectives.advantages import gae, group_normalized, leave_one_out, penalize
 from kltune.core.tensors import masked_mean, masked_whiten, per_response
-from kltune.errors import ModelError
 from kltune.lm.model.batches import Rollout
-from kltune.lm.model.policy import Policy
+from kltune.recipe import PPOSection, TRPOSection
+from kltune.train.batch import Batch
 
-# Largest |change of a log-prob| when nothing was updated yet: rounding that depends on the batch's shape.
-FIRST_RATIO_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 WHITEN_FLOOR = 0.01  # of the spread of the scores: near the optimum all shaped returns coincide (MATH 2.4)
 
 
@@ -49,28 +47,29 @@ class Experience:
         return (self.select(rows) for rows in order.split(size))
 
 
-def shape(
-    rollout: Rollout,
-    scores: Tensor,
-    beta: float,
-    *,
-    baseline: str,
-    placement: str,
-    per_prompt: int,
-    gamma: float,
-    gae_lambda: float,
+def compute_advantages(
+    batch: Batch, beta: float, section: PPOSection | TRPOSection, *, per_prompt: int, placement: str = "reward"
 ) -> Experience:
-    """Advantages of a batch, its KL priced in the reward (k1, detached) or left to the loss.
+    """The advantages of a batch, its KL priced in the reward (k1, detached) or left to the loss.
 
     ``value``: GAE on per-token rewards. ``rloo``: score − β·U against the mean of the prompt's other
     answers, U the response's log-ratio. ``grpo``: the score in standard deviations of the prompt's answers, and the
     price against their mean, so that dividing does not change what a nat costs.
+
+    Args:
+        batch: of a step, with scores.
+        beta: price of a nat, score per nat.
+        section: of the stage: baseline, gamma, gae_lambda.
+        per_prompt: responses to each prompt.
+        placement: where the price is paid, "reward" or "loss".
     """
+    rollout, scores, baseline = batch.rollout, batch.scores, section.baseline
     mask, in_reward = rollout.response_mask, placement == "reward"
     log_ratio = kl_k1(rollout.logprobs, rollout.ref_logprobs, mask) * in_reward
     kl_weight = 0.0 if in_reward else beta
     if baseline == "value":
-        advantages, returns = gae(penalize(scores, log_ratio, beta, mask), rollout.values, mask, gamma, gae_lambda)
+        rewards = penalize(scores, log_ratio, beta, mask)
+        advantages, returns = gae(rewards, rollout.values, mask, section.gamma, section.gae_lambda)
         return Experience(rollout, advantages, returns, kl_weight)
     price = beta * per_response(log_ratio, mask)
     if baseline == "rloo":
@@ -95,18 +94,3 @@ def centred(experience: Experience) -> Experience:
     mask = experience.rollout.response_mask
     shifted = experience.advantages - masked_mean(experience.advantages, mask)
     return replace(experience, advantages=torch.where(mask, shifted, 0.0))
-
-
-def check_first_ratio(logprobs: Tensor, old: Rollout, policy: Policy) -> None:
-    """Before the first update of a step, the policy is the one that sampled: every ratio is 1.
-
-    Raises:
-        ModelError: it is not, so the objective would start from the wrong place.
-    """
-    gap = (logprobs.detach() - old.logprobs).abs().max().item()
-    allowed = FIRST_RATIO_GAP[policy.dtype]
-    if gap > allowed:
-        raise ModelError(
-            f"Before any update, a log-probability differs by {gap:.3g} nats from the rollout's (allowed: {allowed}): "
-            "the model's output depends on the batch it is in. kltune cannot train it."
-        )

@@ -1,13 +1,12 @@
-"""How PPO, TRPO and DPO end: the newest state within the cap, landed on its target, saved as ``final`` and measured."""
+"""How a run ends: the newest state within the cap, landed on its target, saved as ``final`` and measured afresh."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
 
-from kltune.core.kl.gate import standing, verdict
 from kltune.core.kl.intervals import KLSummary
 from kltune.errors import DivergedError
 from kltune.lm.measure.interpolation import Dial
@@ -15,25 +14,25 @@ from kltune.lm.measure.measurement import Measurement, kl_result
 from kltune.lm.model.opening import check_frozen
 from kltune.report.pages import write_page
 from kltune.run.checkpoint import save_final, saved_step, whole_checkpoints
-from kltune.train.alarms import return_to_peak, watch_over
-from kltune.train.budget import dearer, kl_text, unit_text
-from kltune.train.evaluation import before_and_after, evaluate, gold_result
-from kltune.train.learner import Job, Learner, about
+from kltune.train.evaluation import Metrics, before_and_after, gold_result
+from kltune.train.learner import ALARMS, Job, Learner
 
 MORE_RESPONSES = 4  # times as many, where the first measurement of a final state leaves it open, and in a landing
 LANDING_SEED = 1_000_003  # beyond the run's own: a landing is not measured on the numbers that it was found on
+NEARER = "Train for fewer steps, or with a lower optim.lr"      # where no budget is held
 
 
 @dataclass(frozen=True)
 class Final:
     """A state that may be called final, as it was evaluated.
 
-    step: steps it had done. alpha: the share of its adapter, 1 unless it was dialled back.
+    step: steps it had done. measured: None without held-out prompts. alpha: the share of its adapter, 1 unless it was
+    dialled back.
     """
 
     step: int
-    metrics: dict[str, float | None]
-    measured: Measurement
+    metrics: Metrics
+    measured: Measurement | None
     alpha: float = 1.0
 
     @property
@@ -49,62 +48,101 @@ def finish(job: Job, learner: Learner, steps: int) -> dict[str, Any]:
         job, learner: of the run.
         steps: steps done.
     """
-    recipe, policy = job.recipe, learner.policy
-    newest = steps if learner.stopped_early is None else return_to_peak(job, learner)
+    newest = steps if learner.alarms.stopped is None else return_to_peak(job, learner)
     found = land_on_target(job, learner, settle(job, learner, newest))
-    if learner.peak is None:
+    if learner.alarms.peak is None:
         watch_over(job, learner, found.step, found.metrics)
-    kl, metrics = kl_result(found.measured), found.metrics
-    cap, target = learner.cap, recipe.kl.target if recipe.kl.control == "target" else None
-    unused = target is not None and found.alpha == 1.0 and verdict(found.kl, target, recipe.kl.unit).verdict == "pass"
+    kl = None if found.measured is None else kl_result(found.measured)
+    shown = before_and_after(learner.policy, job.held_out, learner.scorer)
+    told = {"kl": kl, "target": None, "score": None, "perplexity": found.metrics.get("eval/perplexity")}
+    if learner.budget is not None:
+        told = {"kl": kl} | budget_result(job, learner, found)
+    return conclude(job, learner, steps, found.metrics, samples=shown, told=told | gold_result(found.metrics))
+
+
+def budget_result(job: Job, learner: Learner, found: Final) -> dict[str, Any]:
+    """What result.json says of the budget and of what it bought; whether some of it is left is said."""
+    budget, metrics = learner.budget, found.metrics
+    unused = found.alpha == 1.0 and budget.is_unused(found.kl)
     if unused:
         job.report.say(
-            f"final is {kl_text(found.kl, job)} from its reference, below the target {target:g}: the rest of the "
-            "budget is not used."
+            f"final is {budget.describe(found.kl)} from its reference, below the target {budget.target:g}: the rest of "
+            "the budget is not used."
         )
-    final = save_final(job.run.folder, policy.save, info=about(recipe, policy, kl))
-    job.report.samples(steps, before_and_after(
-        policy, job.held_out.prompts, recipe.sampling, learner.scorer, seed=recipe.run.seed
-    ))
-    result = job.run.finish({
-        "schema": "kltune.result/1",
-        "status": "finished",
-        "stage": recipe.stage,
-        "output": str(job.run.folder),
-        "final": str(final),
+    return {
         "final_step": found.step,
         "alpha": found.alpha,
-        "steps": steps,
-        "stopped_early": learner.stopped_early,
-        "kl": kl,
-        "target": target,
+        "stopped_early": learner.alarms.stopped,
+        "target": budget.target,
         "target_unused": unused,
-        "hard_cap": None if cap is None else cap.limit,
-        "cap_rollbacks": None if cap is None else cap.rollbacks,
-        "unit": recipe.kl.unit,
-        "beta": learner.controller.beta,
+        "hard_cap": budget.cap,
+        "cap_rollbacks": None if budget.cap is None else budget.rollbacks,
+        "unit": budget.section.unit,
+        "beta": budget.price,
         "score": metrics.get("eval/score_mean"),
         "score_stderr": metrics.get("eval/score_stderr"),
         "reference_score": metrics.get("eval/reference_score_mean"),
-        **gold_result(metrics),
-        "reference": policy.fingerprint.as_dict(),
+        "held_out": job.recipe.eval.prompts is not None or job.recipe.eval.pairs is not None,
+    }
+
+
+def conclude(
+    job: Job, learner: Learner, steps: int, metrics: Metrics, *, samples: list[dict[str, Any]], told: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Save the model as ``final``, write samples, result and page.
+
+    Args:
+        job, learner: of the run; the model is the final one.
+        steps: steps done.
+        metrics: of the last evaluation.
+        samples: rows for samples.jsonl.
+        told: what result.json says besides what it says of every run; its ``kl`` goes into kltune.json as well.
+    """
+    final = save_final(job.run.folder, learner.model.save, info=job.about(learner.model, told["kl"]))
+    job.report.samples(steps, samples)
+    result = job.run.finish({
+        "schema": "kltune.result/1",
+        "status": "finished",
+        "stage": job.recipe.stage,
+        "output": str(job.run.folder),
+        "final": str(final),
+        "steps": steps,
+        **told,
+        "reference": learner.policy.fingerprint.as_dict(),
         "eval": metrics,
-        "held_out": recipe.eval.prompts is not None or recipe.eval.pairs is not None,
         "seconds": job.run.seconds(),
     })
     write_page(job.run.folder)
     return result
 
 
+def watch_over(job: Job, learner: Learner, step: int, metrics: Mapping[str, float | None]) -> None:
+    """Let the alarms hear of an evaluation of the policy after a step; they may end the run."""
+    if learner.alarms is None:
+        return
+    looks = -(-job.steps // job.recipe.run.eval_every)      # every so many steps, and at the end
+    nearer = NEARER if learner.budget is None else learner.budget.advice()
+    learner.parts[ALARMS] = learner.alarms.observed(
+        step, metrics, looks, nearer=nearer, warn=job.report.warn, copied=learner.model_copied
+    )
+
+
+def return_to_peak(job: Job, learner: Learner) -> int:
+    """Let the policy of a run that was stopped early be that of its gold peak; the steps it had done."""
+    learner.put_model_back(learner.alarms.peak)
+    job.report.say(learner.alarms.farewell(job.steps))
+    return learner.alarms.stopped["gold_peak_step"]
+
+
 def stop(job: Job, learner: Learner, reason: str) -> NoReturn:
     """End a run at its cap: ``final`` is the state gone back to, once it is measured afresh."""
-    found = settle(job, learner, learner.cap.safe.step)
-    save_final(job.run.folder, learner.policy.save, info=about(job.recipe, learner.policy, kl_result(found.measured)))
+    found = settle(job, learner, learner.budget.last_within.step)
+    save_final(job.run.folder, learner.model.save, info=job.about(learner.model, kl_result(found.measured)))
     write_page(job.run.folder)
     size = "trpo.max_step_kl" if job.recipe.stage == "trpo" else "optim.lr"
     raise DivergedError(
         f"{reason}, and kl.on_cap is stop. final is the policy after step {found.step}, measured at "
-        f"{kl_text(found.kl, job)}. {dearer(job)}, lower {size}, or write kl.on_cap: rollback."
+        f"{learner.budget.describe(found.kl)}. {learner.budget.advice()}, lower {size}, or write kl.on_cap: rollback."
     )
 
 
@@ -116,21 +154,19 @@ def settle(job: Job, learner: Learner, newest: int) -> Final:
     Raises:
         DivergedError: none is; nothing is called final.
     """
-    cap, lands = learner.cap, job.recipe.kl.land
+    budget = learner.budget
     check_frozen(learner.policy)
-    nearest = math.inf
+    if budget is None or budget.cap is None:
+        return measure(job, learner, newest)
+    lands, nearest = budget.section.land, math.inf
     for step in _states(job, learner, newest):
-        found = measure(job, learner, step)
-        if cap is None:
+        found = decided(job, learner, measure(job, learner, step))
+        if budget.standing(found.kl) == "within":
             return found
-        found = decided(job, learner, found)
-        if within_cap(learner, found):
-            return found
-        kl = found.kl
-        nearest = min(nearest, kl.nats_per_response if cap.unit == "nats_per_response" else kl.nats_per_token)
+        nearest = min(nearest, budget.in_unit(found.kl))
         job.report.warn(
-            f"the policy after step {step} is {kl_text(kl, job)} from its reference: not within kl.hard_cap, "
-            f"{cap.limit:g}, at 95 % confidence, so it is not final."
+            f"the policy after step {step} is {budget.describe(found.kl)} from its reference: not within kl.hard_cap, "
+            f"{budget.cap:g}, at 95 % confidence, so it is not final."
         )
         if lands:
             lands = False       # one landing is enough: what comes next is older, and was itself within the cap once
@@ -138,28 +174,22 @@ def settle(job: Job, learner: Learner, newest: int) -> Final:
             if landed is not None:
                 return landed
     raise DivergedError(
-        f"kl.hard_cap: no state that this run has kept is within {cap.limit:g} {unit_text(job)} at 95 % confidence "
-        f"(the nearest was measured at {nearest:.3g}), so nothing is called final. {dearer(job)}; or give "
+        f"kl.hard_cap: no state that this run has kept is within {budget.cap:g} {budget.unit_text} at 95 % confidence "
+        f"(the nearest was measured at {nearest:.3g}), so nothing is called final. {budget.advice()}; or give "
         "eval.prompts more rows and raise eval.responses, for a narrower interval."
     )
 
 
 def measure(job: Job, learner: Learner, step: int, times: int = 1) -> Final:
     """Evaluate the policy, of after some step, on ``times`` as many held-out responses as the recipe says."""
-    held_out = replace(job.held_out, responses=times * job.held_out.responses)
-    job.report.say(f"measuring final on {held_out.responses} responses")
-    sampling, seed = job.recipe.sampling, job.recipe.run.seed
-    return Final(step, *evaluate(learner.policy, held_out, sampling, learner.scorer, seed=seed))
-
-
-def within_cap(learner: Learner, found: Final) -> bool:
-    """Whether the whole 95 % interval lies below the cap."""
-    return standing(found.kl, learner.cap.limit, learner.cap.unit) == "within"
+    if job.held_out.prompts:
+        job.report.say(f"measuring final on {times * job.held_out.responses} responses")
+    return Final(step, *job.held_out.measured(learner.model, learner.scorer, times))
 
 
 def decided(job: Job, learner: Learner, found: Final) -> Final:
     """The evaluation, or one on more responses where it leaves open whether the cap is held."""
-    undecided = standing(found.kl, learner.cap.limit, learner.cap.unit) == "open"
+    undecided = learner.budget.standing(found.kl) == "open"
     return measure(job, learner, found.step, MORE_RESPONSES) if undecided else found
 
 
@@ -170,10 +200,10 @@ def land_within_cap(job: Job, learner: Learner, step: int) -> Final | None:
         Its evaluation; None, and the policy as it was, if that could not be shown.
     """
     count, dial = job.held_out.responses, make_dial(job, learner)
-    search, check = dial.land(learner.cap.limit, count, MORE_RESPONSES * count)
+    search, check = dial.land(learner.budget.cap, count, MORE_RESPONSES * count)
     if check is not None:
         found = decided(job, learner, measure(job, learner, step))
-        if within_cap(learner, found):
+        if learner.budget.standing(found.kl) == "within":
             job.report.say(f"landing: final is {search.alpha:.4f} times the adapter after step {step}.")
             return replace(found, alpha=search.alpha)
     dial.scale.set(1.0)
@@ -186,12 +216,13 @@ def land_on_target(job: Job, learner: Learner, found: Final) -> Final:
     Beyond is an interval that lies above the target altogether. A policy below its target stays where it is: an adapter
     times more than 1 is no policy that was ever trained.
     """
-    kl = job.recipe.kl
-    if not kl.land or kl.control != "target" or verdict(found.kl, kl.target, kl.unit).verdict != "fail":
+    budget = learner.budget
+    if budget is None or not budget.section.land or not budget.is_passed(found.kl):
         return found
-    alpha = make_dial(job, learner).meet(kl.target, MORE_RESPONSES * job.held_out.responses)
+    alpha = make_dial(job, learner).meet(budget.target, MORE_RESPONSES * job.held_out.responses)
     job.report.say(
-        f"landing: {kl_text(found.kl, job)} is beyond the target {kl.target:g}; final is {alpha:.4f} times the adapter."
+        f"landing: {budget.describe(found.kl)} is beyond the target {budget.target:g}; final is {alpha:.4f} times the "
+        "adapter."
     )
     return replace(measure(job, learner, found.step), alpha=alpha)
 
@@ -201,22 +232,19 @@ def make_dial(job: Job, learner: Learner) -> Dial:
     sampling = job.recipe.sampling
     return Dial(
         learner.policy, job.held_out.prompts, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
-        seed=job.recipe.run.seed + LANDING_SEED, unit=job.recipe.kl.unit,
+        seed=job.recipe.run.seed + LANDING_SEED, unit=learner.budget.section.unit,
     )
 
 
 def _states(job: Job, learner: Learner, newest: int) -> Iterator[int]:
     """Steps of the states that could be final, newest first; the policy holds each while it is looked at."""
-    if learner.cap is None:
-        yield newest
-        return
-    safe = learner.cap.safe
+    last = learner.budget.last_within
     here = learner.policy.trainable_parameters()
-    if not all(torch.equal(here[name], tensor) for name, tensor in safe.tensors["policy"].items()):
+    if not all(torch.equal(here[name], tensor) for name, tensor in last.tensors["model"].items()):
         yield newest
-    learner.put_back(safe.tensors)
-    yield safe.step
+    learner.put_back(last.tensors)
+    yield last.step
     for folder in whole_checkpoints(job.run.folder):
-        if saved_step(folder) < safe.step:
+        if saved_step(folder) < last.step:
             learner.policy.load_adapter(folder)
             yield saved_step(folder)

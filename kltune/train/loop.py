@@ -1,14 +1,10 @@
-"""What PPO, TRPO and DPO do alike around their own updates: data, the batch of a step, the cap, recording, saving."""
+"""What every trainer does around its own updates: begin, repeat, undo a step cut short, hold the cap, record, save."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch.optim import Optimizer
-
-from kltune.core.control.controllers import feed_forward
-from kltune.core.kl.gate import standing
 from kltune.errors import Interrupted, JudgeError, RecipeError, ScorerError
 from kltune.lm.data.examples import Prompt, described, distinct, load_prompts, row_rules
 from kltune.lm.model.opening import check_fresh_policy
@@ -17,21 +13,32 @@ from kltune.lm.rewards.judge import Judge
 from kltune.recipe import PPOSection, TRPOSection
 from kltune.run.checkpoint import latest_checkpoint, save_checkpoint, saved_step
 from kltune.run.optimizer import make_optimizer
-from kltune.run.recorder import Clock, Report
+from kltune.run.recorder import Clock
 from kltune.run.session import Run
-from kltune.train.alarms import watch_over
-from kltune.train.batch import (
-    UNMEASURED,
-    Batch,
-    batch_metrics,
-    response_kl,
-    sample_rows,
-    standardize,
-)
-from kltune.train.budget import ROLLBACK_RAISE, kl_text, priced
-from kltune.train.evaluation import HeldOut, evaluate, load_held_out
-from kltune.train.finish import finish, stop
-from kltune.train.learner import BudgetRecipe, Job, Learner, about
+from kltune.train.batch import UNMEASURED, Batch, batch_metrics, response_kl, sample_rows, standardize
+from kltune.train.evaluation import HeldOut, load_held_out
+from kltune.train.finish import finish, stop, watch_over
+from kltune.train.learner import SCORER, BudgetRecipe, Job, Learner
+from kltune.train.value_function import VALUE, ValueFunction
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one turn of a stage's loop has done.
+
+    update: metrics of its update. clock: of the step. batch: the responses it sampled; None where there are none, and
+    so no KL. went_back: the policy is another now than the one that sampled them. examples: rows of data learnt from,
+    to count a step's speed by; None counts responses.
+    """
+
+    update: Mapping[str, float | None]
+    clock: Clock
+    batch: Batch | None = None
+    went_back: bool = False
+    examples: int | None = None
+
+
+TakeStep = Callable[[Job, Learner, int], Taken]
 
 
 def load_data(recipe: BudgetRecipe, policy: Policy, run: Run) -> tuple[list[Prompt], HeldOut]:
@@ -45,11 +52,7 @@ def load_data(recipe: BudgetRecipe, policy: Policy, run: Run) -> tuple[list[Prom
     source = data.prompts or data.pairs
     prompts, counts = load_prompts(source, policy.tokenizer, max_tokens=limit, **row_rules(data))
     prompts = prompts if data.prompts else distinct(prompts)
-    note = described(source, counts)
-    held_out = load_held_out(
-        recipe.eval, data, policy, prompts, prompt_limit=limit, folder=recipe.folder, note=note, answers=run.answers,
-        ref_logprobs=run.ref_logprobs,
-    )
+    held_out = load_held_out(recipe, policy, run, prompts, limit, described(source, counts))
     measured = min(len(held_out.prompts), held_out.responses)
     if recipe.kl.hard_cap is not None and measured < 2:
         raise RecipeError(
@@ -59,73 +62,68 @@ def load_data(recipe: BudgetRecipe, policy: Policy, run: Run) -> tuple[list[Prom
     return prompts, held_out
 
 
-def add_values(recipe: BudgetRecipe, policy: Policy, section: PPOSection | TRPOSection) -> Optimizer | None:
-    """Give the policy the value function that a stage's section asks for, and an optimizer of its own; None without."""
+def add_value_function(recipe: BudgetRecipe, section: PPOSection | TRPOSection, learner: Learner) -> None:
+    """Give a learner the value function that a stage's section asks for, with an optimizer of its own; or nothing."""
     if section.baseline != "value":
-        return None
-    policy.add_value_function(recipe.lora if section.value_function == "lora" else None)
-    return make_optimizer(policy.value_parameters(), recipe.optim, "value function")
+        return
+    learner.policy.add_value_function(recipe.lora if section.value_function == "lora" else None)
+    learner.parts[VALUE] = ValueFunction(learner.policy)
+    learner.optimizers[VALUE] = make_optimizer(learner.policy.value_parameters(), recipe.optim, "value function")
 
 
-def begin(recipe: BudgetRecipe, learner: Learner, prompts: list[Prompt], run: Run) -> None:
+def begin(job: Job, learner: Learner) -> None:
     """Set a learner where the run starts: checked and fresh, or as a checkpoint left it."""
+    recipe, run = job.recipe, job.run
     if learner.scorer is not None:
         run.record(rewards=learner.scorer.identity)
-    if learner.judge is not None:
-        run.record(rewards=[{"name": learner.judge.name, "kind": "judge", **learner.judge.identity}])
-    if recipe.eval.stop_at_gold_peak:
-        learner.peak = learner.policy_copied()
-    if recipe.kl.hard_cap is not None:
-        learner.guard(recipe.kl.hard_cap, recipe.kl.unit)
+    if job.pair_judge is not None:
+        run.record(rewards=[{"name": job.pair_judge.name, "kind": "judge", **job.pair_judge.identity}])
+    if learner.alarms is not None and recipe.eval.stop_at_gold_peak:
+        learner.parts["alarms"] = replace(learner.alarms, peak=learner.model_copied())
+    if learner.budget is not None:
+        learner.budget = learner.budget.guarded(learner.copied())
     if run.resume_from is not None:
         learner.restore(run.resume_from)
         return
-    check_fresh_policy(learner.policy, prompts)
+    if job.prompts:
+        check_fresh_policy(learner.policy, job.prompts)
     if learner.scorer is not None and learner.scorer.wants_reference_samples:
-        rng = run.rng("reference", 0)
-        learner.scorer = standardize(
-            learner.scorer, learner.policy, prompts, recipe.sampling, seed=recipe.run.seed, rng=rng
-        )
-
-
-def make_job(
-    recipe: BudgetRecipe, run: Run, prompts: list[Prompt], held_out: HeldOut, steps: int, baseline: str | None = None
-) -> Job:
-    """The job of a run, whose report waits to be opened."""
-    target = recipe.kl.target if recipe.kl.control == "target" else None
-    report = Report(
-        run.folder, recipe.stage, steps, target=target, start_step=run.start_step, unit=recipe.kl.unit,
-        loggers=recipe.run.loggers,
-    )
-    return Job(recipe, run, report, prompts, held_out, steps, baseline)
+        learner.parts[SCORER] = standardize(learner.scorer, learner.policy, job)
 
 
 def take_steps(
-    job: Job, learner: Learner, take_step: Callable[[Job, Learner, int], None], notes: Sequence[str] = ()
+    job: Job, learner: Learner, take_step: TakeStep, notes: Sequence[str] = (), finish: Callable[..., Any] = finish
 ) -> dict[str, Any]:
-    """Take the steps that are not done yet, and finish.
+    """Begin, take the steps that are not done yet, and finish.
 
     Args:
         job, learner: of the run.
         take_step: the stage's own.
         notes: what the stage has to say before the first of them.
+        finish: how it ends.
 
     Returns:
         The object of ``result.json``.
     """
+    begin(job, learner)
     notes = [learner.policy.fingerprint.describe(), *notes, *job.held_out.notes]
     notes += () if learner.scorer is None else learner.scorer.notes
-    notes += () if learner.judge is None else [learner.judge.note]
+    notes += () if job.pair_judge is None else [job.pair_judge.note]
     with job.report:
         for line in dict.fromkeys(notes):  # one file may serve two purposes
             job.report.say(line)
         step = job.run.start_step
-        while step < job.steps and learner.stopped_early is None:
+        while step < job.steps and not has_stopped(learner):
             step += 1
             with whole_step(job, learner, step):
-                take_step(job, learner, step)
+                close_step(job, learner, step, take_step(job, learner, step))
         with whole_step(job, learner, step + 1):
             return finish(job, learner, step)
+
+
+def has_stopped(learner: Learner) -> bool:
+    """Whether an evaluation has ended the run early."""
+    return learner.alarms is not None and learner.alarms.stopped is not None
 
 
 @contextlib.contextmanager
@@ -138,8 +136,7 @@ def whole_step(job: Job, learner: Learner, step: int) -> Iterator[None]:
     Raises:
         JudgeError, ScorerError: the judge's, with what was saved.
     """
-    judges = judges_of(job, learner)
-    before = learner.kept() if judges else None
+    before = learner.undo() if judges_of(job, learner) else None
     try:
         yield
     except (JudgeError, ScorerError) as error:
@@ -155,32 +152,29 @@ def whole_step(job: Job, learner: Learner, step: int) -> Iterator[None]:
 
 def judges_of(job: Job, learner: Learner) -> tuple[Judge, ...]:
     """The AI judges that a step may ask."""
-    scorers = [scorer for scorer in (learner.scorer, job.held_out.gold) if scorer is not None]
-    comparing = () if learner.judge is None else (learner.judge,)
-    return (*comparing, *(judge for scorer in scorers for judge in scorer.judges))
+    scoring = () if learner.scorer is None else learner.scorer.judges
+    comparing = () if job.pair_judge is None else (job.pair_judge,)
+    return (*comparing, *scoring, *job.held_out.judges)
 
 
 def save(job: Job, learner: Learner, step: int, kl: dict[str, Any] | None) -> None:
     """Save a checkpoint of after a step, its KL as ``asdict`` of a KLSummary where it is known."""
     save_checkpoint(
-        job.run.folder, step, learner.policy.save, info=about(job.recipe, learner.policy, kl),
+        job.run.folder, step, learner.model.save, info=job.about(learner.model, kl),
         tensors=learner.tensors(), state=learner.state(), keep=job.recipe.run.keep,
     )
 
 
-def reprice(job: Job, learner: Learner, batch: Batch) -> float:
-    """The price of a nat for this batch, once the controller has seen it; score per nat."""
-    learner.controller = priced(
-        learner.controller, job.recipe.kl, batch.rollout, batch.distance.nats_per_response, batch.spread
-    )
-    return learner.controller.beta
-
-
-def stepped_back(job: Job, learner: Learner, step: int, batch: Batch) -> bool:
+def enforce_cap(job: Job, learner: Learner, step: int, batch: Batch, pull: float) -> bool:
     """Hold the batch's policy against the cap: remember it if it is within, go back and raise the price if beyond.
 
     Beyond is an estimate above the cap; within, the whole 95 % interval below it. What lies between goes on but is
     never gone back to.
+
+    Args:
+        job, learner, step: of the run.
+        batch: of the step.
+        pull: what drives the policy away, as ``Budget.rolled_back`` takes it.
 
     Returns:
         Whether the policy is another now than the one that sampled the batch.
@@ -188,88 +182,62 @@ def stepped_back(job: Job, learner: Learner, step: int, batch: Batch) -> bool:
     Raises:
         DivergedError: beyond, and the recipe says stop; ``final`` is the last state within the cap.
     """
-    if learner.cap is None:
+    if learner.budget.cap is None:
         return False
-    place = standing(batch.distance, learner.cap.limit, learner.cap.unit)
-    if place == "within":
-        learner.remember(step - 1, batch.distance)
-    if place != "beyond":
+    standing = learner.budget.standing(batch.kl)
+    if standing == "within":
+        learner.budget = learner.budget.remembered(step - 1, batch.kl, learner.copied())
+    if standing != "beyond":
         return False
-    safe = learner.cap.safe
-    learner.put_back(safe.tensors)
-    learner.cap = replace(learner.cap, rollbacks=learner.cap.rollbacks + 1)
-    found = f"KL to the reference is {kl_text(batch.distance, job)}, beyond kl.hard_cap, {learner.cap.limit:g}"
+    last, price = learner.budget.last_within, learner.budget.price
+    learner.put_back(last.tensors)
+    learner.budget = learner.budget.rolled_back(batch.rollout, pull)
+    found = f"KL to the reference is {learner.budget.describe(batch.kl)}, beyond kl.hard_cap, {learner.budget.cap:g}"
     if job.recipe.kl.on_cap == "stop":
-        job.report.step(step, batch_metrics(batch.rollout, batch.scores, batch.distance, learner.controller.beta))
+        job.report.step(step, batch_metrics(batch, price))
         stop(job, learner, f"step {step}: {found}")
-    learner.controller = learner.controller.raised(ROLLBACK_RAISE, least=_price_at_cap(learner, batch))
     job.report.warn(
-        f"step {step}: {found}. Went back to the policy after step {safe.step} ({safe.kl['nats_per_response']:.3g} "
-        f"nats per response), and a nat now costs {learner.controller.beta:.3g}."
+        f"step {step}: {found}. Went back to the policy after step {last.step} ({last.kl['nats_per_response']:.3g} "
+        f"nats per response), and a nat now costs {learner.budget.price:.3g}."
     )
     return True
 
 
-def close_step(
-    job: Job,
-    learner: Learner,
-    step: int,
-    batch: Batch | None,
-    update: dict[str, float | None],
-    clock: Clock,
-    *,
-    went_back: bool = False,
-    examples: int | None = None,
-) -> None:
+def close_step(job: Job, learner: Learner, step: int, taken: Taken) -> None:
     """Record a step; evaluate, save and stop where it is time.
-
-    Args:
-        job, learner: of the run.
-        step: counted from 1.
-        batch: its responses; None where none were sampled, and so no KL measured.
-        update: what the stage has to say of its update.
-        clock: of the step.
-        went_back: the policy is another now than the one that sampled.
-        examples: rows of data learnt from, to count a step's speed by; None counts responses.
 
     Raises:
         Interrupted: a signal came, and everything is saved.
     """
-    recipe = job.recipe
-    metrics = UNMEASURED | {"kl/beta": learner.controller.beta} if batch is None else batch_metrics(
-        batch.rollout, batch.scores, batch.distance, learner.controller.beta
-    )
-    metrics |= update
-    if learner.cap is not None:
-        metrics |= {"kl/cap_rollbacks": learner.cap.rollbacks, "kl/cap_refusals": learner.cap.refusals}
+    recipe, batch, budget, clock = job.recipe, taken.batch, learner.budget, taken.clock
+    metrics: dict[str, float | None] = {}
+    if batch is not None:
+        metrics |= batch_metrics(batch, budget.price)
+    elif budget is not None:
+        metrics |= UNMEASURED | {"kl/beta": budget.price}
+    metrics |= taken.update
+    metrics |= {} if budget is None else budget.counts()
     # After the last step `finish` evaluates what is final, and where that may be gold's peak it has to know before.
     last = step == job.steps
     evaluates = recipe.eval.stop_at_gold_peak if last else step % recipe.run.eval_every == 0
     if evaluates:
-        found, _ = evaluate(learner.policy, job.held_out, recipe.sampling, learner.scorer, seed=recipe.run.seed)
+        found, _ = job.held_out.measured(learner.model, learner.scorer)
         watch_over(job, learner, step, found)
         metrics |= found
         clock.lap("eval")
     for judge in judges_of(job, learner):
         metrics |= judge.reported()
-    counted = (len(batch.rollout.lengths),) if examples is None else (examples, "examples")
+    counted = (len(batch.rollout.lengths),) if taken.examples is None else (taken.examples, "examples")
     job.report.step(step, metrics | clock.metrics(*counted))
     if batch is not None and (evaluates or step in (1, job.steps)):
         kl = response_kl(batch.rollout)
         job.report.samples(step, sample_rows(batch.rollout, batch.scores, kl, learner.policy.tokenizer))
-    ends = last or learner.stopped_early is not None
+    ends = last or has_stopped(learner)
     if step % recipe.run.save_every == 0 or ends or job.run.stop_signal:
         # A batch measures the policy before the step's update; one that went back was measured when it was remembered.
-        kl = learner.cap.safe.kl if went_back else None if batch is None else asdict(batch.distance)
+        kl = budget.last_within.kl if taken.went_back else None if batch is None else asdict(batch.kl)
         save(job, learner, step, kl)
     if job.run.stop_signal and not ends:
         raise Interrupted(
             f"stopped after step {step} of {job.steps}; --resume goes on from there.", job.run.stop_signal
         )
-
-
-def _price_at_cap(learner: Learner, batch: Batch) -> float:
-    """What would hold an ideal policy at the cap, score per nat: a price near 0 would take many doublings."""
-    per_token = learner.cap.unit == "nats_per_token"
-    limit = learner.cap.limit * (batch.rollout.lengths.float().mean().item() if per_token else 1.0)
-    return feed_forward(batch.spread, limit)

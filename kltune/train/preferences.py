@@ -24,10 +24,10 @@ from kltune.lm.data.examples import Example, Prompt, described, row_rules
 from kltune.lm.data.pairs import Answer, load_labelled, load_pairs
 from kltune.lm.model.batches import Rollout, response_scatter
 from kltune.lm.model.likelihood import document_nats, example_batch, text_limits
+from kltune.lm.model.opening import FIRST_RATIO_GAP
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
 from kltune.recipe import DataSection, DPOSection
-from kltune.train.experience import FIRST_RATIO_GAP
 
 KnownLogprobs = MutableMapping[str, Tensor]  # by what was measured, and of which reference
 MEASURE = 2  # to be raised when the same pairs and reference would give other numbers
@@ -181,7 +181,9 @@ def _rollout_example(rollout: Rollout, row: int) -> Example:
     return Example(tuple(ids), tuple(scored), "sampled")
 
 
-def preference_losses(dpo: DPOSection, ratio: Tensor, mean: Tensor, wanted: Tensor, point: float) -> Tensor:
+def preference_losses(
+    dpo: DPOSection, ratio: Tensor, mean: Tensor, wanted: Tensor, *, beta: float, point: float
+) -> Tensor:
     """The loss of each pair, or of each response that was judged on its own.
 
     Args:
@@ -189,9 +191,10 @@ def preference_losses(dpo: DPOSection, ratio: Tensor, mean: Tensor, wanted: Tens
         ratio: log π(y|x) − log ρ(y|x) of each response. [R], nats.
         mean: log π(y|x) per token. [R], nats per token.
         wanted: True where a response was chosen. [R], bool.
-        point: from ``reference_point``.
+        beta: of the loss; a batch may have one of its own.
+        point: what responses judged one by one are held against: kto's z₀, in nats, or bco's δ, in reward.
     """
-    beta, smoothing = dpo.beta, dpo.label_smoothing
+    smoothing = dpo.label_smoothing
     if dpo.loss == "kto":
         return losses.kto_loss(ratio, wanted, point, beta, dpo.wanted_weight, dpo.unwanted_weight)
     if dpo.loss == "bco":
@@ -213,9 +216,9 @@ def preference_losses(dpo: DPOSection, ratio: Tensor, mean: Tensor, wanted: Tens
     return losses.hinge_loss(margin, beta) if dpo.loss == "hinge" else losses.sigmoid_loss(margin, beta, smoothing)
 
 
-def scale_of(dpo: DPOSection) -> float:
+def scale_of(loss: str, beta: float) -> float:
     """What the loss is divided by before its price is set, so that at h = 0 a nat of margin is worth about one."""
-    return {"ipo": 1.0 / dpo.beta, "orpo": 1.0}.get(dpo.loss, dpo.beta)
+    return {"ipo": 1.0 / beta, "orpo": 1.0}.get(loss, beta)
 
 
 def load_preferences(

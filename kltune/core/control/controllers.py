@@ -18,17 +18,19 @@ class Controller(Protocol):
 
     beta: float
 
-    def updated(self, ref_kl: float, target: float, *, spread: float, responses: int) -> Self:
+    def updated(self, ref_kl: float, target: float, *, pull: float, responses: int) -> Self:
         """The controller, and its price, for a batch.
 
         Args:
             ref_kl: measured KL(policy ‖ reference) of the batch, nats per response.
             target: where it should be, nats per response.
-            spread: standard deviation of the score among responses to one prompt, under the policy as it is.
+            pull: what drives the policy away, score per √nat: an ideal policy stays at the KL where a nat costs
+                pull / √(2·KL). Of scores it is their standard deviation among responses to one prompt, under the
+                policy as it is; of anything else see ``pull_at``.
             responses: responses in the batch.
 
         Raises:
-            ValueError: ``ref_kl`` or ``spread`` is not finite, or ``target`` is not above 0.
+            ValueError: ``ref_kl`` or ``pull`` is not finite, or ``target`` is not above 0.
         """
         ...
 
@@ -46,7 +48,7 @@ class FixedBeta:
 
     beta: float
 
-    def updated(self, ref_kl: float, target: float, *, spread: float, responses: int) -> "FixedBeta":
+    def updated(self, ref_kl: float, target: float, *, pull: float, responses: int) -> "FixedBeta":
         """Itself."""
         return self
 
@@ -72,11 +74,11 @@ class Ziegler:
     beta_min: float
     beta_max: float
 
-    def updated(self, ref_kl: float, target: float, *, spread: float, responses: int) -> "Ziegler":
+    def updated(self, ref_kl: float, target: float, *, pull: float, responses: int) -> "Ziegler":
         """See ``Controller.updated``."""
-        _check(ref_kl, target, spread)
+        _check(ref_kl, target, pull)
         if self.beta is None:
-            return replace(self, beta=_bounded(feed_forward(spread, target), self))
+            return replace(self, beta=_bounded(feed_forward(pull, target), self))
         error = min(max(ref_kl / target - 1.0, -0.2), 0.2)
         return replace(self, beta=_bounded(self.beta * max(0.1, 1.0 + error * responses / self.horizon), self))
 
@@ -99,11 +101,11 @@ class Dual:
     beta_min: float
     beta_max: float
 
-    def updated(self, ref_kl: float, target: float, *, spread: float, responses: int) -> "Dual":
+    def updated(self, ref_kl: float, target: float, *, pull: float, responses: int) -> "Dual":
         """See ``Controller.updated``."""
-        _check(ref_kl, target, spread)
+        _check(ref_kl, target, pull)
         if self.beta is None:
-            return replace(self, beta=_bounded(feed_forward(spread, target), self))
+            return replace(self, beta=_bounded(feed_forward(pull, target), self))
         error = min(max(ref_kl / target - 1.0, -1.0), 1.0)
         return replace(self, beta=_bounded(self.beta * math.exp(self.lr * error), self))
 
@@ -132,7 +134,7 @@ class LogPI:
     on where it is stuck, and is bounded.
     With ``fixed_feed_forward`` the recipe's own β takes the place of σ / √(2·target).
 
-    State: spread (smoothed σ), level (last KL), slope (smoothed, nats per step),
+    State: pull (smoothed), level (last KL), slope (smoothed, nats per step),
     trend (smoothed longer, log KL per step), integral, steps seen.
 
     Source: derived and measured for this project; see the README, "How the target is held".
@@ -145,18 +147,18 @@ class LogPI:
     beta_min: float
     beta_max: float
     fixed_feed_forward: float | None = None
-    spread: float = 0.0
+    pull: float = 0.0
     level: float = 0.0
     slope: float = 0.0
     trend: float = 0.0
     integral: float = 0.0
     steps: int = 0
 
-    def updated(self, ref_kl: float, target: float, *, spread: float, responses: int) -> "LogPI":
+    def updated(self, ref_kl: float, target: float, *, pull: float, responses: int) -> "LogPI":
         """See ``Controller.updated``."""
-        _check(ref_kl, target, spread)
+        _check(ref_kl, target, pull)
         steps = self.steps + 1
-        smoothed = 0.9 * self.spread + 0.1 * spread
+        smoothed = 0.9 * self.pull + 0.1 * pull
         slope = 0.7 * self.slope + 0.3 * (ref_kl - self.level)  # before step 1 the KL is 0: the policy is the reference
         ahead = max(ref_kl + self.look_ahead * slope, 1e-6 * target)
         error = min(max(math.log(ahead / target), -1.0), 1.5)
@@ -172,7 +174,7 @@ class LogPI:
         base = self.fixed_feed_forward or feed_forward(smoothed / (1.0 - 0.9**steps), target)
         beta = _bounded(base * math.exp(self.kp * error + integral), self)
         return replace(
-            self, beta=beta, spread=smoothed, level=ref_kl, slope=slope, trend=trend, integral=integral, steps=steps
+            self, beta=beta, pull=smoothed, level=ref_kl, slope=slope, trend=trend, integral=integral, steps=steps
         )
 
     def raised(self, factor: float, least: float) -> "LogPI":
@@ -182,17 +184,28 @@ class LogPI:
         return replace(self, beta=beta, integral=min(self.integral + math.log(beta / before), 3.0))
 
 
-def feed_forward(spread: float, target: float) -> float:
-    """The price at which an exponential tilt of Gaussian scores costs ``target`` nats: σ / √(2·target)."""
-    return spread / math.sqrt(2.0 * target)
+def feed_forward(pull: float, target: float) -> float:
+    """The price at which an exponential tilt of Gaussian scores of spread ``pull`` costs ``target`` nats.
+
+        pull / √(2·target)
+    """
+    return pull / math.sqrt(2.0 * target)
+
+
+def pull_at(price: float, ref_kl: float) -> float:
+    """The pull that a price is known to balance at a KL, so that ``feed_forward`` gives the price at any other.
+
+        price · √(2·KL)
+    """
+    return price * math.sqrt(2.0 * ref_kl)
 
 
 def _bounded(beta: float, controller: Any) -> float:
     return min(max(beta, controller.beta_min), controller.beta_max)
 
 
-def _check(ref_kl: float, target: float, spread: float) -> None:
-    if not (math.isfinite(ref_kl) and math.isfinite(spread)):
-        raise ValueError(f"KL is {ref_kl} nats per response and the spread of scores {spread}; both must be finite.")
+def _check(ref_kl: float, target: float, pull: float) -> None:
+    if not (math.isfinite(ref_kl) and math.isfinite(pull)):
+        raise ValueError(f"KL is {ref_kl} nats per response and what pulls against it {pull}; both must be finite.")
     if not target > 0.0:
         raise ValueError(f"target is {target} nats per response; must be above 0.")

@@ -14,6 +14,7 @@ from typing import Literal
 from kltune.core.kl.intervals import Interval, KLSummary
 
 Unit = Literal["nats_per_response", "nats_per_token"]
+Standing = Literal["within", "open", "beyond"]
 GRID = (1.0, 0.75, 0.5, 0.25)
 NARROWEST = 1e-3        # of its upper end: a bracket that is not worth another measurement
 FALL = 3.0              # standard errors by which a KL must fall with growing α before that is called a fall
@@ -90,7 +91,7 @@ def verdict(
     return Verdict("inconclusive", max(1, math.ceil(responses - summary.responses)))
 
 
-def standing(summary: KLSummary, cap: float, unit: Unit = "nats_per_response") -> Literal["within", "open", "beyond"]:
+def standing(summary: KLSummary, cap: float, unit: Unit = "nats_per_response") -> Standing:
     """Where a measured KL(policy ‖ reference) stands to a cap that must not be passed.
 
         within: upper end of the interval ≤ cap     beyond: estimate > cap, or not finite     else open

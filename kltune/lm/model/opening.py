@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig
-from torch import nn
+from torch import Tensor, nn
 
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
@@ -18,13 +18,15 @@ from kltune.lm.model.adapters import (
     trained_base,
     wrap,
 )
-from kltune.lm.model.batches import pad_right
+from kltune.lm.model.batches import Rollout, pad_right
 from kltune.lm.model.loading import Fingerprint, check_made_for, check_same_tokenizer, load_base, load_tokenizer
 from kltune.lm.model.policy import Policy
 from kltune.recipe import LoraSection, ModelSection
 
 ROOM = 1.3      # times a second model's weights that must be free on the device: its share of cache and logits
 PROMPTS, TOKENS = 8, 64  # of each as many: over a large vocabulary, all of long prompts would take longer than a step
+# Largest |change of a log-prob| when nothing was updated yet: rounding that depends on the batch's shape.
+FIRST_RATIO_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
 def load_policy(
@@ -173,4 +175,19 @@ def check_frozen(policy: Policy) -> None:
         raise ModelError(
             f"The frozen weights changed during the run: sha256 {policy.fingerprint.sha256[:12]} at the start, "
             f"{now[:12]} now. Nothing measured in this run can be trusted."
+        )
+
+
+def check_first_ratio(logprobs: Tensor, old: Rollout, policy: Policy) -> None:
+    """Before the first update of a step, the policy is the one that sampled: every ratio is 1.
+
+    Raises:
+        ModelError: it is not, so the objective would start from the wrong place.
+    """
+    gap = (logprobs.detach() - old.logprobs).abs().max().item()
+    allowed = FIRST_RATIO_GAP[policy.dtype]
+    if gap > allowed:
+        raise ModelError(
+            f"Before any update, a log-probability differs by {gap:.3g} nats from the rollout's (allowed: {allowed}): "
+            "the model's output depends on the batch it is in. kltune cannot train it."
         )

@@ -20,13 +20,14 @@ from kltune.core.objectives.bradley_terry import (
 )
 from kltune.errors import DivergedError
 from kltune.lm.data.pairs import Comparison, Pair, answers, sequences
+from kltune.lm.rewards.judge import Judge
 from kltune.lm.rewards.reward_model import RewardModel
 
 LABEL_BINS = 10     # from 0 to 1; the pairs' five from ½ to 1 are as wide
 
 
 @dataclass(frozen=True)
-class Judged:
+class RewardEvaluation:
     """Rows as a reward model scores them.
 
     scores: of every response, for pairs the chosen ones' and then the rejected ones'. lengths: their tokens. [R].
@@ -84,7 +85,7 @@ class Judged:
         }
 
 
-def judge(model: RewardModel, rows: Sequence[Comparison]) -> Judged:
+def evaluate_rewards(model: RewardModel, rows: Sequence[Comparison]) -> RewardEvaluation:
     """Score rows, at least one.
 
     Raises:
@@ -97,35 +98,53 @@ def judge(model: RewardModel, rows: Sequence[Comparison]) -> Judged:
     if isinstance(rows[0], Pair):
         chosen, rejected = scores.chunk(2)
         loss = bradley_terry_loss(chosen, rejected, torch.zeros_like(chosen))
-        return Judged(scores, lengths, chosen - rejected, loss, None)
+        return RewardEvaluation(scores, lengths, chosen - rejected, loss, None)
     wanted = torch.tensor([row.wanted for row in rows])
-    return Judged(scores, lengths, torch.where(wanted, scores, -scores), label_loss(scores, wanted), wanted)
+    return RewardEvaluation(scores, lengths, torch.where(wanted, scores, -scores), label_loss(scores, wanted), wanted)
 
 
-def reward_result(judged: Judged | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class HeldOutRows:
+    """Rows that a reward model has not learnt from, maybe none. notes: one line on each file that was read."""
+
+    rows: Sequence[Comparison]
+    notes: Sequence[str] = ()
+    judges: Sequence[Judge] = ()
+
+    def measured(
+        self, model: RewardModel, scorer: None = None, times: int = 1
+    ) -> tuple[dict[str, float | None], RewardEvaluation | None]:
+        """Metrics of the model on the rows, and what they come from; neither where there are no rows."""
+        if not self.rows:
+            return {}, None
+        evaluation = evaluate_rewards(model, self.rows)
+        return evaluation.metrics(), evaluation
+
+
+def reward_result(evaluation: RewardEvaluation | None) -> dict[str, Any]:
     """What result.json says of the held-out rows; null where there were none."""
-    if judged is None:
+    if evaluation is None:
         names = ("accuracy", "accuracy_ci95", "loss", "held_out_rows", "calibration", "length")
         return dict.fromkeys(names)
-    metrics = judged.metrics()
-    length = {name.removeprefix("eval/"): value for name, value in judged.by_length().items()}
+    metrics = evaluation.metrics()
+    length = {name.removeprefix("eval/"): value for name, value in evaluation.by_length().items()}
     return {
         "accuracy": metrics["eval/accuracy"],
         "accuracy_ci95": [metrics["eval/accuracy_low"], metrics["eval/accuracy_high"]],
         "loss": metrics["eval/loss"],
-        "held_out_rows": len(judged.gaps),
+        "held_out_rows": len(evaluation.gaps),
         "calibration": {
             "error": metrics["eval/calibration_error"],
-            "table": [row._asdict() for row in judged.table],
+            "table": [row._asdict() for row in evaluation.table],
         },
         "length": length,
     }
 
 
-def sample_pairs(judged: Judged, rows: Sequence[Comparison], count: int = 4) -> list[dict[str, Any]]:
+def sample_pairs(evaluation: RewardEvaluation, rows: Sequence[Comparison], count: int = 4) -> list[dict[str, Any]]:
     """The responses of the first few rows with their scores, for people to read."""
-    names = ("chosen", "rejected") if judged.wanted is None else ("labelled",)
-    sides = judged.scores.chunk(len(names))
+    names = ("chosen", "rejected") if evaluation.wanted is None else ("labelled",)
+    sides = evaluation.scores.chunk(len(names))
     return [
         {"prompt": row.prompt.text, "response": answer.text, "side": name, "score": side[index].item()}
         for index, row in enumerate(rows[:count])

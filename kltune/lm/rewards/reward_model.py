@@ -51,7 +51,7 @@ class RewardModel:
         self.policy, self.adapter = policy, adapter
         self.head = ScalarHead(policy.network.hidden_size).to(policy.device)
 
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, by name: the adapter's tensors (as the policy's own adapter) and the head's."""
         return self.policy.trainable_parameters() | self.head_parameters()
 
@@ -105,6 +105,11 @@ class RewardModel:
         save_file(head, folder / HEAD)
         readme = self.policy.fingerprint.how_to_load("Reward model (LoRA adapter and head)", IMPORTS, USE)
         (folder / "README.md").write_text(readme, encoding="utf-8")
+
+    def load_trained(self, folder: Path) -> None:
+        """Put back what was trained: the policy's adapter, and the head."""
+        self.policy.load_adapter(folder)
+        self.load_head(folder)
 
     def load_head(self, folder: Path) -> None:
         """Put a saved head in place.

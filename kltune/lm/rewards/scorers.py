@@ -7,7 +7,7 @@ finite number per response; anything else names the row and stops the run.
 
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -59,6 +59,8 @@ class Scores:
 
 class Scorer:
     """The weighted sum of one or more sources."""
+
+    moves = False       # no update writes into it; see ``Part`` of a learner
 
     def __init__(self, sources: Sequence[Source]):
         self.sources = tuple(sources)
@@ -134,25 +136,29 @@ class Scorer:
         """Where the scores come from: each source's kind, path and weight, and the sha256 of a Python file."""
         return [{"name": source.name, "weight": source.weight, **source.identity} for source in self.sources]
 
-    def state(self) -> list[dict[str, Any]]:
+    def state(self) -> dict[str, Any]:
         """The standardisation and identity of each source, for a checkpoint."""
-        return [
+        return {"sources": [
             {"shift": source.shift, "scale": source.scale, "identity": source.identity} for source in self.sources
-        ]
+        ]}
 
-    def restored(self, state: Sequence[dict[str, Any]]) -> "Scorer":
+    def tensors(self) -> dict[str, Tensor]:
+        """None: a learner's scorer is not trained."""
+        return {}
+
+    def restored(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Scorer":
         """The same sources with the standardisation a checkpoint holds.
 
         Raises:
             ScorerError: a reward function is not the one that the checkpoint was trained on.
         """
-        for source, saved in zip(self.sources, state, strict=True):
+        for source, saved in zip(self.sources, state["sources"], strict=True):
             if source.identity != saved["identity"]:
                 raise ScorerError(
                     f"reward {source.name}: found {source.identity}, but the run was started with {saved['identity']}; "
                     "put the file back, or start a new run."
                 )
-        scales = [{"shift": saved["shift"], "scale": saved["scale"]} for saved in state]
+        scales = [{"shift": saved["shift"], "scale": saved["scale"]} for saved in state["sources"]]
         return Scorer([replace(source, **scale) for source, scale in zip(self.sources, scales, strict=True)])
 
 
