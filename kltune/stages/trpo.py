@@ -148,30 +148,26 @@ def trust_region_step(
     Returns:
         Metrics.
     """
-    recipe, trpo, price = job.recipe, job.recipe.trpo, learner.budget.price
+    trpo, price, region = job.recipe.trpo, learner.budget.price, learner.parts[TRUST_REGION]
     parameters = learner.policy.trainable_parameters()
     old = Snapshot(parameters)
     experience = centred(experience)
-    gradient = policy_gradient(recipe, learner.policy, experience)
-    region, fresh_gain = learner.parts[TRUST_REGION].judged(gradient, price)
+    gradient = policy_gradient(job.recipe, learner.policy, experience)
+    region, fresh_gain = region.judged(gradient, price)
     radius = region.pace.radius(trpo.max_step_kl, price)
-    fisher = fisher_on_some(recipe, learner.policy, experience, rng)
-    signs = torch.from_numpy(rng.integers(0, 2, size=(PROBES, len(gradient))) * 2.0 - 1.0).to(gradient)
-    curvature = mean_curvature(fisher, signs)
-    damping = region.damping.relative * curvature
-    solution = conjugate_gradient(lambda v: fisher(v) + damping * v, gradient, trpo.cg_iterations)
-    slope = gradient.dot(solution.x).item()
-    first = step_scale(solution.x.dot(fisher(solution.x)).item(), slope, radius, price)
-    direction = dict(zip(parameters, unflat(solution.x, list(parameters.values())), strict=True))
+    fisher = fisher_on_some(job.recipe, learner.policy, experience, rng)
+    natural = natural_gradient(fisher, gradient, region.damping, trpo.cg_iterations, rng)
+    first = step_scale(natural.curvature_along, natural.slope, radius, price)
+    direction = dict(zip(parameters, unflat(natural.direction, list(parameters.values())), strict=True))
     capped = learner.budget.cap is not None
-    move = Move(learner.policy, old, batch.rollout, recipe.sampling.temperature, reference=capped)
+    move = Move(learner.policy, old, batch.rollout, job.recipe.sampling.temperature, reference=capped)
 
     def measure(scale: float) -> Trial:
         old.step(direction, scale)
         return effect(learner, batch, experience, move)
 
     # Where nothing tells the responses apart there is no direction, and so nothing to search.
-    movable = first > 0.0 and solution.x.any().item()
+    movable = first > 0.0 and natural.direction.any().item()
     result = line_search(measure, first, radius, trpo.line_search_steps) if movable else SearchResult(0.0, ())
     if not result.accepted:
         old.restore()
@@ -180,24 +176,59 @@ def trust_region_step(
     done = result.trials[-1] if result.accepted else Trial(step_kl=0.0, gain=0.0)
     region = learner.parts[TRUST_REGION] = TrustRegion(
         region.damping.updated(result, first) if movable else region.damping, region.pace.stepped(done.step_kl),
-        result.scale * solution.x if result.accepted else None,
+        result.scale * natural.direction if result.accepted else None,
     )
     return {
         "kl/step_nats_per_response": done.step_kl,
         "trpo/radius_nats_per_response": radius,
         "trpo/first_try_nats_per_response": result.trials[0].step_kl if result.trials else 0.0,
-        "trpo/predicted_gain": result.scale * slope,
+        "trpo/predicted_gain": result.scale * natural.slope,
         "trpo/gain": done.gain,
         "trpo/last_gain_on_new_responses": fresh_gain,
         "trpo/gain_rate": region.pace.rate,
         "trpo/gradient_norm": gradient.norm().item(),
-        "trpo/mean_curvature": curvature,
-        "trpo/damping": damping / curvature if curvature > 0.0 else 0.0,
-        "trpo/cg_residual": solution.residual,
-        "trpo/cg_iterations": float(solution.iterations),
         "trpo/line_search_tries": float(len(result.trials)),
         "trpo/accepted": float(result.accepted),
+        **natural.metrics(),
     }
+
+
+@dataclass(frozen=True)
+class NaturalGradient:
+    """The direction x ≈ (F + λ)⁻¹ g of steepest gain per nat of KL(old ‖ new).
+
+    direction: x, [P]. slope: g·x, score. curvature_along: x·F x, nats. mean_curvature: tr F / P. damping: λ.
+    """
+
+    direction: Tensor
+    slope: float
+    curvature_along: float
+    mean_curvature: float
+    damping: float
+    residual: float
+    iterations: int
+
+    def metrics(self) -> dict[str, float]:
+        """The curvature that was found, and how well the direction was solved for."""
+        return {
+            "trpo/mean_curvature": self.mean_curvature,
+            "trpo/damping": self.damping / self.mean_curvature if self.mean_curvature > 0.0 else 0.0,
+            "trpo/cg_residual": self.residual,
+            "trpo/cg_iterations": float(self.iterations),
+        }
+
+
+def natural_gradient(
+    fisher: Fisher, gradient: Tensor, damping: Damping, iterations: int, rng: np.random.Generator
+) -> NaturalGradient:
+    """Solve for the natural gradient by conjugate gradients, at most so many iterations; rng draws the probes."""
+    signs = torch.from_numpy(rng.integers(0, 2, size=(PROBES, len(gradient))) * 2.0 - 1.0).to(gradient)
+    curvature = mean_curvature(fisher, signs)
+    added = damping.relative * curvature
+    solution = conjugate_gradient(lambda v: fisher(v) + added * v, gradient, iterations)
+    x = solution.x
+    along = x.dot(fisher(x)).item()
+    return NaturalGradient(x, gradient.dot(x).item(), along, curvature, added, solution.residual, solution.iterations)
 
 
 def policy_gradient(recipe: TRPORecipe, policy: Policy, experience: Experience) -> Tensor:
