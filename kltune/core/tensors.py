@@ -38,7 +38,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
     Args:
         logits: one row per token. [N, V] (or [..., V]), any floating dtype.
         tokens: the tokens. [N] (or [...]), int64.
-        temperature: τ of the sampling, above 0. Policy and reference are both scored at it (MATH 1.4).
+        temperature: τ of the sampling, above 0. Policy and reference are both scored at it (docs/maths.md 6).
 
     Returns:
         [N] float32 (float64 for float64 logits), nats, never above 0.
@@ -124,7 +124,7 @@ def masked_whiten(x: Tensor, mask: Tensor, floor: float = 1e-8) -> Tensor:
         (x − mean) / max(sd, floor)        sd over the tokens themselves (divided by n, not n − 1)
 
     One token, or equal values everywhere, gives exactly 0: near the optimum all shaped returns coincide
-    (MATH 2.4) and dividing by their tiny spread would blow rounding up into an update; ``floor`` is the guard.
+    (docs/maths.md 10) and dividing by their tiny spread would blow rounding up into an update; ``floor`` is the guard.
 
     Source: lm-human-preferences (``whiten``); Huang et al. 2024, "The N Implementation Details of RLHF with PPO".
 

@@ -3,8 +3,8 @@
     minimise  L(pairs) / beta + c · KL(policy ‖ reference)
 
 ``beta`` (``dpo.beta``) scales the loss's own reward and bounds nothing: pairs that never contradict each other drive
-the policy on for every beta, and mass moves to responses that no pair shows (MATH 6.3). So the KL is measured where it
-is defined, on responses that the policy samples, and its price c (``kl.beta``) is fixed, or steered by ``kl.target``;
+the policy on for every beta, and mass moves to responses that no pair shows (docs/maths.md 18). So the KL is measured
+where it is defined, on responses that the policy samples, and its price c (``kl.beta``) is fixed, or steered by ``kl.target``;
 with ``kl: {control: fixed, beta: 0}`` it is plain DPO, and nothing is sampled but for evaluations and a cap.
 
 With ``dpo.source: online`` the policy's answers are scored, or compared by a judge, and of those to one prompt the best
@@ -18,7 +18,7 @@ frozen weights.
 Sources: Rafailov et al. 2023, arXiv 2305.18290; Song et al. 2024, arXiv 2406.01462 (offline pairs with an online KL);
 Guo et al. 2024, arXiv 2402.04792 (online pairs); Wu et al. 2024, arXiv 2407.08639 (dynamic beta); Gorbatovski et al.
 2024, arXiv 2404.09656 (TR-DPO, of all weights; here of the adapter's tensors, so that with an alpha below 1 the loss's
-reference is no average of the two models); MATH 6.6 (a target for the KL).
+reference is no average of the two models); docs/maths.md 19 (a target for the KL).
 """
 
 import math

@@ -7,7 +7,8 @@ pass ``kl.hard_cap``, is shortened until it does not, or left out. No learning r
 long a step may be within ``max_step_kl`` follows what the next batches say of the steps before (``core/pace.py``). The
 value function, where there is one, is fitted apart: its adapter and optimizer are its own, so that it cannot move the
 policy; ``optim`` is about nothing else.
-Source: Schulman et al. 2015, arXiv 1502.05477; what is different for language models on adapters: MATH 4.
+Source: Schulman et al. 2015, arXiv 1502.05477; what is different for language models on adapters:
+docs/maths.md 13 to 16.
 """
 
 import math

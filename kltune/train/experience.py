@@ -17,7 +17,7 @@ from kltune.lm.model.batches import Rollout
 from kltune.recipe import PPOSection, TRPOSection
 from kltune.train.batch import Batch
 
-WHITEN_FLOOR = 0.01  # of the spread of the scores: near the optimum all shaped returns coincide (MATH 2.4)
+WHITEN_FLOOR = 0.01  # of the spread of the scores: near the optimum all shaped returns coincide (docs/maths.md 10)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ means nothing takes the policy δ further from its reference. With a true gain o
 
 so a step should be long while the reward is far from exhausted and a nat is cheap, and short near the optimum.
 
-Source: derived and measured for this project; see the README, "How the target is held".
+Source: derived and measured for this project; docs/trpo.md.
 """
 
 import math
@@ -20,8 +20,8 @@ from kltune.core.control.trust_region import SearchResult
 MEMORY = 0.8  # share of the running mean that a new observation leaves
 FIRST_SEEN = 3  # observations before the mean is believed: one has an error as large as itself
 LEAST_SHARE = 0.02  # of the largest radius: a step has to be made for the next batch to say anything
-FIRST_DAMPING = 100.0  # of the mean curvature; the literature's 0.1 crawls on a language model (MATH 4.8)
-LEAST_DAMPING = 1e-4  # of the mean curvature: below it, directions without any curvature take the step over (MATH 4.6)
+FIRST_DAMPING = 100.0  # of the mean curvature; the literature's 0.1 crawls on a language model (docs/maths.md 14)
+LEAST_DAMPING = 1e-4  # of the mean curvature: below it, directions without any take the step over (docs/maths.md 16)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Damping:
     There is no ceiling: most of an adapter's P directions have no curvature at all, which makes tr F / P small, and
     hundreds of it are what works on a real model. With ``adapts`` False it stays as it is.
 
-    Source: MATH 4.8.
+    Source: docs/maths.md 14.
     """
 
     relative: float

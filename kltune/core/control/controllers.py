@@ -137,7 +137,7 @@ class LogPI:
     State: pull (smoothed), level (last KL), slope (smoothed, nats per step),
     trend (smoothed longer, log KL per step), integral, steps seen.
 
-    Source: derived and measured for this project; see the README, "How the target is held".
+    Source: derived and measured for this project; docs/kl-control.md.
     """
 
     beta: float | None

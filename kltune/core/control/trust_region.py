@@ -6,7 +6,7 @@ with g the gradient of the surrogate and F the Fisher matrix of whole responses,
 Vectors are flat, [P]: all trained tensors one after the other. What a step of some length does is measured by whoever
 calls; nothing here knows a model.
 
-Sources: Schulman et al. 2015, arXiv 1502.05477; damping and scale: MATH 4.4, 4.5 and 4.8.
+Sources: Schulman et al. 2015, arXiv 1502.05477; damping and scale: docs/maths.md 14 and 15.
 """
 
 import math
@@ -187,7 +187,7 @@ def step_scale(curvature: float, slope: float, max_step_kl: float, beta: float) 
     optimum for ever. Without damping it is 1/β, the exact step to the optimum itself; a heavily damped x is short, and
     1/β of it would be next to no step at all.
 
-    Source: MATH 4.4, and its 1/β carried over to λ > 0.
+    Source: docs/maths.md 14, and its 1/β carried over to λ > 0.
 
     Args:
         curvature: xᵀFx, undamped, nats per response.
@@ -210,7 +210,7 @@ def line_search(measure: Callable[[float], Trial], scale: float, max_step_kl: fl
     A step that leaves the ball is first rescaled by what the quadratic model says of its *measured* KL, with 2 % to
     spare:  s ← s · min(0.9, 0.98 √(δ / KL)).  Every later refusal halves it. A number that is not finite is a refusal.
 
-    Source: MATH 4.5.
+    Source: docs/maths.md 15.
 
     Args:
         measure: the effect of a step of this length, on all responses.

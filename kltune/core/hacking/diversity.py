@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-FIRST_TOKENS = 50       # of a response (MATH 7.3)
+FIRST_TOKENS = 50       # of a response: each of these figures depends on the length
 LONGEST_NGRAM = 4       # of BLEU
 NO_MATCH = 0.1          # matches that an n-gram order without any counts as
 Tokens = Sequence[int]

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from kltune.core.kl.intervals import Interval
 
 Form = Literal["rl", "best_of_n"]
-NEAREST = 0.3           # √nat: below it the RL form, whose slope is infinite at 0, is not fitted (MATH 7.1)
+NEAREST = 0.3           # √nat: below it the RL form, whose slope is infinite at 0, is not fitted (docs/maths.md 20)
 FEWEST_POINTS = 5
 FEWEST_RUNS = 5         # clusters: of fewer, resampling says nothing
 RESAMPLES = 2000
@@ -73,7 +73,7 @@ def fit_gain(
     Intervals are percentiles of a cluster bootstrap: whole runs are drawn with replacement, so that several points of
     one run do not count as several runs. Seeded: the same numbers give the same interval.
 
-    Source: Gao, Schulman and Hilton 2022, arXiv 2210.10760; MATH 7.1.
+    Source: Gao, Schulman and Hilton 2022, arXiv 2210.10760; docs/maths.md 20.
 
     Args:
         kl: KL(policy ‖ reference) of each point, nats per response.
@@ -188,7 +188,7 @@ def best_of_n(scores: ArrayLike, n: int, values: ArrayLike | None = None) -> np.
 
     which is the mean over all subsets of n of the N responses. Among equal scores the winner is drawn at random.
 
-    Source: MATH 7.2.
+    Source: docs/maths.md 21.
 
     Args:
         scores: of N independent responses of the reference to each of P prompts. [P, N]
@@ -261,7 +261,7 @@ def within_prompt_spread(scores: ArrayLike) -> float:
 def tilt_gain(sigma: float, kl: ArrayLike) -> np.ndarray:
     """The most that a KL buys where the reference's scores are Gaussian: σ √(2 KL), by tilting with e^{r/β}.
 
-    Scores with heavier tails than a Gaussian's can gain more. Source: MATH 7.2.
+    Scores with heavier tails than a Gaussian's can gain more. Source: docs/maths.md 21.
     """
     return sigma * np.sqrt(2.0 * np.asarray(kl, dtype=float))
 

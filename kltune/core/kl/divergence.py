@@ -2,8 +2,8 @@
 
 The first argument is always the distribution that sampled. KL(reference ‖ policy) is the same functions with the two
 swapped, on responses the *reference* sampled. A sum over a response's tokens (``per_response``) is that response's
-value, and the mean of these estimates the KL between the two distributions over whole responses (chain rule, MATH
-1.1). No estimate is ever clamped: that would bias it.
+value, and the mean of these estimates the KL between the two distributions over whole responses (chain rule,
+docs/maths.md 1). No estimate is ever clamped: that would bias it.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
         k1 = log π(a) − log π_ref(a),    a ~ π
 
     In the reward (detached, with the tokens after it credited) it gives the gradient of the KL; as a loss its
-    expected gradient is 0 (MATH 2.1).
+    expected gradient is 0 (docs/maths.md 9).
 
     Source: Schulman 2020, "Approximating KL Divergence" (q is our policy, p our reference).
 
@@ -65,7 +65,7 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
         k2 = ½ (log π(a) − log π_ref(a))²,    a ~ π,    E k2 = KL + O(|π − π_ref|³)
 
     Its use is as a loss, and then on the *response* (``losses.k2_kl_loss``): the sum over tokens given here misses how
-    a token moves the ones after it (MATH 2.1).
+    a token moves the ones after it (docs/maths.md 9).
 
     Source: Schulman 2020, "Approximating KL Divergence".
 
@@ -89,8 +89,8 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
         r = π_ref(a) / π(a),    k3 = (r − 1) − log r,    a ~ π
 
     Unbiased only if the tokens were drawn from the policy that gave ``logprobs``, unfiltered. Its variance can be
-    infinite (MATH 1.3), so an interval around it is not to be trusted. It measures; it is no loss and no reward: the
-    gradient of the one is KL(reference ‖ policy) and of the other can point uphill (MATH 2.1).
+    infinite (docs/maths.md 3), so an interval around it is not to be trusted. It measures; it is no loss and no reward:
+    the gradient of the one is KL(reference ‖ policy) and of the other can point uphill (docs/maths.md 9).
 
     Source: Schulman 2020, "Approximating KL Divergence".
 
@@ -120,7 +120,7 @@ def kl_exact(logits: Tensor, ref_logits: Tensor, temperature: float) -> Tensor:
     response's tokens is the KL of the whole response (Rao-Blackwell); as a loss on those prefixes alone it misses the
     drift of the prefixes: see ``losses.exact_kl_loss``. Gradient flows to both arguments.
 
-    Source: MATH 1.3 and 1.6; Amini et al. 2025, arXiv 2504.10637.
+    Source: docs/maths.md 3; Amini et al. 2025, arXiv 2504.10637.
 
     Args:
         logits: the policy's. [N, V] (or [..., V]), any floating dtype.

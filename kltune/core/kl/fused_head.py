@@ -7,7 +7,7 @@ hidden state,
 
 does not depend on what is done with f later. So it is computed at once, while the logits are there, and the backward
 pass is a product with one number per position: two matrix products in all where recomputing takes three, and of the
-vocabulary nothing is kept: memory does not grow with positions × vocabulary (PERF 3.1).
+vocabulary nothing is kept: memory does not grow with positions × vocabulary.
 """
 
 from collections.abc import Callable, Sequence

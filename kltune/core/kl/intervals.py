@@ -3,7 +3,7 @@
 Responses to one prompt are alike, so the prompt is the unit that counts (a cluster). Both figures are ratios of sums,
 nats / responses and nats / tokens, and both get the standard error of a ratio; with equally many responses per prompt
 the first is the plain sd(prompt means) / √m. Never the mean of each response's own nats per token: length and
-divergence are correlated, and that mean can even have the wrong sign (MATH 1.2).
+divergence are correlated, and that mean can even have the wrong sign (docs/maths.md 2).
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 Interval = tuple[float, float]
-NORMAL_FROM = 200           # prompts: from here on Student's t covers as well as the bootstrap (MATH 1.5)
+NORMAL_FROM = 200           # prompts: from here on Student's t covers as well as the bootstrap (docs/maths.md 8)
 BOOTSTRAP_FROM = 5          # prompts: below, too many resamples are one prompt over and over, and the tails are those
 RESAMPLES = 2000            # at least; more where fewer than TAIL_RESAMPLES of them would lie in a tail
 TAIL_RESAMPLES = 25
@@ -59,8 +59,8 @@ def summarize(
         R = Σ_j N_j / Σ_j D_j,    se = √(m/(m−1) Σ_j (N_j − R D_j)²) / Σ_j D_j
 
     over the m prompts j, with N the nats of a prompt's responses and D their number (or their tokens). Interval:
-    R ± t_{m−1} se from 200 prompts on; bootstrap-t below (MATH 1.5: KL is skewed, and ± t covers 90 % of the time
-    where it says 95 %); ± t again below 5 prompts, where resampling has nothing to resample. The bootstrap is seeded:
+    R ± t_{m−1} se from 200 prompts on; bootstrap-t below (KL is skewed, and ± t covers 90 % of the time where it says
+    95 %: docs/maths.md 8); ± t again below 5 prompts, where resampling has nothing to resample. The bootstrap is seeded:
     the same numbers give the same interval.
 
     Args:
@@ -142,7 +142,7 @@ def agreement_z(
     has next to no spread: at .999 per token, 64 responses of 32 tokens accuse an honest sampler 14 % of the time.
     Given the variance that the models themselves imply, the standard error is at least √(Σ_i V_i) / n, and does not.
 
-    Source: MATH 1.4.
+    Source: docs/maths.md 7.
 
     Args:
         k1_per_response: U. [B], nats.

@@ -68,7 +68,7 @@ def control_variate(exact: Tensor, k1: Tensor, prompt_index: Tensor) -> Tensor:
 
     M has mean 0, so every λ chosen without looking at the response itself leaves the mean alone: λ comes from the
     prompts of the other folds. λ = 0 is the exact estimate and λ = 1 is k1; it matters where the exact sum is the
-    noisier of the two, as in the example of MATH 1.3.
+    noisier of the two, as in the example of docs/maths.md 4.
 
     Args:
         exact: C, exact KL summed over each response's tokens. [B], nats.

@@ -136,7 +136,7 @@ def penalize(scores: Tensor, ref_kl: Tensor, beta: float, mask: Tensor) -> Tenso
         r_t = −β · ref_kl_t + [t = L] · score
 
     With ``ref_kl`` = k1 and everything after a token credited to it, the policy gradient of these rewards is that of
-    E[score] − β KL(policy ‖ reference). k3 or an exact KL in its place would give another gradient (MATH 2.1).
+    E[score] − β KL(policy ‖ reference). k3 or an exact KL in its place would give another gradient (docs/maths.md 9).
 
     Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
 

@@ -108,9 +108,9 @@ def exact_kl_loss(exact_kl: Tensor, logprobs: Tensor, mask: Tensor, responses: i
 
     The first sum is the value, and its gradient the pathwise half. The second is 0 in value and carries the other
     half: that a token leads to the tokens after it. Without it the gradient is off by 18 % on the enumerated model of
-    MATH 2.1. Only for responses sampled by this very policy.
+    docs/maths.md 9. Only for responses sampled by this very policy.
 
-    Source: MATH 2.1; Amini et al. 2025, arXiv 2504.10637 (with the strictly future sum).
+    Source: docs/maths.md 9; Amini et al. 2025, arXiv 2504.10637 (with the strictly future sum).
 
     Args:
         exact_kl: D, ``kl_exact`` at every response token, carrying the gradient. [B, T], nats.
@@ -136,8 +136,8 @@ def k2_kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, responses: 
 
         (1/responses) Σ_b ½ U_b²,    U_b = Σ_t (log π_t − log π_ref,t),    y ~ π
 
-    The square is taken of the *response's* log-ratio; a sum of ½ u_t² would ignore how the prefixes drift (MATH 2.1).
-    Per response the gradient is U Σ_t ∇log π_t, the one of k1 in the reward with full returns. Only for responses
+    The square is taken of the *response's* log-ratio; a sum of ½ u_t² would ignore how the prefixes drift
+    (docs/maths.md 9). Per response the gradient is U Σ_t ∇log π_t, the one of k1 in the reward with full returns. Only for responses
     sampled by this very policy.
 
     Source: Liu et al. 2025, arXiv 2510.01555; Tang & Munos 2025, arXiv 2506.09477.

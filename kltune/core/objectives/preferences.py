@@ -3,7 +3,7 @@
     ℓ = log π(y|x) − log ρ(y|x)  (summed over the response's tokens, end token included),    h = ℓ_chosen − ℓ_rejected
 
 ``beta`` scales ℓ as the reward it stands for, r = β ℓ. It is no price on KL(policy ‖ reference) and bounds none: the
-losses see pairs that were written down, not what the policy says (MATH 6.3). ORPO and SimPO do not even see ρ.
+losses see pairs that were written down, not what the policy says (docs/maths.md 18). ORPO and SimPO do not even see ρ.
 
 Every loss is finite, with a finite gradient, wherever its inputs are.
 """
