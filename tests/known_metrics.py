@@ -1,0 +1,20 @@
+"""What stages write into metrics.jsonl, held against the registry that ``kltune explain`` reads."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kltune.run.metrics import unknown_metrics
+
+
+def known_only(step: Callable[..., None]) -> Callable[..., None]:
+    """``Report.step``, but with an assertion that every key is in the registry, and there as one of that stage.
+
+    In the conftest of stages: ``patch.setattr(Report, "step", known_only(Report.step))``.
+    """
+
+    def checked(report: Any, number: int, metrics: Mapping[str, float | None]) -> None:
+        unknown = unknown_metrics(metrics, report.stage)
+        assert unknown == [], f"run/metrics.py does not have these as keys that {report.stage} writes: {unknown}"
+        step(report, number, metrics)
+
+    return checked
