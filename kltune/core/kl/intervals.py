@@ -60,8 +60,8 @@ def summarize(
 
     over the m prompts j, with N the nats of a prompt's responses and D their number (or their tokens). Interval:
     R ± t_{m−1} se from 200 prompts on; bootstrap-t below (KL is skewed, and ± t covers 90 % of the time where it says
-    95 %: docs/maths.md 8); ± t again below 5 prompts, where resampling has nothing to resample. The bootstrap is seeded:
-    the same numbers give the same interval.
+    95 %: docs/maths.md 8); ± t again below 5 prompts, where resampling has nothing to resample. The bootstrap is
+    seeded: the same numbers give the same interval.
 
     Args:
         estimator: the name of the estimator, carried along.

@@ -3,8 +3,8 @@
     π̃(v) = π_τ(v) / π_τ(S) for v in S, else 0;    S = the tokens kept
 
 Its KL from the reference is another number than the policy's own, and there are two of it (docs/maths.md 6): against
-the whole reference at temperature 1, and against a reference that is tempered likewise and renormalised on *the policy's*
-S. (The reference's own S may leave out a token of the policy's, and the KL would be infinite.)
+the whole reference at temperature 1, and against a reference that is tempered likewise and renormalised on *the
+policy's* S. (The reference's own S may leave out a token of the policy's, and the KL would be infinite.)
 """
 
 from dataclasses import dataclass

@@ -137,8 +137,8 @@ def k2_kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, responses: 
         (1/responses) Σ_b ½ U_b²,    U_b = Σ_t (log π_t − log π_ref,t),    y ~ π
 
     The square is taken of the *response's* log-ratio; a sum of ½ u_t² would ignore how the prefixes drift
-    (docs/maths.md 9). Per response the gradient is U Σ_t ∇log π_t, the one of k1 in the reward with full returns. Only for responses
-    sampled by this very policy.
+    (docs/maths.md 9). Per response the gradient is U Σ_t ∇log π_t, the one of k1 in the reward with full returns. Only
+    for responses sampled by this very policy.
 
     Source: Liu et al. 2025, arXiv 2510.01555; Tang & Munos 2025, arXiv 2506.09477.
 
