@@ -9,7 +9,7 @@ from kltune.cli import main
 from kltune.errors import CheckpointError, RecipeError
 from kltune.recipe import dump_recipe
 from kltune.report.pages import write_comparison
-from tests.report.test_page import HOSTILE, RECORD, ROWS, WATCHED, WATCHED_RESULT, Tags, result_of
+from tests.report.test_pages import HOSTILE, RECORD, ROWS, WATCHED, WATCHED_RESULT, Tags, result_of
 
 
 @pytest.fixture
