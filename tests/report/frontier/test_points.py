@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from kltune.errors import CheckpointError
-from kltune.recipe import dump_recipe
 from kltune.report.frontier.points import (
     check_one_reference,
     check_one_reward,
@@ -24,28 +23,19 @@ REWARDS = [{"name": "score", "weight": 1.0, "kind": "function", "path": "rewards
 
 
 @pytest.fixture
-def make_run(make_recipe):
+def make_run(run_folder):
     """A finished run that was never run: its overrides, KL and score, and what run.json says otherwise."""
 
-    def make(name: str, *overrides: str, kl: float = 1.0, score: float | None = 0.5, steps=(), **record) -> str:
-        recipe = make_recipe(*overrides, output=name)
-        folder = Path(recipe.run.output)
-        folder.mkdir(parents=True)
-        about = {
-            "schema": "kltune.run/1", "stage": recipe.stage, "status": "finished", "seed": recipe.run.seed,
-            "reference": REFERENCE, "rewards": REWARDS,
-        }
-        (folder / "run.json").write_text(json.dumps(about | record))
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-        (folder / "result.json").write_text(json.dumps({
+    def make(name: str, *overrides: str, kl=1.0, score=0.5, target=6.0, steps=(), **record) -> str:
+        result = {
             "kl": {"nats_per_response": kl, "stderr": 0.1, "ci95": [kl - 0.2, kl + 0.2]}, "score": score,
-            "target": recipe.kl.target if recipe.kl.control == "target" else None, "alpha": 1.0,
+            "target": target, "alpha": 1.0,
             "eval": {"eval/score_mean": score, "eval/score_stderr": 0.05, "eval/reference_score_mean": 0.1,
                      "eval/reference_score_stderr": 0.02, "eval/gold_mean": 2.0, "eval/gold_stderr": 0.3},
-        }))
+        }
         rows = [{"step": step, "kl/ref_nats_per_response": nats} for step, nats in enumerate(steps, 1)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return str(folder)
+        record = {"reference": REFERENCE, "rewards": REWARDS} | record
+        return str(run_folder(*overrides, name=name, rows=rows, result=result, **record))
 
     return make
 
@@ -64,7 +54,7 @@ def curve(folder: Path, checkpoint: str, **more) -> str:
 
 
 def test_a_point_says_what_its_run_measured(make_run):
-    path = make_run("a", "kl.target=2", kl=1.9, steps=(0.2, 1.6, 1.7, 2.2))
+    path = make_run("a", "kl.target=2", kl=1.9, target=2.0, steps=(0.2, 1.6, 1.7, 2.2))
     point, = points_of(find_sources([path]))
     assert (point.kl, point.kl_stderr, point.kl_ci95) == (1.9, 0.1, [1.7, 2.1])
     assert (point.score, point.score_stderr, point.gold, point.gold_stderr) == (0.5, 0.05, 2.0, 0.3)
