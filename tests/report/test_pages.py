@@ -1,7 +1,6 @@
 """report.html says how the run ended, loads nothing from anywhere, and shows text as text."""
 
 import re
-import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -223,19 +222,17 @@ def test_a_very_long_response_is_cut(run_folder):
     assert "… (699 more tokens in samples.jsonl)" in page
 
 
-def gauge(page: str) -> dict[str, float]:
-    """Where the marks of the gauge stand, % from its left end."""
-    return {name: float(left) for name, left in re.findall(r'<i class="(\w+)" style="left: ([\d.]+)%', page)}
-
-
 def test_the_gauge_puts_kl_target_and_cap_on_one_scale(run_folder):
-    folder = run_folder("kl.target=4", "kl.hard_cap=8", result=result_of(4.4, 4.0, 4.8))
-    marks = gauge(write_page(folder).read_text())
-    end = 1.1 * 8
+    pages = [write_page(folder).read_text() for folder in (
+        run_folder("kl.target=4", "kl.hard_cap=8", result=result_of(4.4, 4.0, 4.8)), run_folder(name="unfinished"),
+    )]
+    # where the marks stand, % from the left end
+    marks, none = (dict(re.findall(r'<i class="(\w+)" style="left: ([\d.]+)%', page)) for page in pages)
     wanted = {"band": 0.85 * 4, "target": 4, "cap": 8, "interval": 4.0, "value": 4.4}
-    assert marks == pytest.approx({name: 100 * nats / end for name, nats in wanted.items()}, abs=0.01)
-    shutil.rmtree(folder)
-    assert gauge(write_page(run_folder(status="running")).read_text()) == {}
+    end = 1.1 * 8
+    found = {name: float(left) for name, left in marks.items()}
+    assert found == pytest.approx({name: 100 * nats / end for name, nats in wanted.items()}, abs=0.01)
+    assert none == {}
 
 
 def test_a_legend_reads_from_left_to_right():

@@ -71,12 +71,12 @@ def test_moments_between_two_gaussians(gap):
     )
 
 
-def test_k3_keeps_its_digits_where_the_models_nearly_agree():
+@pytest.mark.parametrize(("gap", "k3", "rel"), [(1e-4, 0.5e-8, 0.02), (-60.0, math.exp(60.0), 1e-5)])
+def test_k3_keeps_its_digits_where_the_models_nearly_agree_and_large_log_ratios_are_not_clamped(gap, k3, rel):
     # u = 1e-4: k3 = u²/2 − u³/6 + …; exp(−u) − 1 + u in float32 would have one digit left, at best
-    logprobs = torch.tensor([[-1.0]], dtype=torch.float32)
-    u = (logprobs - (logprobs - 1e-4)).item()
-    k3 = kl_k3(logprobs, logprobs - 1e-4, everywhere(logprobs)).item()
-    assert k3 == pytest.approx(u * u / 2, rel=0.02)
+    logprobs = torch.tensor([[gap]])
+    assert kl_k3(logprobs, torch.zeros(1, 1), everywhere(logprobs)).item() == pytest.approx(k3, rel=rel)
+    assert kl_k1(logprobs, torch.zeros(1, 1), everywhere(logprobs)).item() == pytest.approx(gap)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -94,12 +94,6 @@ def test_estimates_are_zero_in_the_padding_whatever_lies_there(estimator):
 def test_estimates_refuse_shapes_that_would_broadcast(estimator):
     with pytest.raises(ValueError, match="ref_logprobs"):
         estimator(torch.zeros(2, 3), torch.zeros(2, 1), torch.ones(2, 3, dtype=torch.bool))
-
-
-def test_large_log_ratios_are_not_clamped():
-    logprobs, ref_logprobs = torch.tensor([[-0.5]]), torch.tensor([[-60.5]])
-    assert kl_k1(logprobs, ref_logprobs, everywhere(logprobs)).item() == 60.0
-    assert kl_k3(ref_logprobs, logprobs, everywhere(logprobs)).item() == pytest.approx(math.exp(60), rel=1e-5)
 
 
 def test_exact_kl_of_a_model_with_itself_is_exactly_zero_and_feels_no_constant_added_to_the_logits():
@@ -185,19 +179,8 @@ def test_entropy_of_known_odds():
     assert compare(impossible, impossible).entropy.item() == pytest.approx(math.log(2.0))
 
 
-def test_the_entropies_of_tiny_lm_are_those_of_its_fifteen_responses():
-    responses = Responses()
-    for logits, expected in ((POLICY, 2.40009531), (REFERENCE, 2.46041251)):
-        p = responses.probabilities(logits)
-        logprobs = logits.log_softmax(-1)
-        by_token = (compare(logprobs, logprobs).entropy[responses.states] * responses.mask).sum(-1)
-        assert -(p * p.log()).sum().item() == pytest.approx(expected, abs=1e-7)
-        assert (p * by_token).sum().item() == pytest.approx(expected, abs=1e-7)
-
-
 def test_one_pass_finds_the_same_kl_as_the_differentiable_one():
-    logits = torch.randn(40, 17, generator=torch.Generator().manual_seed(0))
-    ref_logits = logits + 0.3 * torch.randn(40, 17, generator=torch.Generator().manual_seed(1))
+    logits, ref_logits = torch.randn(2, 40, 17, generator=torch.Generator().manual_seed(0))
     found = compare(logits.log_softmax(-1), ref_logits.log_softmax(-1))
     assert torch.equal(found.kl, kl_exact(logits, ref_logits, 1.0))
 
@@ -214,23 +197,6 @@ def test_the_parts_of_the_vocabulary_add_up_to_the_kl_and_none_is_negative():
 def test_exact_kl_refuses_two_vocabularies():
     with pytest.raises(ValueError, match=r"ref_logits \[2, 4\]"):
         kl_exact(torch.zeros(2, 3), torch.zeros(2, 4), 1.0)
-
-
-def test_exact_kl_need_not_have_less_variance_than_k1():
-    # Two binary steps (Amini et al. 2025 show Var(exact) ≤ Var(k1) for one): π and ρ at '', after 0, after 1. The
-    # means agree, the exact sum is the noisier, and C + λ (U − C) at its best λ beats both.
-    policy = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.01, 0.99]]).double().log()
-    reference = torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.99, 0.01]]).double().log()
-    tokens = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
-    states = torch.stack([torch.zeros(4, dtype=torch.int64), 1 + tokens[:, 0]], dim=-1)
-    mask = torch.ones(4, 2, dtype=torch.bool)
-    logprobs = token_logprobs(policy[states], tokens, 1.0)
-    u = per_response(kl_k1(logprobs, token_logprobs(reference[states], tokens, 1.0), mask), mask)
-    c = per_response(kl_exact(policy[states], reference[states], 1.0), mask)
-    p = logprobs.sum(-1).exp()
-    assert [(p * k).sum().item() for k in (u, c)] == pytest.approx([2.3954498] * 2, abs=1e-7)
-    variances = [variance(p, k) for k in (u, c, c + 1.71825 * (u - c))]
-    assert variances == pytest.approx([3.3159136, 5.0697417, 2.9445761], abs=1e-6)
 
 
 # --- the bandit with four arms: β, KL(π* ‖ ρ), KL(ρ ‖ π*), and the β that hold a target -------------------------------
@@ -263,6 +229,8 @@ def test_divergence_of_tiny_lm():
     k3 = kl_k3(responses.logprobs(POLICY), responses.logprobs(REFERENCE), responses.mask).sum(-1)
     assert [(p * k).sum().item() for k in (u, c, k3)] == pytest.approx([0.11253952] * 3, abs=1e-8)
     assert [variance(p, u), variance(p, c)] == pytest.approx([0.193111, 0.002980], abs=1e-6)
+    entropy = compare(POLICY.log_softmax(-1), REFERENCE.log_softmax(-1)).entropy[responses.states]
+    assert (p * per_response(entropy, responses.mask)).sum().item() == pytest.approx(2.40009531, abs=1e-7)
     by_state = [0.04913360, 0.01012785, 0.08258103, 0.05356131, 0.02884387, 0.12758787, 0.02952511]
     assert kl_exact(POLICY, REFERENCE, 1.0).tolist() == pytest.approx(by_state, abs=1e-8)
 
@@ -292,15 +260,6 @@ def test_divergence_at_another_length_and_another_temperature_of_both(longest, t
     p = responses.probabilities(POLICY / temperature)
     assert (p * c).sum().item() == pytest.approx(expected, abs=tolerance)
     assert (p * u).sum().item() == pytest.approx((p * c).sum().item(), abs=1e-12)
-
-
-def test_sampling_at_one_temperature_and_scoring_at_another_shows_as_disagreement():
-    u, c, responses = measured(POLICY, REFERENCE)
-    wrong = responses.probabilities(POLICY / 0.7)
-    assert (wrong * u).sum().item() == pytest.approx(0.189833, abs=1e-6)
-    assert (wrong * c).sum().item() == pytest.approx(0.110564, abs=1e-6)
-    assert (wrong * (u - c)).sum().item() == pytest.approx(0.07927, abs=1e-5)
-    assert math.sqrt(variance(wrong, u - c)) == pytest.approx(0.392, abs=5e-4)
 
 
 @pytest.mark.parametrize(

@@ -21,16 +21,11 @@ from kltune.core.kl.gate import (
     verdict,
 )
 from kltune.core.kl.intervals import KLSummary, summarize
+from tests.core.kl.test_intervals import one_each
 
 SUMMARY = KLSummary(
     "exact", 5.0, 0.5, None, (4.0, 6.2), 0.25, 0.05, None, (0.15, 0.35), 100, 2000, 50, 0.95
 )  # fmt: skip
-
-
-def one_each(nats: list[float] | np.ndarray | torch.Tensor, **kwargs) -> KLSummary:
-    """Every response its own prompt, 10 tokens long."""
-    nats = torch.as_tensor(nats, dtype=torch.float64)
-    return summarize("exact", nats, torch.full_like(nats, 10.0), torch.arange(len(nats)), **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -71,13 +66,10 @@ def test_that_many_more_responses_do_settle_it():
     assert settled.ci[1] == pytest.approx(budget, abs=1e-3)
 
 
-def test_one_prompt_is_inconclusive_however_far_the_budget():
+def test_identical_models_hold_any_budget_and_one_prompt_is_inconclusive_however_far_it_is():
+    assert verdict(one_each(torch.zeros(64)), 0.0).verdict == "pass"
     summary = summarize("exact", torch.tensor([0.1, 0.2]), torch.tensor([3, 3]), torch.tensor([0, 0]))
     assert verdict(summary, 1e6) == Verdict("inconclusive", wants_prompts=True)
-
-
-def test_identical_models_hold_any_budget():
-    assert verdict(one_each(torch.zeros(64)), 0.0).verdict == "pass"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -111,13 +103,10 @@ def test_where_all_prompts_were_answered_only_the_answers_part_of_the_error_shri
     assert verdict(replace(SUMMARY, floor=0.4), 5.75, fresh_prompts=False) == Verdict("inconclusive", None, True)
 
 
-def test_looks_double_up_to_the_most():
+def test_looks_double_up_to_the_most_and_each_has_its_share_of_the_doubt():
     assert looks(256, 4096) == (256, 512, 1024, 2048, 4096)
     assert looks(100, 350) == (100, 200, 350)
     assert looks(500, 300) == (300,)
-
-
-def test_each_of_several_looks_has_its_share_of_the_doubt():
     assert confidence_per_look(0.95, 5) == pytest.approx(0.99)
     assert confidence_per_look(0.9, 1) == 0.9
 
