@@ -225,7 +225,7 @@ def test_colour_is_for_terminals_that_want_it(recipe, run, monkeypatch):
     assert "\033" not in run("ppo", "-r", "none.yaml")[2]
 
 
-# eval-kl, demo, report
+# eval-kl, demo
 
 
 def test_eval_kl_passes_its_options_and_its_exit_code(run, stage):
@@ -257,7 +257,7 @@ def test_wrong_options_and_none_at_all_are_2(arguments, run):
     assert "Traceback" not in err
 
 
-def test_demo_and_report(run, stage, tmp_path):
+def test_demo_prints_its_table(run, stage, tmp_path):
     stage(
         "kltune.demo.run",
         run_demo=lambda output: {**RESULT, "output": str(output)},
@@ -266,8 +266,6 @@ def test_demo_and_report(run, stage, tmp_path):
     code, out, _ = run("demo", "--output", str(tmp_path / "demo"), "--json")
     assert (code, json.loads(out)["output"]) == (0, str(tmp_path / "demo"))
     assert run("demo", "--output", "x")[:2] == (0, "a table on x\n")
-    stage("kltune.report.pages", write_page=lambda folder, path: path or folder / "report.html")
-    assert run("report", "runs/x")[:2] == (0, "runs/x/report.html\n")
 
 
 # recipe commands

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kltune.core.kl.divergence import kl_exact, kl_k1, kl_k2, kl_k3
-from kltune.core.objectives.advantages import gae, leave_one_out, penalize, strictly_future, to_go
+from kltune.core.objectives.advantages import gae, leave_one_out, penalize, to_go
 from kltune.core.objectives.losses import clipped_policy_loss, clipped_value_loss, exact_kl_loss, k2_kl_loss
 from kltune.core.tensors import masked_whiten, per_response, token_logprobs
 from tests.oracles import Responses, tilt, tiny_policy_logits, tiny_reference_logits
@@ -33,7 +33,6 @@ class Sample:
     ref_logprobs: Tensor    # [B, T]
     exact: Tensor           # [B, T], carrying the gradient
     mask: Tensor            # [B, T]
-    states: Tensor          # [B, T]
     scores: Tensor          # [B]
 
 
@@ -44,7 +43,6 @@ def sample(logits: Tensor, rows: Tensor) -> Sample:
         token_logprobs(REFERENCE[states], tokens, 1.0),
         kl_exact(logits, REFERENCE, 1.0)[states],
         RESPONSES.mask[rows],
-        states,
         RESPONSES.rewards[rows],
     )
 
@@ -124,16 +122,10 @@ def exact_with_consequence(s: Sample) -> Tensor:
     return exact_kl_loss(s.exact, s.logprobs, s.mask, responses=len(s.scores))
 
 
-def exact_with_the_whole_sum(s: Sample) -> Tensor:
-    total = per_response(s.exact, s.mask)
-    return (total + total.detach() * per_response(s.logprobs, s.mask)).sum()
-
-
 UNBIASED = [    # trace of the covariance
     (k1_in_reward_full_return, 0.30387),
     (k1_in_reward, 0.23694),
     (exact_with_consequence, 0.02805),
-    (exact_with_the_whole_sum, 0.04983),
     (k2_of_the_response, 0.30387),
     (k1_in_reward_through_gae, None),   # with λ = 1, for any values
 ]
@@ -193,20 +185,6 @@ def test_k3_in_the_reward_gives_the_difference_of_two_gradients_at_each_token():
     losses = [slope(estimator(logprobs, fair, mask)) for estimator in (kl_k1, kl_k2, kl_k3)]
     assert losses == pytest.approx([0.0, reverse, forward], abs=1e-6)
     assert [rewarded(kl_k1), rewarded(kl_k3)] == pytest.approx([reverse, reverse - forward], abs=1e-6)
-
-
-def test_a_state_baseline_takes_some_of_the_noise_left():
-    # Σ_t D_t + Σ_t ∇log π(a_t) (F_t − E[F_t | state]), where F_t is the KL strictly ahead
-    states, mask = RESPONSES.states, RESPONSES.mask
-    p = RESPONSES.probabilities(POLICY)
-    ahead = strictly_future(kl_exact(POLICY[states], REFERENCE[states], 1.0), mask)
-    expected = torch.zeros(7, dtype=torch.float64)
-    for state in range(7):
-        here = mask & (states == state)
-        expected[state] = (p[:, None] * ahead)[here].sum() / (p[:, None] * here)[here].sum()
-    mean, noise = moments(lambda s: exact_with_consequence(s) - (expected[s.states] * s.logprobs)[s.mask].sum())
-    assert relative_bias(mean) < 1e-10
-    assert noise == pytest.approx(0.02502, abs=1e-5)
 
 
 def between_the_reference_and_the_optimum(share: float) -> Tensor:
