@@ -46,14 +46,15 @@ def test_curves_are_named_by_stage_and_control_and_by_what_else_differs(make_run
         make_run("a", "kl.target=2"),
         make_run("b", "kl.target=4", "run.seed=1", "run.save_every=7"),
         make_run("c", "kl.target=4", "ppo.epochs=2"),
-        make_run("d", "kl.control=fixed", "kl.beta=0.2"),
-        make_run("e", "kl.control=fixed", "kl.beta=0.1", "eval.responses=7"),
+        make_run("d", "kl.control=fixed", "kl.beta=0.2", target=None),
+        make_run("e", "kl.control=fixed", "kl.beta=0.1", "eval.responses=7", target=None),
     ]
     points = points_of(find_sources(paths))
     assert [(point.curve, point.setting) for point in points] == [
         ("ppo target, ppo.epochs=4", "kl.target=2"), ("ppo target, ppo.epochs=4", "kl.target=4"),
         ("ppo target, ppo.epochs=2", "kl.target=4"), ("ppo fixed", "kl.beta=0.2"), ("ppo fixed", "kl.beta=0.1"),
     ]
+    assert points[3].steps_to_target is None
 
 
 @pytest.mark.parametrize(("settings", "name", "knob"), [
