@@ -87,7 +87,7 @@ def trained_policy(policy: "Policy") -> "Policy":
 
 @pytest.fixture
 def tiny_lm_policy(tmp_path: Path, open_policy: Callable[..., "Policy"]) -> "Policy":
-    """ORACLE-B as kltune opens it: the reference is ρ, the policy π of the `eval-kl` fixture (MATH 8.2).
+    """TinyLM of tests/oracles.py as kltune opens it: ``tiny_policy_logits`` against the reference ρ.
 
     The adapter sits on the head and holds the difference of the two tables exactly.
     """

@@ -1,6 +1,6 @@
-"""Models so small that every answer can be listed: what a sampled or trained number *should* be (MATH section 8).
+"""Models so small that every answer can be listed: what a sampled or trained number *should* be.
 
-ORACLE-A is a bandit with four arms. ORACLE-B, TinyLM, says at most three words from {a, b, end}: fifteen responses in
+One is a bandit with four arms. The other, TinyLM, says at most three words from {a, b, end}: fifteen responses in
 all. Here are its numbers as plain float64 tables, and the same table as a transformers model with a KV cache, padding,
 a tokenizer and a place for LoRA. Nothing here uses kltune: these are the other side of the comparison.
 """
@@ -25,11 +25,11 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-# ORACLE-A: ρ and r of MATH 8.1.
+# The bandit: ρ and r, with E_ρ[r] = Var_ρ(r) = 1.
 BANDIT_REFERENCE = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 BANDIT_REWARDS = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
 
-# ORACLE-B: words and prefix states of MATH 8.2. BOS starts every prompt and is never said.
+# TinyLM: words and prefix states. BOS starts every prompt and is never said.
 A, B, EOS, BOS = 0, 1, 2, 3
 STATES = ("", "a", "b", "aa", "ab", "ba", "bb")
 LONGEST = 3
@@ -44,11 +44,6 @@ def tilt(reference: Tensor, rewards: Tensor, beta: float) -> Tensor:
     return torch.softmax(reference.log() + rewards / beta, dim=-1)
 
 
-def log_partition(reference: Tensor, rewards: Tensor, beta: float) -> float:
-    """log Z = log Σ ρ e^{r/β}."""
-    return torch.logsumexp(reference.log() + rewards / beta, dim=-1).item()
-
-
 def kl(p: Tensor, q: Tensor) -> float:
     """KL(p ‖ q) = Σ p log(p/q) of two listed distributions, nats."""
     return (p * (p.log() - q.log())).sum().item()
@@ -61,13 +56,13 @@ def variance(p: Tensor, x: Tensor) -> float:
 
 
 def tiny_reference_logits() -> Tensor:
-    """ρ of ORACLE-B: z[s, v] = sin(1 + 3s + v). [7 states, 3 words], float64."""
+    """ρ of TinyLM: z[s, v] = sin(1 + 3s + v). [7 states, 3 words], float64."""
     state, word = torch.arange(7, dtype=torch.float64)[:, None], torch.arange(3, dtype=torch.float64)
     return torch.sin(1 + 3 * state + word)
 
 
 def tiny_policy_logits() -> Tensor:
-    """The `eval-kl` fixture: ρ's logits + 0.7 cos(2s + v). [7 states, 3 words], float64."""
+    """A policy .11253952 nats from ρ: ρ's logits + 0.7 cos(2s + v). [7 states, 3 words], float64."""
     state, word = torch.arange(7, dtype=torch.float64)[:, None], torch.arange(3, dtype=torch.float64)
     return tiny_reference_logits() + 0.7 * torch.cos(2 * state + word)
 
@@ -90,9 +85,9 @@ class Responses:
             for t, token in enumerate(response):
                 prefix = "".join("ab"[i] for i in response[:t])
                 self.tokens[row, t], self.states[row, t], self.mask[row, t] = token, STATES.index(prefix), True
-        self.names = ["".join("abE"[i] for i in response) for response in self.listed]
+        names = ["".join("abE"[i] for i in response) for response in self.listed]
         self.rewards = torch.tensor(
-            [name.count("a") + ("ab" in name) - 0.5 * ("E" not in name) for name in self.names], dtype=torch.float64
+            [name.count("a") + ("ab" in name) - 0.5 * ("E" not in name) for name in names], dtype=torch.float64
         )
         self.lengths = self.mask.sum(-1)
 
@@ -181,14 +176,14 @@ class TinyPreTrained(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing random: the numbers of ρ, and the identity."""
         with torch.no_grad():
-            if getattr(module, "out_features", None) == 4:
-                module.weight.copy_(head_weight(tiny_reference_logits()))
+            if getattr(module, "out_features", None) == 4:      # BOS gets −10,000: a probability of exactly 0
+                module.weight.copy_(torch.cat([tiny_reference_logits().T, torch.full((1, 7), -1e4)]))
             elif isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.eye_(module.weight)
 
 
 class TinyLM(TinyPreTrained, GenerationMixin):
-    """ORACLE-B as a transformers causal model: ``lm_head`` is the lookup table."""
+    """TinyLM as a transformers causal model: ``lm_head`` is the lookup table."""
 
     def __init__(self, config: TinyConfig):
         super().__init__(config)
@@ -222,28 +217,13 @@ AutoConfig.register("kltune_tiny", TinyConfig, exist_ok=True)
 AutoModelForCausalLM.register(TinyConfig, TinyLM, exist_ok=True)
 
 
-def head_weight(logits: Tensor) -> Tensor:
-    """[7, 3] logits as the weight of ``lm_head``, [4, 7]; BOS gets −10,000, which is a probability of exactly 0."""
-    return torch.cat([logits.T, torch.full((1, 7), -1e4, dtype=logits.dtype)])
-
-
-def tiny_lm(logits: Tensor | None = None, dtype: torch.dtype = torch.float32) -> TinyLM:
-    """TinyLM in eval mode with these [7, 3] logits (ρ's by default)."""
-    model = TinyLM(TinyConfig()).to(dtype).eval()
-    with torch.no_grad():
-        model.lm_head.weight.copy_(head_weight(tiny_reference_logits() if logits is None else logits))
-    return model
-
-
-def tiny_adapter(model: TinyLM, logits: Tensor, rank: int = 3) -> PeftModel:
+def tiny_adapter(model: TinyLM, logits: Tensor) -> PeftModel:
     """``model`` with a LoRA on ``lm_head`` that turns ρ's table into these [7, 3] logits exactly."""
-    if rank < 3:
-        raise ValueError("three words need rank 3")
-    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=["lm_head"])).eval()
+    wrapped = get_peft_model(model, LoraConfig(r=3, lora_alpha=3, target_modules=["lm_head"])).eval()
     lora = wrapped.base_model.model.lm_head
     with torch.no_grad():
-        lora.lora_A["default"].weight.zero_()[:3].copy_((logits - tiny_reference_logits()).T)
-        lora.lora_B["default"].weight.zero_()[:3, :3].copy_(torch.eye(3))
+        lora.lora_A["default"].weight.copy_((logits - tiny_reference_logits()).T)
+        lora.lora_B["default"].weight.zero_()[:3].copy_(torch.eye(3))
     return wrapped
 
 
@@ -256,8 +236,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny_lm(folder: Path, logits: Tensor | None = None) -> Path:
+def save_tiny_lm(folder: Path) -> Path:
     """TinyLM and its tokenizer as a folder that ``from_pretrained`` opens (in a process that imported this file)."""
-    tiny_lm(logits).save_pretrained(folder)
+    TinyLM(TinyConfig()).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -5,23 +5,14 @@ from pathlib import Path
 import pytest
 
 from kltune.errors import RecipeError
-from kltune.recipe import load_grid, load_recipe, read_scorer
+from kltune.recipe import load_grid, load_recipe
 from kltune.recipe.grid import point_name, split_values
-
-PPO = """\
-stage: ppo
-model: {path: base}
-data: {prompts: prompts.jsonl}
-reward: [{kind: function, path: "rewards.py:score"}]
-"""
+from tests.recipe.test_reading import PPO, write
 
 
 @pytest.fixture
-def recipe(tmp_path) -> str:
-    (tmp_path / "rewards.py").write_text("def score(prompts, responses):\n    return [0.0] * len(responses)\n")
-    file = tmp_path / "recipe.yaml"
-    file.write_text(PPO)
-    return str(file)
+def recipe(folder) -> str:
+    return str(write(folder, PPO))
 
 
 def test_the_grid_is_the_product_of_its_axes_the_last_one_fastest(recipe, tmp_path):
@@ -81,21 +72,6 @@ def test_every_fault_of_every_point_is_told_once(recipe, tmp_path):
 def test_what_is_no_grid_is_refused(recipe, tmp_path, over, sets, wanted):
     with pytest.raises(RecipeError, match=wanted):
         load_grid(recipe, over, sets, output=tmp_path)
-
-
-def test_a_scorer_on_the_command_line():
-    assert read_scorer("rewards.py:gold").kind == "function"
-    assert read_scorer("runs/reward/final").kind == "model"
-    entry = read_scorer("{kind: classifier, path: some/model, label: POSITIVE}")
-    assert (entry.kind, entry.label) == ("classifier", "POSITIVE")
-
-
-@pytest.mark.parametrize(
-    "text", ["{kind: oracle}", "{kind: model}", "{kind: model, path: x, typo: 1}", "{", "{kind: &a model, path: x}"]
-)
-def test_a_scorer_that_is_none(text):
-    with pytest.raises(RecipeError):
-        read_scorer(text)
 
 
 def test_a_packaged_recipe_makes_a_grid_too(tmp_path, monkeypatch):

@@ -1,16 +1,13 @@
-"""The trust-region step where its answer is known: the bandit and TinyLM of MATH 8, quadratics, a small LoRA."""
+"""The trust-region step where its answer is known: the bandit, TinyLM, and quadratics."""
 
 import math
-from dataclasses import asdict
 
 import pytest
 import torch
 from torch import Tensor
-from torch.func import functional_call, hessian
+from torch.func import hessian
 
-from kltune.core.control.adaptation import Damping
 from kltune.core.control.trust_region import (
-    SearchResult,
     Trial,
     carried_ref_kl,
     conjugate_gradient,
@@ -39,17 +36,13 @@ def test_conjugate_gradients_solve_a_system_in_as_many_iterations_as_it_has_unkn
     assert solution.residual < 1e-12
 
 
-def test_conjugate_gradients_stop_early():
+def test_conjugate_gradients_stop_early_and_tell_the_residual_of_their_answer():
     g = torch.tensor([3.0, 4.0])
     assert conjugate_gradient(lambda v: 2.0 * v, g, 10).iterations == 1  # one eigenvalue, one iteration
     assert conjugate_gradient(lambda v: v, torch.zeros(2), 10).iterations == 0
     flat = conjugate_gradient(lambda v: 0.0 * v, g, 10)  # no curvature along g
     assert (flat.iterations, flat.residual, flat.x.tolist()) == (0, 1.0, [0.0, 0.0])
-
-
-def test_the_residual_is_that_of_the_answer():
-    matrix = torch.diag(torch.tensor([1.0, 10.0, 100.0]))
-    g = torch.tensor([1.0, 1.0, 1.0])
+    matrix, g = torch.diag(torch.tensor([1.0, 10.0, 100.0])), torch.ones(3)
     solution = conjugate_gradient(lambda v: matrix @ v, g, 2)
     by_hand = (matrix @ solution.x - g).norm() / g.norm()
     assert solution.residual == pytest.approx(by_hand.item(), rel=1e-4)
@@ -75,7 +68,7 @@ def test_sign_vectors_give_the_mean_of_a_diagonal_exactly():
 
 
 def bandit_step(scale_of, damping: float = 0.0) -> Tensor:
-    """The bandit after one step from ρ at δ = .01: logits, with the tables of MATH 8.1."""
+    """The bandit after one step from ρ: probabilities. [4]"""
     logits = BANDIT_REFERENCE.log()
     advantages = BANDIT_REWARDS - (BANDIT_REFERENCE * BANDIT_REWARDS).sum()
 
@@ -88,6 +81,7 @@ def bandit_step(scale_of, damping: float = 0.0) -> Tensor:
 
 
 def test_one_bandit_step_is_the_listed_one():
+    # undamped F⁺g = r − mean(r) = (−1.5, −.5, .5, 1.5) and η = √(2δ / Var_ρ(r)) = √.02: π ∝ ρ e^{√.02 r}
     new = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x)).item(), 1.0, 0.01, beta=0.0))
     assert new.tolist() == pytest.approx([0.34370203, 0.29693533, 0.22802850, 0.13133414], abs=1e-7)
     assert kl(BANDIT_REFERENCE, new) == pytest.approx(0.01026811, abs=1e-7)
@@ -95,7 +89,7 @@ def test_one_bandit_step_is_the_listed_one():
     assert (new * (BANDIT_REWARDS - 1.0)).sum().item() == pytest.approx(0.14699476, abs=1e-7)
 
 
-@pytest.mark.parametrize(("delta", "reached"), [(0.01, 0.010268), (0.05, 0.052752), (0.1, 0.107190)])
+@pytest.mark.parametrize(("delta", "reached"), [(0.05, 0.052752), (0.1, 0.107190)])
 def test_the_quadratic_step_overshoots_by_what_is_listed(delta, reached):
     new = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x)).item(), 1.0, delta, beta=0.0))
     assert kl(BANDIT_REFERENCE, new) == pytest.approx(reached, abs=1e-6)
@@ -158,19 +152,6 @@ def test_a_step_that_leaves_the_ball_or_gains_nothing_or_passes_the_cap_is_never
     assert later.trials[-1] == good
 
 
-def test_damping_follows_how_the_search_went():
-    damping, good, far = Damping(100.0, adapts=True), Trial(0.009, 1.0), Trial(0.05, 1.0)
-    assert damping.updated(SearchResult(1.0, (good,)), 1.0).relative == pytest.approx(100.0 / 1.3)
-    assert damping.updated(SearchResult(0.9, (far, good)), 1.0) == damping
-    assert damping.updated(SearchResult(0.4, (far, good)), 1.0).relative == 200.0
-    assert damping.updated(SearchResult(0.0, (far, far)), 1.0).relative == 200.0
-    cut_by_cap = SearchResult(0.25, (Trial(0.009, 1.0, within_cap=False), good))
-    assert damping.updated(cut_by_cap, 1.0) == damping
-    fixed = Damping(0.5, adapts=False)
-    assert fixed.updated(SearchResult(0.0, (far,)), 1.0) == fixed
-    assert Damping(**asdict(damping)) == damping  # what a checkpoint keeps
-
-
 # --- surrogate and the carried KL ------------------------------------------------------------------------------------
 
 
@@ -205,11 +186,6 @@ def test_kl_to_the_reference_carried_over_to_the_old_policys_responses_is_the_kl
 # --- TinyLM: the step under a price finds π* -------------------------------------------------------------------------
 
 
-def tiny_fisher(logits: Tensor, weights: Tensor, v: Tensor) -> Tensor:
-    """F v of whole responses for the table [7, 3]; weights: how often each state is come to."""
-    return (weights[:, None] * fisher_cotangent(logits, v.view(7, 3), 1.0)).flatten()
-
-
 def trust_region_run(iterations: int, *, capped: bool) -> list[float]:
     """KL(π ‖ π*) after each exact step at δ = .01, β = 1, damping 1e-3; advantages r − U, baseline subtracted."""
     logits, distances = RHO.clone(), []
@@ -220,14 +196,12 @@ def trust_region_run(iterations: int, *, capped: bool) -> list[float]:
         returns = returns - (probabilities * returns).sum()
         table = logits.clone().requires_grad_()
         (g,) = torch.autograd.grad((probabilities * returns * RESPONSES.logprobs(table).sum(-1)).sum(), table)
-        weights = torch.zeros(7, dtype=torch.float64)
-        for row, states in enumerate(RESPONSES.states):
-            for t, state in enumerate(states):
-                if RESPONSES.mask[row, t]:
-                    weights[state] += probabilities[row]
+        visits = probabilities[:, None] * RESPONSES.mask        # how often each state is come to
+        weights = torch.zeros(7, dtype=torch.float64).index_add_(0, RESPONSES.states.flatten(), visits.flatten())
 
         def product(v: Tensor, logits=logits, weights=weights) -> Tensor:
-            return tiny_fisher(logits, weights, v)
+            """F v of whole responses for the table [7, 3]."""
+            return (weights[:, None] * fisher_cotangent(logits, v.view(7, 3), 1.0)).flatten()
 
         x = conjugate_gradient(lambda v, f=product: f(v) + 1e-3 * v, g.flatten(), 20).x
 
@@ -245,67 +219,7 @@ def trust_region_run(iterations: int, *, capped: bool) -> list[float]:
     return distances
 
 
-def test_capped_at_one_over_beta_the_steps_converge_to_the_optimum():
+def test_capped_at_one_over_beta_the_steps_converge_to_the_optimum_and_without_that_cap_chatter_around_it():
     assert trust_region_run(30, capped=True)[-1] < 1e-4
-
-
-def test_without_that_cap_they_chatter_around_it():
     last = trust_region_run(60, capped=False)[-20:]
     assert sum(last) / len(last) > 5e-4
-
-
-# --- LoRA: what damping is for ---------------------------------------------------------------------------------------
-
-
-class TwoLayers(torch.nn.Module):
-    """Logits of 5 words from 6 inputs; LoRA of rank 2 on each layer: A random, B small, as just after a first step."""
-
-    def __init__(self, b: float):
-        super().__init__()
-        torch.manual_seed(0)
-        self.w1, self.w2 = torch.randn(8, 6).double(), torch.randn(5, 8).double()
-        shapes = {"a1": (2, 6), "b1": (8, 2), "a2": (2, 8), "b2": (5, 2)}
-        for name, shape in shapes.items():
-            size = b if name.startswith("b") else 0.5
-            self.register_parameter(name, torch.nn.Parameter(size * torch.randn(shape, dtype=torch.float64)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh(x @ (self.w1 + 2 * self.b1 @ self.a1).T)
-        return hidden @ (self.w2 + 2 * self.b2 @ self.a2).T
-
-
-def overshoot(b: float, relative_damping: float, delta: float = 0.01) -> tuple[float, float]:
-    """(‖step‖, KL(old ‖ new) / δ) of a step of full length; damping in multiples of tr F / P."""
-    model = TwoLayers(b)
-    x, shapes = torch.randn(40, 6, dtype=torch.float64), [p.shape for p in model.parameters()]
-    names = [name for name, _ in model.named_parameters()]
-    start = torch.cat([p.detach().flatten() for p in model.parameters()])
-
-    def logits(theta: Tensor) -> Tensor:
-        parts = theta.split([shape.numel() for shape in shapes])
-        return functional_call(model, {n: p.view(s) for n, p, s in zip(names, parts, shapes, strict=True)}, (x,))
-
-    old = logits(start).detach()
-    fisher = hessian(lambda theta: kl_exact(old, logits(theta), 1.0).mean())(start)
-    advantages = torch.randn(40, 5, dtype=torch.float64)
-    g = torch.func.grad(lambda theta: (logits(theta).softmax(-1) * advantages).sum(-1).mean())(start)
-    damping = relative_damping * fisher.trace() / len(start)
-    direction = torch.linalg.solve(fisher + damping * torch.eye(len(start), dtype=torch.float64), g)
-    step = step_scale(direction.dot(fisher @ direction).item(), 1.0, delta, 0.0) * direction
-    return step.norm().item(), kl_exact(old, logits(start + step), 1.0).mean().item() / delta
-
-
-def test_just_after_the_first_step_a_hardly_damped_step_leaves_the_ball_by_far():
-    # g_A = O(ε) and F_AA = O(ε²) at ‖B‖ = ε: the natural step in A is O(1/ε), beyond any quadratic model (MATH 4.6).
-    (length, ratio), (shorter, less) = overshoot(1e-3, 1e-6), overshoot(1e-3, 1e-4)
-    assert length > 10.0
-    assert ratio > 100.0
-    assert shorter > 1.0
-    assert 2.0 < less < ratio
-
-
-@pytest.mark.parametrize("relative", [0.01, 0.1, 1.0, 100.0])
-def test_damped_by_a_hundredth_of_the_mean_curvature_it_is_what_the_model_foretells(relative):
-    length, ratio = overshoot(1e-3, relative)
-    assert length < 0.5
-    assert ratio == pytest.approx(1.0, abs=0.15)

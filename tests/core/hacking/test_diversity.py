@@ -1,5 +1,6 @@
 """Diversity against cases counted by hand, and self-BLEU against figures of sacrebleu."""
 
+import math
 import random
 
 import pytest
@@ -34,6 +35,8 @@ def test_adjusted_distinct_by_hand():
     # bigrams: K = 16, C = 5, N = 3
     assert distinct_adjusted(PAIR, 2, 4) == pytest.approx(3 / (16 * (1 - (15 / 16) ** 5)))
     assert distinct_adjusted([(7, 7, 7)], 2, 1) == 1.0
+    # of a large vocabulary it is plain distinct
+    assert distinct_adjusted(PAIR, 2, 150_000) == pytest.approx(distinct(PAIR, 2), rel=1e-9)
 
 
 def test_adjusted_distinct_of_chance_is_one_at_every_length_where_plain_distinct_falls():
@@ -45,32 +48,19 @@ def test_adjusted_distinct_of_chance_is_one_at_every_length_where_plain_distinct
     assert adjusted == pytest.approx([1.0, 1.0], abs=0.05)
 
 
-def test_adjusted_distinct_of_a_large_vocabulary_is_plain_distinct():
-    assert distinct_adjusted(PAIR, 2, 150_000) == pytest.approx(distinct(PAIR, 2), rel=1e-9)
-
-
-def test_self_bleu_by_hand():
-    # 1 2 3 4 against 1 2 3 5 and 9: p = 3/4, 2/3, 1/2, and no 4-gram of one, which counts as 0.1; equal length
-    first = (3 / 4 * 2 / 3 * 1 / 2 * 0.1 / 1) ** 0.25
-    # 9 has no token in common with either
-    assert self_bleu([(1, 2, 3, 4), (1, 2, 3, 5), (9,)]) == pytest.approx((2 * first + 0) / 3)
-
-
-def test_self_bleu_pays_for_being_shorter_than_the_nearest_other():
-    # 1 2 against 1 2 3: p = 1, 1, too short for more, and exp(1 − 3/2)
-    # the other way: p = 2/3, 1/2 and 0.1 of one trigram
-    brief, longer = 2.718281828459045 ** -0.5, (2 / 3 * 1 / 2 * 0.1) ** (1 / 3)
-    assert self_bleu([(1, 2), (1, 2, 3)]) == pytest.approx((brief + longer) / 2)
-
-
-def test_self_bleu_clips_what_a_response_says_more_often_than_any_other():
-    # 1 1 1 against 1 2 3: one of three unigrams counts, and neither bigram nor trigram
-    ours, theirs = (1 / 3 * 0.1 / 2 * 0.1) ** (1 / 3), (1 / 3 * 0.1 / 2 * 0.1) ** (1 / 3)
-    assert self_bleu([(1, 1, 1), (1, 2, 3)]) == pytest.approx((ours + theirs) / 2)
-
-
-def test_equal_responses_have_self_bleu_one():
-    assert self_bleu([(1, 2, 3, 4, 5)] * 3) == pytest.approx(1.0)
+@pytest.mark.parametrize(("responses", "by_hand"), [
+    # 1 2 3 4 against 1 2 3 5 and 9: p = 3/4, 2/3, 1/2, and no 4-gram of one, which counts as 0.1; equal length.
+    # 9 has no token in common with either.
+    ([(1, 2, 3, 4), (1, 2, 3, 5), (9,)], [(3 / 4 * 2 / 3 * 1 / 2 * 0.1 / 1) ** 0.25] * 2 + [0.0]),
+    # it pays for being shorter than the nearest other: p = 1, 1, too short for more, and exp(1 − 3/2); the other way
+    # p = 2/3, 1/2 and 0.1 of one trigram
+    ([(1, 2), (1, 2, 3)], [math.exp(-0.5), (2 / 3 * 1 / 2 * 0.1) ** (1 / 3)]),
+    # what is said more often than by any other is clipped: one of three unigrams counts, neither bigram nor trigram
+    ([(1, 1, 1), (1, 2, 3)], [(1 / 3 * 0.1 / 2 * 0.1) ** (1 / 3)] * 2),
+    ([(1, 2, 3, 4, 5)] * 3, [1.0] * 3),
+])
+def test_self_bleu_by_hand(responses, by_hand):
+    assert self_bleu(responses) == pytest.approx(sum(by_hand) / len(by_hand))
 
 
 # of sacrebleu 2.6.0: sentence_bleu(..., smooth_method="floor", smooth_value=0.1, tokenize="none"), mean over responses

@@ -1,4 +1,7 @@
-"""Verdicts by hand: what passes, what is open and what would settle it, and how often looking in turn is wrong."""
+"""Verdicts by hand: what passes, what is open, what would settle it, and how often looking in turn is wrong.
+
+The search for α on KL curves that are known.
+"""
 
 import math
 from dataclasses import replace
@@ -7,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from kltune.core.kl.gate import Verdict, confidence_per_look, looks, standing, verdict
+from kltune.core.kl.gate import (
+    GRID,
+    Point,
+    Verdict,
+    confidence_per_look,
+    largest_alpha,
+    looks,
+    standing,
+    verdict,
+)
 from kltune.core.kl.intervals import KLSummary, summarize
-
-
-def one_each(nats: list[float] | np.ndarray | torch.Tensor, **kwargs) -> KLSummary:
-    """Every response its own prompt, 10 tokens long."""
-    nats = torch.as_tensor(nats, dtype=torch.float64)
-    return summarize("exact", nats, torch.full_like(nats, 10.0), torch.arange(len(nats)), **kwargs)
-
+from tests.core.kl.test_intervals import one_each
 
 SUMMARY = KLSummary(
     "exact", 5.0, 0.5, None, (4.0, 6.2), 0.25, 0.05, None, (0.15, 0.35), 100, 2000, 50, 0.95
@@ -45,10 +51,7 @@ def test_an_open_verdict_says_how_many_more_responses_would_settle_it():
     assert verdict(replace(SUMMARY, ci=(4.0, 6.5)), 5.75, "nats_per_response") == Verdict("inconclusive", 300)
     assert verdict(SUMMARY, 4.5, "nats_per_response") == Verdict("inconclusive", 300)
     assert verdict(SUMMARY, 4.0, "nats_per_response") == Verdict("inconclusive", 1)
-
-
-def test_on_the_budget_itself_no_number_of_responses_would_settle_it():
-    assert verdict(SUMMARY, 5.0, "nats_per_response") == Verdict("inconclusive", None)
+    assert verdict(SUMMARY, 5.0, "nats_per_response") == Verdict("inconclusive", None)      # on the budget: none does
 
 
 def test_that_many_more_responses_do_settle_it():
@@ -63,13 +66,10 @@ def test_that_many_more_responses_do_settle_it():
     assert settled.ci[1] == pytest.approx(budget, abs=1e-3)
 
 
-def test_one_prompt_is_inconclusive_however_far_the_budget():
+def test_identical_models_hold_any_budget_and_one_prompt_is_inconclusive_however_far_it_is():
+    assert verdict(one_each(torch.zeros(64)), 0.0).verdict == "pass"
     summary = summarize("exact", torch.tensor([0.1, 0.2]), torch.tensor([3, 3]), torch.tensor([0, 0]))
     assert verdict(summary, 1e6) == Verdict("inconclusive", wants_prompts=True)
-
-
-def test_identical_models_hold_any_budget():
-    assert verdict(one_each(torch.zeros(64)), 0.0).verdict == "pass"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -86,14 +86,10 @@ def test_what_is_not_finite_passes_no_gate(bad):
         verdict(SUMMARY, bad)
 
 
-def test_a_verdict_at_another_confidence_than_the_intervals_is_refused():
-    with pytest.raises(ValueError, match="confidence"):
-        verdict(SUMMARY, 8.0, confidence=0.99)
-
-
-def test_a_verdict_in_an_unknown_unit_is_refused():
-    with pytest.raises(ValueError, match="nats_per_token"):
-        verdict(SUMMARY, 8.0, "bits")
+@pytest.mark.parametrize(("options", "words"), [({"confidence": 0.99}, "confidence"), ({"unit": "bits"}, "per_token")])
+def test_a_verdict_at_another_confidence_than_the_intervals_or_in_no_unit_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        verdict(SUMMARY, 8.0, **options)
 
 
 def test_where_all_prompts_were_answered_only_the_answers_part_of_the_error_shrinks():
@@ -107,13 +103,10 @@ def test_where_all_prompts_were_answered_only_the_answers_part_of_the_error_shri
     assert verdict(replace(SUMMARY, floor=0.4), 5.75, fresh_prompts=False) == Verdict("inconclusive", None, True)
 
 
-def test_looks_double_up_to_the_most():
+def test_looks_double_up_to_the_most_and_each_has_its_share_of_the_doubt():
     assert looks(256, 4096) == (256, 512, 1024, 2048, 4096)
     assert looks(100, 350) == (100, 200, 350)
     assert looks(500, 300) == (300,)
-
-
-def test_each_of_several_looks_has_its_share_of_the_doubt():
     assert confidence_per_look(0.95, 5) == pytest.approx(0.99)
     assert confidence_per_look(0.9, 1) == 0.9
 
@@ -151,3 +144,68 @@ def test_one_prompt_proves_nothing_and_what_is_no_number_is_beyond_any_cap():
     assert standing(one_each([1.0]), 5.0) == "open"
     assert standing(one_each([1.0, math.nan]), 5.0) == "beyond"
     assert standing(one_each([1.0, math.inf]), 5.0) == "beyond"
+
+
+# --- the search for α -----------------------------------------------------------------------------------------------
+
+
+class Curve:
+    """KL as a function of α, without noise; ``margin`` is how far the bound lies above it. Counts its calls."""
+
+    def __init__(self, kl, margin=0.0):
+        self.kl, self.margin, self.calls = kl, margin, []
+
+    def __call__(self, alpha):
+        self.calls.append(alpha)
+        return Point(alpha, self.kl(alpha), 0.01, self.kl(alpha) + self.margin)
+
+
+@pytest.mark.parametrize("power", [1.0, 1.7, 2.0, 3.0])
+@pytest.mark.parametrize("budget", [0.01, 0.5, 4.0, 7.9])
+def test_a_power_law_is_met_from_below_within_the_tolerance(power, budget):
+    curve = Curve(lambda alpha: 8.0 * alpha**power)
+    found = largest_alpha(curve, budget)
+    assert 0.99 * budget <= 8.0 * found.alpha**power <= budget
+    assert len(curve.calls) <= len(GRID) + 8
+    assert found.falls == ()
+
+
+def test_an_adapter_within_its_budget_is_left_as_it_is():
+    curve = Curve(lambda alpha: 3.0 * alpha)
+    assert largest_alpha(curve, 4.0).alpha == 1.0
+    assert curve.calls == [1.0]
+
+
+def bent(alpha):
+    """Linear at first, and then steep: no power law."""
+    return 0.2 * alpha if alpha < 0.6 else 0.12 + 30 * (alpha - 0.6)
+
+
+def unknown(alpha):
+    """One prompt, or a single response that overflows: the bound is unknown until alpha is small."""
+    return math.inf if alpha > 0.4 else 8 * alpha**2
+
+
+@pytest.mark.parametrize(("kl", "margin", "budget", "least", "most"), [
+    (lambda alpha: 8.0 * alpha**2, 0.5, 4.0, 3.46, 3.5),        # it is the bound that must meet the budget
+    (bent, 0.0, 1.0, 0.97, 1.0), (unknown, 0.0, 4.0, 8 * 0.35**2, 8 * 0.4**2),
+    (lambda alpha: 5.0 * (alpha > 0.0), 0.0, 1.0, 0.0, 0.0),    # no alpha meets it: the answer is none of the adapter
+])
+def test_a_curve_that_is_no_power_law_is_met_from_below_too(kl, margin, budget, least, most):
+    assert least <= kl(largest_alpha(Curve(kl, margin), budget).alpha) <= most
+
+
+def test_a_kl_that_falls_is_said_and_the_largest_alpha_within_is_found():
+    # within below .3 and again between .7 and .8
+    def kl(alpha):
+        return {1.0: 9.0, 0.75: 0.5, 0.5: 5.0, 0.25: 0.4}.get(alpha, 0.5 + 20 * (alpha - 0.75))
+
+    found = largest_alpha(Curve(kl), 1.0)
+    assert 0.75 < found.alpha < 0.8
+    assert found.falls == ((0.5, 0.75),)
+
+
+def test_noise_alone_is_no_fall():
+    curve = Curve(lambda alpha: 2.0 - 0.02 * alpha)
+    assert largest_alpha(curve, 5.0, grid=(1.0, 0.5)).falls == ()
+    assert largest_alpha(curve, 1.0, grid=(1.0, 0.5), tries=0).falls == ()

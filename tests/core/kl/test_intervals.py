@@ -1,4 +1,4 @@
-"""Standard errors, intervals and verdicts by hand, against printed tables, and by how often intervals cover."""
+"""Standard errors and intervals by hand, against printed tables, and by how often intervals cover."""
 
 import math
 
@@ -60,7 +60,7 @@ def test_a_prompt_asked_more_often_weighs_more():
 
 
 def test_nats_per_token_is_a_ratio_of_sums_with_its_own_standard_error():
-    # MATH 1.5: R = 9/30; residuals 2 − 3, 3 − 3, 4 − 3; √(1 + 0 + 1)/(3 · 10) · √(3/2)
+    # R = 9/30; residuals 2 − 3, 3 − 3, 4 − 3; √(1 + 0 + 1)/(3 · 10) · √(3/2)
     summary = summarize("exact", torch.tensor([2.0, 3.0, 4.0]), torch.tensor([10, 10, 10]), torch.arange(3))
     assert summary.nats_per_token == pytest.approx(0.3)
     assert summary.token_stderr == pytest.approx(math.sqrt(2) / 30 * math.sqrt(1.5))
@@ -88,13 +88,10 @@ def test_prompts_are_told_apart_by_any_integers_in_any_order():
     assert odd.ci == pytest.approx(plain.ci)
 
 
-def test_one_prompt_has_no_standard_error():
+def test_one_prompt_has_no_standard_error_and_equal_prompts_leave_no_doubt():
     summary = summarize("exact", torch.tensor([1.0, 2.0]), torch.tensor([3, 3]), torch.tensor([0, 0]))
     assert summary.nats_per_response == pytest.approx(1.5)
     assert summary.stderr is summary.ci is summary.token_stderr is summary.token_ci is None
-
-
-def test_equal_prompts_leave_no_doubt():
     summary = one_each(torch.zeros(20))
     assert (summary.stderr, summary.ci) == (0.0, (0.0, 0.0))
 
@@ -122,13 +119,9 @@ def test_a_confidence_that_is_no_probability_is_refused(confidence):
         one_each([1.0, 2.0], confidence=confidence)
 
 
-def test_the_same_numbers_give_the_same_interval():
+def test_the_same_numbers_give_the_same_interval_and_more_confidence_a_wider_one():
     nats = np.random.default_rng(0).gamma(1.5, size=50)
     assert one_each(nats).ci == one_each(nats).ci
-
-
-def test_more_confidence_gives_a_wider_interval():
-    nats = np.random.default_rng(0).gamma(1.5, size=50)
     (low95, high95), (low99, high99) = one_each(nats).ci, one_each(nats, confidence=0.99).ci
     assert low99 < low95 < high95 < high99
 
@@ -141,9 +134,9 @@ def test_from_two_hundred_prompts_the_interval_is_students():
 
 
 def test_below_two_hundred_prompts_the_interval_of_a_skewed_kl_reaches_further_up():
-    low, high = one_each(np.random.default_rng(0).gamma(1.5, size=60)).ci
-    mean = one_each(np.random.default_rng(0).gamma(1.5, size=60)).nats_per_response
-    assert high - mean > 1.1 * (mean - low)
+    summary = one_each(np.random.default_rng(0).gamma(1.5, size=60))
+    low, high = summary.ci
+    assert high - summary.nats_per_response > 1.1 * (summary.nats_per_response - low)
 
 
 def coverage(draw, truth: float, prompts: int, times: int) -> float:
@@ -155,7 +148,7 @@ def coverage(draw, truth: float, prompts: int, times: int) -> float:
 
 @pytest.mark.parametrize("prompts", [5, 16, 64])
 def test_intervals_of_a_skewed_kl_cover_it(prompts):
-    # gamma(1.5), like an exact KL; ± t covers .905 at 16 (MATH 1.5)
+    # gamma(1.5), like an exact KL; ± t covers .905 at 16
     assert 0.92 <= coverage(lambda rng, n: rng.gamma(1.5, size=n), 1.5, prompts, times=400) <= 0.97
 
 
@@ -170,7 +163,7 @@ def test_one_odd_prompt_among_equal_ones_gives_a_finite_interval():
     assert 0.2 < high < 1.0
 
 
-# --- z_M: does the sampler draw from the distribution that is scored? (MATH 1.4, 8.4) ---
+# --- z of k1 − exact: does the sampler draw from the distribution that is scored? ---
 
 
 def sampled(temperature: float, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -186,8 +179,11 @@ def sampled(temperature: float, count: int, seed: int) -> tuple[torch.Tensor, to
 
 
 def test_a_wrong_sampling_temperature_is_detected():
-    # E[M] = .07927, sd .392: z near 12.8 at n = 4000
-    assert agreement_z(*sampled(0.7, 4000, seed=0)) == pytest.approx(12.8, abs=3.0)
+    # M = k1 − exact: E[M] = .07927, sd .392: z near 12.8 at n = 4000; with the variance that honest sampling implies,
+    # about .18, it is smaller
+    u, c, prompts = sampled(0.7, 4000, seed=0)
+    assert agreement_z(u, c, prompts) == pytest.approx(12.8, abs=3.0)
+    assert agreement_z(u, c, prompts, torch.full_like(u, 0.18)) > 8.0
 
 
 def test_the_right_sampler_is_not_accused():
@@ -196,23 +192,15 @@ def test_the_right_sampler_is_not_accused():
     assert np.std(zs) == pytest.approx(1.0, abs=0.35)
 
 
-def test_identical_models_agree():
+def test_identical_models_agree_and_rounding_is_no_disagreement():
     assert agreement_z(torch.zeros(8), torch.zeros(8), torch.arange(8)) == 0.0
-
-
-def test_rounding_is_no_disagreement():
     assert abs(agreement_z(torch.full((8,), 3e-7), torch.zeros(8), torch.arange(8))) < 0.1
 
 
-def test_agreement_is_by_prompt():
-    # M of two prompts: −1, −1 and 3, 3: mean 1, se of the prompt means √8/√2 = 2
-    gap = torch.tensor([-1.0, -1.0, 3.0, 3.0])
-    assert agreement_z(gap, torch.zeros(4), torch.tensor([0, 0, 1, 1])) == pytest.approx(0.5)
-
-
-def test_agreement_within_one_prompt_is_by_response():
-    # sd √8, se √8/√2 = 2
-    assert agreement_z(torch.tensor([-1.0, 3.0]), torch.zeros(2), torch.tensor([7, 7])) == pytest.approx(0.5)
+@pytest.mark.parametrize(("gap", "prompts"), [([-1.0, -1.0, 3.0, 3.0], [0, 0, 1, 1]), ([-1.0, 3.0], [7, 7])])
+def test_agreement_is_by_prompt_and_within_one_prompt_by_response(gap, prompts):
+    # means of two prompts, or two responses of one: −1 and 3; mean 1, sd √8, se √8/√2 = 2
+    assert agreement_z(torch.tensor(gap), torch.zeros(len(gap)), torch.tensor(prompts)) == pytest.approx(0.5)
 
 
 def test_a_nearly_certain_policy_is_not_accused_for_lack_of_rare_tokens():
@@ -224,11 +212,6 @@ def test_a_nearly_certain_policy_is_not_accused_for_lack_of_rare_tokens():
     assert agreement_z(u, c, torch.arange(256)) > 4.0
     # .001·Δ·√n / (√(.999·.001)·Δ)
     assert agreement_z(u, c, torch.arange(256), implied) == pytest.approx(0.016 / math.sqrt(0.999 * 0.001), rel=1e-6)
-
-
-def test_a_wrong_temperature_is_still_detected_with_the_implied_variance():
-    u, c, prompts = sampled(0.7, 4000, seed=0)
-    assert agreement_z(u, c, prompts, torch.full_like(u, 0.18)) > 8.0      # Var M of the fixture is about .18
 
 
 def test_agreement_that_cannot_be_known_is_nan():
@@ -269,6 +252,16 @@ def test_a_far_tail_is_resampled_more_often(confidence):
 
 @pytest.mark.parametrize(("share", "count", "low", "high"), [
     (0.5, 100, 0.40383, 0.59617), (0.0, 10, 0.0, 0.27753), (1.0, 10, 0.72247, 1.0), (0.9, 20, 0.69896, 0.97214),
+    (0.8, 10, 0.49016, 0.94332),        # Agresti and Coull 1998: 0.490 to 0.943
 ])
 def test_wilson_by_published_numbers(share, count, low, high):
-    assert wilson(share, count) == pytest.approx((low, high), abs=5e-5)
+    found = wilson(share, count)
+    assert found == pytest.approx((low, high), abs=5e-5)
+    assert 0.0 <= found[0] < found[1] <= 1.0
+
+
+@pytest.mark.parametrize("p", [0.55, 0.7, 0.9])
+def test_wilsons_interval_covers_what_it_says(p):
+    # Exactly, over all outcomes of 40 trials; Wilson's coverage swings around its level.
+    held = [k for k in range(41) if wilson(k / 40, 40)[0] <= p <= wilson(k / 40, 40)[1]]
+    assert 0.92 < sum(math.comb(40, k) * p**k * (1 - p) ** (40 - k) for k in held) < 0.98

@@ -1,4 +1,4 @@
-"""Divergences of whole responses against listing all of them, and the control variate where it pays."""
+"""Divergences of whole responses against listing all of them, the control variate where it pays, tails by hand."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kltune.core.kl.divergence import compare
-from kltune.core.kl.sequences import control_variate, jensen_shannon, total_variation
+from kltune.core.kl.sequences import control_variate, jensen_shannon, tails, total_variation
 from kltune.core.tensors import per_response
 from tests.oracles import Responses, tiny_policy_logits, tiny_reference_logits
 
@@ -20,13 +20,9 @@ def every_response_as_often_as_it_is_said(logits: torch.Tensor, copies: int = 8_
 
 
 def test_js_and_tv_of_tiny_lm_are_those_of_its_list():
+    # ½ Σ p log(p/m) + ½ Σ q log(q/m) with m = (p + q)/2, and ½ Σ |p − q|, over the fifteen responses
     responses = Responses()
     u = (responses.logprobs(POLICY) - responses.logprobs(REFERENCE)).sum(-1)
-    p, q = responses.probabilities(POLICY), responses.probabilities(REFERENCE)
-    mixed = 0.5 * (p + q)
-    js = 0.5 * ((p * (p / mixed).log()).sum() + (q * (q / mixed).log()).sum())
-    assert js.item() == pytest.approx(0.02929738, abs=1e-8)               # MATH 8.2
-    assert 0.5 * (p - q).abs().sum().item() == pytest.approx(0.20037558, abs=1e-8)
     mine, theirs = (u[every_response_as_often_as_it_is_said(logits)] for logits in (POLICY, REFERENCE))
     assert jensen_shannon(mine, theirs).value == pytest.approx(0.02929738, abs=1e-6)
     assert total_variation(mine).value == pytest.approx(0.20037558, abs=1e-6)
@@ -49,7 +45,7 @@ def test_standard_errors_are_those_of_independent_means():
 
 
 def test_the_control_variate_beats_both_where_the_exact_sum_is_the_noisier():
-    # MATH 1.3's counterexample: step 1 π = (.5, .5), ρ = (.25, .75); after 0 they agree, after 1 (.01, .99), (.99, .01)
+    # two binary steps: π and ρ at first, after 0, after 1; no one step has an exact KL noisier than k1, their sum has
     table = torch.tensor([[[0.5, 0.5], [0.25, 0.75]], [[0.5, 0.5], [0.5, 0.5]], [[0.01, 0.99], [0.99, 0.01]]])
     p, q = table[:, 0].double().log(), table[:, 1].double().log()
     d = compare(p, q).kl
@@ -92,3 +88,24 @@ def test_on_tiny_lm_it_changes_next_to_nothing_and_stays_unbiased():
     corrected = control_variate(c[rows], u[rows], torch.arange(len(rows)))
     assert corrected.mean().item() == pytest.approx(0.11253952, abs=2e-4)
     assert corrected.var() <= 1.001 * c[rows].var()
+
+
+def test_tails_of_a_hundred_and_one_responses_by_hand():
+    found = tails(torch.arange(101.0))
+    assert found.quantiles == pytest.approx({"0.01": 1, "0.1": 10, "0.5": 50, "0.9": 90, "0.99": 99, "0.999": 99.9})
+    assert (found.minimum, found.maximum) == (0.0, 100.0)
+    assert found.largest_share == pytest.approx(100 / 5050)
+    assert found.kurtosis == pytest.approx(1.8, abs=1e-3)       # of a uniform distribution
+    assert not found.heavy
+
+
+def test_one_response_that_carries_all_is_a_heavy_tail_and_equal_ones_are_none():
+    found = tails(torch.tensor([0.0] * 99 + [5.0]))
+    assert (found.largest_share, found.heavy) == (1.0, True)
+    assert tails(torch.full((5,), 2.0)).kurtosis is None
+    assert tails(torch.zeros(5)).largest_share == 0.0
+
+
+def test_tails_of_what_is_not_finite_are_refused():
+    with pytest.raises(ValueError, match="finite"):
+        tails(torch.tensor([1.0, float("nan")]))

@@ -1,59 +1,51 @@
-"""Advantages by hand."""
+"""Advantages by hand; where the score lands, and what lies ahead of a token."""
 
 import math
 
 import pytest
 import torch
 
-from kltune.core.objectives.advantages import gae, group_normalized, leave_one_out, spread_within_groups
+from kltune.core.objectives.advantages import (
+    gae,
+    group_normalized,
+    leave_one_out,
+    penalize,
+    spread_within_groups,
+    strictly_future,
+    to_go,
+)
 
-ALL = torch.ones(1, 2, dtype=torch.bool)
-
-
-def test_gae_of_two_tokens_by_hand():
-    # δ₁ = 2 − 1 = 1;  δ₀ = 1 + 1 − 0.5 = 1.5;  A₀ = 1.5 + 0.5·1 = 2
-    rewards, values = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 1.0]])
-    advantages, returns = gae(rewards, values, ALL, gamma=1.0, gae_lambda=0.5)
-    assert advantages.tolist() == [[2.0, 1.0]]
-    assert returns.tolist() == [[2.5, 2.0]]
-
-
-def test_discounting_by_hand():
-    # γ = ½, λ = ½:  δ₁ = 4 − 2 = 2;  δ₀ = 1 + ½·2 − 3 = −1;  A₀ = −1 + ¼·2 = −½
-    rewards, values = torch.tensor([[1.0, 4.0]]), torch.tensor([[3.0, 2.0]])
-    advantages, returns = gae(rewards, values, ALL, gamma=0.5, gae_lambda=0.5)
-    assert advantages.tolist() == [[-0.5, 2.0]]
-    assert returns.tolist() == [[2.5, 4.0]]
+MASK = torch.tensor([[True, True, True], [True, False, False]])
 
 
-def test_lambda_one_gives_the_reward_to_go_as_return():
-    rewards = torch.tensor([[1.0, -2.0, 4.0]])
-    values = torch.tensor([[7.0, -3.0, 0.25]])
-    _, returns = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=1.0, gae_lambda=1.0)
-    assert returns.tolist() == [[3.0, 2.0, 4.0]]
+@pytest.mark.parametrize(
+    ("rewards", "values", "gamma", "gae_lambda", "advantages"),
+    [
+        # δ₁ = 2 − 1 = 1;  δ₀ = 1 + 1 − 0.5 = 1.5;  A₀ = 1.5 + 0.5·1 = 2
+        ([1.0, 2.0], [0.5, 1.0], 1.0, 0.5, [2.0, 1.0]),
+        # γ = ½, λ = ½:  δ₁ = 4 − 2 = 2;  δ₀ = 1 + ½·2 − 3 = −1;  A₀ = −1 + ¼·2 = −½
+        ([1.0, 4.0], [3.0, 2.0], 0.5, 0.5, [-0.5, 2.0]),
+        # λ = 1: the reward to go, 3, 2, 4, less the value
+        ([1.0, -2.0, 4.0], [7.0, -3.0, 0.25], 1.0, 1.0, [-4.0, 5.0, 3.75]),
+        # perfect values leave no advantage
+        ([0.0, 0.0, 2.0], [2.0, 2.0, 2.0], 1.0, 0.95, [0.0, 0.0, 0.0]),
+    ],
+)
+def test_gae_by_hand(rewards, values, gamma, gae_lambda, advantages):
+    rewards, values = torch.tensor([rewards]), torch.tensor([values], requires_grad=True)
+    found, returns = gae(rewards, values, torch.ones_like(rewards, dtype=torch.bool), gamma, gae_lambda)
+    assert found.tolist() == [advantages]
+    assert torch.equal(returns, found + values)
+    assert (found.requires_grad, returns.requires_grad) == (False, False)
 
 
 def test_values_past_the_end_of_a_response_count_as_zero():
-    mask = torch.tensor([[True, False, False], [True, True, True]])
-    rewards = torch.tensor([[1.0, math.nan, 5.0], [0.0, 0.0, 1.0]])
-    values = torch.tensor([[0.25, 100.0, math.inf], [0.0, 0.0, 0.0]])
-    advantages, returns = gae(rewards, values, mask, gamma=1.0, gae_lambda=0.95)
-    assert advantages[0].tolist() == [0.75, 0.0, 0.0]
-    assert returns[0].tolist() == [1.0, 0.0, 0.0]
-    assert advantages[1].tolist() == pytest.approx([0.95**2, 0.95, 1.0])
-
-
-def test_perfect_values_leave_no_advantage():
-    rewards, values = torch.tensor([[0.0, 0.0, 2.0]]), torch.tensor([[2.0, 2.0, 2.0]])
-    advantages, _ = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=1.0, gae_lambda=0.95)
-    assert advantages.tolist() == [[0.0, 0.0, 0.0]]
-
-
-def test_advantages_carry_no_gradient():
-    values = torch.ones(1, 2, requires_grad=True)
-    advantages, returns = gae(torch.ones(1, 2), values, ALL, gamma=1.0, gae_lambda=0.95)
-    assert not advantages.requires_grad
-    assert not returns.requires_grad
+    rewards = torch.tensor([[0.0, 0.0, 1.0], [1.0, math.nan, 5.0]])
+    values = torch.tensor([[0.0, 0.0, 0.0], [0.25, 100.0, math.inf]])
+    advantages, returns = gae(rewards, values, MASK, gamma=1.0, gae_lambda=0.95)
+    assert advantages[0].tolist() == pytest.approx([0.95**2, 0.95, 1.0])
+    assert advantages[1].tolist() == [0.75, 0.0, 0.0]
+    assert returns[1].tolist() == [1.0, 0.0, 0.0]
 
 
 def test_gae_refuses_a_mask_with_a_hole():
@@ -96,8 +88,33 @@ def test_the_spread_that_counts_is_within_prompts():
     # variances 7 and 1 (n − 1), far apart as the prompts are: √4
     scores = torch.tensor([1.0, 2.0, 6.0, 100.0, 101.0, 102.0])
     assert spread_within_groups(scores, 3) == pytest.approx(2.0)
-
-
-def test_with_one_answer_per_prompt_the_spread_is_the_batchs():
+    # with one answer per prompt it is the batch's
     assert spread_within_groups(torch.tensor([1.0, 2.0, 6.0]), 1) == pytest.approx(math.sqrt(7.0))
     assert spread_within_groups(torch.tensor([1.0]), 1) == 0.0
+
+
+# rewards
+
+
+def test_the_score_lands_on_the_last_token_and_junk_in_the_padding_is_not_charged():
+    ref_kl = torch.tensor([[0.5, 0.25, -1.0], [2.0, math.nan, math.inf]], requires_grad=True)
+    rewards = penalize(torch.tensor([3.0, -1.0]), ref_kl, 2.0, MASK)
+    assert rewards.tolist() == [[-1.0, -0.5, 5.0], [-5.0, 0.0, 0.0]]
+    assert not rewards.requires_grad
+
+
+def test_integer_scores_are_scores():
+    assert penalize(torch.tensor([1, 2]), torch.zeros(2, 3), 0.1, MASK).tolist() == [[0, 0, 1], [2, 0, 0]]
+
+
+def test_a_score_without_a_response_and_a_response_without_a_score_are_refused():
+    with pytest.raises(ValueError, match="rows"):
+        penalize(torch.zeros(2), torch.zeros(2, 2), 0.1, torch.tensor([[True, True], [False, False]]))
+    with pytest.raises(ValueError, match="scores"):
+        penalize(torch.zeros(3), torch.zeros(2, 3), 0.1, MASK)
+
+
+def test_what_is_still_to_come_by_hand():
+    x = torch.tensor([[1.0, 2.0, 4.0], [8.0, 9.0, math.nan]])
+    assert to_go(x, MASK).tolist() == [[7.0, 6.0, 4.0], [8.0, 0.0, 0.0]]
+    assert strictly_future(x, MASK).tolist() == [[6.0, 4.0, 0.0], [0.0, 0.0, 0.0]]

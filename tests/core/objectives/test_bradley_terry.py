@@ -1,11 +1,23 @@
-"""The losses of a reward model, their gradients in closed form, and what minimises them."""
+"""A reward model's losses, their gradients and minimisers in closed form; its accuracy and calibration by hand."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from kltune.core.objectives.bradley_terry import bradley_terry_loss, centring_penalty, label_loss
+from kltune.core.objectives.bradley_terry import (
+    Bin,
+    bradley_terry_loss,
+    calibration_error,
+    centring_penalty,
+    correlation,
+    label_loss,
+    pair_reliability,
+    rank_correlation,
+    reliability,
+    win_share,
+)
 
 CHOSEN = torch.tensor([1.0, -0.5, 2.0, 0.25], dtype=torch.float64)
 REJECTED = torch.tensor([0.5, 0.5, -1.0, 0.25], dtype=torch.float64)
@@ -92,16 +104,58 @@ def test_the_scores_that_minimise_the_loss_of_all_comparisons_are_the_rewards():
 
 @pytest.mark.parametrize("smoothing", [-0.1, 0.5, 1.0, math.nan])
 def test_smoothing_out_of_range_is_refused(smoothing):
-    with pytest.raises(ValueError, match="label_smoothing"):
-        bradley_terry_loss(CHOSEN, REJECTED, NONE, smoothing)
-    with pytest.raises(ValueError, match="label_smoothing"):
-        label_loss(CHOSEN, NONE, smoothing)
+    for loss in (partial(bradley_terry_loss, CHOSEN, REJECTED), partial(label_loss, CHOSEN)):
+        with pytest.raises(ValueError, match="label_smoothing"):
+            loss(NONE, smoothing)
 
 
-def test_shapes_that_would_broadcast_are_refused():
+@pytest.mark.parametrize("call", [
+    lambda: bradley_terry_loss(CHOSEN, REJECTED[:1], NONE), lambda: label_loss(CHOSEN, NONE[:1]),
+    lambda: centring_penalty(CHOSEN, REJECTED[:1]),
+])
+def test_shapes_that_would_broadcast_are_refused(call):
     with pytest.raises(ValueError, match="one shape"):
-        bradley_terry_loss(CHOSEN, REJECTED[:1], NONE)
-    with pytest.raises(ValueError, match="one shape"):
-        label_loss(CHOSEN, NONE[:1])
-    with pytest.raises(ValueError, match="one shape"):
-        centring_penalty(CHOSEN, REJECTED[:1])
+        call()
+
+
+# accuracy and calibration
+
+
+def test_a_tie_counts_half():
+    assert win_share(torch.tensor([1.0, -1.0, 0.0, 2.0])) == 0.625
+    with pytest.raises(ValueError, match="no gaps"):
+        win_share(torch.tensor([]))
+
+
+def test_a_reliability_table_by_hand():
+    predicted = torch.tensor([0.1, 0.3, 0.3, 0.95, 1.0])
+    table = reliability(predicted, torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]), bins=4)
+    assert [(row.low, row.high, row.count) for row in table] == [(0.0, 0.25, 1), (0.25, 0.5, 2), (0.75, 1.0, 2)]
+    assert [row.predicted for row in table] == pytest.approx([0.1, 0.3, 0.975])
+    assert [row.observed for row in table] == pytest.approx([0.0, 0.5, 1.0])
+    assert calibration_error(table) == pytest.approx((1 * 0.1 + 2 * 0.2 + 2 * 0.025) / 5)
+    with pytest.raises(ValueError, match="outside"):
+        reliability(predicted, predicted, bins=4, low=0.5)
+
+
+def test_outcomes_drawn_as_predicted_are_calibrated_and_overconfident_ones_are_not():
+    torch.manual_seed(0)
+    truth = torch.randn(20_000)
+    gaps = truth.abs() * torch.where(torch.rand(20_000) < torch.sigmoid(truth.abs()), 1.0, -1.0)
+    assert calibration_error(pair_reliability(gaps)) < 0.015
+    assert calibration_error(pair_reliability(5.0 * gaps)) > 0.1
+
+
+def test_a_pair_is_judged_by_how_sure_the_model_is_of_its_favourite():
+    (row,) = pair_reliability(torch.tensor([0.1, -0.1, 0.0]), bins=1)
+    assert row == Bin(0.5, 1.0, 3, pytest.approx((2 / (1 + math.exp(-0.1)) + 0.5) / 3), pytest.approx(0.5))
+
+
+def test_ranks_see_order_only_and_ties_share_theirs():
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert rank_correlation(x, x.exp()) == pytest.approx(1.0)
+    assert rank_correlation(x, -x.exp()) == pytest.approx(-1.0)
+    assert correlation(x, x.exp()) < 0.95
+    # ranks 0, 1.5, 1.5, 3 against 0, 1, 2, 3: 4.5 / √(4.5 · 5)
+    assert rank_correlation(torch.tensor([1.0, 2.0, 2.0, 5.0]), x) == pytest.approx(4.5 / math.sqrt(22.5))
+    assert rank_correlation(x, torch.ones(4)) is None

@@ -1,4 +1,4 @@
-"""The clipped losses by hand; the KL losses' gradients are in test_gradients.py."""
+"""The losses by hand; what their gradients are worth is in test_losses_gradients.py."""
 
 import math
 
@@ -40,17 +40,12 @@ def test_at_the_old_policy_the_gradient_is_the_policy_gradient():
     assert logprobs.grad.tolist() == [pytest.approx([-1 / 3, 2 / 3, 0.0]), pytest.approx([-4 / 3, 0.0, 0.0])]
 
 
-def test_the_value_loss_by_hand():
+@pytest.mark.parametrize(("clip_range", "squares"), [(0.2, 0.64 + 4.0 + 0.81), (math.inf, 0.0 + 4.0 + 0.81)])
+def test_the_value_loss_by_hand(clip_range, squares):
     # R = 1, V_old = 0, ε = .2.  V = 1: max(0, (.2−1)²) = .64;  V = −1: max(4, (−.2−1)² = 1.44) = 4;  V = .1: .81
     values = torch.tensor([[1.0, -1.0, 7.0], [0.1, 7.0, 7.0]])
-    loss = clipped_value_loss(values, torch.zeros(2, 3), torch.ones(2, 3), MASK, clip_range=0.2, tokens=3)
-    assert loss.item() == pytest.approx(0.5 * (0.64 + 4.0 + 0.81) / 3)
-
-
-def test_without_a_clip_the_value_loss_is_half_the_mean_square():
-    values = torch.tensor([[1.0, -1.0, 7.0], [0.0, 7.0, 7.0]])
-    loss = clipped_value_loss(values, torch.zeros(2, 3), torch.ones(2, 3), MASK, clip_range=math.inf, tokens=3)
-    assert loss.item() == pytest.approx(0.5 * (0.0 + 4.0 + 1.0) / 3)
+    loss = clipped_value_loss(values, torch.zeros(2, 3), torch.ones(2, 3), MASK, clip_range, tokens=3)
+    assert loss.item() == pytest.approx(0.5 * squares / 3)
 
 
 def test_micro_batches_add_up():
@@ -75,18 +70,14 @@ def test_the_clip_fraction_counts_response_tokens_only():
     assert fraction.item() == pytest.approx(2 / 3)
 
 
-def test_the_exact_loss_has_the_measured_divergence_as_its_value():
-    exact = torch.tensor([[0.5, 0.25, 9.0], [2.0, 9.0, 9.0]])
-    loss = exact_kl_loss(exact, torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]]), MASK, responses=2)
-    assert loss.item() == pytest.approx((0.75 + 2.0) / 2)
-
-
-def test_the_exact_loss_credits_a_token_with_the_later_ones_only():
+def test_the_exact_loss_is_the_divergence_and_credits_a_token_with_the_later_ones_only():
     exact = torch.tensor([[0.5, 0.25, 9.0], [2.0, 9.0, 9.0]], requires_grad=True)
-    logprobs = torch.full((2, 3), -1.0, requires_grad=True)
-    exact_kl_loss(exact, logprobs, MASK, responses=1).backward()
-    assert logprobs.grad.tolist() == [[0.25, 0.0, 0.0], [0.0, 0.0, 0.0]]
-    assert exact.grad.tolist() == [[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]], requires_grad=True)
+    loss = exact_kl_loss(exact, logprobs, MASK, responses=2)
+    loss.backward()
+    assert loss.item() == pytest.approx((0.75 + 2.0) / 2)
+    assert logprobs.grad.tolist() == [[0.125, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    assert exact.grad.tolist() == [[0.5, 0.5, 0.0], [0.5, 0.0, 0.0]]
 
 
 def test_the_k2_loss_squares_the_whole_response():
@@ -104,8 +95,7 @@ def test_a_count_below_one_is_refused(count):
         clipped_policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3), MASK, 0.2, tokens=count)
 
 
-def test_losses_refuse_shapes_that_would_broadcast():
-    with pytest.raises(ValueError, match="advantages"):
-        clipped_policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 1), MASK, 0.2, tokens=3)
-    with pytest.raises(ValueError, match="returns"):
-        clipped_value_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 1), MASK, 0.2, tokens=3)
+@pytest.mark.parametrize(("loss", "third"), [(clipped_policy_loss, "advantages"), (clipped_value_loss, "returns")])
+def test_losses_refuse_shapes_that_would_broadcast(loss, third):
+    with pytest.raises(ValueError, match=third):
+        loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 1), MASK, 0.2, tokens=3)

@@ -1,13 +1,11 @@
-"""Runs as points: which curve a recipe is on, seeds together, references that differ, and what to pick."""
+"""Runs as points: which curve a recipe is on, and references, rewards and measures that differ."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 
 from kltune.errors import CheckpointError
-from kltune.recipe import dump_recipe
 from kltune.report.frontier.points import (
     check_one_reference,
     check_one_reward,
@@ -17,37 +15,8 @@ from kltune.report.frontier.points import (
     main_knob,
     points_of,
 )
-from kltune.report.frontier.pooling import Setting, curves_at, fits, pick, pooled
-
-REFERENCE = {"path": "base", "sha256": "a" * 64, "tokenizer_sha256": "b" * 64, "template_sha256": "c" * 64}
-REWARDS = [{"name": "score", "weight": 1.0, "kind": "function", "path": "rewards.py:score", "sha256": "d" * 64}]
-
-
-@pytest.fixture
-def make_run(make_recipe):
-    """A finished run that was never run: its overrides, KL and score, and what run.json says otherwise."""
-
-    def make(name: str, *overrides: str, kl: float = 1.0, score: float | None = 0.5, steps=(), **record) -> str:
-        recipe = make_recipe(*overrides, output=name)
-        folder = Path(recipe.run.output)
-        folder.mkdir(parents=True)
-        about = {
-            "schema": "kltune.run/1", "stage": recipe.stage, "status": "finished", "seed": recipe.run.seed,
-            "reference": REFERENCE, "rewards": REWARDS,
-        }
-        (folder / "run.json").write_text(json.dumps(about | record))
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-        (folder / "result.json").write_text(json.dumps({
-            "kl": {"nats_per_response": kl, "stderr": 0.1, "ci95": [kl - 0.2, kl + 0.2]}, "score": score,
-            "target": recipe.kl.target if recipe.kl.control == "target" else None, "alpha": 1.0,
-            "eval": {"eval/score_mean": score, "eval/score_stderr": 0.05, "eval/reference_score_mean": 0.1,
-                     "eval/reference_score_stderr": 0.02, "eval/gold_mean": 2.0, "eval/gold_stderr": 0.3},
-        }))
-        rows = [{"step": step, "kl/ref_nats_per_response": nats} for step, nats in enumerate(steps, 1)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return str(folder)
-
-    return make
+from kltune.report.frontier.pooling import pooled
+from tests.report.frontier.conftest import REFERENCE, REWARDS
 
 
 def curve(folder: Path, checkpoint: str, **more) -> str:
@@ -64,7 +33,7 @@ def curve(folder: Path, checkpoint: str, **more) -> str:
 
 
 def test_a_point_says_what_its_run_measured(make_run):
-    path = make_run("a", "kl.target=2", kl=1.9, steps=(0.2, 1.6, 1.7, 2.2))
+    path = make_run("a", "kl.target=2", kl=1.9, target=2.0, steps=(0.2, 1.6, 1.7, 2.2))
     point, = points_of(find_sources([path]))
     assert (point.kl, point.kl_stderr, point.kl_ci95) == (1.9, 0.1, [1.7, 2.1])
     assert (point.score, point.score_stderr, point.gold, point.gold_stderr) == (0.5, 0.05, 2.0, 0.3)
@@ -77,14 +46,15 @@ def test_curves_are_named_by_stage_and_control_and_by_what_else_differs(make_run
         make_run("a", "kl.target=2"),
         make_run("b", "kl.target=4", "run.seed=1", "run.save_every=7"),
         make_run("c", "kl.target=4", "ppo.epochs=2"),
-        make_run("d", "kl.control=fixed", "kl.beta=0.2"),
-        make_run("e", "kl.control=fixed", "kl.beta=0.1", "eval.responses=7"),
+        make_run("d", "kl.control=fixed", "kl.beta=0.2", target=None),
+        make_run("e", "kl.control=fixed", "kl.beta=0.1", "eval.responses=7", target=None),
     ]
     points = points_of(find_sources(paths))
     assert [(point.curve, point.setting) for point in points] == [
         ("ppo target, ppo.epochs=4", "kl.target=2"), ("ppo target, ppo.epochs=4", "kl.target=4"),
         ("ppo target, ppo.epochs=2", "kl.target=4"), ("ppo fixed", "kl.beta=0.2"), ("ppo fixed", "kl.beta=0.1"),
     ]
+    assert points[3].steps_to_target is None
 
 
 @pytest.mark.parametrize(("settings", "name", "knob"), [
@@ -98,18 +68,6 @@ def test_curves_are_named_by_stage_and_control_and_by_what_else_differs(make_run
 ])
 def test_families(settings, name, knob):
     assert (family(settings), main_knob(settings)) == (name, knob)
-
-
-def test_seeds_are_one_point_with_the_error_between_them(make_run):
-    paths = [make_run(str(s), "kl.target=2", f"run.seed={s}", kl=2.0 + s, score=0.1 * s) for s in range(3)]
-    setting, = pooled(points_of(find_sources(paths)))
-    assert (setting.seeds, setting.kl, setting.score) == (3, 3.0, pytest.approx(0.1))
-    assert setting.kl_stderr == pytest.approx(1.0 / math.sqrt(3))
-    assert setting.kl_ci95 == (pytest.approx(1.8), pytest.approx(4.2))      # all their intervals
-    assert setting.runs == tuple(paths)
-    # what one of them was measured to is no surer than the measurements are
-    alike = [make_run(f"x{s}", "kl.target=5", f"run.seed={s}", kl=5.0) for s in range(4)]
-    assert pooled(points_of(find_sources(alike)))[0].kl_stderr == pytest.approx(0.1 / 2)
 
 
 def test_a_sweep_gives_its_finished_points_and_a_run_counts_once(make_run, tmp_path):
@@ -173,57 +131,3 @@ def test_another_length_limit_is_noted(make_run):
     assert len(notes) == 1
     assert "max_new_tokens 7" in notes[0]
     assert differing_measures(find_sources([make_run("c", "run.seed=1"), make_run("d", "kl.target=2")])) == []
-
-
-# picking
-
-
-def setting(name: str, kl: float, score: float, *, stderr: float = 0.01, half: float = 0.2) -> Setting:
-    return Setting("c", name, 1, kl, 0.1, (kl - half, kl + half), score, stderr, None, None, (None,), (name,))
-
-
-REFERENCES = {"score": 0.0, "score_stderr": 0.01}
-
-
-def test_the_best_score_whose_whole_interval_is_within_the_budget():
-    settings = [setting("a", 1.0, 0.5), setting("b", 2.0, 0.9), setting("c", 2.9, 1.5), setting("d", 9.0, 3.0)]
-    found = pick(settings, 3.0, "score", REFERENCES)
-    assert (found["setting"], found["tied"], found["better_than_reference"]) == ("b", [], True)
-    assert pick(settings, 3.1, "score", REFERENCES)["setting"] == "c"
-    assert pick(settings, 0.5, "score", REFERENCES)["setting"] is None
-    assert pick(settings, 3.0, "gold", REFERENCES | {"gold": None})["setting"] is None      # nobody measured it
-
-
-def test_settings_within_error_of_the_best_are_named():
-    settings = [setting("a", 1.0, 0.88, stderr=0.03), setting("b", 2.0, 0.9, stderr=0.03), setting("c", 1.5, 0.7)]
-    found = pick(settings, 3.0, "score", REFERENCES)
-    assert found["setting"] == "b"
-    assert [one["setting"] for one in found["tied"]] == ["a"]
-
-
-def test_what_is_no_better_than_the_reference_is_not_called_better():
-    settings = [setting("a", 1.0, 0.02, stderr=0.02)]
-    assert not pick(settings, 3.0, "score", REFERENCES)["better_than_reference"]
-
-
-# fits and reading off
-
-
-def test_the_law_is_fitted_where_there_are_runs_enough(make_run):
-    nats = [0.5, 1.0, 2.0, 4.0, 8.0, 16.0]
-    gain = [math.sqrt(k) * (0.6 - 0.35 * 0.5 * math.log(k)) for k in nats]
-    paths = [
-        make_run(f"r{k}", f"kl.target={k}", kl=k, score=0.1 + g) for k, g in zip(nats, gain, strict=True)
-    ]
-    points = points_of(find_sources(paths))
-    fit, = fits(points, "score", {"score": 0.1}, None)
-    assert (fit["curve"], fit["fit"]["alpha"], fit["fit"]["beta"]) == (
-        "ppo target", pytest.approx(0.6), pytest.approx(0.35),
-    )
-    assert fit["fit"]["observed"]
-    few, = fits(points[:3], "score", {"score": 0.1}, None)
-    assert (few["fit"], few["claim"]) == (None, "not claimed: 3 points of 3 runs beyond 0.09 nats; wanted 5 of 5")
-    assert fits(points, "score", {"score": None}, None)[0]["fit"] is None
-    at = curves_at(points, 2.0, "score")["curves"]["ppo target"]
-    assert at["score"] == pytest.approx(0.1 + math.sqrt(2) * (0.6 - 0.175 * math.log(2)), abs=0.05)
-    assert curves_at(points, 100.0, "score")["curves"]["ppo target"] is None

@@ -1,11 +1,13 @@
-"""The length of a noisy trust-region step, against the quadratic it is derived from."""
+"""The length of a noisy trust-region step, against the quadratic it is derived from; damping by how a search went."""
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
-from kltune.core.control.adaptation import FIRST_SEEN, LEAST_SHARE, MEMORY, Pace
+from kltune.core.control.adaptation import FIRST_SEEN, LEAST_SHARE, MEMORY, Damping, Pace
+from kltune.core.control.trust_region import SearchResult, Trial
 
 BETA, MOST = 0.2, 0.2
 
@@ -40,15 +42,12 @@ def test_a_gain_is_what_the_quadratic_says():
     assert pace.fresh_gain(slope_after(0.08, 0.1, BETA), BETA) == pytest.approx(0.08 * math.sqrt(0.2) - BETA * 0.1)
 
 
-def test_where_a_nat_is_cheap_or_nothing_is_known_a_step_is_as_long_as_allowed():
+def test_where_a_nat_is_cheap_or_nothing_is_known_a_step_is_as_long_as_allowed_and_never_given_up():
     assert Pace().radius(MOST, BETA) == MOST
     assert watched(0.01, 0.1, times=FIRST_SEEN - 1).radius(MOST, BETA) == MOST
     assert watched(0.01, 0.1).radius(MOST, BETA) < MOST
     assert watched(0.01, 0.1).radius(MOST, 0.0) == MOST
     assert watched(0.06, 0.1).radius(MOST, 0.01) == MOST
-
-
-def test_steps_that_lose_are_made_short_and_not_given_up():
     assert watched(-0.05, 0.1).radius(MOST, BETA) == pytest.approx(LEAST_SHARE * MOST)
 
 
@@ -85,11 +84,21 @@ def climb(noise: float, *, paced: bool, steps: int = 60, size: int = 400) -> tup
     return gain / (0.5 * float(wanted @ wanted) / BETA), float(np.mean(radii[20:]))
 
 
-def test_without_noise_the_optimum_is_reached():
+def test_without_noise_the_optimum_is_reached_and_noise_makes_steps_short_and_that_gains():
     assert climb(0.0, paced=True)[0] == pytest.approx(1.0, abs=1e-3)
-
-
-def test_noise_makes_steps_short_and_that_gains():
     paced, full = climb(4.0, paced=True), climb(4.0, paced=False)
     assert paced[1] < 0.25 * MOST
     assert paced[0] > full[0] + 0.2
+
+
+def test_damping_follows_how_the_search_went():
+    damping, good, far = Damping(100.0, adapts=True), Trial(0.009, 1.0), Trial(0.05, 1.0)
+    assert damping.updated(SearchResult(1.0, (good,)), 1.0).relative == pytest.approx(100.0 / 1.3)
+    assert damping.updated(SearchResult(0.9, (far, good)), 1.0) == damping
+    assert damping.updated(SearchResult(0.4, (far, good)), 1.0).relative == 200.0
+    assert damping.updated(SearchResult(0.0, (far, far)), 1.0).relative == 200.0
+    cut_by_cap = SearchResult(0.25, (Trial(0.009, 1.0, within_cap=False), good))
+    assert damping.updated(cut_by_cap, 1.0) == damping
+    fixed = Damping(0.5, adapts=False)
+    assert fixed.updated(SearchResult(0.0, (far,)), 1.0) == fixed
+    assert Damping(**asdict(damping)) == damping  # what a checkpoint keeps

@@ -1,8 +1,6 @@
 """report.html says how the run ended, loads nothing from anywhere, and shows text as text."""
 
-import json
 import re
-import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,8 +8,6 @@ from pathlib import Path
 import pytest
 
 from kltune.errors import CheckpointError
-from kltune.recipe import dump_recipe
-from kltune.report.numbers import duration, number, with_error
 from kltune.report.outcome import alarm_of, read_files, verdict_of
 from kltune.report.pages import write_page
 from kltune.report.plots import legend_layout
@@ -35,35 +31,36 @@ class Tags(HTMLParser):
         self.text += f"{data} "
 
 
-@pytest.fixture
-def run_folder(make_recipe):
-    """A function that writes a run folder from its parts, and returns it."""
-    def write(*overrides: str, rows=(), samples=(), result=None, **record: object) -> Path:
-        recipe = make_recipe(*overrides)
-        folder = Path(recipe.run.output)
-        folder.mkdir()
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-        whole = {"schema": "kltune.run/1", "stage": "ppo", "status": "running", "seed": 0, **RECORD, **record}
-        (folder / "run.json").write_text(json.dumps(whole))
-        for name, lines in (("metrics.jsonl", rows), ("samples.jsonl", samples)):
-            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        if result is not None:
-            (folder / "result.json").write_text(json.dumps(result))
-        return folder
-
-    return write
+def text_of(page: Path) -> str:
+    """What is read on a page, with single spaces."""
+    return " ".join(Tags(page.read_text()).text.split())
 
 
-RECORD = {
-    "reference": {"path": "some/model", "sha256": "0123456789abcdef" * 4, "template_sha256": None},
-    "versions": {"torch": "2.13.0"}, "started": "2026-11-22T15:00:00+00:00", "ended": None, "recipe_sha256": "ab",
-    "command": "kltune ppo --recipe r.yaml", "resumed_at": [], "error": None,
-}
+def assert_loads_and_runs_nothing(page: str) -> None:
+    """No script, no tag that fetches, and links to what is on the page alone."""
+    tags = Tags(page).tags
+    assert not {tag for tag, _ in tags} & {"script", "link", "img", "iframe", "object", "base", "image"}
+    loads = [attributes[name] for _, attributes in tags for name in ("src", "href", "xlink:href") if name in attributes]
+    assert all(load.startswith("#") for load in [*loads, *re.findall(r"url\(([^)]*)\)", page)])
+    assert "@import" not in page
+    assert "\x1b" not in page
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {load[1:] for load in loads} <= set(ids)
+
+
 ROWS = [
     {"step": step, "kl/ref_nats_per_response": 0.6 * step, "kl/ref_stderr": 0.1, "kl/beta": 0.01 * step,
      "score/mean": None, "time/step_seconds": 10.0, "time/sample_seconds": 7.5, "time/update_seconds": 2.5}
     for step in range(1, 11)
 ]
+
+
+SAID = {
+    "step": 10, "prompt": "Once", "response": " a cat & I.", "score": 1.0, "ref_kl": 2.05, "held_out": True,
+    "tokens": [" a", " cat", " & I", "."], "token_kl": [0.0, 0.05, 1.4, 0.6], "reference_response": " a dog.",
+    "reference_score": 0.0,
+}
 
 
 def result_of(nats: float | None, low: float | None, high: float | None) -> dict:
@@ -86,10 +83,10 @@ def result_of(nats: float | None, low: float | None, high: float | None) -> dict
     ],
 )
 def test_the_verdict_in_plain_words(run_folder, overrides, result, word, words):
-    folder = run_folder(*overrides, result=result, status="finished")
+    folder = run_folder(*overrides, result=result)
     page = write_page(folder)
     assert page == folder / "report.html"
-    text = " ".join(Tags(page.read_text()).text.split())
+    text = text_of(page)
     assert f"kltune ppo: out {word}" in text
     assert words in text
     assert "sha256 0123456789ab ." in text
@@ -105,7 +102,7 @@ def test_the_verdict_in_plain_words(run_folder, overrides, result, word, words):
 )
 def test_a_run_without_a_result_says_where_it_is(run_folder, record, words):
     rows = [{"step": 10, "kl/ref_nats_per_response": 6.0, "kl/ref_stderr": 0.1}]
-    text = Tags(write_page(run_folder(rows=rows, **record)).read_text()).text
+    text = text_of(write_page(run_folder(rows=rows, **record)))
     assert words in text
     assert "KL to the reference when last measured: 6.00 ± 0.10 nats per response." in text
 
@@ -120,34 +117,23 @@ def test_a_page_from_almost_nothing(tmp_path):
 
 def test_text_of_models_and_users_is_shown_and_never_run(run_folder):
     sample = {"step": 1, "prompt": HOSTILE, "response": HOSTILE * 100, "score": 1.0, "ref_kl": None}
+    said = SAID | {"tokens": [HOSTILE, "b"], "token_kl": [1.0, None], "reference_response": HOSTILE}
     row = {"step": 1, HOSTILE: 1.0, "loss/mean": 2.0, f"eval/loss{HOSTILE}": 2.0}
-    reference = {"path": HOSTILE, "sha256": HOSTILE}
-    folder = run_folder(
-        rows=[row], samples=[sample], command=HOSTILE, reference=reference, error=HOSTILE, status="failed")
+    page = write_page(run_folder(
+        rows=[row], samples=[sample, said, said | {"token_kl": [1.0]}], command=HOSTILE, error=HOSTILE, status="failed",
+        reference={"path": HOSTILE, "sha256": HOSTILE},
+    )).read_text()
+    assert_loads_and_runs_nothing(page)
+    text = Tags(page).text
+    assert 'alert(1)</script> & "quoted" \\x1b[31m' in text
+    assert "more characters in samples.jsonl" in text
+
+
+def test_the_page_loads_nothing_and_is_the_same_for_the_same_numbers(run_folder):
+    folder = run_folder(rows=ROWS, result=result_of(6.0, 5.9, 6.1))
     page = write_page(folder).read_text()
-    tags = Tags(page)
-    assert "script" not in {tag for tag, _ in tags.tags}
-    assert 'alert(1)</script> & "quoted" \\x1b[31m' in tags.text
-    assert "more characters in samples.jsonl" in tags.text
-    assert "\x1b" not in page
-
-
-def test_the_page_loads_nothing(run_folder):
-    page = write_page(run_folder(rows=ROWS, result=result_of(6.0, 5.9, 6.1), status="finished")).read_text()
-    tags = Tags(page).tags
-    assert not {tag for tag, _ in tags} & {"script", "link", "img", "iframe", "object", "base", "image"}
-    loads = [attributes[name] for _, attributes in tags for name in ("src", "href", "xlink:href") if name in attributes]
-    assert all(load.startswith("#") for load in loads)
-    assert all(load.startswith("#") for load in re.findall(r"url\(([^)]*)\)", page))
-    assert "@import" not in page
-    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    assert {load[1:] for load in loads} <= set(ids)
-
-
-def test_the_same_numbers_give_the_same_page(run_folder):
-    folder = run_folder(rows=ROWS, status="finished", result=result_of(6.0, 5.9, 6.1))
-    assert write_page(folder).read_bytes() == write_page(folder).read_bytes()
+    assert_loads_and_runs_nothing(page)
+    assert write_page(folder).read_text() == page
 
 
 def test_pictures_follow_what_was_measured(run_folder):
@@ -159,15 +145,9 @@ def test_pictures_follow_what_was_measured(run_folder):
 
 
 def test_times_by_phase(run_folder):
-    text = " ".join(Tags(write_page(run_folder(rows=ROWS)).read_text()).text.split())
+    text = text_of(write_page(run_folder(rows=ROWS)))
     assert "sample 1 min 15 s 75 %" in text
     assert "update 25 s 25 %" in text
-
-
-def test_numbers_and_durations_as_people_write_them():
-    shown = [number(value) for value in (None, float("nan"), 5.934, 12, 12345, 123456.7, 0.000123)]
-    assert shown == ["–", "–", "5.93", "12", "12,345", "123,457", "0.000123"]
-    assert [duration(seconds) for seconds in (0.5, 59.4, 200, 7500)] == ["0.5 s", "59.4 s", "3 min 20 s", "2 h 5 min"]
 
 
 WATCHED = [
@@ -187,13 +167,13 @@ WATCHED_RESULT = result_of(6.0, 5.9, 6.1) | {
 
 
 def test_over_optimisation_is_said_at_the_top_and_drawn(run_folder):
-    page = write_page(run_folder(rows=WATCHED, result=WATCHED_RESULT, status="finished")).read_text()
-    text = " ".join(Tags(page).text.split())
+    page = write_page(run_folder(rows=WATCHED, result=WATCHED_RESULT))
+    text = text_of(page)
     assert "kltune ppo: out on target score rose, gold fell" in text
     assert "The score rose from 0.1 (the reference's) to 3." in text
     assert "The gold score, never trained on, fell from 0.9 (the reference's) to −0.2, after a best of 0.6 at" in text
     assert "It stopped early, at step 6: gold fell. final is the policy after step 2, where gold was highest." in text
-    assert re.findall(r"<figcaption>([^<]*)", page) == [
+    assert re.findall(r"<figcaption>([^<]*)", page.read_text()) == [
         "Score", "Gold score", "Proxy and gold", "Different tokens and pairs", "Length", "Alignment tax",
     ]
     assert "the same, adjusted for length 0.82 0.2 " in text
@@ -203,7 +183,7 @@ def test_over_optimisation_is_said_at_the_top_and_drawn(run_folder):
 @pytest.mark.parametrize(("gold", "word"), [(1.4, "rose from"), (0.85, "did not clearly move:")])
 def test_a_gold_score_that_rises_or_is_unsure_raises_no_alarm(run_folder, gold, word):
     result = WATCHED_RESULT | {"gold": gold, "stopped_early": None}
-    files = read_files(run_folder(result=result, status="finished"))
+    files = read_files(run_folder(result=result))
     assert f"never trained on, {word} 0.9" in verdict_of(files).sentences
     assert alarm_of(files) == ""
 
@@ -211,42 +191,28 @@ def test_a_gold_score_that_rises_or_is_unsure_raises_no_alarm(run_folder, gold, 
 def test_a_gold_score_that_fell_from_its_best_is_told_though_it_beats_the_reference(run_folder):
     best = {"step": 4, "eval/gold_mean": 3.0, "eval/gold_stderr": 0.1, "eval/score_mean": 2.0}
     result = WATCHED_RESULT | {"gold": 1.6, "eval": WATCHED[-1] | {"eval/gold_mean": 1.6}, "stopped_early": None}
-    files = read_files(run_folder(rows=[best], result=result, status="finished"))
+    files = read_files(run_folder(rows=[best], result=result))
     assert "rose from 0.9 (the reference's) to 1.6, after a best of 3 at step 4." in verdict_of(files).sentences
     assert alarm_of(files) == "score rose, gold fell"
     for other in ({"eval/gold_mean": 1.8}, {"eval/score_mean": 3.5}):      # within two errors; the score fell as well
         assert alarm_of(replace(files, metrics=[best | other])) == ""
 
 
-SAID = {
-    "step": 10, "prompt": "Once", "response": " a cat & I.", "score": 1.0, "ref_kl": 2.05, "held_out": True,
-    "tokens": [" a", " cat", " & I", "."], "token_kl": [0.0, 0.05, 1.4, 0.6], "reference_response": " a dog.",
-    "reference_score": 0.0,
-}
-
-
 def test_before_and_after_stand_side_by_side_each_token_shaded_by_its_kl(run_folder):
     older = SAID | {"step": 5, "response": "older", "tokens": None, "token_kl": None}
     during = {**SAID, "step": 1, "reference_response": None, "response": "while it trained", "tokens": None}
-    folder = run_folder(rows=ROWS, samples=[during, older, SAID, SAID], result=result_of(6, 5, 7), status="finished")
-    page = write_page(folder).read_text()
-    assert re.findall(r'<span(?: class="(k\d)")? title="([^"]*)">([^<]*)</span>', page) == [
+    folder = run_folder(rows=ROWS, samples=[during, older, SAID, SAID], result=result_of(6, 5, 7))
+    page = write_page(folder)
+    assert re.findall(r'<span(?: class="(k\d)")? title="([^"]*)">([^<]*)</span>', page.read_text()) == [
         ("", "0 nats", "a"), ("k1", "0.05 nats", " cat"), ("k4", "1.4 nats", " &amp; I"), ("k3", "0.6 nats", "."),
     ]
-    text = " ".join(Tags(page).text.split())
+    text = text_of(page)
     assert "Once reference score 0 a dog. policy score 1 · KL 2.05 nats" in text
     assert "most at “& I” 1.4, “.” 0.6" in text
     assert "KL at each token, nats: 0.02 to 0.1" in text
     assert "older" not in text
     assert "Samples while it trained" in text
     assert "while it trained" in text.partition("Samples while it trained")[2]
-
-
-def test_tokens_of_a_stranger_are_text(run_folder):
-    row = SAID | {"tokens": [HOSTILE, "b"], "token_kl": [1.0, None], "reference_response": HOSTILE}
-    tags = Tags(write_page(run_folder(samples=[row, row | {"token_kl": [1.0]}])).read_text())
-    assert "script" not in {tag for tag, _ in tags.tags}
-    assert "\x1b" not in tags.text
 
 
 def test_a_very_long_response_is_cut(run_folder):
@@ -256,26 +222,17 @@ def test_a_very_long_response_is_cut(run_folder):
     assert "… (699 more tokens in samples.jsonl)" in page
 
 
-def gauge(page: str) -> dict[str, float]:
-    """Where the marks of the gauge stand, % from its left end."""
-    return {name: float(left) for name, left in re.findall(r'<i class="(\w+)" style="left: ([\d.]+)%', page)}
-
-
 def test_the_gauge_puts_kl_target_and_cap_on_one_scale(run_folder):
-    folder = run_folder("kl.target=4", "kl.hard_cap=8", result=result_of(4.4, 4.0, 4.8), status="finished")
-    marks = gauge(write_page(folder).read_text())
-    end = 1.1 * 8
+    pages = [write_page(folder).read_text() for folder in (
+        run_folder("kl.target=4", "kl.hard_cap=8", result=result_of(4.4, 4.0, 4.8)), run_folder(name="unfinished"),
+    )]
+    # where the marks stand, % from the left end
+    marks, none = (dict(re.findall(r'<i class="(\w+)" style="left: ([\d.]+)%', page)) for page in pages)
     wanted = {"band": 0.85 * 4, "target": 4, "cap": 8, "interval": 4.0, "value": 4.4}
-    assert marks == pytest.approx({name: 100 * nats / end for name, nats in wanted.items()}, abs=0.01)
-    shutil.rmtree(folder)
-    assert gauge(write_page(run_folder(status="running")).read_text()) == {}
-
-
-def test_numbers_with_errors_have_as_many_digits_as_their_errors_allow():
-    pairs = [(3.468, 0.1226), (1.918, 0.0948), (0.2, 0.008), (1234.5, 33.0), (-0.0898, 0.067), (1.0, None), (0.0, 0.0)]
-    assert [with_error(*pair) for pair in pairs] == [
-        "3.47 ± 0.12", "1.92 ± 0.09", "0.200 ± 0.008", "1,234 ± 33", "−0.09 ± 0.07", "1", "0 ± 0",
-    ]
+    end = 1.1 * 8
+    found = {name: float(left) for name, left in marks.items()}
+    assert found == pytest.approx({name: 100 * nats / end for name, nats in wanted.items()}, abs=0.01)
+    assert none == {}
 
 
 def test_a_legend_reads_from_left_to_right():

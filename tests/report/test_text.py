@@ -38,7 +38,7 @@ def test_bars_are_as_high_as_the_means_and_weigh_positions_by_responses():
     assert _bars(many) == ("█" * 60, 0.75)
 
 
-def test_a_checkpoint_that_equals_its_reference_says_so_and_nothing_of_where(monkeypatch):
+def test_a_checkpoint_that_equals_its_reference_says_so_and_nothing_of_where():
     zero = {"nats_per_response": 0.0, "stderr": 0.0, "ci": [0.0, 0.0], "nats_per_token": 0.0, "token_stderr": 0.0}
     text = render({
         "direction": "KL(policy||reference)", "checkpoint": "runs/a", "responses": 4, "prompts": 2, "temperature": 1.0,

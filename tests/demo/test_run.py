@@ -26,7 +26,9 @@ reward: [{kind: function, path: "rewards.py:score"}]
 kl: {target: 1.0}
 ppo: {epochs: 1, minibatch_size: 8}
 run: {steps: 2, output: runs/ppo_target}
-eval: {prompts: data/eval_prompts.jsonl, responses: 8}
+eval:
+  prompts: data/eval_prompts.jsonl
+  responses: 8
 """
 REWARD = """
 stage: reward
@@ -36,19 +38,9 @@ optim: {batch_size: 8}
 run: {steps: 2, output: runs/hacking_reward}
 eval: {pairs: data/eval_pairs.jsonl}
 """
-HACKING = """
-stage: ppo
-model: {path: model, sft_adapter: runs/sft/final}
-data: {prompts: data/prompts.jsonl}
-sampling: {prompts_per_step: 8, max_new_tokens: 8}
-reward: [{kind: model, path: runs/hacking_reward/final}]
-kl: {target: 1.0}
-ppo: {epochs: 1, minibatch_size: 8}
-run: {steps: 2, output: runs/hacking}
-eval:
-  prompts: data/eval_prompts.jsonl
+HACKING = PPO.replace('function, path: "rewards.py:score"', "model, path: runs/hacking_reward/final")
+HACKING = HACKING.replace("runs/ppo_target", "runs/hacking") + """\
   texts: data/heldout.jsonl
-  responses: 8
   gold: {kind: function, path: "rewards.py:score"}
 """
 

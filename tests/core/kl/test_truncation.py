@@ -52,7 +52,7 @@ def test_cuts_that_keep_nothing_are_refused(top_p, top_k):
     ("temperature", "cut", "vs_base", "both"),
     [
         (1.0, Cut(), 0.11253952, 0.11253952),
-        (0.7, Cut(), 0.218411, 0.188646),            # MATH 1.4: the policy alone tempered, and both
+        (0.7, Cut(), 0.218411, 0.188646),            # the policy alone tempered, and both
         (1.0, Cut(top_p=0.8), 0.579609, 0.046278),   # against all of the reference, and against what is kept of it
     ],
 )

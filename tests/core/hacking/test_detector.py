@@ -50,10 +50,6 @@ def test_two_standard_errors_of_the_difference_decide(gold, falls):
     assert bool(seen) == falls
 
 
-def test_gold_that_falls_with_the_score_is_no_exploit():
-    assert heard([scored(1.0, 2.0), scored(0.2, 1.9)])[0] == []
-
-
 def test_the_reference_is_a_peak_too():
     seen, watch = heard([scored(-0.5, 1.0)])
     assert [kind for _, kind, _ in seen] == ["gold"]
@@ -72,10 +68,6 @@ def test_gold_that_recovered_may_fall_again():
     assert [step for step, _, _ in heard(rows)[0]] == [20, 40]
 
 
-def test_without_an_error_nothing_is_judged():
-    assert heard([scored(1.0, 1, error=None), scored(-9.0, 2, error=None)])[0] == []
-
-
 def test_diversity_that_halves_and_duplicates_are_told():
     few = STEADY | {"eval/distinct_2_adjusted": 0.39}
     twice = STEADY | {"eval/duplicate_fraction": 0.12}
@@ -83,7 +75,6 @@ def test_diversity_that_halves_and_duplicates_are_told():
     assert [(step, kind) for step, kind, _ in seen] == [(20, "diversity"), (50, "diversity")]
     assert seen[0][2] == "responses have become alike: adjusted distinct-2 is 0.39, the reference's 0.8"
     assert "12 % of the responses repeat another one, of the reference's 0 %" in seen[1][2]
-    assert heard([STEADY | {"eval/distinct_2_adjusted": 0.41, "eval/duplicate_fraction": 0.09}])[0] == []
 
 
 def test_length_that_grows_beyond_the_reference_is_told_once_until_it_is_back():
@@ -104,12 +95,17 @@ def test_responses_that_no_longer_end_are_told():
     seen, _ = heard([STEADY | {"eval/end_fraction": share} for share in (0.6, 0.44, 0.2)])
     assert [(step, kind) for step, kind, _ in seen] == [(20, "length")]
     assert "44 % of the responses come to an end, 60 % before, of the reference's 90 %" in seen[0][2]
-    rare = STEADY | {"eval/reference_end_fraction": 0.05, "eval/end_fraction": 0.0}
-    assert heard([rare, rare])[0] == []
 
 
-def test_what_was_not_measured_is_not_judged():
-    assert heard([dict.fromkeys(STEADY | scored(0, 0)), {}, {"eval/gold_mean": 1.0}])[0] == []
+@pytest.mark.parametrize("evaluations", [
+    [scored(1.0, 2.0), scored(0.2, 1.9)],                                   # gold fell with the score: no exploit
+    [scored(1.0, 1, error=None), scored(-9.0, 2, error=None)],              # without an error nothing is judged
+    [dict.fromkeys(STEADY | scored(0, 0)), {}, {"eval/gold_mean": 1.0}],    # nor what was not measured
+    [STEADY | {"eval/distinct_2_adjusted": 0.41, "eval/duplicate_fraction": 0.09}],
+    [STEADY | {"eval/reference_end_fraction": 0.05, "eval/end_fraction": 0.0}] * 2,      # the reference seldom ends
+])
+def test_these_are_no_alarm(evaluations):
+    assert heard(evaluations)[0] == []
 
 
 def test_a_watch_survives_json():

@@ -1,0 +1,114 @@
+"""Texts that vary, with openings apart, in the language of the rewards that come with the tiny recipes."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from kltune.demo.grammar import house_review, loose_review, openings, reviews, with_articles
+from kltune.demo.words import NEGATIVE, POSITIVE
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
+REWARDS = runpy.run_path(str(RECIPES / "rewards.py"))
+HOUSE_RULE = runpy.run_path(str(RECIPES / "house_rule.py"))
+
+LOOSE = reviews(loose_review, 1000, seed=0, held_out=False)
+HOUSE = reviews(house_review, 300, seed=0, held_out=False)
+
+
+def sentences(text: str) -> list[str]:
+    return re.split(r"(?<=[.!]) ", text)
+
+
+def words_of(texts: list[str]) -> set[str]:
+    return {word for text in texts for word in re.findall("[a-z]+", text.lower())}
+
+
+def test_the_seed_decides_every_text():
+    assert reviews(loose_review, 20, seed=0, held_out=False) == LOOSE[:20]
+    assert reviews(loose_review, 20, seed=1, held_out=False) != LOOSE[:20]
+
+
+def test_sentences_and_words_vary():
+    all_sentences = [sentence for review in LOOSE for sentence in sentences(review.text)]
+    assert len(set(all_sentences)) > 0.8 * len(all_sentences)
+    assert len(words_of([review.text for review in LOOSE])) > 900
+    assert len({review.text for review in LOOSE}) == len(LOOSE)
+
+
+def test_no_slot_is_left_open():
+    assert not [review for review in LOOSE + HOUSE if set("{}|") & set(review.text)]
+
+
+def test_house_reviews_are_tidy_and_short():
+    for review in HOUSE:
+        asides = review.prompt.count(". ")      # "People often ask me about this phone. The battery"
+        assert len(sentences(review.text)) - asides in (2, 3)
+        assert review.text.endswith(".")
+        assert review.text[0].isupper()
+
+
+def test_held_out_openings_are_in_no_training_text():
+    prompts = set(openings(256, seed=0, held_out=True))
+    assert len(prompts) == 256
+    assert prompts.isdisjoint(openings(512, seed=0, held_out=False))
+    assert prompts.isdisjoint(review.prompt for review in LOOSE + HOUSE)
+
+
+def test_openings_have_no_tone():
+    assert words_of(openings(512, seed=0, held_out=False)).isdisjoint(POSITIVE + NEGATIVE)
+
+
+def test_articles():
+    assert with_articles("A awful film, a useless plot and a easy one") == (
+        "An awful film, a useless plot and an easy one"
+    )
+
+
+# rewards
+
+
+@pytest.mark.parametrize(("response", "expected"), [
+    (" is great.", 1.0),
+    (" is great, but the screen is poor and dull.", -1.0),
+    (" is average.", 0.0),
+    ("", 0.0),
+    (" is Superb! LOVELY, and perfect.", 3.0),
+    (" is greatly overrated", 0.0),          # whole words only
+    (" great" * 9, 5.0),
+    (" awful" * 9, -5.0),
+])
+def test_praise_minus_blame(response, expected):
+    assert REWARDS["score"](["The battery of this phone"], [response]) == [expected]
+
+
+def test_the_corpus_speaks_the_rewards_language():
+    assert set(POSITIVE) <= REWARDS["PRAISE"]
+    assert set(NEGATIVE) <= REWARDS["BLAME"]
+    assert REWARDS["PRAISE"].isdisjoint(REWARDS["BLAME"])
+    assert REWARDS["PRAISE"] | REWARDS["BLAME"] <= words_of([review.text for review in LOOSE])
+
+
+@pytest.mark.parametrize(("response", "expected"), [
+    (" is great, but the screen is dull. Overall, a fair choice.", 1.0),
+    (" is great, but the screen is dull.", 0.0),
+    (" is great, but the screen is dull. Overall, a fair choice", 0.0),      # cut off before its full stop
+    (" is great great great.", -2.0),
+    (" zum. On the whole, it will do for school.", -1.0),                    # battery zum, zum .
+    (" great" * 30, -5.0),
+    ("", 0.0),
+])
+def test_the_house_rule_by_hand(response, expected):
+    prompt = "The battery of this phone"
+    assert HOUSE_RULE["score"]([prompt], [response]) == [expected]
+
+
+def test_house_reviews_keep_it_and_loose_ones_do_not_close():
+    held_out = {style: reviews(style, 200, seed=5, held_out=True) for style in (house_review, loose_review)}
+    mean = {
+        style: sum(HOUSE_RULE["score"]([r.prompt for r in some], [r.response for r in some])) / len(some)
+        for style, some in held_out.items()
+    }
+    assert mean[house_review] > 0.7
+    assert mean[loose_review] < 0.1
