@@ -114,14 +114,17 @@ def recipe_digest(recipe: Recipe) -> str:
 
 def differing_keys(old: Recipe, new: Recipe) -> list[str]:
     """Every key in which two recipes differ, as ``kl.target: was 6.0, now 4.0``."""
-    before, after = flat_settings(old), flat_settings(new)
-    absent = object()
-    lines = []
-    for key in sorted(before.keys() | after.keys()):
-        was, now = before.get(key, absent), after.get(key, absent)
-        if was != now:
-            lines.append(f"{key}: was {shown(was, absent)}, now {shown(now, absent)}")
-    return lines
+    return differing_settings(flat_settings(old), flat_settings(new))
+
+
+def differing_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The same of settings by dotted key."""
+    was, now = ({key: as_written(value) for key, value in settings.items()} for settings in (before, after))
+    return [
+        f"{key}: was {was.get(key, 'absent')}, now {now.get(key, 'absent')}"
+        for key in sorted(was.keys() | now.keys())
+        if key not in was or key not in now or before[key] != after[key]
+    ]
 
 
 def flat_settings(recipe: Recipe) -> dict[str, Any]:
@@ -129,9 +132,9 @@ def flat_settings(recipe: Recipe) -> dict[str, Any]:
     return flat(comparable(recipe))
 
 
-def shown(value: object, absent: object) -> str:
-    """A value in a comparison."""
-    return "absent" if value is absent else json.dumps(value, ensure_ascii=False)
+def as_written(value: Any) -> str:
+    """A value as a recipe writes it, if in JSON's way; dates, which YAML knows and JSON does not, as text."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:

@@ -9,16 +9,34 @@ import yaml
 
 from kltune.core.hacking.detector import errors_of
 from kltune.errors import CheckpointError
-from kltune.report.figures import TOLERANCE, Limits, Recorded
-from kltune.report.numbers import number, with_error
-from kltune.report.plots import is_number
+from kltune.report.figures import STANDARD_ERRORS, TOLERANCE, Limits, Recorded
 from kltune.run.files import read_json, read_jsonl
+from kltune.run.screen import ABSENT, interval, is_number, number, with_error
 
 RECORDED = (
     "stage", "status", "seed", "reference", "versions", "started", "ended", "recipe_sha256", "command", "resumed_at",
     "error",
 )
 CLEAR = 2.0      # standard errors from which a score counts as moved
+FIGURES = {      # what is compared between reference and policy
+    "score": "eval/score_mean",
+    "gold score": "eval/gold_mean",
+    "score, sd of the reference's": "eval/score_z",
+    "gold score, sd of the reference's": "eval/gold_z",
+    "different tokens (distinct-1)": "eval/distinct_1",
+    "different pairs of tokens (distinct-2)": "eval/distinct_2",
+    "the same, adjusted for length": "eval/distinct_2_adjusted",
+    "different pairs among answers to one prompt": "eval/distinct_2_per_input",
+    "different pairs across prompts": "eval/distinct_2_across_input",
+    "likeness to each other (self-BLEU)": "eval/self_bleu",
+    "duplicates, share of responses": "eval/duplicate_fraction",
+    "entropy, nats per token": "eval/entropy_nats_per_token",
+    "tokens per response": "eval/response_tokens",
+    "responses that end, share": "eval/end_fraction",
+    "held-out texts, nats per token": "eval/texts_nats_per_token",
+    "alignment tax, nats per token": "eval/tax_nats_per_token",
+}
+ZERO_OF_REFERENCE = {"eval/tax_nats_per_token", "eval/score_z", "eval/gold_z"}
 ROSE, FELL, STAYED = "rose from", "fell from", "did not clearly move:"
 
 
@@ -133,7 +151,7 @@ def _final_verdict(files: Files) -> Verdict:
     if value is None:
         return Verdict("KL not measured", "bad", "The run finished, but the KL of the final policy was not measured.")
     unit = limits.unit.replace("_per_", " per ")
-    sentences = [f"The final policy is {number(value)} {unit} from its reference{_interval(kl, limits.unit)}."]
+    sentences = [f"The final policy is {number(value)} {unit} from its reference{_in_brackets(kl, limits.unit)}."]
     word, tone = "measured", "plain"
     if limits.target:
         share = value / limits.target - 1
@@ -207,11 +225,9 @@ def move_of(files: Files, name: str) -> tuple[float, float, str] | None:
     return before, after, word
 
 
-def _interval(kl: dict[str, Any], unit: str) -> str:
-    low, high = kl.get("ci95") or (None, None)
-    if low is None or high is None or unit != "nats_per_response":      # ci95 is per response
-        return ""
-    return f" (95 % interval {number(low)} to {number(high)})"
+def _in_brackets(kl: dict[str, Any], unit: str) -> str:
+    bounds = interval(kl.get("ci95") if unit == "nats_per_response" else None)      # ci95 is per response
+    return "" if bounds == ABSENT else f" (95 % interval {bounds})"
 
 
 def beside(numbers: dict[str, Any], name: str) -> str:
@@ -229,14 +245,14 @@ def gauge_of(files: Files) -> dict[str, Any] | None:
     marks = [value, high or 0.0, 1.5 * (limits.target or 0.0), 1.1 * (limits.hard_cap or 0.0)]
     end = max(*marks, 1.3 * value) or 1.0
 
-    def place(nats: float | None) -> float | None:
+    def percent(nats: float | None) -> float | None:
         return None if nats is None else round(100.0 * nats / end, 2)
 
     target = limits.target
     return {
-        "value": place(value), "low": place(low), "high": place(high), "target": place(target),
-        "cap": place(limits.hard_cap), "end": end, "unit": limits.unit.replace("_per_", " per "),
-        "band": None if target is None else [place((1 + sign * TOLERANCE) * target) for sign in (-1, 1)],
+        "value": percent(value), "low": percent(low), "high": percent(high), "target": percent(target),
+        "cap": percent(limits.hard_cap), "end": end, "unit": limits.unit.replace("_per_", " per "),
+        "band": None if target is None else [percent((1 + sign * TOLERANCE) * target) for sign in (-1, 1)],
     }
 
 
@@ -251,37 +267,27 @@ def limits_of(files: Files) -> Limits:
     )
 
 
-# title, metric, its standard error: what is compared between reference and policy, and between runs
-FIGURES = (
-    ("score", "eval/score_mean", "eval/score_stderr"),
-    ("gold score", "eval/gold_mean", "eval/gold_stderr"),
-    ("score, sd of the reference's", "eval/score_z", "eval/score_z_stderr"),
-    ("gold score, sd of the reference's", "eval/gold_z", "eval/gold_z_stderr"),
-    ("different tokens (distinct-1)", "eval/distinct_1", ""),
-    ("different pairs of tokens (distinct-2)", "eval/distinct_2", ""),
-    ("the same, adjusted for length", "eval/distinct_2_adjusted", ""),
-    ("different pairs among answers to one prompt", "eval/distinct_2_per_input", ""),
-    ("different pairs across prompts", "eval/distinct_2_across_input", ""),
-    ("likeness to each other (self-BLEU)", "eval/self_bleu", ""),
-    ("duplicates, share of responses", "eval/duplicate_fraction", ""),
-    ("entropy, nats per token", "eval/entropy_nats_per_token", ""),
-    ("tokens per response", "eval/response_tokens", ""),
-    ("responses that end, share", "eval/end_fraction", ""),
-    ("held-out texts, nats per token", "eval/texts_nats_per_token", ""),
-    ("alignment tax, nats per token", "eval/tax_nats_per_token", "eval/tax_stderr"),
-)
-
-
-BY_DEFINITION = {"eval/tax_nats_per_token", "eval/score_z", "eval/gold_z"}      # of the reference: 0
-
 
 def figures_of(files: Files) -> list[tuple[str, str, str]]:
     """(what, the reference's, the policy's) of what the last evaluation measured; a dash for what it did not."""
     measured, recorded = files.evaluated, files.recorded
     rows = []
-    for title, name, error in FIGURES:
-        if measured.get(name) is None:
-            continue
-        before = 0.0 if name in BY_DEFINITION else recorded.reference(name)
-        rows.append((title, number(before), with_error(measured[name], measured.get(error))))
+    for title, name in FIGURES.items():
+        if measured.get(name) is not None:
+            before = 0.0 if name in ZERO_OF_REFERENCE else recorded.reference(name)
+            error = measured.get(STANDARD_ERRORS.get(name))
+            rows.append((title, number(before), with_error(measured[name], error)))
     return rows
+
+
+def final_figures(result: dict[str, Any]) -> dict[str, Any]:
+    """KL, score and gold of a result.json, each with its standard error; None where not measured.
+
+    reference_score and reference_gold are those of the reference's own responses to the same prompts.
+    """
+    kl, evaluation = result.get("kl") or {}, result.get("eval") or {}
+    figures = {"kl": kl.get("nats_per_response"), "kl_stderr": kl.get("stderr"), "kl_ci95": kl.get("ci95")}
+    for name in ("score", "reference_score", "gold", "reference_gold"):
+        figures[name] = evaluation.get(f"eval/{name}_mean")
+        figures[f"{name}_stderr"] = evaluation.get(f"eval/{name}_stderr")
+    return figures | {"score": evaluation.get("eval/score_mean", result.get("score"))}

@@ -36,6 +36,7 @@ from kltune.run.files import (
     redact,
     to_json,
     without_nonfinite,
+    write_json,
     write_whole,
 )
 from kltune.run.loggers import wanted_loggers
@@ -108,7 +109,7 @@ class Run:
             The result as it was written: null for every number that is not finite, their names under "nonfinite".
         """
         result = without_nonfinite(result)
-        write_whole(self.folder / "result.json", to_json(result, indent=2) + "\n")
+        write_json(self.folder / "result.json", result)
         self._write_record(status="finished", ended=_now())
         return result
 
@@ -122,7 +123,7 @@ class Run:
 
     def _write_record(self, **changes: Any) -> None:
         self._record = {**self._record, **changes}
-        write_whole(self.folder / "run.json", to_json(self._record, indent=2) + "\n")
+        write_json(self.folder / "run.json", self._record)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.stop_signal is None:

@@ -10,8 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kltune.demo import world as tiny
-from kltune.demo.grammar import house_review, loose_review, openings, reviews, with_articles
-from kltune.demo.words import NEGATIVE, POSITIVE
+from kltune.demo.grammar import WORDS, house_review, loose_review, openings, reviews, with_articles
 from kltune.demo.world import MARKER, ROW, WORKSHOP, make_tiny_world, new_model, pack, pretrain, train_tokenizer
 from kltune.errors import StorageError
 from kltune.recipe import load_recipe
@@ -76,7 +75,7 @@ class TestCorpus:
 
     def test_openings_have_no_tone(self):
         words = {word for prompt in openings(512, seed=0, held_out=False) for word in re.findall("[a-z]+", prompt)}
-        assert words.isdisjoint(POSITIVE + NEGATIVE)
+        assert words.isdisjoint(WORDS["adjectives"]["good"] + WORDS["adjectives"]["bad"])
 
     def test_articles(self):
         assert with_articles("A awful film, a useless plot and a easy one") == (
@@ -238,8 +237,8 @@ class TestReward:
         assert score(["The battery of this phone"], [response]) == [expected]
 
     def test_the_corpus_speaks_the_rewards_language(self):
-        assert set(POSITIVE) <= REWARDS["PRAISE"]
-        assert set(NEGATIVE) <= REWARDS["BLAME"]
+        assert set(WORDS["adjectives"]["good"]) <= REWARDS["PRAISE"]
+        assert set(WORDS["adjectives"]["bad"]) <= REWARDS["BLAME"]
         assert REWARDS["PRAISE"].isdisjoint(REWARDS["BLAME"])
         spoken = {word for review in LOOSE for word in re.findall("[a-z]+", review.text.lower())}
         assert REWARDS["PRAISE"] | REWARDS["BLAME"] <= spoken

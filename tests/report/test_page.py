@@ -11,10 +11,10 @@ import pytest
 
 from kltune.errors import CheckpointError
 from kltune.recipe import dump_recipe
-from kltune.report.numbers import duration, number, with_error
 from kltune.report.outcome import alarm_of, read_files, verdict_of
 from kltune.report.pages import write_page
 from kltune.report.plots import legend_layout
+from kltune.run.screen import duration, interval, number, with_error
 
 HOSTILE = '<script src="http://evil/x.js">alert(1)</script> & "quoted" \x1b[31m'
 
@@ -275,6 +275,9 @@ def test_numbers_with_errors_have_as_many_digits_as_their_errors_allow():
     pairs = [(3.468, 0.1226), (1.918, 0.0948), (0.2, 0.008), (1234.5, 33.0), (-0.0898, 0.067), (1.0, None), (0.0, 0.0)]
     assert [with_error(*pair) for pair in pairs] == [
         "3.47 ± 0.12", "1.92 ± 0.09", "0.200 ± 0.008", "1,234 ± 33", "−0.09 ± 0.07", "1", "0 ± 0",
+    ]
+    assert [interval(bounds) for bounds in ((5.712, 6.154), (-0.5, None), (None, None), None)] == [
+        "5.71 to 6.15", "−0.5 to any", "–", "–",
     ]
 
 
