@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kltune.cli.options import Direction, JSONOption, Unit, finite, share
+from kltune.cli.options import Direction, JSONOption, Unit, confidence_level, finite
 from kltune.cli.output import emit_document, on_github, wants_colour
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
@@ -24,7 +24,7 @@ LengthOption = Annotated[int | None, typer.Option(min=1, help="Tokens; a longer 
 TemperatureOption = Annotated[float | None, typer.Option(min=0.1, max=10, callback=finite, help="Of both models.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Same seed, same machine: same numbers.")]
 UnitOption = Annotated[Unit, typer.Option(help="Unit of --max-kl.")]
-ConfidenceOption = Annotated[float, typer.Option(callback=share, help="Of intervals and of the verdict.")]
+ConfidenceOption = Annotated[float, typer.Option(callback=confidence_level, help="Of intervals and of the verdict.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python that ships with the models; off unless you read it.")
 ]

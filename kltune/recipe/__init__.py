@@ -52,11 +52,11 @@ from kltune.recipe.sections import (
 from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
 from kltune.recipe.writing import (
     as_written,
+    by_dotted_key,
     copy_recipe,
     differing_keys,
     differing_settings,
     dump_recipe,
-    flat,
     flat_settings,
     recipe_digest,
     recipe_schema,
@@ -67,7 +67,7 @@ __all__ = [
     "DataSection", "EvalSection", "Fault", "FunctionReward", "GridPoint", "JudgeReward", "KLSection", "LoraSection",
     "ModelReward", "ModelSection", "OptimSection", "PPORecipe", "PPOSection", "Place", "Recipe", "RecipeFaults",
     "RewardEntry", "RewardRecipe", "RunSection", "SFTRecipe", "SamplingSection", "TRPORecipe", "TRPOSection",
-    "as_written", "asks_for_pairs", "copy_recipe", "differing_keys", "differing_settings", "dump_recipe",
-    "find_recipe", "flat", "flat_settings", "load_grid", "load_recipe", "overlap", "packaged_recipes", "read_scorer",
-    "recipe_digest", "recipe_schema", "recipe_text", "recipes_folder",
+    "as_written", "asks_for_pairs", "by_dotted_key", "copy_recipe", "differing_keys", "differing_settings",
+    "dump_recipe", "find_recipe", "flat_settings", "load_grid", "load_recipe", "overlap", "packaged_recipes",
+    "read_scorer", "recipe_digest", "recipe_schema", "recipe_text", "recipes_folder",
 ]

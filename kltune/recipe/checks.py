@@ -144,7 +144,7 @@ def natural_gradient(recipe: Any) -> Iterator[Clash]:
 def preferences(recipe: Any) -> Iterator[Clash]:
     """A loss reads its own keys only, and what prices KL in dpo needs a number or a target."""
     dpo, kl = recipe.dpo, recipe.kl
-    yield from pairs_of(recipe)
+    yield from pair_sources(recipe)
     for name, losses in LOSS_KEYS.items():
         if dpo.loss not in losses and getattr(dpo, name) != type(dpo).model_fields[name].default:
             yield ((f"dpo.{name}", "dpo.loss"),
@@ -168,7 +168,7 @@ def preferences(recipe: Any) -> Iterator[Clash]:
         yield ("kl.exact",), "found false, wanted true: dpo prices and measures the exact KL only"
 
 
-def pairs_of(recipe: Any) -> Iterator[Clash]:
+def pair_sources(recipe: Any) -> Iterator[Clash]:
     """What is read only of pairs from a file, or only of pairs that are sampled and scored."""
     dpo, sampling, optim = recipe.dpo, recipe.sampling, recipe.optim
     penalty = sampling.missing_end_penalty != 0.0
@@ -274,13 +274,13 @@ def function_values(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def holders(whole: dict[str, Any], pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The sections that hold the last key of a dotted pattern, each with the full dotted key."""
     *steps, last = pattern.split(".")
-    found: list[tuple[str, Any]] = [("", whole)]
+    sections: list[tuple[str, Any]] = [("", whole)]
     for step in steps:
         if step == "*":
-            found = [(f"{key}{i}.", entry) for key, entries in found for i, entry in enumerate(entries)]
+            sections = [(f"{key}{i}.", entry) for key, entries in sections for i, entry in enumerate(entries)]
         else:
-            found = [(f"{key}{step}.", value[step]) for key, value in found if value.get(step) is not None]
-    for key, value in found:
+            sections = [(f"{key}{step}.", value[step]) for key, value in sections if value.get(step) is not None]
+    for key, value in sections:
         yield key + last, value
 
 
@@ -306,14 +306,14 @@ def misplaced(key: str, value: str, folder: Path) -> Iterator[Clash]:
 
 def function_file(key: str, value: str, folder: Path, trusted: bool) -> Iterator[Clash]:
     """A reward function lies beside the recipe: a recipe alone never chooses which code of this machine runs."""
-    parts = FUNCTION.fullmatch(value)
-    if not parts:
+    match = FUNCTION.fullmatch(value)
+    if not match:
         yield (key,), f"found {value}, wanted file.py:function, such as rewards.py:score"
         return
-    file = folder / parts["file"]
+    file = folder / match["file"]
     home = os.path.realpath(folder)
-    inside = os.path.realpath(file).startswith(os.path.join(home, "")) and ".." not in Path(parts["file"]).parts
+    inside = os.path.realpath(file).startswith(os.path.join(home, "")) and ".." not in Path(match["file"]).parts
     if not inside and not trusted:
-        yield (key,), f"found {parts['file']}, wanted a file in the recipe's own folder; copy it beside the recipe"
+        yield (key,), f"found {match['file']}, wanted a file in the recipe's own folder; copy it beside the recipe"
     elif not os.path.isfile(file):
-        yield (key,), f"found {parts['file']}, but there is no such file in {folder}; create it, or correct the name"
+        yield (key,), f"found {match['file']}, but there is no such file in {folder}; create it, or correct the name"

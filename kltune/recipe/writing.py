@@ -1,4 +1,4 @@
-"""A recipe as YAML, digest, schema, next to another recipe, as a copy to be changed; and its keys explained."""
+"""What is written of a recipe: YAML, digest, JSON schema, differences, a copy to be changed, and its keys explained."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from kltune.recipe.checks import SOURCES, UNREAD, function_values
 from kltune.recipe.fields import Section
 from kltune.recipe.reading import find_recipe, load_recipe
 from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
-from kltune.recipe.wording import wanted
+from kltune.recipe.wording import value_wanted
 from kltune.recipe.yaml_tree import resolve
 
 NOT_PART_OF_THE_RUN = ("output", "keep", "loggers")     # keys of run that change where results are, not what they are
@@ -33,7 +33,7 @@ def copy_recipe(name: str, destination: Path) -> tuple[list[Path], list[str]]:
         destination: a folder, made if need be, or a file that ends in .yaml.
 
     Returns:
-        The files written, and notes on paths that mean something else at the new place.
+        The files written, and notes on paths that mean something else in the new folder.
 
     Raises:
         RecipeError: no such recipe, or a file is already there; then nothing was written.
@@ -129,15 +129,15 @@ def differing_settings(before: dict[str, Any], after: dict[str, Any]) -> list[st
 
 def flat_settings(recipe: Recipe) -> dict[str, Any]:
     """What decides the numbers of a run, by dotted key."""
-    return flat(comparable(recipe))
+    return by_dotted_key(comparable(recipe))
 
 
 def as_written(value: Any) -> str:
-    """A value as a recipe writes it, if in JSON's way; dates, which YAML knows and JSON does not, as text."""
-    return json.dumps(value, ensure_ascii=False, default=str)
+    """A value as a recipe writes it, if in JSON's way."""
+    return json.dumps(value, ensure_ascii=False)
 
 
-def flat(value: Any, key: str = "") -> dict[str, Any]:
+def by_dotted_key(value: Any, key: str = "") -> dict[str, Any]:
     """Nested sections and lists as one dict of dotted keys."""
     if isinstance(value, dict) and value:
         entries = value.items()
@@ -145,7 +145,10 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
         entries = enumerate(value)
     else:
         return {key: value}
-    return {name: leaf for step, child in entries for name, leaf in flat(child, f"{key}.{step}".strip(".")).items()}
+    return {
+        name: leaf for step, child in entries
+        for name, leaf in by_dotted_key(child, f"{key}.{step}".strip(".")).items()
+    }
 
 
 def recipe_schema(stage: str | None = None) -> dict[str, Any]:
@@ -215,12 +218,12 @@ def keys_named(word: str) -> list[RecipeKey]:
 @cache
 def recipe_keys() -> dict[str, RecipeKey]:
     """Every section and key of every stage that reads it, by its dotted name."""
-    found: dict[str, list[_Field]] = {}
+    fields: dict[str, list[_Field]] = {}
     for stage, recipe in STAGES.items():
         for key, section, name in _fields_under(recipe):
             if _is_read(stage, key):
-                found.setdefault(key, []).append(_Field(stage, section, name))
-    return {key: _recipe_key(key, fields) for key, fields in found.items()}
+                fields.setdefault(key, []).append(_Field(stage, section, name))
+    return {key: _recipe_key(key, same_key) for key, same_key in fields.items()}
 
 
 def _recipe_key(key: str, fields: list[_Field]) -> RecipeKey:
@@ -229,7 +232,7 @@ def _recipe_key(key: str, fields: list[_Field]) -> RecipeKey:
         is_section = len(field.inner) == 1
         doc = getdoc(field.inner[0]) if is_section else field.info.description
         meaning[field.by] = doc.partition("\n\n")[0].replace("\n", " ").replace("``", "`")
-        range_[field.by] = wanted(_properties(field.section)[field.name])
+        range_[field.by] = value_wanted(_properties(field.section)[field.name])
         if not (is_section or field.info.is_required() or _must_be_written(field.stage, key)):
             default[field.by] = getattr(field.section.model_construct(), field.name)
     stages = tuple(dict.fromkeys(field.stage for field in fields))
@@ -285,8 +288,8 @@ def _fields_under(section: type[Section], prefix: str = "") -> Iterator[tuple[st
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:
-    if parts := get_args(annotation):
-        return [section for part in parts for section in _sections_in(part)]
+    if options := get_args(annotation):
+        return [section for option in options for section in _sections_in(option)]
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, Section) else []
 
 

@@ -10,6 +10,8 @@ from kltune.report.plots import (
     COLOURS,
     INK,
     TARGET,
+    Z95,
+    CurvePoint,
     Series,
     draw_final,
     draw_level,
@@ -215,7 +217,7 @@ def _draw_saved(axes: "Axes", recorded: Recorded, name: str, colour: str, label:
     if not is_number(value):
         return None
     step = recorded.last_step if recorded.final_step is None else recorded.final_step
-    draw_final(axes, step, value, error if is_number(error) else None, colour, label)
+    draw_final(axes, CurvePoint(step, value, y_error=Z95 * error if is_number(error) else 0.0), colour, label)
     return value
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kltune.core.hacking.detector import errors_of
 from kltune.errors import CheckpointError
+from kltune.recipe import RecipeFaults
+from kltune.recipe.yaml_tree import read_nodes
 from kltune.report.figures import STANDARD_ERRORS, TOLERANCE, Limits, Recorded
 from kltune.run.files import read_json, read_jsonl
 from kltune.run.screen import ABSENT, interval, is_number, number, with_error
@@ -87,8 +87,9 @@ def read_files(folder: Path) -> Files:
         raise CheckpointError(f"{folder} is no kltune run: there is no run.json in it.")
     recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8") if (folder / "recipe.yaml").exists() else ""
     recipe: Any = {}
-    with contextlib.suppress(yaml.YAMLError):      # a damaged recipe is still shown, as text
-        recipe = yaml.safe_load(recipe_text)
+    with contextlib.suppress(RecipeFaults):      # a damaged recipe is still shown, as text
+        root, _ = read_nodes(recipe_text, "recipe.yaml")
+        recipe = root.plain() if root is not None else {}
     return Files(
         folder=folder,
         record={**dict.fromkeys(RECORDED), **read_json(folder / "run.json")},

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from kltune.errors import RecipeError
-from kltune.recipe import as_written, flat
+from kltune.recipe import as_written, by_dotted_key
 from kltune.report.figures import COMPARED, TOLERANCE, Plot, draw, draw_together, plots_for
 from kltune.report.outcome import (
     Files,
@@ -245,7 +245,7 @@ def references_of(runs: dict[str, Files]) -> list[dict[str, Any]]:
 
 def differences_of(runs: Sequence[Files]) -> list[tuple[str, list[str]]]:
     """(key, its value in each run) of the recipe's keys that are not the same in all."""
-    recipes = [flat(files.recipe) for files in runs]
+    recipes = [by_dotted_key(files.recipe) for files in runs]
     keys = dict.fromkeys(key for recipe in recipes for key in recipe if key not in NAMES_NO_RUN)
     rows = [(key, [as_written(recipe[key]) if key in recipe else ABSENT for recipe in recipes]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]

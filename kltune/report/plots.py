@@ -169,12 +169,12 @@ def draw_series(axes: "Axes", series: Series, colour: str, label: str, *, faint:
         axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
-def draw_final(axes: "Axes", step: float, value: float, error: float | None, colour: str, label: str) -> None:
+def draw_final(axes: "Axes", point: CurvePoint, colour: str, label: str) -> None:
     """One point that stands for what was saved, with its interval."""
-    width = None if error is None else [Z95 * error]
     axes.errorbar(
-        [step], [value], yerr=width, color=colour, marker="D", markersize=6.5, markeredgecolor=INK,
-        markeredgewidth=0.8, elinewidth=1.4, capsize=3, linestyle="none", label=label, zorder=4,
+        [point.x], [point.y], yerr=[point.y_error] if point.y_error else None, color=colour, marker="D",
+        markersize=6.5, markeredgecolor=INK, markeredgewidth=0.8, elinewidth=1.4, capsize=3, linestyle="none",
+        label=label, zorder=4,
     )
 
 

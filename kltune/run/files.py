@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from kltune.errors import BusyError, CheckpointError, RecipeError, StorageError
 
+RUN_SCHEMA = "kltune.run/1"
 NO_LOCKS_HERE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 CANNOT_WRITE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
@@ -104,6 +105,11 @@ def read_document(path: Path, schema: str) -> dict[str, Any] | None:
     except CheckpointError:
         return None
     return document if isinstance(document, dict) and document.get("schema") == schema else None
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """run.json of a run's folder; None where there is none that can be read."""
+    return read_document(folder / "run.json", RUN_SCHEMA)
 
 
 @contextlib.contextmanager

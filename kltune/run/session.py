@@ -28,11 +28,12 @@ from kltune.recipe import Recipe, differing_keys, dump_recipe, load_recipe, reci
 from kltune.run.caches import StoredAnswers, StoredLogprobs
 from kltune.run.checkpoint import clear_leftovers, latest_checkpoint, saved_step
 from kltune.run.files import (
+    RUN_SCHEMA,
     claim,
     locked,
-    read_document,
     read_json,
     read_jsonl,
+    read_record,
     redact,
     to_json,
     without_nonfinite,
@@ -40,6 +41,9 @@ from kltune.run.files import (
     write_whole,
 )
 from kltune.run.loggers import wanted_loggers
+
+Train = Callable[[Any, Policy, "Run"], dict[str, Any]]
+SAME_SIGNAL_SECONDS = 0.1      # `timeout` and wrappers that forward send one signal twice, within milliseconds
 
 
 class Run:
@@ -136,11 +140,6 @@ class Run:
             os.kill(os.getpid(), number)
 
 
-Train = Callable[[Any, Policy, Run], dict[str, Any]]
-SCHEMA = "kltune.run/1"
-SAME_SIGNAL_SECONDS = 0.1      # `timeout` and wrappers that forward send one signal twice, within milliseconds
-
-
 def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
     """Run a stage in the folder that its recipe names, unless it is finished there already.
 
@@ -180,10 +179,10 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
             another recipe. BusyError: another process has it. StorageError: it cannot be written.
     """
     folder = Path(recipe.run.output)
-    claim(folder, "run", ours=_read_record(folder) is not None)
+    claim(folder, "run", ours=read_record(folder) is not None)
     with locked(folder):
         clear_leftovers(folder)
-        previous = _read_record(folder)
+        previous = read_record(folder)
         resume_from = _where_to_start(recipe, previous, resume=resume)
         run = Run(recipe, _new_record(recipe, previous, resume_from), resume_from)
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -206,7 +205,7 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
         RecipeError: the folder holds a finished run of another recipe; names the keys.
     """
     folder = Path(recipe.run.output)
-    record = _read_record(folder)
+    record = read_record(folder)
     if record is None or not _is_finished(folder, record):
         return None
     _refuse_another_recipe(recipe, record)
@@ -250,10 +249,6 @@ def _refuse_another_recipe(recipe: Recipe, record: dict[str, Any]) -> None:
     )
 
 
-def _read_record(folder: Path) -> dict[str, Any] | None:
-    return read_document(folder / "run.json", SCHEMA)
-
-
 def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Path | None) -> dict[str, Any]:
     continued = previous if previous is not None and resume_from is not None else {}
     versions = _versions()
@@ -261,7 +256,7 @@ def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Pa
         print("warning: resuming with other library versions: numbers may differ in the last digits.", file=sys.stderr)
     resumed_at = [saved_step(resume_from)] if resume_from else []
     return {
-        "schema": SCHEMA,
+        "schema": RUN_SCHEMA,
         "kltune_version": kltune.__version__,
         "stage": recipe.stage,
         "status": "running",

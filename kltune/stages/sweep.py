@@ -34,6 +34,7 @@ from kltune.run.files import (
     locked,
     read_document,
     read_json,
+    read_record,
     redact,
     to_json,
     visible,
@@ -44,7 +45,6 @@ from kltune.run.screen import ABSENT, duration, interval, with_error
 from kltune.run.subprocesses import Command, last_lines, run_commands, thread_share
 
 SCHEMA = "kltune.sweep/1"
-RUN_SCHEMA = "kltune.run/1"                     # of a run's run.json; its own module imports torch
 STOPPED = (130, 143)                            # exit codes of a run that was asked to stop
 WORST_FIRST = (1, 74, 6, 5, 2, 75, 143, 130)    # of points; one that is not listed, as of a killed process, is worse
 SHOWN_LINES = 5
@@ -174,7 +174,7 @@ class _Sweep:
     def _look(self, row: dict[str, Any]) -> None:
         """What the point's folder says of it now."""
         folder = self.options.output / row["name"]
-        record = read_record(folder)
+        record = read_record(folder) or {}
         status = record.get("status", "pending")
         result = read_json(folder / "result.json") if status == "finished" else {}
         if status == "running":      # written by a process that is gone: it was killed, or the sweep was
@@ -230,11 +230,6 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """run.json of a point; {} before it has one."""
-    return read_document(folder / "run.json", RUN_SCHEMA) or {}
-
-
 def common_settings(axes: Sequence[Axis], points: Sequence[GridPoint]) -> tuple[dict[str, Any], list[str]]:
     """(key: value of what is the same in all points, the keys that are not, or are swept over)."""
     swept = [axis.key for axis in axes]
@@ -271,7 +266,7 @@ def refuse_another_run(folder: Path, point: GridPoint) -> None:
     Raises:
         RecipeError: names every key in which it was not.
     """
-    record = read_record(folder)
+    record = read_record(folder) or {}
     if record.get("status") == "finished" and record.get("recipe_sha256") != recipe_digest(point.recipe):
         raise another_recipe(folder, differing_keys(load_recipe(folder / "recipe.yaml"), point.recipe))
 
