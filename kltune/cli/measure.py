@@ -12,7 +12,7 @@ from kltune.cli.output import emit_document, on_github, wants_colour
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
 from kltune.report.ci import annotations, write_junit, write_junit_error, write_step_summary
-from kltune.report.text import kl_text
+from kltune.report.text import eval_kl_text
 
 SourceOption = Annotated[
     str | None, typer.Option("--recipe", "-r", metavar="R.yaml", help="Where prompts and sampling come from.")
@@ -85,7 +85,7 @@ def eval_kl_command(
     if on_github():
         print(*annotations(document), sep="\n", file=sys.stderr)
         write_step_summary(document)
-    emit_document(document, as_json, partial(kl_text, colour=wants_colour(sys.stdout)))
+    emit_document(document, as_json, partial(eval_kl_text, colour=wants_colour(sys.stdout)))
     raise typer.Exit(code)
 
 

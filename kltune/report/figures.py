@@ -58,7 +58,7 @@ TRAINING = ("kl/ref_nats_per_response", "kl/ref_nats_per_token", "score/mean", "
 
 
 @dataclass(frozen=True)
-class Limits:
+class KLLimits:
     """What the KL is held against, in ``unit``; None where the recipe sets nothing."""
 
     unit: str = "nats_per_response"
@@ -106,7 +106,7 @@ class Recorded:
         return values[-1] if values else None
 
 
-def plots_for(limits: Limits) -> dict[str, tuple[Plot, ...]]:
+def plots_for(limits: KLLimits) -> dict[str, tuple[Plot, ...]]:
     """The plots of a report under their headings, most asked for first; `draw` leaves out what was not measured."""
     names = (f"kl/ref_{limits.unit}", f"eval/kl_ref_{limits.unit}")
     return {
@@ -172,7 +172,7 @@ COMPARED = {      # pictures of a comparison: one metric of every run in each
 }
 
 
-def draw(plot: Plot, recorded: Recorded, limits: Limits) -> "Figure | None":
+def draw(plot: Plot, recorded: Recorded, limits: KLLimits) -> "Figure | None":
     """One picture; None if nothing of it was measured while the run went on, or only once, or as 0."""
     shown = [(name, _series(recorded, name)) for name in _measured_names(plot, recorded)]
     curves = [series.values for _, series in shown if series is not None]
@@ -221,7 +221,7 @@ def _draw_saved(axes: "Axes", recorded: Recorded, name: str, colour: str, label:
     return value
 
 
-def draw_limits(axes: "Axes", limits: Limits) -> None:
+def draw_limits(axes: "Axes", limits: KLLimits) -> None:
     """Target with its band, and hard cap."""
     if limits.target is not None:
         low, high = ((1 + sign * TOLERANCE) * limits.target for sign in (-1, 1))

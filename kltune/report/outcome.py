@@ -9,7 +9,7 @@ from kltune.core.hacking.detector import errors_of
 from kltune.errors import CheckpointError
 from kltune.recipe import RecipeFaults
 from kltune.recipe.yaml_tree import read_nodes
-from kltune.report.figures import STANDARD_ERRORS, TOLERANCE, Limits, Recorded
+from kltune.report.figures import STANDARD_ERRORS, TOLERANCE, KLLimits, Recorded
 from kltune.run.files import read_json, read_jsonl
 from kltune.run.screen import ABSENT, interval, is_number, number, with_error
 
@@ -69,7 +69,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RunVerdict:
     """The answer in one word, with its tone (good, bad or plain) and in sentences."""
 
     word: str
@@ -101,7 +101,7 @@ def read_files(folder: Path) -> Files:
     )
 
 
-def verdict_of(files: Files) -> Verdict:
+def verdict_of(files: Files) -> RunVerdict:
     """Whether the run ended, and how far from its reference, in plain words."""
     status, total = files.record.get("status"), (files.recipe.get("run") or {}).get("steps")
     if status == "finished":
@@ -113,7 +113,7 @@ def verdict_of(files: Files) -> Verdict:
         "interrupted": ("interrupted", "plain", f"Stopped at {where}; --resume continues it."),
         "failed": ("failed", "bad", f"Failed at {where}: {reason}."),
     }.get(str(status), ("running", "plain", f"At {where} when this page was written; no final measurement yet."))
-    return Verdict(word, tone, f"{sentence} {_so_far(files)}".strip())
+    return RunVerdict(word, tone, f"{sentence} {_so_far(files)}".strip())
 
 
 def _so_far(files: Files) -> str:
@@ -132,25 +132,25 @@ def newest_kl(files: Files) -> tuple[float | None, float | None]:
     return None, None
 
 
-def _reward_verdict(files: Files) -> Verdict:
+def _reward_verdict(files: Files) -> RunVerdict:
     accuracy, (low, high) = files.result.get("accuracy"), files.result.get("accuracy_ci95") or (None, None)
     if accuracy is None:
-        return Verdict("not measured", "plain", "The run finished; no rows were held out to measure it on.")
+        return RunVerdict("not measured", "plain", "The run finished; no rows were held out to measure it on.")
     rows = files.result["held_out_rows"]
     word, tone = ("learnt", "good") if low > 0.5 else ("no better than chance", "bad")
-    return Verdict(word, tone, (
+    return RunVerdict(word, tone, (
         f"It is right on {100 * accuracy:.1f} % of {rows:,} held-out rows (95 % interval {100 * low:.1f} to "
         f"{100 * high:.1f} %), where chance is right on 50 %."
     ))
 
 
-def _final_verdict(files: Files) -> Verdict:
+def _final_verdict(files: Files) -> RunVerdict:
     if files.record["stage"] == "reward":
         return _reward_verdict(files)
     kl, limits = files.result.get("kl") or {}, limits_of(files)
     value = kl.get(limits.unit)
     if value is None:
-        return Verdict("KL not measured", "bad", "The run finished, but the KL of the final policy was not measured.")
+        return RunVerdict("KL not measured", "bad", "The run finished; the KL of the final policy was not measured.")
     unit = limits.unit.replace("_per_", " per ")
     sentences = [f"The final policy is {number(value)} {unit} from its reference{_in_brackets(kl, limits.unit)}."]
     word, tone = "measured", "plain"
@@ -168,7 +168,7 @@ def _final_verdict(files: Files) -> Verdict:
         within = value <= limits.hard_cap
         sentences.append(f"It is {'within' if within else 'beyond'} the hard cap of {number(limits.hard_cap)}.")
         word, tone = (word, tone) if within else ("over the hard cap", "bad")
-    return Verdict(word, tone, " ".join([*sentences, *_scores(files)]))
+    return RunVerdict(word, tone, " ".join([*sentences, *_scores(files)]))
 
 
 def _scores(files: Files) -> list[str]:
@@ -257,10 +257,10 @@ def gauge_of(files: Files) -> dict[str, Any] | None:
     }
 
 
-def limits_of(files: Files) -> Limits:
+def limits_of(files: Files) -> KLLimits:
     """The target and the caps of the recipe, and the unit they are in."""
     kl, trpo = files.recipe.get("kl") or {}, files.recipe.get("trpo") or {}
-    return Limits(
+    return KLLimits(
         unit=kl.get("unit", "nats_per_response"),
         target=kl.get("target") if kl.get("control", "target") == "target" else None,
         hard_cap=kl.get("hard_cap"),

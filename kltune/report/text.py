@@ -24,7 +24,7 @@ def aligned(table: Table) -> Iterator[str]:
         yield "  ".join(cells).rstrip()
 
 
-def kl_text(document: dict[str, Any], *, colour: bool = False) -> str:
+def eval_kl_text(document: dict[str, Any], *, colour: bool = False) -> str:
     """The document of ``eval-kl`` as text.
 
     Args:
@@ -32,7 +32,7 @@ def kl_text(document: dict[str, Any], *, colour: bool = False) -> str:
         colour: colour tokens by their KL with ANSI codes; else those of ``MARKED`` or more are marked with their nats.
     """
     if "checkpoints" in document:
-        texts = [kl_text(one, colour=colour) for one in document["checkpoints"]]
+        texts = [eval_kl_text(one, colour=colour) for one in document["checkpoints"]]
         return "\n\n".join([*texts, "\n".join(_differences(document["differences"]))])
     lines = [*_estimates(document), *_checks_and_spread(document), *_where_the_kl_is(document, colour)]
     return "\n".join([*lines, *([f"  {verdict_line(document['gate'])}"] if document["gate"] is not None else [])])
@@ -182,7 +182,7 @@ def _short(text: str) -> str:
 
 
 def sample_text(document: dict[str, Any], *, colour: bool = False) -> str:
-    """The document of ``sample`` as text; ``colour`` as for `kl_text`."""
+    """The document of ``sample`` as text; ``colour`` as for `eval_kl_text`."""
     answers = [answers_text(entry, colour=colour) for entry in document["prompts"]]
     return "\n\n".join([sample_heading(document, colour=colour), *answers])
 

@@ -7,7 +7,6 @@ import platform
 import shlex
 import signal
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -41,6 +40,7 @@ from kltune.run.files import (
     write_whole,
 )
 from kltune.run.loggers import wanted_loggers
+from kltune.run.subprocesses import on_stop_signals
 
 Train = Callable[[Any, Policy, "Run"], dict[str, Any]]
 SAME_SIGNAL_SECONDS = 0.1      # `timeout` and wrappers that forward send one signal twice, within milliseconds
@@ -190,7 +190,7 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
         run._write_record()      # before recipe.yaml: it is what makes the folder a run's
         write_whole(folder / "recipe.yaml", redact(dump_recipe(recipe)))
         try:
-            with _catching_signals(run):
+            with on_stop_signals(run._on_signal):
                 yield run
         except BaseException as error:
             run._close(error)
@@ -285,19 +285,6 @@ def _cut_after(path: Path, step: int) -> None:
     if path.exists():
         kept = [to_json(row) + "\n" for row in read_jsonl(path) if row.get("step", 0) <= step]
         write_whole(path, "".join(kept))
-
-
-@contextlib.contextmanager
-def _catching_signals(run: Run) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():      # Python lets only the main thread install them
-        yield
-        return
-    before = {number: signal.signal(number, run._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _one_line(error: BaseException | None) -> str:

@@ -19,8 +19,8 @@ from kltune.lm.rewards.scorers import Scorer, load_scorer
 from kltune.recipe import Recipe, RewardEntry, asks_for_pairs, load_recipe
 from kltune.report.frontier.page import write_frontier
 from kltune.report.frontier.points import (
-    Point,
-    Source,
+    FrontierPoint,
+    FrontierSource,
     check_one_reference,
     check_one_reward,
     differing_measures,
@@ -111,7 +111,7 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
     return document
 
 
-def recorded_reference(sources: Sequence[Source]) -> dict[str, Any]:
+def recorded_reference(sources: Sequence[FrontierSource]) -> dict[str, Any]:
     """The reference's own score and gold, as the first run that measured them did."""
     names = ("score", "score_stderr", "gold", "gold_stderr")
     reference: dict[str, Any] = dict.fromkeys(names)
@@ -129,8 +129,8 @@ def recorded_reference(sources: Sequence[Source]) -> dict[str, Any]:
 
 
 def measured_afresh(
-    trained: Sequence[Source], points: list[Point], reference: dict[str, Any], options: FrontierOptions
-) -> tuple[list[Point], dict[str, Any], dict[str, Any] | None, list[str]]:
+    trained: Sequence[FrontierSource], points: list[FrontierPoint], reference: dict[str, Any], options: FrontierOptions
+) -> tuple[list[FrontierPoint], dict[str, Any], dict[str, Any] | None, list[str]]:
     """Measure every run afresh where that was asked for, and best of n on the first run's reference.
 
     Returns:
@@ -177,7 +177,7 @@ def measured_afresh(
     return points, reference, best_of_n, notes
 
 
-def open_judges(trained: Sequence[Source], policy: Policy, options: FrontierOptions) -> Judges:
+def open_judges(trained: Sequence[FrontierSource], policy: Policy, options: FrontierOptions) -> Judges:
     """The reward of ``--recipe``, else that of the first run that has one; and gold.
 
     Raises:

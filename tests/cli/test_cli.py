@@ -252,7 +252,7 @@ def test_eval_kl_passes_its_options_and_its_exit_code(run, stage, monkeypatch):
         "direction": "both", "texts": None, "top": 10, "show": 3, "auto": False, "max_responses": 4096,
         "top_p": None, "top_k": None, "trust_remote_code": False,
     })]
-    monkeypatch.setattr("kltune.cli.measure.kl_text", lambda document, colour: "for people")
+    monkeypatch.setattr("kltune.cli.measure.eval_kl_text", lambda document, colour: "for people")
     code, out, _ = run("eval-kl", "a")
     assert (code, out) == (3, "for people\n")
 

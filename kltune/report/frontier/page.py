@@ -46,7 +46,7 @@ def frontier_html(document: dict[str, Any]) -> str:
             # safe: matplotlib escapes what it writes
             (f"{name} against KL", Markup(frontier_svg(document, name, narrow=True))) for name in names
         ],
-        settings=_without_repeats(settings_table(document)),
+        settings=_repeats_left_out(settings_table(document)),
         best_of_n=best_of_n_table(document),
         at=at_table(document),
         fits=[(fit["curve"], fit_line(fit)) for fit in document["fits"]],
@@ -146,7 +146,7 @@ def settings_table(document: dict[str, Any]) -> Table:
     return table
 
 
-def _without_repeats(table: Table) -> Table:
+def _repeats_left_out(table: Table) -> Table:
     """The first cell of a row only where it differs from the one above."""
     return [
         ["" if above and above[0] == row[0] else row[0], *row[1:]]

@@ -17,7 +17,7 @@ SAME_REFERENCE = ("sha256", "tokenizer_sha256", "template_sha256")
 
 
 @dataclass(frozen=True)
-class Source:
+class FrontierSource:
     """Where points come from: a finished run, or the curve of ``kltune project``.
 
     path: as it is named to the user. folder: of the run, None for a curve. settings: of its recipe by dotted key, {}
@@ -33,7 +33,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Point:
+class FrontierPoint:
     """A policy: its KL(policy ‖ reference) in nats per response, and how it was scored; None where not measured.
 
     curve, setting: which line it is on, and where. cluster: the run it comes from. alpha: the share of its adapter.
@@ -55,13 +55,13 @@ class Point:
     steps_to_target: int | None = None
 
 
-def find_sources(paths: Sequence[str]) -> list[Source]:
+def find_sources(paths: Sequence[str]) -> list[FrontierSource]:
     """Runs, the finished points of sweeps, and curves, each once.
 
     Raises:
         CheckpointError: a path is none of these, or a run that has not finished.
     """
-    sources: dict[Path, Source] = {}
+    sources: dict[Path, FrontierSource] = {}
     for path in paths:
         folder = Path(path)
         if (folder / "sweep.json").is_file():
@@ -85,7 +85,7 @@ def _is_finished(folder: Path) -> bool:
         return False
 
 
-def _run_source(path: str) -> Source:
+def _run_source(path: str) -> FrontierSource:
     folder = Path(path)
     if not _is_finished(folder):
         raise CheckpointError(f"{path} has not finished; wanted runs with a result.json.")
@@ -93,12 +93,12 @@ def _run_source(path: str) -> Source:
     settings = flat_settings(load_recipe(folder / "recipe.yaml"))
     if settings["stage"] == "reward":
         raise CheckpointError(f"{path} is a reward model, which says nothing and so has no KL; wanted policies.")
-    return Source(
+    return FrontierSource(
         path, folder, record["reference"], settings, read_json(folder / "result.json"), record.get("rewards", [])
     )
 
 
-def _curve_source(path: str) -> Source:
+def _curve_source(path: str) -> FrontierSource:
     file = Path(path) / "project.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise CheckpointError(
@@ -113,7 +113,7 @@ def _curve_source(path: str) -> Source:
     run = checkpoint if (checkpoint / "recipe.yaml").is_file() else checkpoint.parent
     known = (run / "run.json").is_file() and (run / "recipe.yaml").is_file()
     settings = flat_settings(load_recipe(run / "recipe.yaml")) if known else {}
-    return Source(path, None, document["reference"], settings, document, document.get("rewards") or [])
+    return FrontierSource(path, None, document["reference"], settings, document, document.get("rewards") or [])
 
 
 def _looks(document: Any) -> list[dict[str, Any]]:
@@ -122,7 +122,7 @@ def _looks(document: Any) -> list[dict[str, Any]]:
     return document["looks"] if known else []
 
 
-def check_one_reference(sources: Sequence[Source]) -> None:
+def check_one_reference(sources: Sequence[FrontierSource]) -> None:
     """Refuse runs of several references, whose KLs do not compare.
 
     Raises:
@@ -139,7 +139,7 @@ def check_one_reference(sources: Sequence[Source]) -> None:
         raise CheckpointError(f"These were not measured against one reference, so their KLs do not compare:{lines}")
 
 
-def check_one_reward(sources: Sequence[Source]) -> None:
+def check_one_reward(sources: Sequence[FrontierSource]) -> None:
     """Refuse runs scored by several rewards, whose scores do not compare.
 
     Raises:
@@ -162,7 +162,7 @@ def check_one_reward(sources: Sequence[Source]) -> None:
         )
 
 
-def differing_measures(sources: Sequence[Source]) -> list[str]:
+def differing_measures(sources: Sequence[FrontierSource]) -> list[str]:
     """Notes on runs whose KL was measured in another way than the first one's."""
     ways = [_way_of_measuring(source) for source in sources]
     return [
@@ -171,7 +171,7 @@ def differing_measures(sources: Sequence[Source]) -> list[str]:
     ]
 
 
-def _way_of_measuring(source: Source) -> str:
+def _way_of_measuring(source: FrontierSource) -> str:
     settings = source.settings
     way = {
         name: settings.get(f"sampling.{name}", source.document.get(name)) for name in ("max_new_tokens", "temperature")
@@ -181,17 +181,17 @@ def _way_of_measuring(source: Source) -> str:
     return ", ".join(f"{name} {value}" for name, value in way.items())
 
 
-def points_of(sources: Sequence[Source]) -> list[Point]:
+def points_of(sources: Sequence[FrontierSource]) -> list[FrontierPoint]:
     """All points, each on a curve that its recipe names."""
     names = curve_names([source for source in sources if source.folder is not None])
-    points: list[Point] = []
+    points: list[FrontierPoint] = []
     for source in sources:
         if source.folder is not None:
             curve, setting = names[source.path]
             figures = final_figures(source.document)
             figures = {name: figures[name] for name in figures if not name.startswith("reference_")}
             if figures["kl"] is not None:
-                points.append(Point(
+                points.append(FrontierPoint(
                     source.path, source.path, curve, setting, source.settings["run.seed"],
                     source.document.get("alpha") or 1.0, **figures, steps_to_target=steps_to_target(source),
                 ))
@@ -200,7 +200,7 @@ def points_of(sources: Sequence[Source]) -> list[Point]:
     return points
 
 
-def _curve_points(source: Source) -> list[Point]:
+def _curve_points(source: FrontierSource) -> list[FrontierPoint]:
     checkpoint = source.document["checkpoint"]
     if source.settings:
         settings = source.settings
@@ -209,7 +209,7 @@ def _curve_points(source: Source) -> list[Point]:
     else:
         curve, seed = f"alpha curve of {checkpoint}", None
     return [
-        Point(
+        FrontierPoint(
             source.path, checkpoint, curve, f"alpha={look['alpha']:g}", seed, look["alpha"], look["nats_per_response"],
             look["stderr"], look["ci"], look["score"], look["score_stderr"],
         )
@@ -239,12 +239,12 @@ def main_knob(settings: dict[str, Any]) -> str:
     return "kl.beta" if "kl.beta" in settings else "run.steps"
 
 
-def curve_names(sources: Sequence[Source]) -> dict[str, tuple[str, str]]:
+def curve_names(sources: Sequence[FrontierSource]) -> dict[str, tuple[str, str]]:
     """Of each run: (its curve, its setting).
 
     Runs of one family that differ in more than what sets the KL, and the seed, are on curves of their own.
     """
-    families: dict[str, list[Source]] = {}
+    families: dict[str, list[FrontierSource]] = {}
     for source in sources:
         families.setdefault(family(source.settings), []).append(source)
     names = {}
@@ -270,7 +270,7 @@ def _settings_text(settings: dict[str, Any], keys: Sequence[str]) -> str:
                      for key, value in values.items())
 
 
-def steps_to_target(source: Source) -> int | None:
+def steps_to_target(source: FrontierSource) -> int | None:
     """Steps after which a run's KL first came within 15 % of its target; None without one, or if it never did."""
     target = source.document.get("target")
     if target is None or source.folder is None:

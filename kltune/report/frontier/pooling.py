@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kltune.core.hacking.overoptimization import GainFit, best_of_n_kl, fit_gain, score_at, tilt_gain
-from kltune.report.frontier.points import Point
+from kltune.report.frontier.points import FrontierPoint
 
 TIED = 1.96             # standard errors of a difference that may be chance
 
@@ -38,9 +38,9 @@ class Setting:
     runs: tuple[str, ...]
 
 
-def pooled(points: Sequence[Point]) -> list[Setting]:
+def pooled(points: Sequence[FrontierPoint]) -> list[Setting]:
     """The settings of all points, each once, by curve and KL."""
-    groups: dict[tuple[str, str], list[Point]] = {}
+    groups: dict[tuple[str, str], list[FrontierPoint]] = {}
     for point in points:
         groups.setdefault((point.curve, point.setting), []).append(point)
     settings = []
@@ -59,7 +59,7 @@ def pooled(points: Sequence[Point]) -> list[Setting]:
     return sorted(settings, key=lambda setting: (order.index(setting.curve), setting.kl))
 
 
-def _mean(points: Sequence[Point], name: str) -> tuple[float | None, float | None]:
+def _mean(points: Sequence[FrontierPoint], name: str) -> tuple[float | None, float | None]:
     values = [getattr(point, name) for point in points]
     errors = [getattr(point, f"{name}_stderr") for point in points]
     if None in values:
@@ -131,7 +131,7 @@ def efficiency(
 
 
 def fits(
-    points: Sequence[Point], name: str, reference: dict[str, Any], best_of_n: dict[str, Any] | None
+    points: Sequence[FrontierPoint], name: str, reference: dict[str, Any], best_of_n: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
     """Gao's law for every curve that is scored, and for best of n; or why it is not claimed."""
     documents = []
@@ -166,7 +166,7 @@ def _fit_document(curve: str, form: str, name: str, fit: GainFit | str) -> dict[
     return {"curve": curve, "form": form, "of": name, "fit": asdict(fit), "claim": fit.claim}
 
 
-def curves_at(points: Sequence[Point], kl: float, name: str) -> dict[str, Any]:
+def curves_at(points: Sequence[FrontierPoint], kl: float, name: str) -> dict[str, Any]:
     """What each curve scores at a KL, read off between its points."""
     curves: dict[str, dict[str, float] | None] = {}
     for curve in dict.fromkeys(point.curve for point in points):
