@@ -16,7 +16,7 @@ from kltune import __version__
 from kltune.cli.explain import explain_command
 from kltune.cli.measure import eval_kl_command, project_command
 from kltune.cli.options import JSONOption, OutputOption, RecipeOption, ResumeOption, SetOption
-from kltune.cli.output import as_user_error, complain, emit, show_result, to_json
+from kltune.cli.output import as_user_error, complain, emit, emit_document, result_text
 from kltune.cli.recipes import recipes
 from kltune.cli.sample import sample_command
 from kltune.cli.sweep import frontier_command, sweep_command
@@ -53,7 +53,7 @@ def sft(
     loaded = load_recipe(recipe, overrides or (), "sft", output)
     from kltune.stages.sft import run_sft
 
-    show_result(run_sft(loaded, resume), as_json)
+    emit_document(run_sft(loaded, resume), as_json, result_text)
 
 
 @app.command()
@@ -65,7 +65,7 @@ def reward(
     loaded = load_recipe(recipe, overrides or (), "reward", output)
     from kltune.stages.reward import run_reward
 
-    show_result(run_reward(loaded, resume), as_json)
+    emit_document(run_reward(loaded, resume), as_json, result_text)
 
 
 @app.command()
@@ -77,7 +77,7 @@ def ppo(
     loaded = load_recipe(recipe, overrides or (), "ppo", output)
     from kltune.stages.ppo import run_ppo
 
-    show_result(run_ppo(loaded, resume), as_json)
+    emit_document(run_ppo(loaded, resume), as_json, result_text)
 
 
 @app.command()
@@ -89,7 +89,7 @@ def trpo(
     loaded = load_recipe(recipe, overrides or (), "trpo", output)
     from kltune.stages.trpo import run_trpo
 
-    show_result(run_trpo(loaded, resume), as_json)
+    emit_document(run_trpo(loaded, resume), as_json, result_text)
 
 
 @app.command()
@@ -101,21 +101,13 @@ def dpo(
     loaded = load_recipe(recipe, overrides or (), "dpo", output)
     from kltune.stages.dpo import run_dpo
 
-    show_result(run_dpo(loaded, resume), as_json)
+    emit_document(run_dpo(loaded, resume), as_json, result_text)
 
 
 app.command("eval-kl")(eval_kl_command)
-
-
 app.command("project")(project_command)
-
-
 app.command("sweep")(sweep_command)
-
-
 app.command("frontier")(frontier_command)
-
-
 app.command("sample")(sample_command)
 app.command("explain")(explain_command)
 
@@ -126,11 +118,9 @@ def demo(
     as_json: JSONOption = False,
 ) -> None:
     """The whole walk on a tiny model: no download, no GPU, a few minutes."""
-    from kltune.demo.run import run_demo
-    from kltune.demo.run import summary as table
+    from kltune.demo.run import demo_text, run_demo
 
-    result = run_demo(output)
-    emit(to_json(result) if as_json else table(result))
+    emit_document(run_demo(output), as_json, demo_text)
 
 
 @app.command()

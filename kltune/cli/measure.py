@@ -1,16 +1,18 @@
-"""``kltune eval-kl`` and ``kltune project``: measure checkpoints, and dial one back to a budget."""
+"""``kltune eval-kl`` and ``kltune project``: measure checkpoints, and scale one back to a budget."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kltune.cli.options import Direction, JSONOption, Unit, finite, share
-from kltune.cli.output import emit, on_github, to_json, wants_colour
+from kltune.cli.options import Direction, JSONOption, Unit, confidence_level, finite
+from kltune.cli.output import emit_document, on_github, wants_colour
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
 from kltune.report.ci import annotations, write_junit, write_junit_error, write_step_summary
+from kltune.report.text import eval_kl_text
 
 SourceOption = Annotated[
     str | None, typer.Option("--recipe", "-r", metavar="R.yaml", help="Where prompts and sampling come from.")
@@ -22,7 +24,7 @@ LengthOption = Annotated[int | None, typer.Option(min=1, help="Tokens; a longer 
 TemperatureOption = Annotated[float | None, typer.Option(min=0.1, max=10, callback=finite, help="Of both models.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Same seed, same machine: same numbers.")]
 UnitOption = Annotated[Unit, typer.Option(help="Unit of --max-kl.")]
-ConfidenceOption = Annotated[float, typer.Option(callback=share, help="Of intervals and of the verdict.")]
+ConfidenceOption = Annotated[float, typer.Option(callback=confidence_level, help="Of intervals and of the verdict.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python that ships with the models; off unless you read it.")
 ]
@@ -44,7 +46,7 @@ def eval_kl_command(
     confidence: ConfidenceOption = 0.95,
     auto: Annotated[bool, typer.Option("--auto", help="Keep sampling until --max-kl is decided.")] = False,
     max_responses: Annotated[int, typer.Option(min=2, help="Where --auto gives up.")] = 4096,
-    direction: Annotated[Direction, typer.Option(help="Which way round; the gate judges forward if only that.")] = (
+    direction: Annotated[Direction, typer.Option(help="Which way round; --max-kl is of forward if only that.")] = (
         Direction.REVERSE
     ),
     top_p: Annotated[
@@ -65,7 +67,7 @@ def eval_kl_command(
     try:
         if recipe is not None:
             load_recipe(recipe)      # its faults are told before anything slow is imported
-        from kltune.stages.eval_kl import EvalKLOptions, eval_kl, render
+        from kltune.stages.eval_kl import EvalKLOptions, eval_kl
 
         options = EvalKLOptions(
             recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
@@ -83,17 +85,17 @@ def eval_kl_command(
     if on_github():
         print(*annotations(document), sep="\n", file=sys.stderr)
         write_step_summary(document)
-    emit(to_json(document) if as_json else render(document, colour=wants_colour(sys.stdout)))
+    emit_document(document, as_json, partial(eval_kl_text, colour=wants_colour(sys.stdout)))
     raise typer.Exit(code)
 
 
 def project_command(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A run, checkpoint or adapter.")],
     max_kl: Annotated[
-        float | None, typer.Option("--max-kl", min=0, callback=finite, help="The budget to dial the adapter back to.")
+        float | None, typer.Option("--max-kl", min=0, callback=finite, help="The budget to scale the adapter back to.")
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the dialled adapter.")
+        str | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the scaled adapter.")
     ] = None,
     curve: Annotated[bool, typer.Option("--curve", help="Measure ten alphas: all there is between.")] = False,
     recipe: Annotated[
@@ -115,7 +117,7 @@ def project_command(
     """Scale an adapter back to the largest share of it that keeps within --max-kl, and save that as a plain adapter."""
     if recipe is not None:
         load_recipe(recipe)
-    from kltune.stages.project import ProjectOptions, project, render
+    from kltune.stages.project import ProjectOptions, project, project_text
 
     options = ProjectOptions(
         recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
@@ -123,4 +125,4 @@ def project_command(
         curve=curve, max_responses=max_responses, trust_remote_code=trust_remote_code,
     )
     document = project(checkpoint, options)
-    emit(to_json(document) if as_json else render(document))
+    emit_document(document, as_json, project_text)

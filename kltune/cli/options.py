@@ -29,7 +29,7 @@ def finite(value: float | None) -> float | None:
     return value
 
 
-def share(value: float) -> float:
+def confidence_level(value: float) -> float:
     """Refuse what is no confidence."""
     if not 0.5 <= value < 1:
         raise typer.BadParameter(f"{value} is not between 0.5 and 1; 0.95 is usual")
@@ -37,19 +37,11 @@ def share(value: float) -> float:
 
 
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="A YAML file, or the name of a packaged recipe.")]
-
-
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one key: --set kl.target=4.")
 ]
-
-
 OutputOption = Annotated[
     str | None, typer.Option("--output", "-o", metavar="DIR", help="Folder of the run, instead of run.output.")
 ]
-
-
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run from its newest checkpoint.")]
-
-
 JSONOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]

@@ -1,16 +1,16 @@
 """What leaves the process: results on stdout, troubles on stderr, each kind of trouble with its exit code."""
 
-import errno
-import json
 import os
 import sys
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import Any
 
 from kltune.errors import Interrupted, KltuneError, StorageError
 from kltune.recipe import RecipeFaults
 from kltune.report.ci import escaped
+from kltune.run.files import CANNOT_WRITE, to_json
+from kltune.run.screen import duration, interval, number, wants_colour, with_error
 
-CANNOT_WRITE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 OUT_OF_MEMORY = "out of memory; lower optim.micro_batch_size (results stay the same), or sampling.max_new_tokens"
 
 
@@ -30,41 +30,43 @@ def drop_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def to_json(document: dict[str, Any]) -> str:
-    """One JSON document; a nan in it is a bug, not a number."""
-    return json.dumps(document, indent=2, allow_nan=False)
+def emit_json(document: dict[str, Any]) -> None:
+    """Print a result as one JSON document; a nan in it is a bug, not a number."""
+    emit(to_json(document, indent=2, ascii_only=True))
 
 
-def show_result(result: dict[str, Any], as_json: bool) -> None:
-    """Print what a stage returns: the object of result.json, or a few lines for people."""
-    emit(to_json(result) if as_json else summary(result))
+def emit_document(document: dict[str, Any], as_json: bool, as_text: Callable[[dict[str, Any]], str]) -> None:
+    """Print a result as one JSON document, or as text for people."""
+    if as_json:
+        emit_json(document)
+    else:
+        emit(as_text(document))
 
 
-def summary(result: dict[str, Any]) -> str:
-    """The result of a run in a few lines."""
+def result_text(result: dict[str, Any]) -> str:
+    """What a stage returns, in a few lines."""
     kl, lines = result.get("kl") or {}, [f"{result.get('status')}: {result.get('output')}"]
     if result.get("final"):
         lines.append(f"  final   {result['final']}")
     if kl.get("nats_per_response") is not None:
-        text = f"  KL      {kl['nats_per_response']:.3g}"
-        text += f" ± {kl['stderr']:.2g}" if kl.get("stderr") is not None else ""
-        text += " nats per response, KL(policy‖reference)"
-        lines.append(text + (f", target {result['target']:g}" if result.get("target") is not None else ""))
-    elif result.get("stage") != "reward":      # which says nothing, and so has no KL
+        goal = f", target {result['target']:g}" if result.get("target") is not None else ""
+        measured = with_error(kl["nats_per_response"], kl.get("stderr"))
+        lines.append(f"  KL      {measured} nats per response, KL(policy‖reference){goal}")
+    elif result.get("stage") != "reward":      # a reward model says nothing, and so has no KL
         lines.append("  KL      not measured")
     evaluated = result.get("eval") or {}
     if evaluated.get("eval/accuracy") is not None:
-        low, high = evaluated["eval/accuracy_low"], evaluated["eval/accuracy_high"]
-        lines.append(f"  right   {evaluated['eval/accuracy']:.3f} of the held-out rows (95 %: {low:.3f} to {high:.3f})")
+        bounds = interval((evaluated["eval/accuracy_low"], evaluated["eval/accuracy_high"]))
+        lines.append(f"  right   {number(evaluated['eval/accuracy'])} of the held-out rows (95 %: {bounds})")
     if result.get("score") is not None:
-        lines.append(f"  score   {result['score']:.4g}")
+        lines.append(f"  score   {with_error(result['score'], evaluated.get('eval/score_stderr'))}")
     if result.get("steps") is not None and result.get("seconds") is not None:
-        lines.append(f"  steps   {result['steps']} in {result['seconds']:.0f} s")
+        lines.append(f"  steps   {result['steps']} in {duration(result['seconds'])}")
     return "\n".join(lines)
 
 
 def complain(error: KltuneError) -> int:
-    """Say on stderr what is wrong, and give the exit code of its kind."""
+    """Say on stderr what is wrong; return the exit code of its kind."""
     label = "kltune: stopped:" if isinstance(error, Interrupted) else "kltune: error:"
     if wants_colour(sys.stderr):
         label = f"\033[31m{label}\033[0m"
@@ -75,7 +77,7 @@ def complain(error: KltuneError) -> int:
 
 
 def annotate(error: KltuneError) -> None:
-    """The same as annotations that GitHub shows on the page of a job: a recipe's faults at their lines."""
+    """Print what is wrong as annotations for the page of a GitHub job: a recipe's faults at their lines."""
     if not isinstance(error, RecipeFaults):
         print(f"::error title=kltune::{escaped(str(error))}", file=sys.stderr)
         return
@@ -87,12 +89,6 @@ def annotate(error: KltuneError) -> None:
 def on_github() -> bool:
     """Whether this runs in a GitHub workflow, which reads annotations from what is printed."""
     return os.environ.get("GITHUB_ACTIONS") == "true"
-
-
-def wants_colour(stream: TextIO) -> bool:
-    """Whether colour may be used there: a terminal, and nothing in the environment asks for plain text."""
-    plain = any(os.environ.get(name) for name in ("NO_COLOR", "CI")) or os.environ.get("TERM") == "dumb"
-    return stream.isatty() and not plain
 
 
 def as_user_error(error: Exception) -> KltuneError | None:

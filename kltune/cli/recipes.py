@@ -1,6 +1,5 @@
 """``kltune recipe``: list, show, copy and check recipes."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kltune.cli.options import SetOption
-from kltune.cli.output import emit
+from kltune.cli.output import emit, emit_json
 from kltune.recipe import copy_recipe, dump_recipe, load_recipe, packaged_recipes, recipe_schema, recipe_text
 
 recipes = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show, copy and check recipes.")
@@ -53,4 +52,4 @@ def check_recipe(
 @recipes.command("schema")
 def schema(stage: Annotated[str | None, typer.Argument(metavar="[STAGE]")] = None) -> None:
     """Print the JSON schema of recipes, for editors."""
-    emit(json.dumps(recipe_schema(stage), indent=2, allow_nan=False))
+    emit_json(recipe_schema(stage))

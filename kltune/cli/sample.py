@@ -2,14 +2,16 @@
 
 import sys
 from enum import StrEnum
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from kltune.cli.measure import LengthOption, ReferenceOption, SeedOption, SourceOption, TemperatureOption, TrustOption
 from kltune.cli.options import JSONOption
-from kltune.cli.output import emit, to_json, wants_colour
+from kltune.cli.output import emit, emit_document, wants_colour
 from kltune.recipe import load_recipe
+from kltune.report.text import answers_text, sample_heading, sample_text
 
 
 class Template(StrEnum):
@@ -44,7 +46,6 @@ def sample_command(
     """
     if recipe is not None:
         load_recipe(recipe)
-    from kltune.report.text import render_sample
     from kltune.stages.sample import SampleOptions, open_speaker, sample
 
     options = SampleOptions(
@@ -60,7 +61,7 @@ def sample_command(
         print("Type prompts, one a line; Ctrl-D ends.", file=sys.stderr)
     texts = list(prompt or ()) if prompt or prompts is not None else lines_of(sys.stdin)
     document = sample(checkpoint, texts, options)
-    emit(to_json(document) if as_json else render_sample(document, colour=colour))
+    emit_document(document, as_json, partial(sample_text, colour=colour))
 
 
 def lines_of(stream) -> list[str]:
@@ -70,9 +71,7 @@ def lines_of(stream) -> list[str]:
 
 def converse(speaker, colour: bool) -> None:
     """Answer prompts as they are typed, until there are no more."""
-    from kltune.report.text import heading, render_prompt
-
-    emit("\n".join(heading(speaker.document([]), colour=colour)))
+    emit(sample_heading(speaker.document([]), colour=colour))
     turn = 0
     while True:
         print("\n> ", end="", file=sys.stderr, flush=True)
@@ -82,5 +81,5 @@ def converse(speaker, colour: bool) -> None:
             return
         if line.strip():
             for entry in speaker.answer([line.rstrip("\r\n")], turn):
-                emit(render_prompt(entry, colour=colour))
+                emit(answers_text(entry, colour=colour))
             turn += 1

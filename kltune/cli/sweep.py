@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kltune.cli.options import JSONOption, RecipeOption, SetOption, finite
-from kltune.cli.output import emit, to_json
+from kltune.cli.output import emit_document
 from kltune.recipe import load_grid, load_recipe, read_scorer
 
 
@@ -37,10 +37,10 @@ def sweep_command(
     """
     output = output.expanduser().absolute()
     axes, points = load_grid(recipe, over, overrides or (), output=output)
-    from kltune.stages.sweep import SweepOptions, render, sweep
+    from kltune.stages.sweep import SweepOptions, sweep, sweep_text
 
     document, code = sweep(axes, points, SweepOptions(recipe, output, tuple(overrides or ()), jobs))
-    emit(to_json(document) if as_json else render(document))
+    emit_document(document, as_json, sweep_text)
     raise typer.Exit(code)
 
 
@@ -90,10 +90,11 @@ def frontier_command(
     if recipe is not None:
         load_recipe(recipe)
     scorer = None if gold is None else read_scorer(gold)
-    from kltune.stages.frontier import FrontierOptions, frontier, render
+    from kltune.report.frontier.page import frontier_text
+    from kltune.stages.frontier import FrontierOptions, frontier
 
     document = frontier(runs, FrontierOptions(
         gold=scorer, output=output, budget=budget, at=tuple(at or ()), best_of=best_of, responses=responses,
         recipe=recipe, seed=seed,
     ))
-    emit(to_json(document) if as_json else render(document))
+    emit_document(document, as_json, frontier_text)

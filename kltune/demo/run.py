@@ -1,6 +1,6 @@
 """``kltune demo``: the whole walk on a tiny model, from nothing to a measured budget, in a few minutes.
 
-It makes a small world (``lm/tiny.py``), copies the packaged tiny recipes beside it, and runs the same stages that the
+It makes a small world (``world.py``), copies the packaged tiny recipes beside it, and runs the same stages that the
 commands run, saying each command as it goes, so that everything can be run again and changed by hand.
 """
 
@@ -11,6 +11,8 @@ from typing import Any
 
 from kltune.demo.world import make_tiny_world
 from kltune.recipe import copy_recipe, load_recipe
+from kltune.report.text import aligned
+from kltune.run.screen import number, with_error
 from kltune.stages.eval_kl import EvalKLOptions, eval_kl
 from kltune.stages.ppo import run_ppo
 from kltune.stages.reward import run_reward
@@ -65,23 +67,22 @@ def run_hacking(output: Path) -> dict[str, Any]:
     return {"free": without, "held": run_ppo(load_recipe(file, stage="ppo"), resume=True)}
 
 
-def summary(result: dict[str, Any]) -> str:
+def demo_text(result: dict[str, Any]) -> str:
     """The demo in a table a newcomer understands: score and KL before and after, against the budget."""
     kl, gate = result["eval_kl"]["kl"]["exact"], result["eval_kl"]["gate"]
-    texts = result["sft"]["eval"]
+    texts, error = result["sft"]["eval"], result["score_stderr"]
     before, after = result["reference_score"], result["score"]
-    rows = [
-        ("", "before", "after", ""),
-        ("score", f"{before:.2f}", f"{after:.2f} ± {result['score_stderr']:.2f}", "praise words less blame words"),
-        ("KL", "0", f"{kl['nats_per_response']:.2f} ± {kl['stderr']:.2f}",
-         f"nats per response, target {result['target']:g}"),
-        ("gate", "", gate["verdict"], f"at most {gate['max_kl']:g} nats, {gate['confidence']:.0%} confidence"),
+    table = [
+        ["", "before", "after", ""],
+        ["score", number(before), with_error(after, error), "praise words less blame words"],
+        ["KL", "0", with_error(kl["nats_per_response"], kl["stderr"]),
+         f"nats per response, target {result['target']:g}"],
+        ["gate", "", gate["verdict"], f"at most {gate['max_kl']:g} nats, {gate['confidence']:.0%} confidence"],
     ]
-    table = "\n".join(f"  {name:<8}{old:<10}{new:<16}{note}".rstrip() for name, old, new, note in rows)
     nats = texts["eval/texts_nats_per_token"], texts["eval/reference_texts_nats_per_token"]
     return "\n".join((
-        headline(raised=after - before > 2.0 * result["score_stderr"], verdict=gate["verdict"]),
-        table,
+        score_and_gate(raised=after - before > 2.0 * error, verdict=gate["verdict"]),
+        *(f"  {line}" for line in aligned(table)),
         "",
         "  before: the reference, base + SFT (held-out reviews: "
         f"{nats[0]:.2f} nats per token, {nats[1]:.2f} without SFT); after: the policy in {result['final']}",
@@ -89,26 +90,32 @@ def summary(result: dict[str, Any]) -> str:
         f"  measure it again        kltune eval-kl {result['output']} --max-kl {gate['max_kl']:g}",
         f"  change it and run again {Path(result['output']).parents[1] / 'ppo_target.yaml'}",
         "",
-        hacking_summary(result["hacking"]),
+        hacking_text(result["hacking"]),
     ))
 
 
-def hacking_summary(hacking: dict[str, Any]) -> str:
+def score_and_gate(*, raised: bool, verdict: str) -> str:
+    """What happened, and no more than that: a score within two standard errors of where it was did not rise."""
+    score = "PPO raised the score" if raised else "PPO did not raise the score"
+    budget = {"pass": "within", "fail": "over", "inconclusive": "perhaps within, perhaps over"}[verdict]
+    return f"{score} and is {budget} its KL budget:"
+
+
+def hacking_text(hacking: dict[str, Any]) -> str:
     """What the two runs on a poor reward model came to, against the reference, and where to look at it."""
     free, held = hacking["free"], hacking["held"]
-    columns = [
-        ("proxy", "score_mean", ".2f"), ("gold", "gold_mean", ".2f"), ("distinct-2", "distinct_2_adjusted", ".2f"),
-        ("KL", "kl_ref_nats_per_response", ".1f"), ("tax", "tax_nats_per_token", ".2f"),
-    ]
-    runs = [("reference", held, "eval/reference_"), ("no penalty", free, "eval/"),
-            (f"target {held['target']:g} nats", held, "eval/")]
-    rows = [("", *(name for name, _, _ in columns))]
-    rows += [(who, *(f"{run['eval'].get(start + key, 0.0):{form}}" for _, key, form in columns))
-             for who, run, start in runs]
-    table = "\n".join("  " + f"{who:<16}" + "".join(f"{cell:<12}" for cell in cells).rstrip() for who, *cells in rows)
+    columns = {
+        "proxy": "score_mean", "gold": "gold_mean", "distinct-2": "distinct_2_adjusted",
+        "KL": "kl_ref_nats_per_response", "tax": "tax_nats_per_token",
+    }
+    runs = (("reference", held, "eval/reference_"), ("no penalty", free, "eval/"),
+            (f"target {held['target']:g} nats", held, "eval/"))
+    table = [["", *columns]]
+    table += [[who, *(f"{run['eval'].get(start + key, 0.0):.2f}" for key in columns.values())]
+              for who, run, start in runs]
     return "\n".join((
-        hacking_headline(free["eval"], held["eval"]),
-        table,
+        gold_in_both(free["eval"], held["eval"]),
+        *(f"  {line}" for line in aligned(table)),
         "",
         "  proxy: a reward model from 40 labels, 8 of them wrong; gold: the grammar that wrote the reviews, which no",
         "  run is trained on; tax: nats per token by which held-out reviews are predicted worse",
@@ -116,30 +123,22 @@ def hacking_summary(hacking: dict[str, Any]) -> str:
     ))
 
 
-def hacking_headline(free: dict[str, float], held: dict[str, float]) -> str:
+def gold_in_both(free: dict[str, float], held: dict[str, float]) -> str:
     """What happened to gold in both runs, and no more than that, from their final evaluations."""
-    moved = {name: gold_moved(found) for name, found in (("free", free), ("held", held))}
     words = {"rose": "raised gold too", "fell": "lowered gold", "stayed": "left gold where it was"}
     return (
-        f"Reward hacking: the proxy alone {words[moved['free']]}; held to a KL target, the same proxy "
-        f"{words[moved['held']]}:"
+        f"Reward hacking: the proxy alone {words[gold_moved(free)]}; held to a KL target, the same proxy "
+        f"{words[gold_moved(held)]}:"
     )
 
 
-def gold_moved(found: dict[str, float]) -> str:
+def gold_moved(evaluation: dict[str, float]) -> str:
     """rose, fell or stayed, within two standard errors of the difference from the reference's."""
-    gap = found["eval/gold_mean"] - found["eval/reference_gold_mean"]
-    error = math.hypot(found["eval/gold_stderr"], found["eval/reference_gold_stderr"])
+    gap = evaluation["eval/gold_mean"] - evaluation["eval/reference_gold_mean"]
+    error = math.hypot(evaluation["eval/gold_stderr"], evaluation["eval/reference_gold_stderr"])
     return "rose" if gap > 2.0 * error else "fell" if gap < -2.0 * error else "stayed"
 
 
-def headline(*, raised: bool, verdict: str) -> str:
-    """What happened, and no more than that: a score within two standard errors of where it was did not rise."""
-    score = "PPO raised the score" if raised else "PPO did not raise the score"
-    place = {"pass": "within", "fail": "over", "inconclusive": "perhaps within, perhaps over"}[verdict]
-    return f"{score} and is {place} its KL budget:"
-
-
 def say(text: str) -> None:
-    """Progress, on stderr: stdout is for the result."""
+    """Print progress on stderr: stdout is for the result."""
     print(text, file=sys.stderr, flush=True)

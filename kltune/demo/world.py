@@ -16,7 +16,6 @@ The model is pretrained here from random weights on the ``loose`` reviews of klt
 on two cores.
 """
 
-import json
 import math
 import os
 import shutil
@@ -34,10 +33,11 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from kltune import __version__
 from kltune.demo.grammar import Review, house_review, loose_review, openings, praise_and_blame, reviews
 from kltune.errors import StorageError
+from kltune.run.files import read_document, to_json, write_json
 
 MARKER = "tiny_world.json"
 WORKSHOP = "tiny_world.building"
-PARTS = ("model", "data")
+FOLDERS = ("model", "data")
 SCHEMA = "kltune.tiny_world/3"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 2048       # tokens: room for every word of the corpus; with 1024 the model misspells the rarer ones
@@ -71,7 +71,7 @@ def make_tiny_world(
         StorageError: ``model`` or ``data`` is there already and was not made by this function.
     """
     identity = {"schema": SCHEMA, "kltune_version": __version__, "seed": seed, "steps": steps}
-    if _read_marker(folder / MARKER) == identity and all((folder / part).is_dir() for part in PARTS):
+    if read_document(folder / MARKER, SCHEMA) == identity and all((folder / name).is_dir() for name in FOLDERS):
         say(f"the tiny world in {folder} is complete; nothing to do")
         return
     _refuse_foreign(folder)
@@ -79,11 +79,11 @@ def make_tiny_world(
     shutil.rmtree(workshop, ignore_errors=True)
     workshop.mkdir(parents=True)
     _build(workshop, seed=seed, steps=steps, say=say)
-    (workshop / MARKER).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    write_json(workshop / MARKER, identity)
     (folder / MARKER).unlink(missing_ok=True)
-    for part in PARTS:
-        shutil.rmtree(folder / part, ignore_errors=True)
-        os.replace(workshop / part, folder / part)
+    for name in FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        os.replace(workshop / name, folder / name)
     os.replace(workshop / MARKER, folder / MARKER)
     workshop.rmdir()
 
@@ -198,7 +198,7 @@ def write_data(folder: Path, *, seed: int) -> None:
         written = praise_and_blame(count, seed=seed, held_out=held_out)
         _write_rows(folder / f"{name}.jsonl", [_pair(a, b) for a, b in written])
     few = praise_and_blame(NOISY_PAIRS, seed=seed, held_out=False)
-    rows = [_pair(b, a) if place % WRONG_EVERY == 0 else _pair(a, b) for place, (a, b) in enumerate(few)]
+    rows = [_pair(b, a) if index % WRONG_EVERY == 0 else _pair(a, b) for index, (a, b) in enumerate(few)]
     _write_rows(folder / "noisy_pairs.jsonl", rows)
 
 
@@ -230,7 +230,7 @@ def _refuse_foreign(folder: Path) -> None:
 
     A marker, or the workshop of a build that was killed, says that they are ours.
     """
-    taken = [part for part in PARTS if (folder / part).exists()]
+    taken = [name for name in FOLDERS if (folder / name).exists()]
     if taken and not (folder / MARKER).exists() and not (folder / WORKSHOP).exists():
         raise StorageError(
             f"{folder} already holds {' and '.join(taken)}, and no {MARKER} says that kltune made it. "
@@ -238,13 +238,5 @@ def _refuse_foreign(folder: Path) -> None:
         )
 
 
-def _read_marker(marker: Path) -> object:
-    """The marker's content; None if there is none, or none that can be read."""
-    try:
-        return json.loads(marker.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
 def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")

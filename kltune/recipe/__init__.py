@@ -4,15 +4,13 @@
     rewards.py    the kinds of an entry of ``reward``
     sections.py   all other keys, their units, ranges and defaults
     stages.py     which sections each stage reads
-    nodes.py      YAML text to a tree that remembers lines
-    reading.py    tree and ``--set`` to a recipe
+    yaml_tree.py  YAML text to a tree that remembers lines
+    faults.py     what is wrong, and where
+    reading.py    tree and ``--set`` to a recipe; the recipes that come with kltune
     checks.py     keys that do not fit together
     wording.py    how faults are said; names that other tools use
-    writing.py    YAML, digest, differences, JSON schema
-    packaged.py   the recipes that come with kltune
-    copying.py    one of them as the start of your own
+    writing.py    YAML, digest, differences, JSON schema, copies; what there is to say of a key
     grid.py       the points of a sweep
-    scorer.py     one scorer named on a command line
 
 Nothing here imports torch: a wrong recipe is answered before the first model is thought of.
 """
@@ -53,10 +51,12 @@ from kltune.recipe.sections import (
 )
 from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
 from kltune.recipe.writing import (
+    as_written,
+    by_dotted_key,
     copy_recipe,
     differing_keys,
+    differing_settings,
     dump_recipe,
-    flat,
     flat_settings,
     recipe_digest,
     recipe_schema,
@@ -67,7 +67,7 @@ __all__ = [
     "DataSection", "EvalSection", "Fault", "FunctionReward", "GridPoint", "JudgeReward", "KLSection", "LoraSection",
     "ModelReward", "ModelSection", "OptimSection", "PPORecipe", "PPOSection", "Place", "Recipe", "RecipeFaults",
     "RewardEntry", "RewardRecipe", "RunSection", "SFTRecipe", "SamplingSection", "TRPORecipe", "TRPOSection",
-    "asks_for_pairs", "copy_recipe", "differing_keys", "dump_recipe", "find_recipe", "flat", "flat_settings",
-    "load_grid", "load_recipe", "overlap", "packaged_recipes", "read_scorer", "recipe_digest", "recipe_schema",
-    "recipe_text", "recipes_folder",
+    "as_written", "asks_for_pairs", "by_dotted_key", "copy_recipe", "differing_keys", "differing_settings",
+    "dump_recipe", "find_recipe", "flat_settings", "load_grid", "load_recipe", "overlap", "packaged_recipes",
+    "read_scorer", "recipe_digest", "recipe_schema", "recipe_text", "recipes_folder",
 ]

@@ -112,14 +112,18 @@ def unread(recipe: Recipe) -> Iterator[Clash]:
     for key, why in UNREAD.get(recipe.stage, {}).items():
         section, name = key.split(".")
         holder = getattr(recipe, section)
-        if getattr(holder, name) != type(holder).model_fields[name].default:
+        if is_changed(holder, name):
             yield (key,), f"the {recipe.stage} stage does not read it; {why}"
     if recipe.eval.stop_at_gold_peak and recipe.eval.gold is None:
         yield (("eval.stop_at_gold_peak", "eval.gold"),
                "found true without eval.gold: write the scorer whose peak is meant, or remove it")
-    share = type(recipe.eval).model_fields["pairs_share"].default
-    if recipe.stage == "reward" and recipe.eval.pairs is not None and recipe.eval.pairs_share != share:
+    if recipe.stage == "reward" and recipe.eval.pairs is not None and is_changed(recipe.eval, "pairs_share"):
         yield ("eval.pairs_share", "eval.pairs"), "read only without eval.pairs, which are held out; remove it"
+
+
+def is_changed(section: Any, name: str) -> bool:
+    """Whether a key of a section holds anything but its default."""
+    return getattr(section, name) != type(section).model_fields[name].default
 
 
 def natural_gradient(recipe: Any) -> Iterator[Clash]:
@@ -137,28 +141,28 @@ def natural_gradient(recipe: Any) -> Iterator[Clash]:
         (recipe.trpo, "trpo", ("gamma", "gae_lambda", "value_epochs", "value_minibatch_size")),
     ):
         for name in names:
-            if getattr(holder, name) != type(holder).model_fields[name].default:
+            if is_changed(holder, name):
                 yield (f"{section}.{name}", "trpo.baseline"), f"nothing reads it: {alone}; remove it"
 
 
 def preferences(recipe: Any) -> Iterator[Clash]:
     """A loss reads its own keys only, and what prices KL in dpo needs a number or a target."""
     dpo, kl = recipe.dpo, recipe.kl
-    yield from pairs_of(recipe)
+    yield from pair_sources(recipe)
     for name, losses in LOSS_KEYS.items():
-        if dpo.loss not in losses and getattr(dpo, name) != type(dpo).model_fields[name].default:
+        if dpo.loss not in losses and is_changed(dpo, name):
             yield ((f"dpo.{name}", "dpo.loss"),
                    f"read only by loss {' or '.join(losses)}, and dpo.loss is {dpo.loss}; remove it")
     if dpo.loss == "robust" and dpo.label_smoothing == 0.0:
         yield (("dpo.label_smoothing", "dpo.loss"), "found 0 with loss: robust, wanted the share of pairs that are the "
                "wrong way round; at 0 it is loss: sigmoid")
-    if dpo.loss == "f_dpo" and dpo.divergence != "alpha" and dpo.alpha != type(dpo).model_fields["alpha"].default:
+    if dpo.loss == "f_dpo" and dpo.divergence != "alpha" and is_changed(dpo, "alpha"):
         yield ("dpo.alpha", "dpo.divergence"), f"read only with divergence: alpha, found {dpo.divergence}; remove it"
     if dpo.loss == "f_dpo" and dpo.divergence == "alpha" and dpo.alpha == 1.0:
         yield ("dpo.alpha",), "found 1, where it is loss: sigmoid and the formula is 0/0"
     if dpo.reference_alpha is not None and dpo.loss in ("orpo", "simpo"):
         yield ("dpo.reference_alpha", "dpo.loss"), f"found {dpo.reference_alpha:g}, but {dpo.loss} knows no reference"
-    if dpo.reference_alpha is None and dpo.reference_every != type(dpo).model_fields["reference_every"].default:
+    if dpo.reference_alpha is None and is_changed(dpo, "reference_every"):
         yield (("dpo.reference_every", "dpo.reference_alpha"),
                f"found {dpo.reference_every}, read only with dpo.reference_alpha: write one, or remove it")
     if dpo.loss == "kto" and recipe.optim.batch_size < 2:
@@ -168,7 +172,7 @@ def preferences(recipe: Any) -> Iterator[Clash]:
         yield ("kl.exact",), "found false, wanted true: dpo prices and measures the exact KL only"
 
 
-def pairs_of(recipe: Any) -> Iterator[Clash]:
+def pair_sources(recipe: Any) -> Iterator[Clash]:
     """What is read only of pairs from a file, or only of pairs that are sampled and scored."""
     dpo, sampling, optim = recipe.dpo, recipe.sampling, recipe.optim
     penalty = sampling.missing_end_penalty != 0.0
@@ -176,7 +180,7 @@ def pairs_of(recipe: Any) -> Iterator[Clash]:
         if penalty:
             yield ("sampling.missing_end_penalty", "dpo.source"), "read only with source: online; remove it"
         return
-    if optim.batch_size != type(optim).model_fields["batch_size"].default:
+    if is_changed(optim, "batch_size"):
         yield (("optim.batch_size", "dpo.source"),
                "read only with source: file; online, each of sampling.prompts_per_step prompts gives a pair, or a tie")
     if dpo.from_reference:
@@ -219,7 +223,7 @@ def control(kl: KLSection) -> Iterator[Clash]:
         yield (("kl.beta", "kl.beta_min", "kl.beta_max", "kl.control"),
                f"found {kl.beta:g}, wanted between kl.beta_min, {kl.beta_min:g}, and kl.beta_max, {kl.beta_max:g}")
     for name, controller in CONTROLLER_KEYS.items():
-        if controller != kl.controller and getattr(kl, name) != type(kl).model_fields[name].default:
+        if controller != kl.controller and is_changed(kl, name):
             yield ((f"kl.{name}", "kl.controller"),
                    f"read only by controller {controller}, and kl.controller is {kl.controller}; remove it")
 
@@ -274,13 +278,13 @@ def function_values(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def holders(whole: dict[str, Any], pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The sections that hold the last key of a dotted pattern, each with the full dotted key."""
     *steps, last = pattern.split(".")
-    found: list[tuple[str, Any]] = [("", whole)]
+    sections: list[tuple[str, Any]] = [("", whole)]
     for step in steps:
         if step == "*":
-            found = [(f"{key}{i}.", entry) for key, entries in found for i, entry in enumerate(entries)]
+            sections = [(f"{key}{i}.", entry) for key, entries in sections for i, entry in enumerate(entries)]
         else:
-            found = [(f"{key}{step}.", value[step]) for key, value in found if value.get(step) is not None]
-    for key, value in found:
+            sections = [(f"{key}{step}.", value[step]) for key, value in sections if value.get(step) is not None]
+    for key, value in sections:
         yield key + last, value
 
 
@@ -306,14 +310,14 @@ def misplaced(key: str, value: str, folder: Path) -> Iterator[Clash]:
 
 def function_file(key: str, value: str, folder: Path, trusted: bool) -> Iterator[Clash]:
     """A reward function lies beside the recipe: a recipe alone never chooses which code of this machine runs."""
-    parts = FUNCTION.fullmatch(value)
-    if not parts:
+    match = FUNCTION.fullmatch(value)
+    if not match:
         yield (key,), f"found {value}, wanted file.py:function, such as rewards.py:score"
         return
-    file = folder / parts["file"]
+    file = folder / match["file"]
     home = os.path.realpath(folder)
-    inside = os.path.realpath(file).startswith(os.path.join(home, "")) and ".." not in Path(parts["file"]).parts
+    inside = os.path.realpath(file).startswith(os.path.join(home, "")) and ".." not in Path(match["file"]).parts
     if not inside and not trusted:
-        yield (key,), f"found {parts['file']}, wanted a file in the recipe's own folder; copy it beside the recipe"
+        yield (key,), f"found {match['file']}, wanted a file in the recipe's own folder; copy it beside the recipe"
     elif not os.path.isfile(file):
-        yield (key,), f"found {parts['file']}, but there is no such file in {folder}; create it, or correct the name"
+        yield (key,), f"found {match['file']}, but there is no such file in {folder}; create it, or correct the name"

@@ -45,7 +45,7 @@ def load_grid(
 
     Args:
         path: the recipe, as ``load_recipe`` takes it.
-        over: ``key=value,value,...`` each; a comma inside brackets or quotes parts nothing.
+        over: ``key=value,value,...`` each; a comma inside brackets or quotes separates nothing.
         overrides: ``--set`` of all points.
         output: the folder of the sweep.
 
@@ -101,8 +101,8 @@ def read_axes(path: str, over: Sequence[str], overrides: Sequence[str]) -> tuple
 
 
 def split_values(text: str) -> list[str]:
-    """Parted at the commas that stand in no brackets and no quotes."""
-    parts, depth, quote = [""], 0, ""
+    """The text in pieces, cut at the commas that stand in no brackets and no quotes."""
+    values, depth, quote = [""], 0, ""
     for letter in text:
         if quote:
             quote = "" if letter == quote else quote
@@ -111,10 +111,10 @@ def split_values(text: str) -> list[str]:
         else:
             depth += (letter in OPENING) - (letter in CLOSING)
         if letter == "," and depth == 0 and not quote:
-            parts.append("")
+            values.append("")
         else:
-            parts[-1] += letter
-    return parts
+            values[-1] += letter
+    return values
 
 
 def as_over(fault: Fault, own: Sequence[str]) -> Fault:
@@ -129,13 +129,13 @@ def point_name(overrides: Sequence[str]) -> str:
 
     What a folder cannot be called becomes a dash, and a few letters of a digest keep such names apart.
     """
-    parts = []
+    settings = []
     for override in overrides:
         key, _, text = override.partition("=")
         value = resolve(text)
         written = f"{value:.15g}" if isinstance(value, float) else text
-        parts.append(f"{key}={written}")
-    name = ",".join(parts)
+        settings.append(f"{key}={written}")
+    name = ",".join(settings)
     plain = re.sub(r"[^\w.+=,-]+", "-", name, flags=re.ASCII)
     if plain == name and len(name) <= LONGEST_NAME:
         return name

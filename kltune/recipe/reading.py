@@ -1,4 +1,4 @@
-"""From a YAML file, or a packaged recipe, and ``--set`` overrides to a recipe; every fault at once with its place."""
+"""Read a recipe from a YAML file and ``--set`` overrides; every fault is told at once, with its place."""
 
 import copy
 import errno
@@ -16,7 +16,7 @@ from kltune.recipe.checks import FUNCTION, absolute, clashes, function_values, p
 from kltune.recipe.faults import Fault, Place, RecipeFaults
 from kltune.recipe.rewards import FunctionReward, ModelReward, RewardEntry
 from kltune.recipe.stages import STAGES, Recipe
-from kltune.recipe.wording import dotted, found, listed, schema_at, unknown_key, wanted, wrong_value
+from kltune.recipe.wording import dotted, listed, schema_at, unknown_key, value_found, value_wanted, wrong_value
 from kltune.recipe.yaml_tree import MAX_BYTES, KeyPath, Node, Plain, decode, read_nodes
 
 PACKAGE = Path(__file__).absolute().parents[1]
@@ -82,7 +82,7 @@ def load_recipe(
     file = find_recipe(name)
     root, faults = read_nodes(recipe_text(name), name)
     if root is None or not isinstance(root.value, dict):
-        what = "an empty file" if root is None or root.value is None else found(root)
+        what = "an empty file" if root is None or root.value is None else value_found(root)
         text = f"found {what}, wanted sections such as stage: and model:"
         raise RecipeFaults(name, [*faults, Fault(Place(name), "", text)])
     for override in overrides:
@@ -93,11 +93,11 @@ def load_recipe(
     if chosen is None:
         raise RecipeFaults(name, faults)
     folder = file.parent.absolute()
-    recipe, more = check(root, chosen, folder, trusted=(folder / "run.json").is_file())
+    recipe, more = validated(root, chosen, folder, trusted=(folder / "run.json").is_file())
     faults += more
     if faults or recipe is None:
         raise RecipeFaults(name, faults)
-    return settle(recipe, file, output)
+    return completed(recipe, file, output)
 
 
 def recipe_text(name: str) -> str:
@@ -146,7 +146,7 @@ def apply_override(root: Node, override: str, name: str) -> list[Fault]:
         child = parent.at((step,))
         if child is None or child.value is None:                  # a section the file does not mention
             if not isinstance(parent.value, dict) or not isinstance(step, str):
-                return [*faults, Fault(place, dotted(path[: depth + 1]), f"not found; {contents(parent)}")]
+                return [*faults, Fault(place, dotted(path[: depth + 1]), f"not found; {kind_met(parent)}")]
             child = Node({}, place)
             parent.value[step], parent.key_places[step] = child, place
         parent = child
@@ -156,20 +156,20 @@ def apply_override(root: Node, override: str, name: str) -> list[Fault]:
         case list() as entries, int() as index if index < len(entries):
             entries[index] = node
         case _:
-            return [*faults, Fault(place, key, f"cannot be set; {contents(parent)}")]
+            return [*faults, Fault(place, key, f"cannot be set; {kind_met(parent)}")]
     return faults
 
 
-def contents(node: Node) -> str:
+def kind_met(node: Node) -> str:
     """What a --set met where it wanted a section or a list."""
     if isinstance(node.value, list):
         return f"the recipe has a list of {len(node.value)} here, counted from 0"
     if isinstance(node.value, dict):
         return "the recipe has a section here, whose keys are names"
-    return f"the recipe has {found(node)} here"
+    return f"the recipe has {value_found(node)} here"
 
 
-def check(root: Node, stage: str, folder: Path, trusted: bool) -> tuple[Recipe | None, list[Fault]]:
+def validated(root: Node, stage: str, folder: Path, trusted: bool) -> tuple[Recipe | None, list[Fault]]:
     """Validate the tree, then the rules between keys on as much of it as is sound."""
     plain = {**root.plain(), "stage": stage}
     faults: dict[KeyPath, Fault] = {}
@@ -213,12 +213,12 @@ def field_faults(errors: list[ErrorDetails], root: Node, stage: str) -> dict[Key
             fault = Fault(root.place_of_key(path), dotted(path), unknown_key(stage, path, root))
         elif error["type"] == "missing":
             schema = schema_at(stage, path, root)
-            text = f"missing, wanted {wanted(schema)} ({schema['description']})"
+            text = f"missing, wanted {value_wanted(schema)} ({schema['description']})"
             fault = Fault(root.place_of(path), dotted(path), text)
         elif error["type"].startswith("union_tag"):
             kind = root.at((*path, "kind"))
             path = (*path, "kind")
-            what = f"found {found(kind)}" if kind else "missing"
+            what = f"found {value_found(kind)}" if kind else "missing"
             near = get_close_matches(str(kind.value), KINDS, 1) if kind else []
             text = f"{what}, wanted {listed(list(KINDS))}" + (f"; did you mean {near[0]}?" if near else "")
             fault = Fault(root.place_of(path), dotted(path), text)
@@ -275,14 +275,14 @@ def is_scorer(entry: Plain) -> bool:
     return isinstance(entry, dict) and entry.get("kind") in KINDS and NEEDED[entry["kind"]] <= entry.keys()
 
 
-def settle(recipe: Recipe, file: Path, output: str | None) -> Recipe:
-    """Make paths absolute and write out the defaults that depend on other keys."""
+def completed(recipe: Recipe, file: Path, output: str | None) -> Recipe:
+    """The recipe with absolute paths, and the defaults that depend on other keys."""
     folder = file.parent.absolute()
     whole = recipe.model_dump()
     for key, value in path_values(recipe):
-        put(whole, key, absolute(value, folder))
+        set_dotted(whole, key, absolute(value, folder))
     for key, value in function_values(recipe):
-        put(whole, key, os.path.abspath(folder / value))
+        set_dotted(whole, key, os.path.abspath(folder / value))
     packaged = file in packaged_recipes().values()
     chosen = output or (recipe.run.output if "output" in recipe.run.model_fields_set else f"runs/{file.stem}")
     start = Path.cwd() if output or packaged else folder
@@ -290,12 +290,12 @@ def settle(recipe: Recipe, file: Path, output: str | None) -> Recipe:
     if recipe.stage == "ppo" and "minibatch_size" not in recipe.ppo.model_fields_set:
         responses = responses_per_step(recipe)
         whole["ppo"]["minibatch_size"] = next(size for size in range(64, 0, -1) if responses % size == 0)
-    settled = type(recipe).model_validate(whole)
-    settled._folder = folder
-    return settled
+    complete = type(recipe).model_validate(whole)
+    complete._folder = folder
+    return complete
 
 
-def put(whole: dict[str, Plain], key: str, value: str) -> None:
+def set_dotted(whole: dict[str, Plain], key: str, value: str) -> None:
     """Set a dotted key in nested dicts and lists."""
     *steps, last = key.split(".")
     holder: Plain = whole

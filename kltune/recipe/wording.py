@@ -127,13 +127,13 @@ def section_schema(whole: dict[str, Any], schema: dict[str, Any], node: Node | N
     return section_schema(whole, structured[0], node) if structured else schema
 
 
-def wanted(schema: dict[str, Any], found_number: float = 0) -> str:
+def value_wanted(schema: dict[str, Any], found_number: float = 0) -> str:
     """A schema in words: "a number above 0", "linear, cosine or constant".
 
     An upper limit that only guards against nonsense is named to those who passed it, given as ``found_number``.
     """
     if "anyOf" in schema:
-        return " or ".join(wanted(option, found_number) for option in schema["anyOf"])
+        return " or ".join(value_wanted(option, found_number) for option in schema["anyOf"])
     if "enum" in schema:
         return listed(schema["enum"])
     if "const" in schema:
@@ -157,7 +157,7 @@ def listed(words: list[str]) -> str:
     return ", ".join(words[:-1]) + " or " + words[-1] if len(words) > 1 else "".join(words)
 
 
-def found(node: Node | None) -> str:
+def value_found(node: Node | None) -> str:
     """A value as the reader wrote it, with its type where that is the trouble."""
     match node.value if node else None:
         case None:
@@ -181,7 +181,7 @@ def wrong_value(path: KeyPath, node: Node, schema: dict[str, Any]) -> str:
     if path[-1] == "key_env":                    # which may be the key itself, and is not shown then
         return f"found something else, wanted {schema['description']}"
     number = node.value if isinstance(node.value, int | float) else 0
-    text = f"found {found(node)}, wanted {wanted(schema, number)}"
+    text = f"found {value_found(node)}, wanted {value_wanted(schema, number)}"
     if schema.get("description"):
         text += f" ({schema['description']})"
     reason = None if isinstance(node.value, dict | list | bool) else REFUSED_VALUES.get((dotted(path), node.value))

@@ -1,4 +1,4 @@
-"""A recipe as YAML, digest, schema, next to another recipe, as a copy to be changed; and its keys explained."""
+"""What is written of a recipe: YAML, digest, JSON schema, differences, a copy to be changed, and its keys explained."""
 
 import hashlib
 import json
@@ -18,60 +18,11 @@ from kltune.recipe.checks import SOURCES, UNREAD, function_values
 from kltune.recipe.fields import Section
 from kltune.recipe.reading import find_recipe, load_recipe
 from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
-from kltune.recipe.wording import wanted
+from kltune.recipe.wording import value_wanted
 from kltune.recipe.yaml_tree import resolve
 
 NOT_PART_OF_THE_RUN = ("output", "keep", "loggers")     # keys of run that change where results are, not what they are
 HOW_A_JUDGE_IS_REACHED = ("concurrency", "timeout_s", "retries", "key_env")     # and not what it answers
-
-
-def copy_recipe(name: str, destination: Path) -> tuple[list[Path], list[str]]:
-    """Copy a recipe and its reward functions.
-
-    Args:
-        name: a packaged recipe, or a path.
-        destination: a folder, made if need be, or a file that ends in .yaml.
-
-    Returns:
-        The files written, and notes on paths that mean something else at the new place.
-
-    Raises:
-        RecipeError: no such recipe, or a file is already there; then nothing was written.
-        StorageError: it cannot be written.
-    """
-    source = find_recipe(name)
-    recipe = load_recipe(name)
-    is_file = destination.suffix in (".yaml", ".yml") and not destination.is_dir()
-    target = destination if is_file else destination / source.name
-    functions = dict(function_values(recipe))
-    plan = {target: source}
-    for value in functions.values():
-        file = Path(value.rpartition(":")[0])
-        plan[target.parent / file.relative_to(recipe.folder)] = file
-    # a reward file with the same bytes is the one wanted: two recipes may share it
-    contents = {to: origin.read_bytes() for to, origin in plan.items()}
-    present = [to for to in plan if to.exists() and (to == target or to.read_bytes() != contents[to])]
-    if present:
-        raise RecipeError(f"{present[0]} is already there; name another place: kltune recipe copy {name} DEST")
-    written = [to for to in plan if not to.exists()]
-    try:
-        for to in written:
-            to.parent.mkdir(parents=True, exist_ok=True)
-            with open(to, "xb") as file:
-                file.write(contents[to])
-    except OSError as error:
-        raise StorageError(f"cannot write {error.filename}: {error.strerror}") from error
-    return written, notes_on_paths(name, target, set(functions))
-
-
-def notes_on_paths(name: str, target: Path, functions: set[str]) -> list[str]:
-    """Which relative paths name other files now that the recipe lies elsewhere."""
-    try:
-        changed = differing_keys(load_recipe(name), load_recipe(target))
-    except RecipeError as error:
-        return [f"paths in the copy start at {target.parent}; correct them: {error}"]
-    moved = [line for line in changed if line.partition(":")[0] not in functions]
-    return [f"relative paths start at the copy now; correct it if need be: {line}" for line in moved]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -114,27 +65,30 @@ def recipe_digest(recipe: Recipe) -> str:
 
 def differing_keys(old: Recipe, new: Recipe) -> list[str]:
     """Every key in which two recipes differ, as ``kl.target: was 6.0, now 4.0``."""
-    before, after = flat_settings(old), flat_settings(new)
-    absent = object()
-    lines = []
-    for key in sorted(before.keys() | after.keys()):
-        was, now = before.get(key, absent), after.get(key, absent)
-        if was != now:
-            lines.append(f"{key}: was {shown(was, absent)}, now {shown(now, absent)}")
-    return lines
+    return differing_settings(flat_settings(old), flat_settings(new))
+
+
+def differing_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The same of settings by dotted key."""
+    was, now = ({key: as_written(value) for key, value in settings.items()} for settings in (before, after))
+    return [
+        f"{key}: was {was.get(key, 'absent')}, now {now.get(key, 'absent')}"
+        for key in sorted(was.keys() | now.keys())
+        if key not in was or key not in now or before[key] != after[key]
+    ]
 
 
 def flat_settings(recipe: Recipe) -> dict[str, Any]:
     """What decides the numbers of a run, by dotted key."""
-    return flat(comparable(recipe))
+    return by_dotted_key(comparable(recipe))
 
 
-def shown(value: object, absent: object) -> str:
-    """A value in a comparison."""
-    return "absent" if value is absent else json.dumps(value, ensure_ascii=False)
+def as_written(value: Any) -> str:
+    """A value as a recipe writes it, if in JSON's way."""
+    return json.dumps(value, ensure_ascii=False)
 
 
-def flat(value: Any, key: str = "") -> dict[str, Any]:
+def by_dotted_key(value: Any, key: str = "") -> dict[str, Any]:
     """Nested sections and lists as one dict of dotted keys."""
     if isinstance(value, dict) and value:
         entries = value.items()
@@ -142,7 +96,10 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
         entries = enumerate(value)
     else:
         return {key: value}
-    return {name: leaf for step, child in entries for name, leaf in flat(child, f"{key}.{step}".strip(".")).items()}
+    return {
+        name: leaf for step, child in entries
+        for name, leaf in by_dotted_key(child, f"{key}.{step}".strip(".")).items()
+    }
 
 
 def recipe_schema(stage: str | None = None) -> dict[str, Any]:
@@ -159,6 +116,55 @@ def recipe_schema(stage: str | None = None) -> dict[str, Any]:
         else TypeAdapter(Annotated[anyone, Field(discriminator="stage")]).json_schema()
     )
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "kltune recipe", **schema}
+
+
+def copy_recipe(name: str, destination: Path) -> tuple[list[Path], list[str]]:
+    """Copy a recipe and its reward functions.
+
+    Args:
+        name: a packaged recipe, or a path.
+        destination: a folder, made if need be, or a file that ends in .yaml.
+
+    Returns:
+        The files written, and notes on paths that mean something else in the new folder.
+
+    Raises:
+        RecipeError: no such recipe, or a file is already there; then nothing was written.
+        StorageError: it cannot be written.
+    """
+    source = find_recipe(name)
+    recipe = load_recipe(name)
+    is_file = destination.suffix in (".yaml", ".yml") and not destination.is_dir()
+    target = destination if is_file else destination / source.name
+    functions = dict(function_values(recipe))
+    plan = {target: source}
+    for value in functions.values():
+        file = Path(value.rpartition(":")[0])
+        plan[target.parent / file.relative_to(recipe.folder)] = file
+    # a reward file with the same bytes is the one wanted: two recipes may share it
+    contents = {to: origin.read_bytes() for to, origin in plan.items()}
+    present = [to for to in plan if to.exists() and (to == target or to.read_bytes() != contents[to])]
+    if present:
+        raise RecipeError(f"{present[0]} is already there; name another place: kltune recipe copy {name} DEST")
+    written = [to for to in plan if not to.exists()]
+    try:
+        for to in written:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            with open(to, "xb") as file:
+                file.write(contents[to])
+    except OSError as error:
+        raise StorageError(f"cannot write {error.filename}: {error.strerror}") from error
+    return written, notes_on_paths(name, target, set(functions))
+
+
+def notes_on_paths(name: str, target: Path, functions: set[str]) -> list[str]:
+    """Which relative paths name other files now that the recipe lies elsewhere."""
+    try:
+        changed = differing_keys(load_recipe(name), load_recipe(target))
+    except RecipeError as error:
+        return [f"paths in the copy start at {target.parent}; correct them: {error}"]
+    moved = [line for line in changed if line.partition(":")[0] not in functions]
+    return [f"relative paths start at the copy now; correct it if need be: {line}" for line in moved]
 
 
 @dataclass(frozen=True)
@@ -212,12 +218,12 @@ def keys_named(word: str) -> list[RecipeKey]:
 @cache
 def recipe_keys() -> dict[str, RecipeKey]:
     """Every section and key of every stage that reads it, by its dotted name."""
-    found: dict[str, list[_Field]] = {}
+    fields: dict[str, list[_Field]] = {}
     for stage, recipe in STAGES.items():
         for key, section, name in _fields_under(recipe):
             if _is_read(stage, key):
-                found.setdefault(key, []).append(_Field(stage, section, name))
-    return {key: _recipe_key(key, fields) for key, fields in found.items()}
+                fields.setdefault(key, []).append(_Field(stage, section, name))
+    return {key: _recipe_key(key, same_key) for key, same_key in fields.items()}
 
 
 def _recipe_key(key: str, fields: list[_Field]) -> RecipeKey:
@@ -226,7 +232,7 @@ def _recipe_key(key: str, fields: list[_Field]) -> RecipeKey:
         is_section = len(field.inner) == 1
         doc = getdoc(field.inner[0]) if is_section else field.info.description
         meaning[field.by] = doc.partition("\n\n")[0].replace("\n", " ").replace("``", "`")
-        range_[field.by] = wanted(_properties(field.section)[field.name])
+        range_[field.by] = value_wanted(_properties(field.section)[field.name])
         if not (is_section or field.info.is_required() or _must_be_written(field.stage, key)):
             default[field.by] = getattr(field.section.model_construct(), field.name)
     stages = tuple(dict.fromkeys(field.stage for field in fields))
@@ -282,8 +288,8 @@ def _fields_under(section: type[Section], prefix: str = "") -> Iterator[tuple[st
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:
-    if parts := get_args(annotation):
-        return [section for part in parts for section in _sections_in(part)]
+    if options := get_args(annotation):
+        return [section for option in options for section in _sections_in(option)]
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, Section) else []
 
 

@@ -1,7 +1,8 @@
 """YAML text to a tree that remembers where every key and value stood.
 
 Read from PyYAML's parser events, so no tag ever builds an object, nothing recurses, and a bomb is met at its first
-alias or at the nesting limit. Plain values follow YAML 1.2: ``1e-5`` is a number, ``yes`` and ``010`` are text.
+alias or at the nesting limit; by its parser in Python, which gives each event as it comes: the one in C may first read
+on, and meet a limit of its own. Plain values follow YAML 1.2: ``1e-5`` is a number, ``yes`` and ``010`` are text.
 """
 
 import re
@@ -12,13 +13,13 @@ import yaml
 from kltune.recipe.faults import Fault, Place, RecipeFaults
 
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 1_000_000, 16, 10_000
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,400})")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 WORDS = {word: value for value, spellings in {
     None: "null Null NULL ~", True: "true True TRUE", False: "false False FALSE",
 }.items() for word in spellings.split()} | {"": None}
 DIRECTION_MARKS = re.compile("[\u202a-\u202e\u2066-\u2069]")    # they show a line other than it is read
+SYNTAX_HINT = "check indentation (spaces, no tabs), a space after each colon, closing brackets and quotes"
 Value = None | bool | int | float | str | dict[str, "Node"] | list["Node"]
 KeyPath = tuple[str | int, ...]          # ("reward", 0, "path")
 Plain = None | bool | int | float | str | dict[str, "Plain"] | list["Plain"]
@@ -90,9 +91,9 @@ def decode(data: bytes, file: str) -> str:
     except UnicodeDecodeError as error:
         place = place_at(file, data[: error.start].decode("utf-8", "replace"))
         raise RecipeFaults(file, [Fault(place, "", "not UTF-8; save the file as UTF-8")]) from error
-    for what, found in (("a NUL byte", re.search("\0", text)), ("a text-direction mark", DIRECTION_MARKS.search(text))):
-        if found:
-            raise RecipeFaults(file, [Fault(place_at(file, text[: found.start()]), "", f"{what}; remove it")])
+    for what, mark in (("a NUL byte", re.search("\0", text)), ("a text-direction mark", DIRECTION_MARKS.search(text))):
+        if mark:
+            raise RecipeFaults(file, [Fault(place_at(file, text[: mark.start()]), "", f"{what}; remove it")])
     return text
 
 
@@ -117,7 +118,7 @@ def read_nodes(text: str, file: str, override: str | None = None) -> tuple[Node 
     """
     builder = _Builder(file, override)
     try:
-        for event in yaml.parse(text, Loader=LOADER):
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
             builder.take(event)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -128,8 +129,6 @@ def read_nodes(text: str, file: str, override: str | None = None) -> tuple[Node 
         raise RecipeFaults(file, [Fault(place, "", "a control character; remove it")]) from error
     return builder.root, builder.faults
 
-
-SYNTAX_HINT = "check indentation (spaces, no tabs), a space after each colon, closing brackets and quotes"
 
 
 class _Builder:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kltune.report.text import verdict_line, with_error
+from kltune.report.text import verdict_line
 from kltune.run.files import storing, visible, write_whole
+from kltune.run.screen import interval, with_error
 
 LEVELS = {"pass": "notice", "fail": "error", "inconclusive": "warning"}
 
@@ -19,14 +20,13 @@ def write_junit(path: Path, document: dict[str, Any]) -> None:
         StorageError: it cannot be written.
     """
     cases = []
-    for part in _parts(document):
-        case = ET.Element("testcase", classname="kltune.eval-kl", name=visible(part["checkpoint"]))
-        gate, figures = part["gate"], ET.SubElement(case, "properties")
-        exact = part["kl"]["exact"]
+    for one in _documents(document):
+        case = ET.Element("testcase", classname="kltune.eval-kl", name=visible(one["checkpoint"]))
+        gate, exact, properties = one["gate"], one["kl"]["exact"], ET.SubElement(case, "properties")
         for name in ("nats_per_response", "stderr", "nats_per_token"):
-            ET.SubElement(figures, "property", name=name, value=str(exact[name]))
+            ET.SubElement(properties, "property", name=name, value=str(exact[name]))
         if gate is not None and gate["verdict"] != "pass":
-            ET.SubElement(case, "failure", type=gate["verdict"], message=_headline(part))
+            ET.SubElement(case, "failure", type=gate["verdict"], message=_verdict_and_kl(one))
         cases.append(case)
     _write(path, cases, failures=sum(case.find("failure") is not None for case in cases), errors=0)
 
@@ -49,11 +49,11 @@ def _write(path: Path, cases: list[ET.Element], *, failures: int, errors: int) -
 
 
 def annotations(document: dict[str, Any]) -> list[str]:
-    """GitHub workflow commands, one per checkpoint that was judged."""
+    """GitHub workflow commands, one per checkpoint that was held against a budget."""
     return [
-        f"::{LEVELS[part['gate']['verdict']]} title=kltune eval-kl::{escaped(_headline(part))}"
-        for part in _parts(document)
-        if part["gate"] is not None
+        f"::{LEVELS[one['gate']['verdict']]} title=kltune eval-kl::{escaped(_verdict_and_kl(one))}"
+        for one in _documents(document)
+        if one["gate"] is not None
     ]
 
 
@@ -72,12 +72,12 @@ def write_step_summary(document: dict[str, Any]) -> None:
         "| checkpoint | KL(policy‖reference), nats per response | interval | responses | verdict |",
         "|---|---|---|---|---|",
     ]
-    for part in _parts(document):
-        exact, gate = part["kl"]["exact"], part["gate"]
-        interval = "" if exact["ci"] is None else f"{exact['ci'][0]:.3f} to {exact['ci'][1]:.3f}"
-        verdict = "" if gate is None else verdict_line(gate)
-        cells = (part["checkpoint"], with_error(exact["nats_per_response"], exact["stderr"]), interval)
-        cells = (*cells, str(part["responses"]), verdict)
+    for one in _documents(document):
+        exact, gate = one["kl"]["exact"], one["gate"]
+        cells = (
+            one["checkpoint"], with_error(exact["nats_per_response"], exact["stderr"]), interval(exact["ci"]),
+            str(one["responses"]), "" if gate is None else verdict_line(gate),
+        )
         lines.append("| " + " | ".join(visible(cell).replace("|", "\\|") for cell in cells) + " |")
     path = Path(name)
     with storing(path), open(path, "a", encoding="utf-8") as file:
@@ -89,11 +89,12 @@ def escaped(text: str, more: str = "") -> str:
     return "".join(f"%{ord(c):02X}" if c in "%\r\n" + more else c for c in text)
 
 
-def _parts(document: dict[str, Any]) -> list[dict[str, Any]]:
+def _documents(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """One document for each checkpoint."""
     return document.get("checkpoints", [document])
 
 
-def _headline(part: dict[str, Any]) -> str:
-    exact = part["kl"]["exact"]
+def _verdict_and_kl(document: dict[str, Any]) -> str:
+    exact = document["kl"]["exact"]
     kl = with_error(exact["nats_per_response"], exact["stderr"])
-    return f"{visible(part['checkpoint'])}: {verdict_line(part['gate'])}; KL {kl} nats per response"
+    return f"{visible(document['checkpoint'])}: {verdict_line(document['gate'])}; KL {kl} nats per response"

@@ -10,16 +10,18 @@ from kltune.report.plots import (
     COLOURS,
     INK,
     TARGET,
+    Z95,
+    CurvePoint,
     Series,
     draw_final,
     draw_level,
     draw_series,
     dress,
-    is_number,
     make_axes,
     set_log,
 )
 from kltune.run.files import visible
+from kltune.run.screen import is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +58,7 @@ TRAINING = ("kl/ref_nats_per_response", "kl/ref_nats_per_token", "score/mean", "
 
 
 @dataclass(frozen=True)
-class Limits:
+class KLLimits:
     """What the KL is held against, in ``unit``; None where the recipe sets nothing."""
 
     unit: str = "nats_per_response"
@@ -104,8 +106,8 @@ class Recorded:
         return values[-1] if values else None
 
 
-def plots_for(limits: Limits) -> dict[str, tuple[Plot, ...]]:
-    """The pictures of a report under their headings, most asked for first; `draw` leaves out what was not measured."""
+def plots_for(limits: KLLimits) -> dict[str, tuple[Plot, ...]]:
+    """The plots of a report under their headings, most asked for first; `draw` leaves out what was not measured."""
     names = (f"kl/ref_{limits.unit}", f"eval/kl_ref_{limits.unit}")
     return {
         "KL and score": (
@@ -148,14 +150,35 @@ def plots_for(limits: Limits) -> dict[str, tuple[Plot, ...]]:
     }
 
 
-def draw(plot: Plot, recorded: Recorded, limits: Limits) -> "Figure | None":
+COMPARED = {      # pictures of a comparison: one metric of every run in each
+    "KL and score": (
+        Plot("KL to the reference", "nats per response", ("kl/ref_nats_per_response", "eval/kl_ref_nats_per_response"),
+             limited="ref"),
+        Plot("Score", "score", ("score/mean", "eval/score_mean")),
+        Plot("Gold score", "score, never trained on", ("eval/gold_mean",)),
+        Plot("Proxy", "sd of the reference", ("eval/score_z",)),
+        Plot("Gold", "sd of the reference", ("eval/gold_z",)),
+        Plot("Price of one nat (beta)", "score per nat", ("kl/beta",), log=True),
+        Plot("Loss", "loss", ("loss/mean", "eval/loss"), log=True),
+        Plot("Accuracy", "share of pairs", ("accuracy/mean", "eval/accuracy")),
+    ),
+    "Diversity, length and held-out texts": (
+        Plot("Different pairs of tokens, adjusted", "share of all", ("eval/distinct_2_adjusted",)),
+        Plot("Likeness to each other (self-BLEU)", "0 to 1", ("eval/self_bleu",)),
+        Plot("Entropy", "nats per token", ("policy/entropy_nats_per_token", "eval/entropy_nats_per_token")),
+        Plot("Length", "tokens per response", ("response/tokens", "eval/response_tokens")),
+        Plot("Alignment tax", "nats per token", ("eval/tax_nats_per_token",)),
+    ),
+}
+
+
+def draw(plot: Plot, recorded: Recorded, limits: KLLimits) -> "Figure | None":
     """One picture; None if nothing of it was measured while the run went on, or only once, or as 0."""
-    shown = [(name, _series(recorded, name)) for name in _names(plot, recorded)]
-    points = max((len(series.values) for _, series in shown if series is not None), default=0)
-    if points == 0 or (points == 1 and recorded.last_step > 1):
-        return None
-    if not any(value for _, series in shown if series is not None for value in series.values):
-        return None      # a price of 0, a cap that was never met
+    shown = [(name, _series(recorded, name)) for name in _measured_names(plot, recorded)]
+    curves = [series.values for _, series in shown if series is not None]
+    values = [value for curve in curves for value in curve]
+    if not any(values) or (max(map(len, curves)) == 1 and recorded.last_step > 1):
+        return None      # nothing but 0: a price that was never asked, a cap that was never met
     figure, axes = make_axes()
     for colour, (name, series) in zip(COLOURS, shown, strict=False):
         if series is not None:
@@ -172,12 +195,12 @@ def draw(plot: Plot, recorded: Recorded, limits: Limits) -> "Figure | None":
     elif plot.limited == "step" and limits.max_step_kl is not None:
         draw_level(axes, limits.max_step_kl, TARGET, "largest allowed")
     if plot.log:
-        set_log(axes, [value for _, series in shown if series is not None for value in series.values])
+        set_log(axes, values)
     dress(axes, unit=plot.unit, last_step=recorded.last_step)
     return figure
 
 
-def _names(plot: Plot, recorded: Recorded) -> list[str]:
+def _measured_names(plot: Plot, recorded: Recorded) -> list[str]:
     """What the plot's patterns name among what was measured, in their order."""
     rows = (*recorded.rows, recorded.final)
     known = sorted({name for row in rows for name, value in row.items() if is_number(value)})
@@ -194,11 +217,11 @@ def _draw_saved(axes: "Axes", recorded: Recorded, name: str, colour: str, label:
     if not is_number(value):
         return None
     step = recorded.last_step if recorded.final_step is None else recorded.final_step
-    draw_final(axes, step, value, error if is_number(error) else None, colour, label)
+    draw_final(axes, CurvePoint(step, value, y_error=Z95 * error if is_number(error) else 0.0), colour, label)
     return value
 
 
-def draw_limits(axes: "Axes", limits: Limits) -> None:
+def draw_limits(axes: "Axes", limits: KLLimits) -> None:
     """Target with its band, and hard cap."""
     if limits.target is not None:
         low, high = ((1 + sign * TOLERANCE) * limits.target for sign in (-1, 1))
@@ -218,12 +241,12 @@ def draw_together(plot: Plot, runs: dict[str, Recorded], targets: dict[str, floa
         runs: by the name to show.
         targets: of the runs that have one; dashed in the run's colour.
     """
-    found = {name: [_series(recorded, name) for recorded in runs.values()] for name in plot.patterns}
-    points = {name: [min(ENOUGH, len(s.values)) if s else 0 for s in series] for name, series in found.items()}
+    curves = {name: [_series(recorded, name) for recorded in runs.values()] for name in plot.patterns}
+    points = {name: [min(ENOUGH, len(s.values)) if s else 0 for s in series] for name, series in curves.items()}
     name = max(reversed(plot.patterns), key=lambda name: sum(points[name]))
     figure, axes = make_axes()
     drawn: list[float] = []
-    for colour, (label, recorded), series in zip(COLOURS, runs.items(), found[name], strict=False):
+    for colour, (label, recorded), series in zip(COLOURS, runs.items(), curves[name], strict=False):
         if series is not None:
             draw_series(axes, series, colour, visible(label))
             drawn += series.values

@@ -5,20 +5,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kltune.core.hacking.detector import errors_of
 from kltune.errors import CheckpointError
-from kltune.report.figures import TOLERANCE, Limits, Recorded
-from kltune.report.numbers import number, with_error
-from kltune.report.plots import is_number
+from kltune.recipe import RecipeFaults
+from kltune.recipe.yaml_tree import read_nodes
+from kltune.report.figures import STANDARD_ERRORS, TOLERANCE, KLLimits, Recorded
 from kltune.run.files import read_json, read_jsonl
+from kltune.run.screen import ABSENT, interval, is_number, number, with_error
 
 RECORDED = (
     "stage", "status", "seed", "reference", "versions", "started", "ended", "recipe_sha256", "command", "resumed_at",
     "error",
 )
 CLEAR = 2.0      # standard errors from which a score counts as moved
+FIGURES = {      # what is compared between reference and policy
+    "score": "eval/score_mean",
+    "gold score": "eval/gold_mean",
+    "score, sd of the reference's": "eval/score_z",
+    "gold score, sd of the reference's": "eval/gold_z",
+    "different tokens (distinct-1)": "eval/distinct_1",
+    "different pairs of tokens (distinct-2)": "eval/distinct_2",
+    "the same, adjusted for length": "eval/distinct_2_adjusted",
+    "different pairs among answers to one prompt": "eval/distinct_2_per_input",
+    "different pairs across prompts": "eval/distinct_2_across_input",
+    "likeness to each other (self-BLEU)": "eval/self_bleu",
+    "duplicates, share of responses": "eval/duplicate_fraction",
+    "entropy, nats per token": "eval/entropy_nats_per_token",
+    "tokens per response": "eval/response_tokens",
+    "responses that end, share": "eval/end_fraction",
+    "held-out texts, nats per token": "eval/texts_nats_per_token",
+    "alignment tax, nats per token": "eval/tax_nats_per_token",
+}
+ZERO_OF_REFERENCE = {"eval/tax_nats_per_token", "eval/score_z", "eval/gold_z"}
 ROSE, FELL, STAYED = "rose from", "fell from", "did not clearly move:"
 
 
@@ -51,7 +69,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RunVerdict:
     """The answer in one word, with its tone (good, bad or plain) and in sentences."""
 
     word: str
@@ -69,8 +87,9 @@ def read_files(folder: Path) -> Files:
         raise CheckpointError(f"{folder} is no kltune run: there is no run.json in it.")
     recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8") if (folder / "recipe.yaml").exists() else ""
     recipe: Any = {}
-    with contextlib.suppress(yaml.YAMLError):      # a damaged recipe is still shown, as text
-        recipe = yaml.safe_load(recipe_text)
+    with contextlib.suppress(RecipeFaults):      # a damaged recipe is still shown, as text
+        root, _ = read_nodes(recipe_text, "recipe.yaml")
+        recipe = root.plain() if root is not None else {}
     return Files(
         folder=folder,
         record={**dict.fromkeys(RECORDED), **read_json(folder / "run.json")},
@@ -82,7 +101,7 @@ def read_files(folder: Path) -> Files:
     )
 
 
-def verdict_of(files: Files) -> Verdict:
+def verdict_of(files: Files) -> RunVerdict:
     """Whether the run ended, and how far from its reference, in plain words."""
     status, total = files.record.get("status"), (files.recipe.get("run") or {}).get("steps")
     if status == "finished":
@@ -94,7 +113,7 @@ def verdict_of(files: Files) -> Verdict:
         "interrupted": ("interrupted", "plain", f"Stopped at {where}; --resume continues it."),
         "failed": ("failed", "bad", f"Failed at {where}: {reason}."),
     }.get(str(status), ("running", "plain", f"At {where} when this page was written; no final measurement yet."))
-    return Verdict(word, tone, f"{sentence} {_so_far(files)}".strip())
+    return RunVerdict(word, tone, f"{sentence} {_so_far(files)}".strip())
 
 
 def _so_far(files: Files) -> str:
@@ -113,27 +132,27 @@ def newest_kl(files: Files) -> tuple[float | None, float | None]:
     return None, None
 
 
-def _reward_verdict(files: Files) -> Verdict:
+def _reward_verdict(files: Files) -> RunVerdict:
     accuracy, (low, high) = files.result.get("accuracy"), files.result.get("accuracy_ci95") or (None, None)
     if accuracy is None:
-        return Verdict("not measured", "plain", "The run finished; no rows were held out to measure it on.")
+        return RunVerdict("not measured", "plain", "The run finished; no rows were held out to measure it on.")
     rows = files.result["held_out_rows"]
     word, tone = ("learnt", "good") if low > 0.5 else ("no better than chance", "bad")
-    return Verdict(word, tone, (
+    return RunVerdict(word, tone, (
         f"It is right on {100 * accuracy:.1f} % of {rows:,} held-out rows (95 % interval {100 * low:.1f} to "
         f"{100 * high:.1f} %), where chance is right on 50 %."
     ))
 
 
-def _final_verdict(files: Files) -> Verdict:
+def _final_verdict(files: Files) -> RunVerdict:
     if files.record["stage"] == "reward":
         return _reward_verdict(files)
     kl, limits = files.result.get("kl") or {}, limits_of(files)
     value = kl.get(limits.unit)
     if value is None:
-        return Verdict("KL not measured", "bad", "The run finished, but the KL of the final policy was not measured.")
+        return RunVerdict("KL not measured", "bad", "The run finished; the KL of the final policy was not measured.")
     unit = limits.unit.replace("_per_", " per ")
-    sentences = [f"The final policy is {number(value)} {unit} from its reference{_interval(kl, limits.unit)}."]
+    sentences = [f"The final policy is {number(value)} {unit} from its reference{_in_brackets(kl, limits.unit)}."]
     word, tone = "measured", "plain"
     if limits.target:
         share = value / limits.target - 1
@@ -149,7 +168,7 @@ def _final_verdict(files: Files) -> Verdict:
         within = value <= limits.hard_cap
         sentences.append(f"It is {'within' if within else 'beyond'} the hard cap of {number(limits.hard_cap)}.")
         word, tone = (word, tone) if within else ("over the hard cap", "bad")
-    return Verdict(word, tone, " ".join([*sentences, *_scores(files)]))
+    return RunVerdict(word, tone, " ".join([*sentences, *_scores(files)]))
 
 
 def _scores(files: Files) -> list[str]:
@@ -207,11 +226,9 @@ def move_of(files: Files, name: str) -> tuple[float, float, str] | None:
     return before, after, word
 
 
-def _interval(kl: dict[str, Any], unit: str) -> str:
-    low, high = kl.get("ci95") or (None, None)
-    if low is None or high is None or unit != "nats_per_response":      # ci95 is per response
-        return ""
-    return f" (95 % interval {number(low)} to {number(high)})"
+def _in_brackets(kl: dict[str, Any], unit: str) -> str:
+    bounds = interval(kl.get("ci95") if unit == "nats_per_response" else None)      # ci95 is per response
+    return "" if bounds == ABSENT else f" (95 % interval {bounds})"
 
 
 def beside(numbers: dict[str, Any], name: str) -> str:
@@ -229,21 +246,21 @@ def gauge_of(files: Files) -> dict[str, Any] | None:
     marks = [value, high or 0.0, 1.5 * (limits.target or 0.0), 1.1 * (limits.hard_cap or 0.0)]
     end = max(*marks, 1.3 * value) or 1.0
 
-    def place(nats: float | None) -> float | None:
+    def percent(nats: float | None) -> float | None:
         return None if nats is None else round(100.0 * nats / end, 2)
 
     target = limits.target
     return {
-        "value": place(value), "low": place(low), "high": place(high), "target": place(target),
-        "cap": place(limits.hard_cap), "end": end, "unit": limits.unit.replace("_per_", " per "),
-        "band": None if target is None else [place((1 + sign * TOLERANCE) * target) for sign in (-1, 1)],
+        "value": percent(value), "low": percent(low), "high": percent(high), "target": percent(target),
+        "cap": percent(limits.hard_cap), "end": end, "unit": limits.unit.replace("_per_", " per "),
+        "band": None if target is None else [percent((1 + sign * TOLERANCE) * target) for sign in (-1, 1)],
     }
 
 
-def limits_of(files: Files) -> Limits:
+def limits_of(files: Files) -> KLLimits:
     """The target and the caps of the recipe, and the unit they are in."""
     kl, trpo = files.recipe.get("kl") or {}, files.recipe.get("trpo") or {}
-    return Limits(
+    return KLLimits(
         unit=kl.get("unit", "nats_per_response"),
         target=kl.get("target") if kl.get("control", "target") == "target" else None,
         hard_cap=kl.get("hard_cap"),
@@ -251,37 +268,27 @@ def limits_of(files: Files) -> Limits:
     )
 
 
-# title, metric, its standard error: what is compared between reference and policy, and between runs
-FIGURES = (
-    ("score", "eval/score_mean", "eval/score_stderr"),
-    ("gold score", "eval/gold_mean", "eval/gold_stderr"),
-    ("score, sd of the reference's", "eval/score_z", "eval/score_z_stderr"),
-    ("gold score, sd of the reference's", "eval/gold_z", "eval/gold_z_stderr"),
-    ("different tokens (distinct-1)", "eval/distinct_1", ""),
-    ("different pairs of tokens (distinct-2)", "eval/distinct_2", ""),
-    ("the same, adjusted for length", "eval/distinct_2_adjusted", ""),
-    ("different pairs among answers to one prompt", "eval/distinct_2_per_input", ""),
-    ("different pairs across prompts", "eval/distinct_2_across_input", ""),
-    ("likeness to each other (self-BLEU)", "eval/self_bleu", ""),
-    ("duplicates, share of responses", "eval/duplicate_fraction", ""),
-    ("entropy, nats per token", "eval/entropy_nats_per_token", ""),
-    ("tokens per response", "eval/response_tokens", ""),
-    ("responses that end, share", "eval/end_fraction", ""),
-    ("held-out texts, nats per token", "eval/texts_nats_per_token", ""),
-    ("alignment tax, nats per token", "eval/tax_nats_per_token", "eval/tax_stderr"),
-)
-
-
-BY_DEFINITION = {"eval/tax_nats_per_token", "eval/score_z", "eval/gold_z"}      # of the reference: 0
-
 
 def figures_of(files: Files) -> list[tuple[str, str, str]]:
     """(what, the reference's, the policy's) of what the last evaluation measured; a dash for what it did not."""
     measured, recorded = files.evaluated, files.recorded
     rows = []
-    for title, name, error in FIGURES:
-        if measured.get(name) is None:
-            continue
-        before = 0.0 if name in BY_DEFINITION else recorded.reference(name)
-        rows.append((title, number(before), with_error(measured[name], measured.get(error))))
+    for title, name in FIGURES.items():
+        if measured.get(name) is not None:
+            before = 0.0 if name in ZERO_OF_REFERENCE else recorded.reference(name)
+            error = measured.get(STANDARD_ERRORS.get(name))
+            rows.append((title, number(before), with_error(measured[name], error)))
     return rows
+
+
+def final_figures(result: dict[str, Any]) -> dict[str, Any]:
+    """KL, score and gold of a result.json, each with its standard error; None where not measured.
+
+    reference_score and reference_gold are those of the reference's own responses to the same prompts.
+    """
+    kl, evaluation = result.get("kl") or {}, result.get("eval") or {}
+    figures = {"kl": kl.get("nats_per_response"), "kl_stderr": kl.get("stderr"), "kl_ci95": kl.get("ci95")}
+    for name in ("score", "reference_score", "gold", "reference_gold"):
+        figures[name] = evaluation.get(f"eval/{name}_mean")
+        figures[f"{name}_stderr"] = evaluation.get(f"eval/{name}_stderr")
+    return figures | {"score": evaluation.get("eval/score_mean", result.get("score"))}

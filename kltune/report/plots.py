@@ -1,19 +1,16 @@
 """Curves as SVG that reads on white and on black, the same bytes for the same numbers."""
 
 import io
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from kltune.run.screen import is_number
 
 if TYPE_CHECKING:      # matplotlib is imported where a picture is drawn: a run that draws none should not wait for it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
 
 # each at least 3.4:1 against white and against #1d2026
 COLOURS = ("#3b7dd8", "#2f8f5b", "#8f5bc2", "#c2571a", "#1c8b9c", "#c9477f", "#8a7a1e", "#77808c")
@@ -43,12 +40,12 @@ class CurvePoint:
 class Curve:
     """Points under one name; joined by a line, or standing alone.
 
-    place: of its colour and mark, which repeat after eight. marked: without it a bare dashed line in grey.
+    style: number of its colour and mark. marked: without it a bare dashed line in grey.
     """
 
     name: str
     points: Sequence[CurvePoint]
-    place: int = 0
+    style: int = 0
     joined: bool = True
     marked: bool = True
 
@@ -76,20 +73,16 @@ def curve_svg(curves: Sequence[Curve], frame: Frame) -> str:
     Returns:
         An ``<svg>`` element that can stand alone.
     """
-    from matplotlib.figure import Figure
-
-    size = (4.7, 3.0 + 0.19 * len(curves)) if frame.narrow else (6.4, 4.0)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = make_axes(4.7, 3.0 + 0.19 * len(curves)) if frame.narrow else make_axes(6.4, 4.0)
     for curve in curves:
         points = curve.points
         if not curve.marked:
             axes.plot([p.x for p in points], [p.y for p in points], color=INK, linestyle="--", label=curve.name)
             continue
-        colour = MORE_COLOURS[curve.place % len(MORE_COLOURS)]
+        colour = MORE_COLOURS[curve.style % len(MORE_COLOURS)]
         axes.errorbar(
             [p.x for p in points], [p.y for p in points], xerr=[p.x_error for p in points],
-            yerr=[p.y_error for p in points], color=colour, marker=MARKERS[curve.place % len(MARKERS)], markersize=4.5,
+            yerr=[p.y_error for p in points], color=colour, marker=MARKERS[curve.style % len(MARKERS)], markersize=4.5,
             linewidth=1.6, elinewidth=1, capsize=2, linestyle="-" if curve.joined else "none", label=curve.name,
         )
         for point in points:
@@ -97,13 +90,7 @@ def curve_svg(curves: Sequence[Curve], frame: Frame) -> str:
             axes.annotate(point.label, (point.x, point.y), offset, textcoords="offset points", color=colour, fontsize=8)
     if frame.root:
         space_by_roots(axes)
-    axes.set_xlabel(frame.x, color=INK)
-    axes.set_ylabel(frame.y, color=INK)
-    axes.tick_params(colors=INK)
-    axes.grid(True, color=INK, alpha=0.2, linewidth=0.6)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(INK)
-    axes.spines[["top", "right"]].set_visible(False)
+    ink(axes, frame.x, frame.y, size=10)
     if len(curves) > 1:
         columns = 1 if frame.narrow else 2
         figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK, fontsize=8.5)
@@ -145,17 +132,23 @@ class Series:
         return cls([row["step"] for row in kept], [row[name] for row in kept], errors)
 
 
-def is_number(value: object) -> bool:
-    """A finite number, and no truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def make_axes() -> "tuple[Figure, Axes]":
-    """An empty picture in the size that pages show it."""
+def make_axes(width: float = 5.0, height: float = 3.1) -> "tuple[Figure, Axes]":
+    """An empty picture, in inches; without a size, that in which pages show the curves of a run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.0, 3.1), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
+
+
+def ink(axes: "Axes", x: str, y: str, *, size: float) -> None:
+    """Labels, ticks, grid and the two lines that bound the picture, in mid-grey."""
+    axes.set_xlabel(x, color=INK, fontsize=size)
+    axes.set_ylabel(y, color=INK, fontsize=size)
+    axes.tick_params(colors=INK, which="both", labelsize=size)
+    axes.grid(True, color=INK, alpha=0.22, linewidth=0.6)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(INK)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_series(axes: "Axes", series: Series, colour: str, label: str, *, faint: bool = False) -> None:
@@ -176,12 +169,12 @@ def draw_series(axes: "Axes", series: Series, colour: str, label: str, *, faint:
         axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
-def draw_final(axes: "Axes", step: float, value: float, error: float | None, colour: str, label: str) -> None:
+def draw_final(axes: "Axes", point: CurvePoint, colour: str, label: str) -> None:
     """One point that stands for what was saved, with its interval."""
-    width = None if error is None else [Z95 * error]
     axes.errorbar(
-        [step], [value], yerr=width, color=colour, marker="D", markersize=6.5, markeredgecolor=INK,
-        markeredgewidth=0.8, elinewidth=1.4, capsize=3, linestyle="none", label=label, zorder=4,
+        [point.x], [point.y], yerr=[point.y_error] if point.y_error else None, color=colour, marker="D",
+        markersize=6.5, markeredgecolor=INK, markeredgewidth=0.8, elinewidth=1.4, capsize=3, linestyle="none",
+        label=label, zorder=4,
     )
 
 
@@ -204,7 +197,7 @@ def set_log(axes: "Axes", values: Sequence[float]) -> None:
 
 
 def dress(axes: "Axes", *, unit: str, last_step: float) -> None:
-    """Axes, grid and legend in ink; the legend above the picture, where it covers no curve."""
+    """Set the limits of both axes, draw them in ink, and put the legend above the picture, where it covers no curve."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(0, 1.03 * max(1, last_step))
@@ -212,14 +205,8 @@ def dress(axes: "Axes", *, unit: str, last_step: float) -> None:
     middle, span = (low + high) / 2.0, LEAST_SPAN * max(abs(low), abs(high))
     if high - low < span:
         axes.set_ylim(middle - span / 2.0, middle + span / 2.0)
-    axes.set_xlabel("step", color=INK, fontsize=11)
-    axes.set_ylabel(unit, color=INK, fontsize=11)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.tick_params(colors=INK, which="both", labelsize=11)
-    axes.grid(True, color=INK, alpha=0.22, linewidth=0.6)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(INK)
-    axes.spines[["top", "right"]].set_visible(False)
+    ink(axes, "step", unit, size=11)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))      # two bands, one entry
     if len(unique) > 1:
@@ -236,7 +223,7 @@ def legend_layout(labels: list[str], width: int = 60) -> tuple[int, list[str]]:
     A legend is filled column by column.
     """
     for columns in range(len(labels), 0, -1):
-        filled = [labels[place::columns] for place in range(columns)]
+        filled = [labels[first::columns] for first in range(columns)]
         if columns == 1 or sum(max(map(len, column)) + 6 for column in filled) <= width:
             return columns, [label for column in filled for label in column]
     return 1, labels

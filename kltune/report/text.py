@@ -1,30 +1,41 @@
-"""The documents of ``eval-kl`` and ``sample`` for people: every number with its standard error, direction and unit."""
+"""Documents as text for a screen: what ``eval-kl`` and ``sample`` give, every number with its error and unit."""
 
 import math
 from collections.abc import Iterator
 from typing import Any
 
 from kltune.run.files import visible
+from kltune.run.screen import interval, with_error
 
-LOUD = 0.3              # nats at a token from which it is marked
-SHADES = ((1.0, "1;31"), (LOUD, "31"), (0.05, "33"))      # least nats, and the colour from there on
+MARKED = 0.3            # nats at a token from which it is marked
+SHADES = ((1.0, "1;31"), (MARKED, "31"), (0.05, "33"))      # least nats, and the colour from there on
 BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 60              # positions drawn side by side
 PROMPT_ROWS = 5
-NAMES = {"cv": "exact, k1 as control variate", "exact": "exact", "k1": "k1", "k3": "k3"}
+ESTIMATORS = {"cv": "exact, k1 as control variate", "exact": "exact", "k1": "k1", "k3": "k3"}
+Table = list[list[str]]  # headings first
 
 
-def render(document: dict[str, Any], *, colour: bool = False) -> str:
-    """The document as lines of text.
+def aligned(table: Table) -> Iterator[str]:
+    """A table as lines, its columns under their headings."""
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    for row in table:
+        cells = (f"{visible(cell):<{width}}" for cell, width in zip(row, widths, strict=True))
+        yield "  ".join(cells).rstrip()
+
+
+def eval_kl_text(document: dict[str, Any], *, colour: bool = False) -> str:
+    """The document of ``eval-kl`` as text.
 
     Args:
         document: what ``eval_kl`` returns.
-        colour: colour tokens by their KL with ANSI codes; else those of ``LOUD`` or more are marked with their nats.
+        colour: colour tokens by their KL with ANSI codes; else those of ``MARKED`` or more are marked with their nats.
     """
     if "checkpoints" in document:
-        parts = [render(part, colour=colour) for part in document["checkpoints"]]
-        return "\n\n".join([*parts, "\n".join(_differences(document["differences"]))])
-    return "\n".join([*_estimates(document), *_around(document), *_where(document, colour), *_verdict(document)])
+        texts = [eval_kl_text(one, colour=colour) for one in document["checkpoints"]]
+        return "\n\n".join([*texts, "\n".join(_differences(document["differences"]))])
+    lines = [*_estimates(document), *_checks_and_spread(document), *_where_the_kl_is(document, colour)]
+    return "\n".join([*lines, *([f"  {verdict_line(document['gate'])}"] if document["gate"] is not None else [])])
 
 
 def _estimates(document: dict[str, Any]) -> Iterator[str]:
@@ -33,7 +44,7 @@ def _estimates(document: dict[str, Any]) -> Iterator[str]:
         f"{document['prompts']} prompts · temperature {document['temperature']:g} · "
         f"at most {document['max_new_tokens']} tokens"
     )
-    rows = [(NAMES[name], kl) for name, kl in document["kl"].items()]
+    rows = [(ESTIMATORS[name], kl) for name, kl in document["kl"].items()]
     if document["forward"]:
         rows.append(("forward: KL(reference||policy)", document["forward"]["exact"]))
     if document["deployed"]:
@@ -43,19 +54,19 @@ def _estimates(document: dict[str, Any]) -> Iterator[str]:
     width = max(30, 2 + max(len(name) for name, _ in rows))
     yield f"  {'estimator':<{width}}{'nats per response':<26}nats per token"
     for name, kl in rows:
-        yield (
-            f"  {name:<{width}}{with_error(kl['nats_per_response'], kl['stderr']):<26}"
-            f"{with_error(kl['nats_per_token'], kl['token_stderr']):<20}"
-        ).rstrip()
+        per_response, per_token = (
+            with_error(kl[f"nats_per_{unit}"], kl[error])
+            for unit, error in (("response", "stderr"), ("token", "token_stderr"))
+        )
+        yield f"  {name:<{width}}{per_response:<26}{per_token}"
 
 
-def _around(document: dict[str, Any]) -> Iterator[str]:
+def _checks_and_spread(document: dict[str, Any]) -> Iterator[str]:
     exact, spread = document["kl"]["exact"], document["distribution"]
     if exact["ci"] is not None:
-        yield (
-            f"  {document['confidence']:.0%} interval of exact: {exact['ci'][0]:.3f} to {exact['ci'][1]:.3f} nats per "
-            "response"
-        )
+        yield f"  {document['confidence']:.0%} interval of exact: {interval(exact['ci'])} nats per response"
+    else:
+        yield "  one prompt: no standard errors and no interval"
     yield (
         f"  k1 agrees with exact to {round(document['agreement_z'], 1) + 0.0:+.1f} standard errors; "      # no -0.0
         f"{document['truncated_fraction']:.0%} of the responses reached the length limit"
@@ -83,7 +94,7 @@ def _around(document: dict[str, Any]) -> Iterator[str]:
         yield "  this checkpoint equals its reference: nothing in it was trained, or nothing of it was loaded"
 
 
-def _where(document: dict[str, Any], colour: bool) -> Iterator[str]:
+def _where_the_kl_is(document: dict[str, Any], colour: bool) -> Iterator[str]:
     """By position, token and prompt, and a few responses; nothing where there is no KL."""
     if document["kl"]["exact"]["nats_per_response"] == 0.0:
         return
@@ -105,23 +116,18 @@ def _where(document: dict[str, Any], colour: bool) -> Iterator[str]:
         for row in document["top_prompts"][:PROMPT_ROWS]:
             yield f"  {row['nats_per_response']:>8.3f}  {_short(row['prompt'])!r}"
     if document["examples"]:
-        yield f"  responses{'' if colour else f', tokens of {LOUD:g} nats or more marked'}"
+        yield f"  responses{'' if colour else f', tokens of {MARKED:g} nats or more marked'}"
         for row in document["examples"]:
             cut = " (cut)" if row["truncated"] else ""
-            yield f"  {row['nats']:>8.3f}  {_short(row['prompt'])!r} → {shaded(row['tokens'], colour)}{cut}"
-
-
-def _verdict(document: dict[str, Any]) -> Iterator[str]:
-    if document["gate"] is not None:
-        yield f"  {verdict_line(document['gate'])}"
+            yield f"  {row['nats']:>8.3f}  {_short(row['prompt'])!r} → {_response_line(row['tokens'], colour)}{cut}"
 
 
 def _differences(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "differences in exact KL, nats per response, on the same prompts and random numbers"
     for row in rows:
-        interval = "" if row["ci"] is None else f", {row['ci'][0]:+.3f} to {row['ci'][1]:+.3f}"
-        error = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
-        yield f"  {row['nats_per_response']:+.3f}{error}{interval}  {row['checkpoint']} minus {row['minus']}"
+        ends = "" if row["ci"] is None else f", {interval(row['ci'])}"
+        difference = with_error(row["nats_per_response"], row["stderr"])
+        yield f"  {difference}{ends}  {row['checkpoint']} minus {row['minus']}"
 
 
 def verdict_line(gate: dict[str, Any]) -> str:
@@ -145,32 +151,28 @@ def verdict_line(gate: dict[str, Any]) -> str:
     return f"INCONCLUSIVE: the interval straddles {budget}{advice}"
 
 
-def with_error(value: float, error: float | None) -> str:
-    """A number and its standard error."""
-    return f"{value:.3f} ± {error:.3f}" if error is not None else f"{value:.3f} (one prompt: no error)"
-
-
 def _bars(rows: list[dict[str, Any]]) -> tuple[str, float]:
     """Mean KL by position as a row of blocks, several positions to a block where there are many."""
     step = math.ceil(len(rows) / WIDTH)
-    means = []
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        means.append(sum(r["nats"] * r["responses"] for r in part) / sum(r["responses"] for r in part))
+    groups = [rows[start : start + step] for start in range(0, len(rows), step)]
+    means = [
+        sum(row["nats"] * row["responses"] for row in group) / sum(row["responses"] for row in group)
+        for group in groups
+    ]
     top = max(means)
     heights = [min(len(BLOCKS) - 1, int(len(BLOCKS) * mean / top)) if top > 0.0 else 0 for mean in means]
     return "".join(BLOCKS[height] for height in heights), top
 
 
-def shaded(tokens: list[dict[str, Any]], colour: bool) -> str:
-    """A response in one line: its tokens coloured by their KL, or those of ``LOUD`` and more followed by their nats."""
+def _response_line(tokens: list[dict[str, Any]], colour: bool) -> str:
+    """A response in one line: its tokens coloured by their KL, or those of ``MARKED`` and more followed by theirs."""
     return "".join(_token(row["token"], row["nats"], colour) for row in tokens)
 
 
 def _token(text: str, nats: float, colour: bool) -> str:
     text = visible(text.replace("\n", "⏎"))
     if not colour:
-        return f"{text}[{nats:.1f}]" if nats >= LOUD else text
+        return f"{text}[{nats:.1f}]" if nats >= MARKED else text
     shade = next((code for least, code in SHADES if nats >= least), None)
     return text if shade is None else f"\033[{shade}m{text}\033[0m"
 
@@ -179,33 +181,28 @@ def _short(text: str) -> str:
     return visible(text if len(text) <= 48 else f"…{text[-47:]}")
 
 
-def render_sample(document: dict[str, Any], *, colour: bool = False) -> str:
-    """The whole document as lines of text.
-
-    Args:
-        document: what ``sample`` returns.
-        colour: colour tokens by their KL with ANSI codes; else those of ``LOUD`` nats or more are followed by it.
-    """
-    blocks = [render_prompt(entry, colour=colour) for entry in document["prompts"]]
-    return "\n\n".join(["\n".join(heading(document, colour=colour)), *blocks])
+def sample_text(document: dict[str, Any], *, colour: bool = False) -> str:
+    """The document of ``sample`` as text; ``colour`` as for `eval_kl_text`."""
+    answers = [answers_text(entry, colour=colour) for entry in document["prompts"]]
+    return "\n\n".join([sample_heading(document, colour=colour), *answers])
 
 
-def heading(document: dict[str, Any], *, colour: bool = False) -> Iterator[str]:
+def sample_heading(document: dict[str, Any], *, colour: bool = False) -> str:
     """What was asked how, and how to read it."""
-    yield (
+    marked = "coloured by it" if colour else f"of {MARKED:g} or more marked"
+    return (
         f"{visible(document['checkpoint'])} · temperature {document['temperature']:g} · at most "
-        f"{document['max_new_tokens']} tokens · seed {document['seed']} · the same random numbers for both"
+        f"{document['max_new_tokens']} tokens · seed {document['seed']} · the same random numbers for both\n"
+        f"KL in nats: of the policy to the reference on its words, and the other way round; tokens {marked}"
     )
-    marked = "coloured by it" if colour else f"of {LOUD:g} or more marked"
-    yield f"KL in nats: of the policy to the reference on its words, and the other way round; tokens {marked}"
 
 
-def render_prompt(entry: dict[str, Any], *, colour: bool = False) -> str:
-    """One prompt with what both say to it."""
+def answers_text(entry: dict[str, Any], *, colour: bool = False) -> str:
+    """One prompt with what policy and reference answer."""
     lines = [f"{'prompt':<18}{visible(entry['prompt'].replace(chr(10), '⏎'))}"]
     for pair in entry["responses"]:
         for name, side in pair.items():
             tokens = [{"token": t, "nats": n} for t, n in zip(side["tokens"], side["token_kl"], strict=True)]
             cut = " (cut)" if side["truncated"] else ""
-            lines.append(f"{name:<11}{side['kl']:>6.2f} {shaded(tokens, colour)}{cut}")
+            lines.append(f"{name:<11}{side['kl']:>6.2f} {_response_line(tokens, colour)}{cut}")
     return "\n".join(lines)

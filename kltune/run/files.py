@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from kltune.errors import BusyError, CheckpointError, RecipeError, StorageError
 
+RUN_SCHEMA = "kltune.run/1"
 NO_LOCKS_HERE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 CANNOT_WRITE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
@@ -30,7 +31,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u20
 
 
 def claim(folder: Path, what: str, *, ours: bool) -> None:
-    """Make the folder, or make sure that it is ours: what kltune did not make is left alone.
+    """Make an output folder; refuse one that holds what kltune did not make.
 
     Args:
         folder: where to write.
@@ -56,7 +57,7 @@ def claim(folder: Path, what: str, *, ours: bool) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the system frees it whenever the process ends, however it ends."""
+    """Within: no other process writes the folder; the system frees it however this process ends."""
     path = folder / ".lock"
     with storing(path):
         file = open(path, "a+", encoding="utf-8")      # noqa: SIM115 (closed just below)
@@ -78,8 +79,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write one JSON document for people and programs; NaN is refused."""
-    path.write_text(to_json(value, indent=2) + "\n", encoding="utf-8")
+    """Write one JSON document, whole or not at all; NaN is refused."""
+    write_whole(path, to_json(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -106,12 +107,17 @@ def read_document(path: Path, schema: str) -> dict[str, Any] | None:
     return document if isinstance(document, dict) and document.get("schema") == schema else None
 
 
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """run.json of a run's folder; None where there is none that can be read."""
+    return read_document(folder / "run.json", RUN_SCHEMA)
+
+
 @contextlib.contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write ``path`` into an error the user can put right.
+    """Within: the system's refusal to write ``path`` becomes an error the user can put right.
 
     Raises:
-        StorageError: the disk, quota or file-size limit is reached, or the place is read-only. Names the path, the
+        StorageError: the disk, quota or file-size limit is reached, or the folder is read-only. Names the path, the
             reason and the free bytes.
     """
     try:
@@ -130,13 +136,12 @@ def storing(path: Path) -> Iterator[None]:
 
 def _number_in(error: SafetensorError) -> int | None:
     """The errno inside safetensors' message, which is no OSError: '... File too large (os error 27)'."""
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found.group(1)) if found else None
+    match = re.search(r"os error (\d+)", str(error))
+    return int(match.group(1)) if match else None
 
 
 def _free_bytes(path: Path) -> int:
-    place = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())).free
 
 
 def sync_folder(folder: Path) -> None:
@@ -191,15 +196,20 @@ def append_line(file: BinaryIO, path: Path, line: str) -> None:
             raise
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
+def to_json(value: Any, *, indent: int | None = None, ascii_only: bool = False) -> str:
     """JSON as RFC 8259 has it: NaN and infinity are refused, other letters than ASCII stay readable.
+
+    Args:
+        value: a document, or a row of JSON lines.
+        indent: spaces; None for one line.
+        ascii_only: escape all other letters, for an output that may have no form for them.
 
     Raises:
         ValueError: a number is not finite. TypeError: something JSON has no form for.
     """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    text = json.dumps(value, ensure_ascii=ascii_only, allow_nan=False, indent=indent)
     # A lone surrogate has no UTF-8 form; escaped it has.
-    return json.dumps(value, allow_nan=False, indent=indent) if re.search("[\ud800-\udfff]", text) else text
+    return to_json(value, indent=indent, ascii_only=True) if re.search("[\ud800-\udfff]", text) else text
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -219,7 +229,7 @@ def nonfinite_keys(value: Any, where: str = "") -> list[str]:
     if isinstance(value, dict):
         return [key for name, item in value.items() for key in nonfinite_keys(item, f"{where}.{name}".lstrip("."))]
     if isinstance(value, list | tuple):
-        return [key for place, item in enumerate(value) for key in nonfinite_keys(item, f"{where}[{place}]")]
+        return [key for index, item in enumerate(value) for key in nonfinite_keys(item, f"{where}[{index}]")]
     return [where] if isinstance(value, float) and not math.isfinite(value) else []
 
 
@@ -239,7 +249,7 @@ def _nulled(value: Any) -> Any:
 
 def visible(text: str) -> str:
     """Text in which control characters show as escapes, so that a model's response cannot steer a terminal."""
-    return CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+    return CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
 def redact(text: str, *, arguments: bool = False) -> str:

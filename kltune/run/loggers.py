@@ -3,6 +3,9 @@
 metrics.jsonl is the record; these are for looking. Whatever one of them raises, at whatever call, ends that logger with
 a warning and never the run. Nothing leaves the machine unless its owner has said so: trackio keeps its files here, and
 Weights & Biases is offline unless WANDB_MODE is set (``wandb sync`` sends such a run later).
+
+Not by ``accelerate.tracking``: its trackers raise unless accelerate's process-wide state is there, and making that
+state joins a process group, so under torchrun the one process that writes would wait for the others for ever.
 """
 
 import contextlib
@@ -10,8 +13,8 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from kltune.errors import RecipeError
 
@@ -20,77 +23,50 @@ PROJECT = "kltune"
 Number = float | int
 
 
-class Logger(Protocol):
-    """What draws curves."""
+@dataclass(frozen=True)
+class Logger:
+    """What draws curves. write: takes a step and its numbers. close: writes what is still buffered."""
 
-    def write(self, step: int, numbers: Mapping[str, Number]) -> None:
-        """Draw the numbers of one step."""
-
-    def close(self) -> None:
-        """Write what is still buffered."""
+    write: Callable[[int, Mapping[str, Number]], object]
+    close: Callable[[], object]
 
 
-class TensorBoard:
-    """Event files in ``tensorboard/`` of the run's folder."""
+def open_tensorboard(folder: Path, step: int) -> Logger:
+    """Event files in ``tensorboard/`` of the run's folder; those of a step that is done again are dropped."""
+    from torch.utils.tensorboard import SummaryWriter  # here, because it takes a second to import
 
-    def __init__(self, folder: Path, step: int):
-        from torch.utils.tensorboard import SummaryWriter  # here, because it takes a second to import
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-
-    def write(self, step: int, numbers: Mapping[str, Number]) -> None:
-        """Draw the numbers of one step."""
+    def write(step: int, numbers: Mapping[str, Number]) -> None:
         for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
-    def close(self) -> None:
-        """Write what is still buffered."""
-        self._writer.close()
+    return Logger(write, writer.close)
 
 
-class Trackio:
+def open_trackio(folder: Path, step: int) -> Logger:
     """A local trackio project named kltune; ``trackio show`` opens it."""
+    import trackio
 
-    def __init__(self, folder: Path, step: int):
-        import trackio
-
-        self._run = trackio.init(project=PROJECT, name=folder.resolve().name, resume="allow")
-        self._finish = trackio.finish      # not the run's own: that is called once more as the process ends
-
-    def write(self, step: int, numbers: Mapping[str, Number]) -> None:
-        """Draw the numbers of one step."""
-        self._run.log(dict(numbers), step=step)
-
-    def close(self) -> None:
-        """Write what is still buffered."""
-        self._finish()
+    run = trackio.init(project=PROJECT, name=folder.resolve().name, resume="allow")
+    # not the run's own finish: that is called once more as the process ends
+    return Logger(lambda step, numbers: run.log(dict(numbers), step=step), trackio.finish)
 
 
-class WandB:
+def open_wandb(folder: Path, step: int) -> Logger:
     """A Weights & Biases run below ``wandb/`` of the run's folder, offline unless WANDB_MODE says otherwise."""
+    import wandb
 
-    def __init__(self, folder: Path, step: int):
-        import wandb
-
-        self._run = wandb.init(
-            project=PROJECT, name=folder.resolve().name, dir=str(folder), mode=os.environ.get("WANDB_MODE", "offline"),
-            # Nothing but the numbers: a command line or a patch of the working folder may hold secrets.
-            settings=wandb.Settings(
-                silent=True, console="off", disable_git=True, save_code=False, x_disable_meta=True
-            ),
-        )
-
-    def write(self, step: int, numbers: Mapping[str, Number]) -> None:
-        """Draw the numbers of one step."""
-        self._run.log(dict(numbers), step=step)
-
-    def close(self) -> None:
-        """Write what is still buffered."""
-        self._run.finish()
+    run = wandb.init(
+        project=PROJECT, name=folder.resolve().name, dir=str(folder), mode=os.environ.get("WANDB_MODE", "offline"),
+        # Nothing but the numbers: a command line or a patch of the working folder may hold secrets.
+        settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, x_disable_meta=True),
+    )
+    return Logger(lambda step, numbers: run.log(dict(numbers), step=step), run.finish)
 
 
-LOGGERS: dict[str, Callable[[Path, int], Logger]] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WandB}
+LOGGERS = {"tensorboard": open_tensorboard, "trackio": open_trackio, "wandb": open_wandb}
 
 
 def wanted_loggers(loggers: str | Sequence[str]) -> tuple[str, ...]:

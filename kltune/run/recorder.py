@@ -2,14 +2,13 @@
 
 import io
 import math
-import os
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -17,6 +16,7 @@ from rich.text import Text
 
 from kltune.run.files import append_line, redact, storing, to_json, visible, without_nonfinite
 from kltune.run.loggers import Curves, wanted_loggers
+from kltune.run.screen import duration, wants_colour, with_error
 
 PLAIN_LINE_SECONDS = 10.0
 Number = float | int | None
@@ -62,7 +62,7 @@ def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
         what: shown in front, as "measuring".
         total: how many there will be.
     """
-    if is_live(sys.stderr):
+    if wants_colour(sys.stderr):
         columns = TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(what, total=total)
@@ -124,7 +124,7 @@ class Report:
                 # Unbuffered, so that a line that does not fit is not tried again when the file is closed.
                 self._files[name] = open(self.folder / name, "ab", buffering=0)
         self._began = time.monotonic()
-        if is_live(sys.stderr):
+        if wants_colour(sys.stderr):
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
                 TextColumn("{task.fields[row]}", markup=False), console=self._console, transient=True,
@@ -206,24 +206,16 @@ class Report:
         value, error = metrics.get(f"{name}_{self.unit}"), metrics.get(f"{name}_stderr")
         if value is None:
             return ""
-        # the standard error is per response, whatever the target's unit
-        spread = f" ± {error:.2g}" if error is not None and self.unit == "nats_per_response" else ""
+        if self.unit != "nats_per_response":      # the standard error is per response, whatever the target's unit
+            error = None
         goal = f" of {self.target:g}" if self.target is not None else ""
-        return f"KL {value:.3g}{spread}{goal} {self.unit.replace('_per_', '/')}"
+        return f"KL {with_error(value, error)}{goal} {self.unit.replace('_per_', '/')}"
 
     def _time_left(self, step: int) -> str:
         done, left = step - self.start_step, self.total_steps - step
         if done < 1 or left < 1:
             return ""
-        seconds = round((time.monotonic() - self._began) / done * left)
-        minutes, hours = seconds // 60, seconds // 3600
-        return f"{hours}h{minutes % 60:02}m left" if hours else f"{minutes}m{seconds % 60:02}s left"
-
-
-def is_live(stream: TextIO) -> bool:
-    """Whether a moving line may be drawn there: a terminal, and nothing in the environment asks for plain text."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("CI") or os.environ.get("TERM") == "dumb"
-    return stream.isatty() and not plain
+        return f"{duration(round((time.monotonic() - self._began) / done * left))} left"
 
 
 def _plain_number(value: Any) -> Number:

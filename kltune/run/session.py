@@ -7,7 +7,6 @@ import platform
 import shlex
 import signal
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,17 +27,23 @@ from kltune.recipe import Recipe, differing_keys, dump_recipe, load_recipe, reci
 from kltune.run.caches import StoredAnswers, StoredLogprobs
 from kltune.run.checkpoint import clear_leftovers, latest_checkpoint, saved_step
 from kltune.run.files import (
+    RUN_SCHEMA,
     claim,
     locked,
-    read_document,
     read_json,
     read_jsonl,
+    read_record,
     redact,
     to_json,
     without_nonfinite,
+    write_json,
     write_whole,
 )
 from kltune.run.loggers import wanted_loggers
+from kltune.run.subprocesses import on_stop_signals
+
+Train = Callable[[Any, Policy, "Run"], dict[str, Any]]
+SAME_SIGNAL_SECONDS = 0.1      # `timeout` and wrappers that forward send one signal twice, within milliseconds
 
 
 class Run:
@@ -108,7 +113,7 @@ class Run:
             The result as it was written: null for every number that is not finite, their names under "nonfinite".
         """
         result = without_nonfinite(result)
-        write_whole(self.folder / "result.json", to_json(result, indent=2) + "\n")
+        write_json(self.folder / "result.json", result)
         self._write_record(status="finished", ended=_now())
         return result
 
@@ -122,7 +127,7 @@ class Run:
 
     def _write_record(self, **changes: Any) -> None:
         self._record = {**self._record, **changes}
-        write_whole(self.folder / "run.json", to_json(self._record, indent=2) + "\n")
+        write_json(self.folder / "run.json", self._record)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.stop_signal is None:
@@ -133,11 +138,6 @@ class Run:
         elif number != self.stop_signal or time.monotonic() - self._signalled_at > SAME_SIGNAL_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-
-
-Train = Callable[[Any, Policy, Run], dict[str, Any]]
-SCHEMA = "kltune.run/1"
-SAME_SIGNAL_SECONDS = 0.1      # `timeout` and wrappers that forward send one signal twice, within milliseconds
 
 
 def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
@@ -179,10 +179,10 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
             another recipe. BusyError: another process has it. StorageError: it cannot be written.
     """
     folder = Path(recipe.run.output)
-    claim(folder, "run", ours=_read_record(folder) is not None)
+    claim(folder, "run", ours=read_record(folder) is not None)
     with locked(folder):
         clear_leftovers(folder)
-        previous = _read_record(folder)
+        previous = read_record(folder)
         resume_from = _where_to_start(recipe, previous, resume=resume)
         run = Run(recipe, _new_record(recipe, previous, resume_from), resume_from)
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -190,7 +190,7 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
         run._write_record()      # before recipe.yaml: it is what makes the folder a run's
         write_whole(folder / "recipe.yaml", redact(dump_recipe(recipe)))
         try:
-            with _catching_signals(run):
+            with on_stop_signals(run._on_signal):
                 yield run
         except BaseException as error:
             run._close(error)
@@ -205,7 +205,7 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
         RecipeError: the folder holds a finished run of another recipe; names the keys.
     """
     folder = Path(recipe.run.output)
-    record = _read_record(folder)
+    record = read_record(folder)
     if record is None or not _is_finished(folder, record):
         return None
     _refuse_another_recipe(recipe, record)
@@ -249,10 +249,6 @@ def _refuse_another_recipe(recipe: Recipe, record: dict[str, Any]) -> None:
     )
 
 
-def _read_record(folder: Path) -> dict[str, Any] | None:
-    return read_document(folder / "run.json", SCHEMA)
-
-
 def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Path | None) -> dict[str, Any]:
     continued = previous if previous is not None and resume_from is not None else {}
     versions = _versions()
@@ -260,7 +256,7 @@ def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Pa
         print("warning: resuming with other library versions: numbers may differ in the last digits.", file=sys.stderr)
     resumed_at = [saved_step(resume_from)] if resume_from else []
     return {
-        "schema": SCHEMA,
+        "schema": RUN_SCHEMA,
         "kltune_version": kltune.__version__,
         "stage": recipe.stage,
         "status": "running",
@@ -289,19 +285,6 @@ def _cut_after(path: Path, step: int) -> None:
     if path.exists():
         kept = [to_json(row) + "\n" for row in read_jsonl(path) if row.get("step", 0) <= step]
         write_whole(path, "".join(kept))
-
-
-@contextlib.contextmanager
-def _catching_signals(run: Run) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():      # Python lets only the main thread install them
-        yield
-        return
-    before = {number: signal.signal(number, run._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _one_line(error: BaseException | None) -> str:

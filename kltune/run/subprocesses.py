@@ -1,8 +1,9 @@
-"""Commands as processes of their own, some at a time: what one of them does to itself, the others never feel."""
+"""Commands as processes of their own, some at a time, and the signals that ask to stop."""
 
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -100,12 +101,22 @@ def _handing_on(running: Sequence[_Child]) -> Iterator[list[int]]:
         for child in running:
             child.process.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_stop_signals(hand_on):
         yield received
+
+
+@contextmanager
+def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within: SIGINT and SIGTERM call the handler; only in the main thread, as Python lets no other install any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
 
 
 def thread_share(environment: Mapping[str, str], jobs: int) -> dict[str, str]:

@@ -5,7 +5,8 @@
 ``beta`` (``dpo.beta``) scales the loss's own reward and bounds nothing: pairs that never contradict each other drive
 the policy on for every beta, and mass moves to responses that no pair shows (docs/maths.md 18). So the KL is measured
 where it is defined, on responses that the policy samples, and its price c (``kl.beta``) is fixed, or steered by
-``kl.target``; with ``kl: {control: fixed, beta: 0}`` it is plain DPO, and nothing is sampled but for evaluations and a cap.
+``kl.target``; with ``kl: {control: fixed, beta: 0}`` it is plain DPO, and nothing is sampled but for evaluations and a
+cap.
 
 With ``dpo.source: online`` the policy's answers are scored, or compared by a judge, and of those to one prompt the best
 is chosen over the worst; the KL is that of the same answers.

@@ -21,7 +21,6 @@ from kltune.lm.measure.kl_document import DIRECTIONS, Found, described_kl, paire
 from kltune.lm.measure.measurement import Draw, Measurement, measure_kl
 from kltune.lm.model.likelihood import alignment_tax, document_nats, reference_nats
 from kltune.lm.model.policy import Policy
-from kltune.report.text import render
 from kltune.run.recorder import counting
 from kltune.run.saved_policy import (
     MeasureOptions,
@@ -34,7 +33,6 @@ from kltune.run.saved_policy import (
     settle,
 )
 
-__all__ = ["EvalKLOptions", "eval_kl", "render"]
 EXIT_CODES = {"pass": 0, "fail": 3, "inconclusive": 4}
 WORST_FIRST = ("fail", "inconclusive", "pass")
 WORST_Z = 4.0  # |k1 − exact| in standard errors; chance alone passes it once in 16,000 runs

@@ -15,12 +15,12 @@ from kltune.errors import RecipeError, ScorerError
 from kltune.lm.measure.best_of_n import Judges, anchor_draw, anchored, clustered, judged, standardized
 from kltune.lm.measure.measurement import Draw, measure_kl
 from kltune.lm.model.policy import Policy
-from kltune.lm.rewards.scorers import load_scorer
+from kltune.lm.rewards.scorers import Scorer, load_scorer
 from kltune.recipe import Recipe, RewardEntry, asks_for_pairs, load_recipe
-from kltune.report.frontier.page import render, write_frontier
+from kltune.report.frontier.page import write_frontier
 from kltune.report.frontier.points import (
-    Point,
-    Source,
+    FrontierPoint,
+    FrontierSource,
     check_one_reference,
     check_one_reward,
     differing_measures,
@@ -28,11 +28,10 @@ from kltune.report.frontier.points import (
     points_of,
 )
 from kltune.report.frontier.pooling import curves_at, efficiency, fits, pick, pooled
-from kltune.report.numbers import headline
+from kltune.report.outcome import final_figures
 from kltune.run.recorder import counting
 from kltune.run.saved_policy import MeasureOptions, find_checkpoint, measured_prompts, open_subject, settle
 
-__all__ = ["FrontierOptions", "frontier", "render"]
 SCHEMA = "kltune.frontier/1"
 
 
@@ -78,61 +77,61 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
     points = points_of(sources)
     trained = [source for source in sources if source.folder is not None]
     reference = recorded_reference(sources)
-    anchor = None
+    best_of_n = None
     if trained and (options.afresh or options.best_of):
-        points, reference, anchor, more = measured(trained, points, reference, options)
+        points, reference, best_of_n, more = measured_afresh(trained, points, reference, options)
         notes += more
     elif options.afresh:
         raise RecipeError("--gold, --recipe and --responses measure runs again; found none among what was given.")
-    judge = "gold" if options.gold is not None or all(point.gold is not None for point in points) else "score"
-    unscored = sorted({point.curve for point in points if getattr(point, judge) is None})
+    name = "gold" if options.gold is not None or all(point.gold is not None for point in points) else "score"
+    unscored = sorted({point.curve for point in points if getattr(point, name) is None})
     if unscored:
-        notes.append(f"no {judge} is known of: {'; '.join(unscored)}. --gold or --recipe score runs afresh.")
+        notes.append(f"no {name} is known of: {'; '.join(unscored)}. --gold or --recipe score runs afresh.")
     settings = pooled(points)
     document = {
         "schema": SCHEMA,
         "direction": "KL(policy||reference)",
         "unit": "nats_per_response",
         "reference": sources[0].reference | reference,
-        "judge": judge,
+        "judge": name,
         "measured": "afresh" if options.afresh else "by the runs themselves",
         "notes": notes,
         "points": [asdict(point) for point in points],
-        "settings": [asdict(setting) | efficiency(setting, judge, reference, anchor) for setting in settings],
-        "best_of_n": anchor,
-        "fits": fits(points, judge, reference, anchor),
-        "at": [curves_at(points, kl, judge) for kl in options.at],
-        "pick": None if options.budget is None else pick(settings, options.budget, judge, reference),
+        "settings": [asdict(setting) | efficiency(setting, name, reference, best_of_n) for setting in settings],
+        "best_of_n": best_of_n,
+        "fits": fits(points, name, reference, best_of_n),
+        "at": [curves_at(points, kl, name) for kl in options.at],
+        "pick": None if options.budget is None else pick(settings, options.budget, name, reference),
         "output": options.output,
     }
-    if anchor is not None:
-        del anchor["by_prompt"]
+    if best_of_n is not None:
+        del best_of_n["by_prompt"]
     if options.output is not None:
         write_frontier(Path(options.output), document)
     return document
 
 
-def recorded_reference(sources: Sequence[Source]) -> dict[str, Any]:
+def recorded_reference(sources: Sequence[FrontierSource]) -> dict[str, Any]:
     """The reference's own score and gold, as the first run that measured them did."""
     names = ("score", "score_stderr", "gold", "gold_stderr")
-    found: dict[str, Any] = dict.fromkeys(names)
+    reference: dict[str, Any] = dict.fromkeys(names)
     for source in sources:
         if source.folder is not None:
-            recorded = headline(source.document)
-            here = {name: recorded[f"reference_{name}"] for name in names}
+            recorded = final_figures(source.document)
+            figures = {name: recorded[f"reference_{name}"] for name in names}
         else:
             zero = next((look for look in source.document["looks"] if look["alpha"] == 0.0), {})
-            here = {name: zero.get(name) for name in names}
+            figures = {name: zero.get(name) for name in names}
         for name in ("score", "gold"):
-            if found[name] is None:
-                found |= {name: here[name], f"{name}_stderr": here[f"{name}_stderr"]}
-    return found
+            if reference[name] is None:
+                reference |= {name: figures[name], f"{name}_stderr": figures[f"{name}_stderr"]}
+    return reference
 
 
-def measured(
-    trained: Sequence[Source], points: list[Point], reference: dict[str, Any], options: FrontierOptions
-) -> tuple[list[Point], dict[str, Any], dict[str, Any] | None, list[str]]:
-    """Every run afresh where that was asked for, and best of n on the first run's reference.
+def measured_afresh(
+    trained: Sequence[FrontierSource], points: list[FrontierPoint], reference: dict[str, Any], options: FrontierOptions
+) -> tuple[list[FrontierPoint], dict[str, Any], dict[str, Any] | None, list[str]]:
+    """Measure every run afresh where that was asked for, and best of n on the first run's reference.
 
     Returns:
         (points, the reference's figures, best of n, notes).
@@ -140,7 +139,7 @@ def measured(
     subjects = [find_checkpoint(source.path, options) for source in trained]
     settings = settle(subjects, options)
     notes: list[str] = []
-    anchor = None
+    best_of_n = None
     judges: Judges | None = None
     fresh: dict[str, dict[str, Any]] = {}
     for number, (source, subject) in enumerate(zip(trained, subjects, strict=True)):
@@ -159,25 +158,26 @@ def measured(
             if options.best_of and (judges.score or judges.gold):
                 total = anchor_draw(prompts, options.best_of).responses
                 with counting("best of n: sampling the reference", total) as progress:
-                    anchor = anchored(policy, prompts, judges, drawn, options.best_of, progress)
+                    best_of_n = anchored(policy, prompts, judges, drawn, options.best_of, progress)
         if not options.afresh:
             break
         with counting(f"measuring {source.path} ({number + 1}/{len(trained)})", draw.responses) as progress:
-            found = measure_kl(policy, draw, progress=progress, **drawn)
-        kl = found.summary("exact", options.confidence)
+            measurement = measure_kl(policy, draw, progress=progress, **drawn)
+        kl = measurement.summary("exact", options.confidence)
         fresh[source.path] = {
             "kl": kl.nats_per_response, "kl_stderr": kl.stderr, "kl_ci95": kl.ci,
-            **dict.fromkeys(("score", "score_stderr", "gold", "gold_stderr")), **clustered(judged(judges, found), draw),
+            **dict.fromkeys(("score", "score_stderr", "gold", "gold_stderr")),
+            **clustered(judged(judges, measurement), draw),
         }
     if options.afresh:
         others = sorted({point.curve for point in points if point.run not in fresh})
         if others:
             notes.append(f"not measured afresh, but as they were: {', '.join(others)}")
         points = [replace(point, **fresh.get(point.run, {})) for point in points]
-    return points, reference, anchor, notes
+    return points, reference, best_of_n, notes
 
 
-def open_judges(trained: Sequence[Source], policy: Policy, options: FrontierOptions) -> Judges:
+def open_judges(trained: Sequence[FrontierSource], policy: Policy, options: FrontierOptions) -> Judges:
     """The reward of ``--recipe``, else that of the first run that has one; and gold.
 
     Raises:
@@ -193,8 +193,7 @@ def open_judges(trained: Sequence[Source], policy: Policy, options: FrontierOpti
         recipe = None
     entries = scoring(recipe)
     if entries:
-        score = load_scorer(entries, recipe.folder, policy.device, policy)
-        print(*score.notes, sep="\n", end="\n" if score.notes else "", file=sys.stderr)
+        score = _noted(load_scorer(entries, recipe.folder, policy.device, policy))
         penalty = recipe.sampling.missing_end_penalty
         if options.recipe is None and score.identity != rewarded.rewards:
             raise ScorerError(
@@ -203,9 +202,15 @@ def open_judges(trained: Sequence[Source], policy: Policy, options: FrontierOpti
             )
     gold = None
     if options.gold is not None:
-        gold = load_scorer([options.gold], Path.cwd(), policy.device, policy)
-        print(*gold.notes, sep="\n", end="\n" if gold.notes else "", file=sys.stderr)
+        gold = _noted(load_scorer([options.gold], Path.cwd(), policy.device, policy))
     return Judges(score, gold, penalty)
+
+
+def _noted(scorer: Scorer) -> Scorer:
+    """The scorer, after printing what there is to know about it."""
+    for note in scorer.notes:
+        print(note, file=sys.stderr)
+    return scorer
 
 
 def scoring(recipe: Recipe | None) -> list[RewardEntry]:

@@ -215,7 +215,7 @@ def row(look: Look) -> dict[str, Any]:
     return figures | kl_figures(look.kl) | {"confidence": look.kl.confidence}
 
 
-def render(document: dict[str, Any]) -> str:
+def project_text(document: dict[str, Any]) -> str:
     """The document as lines of text."""
     per_token, unit = document["unit"] == "nats_per_token", document["unit"].replace("_", " ")
     kl, error = ("nats_per_token", "token_stderr") if per_token else ("nats_per_response", "stderr")

@@ -17,24 +17,34 @@ from pathlib import Path
 from typing import Any
 
 from kltune.errors import BusyError, Interrupted, RecipeError
-from kltune.recipe import Axis, GridPoint, differing_keys, flat_settings, load_recipe, overlap, recipe_digest
-from kltune.report.numbers import aligned, headline
-from kltune.report.numbers import with_stderr as with_error
+from kltune.recipe import (
+    Axis,
+    GridPoint,
+    differing_keys,
+    differing_settings,
+    flat_settings,
+    load_recipe,
+    overlap,
+    recipe_digest,
+)
+from kltune.report.outcome import final_figures
+from kltune.report.text import aligned
 from kltune.run.files import (
     claim,
     locked,
     read_document,
     read_json,
+    read_record,
     redact,
     to_json,
     visible,
     without_nonfinite,
     write_whole,
 )
+from kltune.run.screen import ABSENT, duration, interval, with_error
 from kltune.run.subprocesses import Command, last_lines, run_commands, thread_share
 
 SCHEMA = "kltune.sweep/1"
-RUN_SCHEMA = "kltune.run/1"                     # of a run's run.json; its own module imports torch
 STOPPED = (130, 143)                            # exit codes of a run that was asked to stop
 WORST_FIRST = (1, 74, 6, 5, 2, 75, 143, 130)    # of points; one that is not listed, as of a killed process, is worse
 SHOWN_LINES = 5
@@ -115,7 +125,7 @@ class _Sweep:
             self._wait(point)
         finished = [point for point in self.points if self.rows[point.name]["status"] == "finished"]
         for point in finished:
-            self._say(point.name, f"finished already: {said(self.rows[point.name])}")
+            self._say(point.name, f"finished already: {figures_text(self.rows[point.name])}")
         todo = [point for point in self.points if self.rows[point.name]["status"] != "finished"]
         return run_commands(
             [self._command(point) for point in todo], self.options.jobs,
@@ -164,7 +174,7 @@ class _Sweep:
     def _look(self, row: dict[str, Any]) -> None:
         """What the point's folder says of it now."""
         folder = self.options.output / row["name"]
-        record = read_record(folder)
+        record = read_record(folder) or {}
         status = record.get("status", "pending")
         result = read_json(folder / "result.json") if status == "finished" else {}
         if status == "running":      # written by a process that is gone: it was killed, or the sweep was
@@ -173,7 +183,7 @@ class _Sweep:
         row.setdefault("exit_code", None)
         if status == "finished":
             row["exit_code"] = 0
-        row |= headline(result) | {"seconds": result.get("seconds"), "log": f"{row['folder']}.log"}
+        row |= final_figures(result) | {"seconds": result.get("seconds"), "log": f"{row['folder']}.log"}
         row.setdefault("error", [])
 
     def _command(self, point: GridPoint) -> Command:
@@ -199,7 +209,7 @@ class _Sweep:
         self._look(row)
         row["exit_code"] = code
         if code == 0 and row["status"] == "finished":
-            self._say(command.name, f"finished in {seconds:.0f} s: {said(row)}")
+            self._say(command.name, f"finished in {duration(seconds)}: {figures_text(row)}")
         elif code in STOPPED:
             row["status"] = "interrupted"
             self._say(command.name, "stopped, to go on later")
@@ -218,11 +228,6 @@ class _Sweep:
 def size_of(path: Path) -> int:
     """Bytes of a file; 0 where there is none."""
     return path.stat().st_size if path.exists() else 0
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """run.json of a point; {} before it has one."""
-    return read_document(folder / "run.json", RUN_SCHEMA) or {}
 
 
 def common_settings(axes: Sequence[Axis], points: Sequence[GridPoint]) -> tuple[dict[str, Any], list[str]]:
@@ -246,14 +251,11 @@ def refuse_another_recipe(
     Raises:
         RecipeError: names every key that does not.
     """
-    before = earlier["settings"]
-    changes = [
-        f"{key}: was {to_json(before[key]) if key in before else 'absent'}, "
-        f"now {to_json(settings[key]) if key in settings else 'absent'}"
-        for key in sorted(before.keys() | settings.keys())
-        if key not in varied and key not in earlier["varied"]
-        and (key not in before or key not in settings or before[key] != settings[key])
-    ]
+    varies = {*varied, *earlier["varied"]}
+    before, now = (
+        {key: value for key, value in common.items() if key not in varies} for common in (earlier["settings"], settings)
+    )
+    changes = differing_settings(before, now)
     if changes:
         raise another_recipe(folder, changes)
 
@@ -264,7 +266,7 @@ def refuse_another_run(folder: Path, point: GridPoint) -> None:
     Raises:
         RecipeError: names every key in which it was not.
     """
-    record = read_record(folder)
+    record = read_record(folder) or {}
     if record.get("status") == "finished" and record.get("recipe_sha256") != recipe_digest(point.recipe):
         raise another_recipe(folder, differing_keys(load_recipe(folder / "recipe.yaml"), point.recipe))
 
@@ -285,32 +287,30 @@ def worst_code(rows: Sequence[dict[str, Any]]) -> int:
     return max(unlisted) if unlisted else next((code for code in WORST_FIRST if code in codes), 0)
 
 
-def said(row: dict[str, Any]) -> str:
-    """KL and score of a point in a few words."""
-    parts = [f"{label} {with_error(row[name], row[f'{name}_stderr'])}" for label, name in COLUMNS]
-    return ", ".join(part for part in parts if not part.endswith("–"))
+def figures_text(row: dict[str, Any]) -> str:
+    """KL and scores of a point, as far as they were measured."""
+    names = {"KL": "kl", "score": "score", "gold": "gold"}
+    return ", ".join(
+        f"{title} {with_error(row[name], row[f'{name}_stderr'])}"
+        for title, name in names.items() if row[name] is not None
+    )
 
 
-COLUMNS = (("KL", "kl"), ("score", "score"), ("gold", "gold"))
-
-
-def render(document: dict[str, Any]) -> str:
+def sweep_text(document: dict[str, Any]) -> str:
     """The sweep as a table."""
     rows = document["points"]
     golden = any(row["gold"] is not None for row in rows)
-    header = ["point", "status", "KL, nats per response", "95 %", "score", *(["gold"] if golden else []), "seconds"]
-    lines = [header]
+    table = [["point", "status", "KL, nats per response", "95 %", "score", *(["gold"] if golden else []), "time"]]
     for row in rows:
         status = row["status"] if row["status"] != "failed" else f"failed ({row['exit_code']})"
-        ci = "–" if row["kl_ci95"] is None else f"{row['kl_ci95'][0]:.3g} to {row['kl_ci95'][1]:.3g}"
         gold = [with_error(row["gold"], row["gold_stderr"])] if golden else []
-        seconds = "–" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        lines.append([
-            row["name"], status, with_error(row["kl"], row["kl_stderr"]), ci,
-            with_error(row["score"], row["score_stderr"]), *gold, seconds,
+        table.append([
+            row["name"], status, with_error(row["kl"], row["kl_stderr"]), interval(row["kl_ci95"]),
+            with_error(row["score"], row["score_stderr"]), *gold,
+            ABSENT if row["seconds"] is None else duration(row["seconds"]),
         ])
-    text = list(aligned(lines))
-    text.append(f"{document['finished']} of {len(rows)} points are finished: {document['output']}/sweep.json")
+    lines = list(aligned(table))
+    lines.append(f"{document['finished']} of {len(rows)} points are finished: {document['output']}/sweep.json")
     if document["finished"]:
-        text.append(f"kltune frontier {document['output']} shows reward against KL")
-    return "\n".join(text)
+        lines.append(f"kltune frontier {document['output']} shows reward against KL")
+    return "\n".join(lines)

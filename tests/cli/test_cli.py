@@ -12,7 +12,7 @@ import pytest
 
 from kltune import __version__
 from kltune.cli import main
-from kltune.cli.output import summary
+from kltune.cli.output import result_text
 from kltune.errors import (
     BusyError,
     CheckpointError,
@@ -167,8 +167,8 @@ def test_without_json_the_result_is_said_in_a_few_lines(recipe, run, stage):
 
 
 def test_a_kl_that_was_not_measured_is_not_called_zero():
-    assert "not measured" in summary({**RESULT, "kl": None})
-    assert "not measured" in summary({**RESULT, "kl": {"nats_per_response": None}})
+    assert "not measured" in result_text({**RESULT, "kl": None})
+    assert "not measured" in result_text({**RESULT, "kl": {"nats_per_response": None}})
 
 
 def test_a_nan_is_never_printed_as_json(recipe, stage, capsys):
@@ -228,10 +228,10 @@ def test_colour_is_for_terminals_that_want_it(recipe, run, monkeypatch):
 # eval-kl, demo
 
 
-def test_eval_kl_passes_its_options_and_its_exit_code(run, stage):
+def test_eval_kl_passes_its_options_and_its_exit_code(run, stage, monkeypatch):
     seen = []
     document = {"schema": "kltune.eval_kl/1", "kl": {"exact": {"nats_per_response": 1.0}}}
-    stage("kltune.stages.eval_kl", EvalKLOptions=dict, render=lambda document, colour: "for people",
+    stage("kltune.stages.eval_kl", EvalKLOptions=dict,
           eval_kl=lambda checkpoints, options: seen.append((checkpoints, options)) or (document, 3))
     code, out, _ = run("eval-kl", "a", "b", "--max-kl", "8", "--unit", "nats_per_token", "--responses", "64",
                        "--direction", "both", "--json")
@@ -242,6 +242,7 @@ def test_eval_kl_passes_its_options_and_its_exit_code(run, stage):
         "direction": "both", "texts": None, "top": 10, "show": 3, "auto": False, "max_responses": 4096,
         "top_p": None, "top_k": None, "trust_remote_code": False,
     })]
+    monkeypatch.setattr("kltune.cli.measure.eval_kl_text", lambda document, colour: "for people")
     code, out, _ = run("eval-kl", "a")
     assert (code, out) == (3, "for people\n")
 
@@ -261,7 +262,7 @@ def test_demo_prints_its_table(run, stage, tmp_path):
     stage(
         "kltune.demo.run",
         run_demo=lambda output: {**RESULT, "output": str(output)},
-        summary=lambda result: f"a table on {result['output']}",
+        demo_text=lambda result: f"a table on {result['output']}",
     )
     code, out, _ = run("demo", "--output", str(tmp_path / "demo"), "--json")
     assert (code, json.loads(out)["output"]) == (0, str(tmp_path / "demo"))

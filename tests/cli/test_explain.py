@@ -16,8 +16,8 @@ from kltune import errors
 from kltune.cli import explain, main
 from kltune.cli.explain import answer_to, key_text, table
 from kltune.errors import EXIT_CODES, Interrupted, KltuneError
-from kltune.recipe import STAGES, flat
-from kltune.recipe.writing import keys_named, recipe_keys
+from kltune.recipe import STAGES
+from kltune.recipe.writing import by_dotted_key, keys_named, recipe_keys
 from kltune.run.metrics import METRICS, metric_named, unknown_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -146,7 +146,7 @@ def test_the_answer_to_a_word(ask, word, text):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_key_of_a_stage_is_explained_with_meaning_default_and_reader(stage):
     recipe = STAGES[stage].model_validate({"stage": stage, "model": {"path": "base"}})
-    keys = set(flat(recipe.model_dump()))
+    keys = set(by_dotted_key(recipe.model_dump()))
     read = {key for key, entry in recipe_keys().items() if stage in entry.read_by}
     assert keys - read == REFUSED[stage]
     for key in keys - REFUSED[stage]:

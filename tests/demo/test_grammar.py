@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kltune.demo.grammar import house_review, loose_review, openings, reviews, with_articles
-from kltune.demo.words import NEGATIVE, POSITIVE
+from kltune.demo.grammar import WORDS, house_review, loose_review, openings, reviews, with_articles
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
 REWARDS = runpy.run_path(str(RECIPES / "rewards.py"))
@@ -57,7 +56,8 @@ def test_held_out_openings_are_in_no_training_text():
 
 
 def test_openings_have_no_tone():
-    assert words_of(openings(512, seed=0, held_out=False)).isdisjoint(POSITIVE + NEGATIVE)
+    tones = WORDS["adjectives"]["good"] + WORDS["adjectives"]["bad"]
+    assert words_of(openings(512, seed=0, held_out=False)).isdisjoint(tones)
 
 
 def test_articles():
@@ -84,8 +84,8 @@ def test_praise_minus_blame(response, expected):
 
 
 def test_the_corpus_speaks_the_rewards_language():
-    assert set(POSITIVE) <= REWARDS["PRAISE"]
-    assert set(NEGATIVE) <= REWARDS["BLAME"]
+    assert set(WORDS["adjectives"]["good"]) <= REWARDS["PRAISE"]
+    assert set(WORDS["adjectives"]["bad"]) <= REWARDS["BLAME"]
     assert REWARDS["PRAISE"].isdisjoint(REWARDS["BLAME"])
     assert REWARDS["PRAISE"] | REWARDS["BLAME"] <= words_of([review.text for review in LOOSE])
 

@@ -63,7 +63,7 @@ def test_the_demo_walks_from_nothing_to_a_verdict_and_a_second_call_trains_nothi
     assert result["eval_kl"]["gate"]["max_kl"] == pytest.approx(1.25)
     assert result["reference"]["sft_adapter"] == str(small_demo / "runs" / "sft" / "final")
 
-    text = kltune.demo.run.summary(result)
+    text = kltune.demo.run.demo_text(result)
     assert "before" in text
     assert result["eval_kl"]["gate"]["verdict"] in text
     assert "Reward hacking: the proxy alone " in text
@@ -88,7 +88,7 @@ def test_the_demo_walks_from_nothing_to_a_verdict_and_a_second_call_trains_nothi
     ],
 )
 def test_the_headline_says_what_happened(raised, verdict, said):
-    assert kltune.demo.run.headline(raised=raised, verdict=verdict) == said
+    assert kltune.demo.run.score_and_gate(raised=raised, verdict=verdict) == said
 
 
 @pytest.mark.parametrize(("gold", "moved"), [(0.3, "rose"), (0.28, "stayed"), (-0.28, "stayed"), (-0.3, "fell")])
@@ -101,6 +101,6 @@ def test_gold_has_moved_beyond_two_standard_errors_of_the_difference(gold, moved
 def test_the_hacking_headline_says_what_happened_to_gold():
     fell = {"eval/gold_mean": -1.0, "eval/gold_stderr": 0.1, "eval/reference_gold_mean": 0.0,
             "eval/reference_gold_stderr": 0.1}
-    assert kltune.demo.run.hacking_headline(fell, fell | {"eval/gold_mean": 1.0}) == (
+    assert kltune.demo.run.gold_in_both(fell, fell | {"eval/gold_mean": 1.0}) == (
         "Reward hacking: the proxy alone lowered gold; held to a KL target, the same proxy raised gold too:"
     )

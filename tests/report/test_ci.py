@@ -46,7 +46,7 @@ def test_a_measurement_that_could_not_be_made_is_an_error_and_no_pass(tmp_path):
 def test_annotations_have_the_level_of_the_verdict_and_one_line_each():
     lines = annotations({"checkpoints": [document(v) for v in ("pass", "fail", "inconclusive", None)]})
     assert [line.split(" ")[0] for line in lines] == ["::notice", "::error", "::warning"]
-    assert all("\n" not in line and "3.900 ± 0.100" in line for line in lines)
+    assert all("\n" not in line and "3.90 ± 0.10" in line for line in lines)
 
 
 def test_the_step_summary_is_added_to_and_only_where_it_is_wanted(tmp_path, monkeypatch):
@@ -58,7 +58,7 @@ def test_the_step_summary_is_added_to_and_only_where_it_is_wanted(tmp_path, monk
     write_step_summary(document("fail", "a|b"))
     text = path.read_text()
     assert text.startswith("before\n### kltune eval-kl")
-    assert "| a\\|b | 3.900 ± 0.100 | 3.700 to 4.100 | 100 | FAIL: over 4 nats per response at 95% confidence |" in text
+    assert "| a\\|b | 3.90 ± 0.10 | 3.7 to 4.1 | 100 | FAIL: over 4 nats per response at 95% confidence |" in text
 
 
 def test_text_for_annotations_is_escaped():

@@ -1,6 +1,6 @@
 """What people read: every number with its error, marks or colours by KL, verdicts in words."""
 
-from kltune.report.text import _bars, _token, render, verdict_line
+from kltune.report.text import _bars, _token, eval_kl_text, verdict_line
 
 
 def gate(verdict: str, **more) -> dict:
@@ -40,7 +40,7 @@ def test_bars_are_as_high_as_the_means_and_weigh_positions_by_responses():
 
 def test_a_checkpoint_that_equals_its_reference_says_so_and_nothing_of_where():
     zero = {"nats_per_response": 0.0, "stderr": 0.0, "ci": [0.0, 0.0], "nats_per_token": 0.0, "token_stderr": 0.0}
-    text = render({
+    text = eval_kl_text({
         "direction": "KL(policy||reference)", "checkpoint": "runs/a", "responses": 4, "prompts": 2, "temperature": 1.0,
         "max_new_tokens": 8, "kl": {"exact": zero}, "forward": None, "deployed": None, "confidence": 0.95,
         "agreement_z": 0.0, "truncated_fraction": 0.5, "entropy": {"policy": 1.0, "reference": 1.0}, "tv": 0.0,

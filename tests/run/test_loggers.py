@@ -108,6 +108,16 @@ def test_curves_for_tensorboard(tmp_path):
         assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
 
 
+def test_steps_that_are_done_again_are_drawn_once(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, steps in ((0, (1, 2, 3)), (1, (2, 3))):      # killed after step 3, resumed from the checkpoint of step 1
+        with Report(tmp_path, "ppo", 3, start_step=start, loggers=("tensorboard",)) as report:
+            for step in steps:
+                report.step(step, {"score/mean": float(10 * start + step)})
+    drawn = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("score/mean")
+    assert [(event.step, event.value) for event in drawn] == [(1, 1.0), (2, 12.0), (3, 13.0)]
+
+
 def test_what_trackio_and_wandb_are_told(tmp_path, monkeypatch):
     told = []
     run = types.SimpleNamespace(

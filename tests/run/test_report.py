@@ -12,7 +12,8 @@ from killing import exit_code, start
 from kltune.errors import StorageError
 from kltune.run import loggers
 from kltune.run import recorder as report_module
-from kltune.run.recorder import Report, is_live
+from kltune.run.recorder import Report
+from kltune.run.screen import wants_colour
 
 METRICS = {
     "kl/ref_nats_per_response": 5.934, "kl/ref_stderr": 0.114, "kl/ref_nats_per_token": 0.12, "kl/beta": 0.05,
@@ -139,7 +140,7 @@ def test_a_terminal_that_wants_plain_text_gets_it(tmp_path, environment):
 
 
 def test_a_pipe_is_never_live(capsys):
-    assert not is_live(sys.stderr)
+    assert not wants_colour(sys.stderr)
 
 
 def test_a_full_disk_is_named_and_leaves_whole_lines(tmp_path):

@@ -91,7 +91,7 @@ def test_a_conversation_at_a_terminal(sample, run_folder):
 
 
 def test_colour_on_a_terminal_and_marks_elsewhere(sample, run_folder, monkeypatch):
-    monkeypatch.setattr("kltune.report.text.LOUD", 0.05)  # so briefly trained a policy is never loud
+    monkeypatch.setattr("kltune.report.text.MARKED", 0.05)  # so briefly trained a policy is never loud
     arguments = (run_folder, "-p", "the ", "--responses", 4, "--temperature", 1.5)
     assert "[0." in sample(*arguments, as_json=False)[1]
     monkeypatch.setattr("kltune.cli.sample.wants_colour", lambda stream: True)

@@ -1,6 +1,5 @@
 """Runs as points of reward against KL: what was measured of each, and which curve it is on."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from kltune.errors import CheckpointError
 from kltune.recipe import flat_settings, load_recipe
-from kltune.report.numbers import headline
+from kltune.report.outcome import final_figures
 from kltune.run.files import read_json, read_jsonl
 
 NEAR = 0.15             # of its target: how close a KL counts as there
@@ -18,7 +17,7 @@ SAME_REFERENCE = ("sha256", "tokenizer_sha256", "template_sha256")
 
 
 @dataclass(frozen=True)
-class Source:
+class FrontierSource:
     """Where points come from: a finished run, or the curve of ``kltune project``.
 
     path: as it is named to the user. folder: of the run, None for a curve. settings: of its recipe by dotted key, {}
@@ -34,7 +33,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Point:
+class FrontierPoint:
     """A policy: its KL(policy ‖ reference) in nats per response, and how it was scored; None where not measured.
 
     curve, setting: which line it is on, and where. cluster: the run it comes from. alpha: the share of its adapter.
@@ -56,13 +55,13 @@ class Point:
     steps_to_target: int | None = None
 
 
-def find_sources(paths: Sequence[str]) -> list[Source]:
+def find_sources(paths: Sequence[str]) -> list[FrontierSource]:
     """Runs, the finished points of sweeps, and curves, each once.
 
     Raises:
         CheckpointError: a path is none of these, or a run that has not finished.
     """
-    found: dict[Path, Source] = {}
+    sources: dict[Path, FrontierSource] = {}
     for path in paths:
         folder = Path(path)
         if (folder / "sweep.json").is_file():
@@ -71,12 +70,12 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
             if not done:
                 raise CheckpointError(f"{path}: no point of this sweep has finished yet.")
             for name in done:
-                found.setdefault((folder / name).resolve(), _run_source(str(folder / name)))
+                sources.setdefault((folder / name).resolve(), _run_source(str(folder / name)))
         elif (folder / "run.json").is_file():
-            found.setdefault(folder.resolve(), _run_source(path))
+            sources.setdefault(folder.resolve(), _run_source(path))
         else:
-            found.setdefault(folder.resolve(), _curve_source(path))
-    return list(found.values())
+            sources.setdefault(folder.resolve(), _curve_source(path))
+    return list(sources.values())
 
 
 def _is_finished(folder: Path) -> bool:
@@ -86,7 +85,7 @@ def _is_finished(folder: Path) -> bool:
         return False
 
 
-def _run_source(path: str) -> Source:
+def _run_source(path: str) -> FrontierSource:
     folder = Path(path)
     if not _is_finished(folder):
         raise CheckpointError(f"{path} has not finished; wanted runs with a result.json.")
@@ -94,12 +93,12 @@ def _run_source(path: str) -> Source:
     settings = flat_settings(load_recipe(folder / "recipe.yaml"))
     if settings["stage"] == "reward":
         raise CheckpointError(f"{path} is a reward model, which says nothing and so has no KL; wanted policies.")
-    return Source(
+    return FrontierSource(
         path, folder, record["reference"], settings, read_json(folder / "result.json"), record.get("rewards", [])
     )
 
 
-def _curve_source(path: str) -> Source:
+def _curve_source(path: str) -> FrontierSource:
     file = Path(path) / "project.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise CheckpointError(
@@ -114,16 +113,17 @@ def _curve_source(path: str) -> Source:
     run = checkpoint if (checkpoint / "recipe.yaml").is_file() else checkpoint.parent
     known = (run / "run.json").is_file() and (run / "recipe.yaml").is_file()
     settings = flat_settings(load_recipe(run / "recipe.yaml")) if known else {}
-    return Source(path, None, document["reference"], settings, document, document.get("rewards") or [])
+    return FrontierSource(path, None, document["reference"], settings, document, document.get("rewards") or [])
 
 
 def _looks(document: Any) -> list[dict[str, Any]]:
+    """The measurements at each alpha of a project.json; [] of anything else."""
     known = isinstance(document, dict) and document.get("schema") == "kltune.project/1"
     return document["looks"] if known else []
 
 
-def check_one_reference(sources: Sequence[Source]) -> None:
-    """KLs are comparable only to one and the same reference.
+def check_one_reference(sources: Sequence[FrontierSource]) -> None:
+    """Refuse runs of several references, whose KLs do not compare.
 
     Raises:
         CheckpointError: names the runs of each reference.
@@ -139,8 +139,8 @@ def check_one_reference(sources: Sequence[Source]) -> None:
         raise CheckpointError(f"These were not measured against one reference, so their KLs do not compare:{lines}")
 
 
-def check_one_reward(sources: Sequence[Source]) -> None:
-    """Scores are comparable only if the same rewards gave them.
+def check_one_reward(sources: Sequence[FrontierSource]) -> None:
+    """Refuse runs scored by several rewards, whose scores do not compare.
 
     Raises:
         CheckpointError: names the runs of each.
@@ -148,12 +148,12 @@ def check_one_reward(sources: Sequence[Source]) -> None:
     groups: dict[str, list[str]] = {}
     for source in sources:
         if source.rewards:
-            what = [
-                {key: value for key, value in reward.items() if key not in ("name", "path") or "sha256" not in reward}
+            identities = [
+                sorted(item for item in reward.items() if item[0] not in ("name", "path") or "sha256" not in reward)
                 for reward in source.rewards
             ]
-            key = json.dumps([what, source.settings.get("sampling.missing_end_penalty")], sort_keys=True)
-            groups.setdefault(key, []).append(source.path)
+            identity = repr([identities, source.settings.get("sampling.missing_end_penalty")])
+            groups.setdefault(identity, []).append(source.path)
     if len(groups) > 1:
         lines = "".join(f"\n  {', '.join(paths)}" for paths in groups.values())
         raise CheckpointError(
@@ -162,36 +162,36 @@ def check_one_reward(sources: Sequence[Source]) -> None:
         )
 
 
-def differing_measures(sources: Sequence[Source]) -> list[str]:
+def differing_measures(sources: Sequence[FrontierSource]) -> list[str]:
     """Notes on runs whose KL was measured in another way than the first one's."""
-    notes, first = [], None
-    for source in sources:
-        here = {
-            name: source.settings.get(f"sampling.{name}", source.document.get(name))
-            for name in ("max_new_tokens", "temperature")
-        }
-        named = (source.settings.get(key) for key in ("eval.prompts", "eval.pairs", "data.prompts", "data.pairs"))
-        here["prompts"] = next((name for name in named if name is not None), None)
-        first = first or here
-        if here != first:
-            said, other = (", ".join(f"{name} {value}" for name, value in one.items()) for one in (here, first))
-            notes.append(f"{source.path} was measured with {said}; the first with {other}")
-    return notes
+    ways = [_way_of_measuring(source) for source in sources]
+    return [
+        f"{source.path} was measured with {way}; the first with {ways[0]}"
+        for source, way in zip(sources, ways, strict=True) if way != ways[0]
+    ]
 
 
-def points_of(sources: Sequence[Source]) -> list[Point]:
+def _way_of_measuring(source: FrontierSource) -> str:
+    settings = source.settings
+    way = {
+        name: settings.get(f"sampling.{name}", source.document.get(name)) for name in ("max_new_tokens", "temperature")
+    }
+    prompts = (settings.get(key) for key in ("eval.prompts", "eval.pairs", "data.prompts", "data.pairs"))
+    way["prompts"] = next((name for name in prompts if name is not None), None)
+    return ", ".join(f"{name} {value}" for name, value in way.items())
+
+
+def points_of(sources: Sequence[FrontierSource]) -> list[FrontierPoint]:
     """All points, each on a curve that its recipe names."""
     names = curve_names([source for source in sources if source.folder is not None])
-    points: list[Point] = []
+    points: list[FrontierPoint] = []
     for source in sources:
         if source.folder is not None:
             curve, setting = names[source.path]
-            figures = {
-                name: value for name, value in headline(source.document).items()
-                if not name.startswith("reference_")
-            }
+            figures = final_figures(source.document)
+            figures = {name: figures[name] for name in figures if not name.startswith("reference_")}
             if figures["kl"] is not None:
-                points.append(Point(
+                points.append(FrontierPoint(
                     source.path, source.path, curve, setting, source.settings["run.seed"],
                     source.document.get("alpha") or 1.0, **figures, steps_to_target=steps_to_target(source),
                 ))
@@ -200,16 +200,16 @@ def points_of(sources: Sequence[Source]) -> list[Point]:
     return points
 
 
-def _curve_points(source: Source) -> list[Point]:
+def _curve_points(source: FrontierSource) -> list[FrontierPoint]:
     checkpoint = source.document["checkpoint"]
     if source.settings:
         settings = source.settings
-        curve = f"alpha curve of {family(settings)}, {_said(settings, [main_knob(settings)])}"
+        curve = f"alpha curve of {family(settings)}, {_settings_text(settings, [main_knob(settings)])}"
         seed = settings["run.seed"]
     else:
         curve, seed = f"alpha curve of {checkpoint}", None
     return [
-        Point(
+        FrontierPoint(
             source.path, checkpoint, curve, f"alpha={look['alpha']:g}", seed, look["alpha"], look["nats_per_response"],
             look["stderr"], look["ci"], look["score"], look["score_stderr"],
         )
@@ -239,12 +239,12 @@ def main_knob(settings: dict[str, Any]) -> str:
     return "kl.beta" if "kl.beta" in settings else "run.steps"
 
 
-def curve_names(sources: Sequence[Source]) -> dict[str, tuple[str, str]]:
+def curve_names(sources: Sequence[FrontierSource]) -> dict[str, tuple[str, str]]:
     """Of each run: (its curve, its setting).
 
     Runs of one family that differ in more than what sets the KL, and the seed, are on curves of their own.
     """
-    families: dict[str, list[Source]] = {}
+    families: dict[str, list[FrontierSource]] = {}
     for source in sources:
         families.setdefault(family(source.settings), []).append(source)
     names = {}
@@ -253,25 +253,24 @@ def curve_names(sources: Sequence[Source]) -> dict[str, tuple[str, str]]:
         varying = [
             key for key in keys
             if key not in NO_DIFFERENCE and not key.startswith("eval.")
-            and len({json.dumps(member.settings.get(key)) for member in members}) > 1
+            and len({repr(member.settings.get(key)) for member in members}) > 1
         ]
         for member in members:
             knob = main_knob(member.settings)
             others = [key for key in varying if key not in KNOBS and key != knob]
             knobs = list(dict.fromkeys([knob, *(key for key in varying if key in KNOBS)]))
-            curve = ", ".join([name, *([_said(member.settings, others)] if others else [])])
-            names[member.path] = curve, _said(member.settings, knobs)
+            curve = ", ".join([name, *([_settings_text(member.settings, others)] if others else [])])
+            names[member.path] = curve, _settings_text(member.settings, knobs)
     return names
 
 
-def _said(settings: dict[str, Any], keys: Sequence[str]) -> str:
-    values = [(key, settings.get(key)) for key in keys]
-    return ", ".join(
-        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in values
-    )
+def _settings_text(settings: dict[str, Any], keys: Sequence[str]) -> str:
+    values = {key: settings.get(key) for key in keys}
+    return ", ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+                     for key, value in values.items())
 
 
-def steps_to_target(source: Source) -> int | None:
+def steps_to_target(source: FrontierSource) -> int | None:
     """Steps after which a run's KL first came within 15 % of its target; None without one, or if it never did."""
     target = source.document.get("target")
     if target is None or source.folder is None:

@@ -1,4 +1,7 @@
-"""What points of reward against KL say together: seeds of one setting, the law of a curve, the setting to pick."""
+"""What points of reward against KL say together: seeds of one setting, the law of a curve, the setting to pick.
+
+``name`` is which of a point's figures is meant: "score" or "gold".
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kltune.core.hacking.overoptimization import GainFit, best_of_n_kl, fit_gain, score_at, tilt_gain
-from kltune.report.frontier.points import Point
+from kltune.report.frontier.points import FrontierPoint
 
 TIED = 1.96             # standard errors of a difference that may be chance
 
@@ -35,9 +38,9 @@ class Setting:
     runs: tuple[str, ...]
 
 
-def pooled(points: Sequence[Point]) -> list[Setting]:
-    """Every setting once, by curve and KL."""
-    groups: dict[tuple[str, str], list[Point]] = {}
+def pooled(points: Sequence[FrontierPoint]) -> list[Setting]:
+    """The settings of all points, each once, by curve and KL."""
+    groups: dict[tuple[str, str], list[FrontierPoint]] = {}
     for point in points:
         groups.setdefault((point.curve, point.setting), []).append(point)
     settings = []
@@ -56,7 +59,7 @@ def pooled(points: Sequence[Point]) -> list[Setting]:
     return sorted(settings, key=lambda setting: (order.index(setting.curve), setting.kl))
 
 
-def _mean(points: Sequence[Point], name: str) -> tuple[float | None, float | None]:
+def _mean(points: Sequence[FrontierPoint], name: str) -> tuple[float | None, float | None]:
     values = [getattr(point, name) for point in points]
     errors = [getattr(point, f"{name}_stderr") for point in points]
     if None in values:
@@ -68,109 +71,109 @@ def _mean(points: Sequence[Point], name: str) -> tuple[float | None, float | Non
     return mean, max(known, default=None)
 
 
-def pick(settings: Sequence[Setting], budget: float, judge: str, reference: dict[str, Any]) -> dict[str, Any]:
+def pick(settings: Sequence[Setting], budget: float, name: str, reference: dict[str, Any]) -> dict[str, Any]:
     """The best setting whose KL is within a budget, and those that may be as good.
 
     Args:
         settings: of the frontier.
         budget: nats per response; all of a setting's 95 % intervals must end below it.
-        judge: score or gold.
+        name: score or gold.
         reference: the reference's own, with its error.
 
     Returns:
-        {"budget", "curve", "setting", "kl", the judge's value and error, "tied": [...], "better_than_reference"}; curve
-        is None where nothing is within the budget.
+        {"budget", "curve", "setting", "kl", the score and its error, "tied": [...], "better_than_reference"}; curve is
+        None where nothing is within the budget.
     """
     within = [
         setting for setting in settings
-        if setting.kl_ci95 is not None and setting.kl_ci95[1] <= budget and getattr(setting, judge) is not None
+        if setting.kl_ci95 is not None and setting.kl_ci95[1] <= budget and getattr(setting, name) is not None
     ]
     if not within:
-        return {"budget": budget, "judge": judge, "curve": None, "setting": None, "runs": [], "tied": []}
-    best = max(within, key=lambda setting: getattr(setting, judge))
+        return {"budget": budget, "judge": name, "curve": None, "setting": None, "runs": [], "tied": []}
 
-    def error(setting: Setting) -> float:
-        return getattr(setting, f"{judge}_stderr") or 0.0
+    def value_and_error(setting: Setting) -> tuple[float, float]:
+        return getattr(setting, name), getattr(setting, f"{name}_stderr") or 0.0
 
-    tied = [
-        setting for setting in within
-        if setting is not best
-        and getattr(best, judge) - getattr(setting, judge) <= TIED * math.hypot(error(best), error(setting))
-    ]
-    base = reference[judge]
-    enough = TIED * math.hypot(error(best), reference[f"{judge}_stderr"] or 0.0)
+    best = max(within, key=lambda setting: getattr(setting, name))
+    most, error = value_and_error(best)
+    tied = []
+    for setting in within:
+        value, its_error = value_and_error(setting)
+        if setting is not best and most - value <= TIED * math.hypot(error, its_error):
+            tied.append({"curve": setting.curve, "setting": setting.setting, "kl": setting.kl})
+    base = reference[name]
+    enough = TIED * math.hypot(error, reference[f"{name}_stderr"] or 0.0)
     return {
         "budget": budget,
-        "judge": judge,
+        "judge": name,
         "reference": base,
-        "better_than_reference": base is None or getattr(best, judge) - base > enough,
+        "better_than_reference": base is None or most - base > enough,
         "curve": best.curve,
         "setting": best.setting,
         "kl": best.kl,
         "kl_ci95": best.kl_ci95,
-        judge: getattr(best, judge),
-        f"{judge}_stderr": getattr(best, f"{judge}_stderr"),
+        name: most,
+        f"{name}_stderr": getattr(best, f"{name}_stderr"),
         "runs": list(best.runs),
-        "tied": [{"curve": setting.curve, "setting": setting.setting, "kl": setting.kl} for setting in tied],
+        "tied": tied,
     }
 
 
 def efficiency(
-    setting: Setting, judge: str, reference: dict[str, Any], anchor: dict[str, Any] | None
+    setting: Setting, name: str, reference: dict[str, Any], best_of_n: dict[str, Any] | None
 ) -> dict[str, float | None]:
-    """The gain as a share of σ√(2 KL)."""
-    value, base = getattr(setting, judge), reference[judge]
-    if anchor is None or value is None or base is None or judge not in anchor["sigma"] or setting.kl <= 0.0:
+    """The gain as a share of σ√(2 KL), the most that a KL buys where scores are Gaussian."""
+    value, base = getattr(setting, name), reference[name]
+    if best_of_n is None or value is None or base is None or name not in best_of_n["sigma"] or setting.kl <= 0.0:
         return {"efficiency": None}
-    most = float(tilt_gain(anchor["sigma"][judge], setting.kl))
+    most = float(tilt_gain(best_of_n["sigma"][name], setting.kl))
     return {"efficiency": (value - base) / most if most > 0.0 else None}
 
 
 def fits(
-    points: Sequence[Point], judge: str, reference: dict[str, Any], anchor: dict[str, Any] | None
+    points: Sequence[FrontierPoint], name: str, reference: dict[str, Any], best_of_n: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
     """Gao's law for every curve that is scored, and for best of n; or why it is not claimed."""
     documents = []
-    base = reference[judge]
-    scored = [point for point in points if getattr(point, judge) is not None and getattr(point, f"{judge}_stderr")]
+    base = reference[name]
+    scored = [point for point in points if getattr(point, name) is not None and getattr(point, f"{name}_stderr")]
     for curve in dict.fromkeys(point.curve for point in scored):
         known = [point for point in scored if point.curve == curve]
         if base is None:
-            found: GainFit | str = f"the reference's own {judge} is not known"
+            fit: GainFit | str = f"the reference's own {name} is not known"
         else:
-            gains = [getattr(point, judge) - base for point in known]
-            errors = [getattr(point, f"{judge}_stderr") for point in known]
-            found = fit_gain([point.kl for point in known], gains, errors, [point.cluster for point in known])
-        documents.append(described(curve, "rl", judge, found))
-    if anchor is not None and judge in anchor["by_prompt"]:
-        rows = anchor["by_prompt"][judge]
-        sizes = [point["n"] for point in anchor["points"]]
-        flat = [
-            (best_of_n_kl(n), gain, point[f"{judge}_stderr"], prompt)
-            for n, row, point in zip(sizes, rows, anchor["points"], strict=True)
-            if n > 1 and point[f"{judge}_stderr"]
+            gains = [getattr(point, name) - base for point in known]
+            errors = [getattr(point, f"{name}_stderr") for point in known]
+            fit = fit_gain([point.kl for point in known], gains, errors, [point.cluster for point in known])
+        documents.append(_fit_document(curve, "rl", name, fit))
+    if best_of_n is not None and name in best_of_n["by_prompt"]:
+        rows = best_of_n["by_prompt"][name]
+        gains = [
+            (best_of_n_kl(point["n"]), gain, point[f"{name}_stderr"], prompt)
+            for row, point in zip(rows, best_of_n["points"], strict=True)
+            if point["n"] > 1 and point[f"{name}_stderr"]
             for prompt, gain in enumerate(row - rows[0])
         ]
-        found = fit_gain(*zip(*flat, strict=True), form="best_of_n") if flat else "its responses all score the same"
-        documents.append(described("best of n", "best_of_n", judge, found))
+        fit = fit_gain(*zip(*gains, strict=True), form="best_of_n") if gains else "its responses all score the same"
+        documents.append(_fit_document("best of n", "best_of_n", name, fit))
     return documents
 
 
-def described(curve: str, form: str, judge: str, found: GainFit | str) -> dict[str, Any]:
-    """One fit of the document."""
-    if isinstance(found, str):
-        return {"curve": curve, "form": form, "of": judge, "fit": None, "claim": f"not claimed: {found}"}
-    return {"curve": curve, "form": form, "of": judge, "fit": asdict(found), "claim": found.claim}
+def _fit_document(curve: str, form: str, name: str, fit: GainFit | str) -> dict[str, Any]:
+    """One fit of the document; a text is the reason why nothing is claimed."""
+    if isinstance(fit, str):
+        return {"curve": curve, "form": form, "of": name, "fit": None, "claim": f"not claimed: {fit}"}
+    return {"curve": curve, "form": form, "of": name, "fit": asdict(fit), "claim": fit.claim}
 
 
-def curves_at(points: Sequence[Point], kl: float, judge: str) -> dict[str, Any]:
+def curves_at(points: Sequence[FrontierPoint], kl: float, name: str) -> dict[str, Any]:
     """What each curve scores at a KL, read off between its points."""
     curves: dict[str, dict[str, float] | None] = {}
     for curve in dict.fromkeys(point.curve for point in points):
-        known = [point for point in points if point.curve == curve and getattr(point, judge) is not None]
-        found = score_at(
-            [point.kl for point in known], [getattr(point, judge) for point in known],
-            [getattr(point, f"{judge}_stderr") or 0.0 for point in known], kl,
+        known = [point for point in points if point.curve == curve and getattr(point, name) is not None]
+        score = score_at(
+            [point.kl for point in known], [getattr(point, name) for point in known],
+            [getattr(point, f"{name}_stderr") or 0.0 for point in known], kl,
         ) if known else None
-        curves[curve] = None if found is None else {judge: found[0], f"{judge}_stderr": found[1]}
+        curves[curve] = None if score is None else {name: score[0], f"{name}_stderr": score[1]}
     return {"kl": kl, "curves": curves}

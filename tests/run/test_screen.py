@@ -1,6 +1,6 @@
 """Numbers, durations and errors as people write them."""
 
-from kltune.report.numbers import duration, number, with_error
+from kltune.run.screen import duration, interval, number, with_error
 
 
 def test_numbers_and_durations_as_people_write_them():
@@ -13,4 +13,7 @@ def test_numbers_with_errors_have_as_many_digits_as_their_errors_allow():
     pairs = [(3.468, 0.1226), (1.918, 0.0948), (0.2, 0.008), (1234.5, 33.0), (-0.0898, 0.067), (1.0, None), (0.0, 0.0)]
     assert [with_error(*pair) for pair in pairs] == [
         "3.47 ± 0.12", "1.92 ± 0.09", "0.200 ± 0.008", "1,234 ± 33", "−0.09 ± 0.07", "1", "0 ± 0",
+    ]
+    assert [interval(bounds) for bounds in ((5.712, 6.154), (-0.5, None), (None, None), None)] == [
+        "5.71 to 6.15", "−0.5 to any", "–", "–",
     ]
