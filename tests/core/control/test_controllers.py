@@ -72,7 +72,7 @@ def settled_after(course: np.ndarray, band: float) -> int:
     return int(outside[-1]) + 1 if len(outside) else 0
 
 
-# --- formulas by hand -----------------------------------------------------------------------------------------------
+# formulas by hand
 
 
 def test_ziegler_by_hand():
@@ -150,7 +150,7 @@ def test_what_is_no_number_is_refused(name, kl, target, spread):
             controller.updated(kl, target, spread=spread, responses=64)
 
 
-# --- state -----------------------------------------------------------------------------------------------------------
+# state
 
 
 @pytest.mark.parametrize("name", STEERED)
@@ -176,7 +176,7 @@ def test_an_update_leaves_the_controller_before_it_alone(name):
         before.beta = 1.0
 
 
-# --- log_pi as a loop -------------------------------------------------------------------------------------------------
+# log_pi as a loop
 
 
 @pytest.mark.parametrize("target", PRICE)

@@ -25,7 +25,7 @@ RHO = tiny_reference_logits()
 OPTIMUM = RESPONSES.logits_of(tilt(RESPONSES.probabilities(RHO), RESPONSES.rewards, 1.0))
 
 
-# --- direction -------------------------------------------------------------------------------------------------------
+# direction
 
 
 def test_conjugate_gradients_solve_a_system_in_as_many_iterations_as_it_has_unknowns():
@@ -64,7 +64,7 @@ def test_sign_vectors_give_the_mean_of_a_diagonal_exactly():
     assert mean_curvature(lambda v: diagonal * v, torch.tensor([[1.0, -1.0, 1.0], [-1.0, -1.0, 1.0]])) == 3.0
 
 
-# --- length ----------------------------------------------------------------------------------------------------------
+# length
 
 
 def bandit_step(scale_of, damping: float = 0.0) -> Tensor:
@@ -89,17 +89,12 @@ def test_one_bandit_step_is_the_listed_one():
     assert (new * (BANDIT_REWARDS - 1.0)).sum().item() == pytest.approx(0.14699476, abs=1e-7)
 
 
-@pytest.mark.parametrize(("delta", "reached"), [(0.05, 0.052752), (0.1, 0.107190)])
-def test_the_quadratic_step_overshoots_by_what_is_listed(delta, reached):
-    new = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x)).item(), 1.0, delta, beta=0.0))
+@pytest.mark.parametrize(("delta", "damping", "reached"), [(0.05, 0.0, 0.052752), (0.1, 0.0, 0.107190),
+                                                           (0.01, 0.1, 0.010106)])
+def test_the_quadratic_step_overshoots_by_what_is_listed_and_damping_does_not_shorten_it(delta, damping, reached):
+    # the scale is of the undamped curvature: of the damped one, the last step would reach .007
+    new = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x)).item(), 1.0, delta, beta=0.0), damping)
     assert kl(BANDIT_REFERENCE, new) == pytest.approx(reached, abs=1e-6)
-
-
-def test_a_scale_with_damped_curvature_would_underuse_the_ball():
-    undamped = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x)).item(), 1.0, 0.01, 0.0), damping=0.1)
-    damped = bandit_step(lambda x, fisher: step_scale(x.dot(fisher(x) + 0.1 * x).item(), 1.0, 0.01, 0.0), damping=0.1)
-    assert kl(BANDIT_REFERENCE, undamped) == pytest.approx(0.01011, abs=1e-5)
-    assert kl(BANDIT_REFERENCE, damped) == pytest.approx(0.00700, abs=1e-5)
 
 
 def test_the_step_is_never_longer_than_to_the_optimum_along_it():
@@ -122,7 +117,7 @@ def test_a_damped_step_still_ends_at_the_optimum_along_it():
     assert step_scale(bent, g.dot(x).item(), 1e6, beta) == pytest.approx(scales[model.argmax()].item(), abs=1e-3)
 
 
-# --- line search -----------------------------------------------------------------------------------------------------
+# line search
 
 
 def test_the_first_cut_aims_at_the_ball_and_later_ones_halve():
@@ -152,7 +147,7 @@ def test_a_step_that_leaves_the_ball_or_gains_nothing_or_passes_the_cap_is_never
     assert later.trials[-1] == good
 
 
-# --- surrogate and the carried KL ------------------------------------------------------------------------------------
+# surrogate and the carried KL
 
 
 def test_the_surrogate_is_the_expected_advantage_to_first_order():
@@ -183,7 +178,7 @@ def test_kl_to_the_reference_carried_over_to_the_old_policys_responses_is_the_kl
     assert carried(2.0) == pytest.approx(exact, rel=0.02)  # no prefix here is far more likely than before
 
 
-# --- TinyLM: the step under a price finds π* -------------------------------------------------------------------------
+# TinyLM: the step under a price finds π*
 
 
 def trust_region_run(iterations: int, *, capped: bool) -> list[float]:

@@ -54,9 +54,9 @@ def test_the_peak_of_25_noisy_points_scatters_by_what_mathematics_says():
 
 def test_the_best_of_n_law_has_its_own_peak():
     d = np.linspace(0.2, 2.2, 12)
-    found = fitted(d, d * (1.0 - 0.4 * d), form="best_of_n")
-    assert (found.alpha, found.beta) == pytest.approx((1.0, 0.4))
-    assert (found.peak.distance, found.peak.gain) == pytest.approx((1.25, 0.625))      # α/2β, α²/4β
+    found = fitted(d, d * (0.8 - 0.4 * d), form="best_of_n")
+    assert (found.alpha, found.beta) == pytest.approx((0.8, 0.4))
+    assert (found.peak.distance, found.peak.gain) == pytest.approx((1.0, 0.4))      # α/2β, α²/4β
 
 
 def test_weights_are_by_the_inverse_square_of_the_error():
@@ -108,6 +108,7 @@ def test_points_of_one_run_do_not_count_as_runs():
 
 
 def test_too_few_points_or_kls_are_said_in_words():
+    assert fitted(np.arange(1.0, 6.0)).points == 5
     assert fitted(np.array([1.0, 2.0, 3.0])) == "3 points of 3 runs beyond 0.09 nats; wanted 5 of 5"
     assert "√nat of each other" in fitted(2.0 + 0.001 * np.arange(9))
     d = np.array([1.0, 3.0] + [1.0] * 6)      # one run alone at another KL: a third of the resamples lack it

@@ -199,7 +199,7 @@ def test_exact_kl_refuses_two_vocabularies():
         kl_exact(torch.zeros(2, 3), torch.zeros(2, 4), 1.0)
 
 
-# --- the bandit with four arms: β, KL(π* ‖ ρ), KL(ρ ‖ π*), and the β that hold a target -------------------------------
+# the bandit with four arms: β, KL(π* ‖ ρ), KL(ρ ‖ π*), and the β that hold a target
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_the_bandits_optimum(beta, reverse, forward):
         assert (best * estimates(estimator, best, BANDIT_REFERENCE)).sum().item() == pytest.approx(reverse, abs=1e-8)
 
 
-# --- TinyLM, π against ρ: all fifteen responses -----------------------------------------------------------------------
+# TinyLM, π against ρ: all fifteen responses
 
 
 def test_divergence_of_tiny_lm():

@@ -146,7 +146,7 @@ def test_one_prompt_proves_nothing_and_what_is_no_number_is_beyond_any_cap():
     assert standing(one_each([1.0, math.inf]), 5.0) == "beyond"
 
 
-# --- the search for α -----------------------------------------------------------------------------------------------
+# the search for α
 
 
 class Curve:

@@ -75,6 +75,8 @@ def test_group_normalized_by_hand():
 def test_the_floor_keeps_near_equal_answers_near_zero():
     advantages = group_normalized(torch.tensor([0.0, 2e-3]), 2, floor=0.1)
     assert advantages.tolist() == pytest.approx([-0.01, 0.01])
+    with pytest.raises(ValueError, match="floor"):
+        group_normalized(torch.tensor([0.0, 1.0]), 2, floor=0.0)
 
 
 @pytest.mark.parametrize("function", [leave_one_out, group_normalized])

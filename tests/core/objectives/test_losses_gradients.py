@@ -212,7 +212,7 @@ def test_near_the_optimum_k1_in_the_reward_leaves_no_noise_and_the_exact_loss_al
     assert exact_noise > 1.0
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# training
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:

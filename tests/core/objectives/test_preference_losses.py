@@ -41,7 +41,7 @@ def slope(loss: Callable[[Tensor], Tensor], at: Tensor = MARGINS) -> Tensor:
     return torch.autograd.grad(loss(at).sum(), at)[0]
 
 
-# ---- values by hand ---------------------------------------------------------------------------------------------
+# values by hand
 
 
 def test_a_dynamic_beta_by_hand():
@@ -117,7 +117,7 @@ def test_the_odds_keep_their_digits_at_both_ends():
     assert loss == pytest.approx(1e-4 + math.log1p(math.exp(-odds)), rel=1e-12)
 
 
-# ---- slopes -----------------------------------------------------------------------------------------------------
+# slopes
 
 BETA, EPS = 0.3, 0.2
 SLOPES = {
@@ -181,7 +181,7 @@ def test_an_exponential_that_goes_on_as_its_tangent_still_pulls():
     assert far.item() == pytest.approx(-BETA * math.exp(20.0))
 
 
-# ---- a bandit with four arms ------------------------------------------------------------------------------------
+# a bandit with four arms
 
 ARMS = 4
 OTHER = [(i, j) for i in range(ARMS) for j in range(ARMS) if i != j]
