@@ -58,17 +58,17 @@ from kltune.train.preferences import (
     best_against_worst,
     check_first_log_ratios,
     load_preferences,
-    log_ratios,
-    log_ratios_of,
+    log_ratios_against,
     margins,
     preference_losses,
+    response_log_ratios,
     response_logprobs,
     scale_of,
     win_rates,
 )
 
 LABELLED = ("kto", "bco")  # losses of responses judged one by one
-MEMORY = 0.9  # share of a running mean that a step leaves
+MEAN_MEMORY = 0.9  # share of a running mean that a step leaves
 BALANCE_SHARE = {"file": 0.4, "online": 1.0}  # of the price that balances the gradients of pairs and KL
 LOSS_REFERENCE, MEANS, PAIRS = "loss_reference", "means", "pairs"  # the stage's own parts of a learner
 
@@ -105,11 +105,11 @@ class RunningMeans:
 
     def with_reward(self, reward: float) -> Self:
         """After a batch whose responses have this mean reward."""
-        return replace(self, reward=self.reward + (1.0 - MEMORY) * (reward - self.reward))
+        return replace(self, reward=self.reward + (1.0 - MEAN_MEMORY) * (reward - self.reward))
 
     def with_margin(self, margin: float) -> Self:
         """After a batch whose pairs have this mean margin."""
-        return replace(self, margin=self.margin + (1.0 - MEMORY) * (margin - self.margin))
+        return replace(self, margin=self.margin + (1.0 - MEAN_MEMORY) * (margin - self.margin))
 
     def state(self) -> dict[str, float]:
         """See ``Part.state``."""
@@ -278,7 +278,7 @@ def improve(
 
 def beta_of_batch(dpo: DPOSection, learner: Learner, held: Preferences) -> float:
     """This batch's own beta, of whose margin the running mean has heard by then."""
-    margin = margins(log_ratios(learner.policy, held)).mean().item()
+    margin = margins(response_log_ratios(learner.policy, held)).mean().item()
     means = learner.parts[MEANS] = learner.parts[MEANS].with_margin(margin)
     return dynamic_beta(dpo.beta, dpo.dynamic_beta, margin, means.margin)
 
@@ -374,7 +374,7 @@ def starting_price(own: Sequence[Tensor], kl: Sequence[Tensor], scale: float, sh
 def reference_point(dpo: DPOSection, learner: Learner, part: Preferences) -> float:
     """What responses judged one by one are held against: kto's z₀, in nats, or bco's δ, in reward; 0 for pairs."""
     if dpo.loss == "kto":
-        return mismatch_point(log_ratios_of(learner.policy, part.mismatched(), loss_reference(learner)))
+        return mismatch_point(log_ratios_against(learner.policy, part.mismatched(), loss_reference(learner)))
     return learner.parts[MEANS].reward if dpo.loss == "bco" else 0.0
 
 

@@ -4,9 +4,10 @@
 
 measured exactly, in nats per response, on the responses of the step; a step that would be longer, or gain nothing, or
 pass ``kl.hard_cap``, is shortened until it does not, or left out. No learning rate and no schedule is involved: how
-long a step may be within ``max_step_kl`` follows what the next batches say of the steps before (``core/pace.py``). The
-value function, where there is one, is fitted apart: its adapter and optimizer are its own, so that it cannot move the
-policy; ``optim`` is about nothing else.
+long a step may be within ``max_step_kl`` follows what the next batches say of the steps before
+(``core/control/adaptation.py``). The value function, where there is one, is fitted apart: its adapter and optimizer are
+its own, so that it cannot move the policy; ``optim`` is about nothing else.
+
 Source: Schulman et al. 2015, arXiv 1502.05477; what is different for language models on adapters:
 docs/maths.md 13 to 16.
 """
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kltune.core.control.adaptation import FIRST_DAMPING, Damping, Pace
+from kltune.core.control.adaptation import FIRST_DAMPING, AdaptiveRadius, Damping
 from kltune.core.control.trust_region import (
     SearchResult,
     Trial,
@@ -61,21 +62,21 @@ class TrustRegion:
     """What the steps so far say of the next one's shape and length. last_step: [P], which the next batch judges."""
 
     damping: Damping
-    pace: Pace
+    radius: AdaptiveRadius
     last_step: Tensor | None = None
     moves: ClassVar[bool] = False
 
-    def judged(self, gradient: Tensor, price: float) -> tuple[Self, float | None]:
-        """Let a fresh batch's gradient judge the step before; with the gain that it finds there, unit of score."""
+    def observed(self, gradient: Tensor, price: float) -> tuple[Self, float | None]:
+        """Update with a fresh batch's gradient, which tells what the step before gained; and that gain, unit of score."""
         if self.last_step is None:
             return self, None
         slope = gradient.dot(self.last_step).item()
-        pace = self.pace.observed(slope, price)
-        return replace(self, pace=pace), pace.fresh_gain(slope, price)
+        radius = self.radius.observed(slope, price)
+        return replace(self, radius=radius), radius.fresh_gain(slope, price)
 
     def state(self) -> dict[str, Any]:
         """See ``Part.state``."""
-        return {"damping": asdict(self.damping), "pace": asdict(self.pace)}
+        return {"damping": asdict(self.damping), "radius": asdict(self.radius)}
 
     def tensors(self) -> dict[str, Tensor]:
         """See ``Part.tensors``."""
@@ -83,7 +84,7 @@ class TrustRegion:
 
     def restored(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """See ``Part.restored``."""
-        return TrustRegion(Damping(**state["damping"]), Pace(**state["pace"]), tensors.get("last_step"))
+        return TrustRegion(Damping(**state["damping"]), AdaptiveRadius(**state["radius"]), tensors.get("last_step"))
 
 
 def run_trpo(recipe: TRPORecipe, resume: bool) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def make_learner(recipe: TRPORecipe, policy: Policy, run: Run) -> Learner:
     """The policy with its trust region, budget and scorer and, where the recipe wants one, a value function."""
     adapts = recipe.trpo.damping == "auto"
     damping = Damping(FIRST_DAMPING if adapts else float(recipe.trpo.damping), adapts)
-    parts = {ALARMS: Alarms(), TRUST_REGION: TrustRegion(damping, Pace())}
+    parts = {ALARMS: Alarms(), TRUST_REGION: TrustRegion(damping, AdaptiveRadius())}
     learner = Learner(policy, budget=Budget.of(recipe.kl, updates_per_step=1), parts=parts)
     add_value_function(recipe, recipe.trpo, learner)
     learner.parts[SCORER] = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)
@@ -154,8 +155,8 @@ def trust_region_step(
     old = Snapshot(parameters)
     experience = centred(experience)
     gradient = policy_gradient(job.recipe, learner.policy, experience)
-    region, fresh_gain = region.judged(gradient, price)
-    radius = region.pace.radius(trpo.max_step_kl, price)
+    region, fresh_gain = region.observed(gradient, price)
+    radius = region.radius.allowed(trpo.max_step_kl, price)
     fisher = fisher_on_some(job.recipe, learner.policy, experience, rng)
     natural = natural_gradient(fisher, gradient, region.damping, trpo.cg_iterations, rng)
     first = step_scale(natural.curvature_along, natural.slope, radius, price)
@@ -176,7 +177,7 @@ def trust_region_step(
         learner.budget = learner.budget.refused()
     done = result.trials[-1] if result.accepted else Trial(step_kl=0.0, gain=0.0)
     region = learner.parts[TRUST_REGION] = TrustRegion(
-        region.damping.updated(result, first) if movable else region.damping, region.pace.stepped(done.step_kl),
+        region.damping.updated(result, first) if movable else region.damping, region.radius.stepped(done.step_kl),
         result.scale * natural.direction if result.accepted else None,
     )
     return {
@@ -186,7 +187,7 @@ def trust_region_step(
         "trpo/predicted_gain": result.scale * natural.slope,
         "trpo/gain": done.gain,
         "trpo/last_gain_on_new_responses": fresh_gain,
-        "trpo/gain_rate": region.pace.rate,
+        "trpo/gain_rate": region.radius.rate,
         "trpo/gradient_norm": gradient.norm().item(),
         "trpo/line_search_tries": float(len(result.trials)),
         "trpo/accepted": float(result.accepted),

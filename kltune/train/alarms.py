@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from kltune.core.hacking.detector import Watch
+from kltune.core.hacking.detector import Detector
 
 ADVICE = {
     "gold": "The reward is being exploited: what it asks for is no longer what is meant. {nearer}; mend the reward; or "
@@ -24,7 +24,7 @@ class Alarms:
     peak: the policy of the highest gold score; None unless the run may end at it. stopped: why it did, once it did.
     """
 
-    watch: Watch = field(default_factory=Watch)
+    detector: Detector = field(default_factory=Detector)
     peak: Mapping[str, Tensor] | None = None
     stopped: Mapping[str, Any] | None = None
     moves: ClassVar[bool] = False
@@ -43,11 +43,11 @@ class Alarms:
             warn: takes a sentence or two.
             copied: gives the policy's tensors, which are kept where they are those of the highest gold score.
         """
-        before = self.watch.peak
-        watch, alarms = self.watch.observed(step, metrics, looks)
+        before = self.detector.peak
+        detector, alarms = self.detector.observed(step, metrics, looks)
         for alarm in alarms:
             warn(f"step {step}: {alarm.found}. {ADVICE[alarm.kind].format(nearer=nearer)}")
-        now, peak = replace(self, watch=watch), watch.peak
+        now, peak = replace(self, detector=detector), detector.peak
         if self.peak is None or peak is None:
             return now
         if peak != before and peak.step == step:
@@ -75,7 +75,7 @@ class Alarms:
 
     def state(self) -> dict[str, Any]:
         """See ``Part.state``."""
-        return {"watch": asdict(self.watch), "stopped": None if self.stopped is None else dict(self.stopped)}
+        return {"detector": asdict(self.detector), "stopped": None if self.stopped is None else dict(self.stopped)}
 
     def tensors(self) -> Mapping[str, Tensor]:
         """See ``Part.tensors``."""
@@ -84,4 +84,4 @@ class Alarms:
     def restored(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """See ``Part.restored``."""
         peak = None if self.peak is None else tensors
-        return replace(self, watch=Watch.of(state["watch"]), peak=peak, stopped=state["stopped"])
+        return replace(self, detector=Detector.of(state["detector"]), peak=peak, stopped=state["stopped"])

@@ -27,7 +27,7 @@ from kltune.train.preferences import Preferences, load_preferences, pair_metrics
 SHOWN = 8      # held-out prompts that a run's page shows before and after
 Metrics = dict[str, float | None]
 Scales = Mapping[str, tuple[float, float]]
-LEAST_SPREAD = 1e-6  # of the reference's scores, below which there is no scale to put others on
+LEAST_SCALE = 1e-6  # of the reference's scores, below which there is no scale to put others on
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def scores_of(scorer: Scorer | None, measured: Measurement, missing_end_penalty:
 def scales_of(scores: Mapping[str, Tensor]) -> Scales:
     """Mean and sd of each judge's scores, of those that have a spread."""
     found = {name: (row.mean().item(), row.std().item()) for name, row in scores.items() if len(row) > 1}
-    return {name: (mean, spread) for name, (mean, spread) in found.items() if spread > LEAST_SPREAD}
+    return {name: (mean, spread) for name, (mean, spread) in found.items() if spread > LEAST_SCALE}
 
 
 def score_metrics(prefix: str, scores: Mapping[str, Tensor], prompt_index: Tensor, scales: Scales) -> Metrics:

@@ -263,7 +263,7 @@ def response_logprobs(policy: Policy, part: Preferences) -> tuple[Tensor, Tensor
     return response_scatter(flat, scored).cpu().double().sum(dim=1), scored.sum(dim=1).cpu()
 
 
-def log_ratios_of(policy: Policy, examples: Sequence[Example], reference: AbstractContextManager[None]) -> Tensor:
+def log_ratios_against(policy: Policy, examples: Sequence[Example], reference: AbstractContextManager[None]) -> Tensor:
     """log π(y|x) − log ρ(y|x) of each response, both measured now and without gradients. [R] float64, nats.
 
     Within ``reference``, the policy is ρ.
@@ -274,7 +274,7 @@ def log_ratios_of(policy: Policy, examples: Sequence[Example], reference: Abstra
     return ref_nats - nats
 
 
-def log_ratios(policy: Policy, part: Preferences) -> Tensor:
+def response_log_ratios(policy: Policy, part: Preferences) -> Tensor:
     """log π(y|x) − log ρ(y|x) of each response, π measured now and without gradients. [R] float64, nats."""
     nats, _ = document_nats(policy, part.examples, part.temperature)
     return -nats - part.ref_logprobs
@@ -290,7 +290,7 @@ def pair_metrics(policy: Policy, pairs: Preferences) -> dict[str, float | None]:
 
         accuracy = share of pairs with h > 0, a half where h = 0;    margin = mean h
     """
-    log_ratio = log_ratios(policy, pairs)
+    log_ratio = response_log_ratios(policy, pairs)
     margin = margins(log_ratio)
     share, count = win_share(margin), len(margin)
     low, high = wilson(share, count)

@@ -14,7 +14,7 @@ from kltune.train.preferences import (
     Preferences,
     check_first_log_ratios,
     load_preferences,
-    log_ratios_of,
+    log_ratios_against,
     pair_metrics,
     response_logprobs,
 )
@@ -47,7 +47,7 @@ def test_log_probabilities_of_responses(trained_policy, pairs):
     logprobs, tokens = response_logprobs(trained_policy, pairs)
     torch.testing.assert_close(logprobs.detach(), mine, atol=1e-4, rtol=0.0)
     assert tokens.tolist() == [2, 7, 3, 2, 4, 3]        # with the end token
-    found = log_ratios_of(trained_policy, pairs.examples, trained_policy.reference())
+    found = log_ratios_against(trained_policy, pairs.examples, trained_policy.reference())
     torch.testing.assert_close(found, mine - reference, atol=1e-4, rtol=0.0)
 
 

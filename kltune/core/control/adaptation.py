@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from kltune.core.control.trust_region import SearchResult
 
-MEMORY = 0.8  # share of the running mean that a new observation leaves
+RATE_MEMORY = 0.8  # share of the running mean that a new observation leaves
 FIRST_SEEN = 3  # observations before the mean is believed: one has an error as large as itself
 LEAST_SHARE = 0.02  # of the largest radius: a step has to be made for the next batch to say anything
 FIRST_DAMPING = 100.0  # of the mean curvature; the literature's 0.1 crawls on a language model (docs/maths.md 14)
@@ -25,10 +25,10 @@ LEAST_DAMPING = 1e-4  # of the mean curvature: below it, directions without any 
 
 
 @dataclass(frozen=True)
-class Pace:
-    """The running mean of ``rate``, and of which last step the next batch will tell.
+class AdaptiveRadius:
+    """How long the next trust-region step may be, by what fresh batches said of the steps before.
 
-    total, seen: the mean's sum, weights falling by ``MEMORY``, score per √nat; and how many observations are in it.
+    total, seen: the mean's sum, weights falling by ``RATE_MEMORY``, score per √nat; and how many observations it has.
     step_kl: KL(old ‖ new) of the last step, nats per response; 0 where there was none.
     """
 
@@ -39,9 +39,9 @@ class Pace:
     @property
     def rate(self) -> float | None:
         """True gain per unit of √(2δ), score per √nat; None before the first observation."""
-        return self.total / (1.0 - MEMORY**self.seen) if self.seen else None
+        return self.total / (1.0 - RATE_MEMORY**self.seen) if self.seen else None
 
-    def radius(self, most: float, beta: float) -> float:
+    def allowed(self, most: float, beta: float) -> float:
         """The KL(old ‖ new) to allow the next step, nats per response.
 
         Args:
@@ -53,11 +53,11 @@ class Pace:
         best = 0.5 * (max(self.rate, 0.0) / beta) ** 2
         return min(most, max(best, LEAST_SHARE * most))
 
-    def stepped(self, step_kl: float) -> "Pace":
+    def stepped(self, step_kl: float) -> "AdaptiveRadius":
         """After a step of this size; 0 says that none was made."""
         return replace(self, step_kl=step_kl)
 
-    def observed(self, slope: float, beta: float) -> "Pace":
+    def observed(self, slope: float, beta: float) -> "AdaptiveRadius":
         """What responses of the new policy say of the last step.
 
         Their gradient along it knows nothing of the noise that the step followed. At its end the step has paid for
@@ -71,7 +71,7 @@ class Pace:
             return self
         length = math.sqrt(2.0 * self.step_kl)
         rate = slope / length + beta * length
-        return replace(self, total=MEMORY * self.total + (1.0 - MEMORY) * rate, seen=self.seen + 1)
+        return replace(self, total=RATE_MEMORY * self.total + (1.0 - RATE_MEMORY) * rate, seen=self.seen + 1)
 
     def fresh_gain(self, slope: float, beta: float) -> float:
         """The last step's gain in the objective as new responses see it, rate · √(2δ) − β · δ; unit of score."""

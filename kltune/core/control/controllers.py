@@ -49,7 +49,7 @@ class FixedBeta:
     beta: float
 
     def updated(self, ref_kl: float, target: float, *, pull: float, responses: int) -> "FixedBeta":
-        """Itself."""
+        """See ``Controller.updated``; the price stays."""
         return self
 
     def raised(self, factor: float, least: float) -> "FixedBeta":

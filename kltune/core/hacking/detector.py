@@ -55,8 +55,8 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class Watch:
-    """What evaluations have said so far, as far as the next one is judged by it.
+class Detector:
+    """The state of a run's detector of reward hacking: what the next evaluation is compared with.
 
     tokens, end_fraction: of the last evaluation. under_way: what has set in and not gone.
     """
@@ -67,15 +67,15 @@ class Watch:
     under_way: tuple[Kind, ...] = ()
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> "Watch":
+    def of(cls, state: Mapping[str, Any]) -> "Detector":
         """The same again from its ``asdict``, also after a journey through JSON."""
         peak = None if state["peak"] is None else Peak(**state["peak"])
         return cls(**{**state, "peak": peak, "under_way": tuple(state["under_way"])})
 
     def observed(
         self, step: int, metrics: Mapping[str, float | None], looks: int
-    ) -> tuple["Watch", tuple[Alarm, ...]]:
-        """Hear of an evaluation.
+    ) -> tuple["Detector", tuple[Alarm, ...]]:
+        """Update with one evaluation; return the new state and the alarms it starts.
 
         * gold: below its peak by more than ``errors_of(looks)`` standard errors of the difference, √(se² + se_peak²),
           while the score is above what it was at the peak (or nothing is scored). Evaluations answer the same prompts
@@ -145,7 +145,7 @@ def _diversity(now: Mapping[str, float]) -> str:
     return "responses have become alike: " + "; ".join(said) if said else ""
 
 
-def _length(now: Mapping[str, float], before: Watch, *, going_on: bool) -> str:
+def _length(now: Mapping[str, float], before: Detector, *, going_on: bool) -> str:
     """Growth sets it in; from then on it goes on until the length, or the share that end, is back."""
     said = []
     tokens, usual = now.get("response_tokens"), now.get("reference_response_tokens")

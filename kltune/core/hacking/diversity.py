@@ -49,21 +49,21 @@ def diversity(responses: Sequence[Tokens], prompts: Sequence[int], vocabulary: i
     answers: dict[int, list[Tokens]] = {}
     for prompt, tokens in zip(prompts, cut, strict=True):
         answers.setdefault(prompt, []).append(tokens)
-    within = [distinct(group, 2) for group in answers.values() if len(group) > 1]
+    within = [distinct_n(group, 2) for group in answers.values() if len(group) > 1]
     known = [share for share in within if share is not None]
     return Diversity(
-        distinct_1=distinct(cut, 1),
-        distinct_2=distinct(cut, 2),
-        distinct_3=distinct(cut, 3),
+        distinct_1=distinct_n(cut, 1),
+        distinct_2=distinct_n(cut, 2),
+        distinct_3=distinct_n(cut, 3),
         distinct_2_adjusted=distinct_adjusted(cut, 2, vocabulary),
         self_bleu=self_bleu(cut),
         per_input=sum(known) / len(known) if known else None,
-        across_input=distinct([group[0] for group in answers.values()], 2) if len(answers) > 1 else None,
+        across_input=distinct_n([group[0] for group in answers.values()], 2) if len(answers) > 1 else None,
         duplicates=duplicate_fraction(responses),
     )
 
 
-def distinct(responses: Sequence[Tokens], n: int) -> float | None:
+def distinct_n(responses: Sequence[Tokens], n: int) -> float | None:
     """Different n-grams as a share of all n-grams of all responses together; None if there are none.
 
     Source: Li et al. 2016, arXiv 1510.03055.

@@ -17,13 +17,13 @@ Form = Literal["rl", "best_of_n"]
 NEAREST = 0.3           # √nat: below it the RL form, whose slope is infinite at 0, is not fitted (docs/maths.md 20)
 FEWEST_POINTS = 5
 FEWEST_RUNS = 5         # clusters: of fewer, resampling says nothing
-RESAMPLES = 2000
+FIT_RESAMPLES = 2000
 REACH = 2.5             # `score_at` reads a KL off the points that lie within this factor of it
-LEAST_SPREAD = 0.1      # √nat: points closer together than this have no slope
+LEAST_RANGE = 0.1      # √nat: points closer together than this have no slope
 
 
 @dataclass(frozen=True)
-class Peak:
+class FittedPeak:
     """Where a fitted curve turns down.
 
     The intervals are at 95 %; an end that is None is beyond all bounds: in some resamples the curve never turned.
@@ -50,7 +50,7 @@ class GainFit:
     alpha_ci: Interval
     beta: float
     beta_ci: Interval
-    peak: Peak | None
+    peak: FittedPeak | None
     observed: bool
     claim: str
     points: int
@@ -101,14 +101,14 @@ def fit_gain(
     if len(d) < FEWEST_POINTS or count < FEWEST_RUNS:
         beyond = f" beyond {NEAREST**2:.2g} nats" if form == "rl" else ""
         return f"{_number(len(d), 'point')} of {_number(count, 'run')}{beyond}; wanted {FEWEST_POINTS} of {FEWEST_RUNS}"
-    if np.ptp(d) < LEAST_SPREAD:
+    if np.ptp(d) < LEAST_RANGE:
         return f"all points lie within {np.ptp(d):.2g} √nat of each other"
 
     x, weight = _design(d, form), error**-2
     moments = np.zeros((count, 2, 3))          # of each run: XᵀWX beside XᵀWy
     np.add.at(moments, cluster, weight[:, None, None] * x[:, :, None] * np.concatenate([x, y[:, None]], 1)[:, None, :])
     alpha, beta = _solved(moments.sum(0, keepdims=True))[0]
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=FIT_RESAMPLES)
     resampled = _solved(np.tensordot(drawn, moments, 1))
     if np.isnan(resampled[:, 0]).mean() > 0.05:
         return "the runs lie at too few different KLs to tell the two parameters apart"
@@ -140,7 +140,7 @@ def _solved(moments: np.ndarray) -> np.ndarray:
     return np.stack([(c * u - b * v) / determinant, (a * v - b * u) / determinant], axis=1)
 
 
-def _peak(alpha: float, beta: float, resampled: np.ndarray, form: Form) -> Peak:
+def _peak(alpha: float, beta: float, resampled: np.ndarray, form: Form) -> FittedPeak:
     def at(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """d* and R*; infinite where the curve never turns down."""
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
@@ -155,12 +155,12 @@ def _peak(alpha: float, beta: float, resampled: np.ndarray, form: Form) -> Peak:
     distance, top = (float(value) for value in at(np.array(alpha), np.array(beta)))
     distances, tops = at(*resampled.T)
     low, high = _open_percentiles(distances)
-    return Peak(
+    return FittedPeak(
         distance, (low, high), distance**2, (low**2, None if high is None else high**2), top, _open_percentiles(tops)
     )
 
 
-def _claim(peak: Peak | None, beta_ci: Interval, d: np.ndarray) -> str:
+def _claim(peak: FittedPeak | None, beta_ci: Interval, d: np.ndarray) -> str:
     """Why no peak is claimed; empty where one is."""
     if peak is None or beta_ci[0] <= 0.0:
         return "no peak yet: beta is not shown to be above 0"
@@ -285,7 +285,7 @@ def score_at(
     nats, values, errors = (np.asarray(column, dtype=float) for column in (kl, scores, stderrs))
     near = (nats > at / REACH) & (nats < at * REACH)
     x = np.sqrt(nats[near]) - math.sqrt(at)
-    if near.sum() < 3 or np.ptp(x) < LEAST_SPREAD or not x.min() <= LEAST_SPREAD or not x.max() >= -LEAST_SPREAD:
+    if near.sum() < 3 or np.ptp(x) < LEAST_RANGE or not x.min() <= LEAST_RANGE or not x.max() >= -LEAST_RANGE:
         return None
     design = np.stack([np.ones_like(x), x], axis=1)
     solution, *_ = np.linalg.lstsq(design, values[near], rcond=None)

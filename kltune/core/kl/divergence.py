@@ -161,7 +161,7 @@ class ByToken(NamedTuple):
     reference: Tensor
 
 
-class Comparison(NamedTuple):
+class TokenDivergence(NamedTuple):
     """Two next-token distributions held against each other; the first is the one that samples. Each [N], nats.
 
     kl: KL(first ‖ second), over the whole vocabulary. entropy, ref_entropy: of the first and of the second.
@@ -175,7 +175,7 @@ class Comparison(NamedTuple):
     by_token: ByToken | None = None
 
 
-def compare(logprobs: Tensor, ref_logprobs: Tensor, *, by_token: bool = False) -> Comparison:
+def compare(logprobs: Tensor, ref_logprobs: Tensor, *, by_token: bool = False) -> TokenDivergence:
     """All that is measured of two next-token distributions, with every pass over the vocabulary made once.
 
     It works in place on what it makes, so no gradient flows.
@@ -205,7 +205,7 @@ def compare(logprobs: Tensor, ref_logprobs: Tensor, *, by_token: bool = False) -
     kl = never_below_zero(parts.sum(-1))
     # In place from here on: a fresh tensor of the vocabulary's size costs more than what is computed in it.
     variance = gap.sub_(mean).square_().mul_(p).sum(-1)
-    return Comparison(kl, _entropy(p, logprobs), _entropy(q, ref_logprobs), variance, sums)
+    return TokenDivergence(kl, _entropy(p, logprobs), _entropy(q, ref_logprobs), variance, sums)
 
 
 def never_below_zero(kl: Tensor) -> Tensor:

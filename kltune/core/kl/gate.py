@@ -144,7 +144,7 @@ def confidence_per_look(confidence: float, count: int) -> float:
 
 
 @dataclass(frozen=True)
-class Point:
+class AlphaPoint:
     """A measurement at one α. nats, stderr: KL and its standard error. bound: what must not exceed the budget."""
 
     alpha: float
@@ -162,12 +162,12 @@ class Search:
     """
 
     alpha: float
-    points: tuple[Point, ...]
+    points: tuple[AlphaPoint, ...]
     falls: tuple[tuple[float, float], ...]
 
 
 def largest_alpha(
-    measure: Callable[[float], Point],
+    measure: Callable[[float], AlphaPoint],
     budget: float,
     *,
     grid: Sequence[float] = GRID,
@@ -182,14 +182,14 @@ def largest_alpha(
 
     Args:
         measure: the measurement at an α, with the same random numbers for every α.
-        budget: in the unit of ``Point.bound``, above 0.
+        budget: in the unit of ``AlphaPoint.bound``, above 0.
         grid: α's to begin with; all of them are measured unless the first meets the budget.
         tolerance: share of the budget that may be left unused.
         tries: measurements after those of the grid.
     """
-    points: dict[float, Point] = {}
+    points: dict[float, AlphaPoint] = {}
 
-    def look(alpha: float) -> Point:
+    def look(alpha: float) -> AlphaPoint:
         points[alpha] = measure(alpha)
         return points[alpha]
 

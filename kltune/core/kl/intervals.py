@@ -19,7 +19,7 @@ NORMAL_FROM = 200           # prompts: from here on Student's t covers as well a
 BOOTSTRAP_FROM = 5          # prompts: below, too many resamples are one prompt over and over, and the tails are those
 RESAMPLES = 2000            # at least; more where fewer than TAIL_RESAMPLES of them would lie in a tail
 TAIL_RESAMPLES = 25
-LEAST_SPREAD = 0.1          # of the sample's standard error, for a resample's: equal prompts have none to divide by
+LEAST_RESAMPLED = 0.1          # of the sample's standard error, for a resample's: equal prompts have none to divide by
 ROUNDING = 1e-4             # nats per response: what float32 log-probabilities of a response may be off by
 
 
@@ -242,7 +242,7 @@ def _bootstrap_t(numerators: np.ndarray, denominators: np.ndarray, confidence: f
     tops, bottoms = numerators[drawn], denominators[drawn]                      # [resamples, m]
     ratio = numerators.sum() / denominators.sum()
     shift = tops.sum(-1) / bottoms.sum(-1) - ratio
-    stderr = np.maximum(_ratio_stderr(tops, bottoms), LEAST_SPREAD * _ratio_stderr(numerators, denominators))
+    stderr = np.maximum(_ratio_stderr(tops, bottoms), LEAST_RESAMPLED * _ratio_stderr(numerators, denominators))
     low, high = np.quantile(shift / stderr, [tail, 1.0 - tail])
     return float(high), float(-low)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from kltune.core.control.adaptation import FIRST_SEEN, LEAST_SHARE, MEMORY, Damping, Pace
+from kltune.core.control.adaptation import FIRST_SEEN, LEAST_SHARE, RATE_MEMORY, AdaptiveRadius, Damping
 from kltune.core.control.trust_region import SearchResult, Trial
 
 BETA, MOST = 0.2, 0.2
@@ -18,8 +18,8 @@ def slope_after(rate: float, step_kl: float, beta: float) -> float:
     return (rate - beta * length) * length
 
 
-def watched(rate: float, step_kl: float, beta: float = BETA, times: int = FIRST_SEEN) -> Pace:
-    pace = Pace()
+def watched(rate: float, step_kl: float, beta: float = BETA, times: int = FIRST_SEEN) -> AdaptiveRadius:
+    pace = AdaptiveRadius()
     for _ in range(times):
         pace = pace.stepped(step_kl).observed(slope_after(rate, step_kl, beta), beta)
     return pace
@@ -34,33 +34,33 @@ def test_the_radius_is_where_the_gain_is_largest():
     rate = 0.08
     sizes = np.linspace(1e-4, MOST, 20_001)
     gains = rate * np.sqrt(2.0 * sizes) - BETA * sizes
-    assert watched(rate, 0.1).radius(MOST, BETA) == pytest.approx(sizes[gains.argmax()], abs=1e-4)
+    assert watched(rate, 0.1).allowed(MOST, BETA) == pytest.approx(sizes[gains.argmax()], abs=1e-4)
 
 
 def test_a_gain_is_what_the_quadratic_says():
-    pace = Pace().stepped(0.1)
+    pace = AdaptiveRadius().stepped(0.1)
     assert pace.fresh_gain(slope_after(0.08, 0.1, BETA), BETA) == pytest.approx(0.08 * math.sqrt(0.2) - BETA * 0.1)
 
 
 def test_where_a_nat_is_cheap_or_nothing_is_known_a_step_is_as_long_as_allowed_and_never_given_up():
-    assert Pace().radius(MOST, BETA) == MOST
-    assert watched(0.01, 0.1, times=FIRST_SEEN - 1).radius(MOST, BETA) == MOST
-    assert watched(0.01, 0.1).radius(MOST, BETA) < MOST
-    assert watched(0.01, 0.1).radius(MOST, 0.0) == MOST
-    assert watched(0.06, 0.1).radius(MOST, 0.01) == MOST
-    assert watched(-0.05, 0.1).radius(MOST, BETA) == pytest.approx(LEAST_SHARE * MOST)
+    assert AdaptiveRadius().allowed(MOST, BETA) == MOST
+    assert watched(0.01, 0.1, times=FIRST_SEEN - 1).allowed(MOST, BETA) == MOST
+    assert watched(0.01, 0.1).allowed(MOST, BETA) < MOST
+    assert watched(0.01, 0.1).allowed(MOST, 0.0) == MOST
+    assert watched(0.06, 0.1).allowed(MOST, 0.01) == MOST
+    assert watched(-0.05, 0.1).allowed(MOST, BETA) == pytest.approx(LEAST_SHARE * MOST)
 
 
 def test_the_mean_forgets_and_has_no_bias():
     pace = watched(0.1, 0.1, times=50)
     later = pace.stepped(0.1).observed(slope_after(0.0, 0.1, BETA), BETA)
     assert pace.rate == pytest.approx(0.1)
-    assert later.rate == pytest.approx(0.1 * MEMORY, rel=1e-4)
+    assert later.rate == pytest.approx(0.1 * RATE_MEMORY, rel=1e-4)
 
 
 def test_a_step_that_was_not_made_says_nothing():
-    assert Pace().stepped(0.0).observed(1.0, BETA) == Pace()
-    assert Pace().rate is None
+    assert AdaptiveRadius().stepped(0.0).observed(1.0, BETA) == AdaptiveRadius()
+    assert AdaptiveRadius().rate is None
 
 
 def climb(noise: float, *, paced: bool, steps: int = 60, size: int = 400) -> tuple[float, float]:
@@ -72,12 +72,12 @@ def climb(noise: float, *, paced: bool, steps: int = 60, size: int = 400) -> tup
     rng = np.random.default_rng(0)
     wanted = rng.normal(size=size)
     wanted *= 2.0 * BETA / np.linalg.norm(wanted)
-    x, pace, last, radii = np.zeros(size), Pace(), None, []
+    x, pace, last, radii = np.zeros(size), AdaptiveRadius(), None, []
     for _ in range(steps):
         seen = wanted - BETA * x + noise * np.linalg.norm(wanted) * rng.normal(size=size) / math.sqrt(size)
         if last is not None and paced:
             pace = pace.observed(float(seen @ last), BETA)
-        radii.append(pace.radius(MOST, BETA))
+        radii.append(pace.allowed(MOST, BETA))
         last = min(math.sqrt(2.0 * radii[-1]) / np.linalg.norm(seen), 1.0 / BETA) * seen
         x, pace = x + last, pace.stepped(0.5 * float(last @ last))
     gain = float(wanted @ x) - 0.5 * BETA * float(x @ x)

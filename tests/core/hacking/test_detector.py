@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from kltune.core.hacking.detector import Watch, errors_of
+from kltune.core.hacking.detector import Detector, errors_of
 
 STEADY = {
     "eval/distinct_2_adjusted": 0.8, "eval/reference_distinct_2_adjusted": 0.8,
@@ -26,7 +26,7 @@ def scored(gold, score, error=0.1):
 
 def heard(evaluations, looks=1):
     """What set in at which step of one evaluation in ten, and the watch after the last."""
-    watch, seen = Watch(), []
+    watch, seen = Detector(), []
     for place, metrics in enumerate(evaluations, start=1):
         watch, alarms = watch.observed(10 * place, metrics, looks)
         seen += [(10 * place, alarm.kind, alarm.found) for alarm in alarms]
@@ -86,7 +86,7 @@ def test_length_that_grows_beyond_the_reference_is_told_once_until_it_is_back():
 
 def test_a_long_response_that_no_longer_grows_does_not_set_anything_in():
     _, watch = heard([STEADY | {"eval/response_tokens": 44}])
-    later = Watch(tokens=60.0)
+    later = Detector(tokens=60.0)
     assert later.observed(20, STEADY | {"eval/response_tokens": 50.0}, looks=1)[1] == ()
     assert watch.observed(20, STEADY | {"eval/response_tokens": 50.0}, looks=1)[1] != ()
 
@@ -111,8 +111,8 @@ def test_these_are_no_alarm(evaluations):
 def test_a_watch_survives_json():
     _, watch = heard([scored(0.5, 1) | STEADY, scored(0.1, 2) | STEADY | {"eval/distinct_2_adjusted": 0.1}])
     assert watch.under_way == ("gold", "diversity")
-    assert Watch.of(json.loads(json.dumps(asdict(watch)))) == watch
-    assert Watch.of(json.loads(json.dumps(asdict(Watch())))) == Watch()
+    assert Detector.of(json.loads(json.dumps(asdict(watch)))) == watch
+    assert Detector.of(json.loads(json.dumps(asdict(Detector())))) == Detector()
 
 
 def test_a_fall_has_to_be_larger_the_more_often_a_run_looks():

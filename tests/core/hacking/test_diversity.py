@@ -7,8 +7,8 @@ import pytest
 
 from kltune.core.hacking.diversity import (
     FIRST_TOKENS,
-    distinct,
     distinct_adjusted,
+    distinct_n,
     diversity,
     duplicate_fraction,
     self_bleu,
@@ -20,11 +20,11 @@ PAIR = [(1, 2, 1, 2), (1, 2, 3)]
 
 @pytest.mark.parametrize(("n", "share"), [(1, 3 / 7), (2, 3 / 5), (3, 1.0)])
 def test_distinct_n_by_hand(n, share):
-    assert distinct(PAIR, n) == pytest.approx(share)
+    assert distinct_n(PAIR, n) == pytest.approx(share)
 
 
 def test_without_n_grams_nothing_is_said():
-    assert distinct([(1,), ()], 2) is None
+    assert distinct_n([(1,), ()], 2) is None
     assert distinct_adjusted([(1,), ()], 2, 10) is None
     assert self_bleu([(1, 2), ()]) is None
 
@@ -36,13 +36,13 @@ def test_adjusted_distinct_by_hand():
     assert distinct_adjusted(PAIR, 2, 4) == pytest.approx(3 / (16 * (1 - (15 / 16) ** 5)))
     assert distinct_adjusted([(7, 7, 7)], 2, 1) == 1.0
     # of a large vocabulary it is plain distinct
-    assert distinct_adjusted(PAIR, 2, 150_000) == pytest.approx(distinct(PAIR, 2), rel=1e-9)
+    assert distinct_adjusted(PAIR, 2, 150_000) == pytest.approx(distinct_n(PAIR, 2), rel=1e-9)
 
 
 def test_adjusted_distinct_of_chance_is_one_at_every_length_where_plain_distinct_falls():
     rng = random.Random(0)
     short, long = ([[rng.randrange(20) for _ in range(50)] for _ in range(count)] for count in (2, 40))
-    plain = [distinct(rows, 2) for rows in (short, long)]
+    plain = [distinct_n(rows, 2) for rows in (short, long)]
     adjusted = [distinct_adjusted(rows, 2, 20) for rows in (short, long)]
     assert plain[0] > 3 * plain[1]
     assert adjusted == pytest.approx([1.0, 1.0], abs=0.05)
