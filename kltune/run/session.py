@@ -235,7 +235,7 @@ def _is_finished(folder: Path, record: dict[str, Any] | None) -> bool:
 
 
 def _refuse_another_recipe(recipe: Recipe, record: dict[str, Any]) -> None:
-    """A folder holds the numbers of one recipe; only where and how many checkpoints are kept may change."""
+    """Refuse a recipe other than that of the folder; only where and how many checkpoints are kept may change."""
     folder = Path(recipe.run.output)
     if record.get("recipe_sha256") == recipe_digest(recipe):
         return

@@ -219,7 +219,7 @@ def _curve_points(source: FrontierSource) -> list[FrontierPoint]:
 
 
 def family(settings: dict[str, Any]) -> str:
-    """What a curve is called: stage and control."""
+    """Stage and control of a run, which begin the name of its curve."""
     stage = settings["stage"]
     if stage == "dpo":
         loss, online = settings["dpo.loss"], settings["dpo.source"] == "online"
@@ -240,7 +240,7 @@ def main_knob(settings: dict[str, Any]) -> str:
 
 
 def curve_names(sources: Sequence[FrontierSource]) -> dict[str, tuple[str, str]]:
-    """Of each run: (its curve, its setting).
+    """The names of each run's curve and of its setting on it.
 
     Runs of one family that differ in more than what sets the KL, and the seed, are on curves of their own.
     """
