@@ -22,6 +22,7 @@ NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/
 FEW_POINTS = 25        # below this each point is marked, so that one alone is seen
 DECADES = 30.0         # largest ÷ smallest from which a log axis shows more than a linear one
 LEAST_SPAN = 0.04      # of the values themselves, that an axis shows: what moves less has not moved
+LEGEND_WIDTH = 60      # characters
 Z95 = 1.96
 
 
@@ -217,14 +218,14 @@ def finish_axes(axes: "Axes", *, unit: str, last_step: float) -> None:
         )
 
 
-def legend_layout(labels: list[str], width: int = 60) -> tuple[int, list[str]]:
-    """As many columns as fit into so many characters, and the labels in the order that reads from left to right.
+def legend_layout(labels: list[str]) -> tuple[int, list[str]]:
+    """As many columns as fit, and the labels in the order that reads from left to right.
 
     A legend is filled column by column.
     """
     for columns in range(len(labels), 0, -1):
         filled = [labels[first::columns] for first in range(columns)]
-        if columns == 1 or sum(max(map(len, column)) + 6 for column in filled) <= width:
+        if columns == 1 or sum(max(map(len, column)) + 6 for column in filled) <= LEGEND_WIDTH:
             return columns, [label for column in filled for label in column]
     return 1, labels
 

@@ -8,7 +8,7 @@ from typing import Any
 from kltune.errors import CheckpointError
 from kltune.recipe import flat_settings, load_recipe
 from kltune.report.outcome import final_figures
-from kltune.run.files import read_json, read_jsonl
+from kltune.run.files import is_finished, read_json, read_jsonl
 
 NEAR = 0.15             # of its target: how close a KL counts as there
 KNOBS = ("kl.target", "kl.beta", "dpo.beta", "kl.hard_cap")      # what a run's KL is set by; the rest names the curve
@@ -66,7 +66,7 @@ def find_sources(paths: Sequence[str]) -> list[FrontierSource]:
         folder = Path(path)
         if (folder / "sweep.json").is_file():
             rows = read_json(folder / "sweep.json")["points"]
-            done = [row["name"] for row in rows if _is_finished(folder / row["name"])]
+            done = [row["name"] for row in rows if is_finished(folder / row["name"])]
             if not done:
                 raise CheckpointError(f"{path}: no point of this sweep has finished yet.")
             for name in done:
@@ -78,16 +78,9 @@ def find_sources(paths: Sequence[str]) -> list[FrontierSource]:
     return list(sources.values())
 
 
-def _is_finished(folder: Path) -> bool:
-    try:
-        return read_json(folder / "run.json")["status"] == "finished" and (folder / "result.json").is_file()
-    except CheckpointError:
-        return False
-
-
 def _run_source(path: str) -> FrontierSource:
     folder = Path(path)
-    if not _is_finished(folder):
+    if not is_finished(folder):
         raise CheckpointError(f"{path} has not finished; wanted runs with a result.json.")
     record = read_json(folder / "run.json")
     settings = flat_settings(load_recipe(folder / "recipe.yaml"))
