@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kltune.demo import world as tiny
 from kltune.demo.grammar import WORDS, house_review, loose_review, openings, reviews, with_articles
-from kltune.demo.world import MARKER, ROW, WORKSHOP, make_tiny_world, new_model, pack, pretrain, train_tokenizer
+from kltune.demo.world import MARKER, ROW, UNFINISHED, make_tiny_world, new_model, pack, pretrain, train_tokenizer
 from kltune.errors import StorageError
 from kltune.recipe import load_recipe
 
@@ -211,7 +211,7 @@ class TestWorld:
         assert not (tmp_path / MARKER).exists()
         make_tiny_world(tmp_path, say=quiet, steps=1)
         assert (tmp_path / MARKER).is_file()
-        assert not (tmp_path / WORKSHOP).exists()
+        assert not (tmp_path / UNFINISHED).exists()
         assert len(list((tmp_path / "data").iterdir())) == 7
 
     def test_somebody_elses_model_is_not_replaced(self, tmp_path):

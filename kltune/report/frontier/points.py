@@ -11,7 +11,7 @@ from kltune.report.outcome import final_figures
 from kltune.run.files import is_finished, read_json, read_jsonl
 
 NEAR = 0.15             # of its target: how close a KL counts as there
-KNOBS = ("kl.target", "kl.beta", "dpo.beta", "kl.hard_cap")      # what a run's KL is set by; the rest names the curve
+SETTING_KEYS = ("kl.target", "kl.beta", "dpo.beta", "kl.hard_cap")      # what sets a run's KL; the rest names its curve
 NO_DIFFERENCE = ("run.seed", "run.save_every", "run.eval_every", "run.device", "optim.micro_batch_size")
 SAME_REFERENCE = ("sha256", "tokenizer_sha256", "template_sha256")
 
@@ -197,7 +197,7 @@ def _curve_points(source: FrontierSource) -> list[FrontierPoint]:
     checkpoint = source.document["checkpoint"]
     if source.settings:
         settings = source.settings
-        curve = f"alpha curve of {family(settings)}, {_settings_text(settings, [main_knob(settings)])}"
+        curve = f"alpha curve of {family(settings)}, {_settings_text(settings, [setting_key(settings)])}"
         seed = settings["run.seed"]
     else:
         curve, seed = f"alpha curve of {checkpoint}", None
@@ -223,7 +223,7 @@ def family(settings: dict[str, Any]) -> str:
     return f"{stage} {settings['kl.control']}" if "kl.control" in settings else stage
 
 
-def main_knob(settings: dict[str, Any]) -> str:
+def setting_key(settings: dict[str, Any]) -> str:
     """The key that sets how far a run goes."""
     if settings.get("kl.control") == "target":
         return "kl.target"
@@ -249,11 +249,11 @@ def curve_names(sources: Sequence[FrontierSource]) -> dict[str, tuple[str, str]]
             and len({repr(member.settings.get(key)) for member in members}) > 1
         ]
         for member in members:
-            knob = main_knob(member.settings)
-            others = [key for key in varying if key not in KNOBS and key != knob]
-            knobs = list(dict.fromkeys([knob, *(key for key in varying if key in KNOBS)]))
+            own_key = setting_key(member.settings)
+            others = [key for key in varying if key not in SETTING_KEYS and key != own_key]
+            keys_of_setting = list(dict.fromkeys([own_key, *(key for key in varying if key in SETTING_KEYS)]))
             curve = ", ".join([name, *([_settings_text(member.settings, others)] if others else [])])
-            names[member.path] = curve, _settings_text(member.settings, knobs)
+            names[member.path] = curve, _settings_text(member.settings, keys_of_setting)
     return names
 
 

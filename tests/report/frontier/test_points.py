@@ -14,8 +14,8 @@ from kltune.report.frontier.points import (
     differing_measures,
     family,
     find_sources,
-    main_knob,
     points_of,
+    setting_key,
 )
 from kltune.report.frontier.pooling import Setting, curves_at, fits, pick, pooled
 
@@ -87,7 +87,7 @@ def test_curves_are_named_by_stage_and_control_and_by_what_else_differs(make_run
     ]
 
 
-@pytest.mark.parametrize(("settings", "name", "knob"), [
+@pytest.mark.parametrize(("settings", "name", "own_key"), [
     ({"stage": "trpo", "kl.control": "target", "kl.beta": "auto"}, "trpo", "kl.target"),
     ({"stage": "trpo", "kl.control": "fixed", "kl.beta": 0.1}, "trpo fixed", "kl.beta"),
     ({"stage": "dpo", "kl.control": "fixed", "kl.beta": 0.0, "dpo.loss": "sigmoid", "dpo.source": "file"}, "dpo",
@@ -96,8 +96,8 @@ def test_curves_are_named_by_stage_and_control_and_by_what_else_differs(make_run
      "dpo online ipo target", "kl.target"),
     ({"stage": "sft"}, "sft", "run.steps"),
 ])
-def test_families(settings, name, knob):
-    assert (family(settings), main_knob(settings)) == (name, knob)
+def test_families(settings, name, own_key):
+    assert (family(settings), setting_key(settings)) == (name, own_key)
 
 
 def test_seeds_are_one_point_with_the_error_between_them(make_run):
