@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from kltune.cli.options import JSONOption
-from kltune.cli.output import emit, to_json, wants_colour
+from kltune.cli.output import emit, emit_json, wants_colour
 from kltune.errors import EXIT_CODES, ExitCode, RecipeError
 from kltune.recipe.wording import FOREIGN, listed
 from kltune.recipe.writing import RecipeKey, keys_named, recipe_keys
@@ -58,7 +58,7 @@ def explain_command(
     """
     answer = everything() if word is None else answer_to(word)
     if as_json:
-        emit(to_json({"schema": "kltune.explain/1", "asked": word, **asdict(answer)}))
+        emit_json({"schema": "kltune.explain/1", "asked": word, **asdict(answer)})
         return
     text = overview(answer.guides) if word is None else "\n\n".join(texts(answer))
     emit(laid_out(text) if wants_colour(sys.stdout) else text)

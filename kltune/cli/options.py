@@ -15,7 +15,7 @@ class Unit(StrEnum):
 
 
 class Direction(StrEnum):
-    """reverse is KL(policy‖reference), forward KL(reference‖policy)."""
+    """Which KL is measured: reverse is KL(policy‖reference), forward KL(reference‖policy)."""
 
     REVERSE = "reverse"
     FORWARD = "forward"
@@ -30,7 +30,7 @@ def finite(value: float | None) -> float | None:
 
 
 def confidence_level(value: float) -> float:
-    """Refuse what is no confidence."""
+    """Refuse a number that is no confidence level."""
     if not 0.5 <= value < 1:
         raise typer.BadParameter(f"{value} is not between 0.5 and 1; 0.95 is usual")
     return value

@@ -1,4 +1,4 @@
-"""``kltune sample``: ask a checkpoint and its reference the same."""
+"""``kltune sample``: ask a checkpoint and its reference the same prompts."""
 
 import sys
 from enum import StrEnum
@@ -15,7 +15,7 @@ from kltune.report.text import answers_text, sample_heading, sample_text
 
 
 class Template(StrEnum):
-    """What becomes of a prompt that was typed."""
+    """How a prompt that was typed becomes the model's input."""
 
     AUTO = "auto"
     NONE = "none"

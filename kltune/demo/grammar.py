@@ -85,7 +85,7 @@ class Review:
 
 @dataclass
 class Reviewer:
-    """Someone with one topic in hand; every method draws from ``rng`` and returns words.
+    """The author of one review of one topic; every method draws from ``rng`` and returns words.
 
     Attributes:
         rng: the source of every choice.

@@ -36,7 +36,7 @@ from kltune.errors import StorageError
 from kltune.run.files import read_document, to_json, write_json
 
 MARKER = "tiny_world.json"
-WORKSHOP = "tiny_world.building"
+UNFINISHED = "tiny_world.building"
 FOLDERS = ("model", "data")
 SCHEMA = "kltune.tiny_world/3"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -75,17 +75,17 @@ def make_tiny_world(
         say(f"the tiny world in {folder} is complete; nothing to do")
         return
     _refuse_foreign(folder)
-    workshop = folder / WORKSHOP
-    shutil.rmtree(workshop, ignore_errors=True)
-    workshop.mkdir(parents=True)
-    _build(workshop, seed=seed, steps=steps, say=say)
-    write_json(workshop / MARKER, identity)
+    unfinished = folder / UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    _build(unfinished, seed=seed, steps=steps, say=say)
+    write_json(unfinished / MARKER, identity)
     (folder / MARKER).unlink(missing_ok=True)
     for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(workshop / name, folder / name)
-    os.replace(workshop / MARKER, folder / MARKER)
-    workshop.rmdir()
+        os.replace(unfinished / name, folder / name)
+    os.replace(unfinished / MARKER, folder / MARKER)
+    unfinished.rmdir()
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -228,10 +228,10 @@ def _build(folder: Path, *, seed: int, steps: int, say: Callable[[str], None]) -
 def _refuse_foreign(folder: Path) -> None:
     """Raise if building would replace a model or data that this module never made.
 
-    A marker, or the workshop of a build that was killed, says that they are ours.
+    A marker, or the folder of a build that was killed, says that they are ours.
     """
     taken = [name for name in FOLDERS if (folder / name).exists()]
-    if taken and not (folder / MARKER).exists() and not (folder / WORKSHOP).exists():
+    if taken and not (folder / MARKER).exists() and not (folder / UNFINISHED).exists():
         raise StorageError(
             f"{folder} already holds {' and '.join(taken)}, and no {MARKER} says that kltune made it. "
             "Nothing was changed; choose another output folder."

@@ -14,7 +14,7 @@ LEVELS = {"pass": "notice", "fail": "error", "inconclusive": "warning"}
 
 
 def write_junit(path: Path, document: dict[str, Any]) -> None:
-    """One test case per checkpoint: passed, or failed where the gate did not pass.
+    """Write one test case per checkpoint: passed, or failed where the gate did not pass.
 
     Raises:
         StorageError: it cannot be written.
@@ -32,7 +32,7 @@ def write_junit(path: Path, document: dict[str, Any]) -> None:
 
 
 def write_junit_error(path: Path, checkpoints: Sequence[str], kind: str, message: str) -> None:
-    """One test case that says why nothing was measured: whoever reads only this file must not take it for a pass."""
+    """Write one test case that says why nothing was measured, so that nobody takes the file for a pass."""
     case = ET.Element("testcase", classname="kltune.eval-kl", name=visible(", ".join(checkpoints)))
     ET.SubElement(case, "error", type=kind, message=visible(message))
     _write(path, [case], failures=0, errors=1)

@@ -16,7 +16,7 @@ from kltune.report.plots import (
     draw_final,
     draw_level,
     draw_series,
-    dress,
+    finish_axes,
     make_axes,
     set_log,
 )
@@ -59,7 +59,7 @@ TRAINING = ("kl/ref_nats_per_response", "kl/ref_nats_per_token", "score/mean", "
 
 @dataclass(frozen=True)
 class KLLimits:
-    """What the KL is held against, in ``unit``; None where the recipe sets nothing."""
+    """Target and caps of a recipe, in ``unit``; None where it sets none."""
 
     unit: str = "nats_per_response"
     target: float | None = None
@@ -196,7 +196,7 @@ def draw(plot: Plot, recorded: Recorded, limits: KLLimits) -> "Figure | None":
         draw_level(axes, limits.max_step_kl, TARGET, "largest allowed")
     if plot.log:
         set_log(axes, values)
-    dress(axes, unit=plot.unit, last_step=recorded.last_step)
+    finish_axes(axes, unit=plot.unit, last_step=recorded.last_step)
     return figure
 
 
@@ -212,7 +212,7 @@ def _series(recorded: Recorded, name: str) -> Series | None:
 
 
 def _draw_saved(axes: "Axes", recorded: Recorded, name: str, colour: str, label: str) -> float | None:
-    """What the policy that was saved measured, at the end; its value, None where that was not measured."""
+    """Draw what the policy that was saved measured, at the end; return it, None where that was not measured."""
     value, error = recorded.final.get(name), recorded.final.get(STANDARD_ERRORS.get(name, ""))
     if not is_number(value):
         return None
@@ -222,7 +222,7 @@ def _draw_saved(axes: "Axes", recorded: Recorded, name: str, colour: str, label:
 
 
 def draw_limits(axes: "Axes", limits: KLLimits) -> None:
-    """Target with its band, and hard cap."""
+    """Draw the target with its band, and the hard cap."""
     if limits.target is not None:
         low, high = ((1 + sign * TOLERANCE) * limits.target for sign in (-1, 1))
         axes.axhspan(low, high, color=TARGET, alpha=0.18, linewidth=0, label=f"target ± {100 * TOLERANCE:.0f} %")
@@ -259,5 +259,5 @@ def draw_together(plot: Plot, runs: dict[str, Recorded], targets: dict[str, floa
     if plot.log:
         set_log(axes, drawn)
     kind = f", {CURVE_NAMES[name]}" if len(plot.patterns) > 1 else ""
-    dress(axes, unit=plot.unit + kind, last_step=max(recorded.last_step for recorded in runs.values()))
+    finish_axes(axes, unit=plot.unit + kind, last_step=max(recorded.last_step for recorded in runs.values()))
     return figure

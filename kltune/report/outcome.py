@@ -1,4 +1,4 @@
-"""What a run folder holds, and its answer in one word and a few sentences: did it end, and within its budget?"""
+"""What a run folder holds, and its outcome in one word and a few sentences: did it end, and within its budget?"""
 
 import contextlib
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ class Files:
 
 @dataclass(frozen=True)
 class RunVerdict:
-    """The answer in one word, with its tone (good, bad or plain) and in sentences."""
+    """The outcome of a run in one word, with its tone (good, bad or plain), and in sentences."""
 
     word: str
     tone: str
@@ -78,7 +78,7 @@ class RunVerdict:
 
 
 def read_files(folder: Path) -> Files:
-    """Everything the page is made from.
+    """Read everything the page is made from.
 
     Raises:
         CheckpointError: there is no run.json.

@@ -22,12 +22,13 @@ NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/
 FEW_POINTS = 25        # below this each point is marked, so that one alone is seen
 DECADES = 30.0         # largest ÷ smallest from which a log axis shows more than a linear one
 LEAST_SPAN = 0.04      # of the values themselves, that an axis shows: what moves less has not moved
+LEGEND_WIDTH = 60      # characters
 Z95 = 1.96
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """x, y and what half an error bar is in either direction (1.96 standard errors). label: written beside it."""
+    """A point of a curve. x_error, y_error: 1.96 standard errors, half an error bar. label: written beside it."""
 
     x: float
     y: float
@@ -52,7 +53,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around curves.
+    """Axes, title and layout of a picture of curves.
 
     x, y: what the axes show, with its unit. title: read aloud in the picture's place. name: of the picture, where a
     page has several. root: space the x axis by square roots, on which a gain in proportion to √KL is a straight line.
@@ -90,7 +91,7 @@ def curve_svg(curves: Sequence[Curve], frame: Frame) -> str:
             axes.annotate(point.label, (point.x, point.y), offset, textcoords="offset points", color=colour, fontsize=8)
     if frame.root:
         space_by_roots(axes)
-    ink(axes, frame.x, frame.y, size=10)
+    style_axes(axes, frame.x, frame.y, size=10)
     if len(curves) > 1:
         columns = 1 if frame.narrow else 2
         figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK, fontsize=8.5)
@@ -99,7 +100,7 @@ def curve_svg(curves: Sequence[Curve], frame: Frame) -> str:
 
 
 def space_by_roots(axes: "Axes") -> None:
-    """An x axis from 0 on which √x is evenly spaced, its ticks at round numbers."""
+    """Make the x axis start at 0 and space √x evenly, its ticks at round numbers."""
     import numpy as np
 
     high = axes.get_xlim()[1]
@@ -140,8 +141,8 @@ def make_axes(width: float = 5.0, height: float = 3.1) -> "tuple[Figure, Axes]":
     return figure, figure.add_subplot()
 
 
-def ink(axes: "Axes", x: str, y: str, *, size: float) -> None:
-    """Labels, ticks, grid and the two lines that bound the picture, in mid-grey."""
+def style_axes(axes: "Axes", x: str, y: str, *, size: float) -> None:
+    """Draw labels, ticks, grid and the two lines that bound the picture in mid-grey."""
     axes.set_xlabel(x, color=INK, fontsize=size)
     axes.set_ylabel(y, color=INK, fontsize=size)
     axes.tick_params(colors=INK, which="both", labelsize=size)
@@ -152,7 +153,7 @@ def ink(axes: "Axes", x: str, y: str, *, size: float) -> None:
 
 
 def draw_series(axes: "Axes", series: Series, colour: str, label: str, *, faint: bool = False) -> None:
-    """A line, marked where there are few points, with 95 % intervals: bars on a few points, a band along many."""
+    """Draw a line, marked where there are few points, with 95 % intervals: bars on few points, a band along many."""
     mark = "o" if len(series.values) <= FEW_POINTS else None
     axes.plot(
         series.steps, series.values, color=colour, marker=mark, markersize=2.5 if faint else 3.5,
@@ -170,7 +171,7 @@ def draw_series(axes: "Axes", series: Series, colour: str, label: str, *, faint:
 
 
 def draw_final(axes: "Axes", point: CurvePoint, colour: str, label: str) -> None:
-    """One point that stands for what was saved, with its interval."""
+    """Draw one point that stands for what was saved, with its interval."""
     axes.errorbar(
         [point.x], [point.y], yerr=[point.y_error] if point.y_error else None, color=colour, marker="D",
         markersize=6.5, markeredgecolor=INK, markeredgewidth=0.8, elinewidth=1.4, capsize=3, linestyle="none",
@@ -179,12 +180,12 @@ def draw_final(axes: "Axes", point: CurvePoint, colour: str, label: str) -> None
 
 
 def draw_level(axes: "Axes", value: float, colour: str, label: str, style: str = "--") -> None:
-    """A number that does not change, across the picture."""
+    """Draw a number that does not change as a line across the picture."""
     axes.axhline(value, color=colour, linestyle=style, linewidth=1.2, label=label)
 
 
 def set_log(axes: "Axes", values: Sequence[float]) -> None:
-    """A log axis, where all values are above 0 and far apart, whose ticks read 0.02, not 2 × 10⁻²."""
+    """Make the y axis logarithmic where all values are above 0 and far apart; ticks read 0.02, not 2 × 10⁻²."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     if not values or min(values) <= 0.0 or max(values) < DECADES * min(values):
@@ -196,8 +197,8 @@ def set_log(axes: "Axes", values: Sequence[float]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def dress(axes: "Axes", *, unit: str, last_step: float) -> None:
-    """Set the limits of both axes, draw them in ink, and put the legend above the picture, where it covers no curve."""
+def finish_axes(axes: "Axes", *, unit: str, last_step: float) -> None:
+    """Set the limits of both axes, draw them in grey, and put the legend above the picture, off its curves."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(0, 1.03 * max(1, last_step))
@@ -206,7 +207,7 @@ def dress(axes: "Axes", *, unit: str, last_step: float) -> None:
     if high - low < span:
         axes.set_ylim(middle - span / 2.0, middle + span / 2.0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    ink(axes, "step", unit, size=11)
+    style_axes(axes, "step", unit, size=11)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))      # two bands, one entry
     if len(unique) > 1:
@@ -217,14 +218,14 @@ def dress(axes: "Axes", *, unit: str, last_step: float) -> None:
         )
 
 
-def legend_layout(labels: list[str], width: int = 60) -> tuple[int, list[str]]:
-    """As many columns as fit into so many characters, and the labels in the order that reads from left to right.
+def legend_layout(labels: list[str]) -> tuple[int, list[str]]:
+    """As many columns as fit, and the labels in the order that reads from left to right.
 
     A legend is filled column by column.
     """
     for columns in range(len(labels), 0, -1):
         filled = [labels[first::columns] for first in range(columns)]
-        if columns == 1 or sum(max(map(len, column)) + 6 for column in filled) <= width:
+        if columns == 1 or sum(max(map(len, column)) + 6 for column in filled) <= LEGEND_WIDTH:
             return columns, [label for column in filled for label in column]
     return 1, labels
 

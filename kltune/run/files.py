@@ -112,6 +112,12 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return read_document(folder / "run.json", RUN_SCHEMA)
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a run in the folder came to its end and left its result."""
+    record = read_record(folder)
+    return record is not None and record.get("status") == "finished" and (folder / "result.json").is_file()
+
+
 @contextlib.contextmanager
 def storing(path: Path) -> Iterator[None]:
     """Within: the system's refusal to write ``path`` becomes an error the user can put right.

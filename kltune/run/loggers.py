@@ -25,7 +25,7 @@ Number = float | int
 
 @dataclass(frozen=True)
 class Logger:
-    """What draws curves. write: takes a step and its numbers. close: writes what is still buffered."""
+    """Something that draws curves. write: takes a step and its numbers. close: writes what is still buffered."""
 
     write: Callable[[int, Mapping[str, Number]], object]
     close: Callable[[], object]
@@ -124,7 +124,7 @@ class Curves:
 
     @contextlib.contextmanager
     def _guarded(self, name: str, what: str) -> Iterator[None]:
-        """Whatever the logger raises becomes a warning and its end."""
+        """Within: whatever the logger raises becomes a warning, and ends that logger."""
         try:
             with contextlib.redirect_stdout(sys.stderr):      # stdout is for the result of the command
                 yield

@@ -32,14 +32,14 @@ COLUMNS = (
 
 
 class Clock:
-    """Laps of one step, by wall clock."""
+    """Seconds of each phase of one step, by wall clock."""
 
     def __init__(self):
         self._began = self._last = time.perf_counter()
         self._laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """Everything since the last lap was ``name``."""
+        """Count the time since the last lap as ``name``."""
         now = time.perf_counter()
         self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now

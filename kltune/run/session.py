@@ -29,6 +29,7 @@ from kltune.run.checkpoint import clear_leftovers, latest_checkpoint, saved_step
 from kltune.run.files import (
     RUN_SCHEMA,
     claim,
+    is_finished,
     locked,
     read_json,
     read_jsonl,
@@ -205,17 +206,16 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
         RecipeError: the folder holds a finished run of another recipe; names the keys.
     """
     folder = Path(recipe.run.output)
-    record = read_record(folder)
-    if record is None or not _is_finished(folder, record):
+    if not is_finished(folder):
         return None
-    _refuse_another_recipe(recipe, record)
+    _refuse_another_recipe(recipe, read_json(folder / "run.json"))
     return read_json(folder / "result.json")
 
 
 def _where_to_start(recipe: Recipe, previous: dict[str, Any] | None, *, resume: bool) -> Path | None:
     """The checkpoint to continue from, or None for the beginning."""
     folder = Path(recipe.run.output)
-    if _is_finished(folder, previous):
+    if is_finished(folder):
         raise RecipeError(f"{folder} holds a finished run. Choose another --output.")
     stepped = any(row.get("step", 0) > 0 for row in read_jsonl(folder / "metrics.jsonl"))
     if previous is None or not (stepped or any((folder / "checkpoints").glob("step-*"))):
@@ -230,12 +230,8 @@ def _where_to_start(recipe: Recipe, previous: dict[str, Any] | None, *, resume: 
     return checkpoint
 
 
-def _is_finished(folder: Path, record: dict[str, Any] | None) -> bool:
-    return record is not None and record.get("status") == "finished" and (folder / "result.json").exists()
-
-
 def _refuse_another_recipe(recipe: Recipe, record: dict[str, Any]) -> None:
-    """A folder holds the numbers of one recipe; only where and how many checkpoints are kept may change."""
+    """Refuse a recipe other than that of the folder; only where and how many checkpoints are kept may change."""
     folder = Path(recipe.run.output)
     if record.get("recipe_sha256") == recipe_digest(recipe):
         return

@@ -140,25 +140,25 @@ def measured_afresh(
     settings = settle(subjects, options)
     notes: list[str] = []
     best_of_n = None
-    judges: Judges | None = None
+    scorers: Judges | None = None
     fresh: dict[str, dict[str, Any]] = {}
     for number, (source, subject) in enumerate(zip(trained, subjects, strict=True)):
         policy = open_subject(subject, options)
         prompts = measured_prompts(policy, settings)
         drawn = settings.drawn(options.seed)
         draw = Draw.of(prompts, settings.responses)
-        if judges is None:
-            judges = open_judges(trained, policy, options)
-            if options.afresh or judges.want_reference_samples:
+        if scorers is None:
+            scorers = open_scorers(trained, policy, options)
+            if options.afresh or scorers.want_reference_samples:
                 with counting("sampling the reference", draw.responses) as progress:
                     sampled = measure_kl(policy, draw, from_reference=True, progress=progress, **drawn)
-                judges = standardized(judges, sampled)
+                scorers = standardized(scorers, sampled)
                 if options.afresh:
-                    reference = dict.fromkeys(reference) | clustered(judged(judges, sampled), draw)
-            if options.best_of and (judges.score or judges.gold):
+                    reference = dict.fromkeys(reference) | clustered(judged(scorers, sampled), draw)
+            if options.best_of and (scorers.score or scorers.gold):
                 total = anchor_draw(prompts, options.best_of).responses
                 with counting("best of n: sampling the reference", total) as progress:
-                    best_of_n = anchored(policy, prompts, judges, drawn, options.best_of, progress)
+                    best_of_n = anchored(policy, prompts, scorers, drawn, options.best_of, progress)
         if not options.afresh:
             break
         with counting(f"measuring {source.path} ({number + 1}/{len(trained)})", draw.responses) as progress:
@@ -167,7 +167,7 @@ def measured_afresh(
         fresh[source.path] = {
             "kl": kl.nats_per_response, "kl_stderr": kl.stderr, "kl_ci95": kl.ci,
             **dict.fromkeys(("score", "score_stderr", "gold", "gold_stderr")),
-            **clustered(judged(judges, measurement), draw),
+            **clustered(judged(scorers, measurement), draw),
         }
     if options.afresh:
         others = sorted({point.curve for point in points if point.run not in fresh})
@@ -177,8 +177,8 @@ def measured_afresh(
     return points, reference, best_of_n, notes
 
 
-def open_judges(trained: Sequence[FrontierSource], policy: Policy, options: FrontierOptions) -> Judges:
-    """The reward of ``--recipe``, else that of the first run that has one; and gold.
+def open_scorers(trained: Sequence[FrontierSource], policy: Policy, options: FrontierOptions) -> Judges:
+    """Load the reward of ``--recipe``, else that of the first run that has one; and gold.
 
     Raises:
         ScorerError: a run's reward is not what it was when the run was made.
@@ -207,7 +207,7 @@ def open_judges(trained: Sequence[FrontierSource], policy: Policy, options: Fron
 
 
 def _noted(scorer: Scorer) -> Scorer:
-    """The scorer, after printing what there is to know about it."""
+    """Print what there is to know about a scorer; return it."""
     for note in scorer.notes:
         print(note, file=sys.stderr)
     return scorer

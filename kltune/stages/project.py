@@ -31,6 +31,7 @@ from kltune.run.saved_policy import (
     open_subject,
     settle,
 )
+from kltune.run.screen import with_error
 
 CURVE = tuple(round(0.1 * step, 1) for step in range(1, 11))
 
@@ -225,15 +226,15 @@ def project_text(document: dict[str, Any]) -> str:
         f"  {'alpha':<10}{'KL':<18}{'score' if scored else '':<18}responses",
     ]
     for look in document["looks"]:
-        score = f"{look['score']:.3f} ± {look['score_stderr'] or 0.0:.3f}" if scored else ""
-        measured = f"{look[kl]:.3f} ± {look[error] or 0.0:.3f}"
+        score = with_error(look["score"], look["score_stderr"]) if scored else ""
+        measured = with_error(look[kl], look[error])
         lines.append(f"  {look['alpha']:<10.4f}{measured:<18}{score:<18}{look['responses']} ({look['purpose']})")
     if document["alpha"] is not None:
         exact, confidence = document["kl"]["exact"], document["kl"]["confidence"]
         high = exact["token_ci" if per_token else "ci"][1]
         lines += [
-            f"  alpha {document['alpha']:.4f} keeps within {document['max_kl']:g} {unit}: {exact[kl]:.3f} ± "
-            f"{exact[error]:.3f}, upper end {high:.3f} at {confidence:.1%},",
+            f"  alpha {document['alpha']:.4f} keeps within {document['max_kl']:g} {unit}: "
+            f"{with_error(exact[kl], exact[error])}, upper end {high:.3f} at {confidence:.1%},",
             "  measured on random numbers that the search did not use",
             f"  saved: {document['output']}",
         ]

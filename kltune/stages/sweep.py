@@ -117,7 +117,7 @@ class _Sweep:
         kept = [row for row in (earlier or {}).get("points", []) if row["name"] not in here]      # of a grid before
         self.rows = {row["name"]: row for row in [*(self._row(point) for point in points), *kept]}
         for row in self.rows.values():
-            self._look(row)
+            self._refresh(row)
 
     def run(self) -> int | None:
         """Run what is not finished; the signal that ended it early, or None."""
@@ -133,7 +133,7 @@ class _Sweep:
         )
 
     def _wait(self, point: GridPoint) -> None:
-        """A point still runs if its sweep was killed with no chance to stop it: let it end rather than fail on it."""
+        """Wait for a point that still runs because its sweep was killed with no chance to stop it."""
         folder, said = self.options.output / point.name, False
         while folder.is_dir():
             try:
@@ -145,7 +145,7 @@ class _Sweep:
                 said = True
                 time.sleep(WAIT_SECONDS)
         if said:
-            self._look(self.rows[point.name])
+            self._refresh(self.rows[point.name])
 
     def save(self) -> dict[str, Any]:
         """Write sweep.json and give it back."""
@@ -171,8 +171,8 @@ class _Sweep:
         overrides = dict(override.split("=", 1) for override in point.overrides)
         return {"name": point.name, "overrides": overrides, "folder": str(self.options.output / point.name)}
 
-    def _look(self, row: dict[str, Any]) -> None:
-        """What the point's folder says of it now."""
+    def _refresh(self, row: dict[str, Any]) -> None:
+        """Update a row with what the point's folder says now."""
         folder = self.options.output / row["name"]
         record = read_record(folder) or {}
         status = record.get("status", "pending")
@@ -206,7 +206,7 @@ class _Sweep:
 
     def _ended(self, command: Command, code: int, seconds: float) -> None:
         row = self.rows[command.name]
-        self._look(row)
+        self._refresh(row)
         row["exit_code"] = code
         if code == 0 and row["status"] == "finished":
             self._say(command.name, f"finished in {duration(seconds)}: {figures_text(row)}")
@@ -246,10 +246,10 @@ def common_settings(axes: Sequence[Axis], points: Sequence[GridPoint]) -> tuple[
 def refuse_another_recipe(
     folder: Path, earlier: dict[str, Any], settings: dict[str, Any], varied: Sequence[str]
 ) -> None:
-    """A folder is a sweep of one recipe: what was the same in all points then and is in all points now must agree.
+    """Refuse a recipe with other settings than the sweep in the folder, of those that are the same in all its points.
 
     Raises:
-        RecipeError: names every key that does not.
+        RecipeError: names every key that differs.
     """
     varies = {*varied, *earlier["varied"]}
     before, now = (
@@ -261,10 +261,10 @@ def refuse_another_recipe(
 
 
 def refuse_another_run(folder: Path, point: GridPoint) -> None:
-    """A finished point was made by the recipe as it is now.
+    """Refuse a finished point that was made by another recipe than the one of now.
 
     Raises:
-        RecipeError: names every key in which it was not.
+        RecipeError: names every key that differs.
     """
     record = read_record(folder) or {}
     if record.get("status") == "finished" and record.get("recipe_sha256") != recipe_digest(point.recipe):

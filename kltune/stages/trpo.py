@@ -67,7 +67,7 @@ class TrustRegion:
     moves: ClassVar[bool] = False
 
     def observed(self, gradient: Tensor, price: float) -> tuple[Self, float | None]:
-        """Update with a fresh batch's gradient, which tells what the step before gained; and that gain, unit of score."""
+        """Update with a fresh batch's gradient; also what it says that the step before gained, unit of score."""
         if self.last_step is None:
             return self, None
         slope = gradient.dot(self.last_step).item()

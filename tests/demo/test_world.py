@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kltune.demo import world as tiny
-from kltune.demo.world import MARKER, ROW, WORKSHOP, make_tiny_world, new_model, pack, pretrain, train_tokenizer
+from kltune.demo.world import MARKER, ROW, UNFINISHED, make_tiny_world, new_model, pack, pretrain, train_tokenizer
 from kltune.errors import StorageError
 from tests.demo.test_grammar import HOUSE, LOOSE
 
@@ -167,7 +167,7 @@ def test_a_killed_build_is_made_again(tmp_path, monkeypatch, where):
     assert not (tmp_path / MARKER).exists()
     make_tiny_world(tmp_path, say=quiet, steps=1)
     assert (tmp_path / MARKER).is_file()
-    assert not (tmp_path / WORKSHOP).exists()
+    assert not (tmp_path / UNFINISHED).exists()
     assert len(list((tmp_path / "data").iterdir())) == 7
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kltune.core.kl.gate import GRID, Point, Search, Unit, confidence_per_look, largest_alpha, verdict
+from kltune.core.kl.gate import GRID, AlphaPoint, Search, Unit, confidence_per_look, largest_alpha, verdict
 from kltune.core.kl.intervals import KLSummary, clustered_mean
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
@@ -160,17 +160,17 @@ class Dial:
     def meet(self, target: float, responses: int) -> float:
         """Find the α whose measured KL is a target, at most 1, and leave the adapter there; in this dial's unit."""
 
-        def point(alpha: float) -> Point:
+        def point(alpha: float) -> AlphaPoint:
             nats, stderr, _ = self.measure(alpha, responses, "search", self.seed).figures(self.unit)
-            return Point(alpha, nats, stderr, nats)
+            return AlphaPoint(alpha, nats, stderr, nats)
 
         alpha = largest_alpha(point, target, grid=(1.0, 0.9), tolerance=0.01).alpha
         self.scale.set(alpha)
         return alpha
 
-    def _point(self, alpha: float, responses: int) -> Point:
+    def _point(self, alpha: float, responses: int) -> AlphaPoint:
         nats, stderr, upper = self.measure(alpha, responses, "search", self.seed).figures(self.unit)
-        return Point(alpha, nats, stderr, upper + AGAIN * stderr)
+        return AlphaPoint(alpha, nats, stderr, upper + AGAIN * stderr)
 
     def _wanted(self, found: Search, budget: float, responses: int) -> int:
         """Responses with which the bound is no more than ``ROOM`` of the budget above the KL that was found."""

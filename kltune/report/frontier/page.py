@@ -24,7 +24,7 @@ BEST_OF_N = (           # number of its colour and mark, where its KL stands, an
 
 
 def write_frontier(folder: Path, document: dict[str, Any]) -> None:
-    """frontier.json, frontier.svg and frontier.html in a folder that is made if need be.
+    """Write frontier.json, frontier.svg and frontier.html into a folder that is made if need be.
 
     Raises:
         StorageError: they cannot be written.
@@ -37,7 +37,7 @@ def write_frontier(folder: Path, document: dict[str, Any]) -> None:
 
 
 def frontier_html(document: dict[str, Any]) -> str:
-    """frontier.html."""
+    """The page: pictures, tables and fits."""
     names = [document["judge"], *(["score"] if document["judge"] == "gold" else [])]
     return environment().get_template("frontier.html.j2").render(
         document=document,

@@ -8,10 +8,10 @@ from typing import Any
 from kltune.errors import CheckpointError
 from kltune.recipe import flat_settings, load_recipe
 from kltune.report.outcome import final_figures
-from kltune.run.files import read_json, read_jsonl
+from kltune.run.files import is_finished, read_json, read_jsonl
 
 NEAR = 0.15             # of its target: how close a KL counts as there
-KNOBS = ("kl.target", "kl.beta", "dpo.beta", "kl.hard_cap")      # what a run's KL is set by; the rest names the curve
+SETTING_KEYS = ("kl.target", "kl.beta", "dpo.beta", "kl.hard_cap")      # what sets a run's KL; the rest names its curve
 NO_DIFFERENCE = ("run.seed", "run.save_every", "run.eval_every", "run.device", "optim.micro_batch_size")
 SAME_REFERENCE = ("sha256", "tokenizer_sha256", "template_sha256")
 
@@ -66,7 +66,7 @@ def find_sources(paths: Sequence[str]) -> list[FrontierSource]:
         folder = Path(path)
         if (folder / "sweep.json").is_file():
             rows = read_json(folder / "sweep.json")["points"]
-            done = [row["name"] for row in rows if _is_finished(folder / row["name"])]
+            done = [row["name"] for row in rows if is_finished(folder / row["name"])]
             if not done:
                 raise CheckpointError(f"{path}: no point of this sweep has finished yet.")
             for name in done:
@@ -78,16 +78,9 @@ def find_sources(paths: Sequence[str]) -> list[FrontierSource]:
     return list(sources.values())
 
 
-def _is_finished(folder: Path) -> bool:
-    try:
-        return read_json(folder / "run.json")["status"] == "finished" and (folder / "result.json").is_file()
-    except CheckpointError:
-        return False
-
-
 def _run_source(path: str) -> FrontierSource:
     folder = Path(path)
-    if not _is_finished(folder):
+    if not is_finished(folder):
         raise CheckpointError(f"{path} has not finished; wanted runs with a result.json.")
     record = read_json(folder / "run.json")
     settings = flat_settings(load_recipe(folder / "recipe.yaml"))
@@ -204,7 +197,7 @@ def _curve_points(source: FrontierSource) -> list[FrontierPoint]:
     checkpoint = source.document["checkpoint"]
     if source.settings:
         settings = source.settings
-        curve = f"alpha curve of {family(settings)}, {_settings_text(settings, [main_knob(settings)])}"
+        curve = f"alpha curve of {family(settings)}, {_settings_text(settings, [setting_key(settings)])}"
         seed = settings["run.seed"]
     else:
         curve, seed = f"alpha curve of {checkpoint}", None
@@ -219,7 +212,7 @@ def _curve_points(source: FrontierSource) -> list[FrontierPoint]:
 
 
 def family(settings: dict[str, Any]) -> str:
-    """What a curve is called: stage and control."""
+    """Stage and control of a run, which begin the name of its curve."""
     stage = settings["stage"]
     if stage == "dpo":
         loss, online = settings["dpo.loss"], settings["dpo.source"] == "online"
@@ -230,7 +223,7 @@ def family(settings: dict[str, Any]) -> str:
     return f"{stage} {settings['kl.control']}" if "kl.control" in settings else stage
 
 
-def main_knob(settings: dict[str, Any]) -> str:
+def setting_key(settings: dict[str, Any]) -> str:
     """The key that sets how far a run goes."""
     if settings.get("kl.control") == "target":
         return "kl.target"
@@ -240,7 +233,7 @@ def main_knob(settings: dict[str, Any]) -> str:
 
 
 def curve_names(sources: Sequence[FrontierSource]) -> dict[str, tuple[str, str]]:
-    """Of each run: (its curve, its setting).
+    """The names of each run's curve and of its setting on it.
 
     Runs of one family that differ in more than what sets the KL, and the seed, are on curves of their own.
     """
@@ -256,11 +249,11 @@ def curve_names(sources: Sequence[FrontierSource]) -> dict[str, tuple[str, str]]
             and len({repr(member.settings.get(key)) for member in members}) > 1
         ]
         for member in members:
-            knob = main_knob(member.settings)
-            others = [key for key in varying if key not in KNOBS and key != knob]
-            knobs = list(dict.fromkeys([knob, *(key for key in varying if key in KNOBS)]))
+            own_key = setting_key(member.settings)
+            others = [key for key in varying if key not in SETTING_KEYS and key != own_key]
+            keys_of_setting = list(dict.fromkeys([own_key, *(key for key in varying if key in SETTING_KEYS)]))
             curve = ", ".join([name, *([_settings_text(member.settings, others)] if others else [])])
-            names[member.path] = curve, _settings_text(member.settings, knobs)
+            names[member.path] = curve, _settings_text(member.settings, keys_of_setting)
     return names
 
 

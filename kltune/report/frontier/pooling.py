@@ -12,8 +12,7 @@ import numpy as np
 
 from kltune.core.hacking.overoptimization import GainFit, best_of_n_kl, fit_gain, score_at, tilt_gain
 from kltune.report.frontier.points import FrontierPoint
-
-TIED = 1.96             # standard errors of a difference that may be chance
+from kltune.report.plots import Z95
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,10 @@ def pick(settings: Sequence[Setting], budget: float, name: str, reference: dict[
     tied = []
     for setting in within:
         value, its_error = value_and_error(setting)
-        if setting is not best and most - value <= TIED * math.hypot(error, its_error):
+        if setting is not best and most - value <= Z95 * math.hypot(error, its_error):
             tied.append({"curve": setting.curve, "setting": setting.setting, "kl": setting.kl})
     base = reference[name]
-    enough = TIED * math.hypot(error, reference[f"{name}_stderr"] or 0.0)
+    enough = Z95 * math.hypot(error, reference[f"{name}_stderr"] or 0.0)
     return {
         "budget": budget,
         "judge": name,

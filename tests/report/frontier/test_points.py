@@ -12,8 +12,8 @@ from kltune.report.frontier.points import (
     differing_measures,
     family,
     find_sources,
-    main_knob,
     points_of,
+    setting_key,
 )
 from kltune.report.frontier.pooling import pooled
 from tests.report.frontier.conftest import REFERENCE, REWARDS
@@ -57,7 +57,7 @@ def test_curves_are_named_by_stage_and_control_and_by_what_else_differs(make_run
     assert points[3].steps_to_target is None
 
 
-@pytest.mark.parametrize(("settings", "name", "knob"), [
+@pytest.mark.parametrize(("settings", "name", "own_key"), [
     ({"stage": "trpo", "kl.control": "target", "kl.beta": "auto"}, "trpo", "kl.target"),
     ({"stage": "trpo", "kl.control": "fixed", "kl.beta": 0.1}, "trpo fixed", "kl.beta"),
     ({"stage": "dpo", "kl.control": "fixed", "kl.beta": 0.0, "dpo.loss": "sigmoid", "dpo.source": "file"}, "dpo",
@@ -66,8 +66,8 @@ def test_curves_are_named_by_stage_and_control_and_by_what_else_differs(make_run
      "dpo online ipo target", "kl.target"),
     ({"stage": "sft"}, "sft", "run.steps"),
 ])
-def test_families(settings, name, knob):
-    assert (family(settings), main_knob(settings)) == (name, knob)
+def test_families(settings, name, own_key):
+    assert (family(settings), setting_key(settings)) == (name, own_key)
 
 
 def test_a_sweep_gives_its_finished_points_and_a_run_counts_once(make_run, tmp_path):
