@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kltune.core.kl.divergence import Comparison, compare
+from kltune.core.kl.divergence import TokenDivergence, compare
 from kltune.core.kl.intervals import KLSummary, agreement_z, summarize
 from kltune.core.kl.truncation import Cut, renormalized
 from kltune.core.tensors import log_distribution, per_response
@@ -117,6 +117,6 @@ def _measure(
     mine = policy.gather(-1, at).squeeze(-1)
     found = [inside.float(), mine]
     for reference in references:
-        kl: Comparison = compare(policy, reference)
+        kl: TokenDivergence = compare(policy, reference)
         found += [kl.kl, mine - reference.gather(-1, at).squeeze(-1), kl.log_ratio_variance]
     return tuple(found)
