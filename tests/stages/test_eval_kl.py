@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kltune.lm.data.examples import Prompt, load_prompts
+from kltune.lm.fast import memory
 from kltune.lm.measure import measurement
 from kltune.lm.measure.measurement import Draw, measure_kl
-from kltune.lm.model import network, sampler
+from kltune.lm.model import sampler
 from kltune.lm.model import sampler as rollout
 from kltune.lm.model.network import Network
 from kltune.lm.model.opening import load_saved_policy
@@ -281,8 +282,8 @@ def test_how_the_work_is_divided_changes_nothing(policy, run_folder, monkeypatch
     draw, options = Draw.of(prompts, 40), {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
     whole = measure_kl(policy, draw, **options)
     monkeypatch.setattr(measurement, "RESPONSES_PER_PASS", 12)
-    monkeypatch.setattr(network, "ROWS_PER_PASS", 8)
-    monkeypatch.setattr(Network, "tokens_per_pass", 30)
+    monkeypatch.setattr(memory, "ROWS_PER_PASS", 8)
+    monkeypatch.setattr(memory.Batching, "tokens_per_pass", 30)
     monkeypatch.setattr(Network, "chunk_rows", 7)
     parts = measure_kl(policy, draw, **options)
     assert len(parts.rollouts) > len(whole.rollouts)

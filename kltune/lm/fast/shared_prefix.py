@@ -109,22 +109,16 @@ def attends_to_all(config: PreTrainedConfig) -> bool:
     return kinds == {"full_attention"} and window is None
 
 
-def close(found: Tensor, wanted: Tensor) -> bool:
+def close(states: Tensor, wanted: Tensor) -> bool:
     """Whether two ways to the same hidden states differ by no more than rounding."""
-    gap = (found - wanted).abs().max() / wanted.abs().max()
+    gap = (states - wanted).abs().max() / wanted.abs().max()
     return bool(gap <= CLOSE.get(wanted.dtype, 0.05))
 
 
 @torch.no_grad()
-def can_share(causal: nn.Module, trunk: Callable, plain: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a trunk gives the same this way: plain attention everywhere, over what it is told to see; it is tried.
-
-    Args:
-        causal: the whole model, for its config.
-        trunk: as the model has it.
-        plain: hidden states of whole rows. [B, S] -> [B, S, H].
-    """
-    config = causal.config.get_text_config()
+def can_share(causal: nn.Module) -> bool:
+    """Whether a model gives the same this way: plain attention everywhere, over what it is told to see; it is tried."""
+    trunk, config = causal.base_model, causal.config.get_text_config()
     if not attends_to_all(config) or getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
         return False
     device = next(causal.parameters()).device
@@ -134,7 +128,7 @@ def can_share(causal: nn.Module, trunk: Callable, plain: Callable[[Tensor], Tens
     ids, scored = ids.to(device), scored.to(device)
     rows = shared_prefixes(ids, scored)
     try:
-        found = states_before(trunk, rows)
+        states = states_before(trunk, rows)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):    # no such cache, mask or positions
         return False
-    return close(found, plain(ids)[:, :-1][scored[:, 1:]])
+    return close(states, trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][scored[:, 1:]])

@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kltune.errors import ModelError
-from kltune.lm.fast.lora import speed_up
 
 POLICY = "default"  # PEFT saves an adapter of this name at the root of the folder, where every loader looks
 VALUE = "value"
@@ -45,7 +44,6 @@ class AdapterSwitch:
     """
 
     def __init__(self, model: nn.Module):
-        speed_up(model)
         self.layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
     def state(self) -> SwitchState:

@@ -70,7 +70,7 @@ class Fisher:
             name: next(i for i, own in enumerate(self._parameters) if own is tensor)
             for name, tensor in head.named_parameters() if id(tensor) in trained
         }
-        size = micro_batch or max(1, policy.network.trained_rows(ids.shape[1]) // TWICE_DIFFERENTIABLE)
+        size = micro_batch or max(1, policy.network.batching.trained_rows(ids.shape[1]) // TWICE_DIFFERENTIABLE)
         self._parts = list(zip(ids.split(size), scored.split(size), strict=True))
         self._kept = self._linearised(*self._parts[0]) if len(self._parts) == 1 else None
 

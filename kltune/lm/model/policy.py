@@ -34,13 +34,8 @@ class Policy:
         fingerprint: Fingerprint,
         *,
         frozen: nn.Module | None = None,
-        swap_on: torch.device | None = None,
     ):
-        """Take a loaded model. With ``frozen``, all of ``model`` is trained and ``frozen`` is the reference.
-
-        With ``swap_on`` as well, both models are on the CPU, and a device with room for one of them holds, besides
-        the two heads, the trunk that is in use. Only for measuring: what is trained would be lost on the way.
-        """
+        """Take a loaded model. With ``frozen``, all of ``model`` is trained and ``frozen`` is the reference."""
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.device = next(model.parameters()).device
@@ -55,12 +50,6 @@ class Policy:
         self.model = model
         self.network = Network(model)
         self._reference_network = Network(frozen) if self.full else self.network
-        self._swaps = swap_on is not None
-        if self._swaps:
-            self.device = swap_on
-            for network in (self.network, self._reference_network):
-                network.move_head(swap_on)
-            self.network.move_trunk(swap_on)
         self._switch = AdapterSwitch(model)
         model.eval()  # dropout anywhere would make old, new and reference log-probs disagree
 
@@ -179,20 +168,14 @@ class Policy:
         """Within: this object is the reference, the frozen weights alone. After, exceptions included: the policy."""
         if self.full:
             policy = self.network
-            self._use(self._reference_network)
+            self.network = self._reference_network
             try:
                 yield
             finally:
-                self._use(policy)
+                self.network = policy
         else:
             with self._switch.active(None):
                 yield
-
-    def _use(self, network: Network) -> None:
-        if self._swaps:
-            self.network.move_trunk(None)
-            network.move_trunk(self.device)
-        self.network = network
 
     @contextmanager
     def dropout(self) -> Iterator[None]:
@@ -317,8 +300,8 @@ class Policy:
 
     def micro_batches(self, rollout: Rollout, sequences: int | None) -> list[Tensor]:
         """Rows of a rollout in the parts they are trained on: see ``Network.micro_batches``."""
-        lengths = self.network.lengths(rollout.ids, rollout.scored)
-        return [torch.tensor(rows, device=self.device) for rows in self.network.micro_batches(lengths, sequences)]
+        parts = self.network.batching.to_train(rollout.ids, rollout.scored, sequences)
+        return [torch.tensor(rows, device=self.device) for rows in parts]
 
     def ref_logits(self, ref_hidden: Tensor) -> Tensor:
         """Logits of the reference from its hidden states. [N, H] -> [N, V]; no gradient."""

@@ -121,8 +121,8 @@ def sample(
         raise ValueError(f"{len(uniforms)} rows of random numbers do not divide among {len(prompts)} prompts.")
     longest = max(len(prompt.ids) for prompt in prompts) + uniforms.shape[1]
     tokens, logprobs = [], []
-    with policy.network.merged.active():
-        step = max(1, policy.network.sampled_rows(longest) // per_prompt)
+    with policy.network.merged():
+        step = max(1, policy.network.batching.sampled_rows(longest) // per_prompt)
         for start in range(0, len(prompts), step):
             part = prompts[start : start + step]
             rows = slice(start * per_prompt, (start + len(part)) * per_prompt)
