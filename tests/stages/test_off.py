@@ -1,0 +1,50 @@
+"""lm/fast can be left out: every stage gives the same KL the plain way, only later, and nothing else knows of it."""
+
+from pathlib import Path
+
+import pytest
+
+import kltune
+from kltune.lm.fast import ways
+from kltune.stages.dpo import run_dpo
+from kltune.stages.eval_kl import EvalKLOptions, eval_kl
+from kltune.stages.ppo import run_ppo
+from kltune.stages.trpo import run_trpo
+from tests.stages.conftest import read_jsonl
+
+RUNS = {"ppo": run_ppo, "trpo": run_trpo, "dpo": run_dpo}
+
+
+@pytest.mark.parametrize("stage", RUNS)
+def test_a_run_and_its_kl_are_the_same_without_the_fast_ways(stage, request, tmp_path, monkeypatch):
+    make = request.getfixturevalue(f"{stage}_recipe")
+    opened, of = [], ways.FastWays.of.__func__
+    monkeypatch.setattr(
+        ways.FastWays, "of", classmethod(lambda *args, **keys: opened.append(of(*args, **keys)) or opened[-1])
+    )
+
+    def measured(output: Path) -> list[float]:
+        recipe = make("run.steps=3", "run.eval_every=1", output=str(output))
+        RUNS[stage](recipe, False)
+        rows = read_jsonl(output / "metrics.jsonl")
+        steps = [row[name] for row in rows for name in ("kl/ref_nats_per_response", "eval/kl_ref_nats_per_response")
+                 if row.get(name) is not None]
+        document, _ = eval_kl([str(output)], EvalKLOptions(responses=40, direction="both", top_p=0.9))
+        kls = (document["kl"]["exact"], document["forward"]["exact"], document["deployed"]["both"])
+        return steps + [kl["nats_per_response"] for kl in kls]
+
+    fast = measured(tmp_path / "fast")
+    assert all(one is not None and one.decodes and one.shares_prefixes for one in opened)
+    opened.clear()
+    with ways.off():
+        plain = measured(tmp_path / "plain")
+    assert opened
+    assert set(opened) == {None}
+    assert max(fast) > 0.01
+    assert plain == pytest.approx(fast, rel=1e-3, abs=1e-5)
+
+
+def test_one_module_knows_of_the_fast_ways():
+    package = Path(kltune.__file__).parent
+    users = [path.relative_to(package) for path in package.rglob("*.py") if "kltune.lm.fast" in path.read_text()]
+    assert {str(path) for path in users if path.parts[:2] != ("lm", "fast")} == {"lm/model/network.py"}
