@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kltune.errors import CheckpointError, ModelError, RecipeError
-from kltune.lm.data.examples import Example, Prompt, described, load_examples, load_prompts, row_rules
+from kltune.lm.data.examples import Example, Prompt, RowRules, described, load_examples, load_prompts
 from kltune.lm.data.rows import Row
 from kltune.lm.model.adapters import read_adapter_config
 from kltune.lm.model.loading import pick_device
@@ -243,7 +243,7 @@ def _said(settings: Settings) -> str:
 
 def measured_prompts(policy: Policy, settings: Settings) -> list[Prompt]:
     """The prompts to respond to, as this policy's tokens."""
-    prompts, counts = load_prompts(settings.prompts, policy.tokenizer, **_prompt_rules(policy, settings))
+    prompts, counts = load_prompts(settings.prompts, policy.tokenizer, _row_rules(policy, settings))
     print(described(settings.prompts, counts), file=sys.stderr)
     return prompts
 
@@ -255,25 +255,18 @@ def typed_prompts(policy: Policy, settings: Settings, texts: Sequence[str]) -> l
         DataError: one of which the tokenizer makes nothing, or a chat template that is not there.
     """
     rows = [Row(f"prompt {place}", {"prompt": text}) for place, text in enumerate(texts, start=1)]
-    return load_prompts("the prompts given", policy.tokenizer, **_prompt_rules(policy, settings), rows=rows)[0]
+    return load_prompts("the prompts given", policy.tokenizer, _row_rules(policy, settings), rows)[0]
 
 
-def _prompt_rules(policy: Policy, settings: Settings) -> dict[str, Any]:
+def _row_rules(policy: Policy, settings: Settings) -> RowRules:
     limit = policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens)
-    return {"max_tokens": limit, **row_rules(settings.data)}
+    return RowRules.of(settings.data, policy.tokenizer.eos_token_id, limit)
 
 
 def measured_texts(policy: Policy, settings: Settings) -> list[Example]:
     """The held-out texts of ``--texts``, as this policy's tokens; [] without."""
     if settings.texts is None:
         return []
-    texts, counts = load_examples(
-        settings.texts,
-        policy.tokenizer,
-        end_token=policy.tokenizer.eos_token_id,
-        max_prompt_tokens=policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens),
-        max_response_tokens=settings.data.max_response_tokens,
-        **row_rules(settings.data),
-    )
+    texts, counts = load_examples(settings.texts, policy.tokenizer, _row_rules(policy, settings))
     print(described(settings.texts, counts), file=sys.stderr)
     return texts

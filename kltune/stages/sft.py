@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 
 from kltune.core.hacking.detector import Watch
 from kltune.errors import Interrupted
-from kltune.lm.data.examples import Example, described, load_examples, row_rules, shuffled_positions
+from kltune.lm.data.examples import Example, described, load_examples, shuffled_positions
 from kltune.lm.measure.measurement import kl_result
-from kltune.lm.model.likelihood import example_batch, text_limits
+from kltune.lm.model.likelihood import example_batch, text_rules
 from kltune.lm.model.opening import check_frozen
 from kltune.lm.model.policy import Policy
 from kltune.recipe import SFTRecipe
@@ -83,9 +83,9 @@ def train(recipe: SFTRecipe, policy: Policy, run: Run) -> dict[str, Any]:
 
 def load_data(recipe: SFTRecipe, policy: Policy, run: Run) -> tuple[list[Example], HeldOut]:
     """Training texts, and what evaluations are made on."""
-    data, limits, end = recipe.data, text_limits(policy, recipe.data), policy.tokenizer.eos_token_id
-    examples, counts = load_examples(data.texts, policy.tokenizer, end_token=end, **limits, **row_rules(data))
-    limit, note = limits["max_prompt_tokens"], described(data.texts, counts)
+    data, rules = recipe.data, text_rules(policy, recipe.data)
+    examples, counts = load_examples(data.texts, policy.tokenizer, rules)
+    limit, note = rules.max_prompt_tokens, described(data.texts, counts)
     held_out = load_held_out(
         recipe.eval, data, policy, [], prompt_limit=limit, folder=recipe.folder, note=note, answers=run.answers
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kltune.core.hacking.diversity import diversity
 from kltune.core.kl.intervals import clustered_mean
-from kltune.lm.data.examples import Example, Prompt, described, distinct, load_examples, load_prompts, row_rules
+from kltune.lm.data.examples import Example, Prompt, RowRules, described, distinct, load_examples, load_prompts
 from kltune.lm.measure.breakdown import transcript
 from kltune.lm.measure.measurement import Draw, Measurement, answer_both, judged, measure_kl
 from kltune.lm.model.likelihood import alignment_tax, document_nats, reference_nats
@@ -76,15 +76,14 @@ def load_held_out(
     ``answers`` are those of a gold judge, as ``load_scorer`` takes them; ``ref_logprobs`` those of the reference that
     are known, as ``Preferences.measured`` takes them.
     """
-    rules, own = row_rules(data), section.prompts or section.pairs
+    rules, own = RowRules.of(data, policy.tokenizer.eos_token_id, prompt_limit), section.prompts or section.pairs
     prompts, texts, pairs, notes = fallback, [], None, [note]
     if own is not None:
-        prompts, counts = load_prompts(own, policy.tokenizer, max_tokens=prompt_limit, **rules)
+        prompts, counts = load_prompts(own, policy.tokenizer, rules)
         prompts = prompts if section.prompts else distinct(prompts)
         notes.append(described(own, counts))
     if section.texts is not None:
-        ends = {"end_token": policy.tokenizer.eos_token_id, "max_response_tokens": data.max_response_tokens}
-        texts, counts = load_examples(section.texts, policy.tokenizer, max_prompt_tokens=prompt_limit, **ends, **rules)
+        texts, counts = load_examples(section.texts, policy.tokenizer, rules)
         notes.append(described(section.texts, counts))
     if section.pairs is not None:
         pairs, note = load_preferences(section.pairs, policy, data)

@@ -20,10 +20,10 @@ from kltune.core.objectives.bradley_terry import win_share
 from kltune.core.tensors import per_response
 from kltune.errors import ModelError
 from kltune.lm.data.encoding import Ids
-from kltune.lm.data.examples import Example, Prompt, described, row_rules
+from kltune.lm.data.examples import Example, Prompt, described
 from kltune.lm.data.pairs import Answer, load_labelled, load_pairs
 from kltune.lm.model.batches import Rollout, response_scatter
-from kltune.lm.model.likelihood import document_nats, example_batch, text_limits
+from kltune.lm.model.likelihood import document_nats, example_batch, text_rules
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
 from kltune.recipe import DataSection, DPOSection
@@ -226,9 +226,8 @@ def load_preferences(
     Raises:
         DataError: as the loaders of pairs.py. RecipeError: the model's context cannot hold what the recipe wants.
     """
-    ends = {"end_token": policy.tokenizer.eos_token_id}
     load = load_labelled if labelled else load_pairs
-    rows, counts = load(source, policy.tokenizer, **ends, **text_limits(policy, data), **row_rules(data))
+    rows, counts = load(source, policy.tokenizer, text_rules(policy, data))
     if labelled:
         examples = tuple(_example(row.prompt, row.response) for row in rows)
         wanted = torch.tensor([row.wanted for row in rows])

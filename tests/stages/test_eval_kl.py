@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kltune.lm.data.examples import Prompt, load_prompts
+from kltune.lm.data.examples import Prompt, RowRules, load_prompts
 from kltune.lm.fast import memory
 from kltune.lm.measure import measurement
 from kltune.lm.measure.measurement import Draw, measure_kl
@@ -273,8 +273,7 @@ def policy(run_folder: Path, llama: Path) -> Policy:
 
 
 def held_out_prompts(policy: Policy, run_folder: Path) -> list[Prompt]:
-    rules = {"template": "auto", "on_overlong": "truncate", "on_bad_row": "error"}
-    return load_prompts(str(held_out(run_folder)), policy.tokenizer, max_tokens=20, **rules)[0]
+    return load_prompts(str(held_out(run_folder)), policy.tokenizer, RowRules(20, 1, None))[0]
 
 
 def test_how_the_work_is_divided_changes_nothing(policy, run_folder, monkeypatch):
