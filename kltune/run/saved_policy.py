@@ -19,6 +19,7 @@ from kltune.lm.model.adapters import read_adapter_config
 from kltune.lm.model.loading import pick_device
 from kltune.lm.model.opening import load_saved_policy
 from kltune.lm.model.policy import Policy
+from kltune.lm.model.sampler import Draw
 from kltune.recipe import DataSection, ModelSection, load_recipe
 from kltune.recipe.stages import prompts_source
 from kltune.run.checkpoint import read_info, resolve_checkpoint
@@ -119,9 +120,9 @@ class Settings:
     temperature: float = 1.0
     texts: str | None = None
 
-    def drawn(self, seed: int) -> dict[str, Any]:
-        """The keywords of ``measure_kl`` that say how responses are drawn."""
-        return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": seed}
+    def draw(self, seed: int) -> Draw:
+        """How responses are drawn."""
+        return Draw(self.max_new_tokens, self.temperature, seed)
 
 
 def find_checkpoint(path: str, options: MeasureOptions) -> Subject:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from kltune.errors import RecipeError, ScorerError
-from kltune.lm.measure.best_of_n import Judges, anchor_draw, anchored, clustered, judged, standardized
-from kltune.lm.measure.measurement import Draw, measure_kl
+from kltune.lm.measure.best_of_n import Scorers, best_of_n_round, measure_best_of_n
+from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import Recipe, RewardEntry, asks_for_pairs, load_recipe
@@ -78,9 +78,9 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
     points = points_of(sources)
     trained = [source for source in sources if source.folder is not None]
     reference = recorded_reference(sources)
-    anchor = None
+    best_of_n = None
     if trained and (options.afresh or options.best_of):
-        points, reference, anchor, more = measured(trained, points, reference, options)
+        points, reference, best_of_n, more = measured(trained, points, reference, options)
         notes += more
     elif options.afresh:
         raise RecipeError("--gold, --recipe and --responses measure runs again; found none among what was given.")
@@ -98,15 +98,15 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
         "measured": "afresh" if options.afresh else "by the runs themselves",
         "notes": notes,
         "points": [asdict(point) for point in points],
-        "settings": [asdict(setting) | efficiency(setting, judge, reference, anchor) for setting in settings],
-        "best_of_n": anchor,
-        "fits": fits(points, judge, reference, anchor),
+        "settings": [asdict(setting) | efficiency(setting, judge, reference, best_of_n) for setting in settings],
+        "best_of_n": best_of_n,
+        "fits": fits(points, judge, reference, best_of_n),
         "at": [curves_at(points, kl, judge) for kl in options.at],
         "pick": None if options.budget is None else pick(settings, options.budget, judge, reference),
         "output": options.output,
     }
-    if anchor is not None:
-        del anchor["by_prompt"]
+    if best_of_n is not None:
+        del best_of_n["by_prompt"]
     if options.output is not None:
         write_frontier(Path(options.output), document)
     return document
@@ -140,44 +140,43 @@ def measured(
     subjects = [find_checkpoint(source.path, options) for source in trained]
     settings = settle(subjects, options)
     notes: list[str] = []
-    anchor = None
-    judges: Judges | None = None
+    best_of_n = None
+    scorers: Scorers | None = None
     fresh: dict[str, dict[str, Any]] = {}
     for number, (source, subject) in enumerate(zip(trained, subjects, strict=True)):
         policy = open_subject(subject, options)
         prompts = measured_prompts(policy, settings)
-        drawn = settings.drawn(options.seed)
-        draw = Draw.of(prompts, settings.responses)
-        if judges is None:
-            judges = open_judges(trained, policy, options)
-            if options.afresh or judges.want_reference_samples:
-                with counting("sampling the reference", draw.responses) as progress:
-                    sampled = measure_kl(policy, draw, from_reference=True, progress=progress, **drawn)
-                judges = standardized(judges, sampled)
+        draw, answered = settings.draw(options.seed), Round.of(prompts, settings.responses)
+        if scorers is None:
+            scorers = open_scorers(trained, policy, options)
+            if options.afresh or scorers.want_reference_samples:
+                with counting("sampling the reference", answered.responses) as progress:
+                    sampled = measure_kl(policy, answered, draw, from_reference=True, progress=progress)
+                scorers = scorers.standardized(sampled)
                 if options.afresh:
-                    reference = dict.fromkeys(reference) | clustered(judged(judges, sampled), draw)
-            if options.best_of and (judges.score or judges.gold):
-                total = anchor_draw(prompts, options.best_of).responses
-                with counting("best of n: sampling the reference", total) as progress:
-                    anchor = anchored(policy, prompts, judges, drawn, options.best_of, progress)
+                    reference = dict.fromkeys(reference) | scorers.means(sampled, answered)
+            if options.best_of and (scorers.score or scorers.gold):
+                several = best_of_n_round(prompts, options.best_of)
+                with counting("best of n: sampling the reference", several.responses) as progress:
+                    best_of_n = measure_best_of_n(policy, several, scorers, draw, progress)
         if not options.afresh:
             break
-        with counting(f"measuring {source.path} ({number + 1}/{len(trained)})", draw.responses) as progress:
-            found = measure_kl(policy, draw, progress=progress, **drawn)
-        kl = found.summary("exact", options.confidence)
+        with counting(f"measuring {source.path} ({number + 1}/{len(trained)})", answered.responses) as progress:
+            measurement = measure_kl(policy, answered, draw, progress=progress)
+        kl = measurement.summary("exact", options.confidence)
         fresh[source.path] = {
             "kl": kl.nats_per_response, "kl_stderr": kl.stderr, "kl_ci95": kl.ci,
-            **dict.fromkeys(("score", "score_stderr", "gold", "gold_stderr")), **clustered(judged(judges, found), draw),
+            **dict.fromkeys(("score", "score_stderr", "gold", "gold_stderr")), **scorers.means(measurement, answered),
         }
     if options.afresh:
         others = sorted({point.curve for point in points if point.run not in fresh})
         if others:
             notes.append(f"not measured afresh, but as they were: {', '.join(others)}")
         points = [replace(point, **fresh.get(point.run, {})) for point in points]
-    return points, reference, anchor, notes
+    return points, reference, best_of_n, notes
 
 
-def open_judges(trained: Sequence[Source], policy: Policy, options: FrontierOptions) -> Judges:
+def open_scorers(trained: Sequence[Source], policy: Policy, options: FrontierOptions) -> Scorers:
     """The reward of ``--recipe``, else that of the first run that has one; and gold.
 
     Raises:
@@ -205,7 +204,7 @@ def open_judges(trained: Sequence[Source], policy: Policy, options: FrontierOpti
     if options.gold is not None:
         gold = load_scorer([options.gold], Path.cwd(), policy.device, policy)
         print(*gold.notes, sep="\n", end="\n" if gold.notes else "", file=sys.stderr)
-    return Judges(score, gold, penalty)
+    return Scorers(score, gold, penalty)
 
 
 def scoring(recipe: Recipe | None) -> list[RewardEntry]:

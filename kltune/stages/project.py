@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kltune.errors import ModelError, RecipeError
-from kltune.lm.measure.interpolation import Dial, Look
+from kltune.lm.measure.interpolation import Interpolation, Look
 from kltune.lm.measure.kl_document import kl_figures
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.scorers import load_scorer
@@ -62,7 +62,7 @@ def project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
     subject = find_checkpoint(checkpoint, options)
     settings = settle([subject], options)
     policy = open_subject(subject, options)
-    dial = make_dial(policy, settings, options)
+    interpolation = make_interpolation(policy, settings, options)
     document: dict[str, Any] = {
         "schema": "kltune.project/1",
         "checkpoint": subject.path,
@@ -70,7 +70,7 @@ def project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
         "direction": "KL(policy||reference)",
         "temperature": settings.temperature,
         "max_new_tokens": settings.max_new_tokens,
-        "prompts": len(dial.prompts),
+        "prompts": len(interpolation.prompts),
         "seed": options.seed,
         "max_kl": options.max_kl,
         "unit": options.unit,
@@ -79,15 +79,15 @@ def project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
         "kl": None,
         "score": None,
         "falls": [],
-        "rewards": dial.rewards,
+        "rewards": interpolation.rewards,
         "output": options.output,
     }
     if options.curve:
         for alpha in (0.0, *CURVE):
-            dial.measure(alpha, settings.responses, "curve", options.seed)
+            interpolation.measure(alpha, settings.responses, "curve", options.seed)
     if options.max_kl is not None:
-        document |= land(dial, options, settings)
-    document["looks"] = [row(look) for look in dial.looks]
+        document |= land(interpolation, options, settings)
+    document["looks"] = [row(look) for look in interpolation.looks]
     if options.output is not None:
         save(Path(options.output), policy, document, subject, settings)
     return document
@@ -107,7 +107,7 @@ def check_options(options: ProjectOptions) -> None:
             raise RecipeError(f"--output: {folder} is not empty; choose another folder.")
 
 
-def make_dial(policy: Policy, settings: Settings, options: ProjectOptions) -> Dial:
+def make_interpolation(policy: Policy, settings: Settings, options: ProjectOptions) -> Interpolation:
     """The policy ready to be measured at any α; scored as well where the recipe says by what."""
     scorer, penalty = None, 0.0
     if options.recipe is not None:
@@ -117,21 +117,22 @@ def make_dial(policy: Policy, settings: Settings, options: ProjectOptions) -> Di
             scorer = load_scorer(scoring, recipe.folder, policy.device, policy)
             print(*scorer.notes, sep="\n", end="\n" if scorer.notes else "", file=sys.stderr)
             penalty = recipe.sampling.missing_end_penalty
-    dial = Dial(
-        policy, measured_prompts(policy, settings), **settings.drawn(options.seed), confidence=options.confidence,
+    interpolation = Interpolation(
+        policy, measured_prompts(policy, settings), settings.draw(options.seed), confidence=options.confidence,
         unit=options.unit, scorer=scorer, missing_end_penalty=penalty, say=lambda text: print(text, file=sys.stderr),
     )
-    dial.standardize(settings.responses)
-    return dial
+    interpolation.standardize(settings.responses)
+    return interpolation
 
 
-def land(dial: Dial, options: ProjectOptions, settings: Settings) -> dict[str, Any]:
+def land(interpolation: Interpolation, options: ProjectOptions, settings: Settings) -> dict[str, Any]:
     """Search, check, and what the document says of it; the adapter is left at the α that was found.
 
     Raises:
         ModelError: no α could be shown to meet the budget.
     """
-    search, check = dial.land(options.max_kl, settings.responses, max(settings.responses, options.max_responses))
+    most = max(settings.responses, options.max_responses)
+    search, check = interpolation.land(options.max_kl, settings.responses, most)
     unit = options.unit.replace("_", " ")
     if check is None:
         raise ModelError(

@@ -15,7 +15,7 @@ from kltune.lm.data.examples import Prompt
 from kltune.lm.data.forms import PROMPT_FORMS, FormOfFile, prompt_of
 from kltune.lm.data.rows import read_rows
 from kltune.lm.measure.breakdown import transcript
-from kltune.lm.measure.measurement import Draw, Measurement, answer_both
+from kltune.lm.measure.measurement import Measurement, Round, answer_both
 from kltune.lm.model.policy import Policy
 from kltune.run.saved_policy import (
     MeasureOptions,
@@ -79,8 +79,8 @@ class Speaker:
 
     def _answer(self, prompts: list[Prompt], turn: int) -> list[dict[str, Any]]:
         per_prompt = self.options.per_prompt
-        draw = Draw(prompts, 0, len(prompts), per_prompt, round=turn)
-        sides = answer_both(self.policy, draw, **self.settings.drawn(self.options.seed))
+        answered = Round(prompts, 0, len(prompts), per_prompt, number=turn)
+        sides = answer_both(self.policy, answered, self.settings.draw(self.options.seed))
         spoken = [described(side, self.policy) for side in sides]
         pairs = [{"policy": after, "reference": before} for after, before in zip(*spoken, strict=True)]
         return [

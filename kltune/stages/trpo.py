@@ -37,7 +37,7 @@ from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import response_scatter
 from kltune.lm.model.curvature import Fisher, flat, unflat
 from kltune.lm.model.policy import Policy
-from kltune.lm.model.snapshot import Move, Snapshot
+from kltune.lm.model.snapshot import Snapshot, StepKL
 from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import TRPORecipe
 from kltune.run.optimizer import learning_rate_share, total_steps
@@ -133,7 +133,7 @@ def trust_region_step(
     slope = gradient.dot(solution.x).item()
     first = step_scale(solution.x.dot(fisher(solution.x)).item(), slope, radius, beta)
     direction = dict(zip(parameters, unflat(solution.x, list(parameters.values())), strict=True))
-    move = Move(learner.policy, old, batch.rollout, recipe.sampling.temperature, reference=learner.cap is not None)
+    move = StepKL(learner.policy, old, batch.rollout, recipe.sampling.temperature, reference=learner.cap is not None)
 
     def measure(scale: float) -> Trial:
         old.step(direction, scale)
@@ -209,7 +209,7 @@ def fisher_on_some(recipe: TRPORecipe, policy: Policy, experience: Experience, r
     return Fisher(policy, chosen.ids, chosen.scored, recipe.sampling.temperature, recipe.optim.micro_batch_size)
 
 
-def effect(learner: Learner, batch: Batch, experience: Experience, move: Move) -> Trial:
+def effect(learner: Learner, batch: Batch, experience: Experience, move: StepKL) -> Trial:
     """What the step that was just made does, on all responses: exact KL(old ‖ new), gain, and the cap.
 
     A step that brings the policy nearer to its reference is within the cap wherever it ends.

@@ -16,9 +16,10 @@ from kltune.core.hacking.diversity import diversity
 from kltune.core.kl.intervals import clustered_mean
 from kltune.lm.data.examples import Example, Prompt, RowRules, described, distinct, load_examples, load_prompts
 from kltune.lm.measure.breakdown import transcript
-from kltune.lm.measure.measurement import Draw, Measurement, answer_both, judged, measure_kl
+from kltune.lm.measure.measurement import Measurement, Round, answer_both, measure_kl, measured_scores
 from kltune.lm.model.likelihood import alignment_tax, document_nats, reference_nats
 from kltune.lm.model.policy import Policy
+from kltune.lm.model.sampler import Draw
 from kltune.lm.rewards.judge import Answers
 from kltune.lm.rewards.scorers import Scorer, load_scorer
 from kltune.recipe import DataSection, EvalSection, SamplingSection
@@ -125,7 +126,7 @@ def evaluate(
             "eval/agreement_z": measured.z,
             "eval/truncated_fraction": measured.truncated.float().mean().item(),
         }
-        scores = judged(judges, measured, sampling.missing_end_penalty)
+        scores = measured_scores(judges, measured, sampling.missing_end_penalty)
         metrics |= score_metrics("eval/", scores, measured.prompt_index, reference.scales)
         metrics |= text_metrics("eval/", measured, policy.network.vocabulary)
     if held_out.texts:
@@ -147,9 +148,9 @@ def _answer(
     policy: Policy, held_out: HeldOut, sampling: SamplingSection, seed: int, *, from_reference: bool = False
 ) -> Measurement:
     """The answers to the held-out prompts, measured; with the same random numbers whoever gives them."""
-    draw = Draw.of(held_out.prompts, held_out.responses)
-    limits = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
-    return measure_kl(policy, draw, **limits, seed=seed, from_reference=from_reference)
+    draw = Draw(sampling.max_new_tokens, sampling.temperature, seed)
+    answered = Round.of(held_out.prompts, held_out.responses)
+    return measure_kl(policy, answered, draw, from_reference=from_reference)
 
 
 def _reference(
@@ -160,7 +161,7 @@ def _reference(
     scales, text_nats = {}, None
     if held_out.prompts:
         measured = _answer(policy, held_out, sampling, seed, from_reference=True)
-        scores = judged(judges, measured, sampling.missing_end_penalty)
+        scores = measured_scores(judges, measured, sampling.missing_end_penalty)
         scales = scales_of(scores)
         metrics |= score_metrics("eval/reference_", scores, measured.prompt_index, scales)
         metrics |= text_metrics("eval/reference_", measured, policy.network.vocabulary)
@@ -186,9 +187,8 @@ def before_and_after(
     """
     if not prompts:
         return []
-    draw = Draw(prompts, 0, min(SHOWN, len(prompts)), per_prompt=1)
-    settings = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "seed": seed}
-    sides = answer_both(policy, draw, **settings)
+    answered = Round(prompts, 0, min(SHOWN, len(prompts)), per_prompt=1)
+    sides = answer_both(policy, answered, Draw(sampling.max_new_tokens, sampling.temperature, seed))
     after, before = sides
     scores = [scores_of(scorer, side, sampling.missing_end_penalty) for side in sides]
     rollout = after.rollouts[0]
@@ -203,7 +203,7 @@ def before_and_after(
             "reference_response": before.rollouts[0].responses[row],
             "reference_score": scores[1][row],
         }
-        for row in range(draw.count)
+        for row in range(answered.count)
     ]
 
 
@@ -211,7 +211,7 @@ def scores_of(scorer: Scorer | None, measured: Measurement, missing_end_penalty:
     """The score of each response; None of each where nothing scores."""
     if scorer is None:
         return [None] * len(measured.exact)
-    return judged({"score": scorer}, measured, missing_end_penalty)["score"].tolist()
+    return measured_scores({"score": scorer}, measured, missing_end_penalty)["score"].tolist()
 
 
 def scales_of(scores: Mapping[str, Tensor]) -> Scales:

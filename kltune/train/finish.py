@@ -10,9 +10,10 @@ import torch
 from kltune.core.kl.gate import standing, verdict
 from kltune.core.kl.intervals import KLSummary
 from kltune.errors import DivergedError
-from kltune.lm.measure.interpolation import Dial
+from kltune.lm.measure.interpolation import Interpolation
 from kltune.lm.measure.measurement import Measurement, kl_result
 from kltune.lm.model.opening import check_frozen
+from kltune.lm.model.sampler import Draw
 from kltune.report.pages import write_page
 from kltune.run.checkpoint import save_final, saved_step, whole_checkpoints
 from kltune.train.alarms import return_to_peak, watch_over
@@ -169,14 +170,14 @@ def land_within_cap(job: Job, learner: Learner, step: int) -> Final | None:
     Returns:
         Its evaluation; None, and the policy as it was, if that could not be shown.
     """
-    count, dial = job.held_out.responses, make_dial(job, learner)
-    search, check = dial.land(learner.cap.limit, count, MORE_RESPONSES * count)
+    count, interpolation = job.held_out.responses, make_interpolation(job, learner)
+    search, check = interpolation.land(learner.cap.limit, count, MORE_RESPONSES * count)
     if check is not None:
         found = decided(job, learner, measure(job, learner, step))
         if within_cap(learner, found):
             job.report.say(f"landing: final is {search.alpha:.4f} times the adapter after step {step}.")
             return replace(found, alpha=search.alpha)
-    dial.scale.set(1.0)
+    interpolation.scale.set(1.0)
     return None
 
 
@@ -189,20 +190,18 @@ def land_on_target(job: Job, learner: Learner, found: Final) -> Final:
     kl = job.recipe.kl
     if not kl.land or kl.control != "target" or verdict(found.kl, kl.target, kl.unit).verdict != "fail":
         return found
-    alpha = make_dial(job, learner).meet(kl.target, MORE_RESPONSES * job.held_out.responses)
+    alpha = make_interpolation(job, learner).meet(kl.target, MORE_RESPONSES * job.held_out.responses)
     job.report.say(
         f"landing: {kl_text(found.kl, job)} is beyond the target {kl.target:g}; final is {alpha:.4f} times the adapter."
     )
     return replace(measure(job, learner, found.step), alpha=alpha)
 
 
-def make_dial(job: Job, learner: Learner) -> Dial:
+def make_interpolation(job: Job, learner: Learner) -> Interpolation:
     """The policy ready to be dialled back, with random numbers that its evaluation does not use."""
     sampling = job.recipe.sampling
-    return Dial(
-        learner.policy, job.held_out.prompts, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
-        seed=job.recipe.run.seed + LANDING_SEED, unit=job.recipe.kl.unit,
-    )
+    draw = Draw(sampling.max_new_tokens, sampling.temperature, job.recipe.run.seed + LANDING_SEED)
+    return Interpolation(learner.policy, job.held_out.prompts, draw, unit=job.recipe.kl.unit)
 
 
 def _states(job: Job, learner: Learner, newest: int) -> Iterator[int]:

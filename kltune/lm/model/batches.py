@@ -17,6 +17,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from kltune.core.kl.divergence import VocabularySums
+
 ROWS = 16       # that go through a model at once where nothing says how many fit
 
 
@@ -70,6 +72,7 @@ class Rollout(Samples):
     log_ratio_variance: of log π − log π_ref under π at each position, nats²; None where not measured.
     values: what the value function expected before each token; None without one.
     value_states: the hidden states that a value head alone reads it off, [B, T, H]; None without one.
+    sums: what each token of the vocabulary adds to ref_kl; None where that was not asked for.
     """
 
     ref_logprobs: Tensor
@@ -79,6 +82,7 @@ class Rollout(Samples):
     log_ratio_variance: Tensor | None
     values: Tensor | None = None
     value_states: Tensor | None = None
+    sums: VocabularySums | None = None
 
     def select(self, rows: Tensor) -> "Rollout":
         """The rollout of some rows only, cut to the longest sequence among them."""

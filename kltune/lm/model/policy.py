@@ -235,7 +235,6 @@ class Policy:
         *,
         exact: bool = True,
         swap: bool = False,
-        sums: VocabularySums | None = None,
     ) -> TokenMeasures:
         """Teacher-force sequences through policy and reference.
 
@@ -245,14 +244,20 @@ class Policy:
             temperature: of both distributions; the one the tokens were sampled at.
             exact: also sum over the vocabulary, for exact KL and entropies.
             swap: let the two change places: then ``ref_kl`` is KL(reference ‖ policy), for the reference's samples.
-            sums: with ``exact``, also add up by token of the vocabulary.
         """
-        if exact:
-            found = partial(measure_tokens, temperature=temperature, sums=sums)
-        else:
-            found = partial(measure_sampled, temperature=temperature)
-        function = (lambda logits, ref_logits, tokens: found(ref_logits, logits, tokens)) if swap else found
-        return TokenMeasures(*self.over_vocabulary(ids, scored, function))
+        function = partial(measure_tokens if exact else measure_sampled, temperature=temperature)
+        return self._measure(ids, scored, function, swap)
+
+    def measure_by_token(
+        self, ids: Tensor, scored: Tensor, temperature: float = 1.0, *, swap: bool = False
+    ) -> tuple[TokenMeasures, VocabularySums]:
+        """``measure`` with exact KL, and what each token of the vocabulary adds to it."""
+        sums = VocabularySums.zero(self.network.vocabulary)
+        return self._measure(ids, scored, partial(measure_tokens, temperature=temperature, sums=sums), swap), sums
+
+    def _measure(self, ids: Tensor, scored: Tensor, function: Callable, swap: bool) -> TokenMeasures:
+        swapped = (lambda logits, ref_logits, tokens: function(ref_logits, logits, tokens)) if swap else function
+        return TokenMeasures(*self.over_vocabulary(ids, scored, swapped))
 
     @torch.no_grad()
     def over_vocabulary(
@@ -270,18 +275,18 @@ class Policy:
         Returns:
             What it gave, row by row; [N] each, or None where it gave None.
         """
-        found, parts = [], self.network.parts(ids, scored)
+        columns, parts = [], self.network.parts(ids, scored)
         for part, marks in parts:
             hidden = self.scored_hidden(part, marks)
             with self.reference():
                 ref_hidden = self.scored_hidden(part, marks)
             rows = self.network.chunk_rows
             chunks = zip(hidden.split(rows), ref_hidden.split(rows), part[marks].split(rows), strict=True)
-            found += [
+            columns += [
                 function(self.network.logits(mine), self.ref_logits(others), tokens) for mine, others, tokens in chunks
             ]
-        columns = zip(*found, strict=True)
-        return tuple(None if column[0] is None else parts.in_order(torch.cat(column)) for column in columns)
+        joined = (None if column[0] is None else torch.cat(column) for column in zip(*columns, strict=True))
+        return tuple(None if column is None else parts.in_order(column) for column in joined)
 
     @torch.no_grad()
     def measure_values(self, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -48,7 +48,7 @@ class Snapshot:
             tensor.data.copy_(self.tensors[name] + scale * direction[name])
 
 
-class Move:
+class StepKL:
     """How far a policy has gone from what it was, on responses that the old one sampled; measured as often as asked.
 
     Of the old distributions only the hidden states behind them are kept: over a vocabulary they would not fit. They
@@ -117,7 +117,7 @@ class Move:
 
 def kl_to(policy: Policy, other: Snapshot, rollout: Rollout, temperature: float) -> float:
     """Exact KL(policy ‖ another state of it), nats per response, on responses that the policy as it is sampled."""
-    sampled = Move(policy, Snapshot(policy.trainable_parameters()), rollout, temperature, reference=False)
+    sampled = StepKL(policy, Snapshot(policy.trainable_parameters()), rollout, temperature, reference=False)
     with other.in_place():
         _, kl, _ = sampled.measure()
     return per_response(kl.double(), rollout.response_mask).mean().item()

@@ -101,8 +101,8 @@ def test_a_trained_policy_draws_the_same_responses_either_way(open_policy, monke
         with policy.reference():
             reference = tokens_of(draw(policy, PROMPTS, UNIFORMS))
         with policy.network.merged():
-            merged = sampler._decode(policy, PROMPTS, 4, UNIFORMS, 1.0, None)[0]
-        apart = sampler._decode(policy, PROMPTS, 4, UNIFORMS, 1.0, None)[0]
+            merged = sampler._decode(policy, PROMPTS, UNIFORMS, 1.0, None)[0]
+        apart = sampler._decode(policy, PROMPTS, UNIFORMS, 1.0, None)[0]
         return [tokens_of(draw(policy, PROMPTS, UNIFORMS)), apart, reference, merged]
 
     assert policy.network.fast.decodes
