@@ -23,7 +23,8 @@ from kltune.lm.model.sampler import Draw
 from kltune.lm.rewards.judge import Answers
 from kltune.lm.rewards.scorers import Scorer, load_scorer
 from kltune.recipe import DataSection, EvalSection, SamplingSection
-from kltune.train.preferences import KnownLogprobs, Preferences, load_preferences, pair_metrics
+from kltune.run.caches import StoredLogprobs
+from kltune.train.preferences import Preferences, load_preferences, pair_metrics
 
 SHOWN = 8      # held-out prompts that a run's page shows before and after
 Metrics = dict[str, float | None]
@@ -70,7 +71,7 @@ def load_held_out(
     folder: Path,
     note: str,
     answers: Answers | None = None,
-    ref_logprobs: KnownLogprobs | None = None,
+    ref_logprobs: StoredLogprobs | None = None,
 ) -> HeldOut:
     """Read the recipe's ``eval`` section; without prompts or pairs of its own, evaluations use ``fallback``.
 

@@ -7,7 +7,7 @@ pairs are made of a batch of responses: of those to one prompt, the best against
 
 import hashlib
 import json
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -27,9 +27,9 @@ from kltune.lm.model.likelihood import document_nats, example_batch, text_rules
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
 from kltune.recipe import DataSection, DPOSection
+from kltune.run.caches import StoredLogprobs
 from kltune.train.experience import FIRST_RATIO_GAP
 
-KnownLogprobs = MutableMapping[str, Tensor]  # by what was measured, and of which reference
 MEASURE = 2  # to be raised when the same pairs and reference would give other numbers
 
 
@@ -63,16 +63,16 @@ class Preferences:
         return replace(self, examples=examples, wanted=self.wanted[rows], ref_logprobs=self.ref_logprobs[rows])
 
     def measured(
-        self, policy: Policy, groups: Sequence[int], known: KnownLogprobs | None = None
+        self, policy: Policy, groups: Sequence[int], known: StoredLogprobs | None = None
     ) -> "Preferences":
         """With the reference's log-probabilities of these groups: what is ``known``, or is from then on."""
         chosen = sorted(set(groups))
         if known is None:
             return self._under(policy.reference(), policy, chosen)
         key = self._key(policy, chosen)
-        if key not in known:
-            known[key] = self._under(policy.reference(), policy, chosen).ref_logprobs
-        return replace(self, ref_logprobs=known[key])
+        if known.get(key) is None:
+            known.record(key, self._under(policy.reference(), policy, chosen).ref_logprobs)
+        return replace(self, ref_logprobs=known.get(key))
 
     def against(self, reference: AbstractContextManager[None], policy: Policy) -> "Preferences":
         """With the log-probabilities of another reference: the policy as it is within ``reference``."""
