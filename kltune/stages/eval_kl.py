@@ -30,7 +30,7 @@ from kltune.run.saved_policy import (
     measured_prompts,
     measured_texts,
     open_subject,
-    settle,
+    resolve_settings,
 )
 
 __all__ = ["EvalKLOptions", "eval_kl", "render"]
@@ -80,7 +80,7 @@ def eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, A
     """
     check_options(options)
     subjects = [find_checkpoint(path, options) for path in checkpoints]
-    settings = settle(subjects, options)
+    settings = resolve_settings(subjects, options)
     documents, measured = zip(*(measure_checkpoint(subject, settings, options) for subject in subjects), strict=True)
     verdicts = {document["gate"]["verdict"] for document in documents if document["gate"] is not None}
     code = next((EXIT_CODES[name] for name in WORST_FIRST if name in verdicts), 0)

@@ -30,7 +30,7 @@ from kltune.report.frontier.points import (
 from kltune.report.frontier.pooling import curves_at, efficiency, fits, pick, pooled
 from kltune.report.numbers import headline
 from kltune.run.recorder import counting
-from kltune.run.saved_policy import MeasureOptions, find_checkpoint, measured_prompts, open_subject, settle
+from kltune.run.saved_policy import MeasureOptions, find_checkpoint, measured_prompts, open_subject, resolve_settings
 
 __all__ = ["FrontierOptions", "frontier", "render"]
 SCHEMA = "kltune.frontier/1"
@@ -138,7 +138,7 @@ def measured(
         (points, the reference's figures, best of n, notes).
     """
     subjects = [find_checkpoint(source.path, options) for source in trained]
-    settings = settle(subjects, options)
+    settings = resolve_settings(subjects, options)
     notes: list[str] = []
     best_of_n = None
     scorers: Scorers | None = None

@@ -1,10 +1,10 @@
-"""Dial a finished adapter back until its measured KL meets a budget; or measure all there is between it and nothing.
+"""Scale a finished adapter down until its measured KL meets a budget; or measure all shares of it from 0 to 1.
 
     π_α: the adapter's effect times α;    the largest α with KL(π_α ‖ reference) ≤ budget, at a stated confidence
 
 The result is a plain adapter with its scale baked in. What lies between is worth a look of its own (``--curve``): from
-one run it gives KL and score of every α. Measured, a policy that was trained far and dialled back scores 0 to 0.07 of
-about 1.5 less than one that was trained for the KL it is dialled to (README; MATH 4.7 found it on or above).
+one run it gives KL and score of every α. Measured, a policy that was trained far and scaled down scores 0 to 0.07 of
+about 1.5 less than one that was trained for the KL it is scaled to (README; MATH 4.7 found it on or above).
 """
 
 import math
@@ -29,7 +29,7 @@ from kltune.run.saved_policy import (
     find_checkpoint,
     measured_prompts,
     open_subject,
-    settle,
+    resolve_settings,
 )
 
 CURVE = tuple(round(0.1 * step, 1) for step in range(1, 11))
@@ -60,7 +60,7 @@ def project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
     """
     check_options(options)
     subject = find_checkpoint(checkpoint, options)
-    settings = settle([subject], options)
+    settings = resolve_settings([subject], options)
     policy = open_subject(subject, options)
     interpolation = make_interpolation(policy, settings, options)
     document: dict[str, Any] = {
@@ -89,18 +89,18 @@ def project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
         document |= land(interpolation, options, settings)
     document["looks"] = [row(look) for look in interpolation.looks]
     if options.output is not None:
-        save(Path(options.output), policy, document, subject, settings)
+        save_projection(Path(options.output), policy, document, subject, settings)
     return document
 
 
 def check_options(options: ProjectOptions) -> None:
     """Raise RecipeError for what could not end well, before anything is loaded."""
     if options.max_kl is None and not options.curve:
-        raise RecipeError("--max-kl: missing; give the budget to dial back to, or --curve to measure what is between.")
+        raise RecipeError("--max-kl: missing; give the budget to scale down to, or --curve to measure what is between.")
     if options.max_kl is not None and not (math.isfinite(options.max_kl) and options.max_kl > 0.0):
         raise RecipeError(f"--max-kl: found {options.max_kl}, wanted a number of nats above 0.")
     if options.max_kl is not None and options.output is None:
-        raise RecipeError("--output: missing; the dialled adapter has to go somewhere.")
+        raise RecipeError("--output: missing; the scaled adapter has to go somewhere.")
     if options.output is not None:
         folder = Path(options.output)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -153,7 +153,9 @@ def land(interpolation: Interpolation, options: ProjectOptions, settings: Settin
     }
 
 
-def save(folder: Path, policy: Policy, document: dict[str, Any], subject: Subject, settings: Settings) -> None:
+def save_projection(
+    folder: Path, policy: Policy, document: dict[str, Any], subject: Subject, settings: Settings
+) -> None:
     """The adapter with its record, if there is one to save; the curve as numbers and as a picture."""
     if document["alpha"] is None:
         with storing(folder):

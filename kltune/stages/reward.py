@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from kltune.core.objectives.bradley_terry import bradley_terry_loss, centring_penalty, label_loss, win_share
 from kltune.errors import Interrupted, RecipeError
-from kltune.lm.data.examples import described, shuffled_positions
+from kltune.lm.data.examples import counts_line, shuffled_positions
 from kltune.lm.data.pairs import Comparison, Pair, answers, hold_out, load_comparisons, reads_text, sequences
 from kltune.lm.model.likelihood import text_rules
 from kltune.lm.model.opening import check_frozen
@@ -87,7 +87,7 @@ def load_data(recipe: RewardRecipe, policy: Policy) -> tuple[list[Comparison], l
     data, tokenizer = recipe.data, policy.tokenizer
     rules = text_rules(policy, data)
     rows, counts = load_comparisons(data.pairs, tokenizer, rules)
-    notes = [described(data.pairs, counts)]
+    notes = [counts_line(data.pairs, counts)]
     if recipe.eval.pairs is None:
         rows, held_out = hold_out(rows, recipe.eval.pairs_share, recipe.run.seed, data.pairs)
         return rows, held_out, [*notes, f"{len(held_out)} of them held out, prompt by prompt"]
@@ -97,7 +97,7 @@ def load_data(recipe: RewardRecipe, policy: Policy) -> tuple[list[Comparison], l
             f"eval.pairs: {recipe.eval.pairs} and {data.pairs} are not of one kind; wanted pairs in both, or labelled "
             "responses in both."
         )
-    return rows, held_out, [*notes, described(recipe.eval.pairs, counts)]
+    return rows, held_out, [*notes, counts_line(recipe.eval.pairs, counts)]
 
 
 def make_model(recipe: RewardRecipe, policy: Policy, run: Run) -> tuple[RewardModel, Optimizer]:

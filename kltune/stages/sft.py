@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from kltune.core.hacking.detector import Watch
 from kltune.errors import Interrupted
-from kltune.lm.data.examples import Example, described, load_examples, shuffled_positions
+from kltune.lm.data.examples import Example, counts_line, load_examples, shuffled_positions
 from kltune.lm.measure.measurement import kl_result
 from kltune.lm.model.likelihood import example_batch, text_rules
 from kltune.lm.model.opening import check_frozen
@@ -85,7 +85,7 @@ def load_data(recipe: SFTRecipe, policy: Policy, run: Run) -> tuple[list[Example
     """Training texts, and what evaluations are made on."""
     data, rules = recipe.data, text_rules(policy, recipe.data)
     examples, counts = load_examples(data.texts, policy.tokenizer, rules)
-    limit, note = rules.max_prompt_tokens, described(data.texts, counts)
+    limit, note = rules.max_prompt_tokens, counts_line(data.texts, counts)
     held_out = load_held_out(
         recipe.eval, data, policy, [], prompt_limit=limit, folder=recipe.folder, note=note, answers=run.answers
     )

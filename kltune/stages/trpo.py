@@ -35,7 +35,7 @@ from kltune.core.tensors import per_response
 from kltune.errors import DivergedError
 from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import response_scatter
-from kltune.lm.model.curvature import Fisher, flat, unflat
+from kltune.lm.model.curvature import Fisher, from_vector, to_vector
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.snapshot import Snapshot, StepKL
 from kltune.lm.rewards.scorers import load_scorer
@@ -132,7 +132,7 @@ def trust_region_step(
     solution = conjugate_gradient(lambda v: fisher(v) + damping * v, gradient, trpo.cg_iterations)
     slope = gradient.dot(solution.x).item()
     first = step_scale(solution.x.dot(fisher(solution.x)).item(), slope, radius, beta)
-    direction = dict(zip(parameters, unflat(solution.x, list(parameters.values())), strict=True))
+    direction = dict(zip(parameters, from_vector(solution.x, list(parameters.values())), strict=True))
     move = StepKL(learner.policy, old, batch.rollout, recipe.sampling.temperature, reference=learner.cap is not None)
 
     def measure(scale: float) -> Trial:
@@ -195,7 +195,7 @@ def policy_gradient(recipe: TRPORecipe, policy: Policy, experience: Experience) 
         logprobs = response_scatter(policy.logprobs(batch.ids, batch.scored, recipe.sampling.temperature), mask)
         check_first_ratio(logprobs, batch, policy)
         gain = surrogate(logprobs, batch.logprobs, piece.advantages, mask, rows)
-        total += flat(torch.autograd.grad(gain, parameters, allow_unused=True, materialize_grads=True))
+        total += to_vector(torch.autograd.grad(gain, parameters, allow_unused=True, materialize_grads=True))
     if not torch.isfinite(total).all():
         raise DivergedError("the policy gradient is not finite; nothing was updated. Look at the scores' size.")
     return total

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from kltune.core.hacking.diversity import diversity
 from kltune.core.kl.intervals import clustered_mean
-from kltune.lm.data.examples import Example, Prompt, RowRules, described, distinct, load_examples, load_prompts
+from kltune.lm.data.examples import (
+    Example,
+    Prompt,
+    RowRules,
+    counts_line,
+    distinct_prompts,
+    load_examples,
+    load_prompts,
+)
 from kltune.lm.measure.breakdown import transcript
 from kltune.lm.measure.measurement import Measurement, Round, answer_both, measure_kl, measured_scores
 from kltune.lm.model.likelihood import alignment_tax, document_nats, reference_nats
@@ -82,11 +90,11 @@ def load_held_out(
     prompts, texts, pairs, notes = fallback, [], None, [note]
     if own is not None:
         prompts, counts = load_prompts(own, policy.tokenizer, rules)
-        prompts = prompts if section.prompts else distinct(prompts)
-        notes.append(described(own, counts))
+        prompts = prompts if section.prompts else distinct_prompts(prompts)
+        notes.append(counts_line(own, counts))
     if section.texts is not None:
         texts, counts = load_examples(section.texts, policy.tokenizer, rules)
-        notes.append(described(section.texts, counts))
+        notes.append(counts_line(section.texts, counts))
     if section.pairs is not None:
         pairs, note = load_preferences(section.pairs, policy, data)
         pairs = pairs.measured(policy, range(len(pairs)), ref_logprobs)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from kltune.core.control.controllers import feed_forward
 from kltune.core.kl.gate import standing
 from kltune.errors import Interrupted, JudgeError, RecipeError, ScorerError
-from kltune.lm.data.examples import Prompt, RowRules, described, distinct, load_prompts
+from kltune.lm.data.examples import Prompt, RowRules, counts_line, distinct_prompts, load_prompts
 from kltune.lm.model.opening import check_fresh_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
@@ -44,8 +44,8 @@ def load_data(recipe: BudgetRecipe, policy: Policy, run: Run) -> tuple[list[Prom
     limit = policy.prompt_limit(data.max_prompt_tokens, recipe.sampling.max_new_tokens)
     source = data.prompts or data.pairs
     prompts, counts = load_prompts(source, policy.tokenizer, RowRules.of(data, policy.tokenizer.eos_token_id, limit))
-    prompts = prompts if data.prompts else distinct(prompts)
-    note = described(source, counts)
+    prompts = prompts if data.prompts else distinct_prompts(prompts)
+    note = counts_line(source, counts)
     held_out = load_held_out(
         recipe.eval, data, policy, prompts, prompt_limit=limit, folder=recipe.folder, note=note, answers=run.answers,
         ref_logprobs=run.ref_logprobs,

@@ -20,7 +20,7 @@ from kltune.core.objectives.bradley_terry import win_share
 from kltune.core.tensors import per_response
 from kltune.errors import ModelError
 from kltune.lm.data.encoding import Ids
-from kltune.lm.data.examples import Example, Prompt, described
+from kltune.lm.data.examples import Example, Prompt, counts_line
 from kltune.lm.data.pairs import Answer, load_labelled, load_pairs
 from kltune.lm.model.batches import Rollout, response_scatter
 from kltune.lm.model.likelihood import document_nats, example_batch, text_rules
@@ -235,7 +235,7 @@ def load_preferences(
         examples = tuple(_example(pair.prompt, side) for pair in rows for side in (pair.chosen, pair.rejected))
         wanted = torch.tensor([True, False]).repeat(len(rows))
     unmeasured = torch.full((len(examples),), torch.nan, dtype=torch.float64)
-    return Preferences(examples, wanted, unmeasured, 1 if labelled else 2), described(source, counts)
+    return Preferences(examples, wanted, unmeasured, 1 if labelled else 2), counts_line(source, counts)
 
 
 def _example(prompt: Prompt, answer: Answer) -> Example:

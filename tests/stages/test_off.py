@@ -6,6 +6,7 @@ import pytest
 
 import kltune
 from kltune.lm.fast import ways
+from kltune.lm.model.network import Network
 from kltune.stages.dpo import run_dpo
 from kltune.stages.eval_kl import EvalKLOptions, eval_kl
 from kltune.stages.ppo import run_ppo
@@ -18,10 +19,8 @@ RUNS = {"ppo": run_ppo, "trpo": run_trpo, "dpo": run_dpo}
 @pytest.mark.parametrize("stage", RUNS)
 def test_a_run_and_its_kl_are_the_same_without_the_fast_ways(stage, request, tmp_path, monkeypatch):
     make = request.getfixturevalue(f"{stage}_recipe")
-    opened, of = [], ways.FastWays.of.__func__
-    monkeypatch.setattr(
-        ways.FastWays, "of", classmethod(lambda *args, **keys: opened.append(of(*args, **keys)) or opened[-1])
-    )
+    opened, make_network = [], Network.__init__
+    monkeypatch.setattr(Network, "__init__", lambda self, causal: opened.append(self) or make_network(self, causal))
 
     def measured(output: Path) -> list[float]:
         recipe = make("run.steps=3", "run.eval_every=1", output=str(output))
@@ -34,12 +33,12 @@ def test_a_run_and_its_kl_are_the_same_without_the_fast_ways(stage, request, tmp
         return steps + [kl["nats_per_response"] for kl in kls]
 
     fast = measured(tmp_path / "fast")
-    assert all(one is not None and one.decodes and one.shares_prefixes for one in opened)
+    assert all(network.fast.decodes and network.fast.shares_prefixes for network in opened)
     opened.clear()
     with ways.off():
         plain = measured(tmp_path / "plain")
     assert opened
-    assert set(opened) == {None}
+    assert {network.fast for network in opened} == {None}
     assert max(fast) > 0.01
     assert plain == pytest.approx(fast, rel=1e-3, abs=1e-5)
 

@@ -8,7 +8,7 @@ from kltune.lm.data.examples import Prompt
 from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model.likelihood import alignment_tax
 from kltune.lm.model.sampler import Draw
-from kltune.lm.rewards.scorers import Scorer, Source
+from kltune.lm.rewards.scorers import Scorer, ScoreSource
 from kltune.recipe import SamplingSection
 from kltune.train.evaluation import HeldOut, evaluate, response_tokens, scales_of, score_metrics, text_metrics
 
@@ -18,7 +18,7 @@ PROMPTS = [Prompt((0, 5 + place), f"prompt {place}", f"row {place}") for place i
 
 def scorer(name, function):
     """A scorer of one Python function of a response."""
-    return Scorer([Source(name, lambda prompts, responses: [function(r) for r in responses], 1.0, False, {})])
+    return Scorer([ScoreSource(name, lambda prompts, responses: [function(r) for r in responses], 1.0, False, {})])
 
 
 def held_out(policy, responses=12, gold=None):

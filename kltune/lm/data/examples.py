@@ -116,7 +116,7 @@ class Counts:
     skipped: int
 
 
-def described(source: str, counts: Counts) -> str:
+def counts_line(source: str, counts: Counts) -> str:
     """One line on a file that was read: every row accounted for."""
     rest = [
         f"{number} {what}"
@@ -130,7 +130,7 @@ def described(source: str, counts: Counts) -> str:
     return f"{source}: {counts.kept} of {counts.read} rows" + (f" ({', '.join(rest)})" if rest else "")
 
 
-def distinct(prompts: list[Prompt]) -> list[Prompt]:
+def distinct_prompts(prompts: list[Prompt]) -> list[Prompt]:
     """Each prompt once: pairs repeat theirs, and what is answered twice counts as one where errors are by prompt."""
     return list({prompt.ids: prompt for prompt in prompts}.values())
 
@@ -174,18 +174,8 @@ def load_examples(
     """Read texts to learn from: rows of ``{"text"}``, ``{"prompt", "response"}`` or ``{"messages"}``.
 
     Scored are all tokens of a text but the first; the response and its end token; every turn of the assistant.
-    For the limits the prompt is what comes before the first scored token, the response all the rest.
-
-    Args:
-        source: a JSONL, CSV or Parquet file, or a dataset (rows.py).
-        tokenizer: the policy's.
-        rules: what rows may be.
-
-    Returns:
-        The examples in the order of the source, each with at least one scored token, and the counts.
-
-    Raises:
-        DataError: faulty rows, each named with its place; no row left; or a source that cannot be read.
+    For the limits the prompt is what comes before the first scored token, the response all the rest. Arguments, returns
+    and errors as ``load_prompts``; each example has at least one scored token.
     """
     encoder, forms = Encoder(tokenizer, rules.template), FormOfFile(TEXT_FORMS)
 

@@ -92,9 +92,7 @@ def hold_out(
     """Split rows by their prompts, so that no prompt is on both sides.
 
     Args:
-        rows: all there are.
         share: of the prompts, rounded, but at least one; 0 holds out nothing.
-        seed: which ones.
         source: names the rows in the error.
 
     Returns:
@@ -139,18 +137,9 @@ def load_pairs(
         {"chosen", "rejected"}                whole conversations that differ in their last message, or transcripts
                                               (hh-rlhf), whose prompt ends with the last "\\n\\nAssistant:" in common
 
-    Args:
-        source: a JSONL, CSV or Parquet file, or a dataset (rows.py).
-        tokenizer: the policy's.
-        rules: what rows may be. Faulty is also a row whose sides are empty, equal, or transcripts that share no prompt;
-            a pair that truncation makes equal is dropped.
-        margins: read the field "margin" of rows that have one; else it is an extra field.
-
-    Returns:
-        The pairs in the order of the source, and the counts.
-
-    Raises:
-        DataError: faulty rows, each named with its place; no row left; or a source that cannot be read.
+    Faulty is also a row whose sides are empty, equal, or transcripts that share no prompt; a pair that truncation makes
+    equal is dropped. With ``margins`` the field "margin" is read, else it is an extra field. The rest as
+    ``examples.load_prompts``.
     """
     encoder, forms = Encoder(tokenizer, rules.template), FormOfFile(PAIR_FORMS)
 

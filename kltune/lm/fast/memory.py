@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from kltune.lm.fast.decoding import Step, bytes_held, is_plain
-from kltune.lm.fast.shared_prefix import begins_another, spans
+from kltune.lm.fast.shared_prefix import begins_another, scored_spans
 
 SHARE = 0.8             # of the memory is planned with; the rest is for kernels, fragments and other processes
 TRAINED_BYTES = 16      # float32 gradient and Adam's moments per trained number; in full fine-tuning the frozen copy
@@ -86,7 +86,7 @@ class Batching:
 
         Neighbours that share their prompt count as the longest of them, so that sorting leaves them side by side.
         """
-        starts, ends = spans(scored)
+        starts, ends = scored_spans(scored)
         if self.shares_prefixes:
             owner = begins_another(ids, starts).cumsum(0) - 1
             ends = ends.new_zeros(len(ends)).scatter_reduce(0, owner, ends, "amax")[owner]
@@ -97,20 +97,11 @@ class Batching:
         lengths = self.lengths(ids, scored)
         return micro_batches(lengths, lambda length: self.tokens_per_pass // length, self._pass_tokens)
 
-    def to_train(self, ids: Tensor, scored: Tensor, sequences: int | None) -> list[list[int]]:
-        """Rows in parts that are trained on one after the other; ``sequences`` as for ``micro_batches``."""
-        return self.micro_batches(self.lengths(ids, scored), sequences)
-
     def micro_batches(self, lengths: Sequence[int], sequences: int | None, group: int = 1) -> list[list[int]]:
         """Cut a batch into parts that are trained on one after the other, so that little of them is padding.
 
-        Args:
-            lengths: tokens of each row, or of the longest row of each group.
-            sequences: how many go into a part at most; None: what memory holds, and no more than is any use.
-            group: rows that stay together.
-
-        Returns:
-            Places in ``lengths``, for each part.
+        lengths: tokens of each row, or of the longest of each ``group`` that stays together. sequences: how many a part
+        has at most; None: what memory holds, and no more than is any use. Returned are places in ``lengths``.
         """
         tokens = self.tokens_per_pass // TRAINED_SHARE
 

@@ -45,7 +45,7 @@ def shared_prefixes(ids: Tensor, scored: Tensor) -> SharedPrefixes | None:
         scored: True on the tokens to measure, never in column 0. [B, S] bool.
     """
     columns = torch.arange(ids.shape[1], device=ids.device)
-    starts, ends = spans(scored)
+    starts, ends = scored_spans(scored)
     first = begins_another(ids, starts)
     if first.all() or not scored.any(dim=1).all():
         return None
@@ -63,7 +63,7 @@ def shared_prefixes(ids: Tensor, scored: Tensor) -> SharedPrefixes | None:
     )
 
 
-def spans(scored: Tensor) -> tuple[Tensor, Tensor]:
+def scored_spans(scored: Tensor) -> tuple[Tensor, Tensor]:
     """The first scored column of each row, and the one after its last. [B, S] -> [B] each."""
     return scored.int().argmax(dim=1), scored.shape[1] - scored.flip(1).int().argmax(dim=1)
 

@@ -16,18 +16,18 @@ from kltune.lm.fast.lora import MergedTrunk, speed_up
 from kltune.lm.fast.memory import Batching
 from kltune.lm.fast.shared_prefix import can_share, shared_prefixes, states_before
 
-_switched_off = False
+wanted = True
 
 
 @contextmanager
 def off() -> Iterator[None]:
     """Within: models that are opened take the plain ways, for good."""
-    global _switched_off
-    before, _switched_off = _switched_off, True
+    global wanted
+    before, wanted = wanted, False
     try:
         yield
     finally:
-        _switched_off = before
+        wanted = before
 
 
 class FastWays:
@@ -47,11 +47,6 @@ class FastWays:
         self.captures = self.decodes and can_capture(step, self.next_step, next(causal.parameters()).device)
         self.batching = Batching(causal, step, split=split, shares_prefixes=self.shares_prefixes)
         self.refresh()
-
-    @classmethod
-    def of(cls, causal: nn.Module, step: Step, *, split: bool) -> "FastWays | None":
-        """Those of a model, as the constructor takes it; None within ``off``."""
-        return None if _switched_off else cls(causal, step, split=split)
 
     def refresh(self) -> None:
         """Take the model's layers as they are now, after an adapter may have wrapped them."""

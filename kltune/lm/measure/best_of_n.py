@@ -79,11 +79,8 @@ def measure_best_of_n(
     """Best of n by the score (by gold where there is no score), for n = 1, 2, 4, ... of the reference's responses.
 
     Args:
-        policy: whose reference responds.
         answered: from ``best_of_n_round``; at least 2 responses to each prompt.
         scorers: at least one.
-        draw: how responses are drawn, but for the random numbers.
-        progress: told how many responses are done.
 
     Returns:
         The document's best_of_n; by_prompt: the estimates of each scorer for each n, [P] each.

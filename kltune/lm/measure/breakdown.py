@@ -120,10 +120,10 @@ def transcript(rollout: Rollout, row: int, tokenizer) -> dict[str, list[Any] | N
 
 def pieces(ids: Sequence[int], tokenizer) -> list[str]:
     """The text that each token adds; a character of several tokens is shown at its last."""
-    found, text = [], ""
+    texts, text = [], ""
     for end in range(1, len(ids) + 1):
         longer = tokenizer.decode(ids[:end])
         whole = not longer.endswith("\N{REPLACEMENT CHARACTER}") or end == len(ids)
-        found.append(longer[len(text) :] if whole else "")
+        texts.append(longer[len(text) :] if whole else "")
         text = longer if whole else text
-    return found
+    return texts

@@ -55,18 +55,10 @@ class Deployed:
 def measure_deployed(
     policy: Policy, answered: Round, draw: Draw, cut: Cut, progress: Progress = lambda done: None
 ) -> Deployed:
-    """Sample from the deployed policy and measure both of its distances.
+    """Sample from the deployed policy and measure both of its distances; arguments and errors as ``measure_kl``.
 
     Args:
-        policy: adapter on.
-        answered: which prompts, how often; the random numbers are those of ``measure_kl``.
-        draw: how; its temperature is the deployed policy's, and the reference's in ``both``.
-        cut: top-p and top-k.
-        progress: told how many responses have been measured, after each pass.
-
-    Raises:
-        DivergedError: something is not finite.
-        ModelError: the sampler drew from another distribution than the one measured.
+        cut: top-p and top-k. The temperature is the deployed policy's, and the reference's in ``both``.
     """
     temperature = draw.temperature
     rows: list[tuple[Tensor, ...]] = []

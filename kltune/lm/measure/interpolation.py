@@ -69,8 +69,6 @@ class Interpolation:
         """Take the policy as it is: that is α = 1.
 
         Args:
-            policy: adapter on.
-            prompts: at least one.
             draw: how responses are drawn in the search; the checks after it have random numbers of their own.
             confidence: of the intervals.
             unit: of budgets.
@@ -190,7 +188,7 @@ class AdapterScale:
         """
         if policy.full:
             raise ModelError(
-                f"{policy.fingerprint.path}: only an adapter that leaves its base alone can be dialled back; this "
+                f"{policy.fingerprint.path}: only an adapter that leaves its base alone can be scaled down; this "
                 "checkpoint has weights of its own."
             )
         tensors = policy.trainable_parameters()

@@ -43,13 +43,8 @@ def reference_nats(policy: Policy, examples: Sequence[Example]) -> Tensor:
 def alignment_tax(nats: Tensor, ref_nats: Tensor, tokens: Tensor, confidence: float = 0.95) -> KLSummary:
     """How much worse the policy predicts held-out human text than its reference does, paired by document.
 
-    Args:
-        nats, ref_nats: of each document under the two. [D].
-        tokens: scored tokens of each. [D].
-        confidence: of the interval.
-
-    Returns:
-        The tax per token (and per document) with its errors, as a summary of that many nats.
+    nats, ref_nats: of each document under the two. tokens: how many of each are scored. [D]. The tax is a summary of
+    that many nats per token and per document.
     """
     return summarize("tax", nats - ref_nats, tokens, torch.arange(len(tokens)), confidence)
 

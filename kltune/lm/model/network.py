@@ -16,7 +16,7 @@ from transformers import Cache
 from transformers.utils import ModelOutput
 
 from kltune.core.kl.fused_head import Reader, through_head
-from kltune.lm.fast.ways import FastWays
+from kltune.lm.fast import ways
 from kltune.lm.model.adapters import CheckpointedLayers
 from kltune.lm.model.batches import FixedRows, Parts
 
@@ -48,7 +48,7 @@ class Network:
 
     def __init__(self, causal: nn.Module):
         self.causal = causal
-        self.fast: FastWays | None = None
+        self.fast: ways.FastWays | None = None
         self._recomputes = True     # layers, where a backward pass would not fit otherwise
         self.refresh()
         self.vocabulary = self.causal.config.get_text_config().vocab_size
@@ -60,7 +60,7 @@ class Network:
         self.hidden_size = hidden.shape[-1]
         # Equal, not close: a soft cap that small logits do not feel would be felt after training.
         self.split = cut is not None and cut.shape == whole.shape and torch.equal(cut.float(), whole.float())
-        self.fast = FastWays.of(causal, self.step, split=self.split)
+        self.fast = ways.FastWays(causal, self.step, split=self.split) if ways.wanted else None
         self.batching = FixedRows() if self.fast is None else self.fast.batching
 
     def refresh(self) -> None:

@@ -25,21 +25,18 @@ from kltune.recipe import LoraSection, ModelSection
 PROMPTS, TOKENS = 8, 64  # of each as many: over a large vocabulary, all of long prompts would take longer than a step
 
 
-def load_policy(
-    section: ModelSection, lora: LoraSection | None, *, device: torch.device, where: str = "model.path"
-) -> Policy:
+def load_policy(section: ModelSection, lora: LoraSection | None, *, device: torch.device) -> Policy:
     """Load base and tokenizer, merge the SFT adapter if the recipe names one, and add a fresh adapter.
 
     Args:
         section: the recipe's ``model``.
         lora: the recipe's ``lora``; None trains every weight and keeps a frozen second copy as the reference.
         device: where the weights live.
-        where: what to call the model in error messages.
 
     Raises:
         ModelError: missing, not a causal LM, an adapter, a tokenizer that differs, or a base-changing SFT adapter.
     """
-    policy = load_reference(section, device=device, where=where, full=lora is None)
+    policy = load_reference(section, device=device, full=lora is None)
     if lora is not None:
         policy.add_adapter(lora)
     return policy

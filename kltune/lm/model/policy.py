@@ -305,8 +305,8 @@ class Policy:
 
     def micro_batches(self, rollout: Rollout, sequences: int | None) -> list[Tensor]:
         """Rows of a rollout in the parts they are trained on: see ``Network.micro_batches``."""
-        parts = self.network.batching.to_train(rollout.ids, rollout.scored, sequences)
-        return [torch.tensor(rows, device=self.device) for rows in parts]
+        lengths = self.network.batching.lengths(rollout.ids, rollout.scored)
+        return [torch.tensor(rows, device=self.device) for rows in self.network.micro_batches(lengths, sequences)]
 
     def ref_logits(self, ref_hidden: Tensor) -> Tensor:
         """Logits of the reference from its hidden states. [N, H] -> [N, V]; no gradient."""

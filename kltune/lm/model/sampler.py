@@ -92,11 +92,7 @@ def sample_rollout(
 def check_sampler(samples: Samples, logprobs: Tensor, counted: Tensor, dtype: torch.dtype) -> None:
     """The sampler's log-probabilities are those of teacher forcing, but for rounding.
 
-    Args:
-        samples: as they were drawn.
-        logprobs: of the same tokens by teacher forcing. [B, T], nats.
-        counted: True on the tokens to compare. [B, T], bool.
-        dtype: of the weights.
+    logprobs: of the same tokens by teacher forcing, nats. counted: True on the tokens to compare. [B, T] each.
 
     Raises:
         ModelError: they are not.

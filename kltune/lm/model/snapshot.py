@@ -101,7 +101,7 @@ class StepKL:
         policy, temperature = self._policy, self._temperature
         rows = policy.network.chunk_rows
         tensors = (policy.scored_hidden(ids, scored), old_hidden, ref_hidden, ids[scored])
-        found = []
+        columns = []
         for new, before, ref, tokens in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
             new_logits = policy.network.logits(new)
             with self._old.in_place():  # the head itself may carry an adapter
@@ -111,8 +111,8 @@ class StepKL:
             ref_kl = torch.zeros_like(step_kl)
             if self._with_reference:
                 ref_kl = kl_exact(new_logits, policy.ref_logits(ref), temperature)
-            found.append((logprobs, step_kl, ref_kl))
-        return tuple(torch.cat(column) for column in zip(*found, strict=True))
+            columns.append((logprobs, step_kl, ref_kl))
+        return tuple(torch.cat(column) for column in zip(*columns, strict=True))
 
 
 def kl_to(policy: Policy, other: Snapshot, rollout: Rollout, temperature: float) -> float:
