@@ -25,7 +25,7 @@ def last_tokens(ids: Ids, limit: int, bos: int | None) -> Ids:
 
 
 class Encoder:
-    """A tokenizer as the data need it: no end token behind a prompt, no second bos, responses that join exactly.
+    """Encodes prompts and responses: no end token behind a prompt, no second bos, responses that join exactly.
 
     Args:
         tokenizer: the policy's tokenizer.

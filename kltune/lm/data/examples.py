@@ -63,7 +63,7 @@ class RowRules:
     def of(
         cls, data: DataSection, end_token: int | None, max_prompt_tokens: int, max_response_tokens: int | None = None
     ) -> "RowRules":
-        """Those of a recipe's section, with limits that fit the model; responses as long as it says where not given."""
+        """The rules of a recipe's section, with limits that fit the model (for responses its own by default)."""
         response = data.max_response_tokens if max_response_tokens is None else max_response_tokens
         return cls(max_prompt_tokens, response, end_token, data.template, data.on_overlong, data.on_bad_row)
 
@@ -89,7 +89,7 @@ class RowRules:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the policy is asked."""
+    """A prompt: its tokens, its text and its place in the file."""
 
     ids: Ids
     text: str       # as written, or as the chat template writes it but for special tokens; whole where ids are cut

@@ -23,7 +23,7 @@ ALIGNED = 8  # attention kernels want widths in multiples of it, and copy the ma
 
 
 class FixedLayer(DynamicLayer):
-    """One layer's keys and values with room for all that will come; attention reads the whole of it, behind a mask."""
+    """One layer of a KV cache with room for all tokens to come; attention reads the whole of it, behind a mask."""
 
     def __init__(self, full: DynamicLayer, tokens: int, place: Tensor):
         """Copy what a layer holds.
@@ -91,7 +91,7 @@ class CapturedDecoder:
 
 
 def recorded(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """Work on fixed memory as something that can be done again, and the tensor that will hold its result.
+    """Capture work on fixed memory: a function that replays it, and the tensor that then holds its result.
 
     Elsewhere than on a GPU the work is simply done each time, so that all but the capture is the same everywhere.
     """
@@ -111,7 +111,7 @@ def recorded(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable
 
 @torch.no_grad()
 def can_capture(step: Step, next_step: Callable[[int], Step], device: torch.device) -> bool:
-    """Whether a device and a model decode this way as they do otherwise; it is tried. Only a GPU gains anything."""
+    """Whether a model decodes by replay as it does otherwise, on this device; it is tried, on GPUs only."""
     if device.type != "cuda":
         return False
     try:

@@ -131,7 +131,7 @@ class _Layer:
 
 
 def _linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A plain linear layer as a call of the function itself; with an adapter in it, the module."""
+    """A plain linear layer as a direct call of ``F.linear``; with an adapter in it, the module."""
     return partial(F.linear, weight=module.weight, bias=module.bias) if type(module) is nn.Linear else module
 
 
@@ -172,7 +172,7 @@ def can_decode(causal: nn.Module) -> bool:
 
 
 class GrowingLayer(DynamicLayer):
-    """One layer's keys and values, [rows, heads, tokens, head_dim], at the front of a buffer with more tokens."""
+    """One layer of a KV cache, [rows, heads, tokens, head_dim], at the front of a buffer with room for more tokens."""
 
     def __init__(self, full: DynamicLayer):
         super().__init__()
@@ -210,18 +210,18 @@ def give_room(cache: Cache) -> None:
 
 
 def is_plain(cache: Cache) -> bool:
-    """Whether all of it is keys and values of all tokens: no windows, no states."""
+    """Whether a cache is nothing but keys and values of all tokens: no windows, no states."""
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def bytes_held(cache: Cache) -> int:
-    """The memory of its keys and values."""
+    """The bytes of a cache's keys and values."""
     tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def joined(caches: Sequence[Cache]) -> Cache:
-    """The rows of plain caches of as many tokens, in the first of them."""
+    """Concatenate the rows of plain caches of as many tokens, into the first of them."""
     first = caches[0]
     if len(caches) > 1:
         for index, layer in enumerate(first.layers):

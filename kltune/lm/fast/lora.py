@@ -25,7 +25,7 @@ EXACT = (torch.float32, torch.float64)
 
 
 class LoraLinear(Linear):
-    """PEFT's layer, with a forward of its own for one plain adapter at a time; all else is PEFT's."""
+    """PEFT's LoRA layer with a faster forward pass for one plain adapter at a time."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer's output and the adapter's. [..., in] -> [..., out]."""
@@ -69,7 +69,7 @@ def _adds_first(out: int, inside: int, rank: int, positions: int, trains: bool) 
 
 
 def speed_up(model: nn.Module) -> None:
-    """Let PEFT's plain LoRA layers on linear layers go the faster way."""
+    """Give PEFT's plain LoRA layers on linear layers the forward pass of ``LoraLinear``."""
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear and not module.fan_in_fan_out:
             module.__class__ = LoraLinear

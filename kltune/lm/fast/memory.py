@@ -203,7 +203,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def free_bytes(model: nn.Module, device: torch.device) -> float:
-    """What is planned to be left of a device beside a model and its optimizer; may be negative.
+    """The bytes planned to be free on a device beside a model and its optimizer; may be negative.
 
     Other models on the device, as a reward model with weights of its own, are not known here.
     """
@@ -224,7 +224,7 @@ def device_bytes(device: torch.device) -> int:
 
 
 def saved_bytes(work: Callable[[], Tensor], without: set[int] = frozenset()) -> int:
-    """What autograd keeps of some work for a backward pass, memory that several tensors share counted once.
+    """The bytes that autograd keeps for the backward pass of some work, shared memory counted once.
 
     Args:
         work: builds a graph.

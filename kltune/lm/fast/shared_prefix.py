@@ -95,7 +95,7 @@ def states_before(trunk: Callable, rows: SharedPrefixes) -> Tensor:
 
 
 def _visible(prompt_lengths: Tensor, prompts: int, responses: int, dtype: torch.dtype) -> Tensor:
-    """What is added to attention: 0 on a row's own prompt and its response so far. [B, 1, T, S₁ + T]."""
+    """The additive attention mask: 0 on a row's own prompt and its response so far. [B, 1, T, S₁ + T]."""
     asked = torch.arange(prompts, device=prompt_lengths.device) < prompt_lengths
     said = torch.ones(responses, responses, dtype=torch.bool, device=asked.device).tril()
     seen = torch.cat([asked[:, None].expand(-1, responses, -1), said.expand(len(asked), -1, -1)], dim=2)

@@ -21,7 +21,7 @@ SEED = 2_000_003    # beyond the measurements' own: best of n is not read off th
 
 @dataclass(frozen=True)
 class Scorers:
-    """Who scores: the runs' own reward, or that of ``--recipe``; and gold. penalty: off the score without an end."""
+    """The scorers of a frontier: the runs' own reward, or that of ``--recipe``, and gold. penalty: without an end."""
 
     score: Scorer | None
     gold: Scorer | None

@@ -33,7 +33,7 @@ def top_tokens(sums: VocabularySums, responses: int, policy: Policy, top: int) -
 
 
 def end_token(sums: VocabularySums, responses: int, policy: Policy) -> dict[str, float]:
-    """The same for all end tokens together: how much of the KL is about where to stop."""
+    """What the end tokens together add to the KL: how much of it is about where to stop."""
     return _part(sums, list(policy.end_ids), responses)
 
 

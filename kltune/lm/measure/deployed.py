@@ -24,7 +24,7 @@ MOST_TIES = 0.01        # share of sampled tokens that rounding may put on the o
 
 @dataclass(frozen=True)
 class Distance:
-    """From the deployed policy to one of the two references. exact, k1: nats per response. variance: nats². All [B]."""
+    """KL of the deployed policy from one reference. exact, k1: nats per response. variance: nats². All [B]."""
 
     exact: Tensor
     k1: Tensor

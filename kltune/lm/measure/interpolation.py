@@ -150,7 +150,7 @@ class Interpolation:
         return replace(search, alpha=alpha), None
 
     def meet(self, target: float, responses: int) -> float:
-        """Find the α whose measured KL is a target, at most 1, and leave the adapter there."""
+        """Find the α, at most 1, whose measured KL is a target, and leave the adapter there."""
 
         def point(alpha: float) -> Point:
             nats, stderr, _ = self.measure(alpha, responses, "search", self.draw.seed).figures(self.unit)

@@ -108,7 +108,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def rewritten_base(config: dict[str, Any]) -> list[str]:
-    """Why this adapter belongs to other base weights than those of the model it names; [] if it does not.
+    """Reasons why an adapter belongs to other base weights than those of the model it names; [] if it does not.
 
     Its training began by changing them, and the change is not in its file.
     """
@@ -122,7 +122,7 @@ def rewritten_base(config: dict[str, Any]) -> list[str]:
 
 
 def trained_base(config: dict[str, Any], weights: dict[str, Tensor], model: nn.Module) -> list[str]:
-    """What of the base this adapter brings its own version of, so that it cannot be switched off; [] if nothing.
+    """Parts of the base that an adapter trained, so that it cannot be switched off; [] if none.
 
     Args:
         config: of the adapter.
@@ -269,7 +269,7 @@ def check_finite(tensors: dict[str, Tensor], where: str) -> None:
 
 
 class CheckpointedLayers:
-    """The layers of a trunk that can be computed twice; none, where its author did not mark them."""
+    """Gradient checkpointing of the layers of a trunk that their author marked for it."""
 
     def __init__(self, trunk: nn.Module):
         layers = (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))

@@ -119,7 +119,7 @@ class Parts:
         return len(self._parts)
 
     def in_order(self, values: Tensor) -> Tensor:
-        """Numbers (or vectors) of the scored tokens, one part after the other -> row by row of the batch. [N, ...]."""
+        """Numbers (or vectors) of scored tokens, part after part, put back in the order of the batch. [N, ...]."""
         number = self._scored.flatten().cumsum(0).view_as(self._scored) - 1  # of each scored token in the batch
         places = torch.cat([number[part][self._scored[part]] for part in self._rows])
         return torch.empty_like(values).index_copy_(0, places, values)

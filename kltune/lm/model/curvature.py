@@ -25,12 +25,12 @@ TWICE_DIFFERENTIABLE = 4  # times the memory of a backward pass: 3.2 to 4.1 meas
 
 
 def to_vector(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors one after the other, as one vector. [P]."""
+    """Concatenate tensors into one vector. [P]."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def from_vector(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The vector in pieces of these shapes; the other way round of ``to_vector``."""
+    """Cut a vector into tensors of these shapes; the inverse of ``to_vector``."""
     pieces = vector.split([tensor.numel() for tensor in like])
     return [piece.view_as(tensor) for piece, tensor in zip(pieces, like, strict=True)]
 

@@ -26,7 +26,7 @@ CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
 
 
 class ScalarHead(nn.Module):
-    """One number read off a hidden state: what is expected of the rest of a response, or the score of all of it.
+    """Linear head that reads one number off a hidden state: a value, or the score of a response.
 
     Starts at exactly 0 (Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO"), so that the first
     advantages are the rewards themselves and not the noise of a random head, and the first pairs are all undecided.
@@ -44,7 +44,7 @@ class ScalarHead(nn.Module):
 
 
 class Network:
-    """Trunk and head of a causal LM, with whatever adapters are switched on in it."""
+    """A causal LM as trunk and head, with whatever adapters are switched on in it."""
 
     def __init__(self, causal: nn.Module):
         self.causal = causal
@@ -157,7 +157,7 @@ class Network:
         return self.step(ids, mask, places, None) if self.fast is None else self.fast.read_prompts(ids, mask, places)
 
     def decoder(self, cache: Cache, mask: Tensor, limit: int) -> Any:
-        """What feeds the rows of a cache one token at a time, at most ``limit`` each. See ``Decoder``."""
+        """A decoder that feeds the rows of a cache one token at a time, at most ``limit`` each. See ``Decoder``."""
         return Decoder(self.step, cache, mask) if self.fast is None else self.fast.decoder(cache, mask, limit)
 
     def merged(self) -> AbstractContextManager[None]:

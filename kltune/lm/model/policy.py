@@ -133,7 +133,7 @@ class Policy:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the frozen weights; adapters and heads are float32."""
+        """The dtype of the frozen weights; adapters and heads are float32."""
         return getattr(torch, self.fingerprint.dtype)
 
     def prompt_limit(self, wanted: int | None, max_new_tokens: int) -> int:

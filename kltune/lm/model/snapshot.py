@@ -13,7 +13,7 @@ from kltune.lm.model.policy import Policy
 
 
 class Snapshot:
-    """A copy of some parameters."""
+    """A copy of some parameters, to go back to or to measure against."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]):
         """Copy what they hold now."""
@@ -49,7 +49,7 @@ class Snapshot:
 
 
 class StepKL:
-    """How far a policy has gone from what it was, on responses that the old one sampled; measured as often as asked.
+    """Exact KL(old ‖ new) of a policy from what it was when it sampled some responses; measured as often as asked.
 
     Of the old distributions only the hidden states behind them are kept: over a vocabulary they would not fit. They
     come from the very function that gives the new ones, so that a policy that did not move is exactly 0 away.
@@ -74,7 +74,7 @@ class StepKL:
 
     @torch.no_grad()
     def measure(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of the policy as it is now; rows go in parts.
+        """Measure the policy as it is now; rows go in parts.
 
         Returns:
             (log π_new of the tokens, exact KL(old ‖ new), exact KL(new ‖ reference) or None), [B, T] each, nats.

@@ -25,7 +25,7 @@ COUNTED = ("asked", "kept", "unreadable", "unanswered")
 
 
 class Answers:
-    """Answers by the sha256 of what was asked. These are in memory only; run/caches.py has some that are written."""
+    """Answers of AI judges by the sha256 of what was asked; in memory, see run/caches.py for those that are written."""
 
     def __init__(self, known: Mapping[str, float] | None = None):
         self._known = dict(known or {})
@@ -43,7 +43,7 @@ class Answers:
 
 
 class Judge:
-    """A judge with the answers it has given."""
+    """An AI judge with the answers it has given."""
 
     def __init__(self, entry: JudgeReward, name: str, answers: Answers | None = None):
         """Nothing is asked yet.

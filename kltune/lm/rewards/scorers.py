@@ -51,7 +51,7 @@ class ScoreSource:
 
 @dataclass(frozen=True)
 class Scores:
-    """total: the weighted sum. parts: each source by name, as it came. [B] float32 each, on the CPU."""
+    """Scores of responses. total: the weighted sum. parts: each source by name, as it came. [B] float32, on the CPU."""
 
     total: Tensor
     parts: dict[str, Tensor]
