@@ -10,6 +10,8 @@ from kltune.lm.model.network import Network
 from kltune.stages.dpo import run_dpo
 from kltune.stages.eval_kl import EvalKLOptions, eval_kl
 from kltune.stages.ppo import run_ppo
+from kltune.stages.reward import run_reward
+from kltune.stages.sft import run_sft
 from kltune.stages.trpo import run_trpo
 from tests.stages.conftest import read_jsonl
 
@@ -41,6 +43,23 @@ def test_a_run_and_its_kl_are_the_same_without_the_fast_ways(stage, request, tmp
     assert {network.fast for network in opened} == {None}
     assert max(fast) > 0.01
     assert plain == pytest.approx(fast, rel=1e-3, abs=1e-5)
+
+
+def test_a_reward_model_and_a_full_model_are_trained_the_plain_way_too(reward_recipe, sft_recipe, tmp_path):
+    recipes = {run_reward: reward_recipe("run.steps=3"), run_sft: sft_recipe("run.steps=3", "lora=null")}
+
+    def losses(folder: Path) -> list[float]:
+        rows = []
+        for number, (run, recipe) in enumerate(recipes.items()):
+            output = folder / str(number)
+            run(recipe.model_copy(update={"run": recipe.run.model_copy(update={"output": str(output)})}), False)
+            rows += read_jsonl(output / "metrics.jsonl")
+        return [row["loss/mean"] for row in rows]
+
+    fast = losses(tmp_path / "fast")
+    with ways.off():
+        assert losses(tmp_path / "plain") == pytest.approx(fast, rel=1e-4)
+    assert len(fast) == 6
 
 
 def test_one_module_knows_of_the_fast_ways():
