@@ -71,7 +71,7 @@ def sample_row(model: str, responses: int, new_tokens: int, repeat: int, prompt_
     policy.end_ids = (-1,)
     whole = sample(policy, prompts, uniforms, temperature=1.0)
     ends = {"full": (-1,), "ragged": ends_for(whole.ids[whole.scored].view(responses, -1).tolist(), new_tokens / 4)}
-    captures = policy.network.captures
+    captures = policy.network.fast.captures
     if captures:
         ends["uncaptured"] = (-1,)
     seconds, tokens = {kind: [] for kind in (*ends, "prompts", "floor")}, {}
@@ -79,7 +79,7 @@ def sample_row(model: str, responses: int, new_tokens: int, repeat: int, prompt_
     reset_peak()
     for _ in range(repeat):
         for kind, policy.end_ids in ends.items():
-            policy.network.captures = captures and kind != "uncaptured"
+            policy.network.fast.captures = captures and kind != "uncaptured"
             began = time.perf_counter()
             tokens[kind] = int(sample(policy, prompts, uniforms, temperature=1.0).lengths.sum())
             seconds[kind].append(time.perf_counter() - began)
@@ -135,19 +135,19 @@ def eval_kl_row(model: str, responses: int, new_tokens: int, repeat: int, prompt
     """Sampling and exact measuring of a policy with a LoRA on all linear layers: what ``kltune eval-kl`` does."""
     import torch
 
-    from kltune.core.kl.divergence import VocabularySums
-    from kltune.lm.measure.measurement import Draw, measure_kl
+    from kltune.lm.measure.measurement import Round, measure_kl
+    from kltune.lm.model.sampler import Draw
 
     policy, prompts = open_policy(model, responses, prompt_tokens)
     vocabulary = policy.network.vocabulary
-    options = {"max_new_tokens": new_tokens, "temperature": 1.0, "seed": 0}
-    measure_kl(policy, Draw.of(prompts[:8], 8), **options)
+    draw = Draw(new_tokens)
+    measure_kl(policy, Round.of(prompts[:8], 8), draw)
     seconds, tokens = [], 0
     held = memory_mb("VmRSS")
     reset_peak()
     for _ in range(repeat):
         began = time.perf_counter()
-        measured = measure_kl(policy, Draw.of(prompts, responses), sums=VocabularySums.zero(vocabulary), **options)
+        measured = measure_kl(policy, Round.of(prompts, responses), draw, by_token=True)
         seconds.append(time.perf_counter() - began)
         tokens = int(measured.tokens.sum())
     whole = statistics.median(seconds)

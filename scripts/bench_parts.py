@@ -60,7 +60,7 @@ def products_seconds(policy, rows: int, steps: int = 1, *, of_head: bool) -> flo
     from torch.nn.functional import linear
 
     head = policy.network.head
-    with policy.network.merged.active():
+    with policy.network.merged():
         weights = [
             module.weight for module in policy.network.causal.modules()
             if isinstance(module, torch.nn.Linear) and (module is head) == of_head

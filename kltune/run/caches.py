@@ -1,55 +1,43 @@
-"""Judges' answers and the reference's log-probabilities on disk: a resumed run asks and measures nothing twice."""
+"""Answers of AI judges and the reference's log-probabilities on disk: a resumed run asks and measures nothing twice."""
 
 import hashlib
 import io
 import os
 import sys
-from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from kltune.lm.rewards.judge import Answers
 from kltune.run.files import append_line, read_jsonl, storing, to_json, write_whole
 
 JUDGE_FILE = "judge.jsonl"
 REF_LOGPROBS_FILE = "reference_logprobs.safetensors"
 
 
-class StoredAnswers(MutableMapping[str, float]):
-    """A mapping from the sha256 of a question to its answer, each written down as it comes.
+class StoredAnswers(Answers):
+    """Answers that are written down as they come, one on a line.
 
-    One line holds one answer. A kill may cut the last line short, which loses that answer and no other.
+    A kill may cut the last line short, which loses that answer and no other.
     """
 
     def __init__(self, folder: Path):
         """Read what a run's folder holds; nothing is written before there is an answer."""
         self.path = Path(folder) / JUDGE_FILE
-        rows = read_jsonl(self.path)
-        self._known = {row["question"]: float(row["answer"]) for row in rows if {"question", "answer"} <= row.keys()}
+        rows = (row for row in read_jsonl(self.path) if {"question", "answer"} <= row.keys())
+        super().__init__({row["question"]: float(row["answer"]) for row in rows})
         self._file: io.FileIO | None = None
 
-    def __getitem__(self, question: str) -> float:
-        return self._known[question]
-
-    def __setitem__(self, question: str, answer: float) -> None:
+    def record(self, question: str, answer: float) -> None:
         """Keep an answer.
 
         Raises:
             StorageError: it cannot be written.
         """
-        self._known[question] = answer
+        super().record(question, answer)
         append_line(self._open(), self.path, to_json({"question": question, "answer": answer}))
-
-    def __delitem__(self, question: str) -> None:
-        raise TypeError("answers are kept")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._known)
-
-    def __len__(self) -> int:
-        return len(self._known)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -74,8 +62,8 @@ def _end_last_line(file: io.FileIO) -> None:
         file.write(b"\n")
 
 
-class StoredLogprobs(MutableMapping[str, Tensor]):
-    """A mapping from what was measured, in words, to the numbers, written down whole at each addition.
+class StoredLogprobs:
+    """The reference's log-probabilities by what was measured, in words; written down whole at each addition.
 
     A file that is damaged counts as none. What it holds of other pairs or another reference stays in it, unused.
     """
@@ -84,19 +72,20 @@ class StoredLogprobs(MutableMapping[str, Tensor]):
         """Nothing is read before it is asked for, and nothing written before there is something to keep."""
         self.path = Path(folder) / REF_LOGPROBS_FILE
         self._held: dict[str, Tensor] | None = None
-        self._found = 0
+        self._read_before = 0
 
-    def __getitem__(self, measured: str) -> Tensor:
-        return self._known()[measured]
+    def get(self, measured: str) -> Tensor | None:
+        """What was measured; None where it was not."""
+        return self._known().get(measured)
 
-    def __setitem__(self, measured: str, logprobs: Tensor) -> None:
+    def record(self, measured: str, logprobs: Tensor) -> None:
         """Keep what was measured.
 
         Raises:
             StorageError: it cannot be written; what was kept before is intact.
         """
         known = self._known()
-        if self._found:
+        if self._read_before:
             print(
                 f"note: {self.path} is of other pairs, steps or weights; the reference was measured again.",
                 file=sys.stderr,
@@ -104,19 +93,10 @@ class StoredLogprobs(MutableMapping[str, Tensor]):
         known[measured] = logprobs.clone()      # a file of tensors has none that share memory
         write_whole(self.path, save(known, metadata={name: _sha256(tensor) for name, tensor in known.items()}))
 
-    def __delitem__(self, measured: str) -> None:
-        raise TypeError("what was measured is kept")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._known())
-
-    def __len__(self) -> int:
-        return len(self._known())
-
     def _known(self) -> dict[str, Tensor]:
         if self._held is None:
             self._held = self._read() if self.path.exists() else {}
-            self._found = len(self._held)
+            self._read_before = len(self._held)
         return self._held
 
     def _read(self) -> dict[str, Tensor]:

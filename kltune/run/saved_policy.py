@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from kltune.errors import CheckpointError, ModelError, RecipeError
-from kltune.lm.data.examples import Example, Prompt, described, load_examples, load_prompts, row_rules
+from kltune.lm.data.examples import Example, Prompt, RowRules, counts_line, load_examples, load_prompts
 from kltune.lm.data.rows import Row
 from kltune.lm.model.adapters import read_adapter_config
 from kltune.lm.model.loading import pick_device
 from kltune.lm.model.opening import load_saved_policy
 from kltune.lm.model.policy import Policy
+from kltune.lm.model.sampler import Draw
 from kltune.recipe import DataSection, ModelSection, load_recipe
 from kltune.recipe.stages import prompts_source
 from kltune.run.checkpoint import read_info, resolve_checkpoint
@@ -119,9 +120,9 @@ class Settings:
     temperature: float = 1.0
     texts: str | None = None
 
-    def drawn(self, seed: int) -> dict[str, Any]:
-        """The keywords of ``measure_kl`` that say how responses are drawn."""
-        return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": seed}
+    def draw(self, seed: int) -> Draw:
+        """How responses are drawn."""
+        return Draw(self.max_new_tokens, self.temperature, seed)
 
 
 def find_checkpoint(path: str, options: MeasureOptions) -> Subject:
@@ -183,7 +184,7 @@ def _named_base(folder: Path, is_adapter: bool) -> str:
     return path
 
 
-def settle(subjects: Sequence[Subject], options: MeasureOptions, *, needs_prompts: bool = True) -> Settings:
+def resolve_settings(subjects: Sequence[Subject], options: MeasureOptions, *, needs_prompts: bool = True) -> Settings:
     """Options first, then ``--recipe``, then what the first checkpoint that kltune made was made with, then defaults.
 
     All checkpoints are measured alike, or their differences would mean nothing; where one was made with other settings,
@@ -194,18 +195,18 @@ def settle(subjects: Sequence[Subject], options: MeasureOptions, *, needs_prompt
     """
     own = [(subject.path, _recorded(subject.info)) for subject in subjects if subject.info is not None]
     if options.recipe is not None:
-        found = _of_recipe(options.recipe)
+        known = _of_recipe(options.recipe)
     else:
-        found = dict(own[0][1]) if own else {"data": DataSection(), "prompts": None}
+        known = dict(own[0][1]) if own else {"data": DataSection(), "prompts": None}
     asked = {
         name: getattr(options, name, None)
         for name in ("prompts", "responses", "max_new_tokens", "temperature", "texts")
     }
-    found |= {name: value for name, value in asked.items() if value is not None}
-    if found["prompts"] is None and needs_prompts:
+    known |= {name: value for name, value in asked.items() if value is not None}
+    if known["prompts"] is None and needs_prompts:
         where = ", ".join(str(subject.folder) for subject in subjects)
         raise RecipeError(f"{where}: no prompts to measure on; give --prompts FILE or --recipe R.yaml.")
-    settings = Settings(**found)
+    settings = Settings(**known)
     for path, recorded in own if len(subjects) > 1 else ():
         others = Settings(**(recorded | {"responses": settings.responses, "texts": settings.texts}))
         if options.prompts is not None:
@@ -223,15 +224,15 @@ def _recorded(info: dict[str, Any]) -> dict[str, Any]:
 
 def _of_recipe(path: str) -> dict[str, Any]:
     recipe = load_recipe(path)
-    found: dict[str, Any] = {
+    known: dict[str, Any] = {
         "prompts": prompts_source(recipe),
         "data": recipe.data,
         "responses": recipe.eval.responses,
         "texts": recipe.eval.texts,
     }
     if hasattr(recipe, "sampling"):
-        found |= {"max_new_tokens": recipe.sampling.max_new_tokens, "temperature": recipe.sampling.temperature}
-    return found
+        known |= {"max_new_tokens": recipe.sampling.max_new_tokens, "temperature": recipe.sampling.temperature}
+    return known
 
 
 def _said(settings: Settings) -> str:
@@ -243,8 +244,8 @@ def _said(settings: Settings) -> str:
 
 def measured_prompts(policy: Policy, settings: Settings) -> list[Prompt]:
     """The prompts to respond to, as this policy's tokens."""
-    prompts, counts = load_prompts(settings.prompts, policy.tokenizer, **_prompt_rules(policy, settings))
-    print(described(settings.prompts, counts), file=sys.stderr)
+    prompts, counts = load_prompts(settings.prompts, policy.tokenizer, _row_rules(policy, settings))
+    print(counts_line(settings.prompts, counts), file=sys.stderr)
     return prompts
 
 
@@ -255,25 +256,18 @@ def typed_prompts(policy: Policy, settings: Settings, texts: Sequence[str]) -> l
         DataError: one of which the tokenizer makes nothing, or a chat template that is not there.
     """
     rows = [Row(f"prompt {place}", {"prompt": text}) for place, text in enumerate(texts, start=1)]
-    return load_prompts("the prompts given", policy.tokenizer, **_prompt_rules(policy, settings), rows=rows)[0]
+    return load_prompts("the prompts given", policy.tokenizer, _row_rules(policy, settings), rows)[0]
 
 
-def _prompt_rules(policy: Policy, settings: Settings) -> dict[str, Any]:
+def _row_rules(policy: Policy, settings: Settings) -> RowRules:
     limit = policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens)
-    return {"max_tokens": limit, **row_rules(settings.data)}
+    return RowRules.of(settings.data, policy.tokenizer.eos_token_id, limit)
 
 
 def measured_texts(policy: Policy, settings: Settings) -> list[Example]:
     """The held-out texts of ``--texts``, as this policy's tokens; [] without."""
     if settings.texts is None:
         return []
-    texts, counts = load_examples(
-        settings.texts,
-        policy.tokenizer,
-        end_token=policy.tokenizer.eos_token_id,
-        max_prompt_tokens=policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens),
-        max_response_tokens=settings.data.max_response_tokens,
-        **row_rules(settings.data),
-    )
-    print(described(settings.texts, counts), file=sys.stderr)
+    texts, counts = load_examples(settings.texts, policy.tokenizer, _row_rules(policy, settings))
+    print(counts_line(settings.texts, counts), file=sys.stderr)
     return texts

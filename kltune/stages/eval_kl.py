@@ -11,14 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from kltune.core.kl.divergence import VocabularySums
 from kltune.core.kl.gate import confidence_per_look, looks, verdict
 from kltune.core.kl.truncation import Cut
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.examples import Example, Prompt
 from kltune.lm.measure.deployed import Deployed, measure_deployed
-from kltune.lm.measure.kl_document import DIRECTIONS, Found, described_kl, paired_differences
-from kltune.lm.measure.measurement import Draw, Measurement, measure_kl
+from kltune.lm.measure.kl_document import DIRECTIONS, CheckpointKL, described_kl, paired_differences
+from kltune.lm.measure.measurement import Measurement, Round, measure_kl
 from kltune.lm.model.likelihood import alignment_tax, document_nats, reference_nats
 from kltune.lm.model.policy import Policy
 from kltune.run.recorder import counting
@@ -30,7 +29,7 @@ from kltune.run.saved_policy import (
     measured_prompts,
     measured_texts,
     open_subject,
-    settle,
+    resolve_settings,
 )
 
 EXIT_CODES = {"pass": 0, "fail": 3, "inconclusive": 4}
@@ -64,7 +63,7 @@ class EvalKLOptions(MeasureOptions):
 
 
 def eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, Any], int]:
-    """``kltune eval-kl``: measure checkpoints on common prompts and random numbers, and judge them against a budget.
+    """``kltune eval-kl``: measure checkpoints on common prompts and random numbers, and hold them against a budget.
 
     Args:
         checkpoints: run folders, checkpoint folders, PEFT adapters or full models.
@@ -79,7 +78,7 @@ def eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, A
     """
     check_options(options)
     subjects = [find_checkpoint(path, options) for path in checkpoints]
-    settings = settle(subjects, options)
+    settings = resolve_settings(subjects, options)
     documents, measured = zip(*(measure_checkpoint(subject, settings, options) for subject in subjects), strict=True)
     verdicts = {document["gate"]["verdict"] for document in documents if document["gate"] is not None}
     code = next((EXIT_CODES[name] for name in WORST_FIRST if name in verdicts), 0)
@@ -107,13 +106,24 @@ def check_options(options: EvalKLOptions) -> None:
         raise RecipeError("--auto: samples until a budget is decided; give the budget as --max-kl.")
 
 
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint that is ready to be measured, on what and how."""
+
+    path: str
+    policy: Policy
+    prompts: list[Prompt]
+    settings: Settings
+    options: EvalKLOptions
+
+
 def measure_checkpoint(
     subject: Subject, settings: Settings, options: EvalKLOptions
 ) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
     """The document of one checkpoint; and exact KL [B] and prompt [B] of its responses, to compare it with others."""
     policy = open_subject(subject, options)
-    prompts, texts = measured_prompts(policy, settings), measured_texts(policy, settings)
-    found = measure(subject.path, policy, prompts, texts, settings, options)
+    opened = OpenCheckpoint(subject.path, policy, measured_prompts(policy, settings), settings, options)
+    measured = measure(opened, measured_texts(policy, settings))
     document = {
         "schema": "kltune.eval_kl/1",
         "checkpoint": subject.path,
@@ -123,108 +133,90 @@ def measure_checkpoint(
         "top_k": options.top_k,
         "seed": options.seed,
         "confidence": options.confidence,
-        **described_kl(found, policy, confidence=options.confidence, top=options.top, show=options.show),
+        **described_kl(measured, policy, confidence=options.confidence, top=options.top, show=options.show),
     }
-    return document, (found.reverse.exact, found.reverse.prompt_index)
+    return document, (measured.reverse.exact, measured.reverse.prompt_index)
 
 
-def measure(
-    path: str,
-    policy: Policy,
-    prompts: list[Prompt],
-    texts: list[Example],
-    settings: Settings,
-    options: EvalKLOptions,
-) -> Found:
+def measure(opened: OpenCheckpoint, texts: list[Example]) -> CheckpointKL:
     """All that was asked for of one policy; the gate is on the direction that was asked for."""
-    sums = VocabularySums.zero(policy.network.vocabulary)
-    forward = None
+    options, forward = opened.options, None
     if options.direction == "forward":
-        forward, gate = sample_and_judge(path, policy, prompts, settings, options, from_reference=True)
-        reverse, _ = sample_and_judge(path, policy, prompts, settings, options, judged=False, sums=sums)
+        forward, gate = sample_and_gate(opened, from_reference=True)
+        reverse, _ = sample_and_gate(opened, gated=False, by_token=True)
     else:
-        reverse, gate = sample_and_judge(path, policy, prompts, settings, options, sums=sums)
+        reverse, gate = sample_and_gate(opened, by_token=True)
         if options.direction == "both":
-            forward, _ = sample_and_judge(
-                path, policy, prompts, settings, options, judged=False, from_reference=True
-            )
-    return Found(
+            forward, _ = sample_and_gate(opened, gated=False, from_reference=True)
+    return CheckpointKL(
         reverse=reverse,
-        sums=sums,
         forward=forward,
-        deployed=None if options.cut is None else deploy(path, policy, prompts, settings, options),
-        tax=tax_document(policy, texts, options.confidence) if texts else None,
+        deployed=None if options.cut is None else deploy(opened),
+        tax=tax_document(opened.policy, texts, options.confidence) if texts else None,
         gate=gate,
     )
 
 
-def sample_and_judge(
-    path: str,
-    policy: Policy,
-    prompts: list[Prompt],
-    settings: Settings,
-    options: EvalKLOptions,
-    *,
-    judged: bool = True,
-    from_reference: bool = False,
-    sums: VocabularySums | None = None,
+def sample_and_gate(
+    opened: OpenCheckpoint, *, gated: bool = True, from_reference: bool = False, by_token: bool = False
 ) -> tuple[Measurement, dict[str, Any] | None]:
-    """Sample one side, and judge it against the budget; with ``auto``, as often as it takes.
+    """Sample one side, and hold it against the budget if there is one; with ``auto``, as often as it takes.
 
-    How often to look is settled before the first look, and each look's interval is as much wider as that takes for all
+    How often to look is fixed before the first look, and each look's interval is as much wider as that takes for all
     of them to hold together: to stop when it pleases is then no advantage.
 
     Returns:
         (the measurement, the gate's part of the document or None).
     """
-    judged = judged and options.max_kl is not None
+    settings, options = opened.settings, opened.options
+    gated = gated and options.max_kl is not None
     counts = (settings.responses,)
-    if judged and options.auto:
+    if gated and options.auto:
         counts = looks(settings.responses, options.max_responses)
     confidence = confidence_per_look(options.confidence, len(counts))
-    drawn = settings.drawn(options.seed) | {"from_reference": from_reference, "sums": sums}
+    sides = {"from_reference": from_reference, "by_token": by_token}
 
-    def draw_one(draw: Draw) -> Measurement:
-        with counting("sampling the reference" if from_reference else "sampling", draw.responses) as progress:
-            return measure_kl(policy, draw, progress=progress, **drawn)
+    def measure_round(answered: Round) -> Measurement:
+        with counting("sampling the reference" if from_reference else "sampling", answered.responses) as progress:
+            return measure_kl(opened.policy, answered, settings.draw(options.seed), progress=progress, **sides)
 
-    draw = Draw.of(prompts, counts[0])
-    measured = draw_one(draw)
+    answered = Round.of(opened.prompts, counts[0])
+    measured = measure_round(answered)
     seen: list[dict[str, Any]] = []
     for count in counts:
         while len(measured.exact) < count:
-            draw = draw.following(count - len(measured.exact))
-            measured += draw_one(draw)
-        check_agreement(path, "the policy" if not from_reference else "the reference", measured.z)
-        if not judged:
+            answered = answered.following(count - len(measured.exact))
+            measured += measure_round(answered)
+        check_agreement(opened.path, "the policy" if not from_reference else "the reference", measured.z)
+        if not gated:
             return measured, None
         kl = measured.summary("exact", confidence)
-        found = verdict(kl, options.max_kl, options.unit, confidence, fresh_prompts=draw.leaves_prompts)
+        gate = verdict(kl, options.max_kl, options.unit, confidence, fresh_prompts=answered.leaves_prompts)
         ci = kl.ci if options.unit == "nats_per_response" else kl.token_ci
-        seen.append({"responses": kl.responses, "confidence": confidence, "ci": ci, "verdict": found.verdict})
-        if found.verdict != "inconclusive" or found.wants_prompts:
+        seen.append({"responses": kl.responses, "confidence": confidence, "ci": ci, "verdict": gate.verdict})
+        if gate.verdict != "inconclusive" or gate.wants_prompts:
             break
     return measured, {
         "max_kl": options.max_kl,
         "unit": options.unit,
         "confidence": options.confidence,
         "direction": DIRECTIONS["forward" if from_reference else "reverse"],
-        "verdict": found.verdict,
-        "more_responses": found.more_responses,
-        "wants_prompts": found.wants_prompts,
+        "verdict": gate.verdict,
+        "more_responses": gate.more_responses,
+        "wants_prompts": gate.wants_prompts,
         "planned_looks": len(counts),
         "looks": seen,
     }
 
 
-def deploy(path: str, policy: Policy, prompts: list[Prompt], settings: Settings, options: EvalKLOptions) -> Deployed:
+def deploy(opened: OpenCheckpoint) -> Deployed:
     """The policy as it is deployed, on responses of its own."""
-    draw = Draw.of(prompts, settings.responses)
-    with counting("sampling the deployed policy", draw.responses) as progress:
-        found = measure_deployed(policy, draw, options.cut, progress=progress, **settings.drawn(options.seed))
+    answered, draw = Round.of(opened.prompts, opened.settings.responses), opened.settings.draw(opened.options.seed)
+    with counting("sampling the deployed policy", answered.responses) as progress:
+        deployed = measure_deployed(opened.policy, answered, draw, opened.options.cut, progress)
     for name in ("vs_base", "both"):
-        check_agreement(path, "the deployed policy", found.z(name))
-    return found
+        check_agreement(opened.path, "the deployed policy", deployed.z(name))
+    return deployed
 
 
 def check_agreement(path: str, who: str, z: float) -> None:
@@ -239,11 +231,11 @@ def check_agreement(path: str, who: str, z: float) -> None:
 def tax_document(policy: Policy, examples: list[Example], confidence: float) -> dict[str, Any]:
     """The alignment tax on held-out texts, for the document."""
     nats, tokens = document_nats(policy, examples)
-    found = alignment_tax(nats, reference_nats(policy, examples), tokens, confidence)
+    tax = alignment_tax(nats, reference_nats(policy, examples), tokens, confidence)
     return {
-        "nats_per_token": found.nats_per_token,
-        "stderr": found.token_stderr,
-        "ci": found.token_ci,
+        "nats_per_token": tax.nats_per_token,
+        "stderr": tax.token_stderr,
+        "ci": tax.token_ci,
         "documents": len(tokens),
         "tokens": int(tokens.sum()),
     }

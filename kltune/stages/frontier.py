@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from kltune.errors import RecipeError, ScorerError
-from kltune.lm.measure.best_of_n import Judges, anchor_draw, anchored, clustered, judged, standardized
-from kltune.lm.measure.measurement import Draw, measure_kl
+from kltune.lm.measure.best_of_n import Scorers, best_of_n_round, measure_best_of_n
+from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.scorers import Scorer, load_scorer
 from kltune.recipe import Recipe, RewardEntry, asks_for_pairs, load_recipe
@@ -30,7 +30,7 @@ from kltune.report.frontier.points import (
 from kltune.report.frontier.pooling import curves_at, efficiency, fits, pick, pooled
 from kltune.report.outcome import final_figures
 from kltune.run.recorder import counting
-from kltune.run.saved_policy import MeasureOptions, find_checkpoint, measured_prompts, open_subject, settle
+from kltune.run.saved_policy import MeasureOptions, find_checkpoint, measured_prompts, open_subject, resolve_settings
 
 SCHEMA = "kltune.frontier/1"
 
@@ -137,37 +137,35 @@ def measured_afresh(
         (points, the reference's figures, best of n, notes).
     """
     subjects = [find_checkpoint(source.path, options) for source in trained]
-    settings = settle(subjects, options)
+    settings = resolve_settings(subjects, options)
     notes: list[str] = []
     best_of_n = None
-    scorers: Judges | None = None
+    scorers: Scorers | None = None
     fresh: dict[str, dict[str, Any]] = {}
     for number, (source, subject) in enumerate(zip(trained, subjects, strict=True)):
         policy = open_subject(subject, options)
         prompts = measured_prompts(policy, settings)
-        drawn = settings.drawn(options.seed)
-        draw = Draw.of(prompts, settings.responses)
+        draw, answered = settings.draw(options.seed), Round.of(prompts, settings.responses)
         if scorers is None:
             scorers = open_scorers(trained, policy, options)
             if options.afresh or scorers.want_reference_samples:
-                with counting("sampling the reference", draw.responses) as progress:
-                    sampled = measure_kl(policy, draw, from_reference=True, progress=progress, **drawn)
-                scorers = standardized(scorers, sampled)
+                with counting("sampling the reference", answered.responses) as progress:
+                    sampled = measure_kl(policy, answered, draw, from_reference=True, progress=progress)
+                scorers = scorers.standardized(sampled)
                 if options.afresh:
-                    reference = dict.fromkeys(reference) | clustered(judged(scorers, sampled), draw)
+                    reference = dict.fromkeys(reference) | scorers.means(sampled, answered)
             if options.best_of and (scorers.score or scorers.gold):
-                total = anchor_draw(prompts, options.best_of).responses
-                with counting("best of n: sampling the reference", total) as progress:
-                    best_of_n = anchored(policy, prompts, scorers, drawn, options.best_of, progress)
+                several = best_of_n_round(prompts, options.best_of)
+                with counting("best of n: sampling the reference", several.responses) as progress:
+                    best_of_n = measure_best_of_n(policy, several, scorers, draw, progress)
         if not options.afresh:
             break
-        with counting(f"measuring {source.path} ({number + 1}/{len(trained)})", draw.responses) as progress:
-            measurement = measure_kl(policy, draw, progress=progress, **drawn)
+        with counting(f"measuring {source.path} ({number + 1}/{len(trained)})", answered.responses) as progress:
+            measurement = measure_kl(policy, answered, draw, progress=progress)
         kl = measurement.summary("exact", options.confidence)
         fresh[source.path] = {
             "kl": kl.nats_per_response, "kl_stderr": kl.stderr, "kl_ci95": kl.ci,
-            **dict.fromkeys(("score", "score_stderr", "gold", "gold_stderr")),
-            **clustered(judged(scorers, measurement), draw),
+            **dict.fromkeys(("score", "score_stderr", "gold", "gold_stderr")), **scorers.means(measurement, answered),
         }
     if options.afresh:
         others = sorted({point.curve for point in points if point.run not in fresh})
@@ -177,7 +175,7 @@ def measured_afresh(
     return points, reference, best_of_n, notes
 
 
-def open_scorers(trained: Sequence[FrontierSource], policy: Policy, options: FrontierOptions) -> Judges:
+def open_scorers(trained: Sequence[FrontierSource], policy: Policy, options: FrontierOptions) -> Scorers:
     """Load the reward of ``--recipe``, else that of the first run that has one; and gold.
 
     Raises:
@@ -203,7 +201,7 @@ def open_scorers(trained: Sequence[FrontierSource], policy: Policy, options: Fro
     gold = None
     if options.gold is not None:
         gold = _noted(load_scorer([options.gold], Path.cwd(), policy.device, policy))
-    return Judges(score, gold, penalty)
+    return Scorers(score, gold, penalty)
 
 
 def _noted(scorer: Scorer) -> Scorer:

@@ -1,10 +1,10 @@
-"""Dial a finished adapter back until its measured KL meets a budget; or measure all there is between it and nothing.
+"""Scale a finished adapter down until its measured KL meets a budget; or measure all shares of it from 0 to 1.
 
     π_α: the adapter's effect times α;    the largest α with KL(π_α ‖ reference) ≤ budget, at a stated confidence
 
 The result is a plain adapter with its scale baked in. What lies between is worth a look of its own (``--curve``): from
-one run it gives KL and score of every α. Measured, a policy that was trained far and dialled back scores 0 to 0.07 of
-about 1.5 less than one that was trained for the KL it is dialled to (README; MATH 4.7 found it on or above).
+one run it gives KL and score of every α. Measured, a policy that was trained far and scaled down scores 0 to 0.07 of
+about 1.5 less than one that was trained for the KL it is scaled to (README; MATH 4.7 found it on or above).
 """
 
 import math
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kltune.errors import ModelError, RecipeError
-from kltune.lm.measure.interpolation import Dial, Look
+from kltune.lm.measure.interpolation import Interpolation, Look
 from kltune.lm.measure.kl_document import kl_figures
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.scorers import load_scorer
@@ -29,7 +29,7 @@ from kltune.run.saved_policy import (
     find_checkpoint,
     measured_prompts,
     open_subject,
-    settle,
+    resolve_settings,
 )
 from kltune.run.screen import with_error
 
@@ -61,9 +61,9 @@ def project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
     """
     check_options(options)
     subject = find_checkpoint(checkpoint, options)
-    settings = settle([subject], options)
+    settings = resolve_settings([subject], options)
     policy = open_subject(subject, options)
-    dial = make_dial(policy, settings, options)
+    interpolation = make_interpolation(policy, settings, options)
     document: dict[str, Any] = {
         "schema": "kltune.project/1",
         "checkpoint": subject.path,
@@ -71,7 +71,7 @@ def project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
         "direction": "KL(policy||reference)",
         "temperature": settings.temperature,
         "max_new_tokens": settings.max_new_tokens,
-        "prompts": len(dial.prompts),
+        "prompts": len(interpolation.prompts),
         "seed": options.seed,
         "max_kl": options.max_kl,
         "unit": options.unit,
@@ -80,35 +80,35 @@ def project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
         "kl": None,
         "score": None,
         "falls": [],
-        "rewards": dial.rewards,
+        "rewards": interpolation.rewards,
         "output": options.output,
     }
     if options.curve:
         for alpha in (0.0, *CURVE):
-            dial.measure(alpha, settings.responses, "curve", options.seed)
+            interpolation.measure(alpha, settings.responses, "curve", options.seed)
     if options.max_kl is not None:
-        document |= land(dial, options, settings)
-    document["looks"] = [row(look) for look in dial.looks]
+        document |= land(interpolation, options, settings)
+    document["looks"] = [row(look) for look in interpolation.looks]
     if options.output is not None:
-        save(Path(options.output), policy, document, subject, settings)
+        save_projection(Path(options.output), policy, document, subject, settings)
     return document
 
 
 def check_options(options: ProjectOptions) -> None:
     """Raise RecipeError for what could not end well, before anything is loaded."""
     if options.max_kl is None and not options.curve:
-        raise RecipeError("--max-kl: missing; give the budget to dial back to, or --curve to measure what is between.")
+        raise RecipeError("--max-kl: missing; give the budget to scale down to, or --curve to measure what is between.")
     if options.max_kl is not None and not (math.isfinite(options.max_kl) and options.max_kl > 0.0):
         raise RecipeError(f"--max-kl: found {options.max_kl}, wanted a number of nats above 0.")
     if options.max_kl is not None and options.output is None:
-        raise RecipeError("--output: missing; the dialled adapter has to go somewhere.")
+        raise RecipeError("--output: missing; the scaled adapter has to go somewhere.")
     if options.output is not None:
         folder = Path(options.output)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RecipeError(f"--output: {folder} is not empty; choose another folder.")
 
 
-def make_dial(policy: Policy, settings: Settings, options: ProjectOptions) -> Dial:
+def make_interpolation(policy: Policy, settings: Settings, options: ProjectOptions) -> Interpolation:
     """The policy ready to be measured at any α; scored as well where the recipe says by what."""
     scorer, penalty = None, 0.0
     if options.recipe is not None:
@@ -118,21 +118,22 @@ def make_dial(policy: Policy, settings: Settings, options: ProjectOptions) -> Di
             scorer = load_scorer(scoring, recipe.folder, policy.device, policy)
             print(*scorer.notes, sep="\n", end="\n" if scorer.notes else "", file=sys.stderr)
             penalty = recipe.sampling.missing_end_penalty
-    dial = Dial(
-        policy, measured_prompts(policy, settings), **settings.drawn(options.seed), confidence=options.confidence,
+    interpolation = Interpolation(
+        policy, measured_prompts(policy, settings), settings.draw(options.seed), confidence=options.confidence,
         unit=options.unit, scorer=scorer, missing_end_penalty=penalty, say=lambda text: print(text, file=sys.stderr),
     )
-    dial.standardize(settings.responses)
-    return dial
+    interpolation.standardize(settings.responses)
+    return interpolation
 
 
-def land(dial: Dial, options: ProjectOptions, settings: Settings) -> dict[str, Any]:
+def land(interpolation: Interpolation, options: ProjectOptions, settings: Settings) -> dict[str, Any]:
     """Search, check, and what the document says of it; the adapter is left at the α that was found.
 
     Raises:
         ModelError: no α could be shown to meet the budget.
     """
-    search, check = dial.land(options.max_kl, settings.responses, max(settings.responses, options.max_responses))
+    most = max(settings.responses, options.max_responses)
+    search, check = interpolation.land(options.max_kl, settings.responses, most)
     unit = options.unit.replace("_", " ")
     if check is None:
         raise ModelError(
@@ -153,7 +154,9 @@ def land(dial: Dial, options: ProjectOptions, settings: Settings) -> dict[str, A
     }
 
 
-def save(folder: Path, policy: Policy, document: dict[str, Any], subject: Subject, settings: Settings) -> None:
+def save_projection(
+    folder: Path, policy: Policy, document: dict[str, Any], subject: Subject, settings: Settings
+) -> None:
     """The adapter with its record, if there is one to save; the curve as numbers and as a picture."""
     if document["alpha"] is None:
         with storing(folder):

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from kltune.core.objectives.bradley_terry import bradley_terry_loss, centring_penalty, label_loss, win_share
 from kltune.errors import RecipeError
-from kltune.lm.data.examples import described, row_rules, shuffled_positions
+from kltune.lm.data.examples import counts_line, shuffled_positions
 from kltune.lm.data.pairs import Comparison, Pair, answers, hold_out, load_comparisons, reads_text, sequences
-from kltune.lm.model.likelihood import text_limits
+from kltune.lm.model.likelihood import text_rules
 from kltune.lm.model.opening import check_frozen
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.reward_evaluation import HeldOutRows, reward_result, sample_pairs
@@ -61,19 +61,19 @@ def load_data(recipe: RewardRecipe, policy: Policy) -> tuple[list[Comparison], H
         RecipeError: one file has pairs and the other labelled responses.
     """
     data, tokenizer = recipe.data, policy.tokenizer
-    rules = {"end_token": tokenizer.eos_token_id, **text_limits(policy, data), **row_rules(data)}
-    rows, counts = load_comparisons(data.pairs, tokenizer, **rules)
-    notes = [described(data.pairs, counts)]
+    rules = text_rules(policy, data)
+    rows, counts = load_comparisons(data.pairs, tokenizer, rules)
+    notes = [counts_line(data.pairs, counts)]
     if recipe.eval.pairs is None:
         rows, held_out = hold_out(rows, recipe.eval.pairs_share, recipe.run.seed, data.pairs)
         return rows, HeldOutRows(held_out, (*notes, f"{len(held_out)} of them held out, prompt by prompt"))
-    held_out, counts = load_comparisons(recipe.eval.pairs, tokenizer, **rules)
+    held_out, counts = load_comparisons(recipe.eval.pairs, tokenizer, rules)
     if type(held_out[0]) is not type(rows[0]):
         raise RecipeError(
             f"eval.pairs: {recipe.eval.pairs} and {data.pairs} are not of one kind; wanted pairs in both, or labelled "
             "responses in both."
         )
-    return rows, HeldOutRows(held_out, (*notes, described(recipe.eval.pairs, counts)))
+    return rows, HeldOutRows(held_out, (*notes, counts_line(recipe.eval.pairs, counts)))
 
 
 def make_learner(recipe: RewardRecipe, policy: Policy) -> Learner:

@@ -15,7 +15,7 @@ from kltune.lm.data.examples import Prompt
 from kltune.lm.data.forms import PROMPT_FORMS, FormOfFile, prompt_of
 from kltune.lm.data.rows import read_rows
 from kltune.lm.measure.breakdown import transcript
-from kltune.lm.measure.measurement import Draw, Measurement, answer_both
+from kltune.lm.measure.measurement import Measurement, Round, answer_both
 from kltune.lm.model.policy import Policy
 from kltune.run.saved_policy import (
     MeasureOptions,
@@ -23,7 +23,7 @@ from kltune.run.saved_policy import (
     find_checkpoint,
     measured_prompts,
     open_subject,
-    settle,
+    resolve_settings,
     typed_prompts,
 )
 
@@ -79,9 +79,9 @@ class Speaker:
 
     def _answer(self, prompts: list[Prompt], turn: int) -> list[dict[str, Any]]:
         per_prompt = self.options.per_prompt
-        draw = Draw(prompts, 0, len(prompts), per_prompt, round=turn)
-        sides = answer_both(self.policy, draw, **self.settings.drawn(self.options.seed))
-        spoken = [described(side, self.policy) for side in sides]
+        answered = Round(prompts, 0, len(prompts), per_prompt, number=turn)
+        sides = answer_both(self.policy, answered, self.settings.draw(self.options.seed))
+        spoken = [shown_responses(side, self.policy) for side in sides]
         pairs = [{"policy": after, "reference": before} for after, before in zip(*spoken, strict=True)]
         return [
             {"prompt": prompt.text, "responses": pairs[place * per_prompt : (place + 1) * per_prompt]}
@@ -96,7 +96,7 @@ def open_speaker(checkpoint: str, options: SampleOptions) -> Speaker:
         RecipeError, CheckpointError, ModelError: what cannot be opened.
     """
     subject = find_checkpoint(checkpoint, options)
-    settings = settle([subject], options, needs_prompts=False)
+    settings = resolve_settings([subject], options, needs_prompts=False)
     policy = open_subject(subject, options)
     if options.prompts is None or options.template is not None:
         template = options.template or template_of_typed(policy, settings)
@@ -121,7 +121,7 @@ def template_of_typed(policy: Policy, settings: Settings) -> str:
     return "chat" if messages else "none"
 
 
-def described(measured: Measurement, policy: Policy) -> list[dict[str, Any]]:
+def shown_responses(measured: Measurement, policy: Policy) -> list[dict[str, Any]]:
     """Each response of one side with its KL, nats, and token by token."""
     rows = [(rollout, row) for rollout in measured.rollouts for row in range(len(rollout.ids))]
     return [

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from kltune.lm.data.examples import Example, described, load_examples, row_rules, shuffled_positions
-from kltune.lm.model.likelihood import example_batch, text_limits
+from kltune.lm.data.examples import Example, counts_line, load_examples, shuffled_positions
+from kltune.lm.model.likelihood import example_batch, text_rules
 from kltune.lm.model.policy import Policy
 from kltune.recipe import SFTRecipe
 from kltune.run.optimizer import guarded_step, learning_rate_share, make_optimizer, set_learning_rate, total_steps
@@ -45,12 +45,9 @@ def train(recipe: SFTRecipe, policy: Policy, run: Run) -> dict[str, Any]:
 
 def load_data(recipe: SFTRecipe, policy: Policy, run: Run) -> tuple[list[Example], HeldOut]:
     """Training texts, and what evaluations are made on."""
-    data, limits, end = recipe.data, text_limits(policy, recipe.data), policy.tokenizer.eos_token_id
-    examples, counts = load_examples(data.texts, policy.tokenizer, end_token=end, **limits, **row_rules(data))
-    held_out = load_held_out(
-        recipe, policy, run, [], prompt_limit=limits["max_prompt_tokens"], note=described(data.texts, counts)
-    )
-    return examples, held_out
+    texts, rules = recipe.data.texts, text_rules(policy, recipe.data)
+    examples, counts = load_examples(texts, policy.tokenizer, rules)
+    return examples, load_held_out(recipe, policy, run, [], rules, counts_line(texts, counts))
 
 
 def take_step(job: Job, learner: Learner, step: int, examples: list[Example]) -> Taken:

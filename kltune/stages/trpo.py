@@ -36,10 +36,10 @@ from kltune.core.kl.intervals import summarize
 from kltune.core.tensors import per_response
 from kltune.errors import DivergedError
 from kltune.lm.model.batches import response_scatter
-from kltune.lm.model.curvature import Fisher, flat, unflat
+from kltune.lm.model.curvature import Fisher, from_vector, to_vector
 from kltune.lm.model.opening import check_first_ratio
 from kltune.lm.model.policy import Policy
-from kltune.lm.model.snapshot import Move, Snapshot
+from kltune.lm.model.snapshot import Snapshot, StepKL
 from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import TRPORecipe
 from kltune.run.optimizer import learning_rate_share, set_learning_rate, total_steps
@@ -160,9 +160,9 @@ def trust_region_step(
     fisher = fisher_on_some(job.recipe, learner.policy, experience, rng)
     natural = natural_gradient(fisher, gradient, region.damping, trpo.cg_iterations, rng)
     first = step_scale(natural.curvature_along, natural.slope, radius, price)
-    direction = dict(zip(parameters, unflat(natural.direction, list(parameters.values())), strict=True))
+    direction = dict(zip(parameters, from_vector(natural.direction, list(parameters.values())), strict=True))
     capped = learner.budget.cap is not None
-    move = Move(learner.policy, old, batch.rollout, job.recipe.sampling.temperature, reference=capped)
+    move = StepKL(learner.policy, old, batch.rollout, job.recipe.sampling.temperature, reference=capped)
 
     def measure(scale: float) -> Trial:
         old.step(direction, scale)
@@ -249,7 +249,7 @@ def policy_gradient(recipe: TRPORecipe, policy: Policy, experience: Experience) 
         logprobs = response_scatter(policy.logprobs(batch.ids, batch.scored, recipe.sampling.temperature), mask)
         check_first_ratio(logprobs, batch, policy)
         gain = surrogate(logprobs, batch.logprobs, piece.advantages, mask, rows)
-        total += flat(torch.autograd.grad(gain, parameters, allow_unused=True, materialize_grads=True))
+        total += to_vector(torch.autograd.grad(gain, parameters, allow_unused=True, materialize_grads=True))
     if not torch.isfinite(total).all():
         raise DivergedError("the policy gradient is not finite; nothing was updated. Look at the scores' size.")
     return total
@@ -263,7 +263,7 @@ def fisher_on_some(recipe: TRPORecipe, policy: Policy, experience: Experience, r
     return Fisher(policy, chosen.ids, chosen.scored, recipe.sampling.temperature, recipe.optim.micro_batch_size)
 
 
-def effect(learner: Learner, batch: Batch, experience: Experience, move: Move) -> Trial:
+def effect(learner: Learner, batch: Batch, experience: Experience, move: StepKL) -> Trial:
     """What the step that was just made does, on all responses: exact KL(old ‖ new), gain, and the cap.
 
     A step that brings the policy nearer to its reference is within the cap wherever it ends.

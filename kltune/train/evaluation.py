@@ -13,11 +13,20 @@ from torch import Tensor
 
 from kltune.core.hacking.diversity import diversity
 from kltune.core.kl.intervals import clustered_mean
-from kltune.lm.data.examples import Example, Prompt, described, distinct, load_examples, load_prompts, row_rules
+from kltune.lm.data.examples import (
+    Example,
+    Prompt,
+    RowRules,
+    counts_line,
+    distinct_prompts,
+    load_examples,
+    load_prompts,
+)
 from kltune.lm.measure.breakdown import transcript
-from kltune.lm.measure.measurement import Draw, Measurement, answer_both, judged, measure_kl
+from kltune.lm.measure.measurement import Measurement, Round, answer_both, measure_kl, measured_scores
 from kltune.lm.model.likelihood import alignment_tax, document_nats, reference_nats
 from kltune.lm.model.policy import Policy
+from kltune.lm.model.sampler import Draw
 from kltune.lm.rewards.judge import Judge
 from kltune.lm.rewards.scorers import Scorer, load_scorer
 from kltune.recipe import Recipe, SamplingSection
@@ -61,6 +70,11 @@ class HeldOut:
     _references: dict[int, Reference] = field(default_factory=dict)     # by number of responses; once per run
 
     @property
+    def draw(self) -> Draw:
+        """How responses are drawn."""
+        return Draw(self.sampling.max_new_tokens, self.sampling.temperature, self.seed)
+
+    @property
     def judges(self) -> tuple[Judge, ...]:
         """The AI judges that an evaluation may ask."""
         return () if self.gold is None else self.gold.judges
@@ -93,7 +107,7 @@ class HeldOut:
                 "eval/agreement_z": measured.z,
                 "eval/truncated_fraction": measured.truncated.float().mean().item(),
             }
-            scores = judged(scorers, measured, self.sampling.missing_end_penalty)
+            scores = measured_scores(scorers, measured, self.sampling.missing_end_penalty)
             metrics |= score_metrics("eval/", scores, measured.prompt_index, reference.scales)
             metrics |= text_metrics("eval/", measured, policy.network.vocabulary)
         if self.texts:
@@ -104,9 +118,7 @@ class HeldOut:
 
     def _answered(self, policy: Policy, count: int, *, from_reference: bool = False) -> Measurement:
         """So many answers to the prompts, measured; with the same random numbers whoever gives them."""
-        limits = {"max_new_tokens": self.sampling.max_new_tokens, "temperature": self.sampling.temperature}
-        draw = Draw.of(self.prompts, count)
-        return measure_kl(policy, draw, **limits, seed=self.seed, from_reference=from_reference)
+        return measure_kl(policy, Round.of(self.prompts, count), self.draw, from_reference=from_reference)
 
     def _tax(self, policy: Policy, reference: Reference) -> Metrics:
         """How well the held-out texts are predicted, and how much worse than by the reference."""
@@ -126,7 +138,7 @@ class HeldOut:
         scales, text_nats = {}, None
         if self.prompts:
             measured = self._answered(policy, count, from_reference=True)
-            scores = judged(scorers, measured, self.sampling.missing_end_penalty)
+            scores = measured_scores(scorers, measured, self.sampling.missing_end_penalty)
             scales = scales_of(scores)
             metrics |= score_metrics("eval/reference_", scores, measured.prompt_index, scales)
             metrics |= text_metrics("eval/reference_", measured, policy.network.vocabulary)
@@ -138,27 +150,26 @@ class HeldOut:
 
 
 def load_held_out(
-    recipe: Recipe, policy: Policy, run: Run, prompts: Sequence[Prompt], prompt_limit: int | None, note: str
+    recipe: Recipe, policy: Policy, run: Run, prompts: Sequence[Prompt], rules: RowRules, note: str
 ) -> HeldOut:
     """Read the recipe's ``eval`` section.
 
     Args:
         recipe, policy, run: of a stage that trains a policy.
         prompts: to evaluate on where the section has no prompts or pairs of its own.
-        prompt_limit: tokens of a prompt.
+        rules: what rows may be.
         note: the line on the training rows.
     """
     section, data, tokenizer = recipe.eval, recipe.data, policy.tokenizer
-    rules, own = row_rules(data), section.prompts or section.pairs
+    own = section.prompts or section.pairs
     texts, pairs, notes = [], None, [note]
     if own is not None:
-        prompts, counts = load_prompts(own, tokenizer, max_tokens=prompt_limit, **rules)
-        prompts = prompts if section.prompts else distinct(prompts)
-        notes.append(described(own, counts))
+        prompts, counts = load_prompts(own, tokenizer, rules)
+        prompts = prompts if section.prompts else distinct_prompts(prompts)
+        notes.append(counts_line(own, counts))
     if section.texts is not None:
-        ends = {"end_token": tokenizer.eos_token_id, "max_response_tokens": data.max_response_tokens}
-        texts, counts = load_examples(section.texts, tokenizer, max_prompt_tokens=prompt_limit, **ends, **rules)
-        notes.append(described(section.texts, counts))
+        texts, counts = load_examples(section.texts, tokenizer, rules)
+        notes.append(counts_line(section.texts, counts))
     if section.pairs is not None:
         pairs, note = load_preferences(section.pairs, policy, data)
         pairs = pairs.measured(policy, range(len(pairs)), run.ref_logprobs)
@@ -186,9 +197,8 @@ def before_and_after(policy: Policy, held_out: HeldOut, scorer: Scorer | None) -
     prompts, sampling = held_out.prompts, held_out.sampling
     if not prompts:
         return []
-    draw = Draw(prompts, 0, min(SHOWN, len(prompts)), per_prompt=1)
-    settings = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "seed": held_out.seed}
-    sides = answer_both(policy, draw, **settings)
+    answered = Round(prompts, 0, min(SHOWN, len(prompts)), per_prompt=1)
+    sides = answer_both(policy, answered, held_out.draw)
     after, before = sides
     scores = [scores_of(scorer, side, sampling.missing_end_penalty) for side in sides]
     rollout = after.rollouts[0]
@@ -203,7 +213,7 @@ def before_and_after(policy: Policy, held_out: HeldOut, scorer: Scorer | None) -
             "reference_response": before.rollouts[0].responses[row],
             "reference_score": scores[1][row],
         }
-        for row in range(draw.count)
+        for row in range(answered.count)
     ]
 
 
@@ -211,7 +221,7 @@ def scores_of(scorer: Scorer | None, measured: Measurement, missing_end_penalty:
     """The score of each response; None of each where nothing scores."""
     if scorer is None:
         return [None] * len(measured.exact)
-    return judged({"score": scorer}, measured, missing_end_penalty)["score"].tolist()
+    return measured_scores({"score": scorer}, measured, missing_end_penalty)["score"].tolist()
 
 
 def scales_of(scores: Mapping[str, Tensor]) -> Scales:

@@ -9,7 +9,7 @@ import torch
 
 from kltune.core.kl.intervals import KLSummary
 from kltune.errors import DivergedError
-from kltune.lm.measure.interpolation import Dial
+from kltune.lm.measure.interpolation import Interpolation
 from kltune.lm.measure.measurement import Measurement, kl_result
 from kltune.lm.model.opening import check_frozen
 from kltune.report.pages import write_page
@@ -199,14 +199,14 @@ def land_within_cap(job: Job, learner: Learner, step: int) -> Final | None:
     Returns:
         Its evaluation; None, and the policy as it was, if that could not be shown.
     """
-    count, dial = job.held_out.responses, make_dial(job, learner)
-    search, check = dial.land(learner.budget.cap, count, MORE_RESPONSES * count)
+    count, interpolation = job.held_out.responses, make_interpolation(job, learner)
+    search, check = interpolation.land(learner.budget.cap, count, MORE_RESPONSES * count)
     if check is not None:
         found = decided(job, learner, measure(job, learner, step))
         if learner.budget.standing(found.kl) == "within":
             job.report.say(f"landing: final is {search.alpha:.4f} times the adapter after step {step}.")
             return replace(found, alpha=search.alpha)
-    dial.scale.set(1.0)
+    interpolation.scale.set(1.0)
     return None
 
 
@@ -219,7 +219,7 @@ def land_on_target(job: Job, learner: Learner, found: Final) -> Final:
     budget = learner.budget
     if budget is None or not budget.section.land or not budget.is_passed(found.kl):
         return found
-    alpha = make_dial(job, learner).meet(budget.target, MORE_RESPONSES * job.held_out.responses)
+    alpha = make_interpolation(job, learner).meet(budget.target, MORE_RESPONSES * job.held_out.responses)
     job.report.say(
         f"landing: {budget.describe(found.kl)} is beyond the target {budget.target:g}; final is {alpha:.4f} times the "
         "adapter."
@@ -227,13 +227,11 @@ def land_on_target(job: Job, learner: Learner, found: Final) -> Final:
     return replace(measure(job, learner, found.step), alpha=alpha)
 
 
-def make_dial(job: Job, learner: Learner) -> Dial:
-    """The policy ready to be dialled back, with random numbers that its evaluation does not use."""
-    sampling = job.recipe.sampling
-    return Dial(
-        learner.policy, job.held_out.prompts, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
-        seed=job.recipe.run.seed + LANDING_SEED, unit=learner.budget.section.unit,
-    )
+def make_interpolation(job: Job, learner: Learner) -> Interpolation:
+    """The policy ready to be scaled back, with random numbers that its evaluation does not use."""
+    held_out = job.held_out
+    draw = replace(held_out.draw, seed=held_out.seed + LANDING_SEED)
+    return Interpolation(learner.policy, held_out.prompts, draw, unit=learner.budget.section.unit)
 
 
 def _states(job: Job, learner: Learner, newest: int) -> Iterator[int]:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kltune.errors import Interrupted, JudgeError, RecipeError, ScorerError
-from kltune.lm.data.examples import Prompt, described, distinct, load_prompts, row_rules
+from kltune.lm.data.examples import Prompt, RowRules, counts_line, distinct_prompts, load_prompts
 from kltune.lm.model.opening import check_fresh_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
@@ -50,9 +50,10 @@ def load_data(recipe: BudgetRecipe, policy: Policy, run: Run) -> tuple[list[Prom
     data = recipe.data
     limit = policy.prompt_limit(data.max_prompt_tokens, recipe.sampling.max_new_tokens)
     source = data.prompts or data.pairs
-    prompts, counts = load_prompts(source, policy.tokenizer, max_tokens=limit, **row_rules(data))
-    prompts = prompts if data.prompts else distinct(prompts)
-    held_out = load_held_out(recipe, policy, run, prompts, limit, described(source, counts))
+    rules = RowRules.of(data, policy.tokenizer.eos_token_id, limit)
+    prompts, counts = load_prompts(source, policy.tokenizer, rules)
+    prompts = prompts if data.prompts else distinct_prompts(prompts)
+    held_out = load_held_out(recipe, policy, run, prompts, rules, counts_line(source, counts))
     measured = min(len(held_out.prompts), held_out.responses)
     if recipe.kl.hard_cap is not None and measured < 2:
         raise RecipeError(

@@ -7,7 +7,7 @@ pairs are made of a batch of responses: of those to one prompt, the best against
 
 import hashlib
 import json
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -20,16 +20,16 @@ from kltune.core.objectives.bradley_terry import win_share
 from kltune.core.tensors import per_response
 from kltune.errors import ModelError
 from kltune.lm.data.encoding import Ids
-from kltune.lm.data.examples import Example, Prompt, described, row_rules
+from kltune.lm.data.examples import Example, Prompt, counts_line
 from kltune.lm.data.pairs import Answer, load_labelled, load_pairs
 from kltune.lm.model.batches import Rollout, response_scatter
-from kltune.lm.model.likelihood import document_nats, example_batch, text_limits
+from kltune.lm.model.likelihood import document_nats, example_batch, text_rules
 from kltune.lm.model.opening import FIRST_RATIO_GAP
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
 from kltune.recipe import DataSection, DPOSection
+from kltune.run.caches import StoredLogprobs
 
-KnownLogprobs = MutableMapping[str, Tensor]  # by what was measured, and of which reference
 MEASURE = 2  # to be raised when the same pairs and reference would give other numbers
 
 
@@ -63,16 +63,16 @@ class Preferences:
         return replace(self, examples=examples, wanted=self.wanted[rows], ref_logprobs=self.ref_logprobs[rows])
 
     def measured(
-        self, policy: Policy, groups: Sequence[int], known: KnownLogprobs | None = None
+        self, policy: Policy, groups: Sequence[int], known: StoredLogprobs | None = None
     ) -> "Preferences":
         """With the reference's log-probabilities of these groups: what is ``known``, or is from then on."""
         chosen = sorted(set(groups))
         if known is None:
             return self._under(policy.reference(), policy, chosen)
         key = self._key(policy, chosen)
-        if key not in known:
-            known[key] = self._under(policy.reference(), policy, chosen).ref_logprobs
-        return replace(self, ref_logprobs=known[key])
+        if known.get(key) is None:
+            known.record(key, self._under(policy.reference(), policy, chosen).ref_logprobs)
+        return replace(self, ref_logprobs=known.get(key))
 
     def against(self, reference: AbstractContextManager[None], policy: Policy) -> "Preferences":
         """With the log-probabilities of another reference: the policy as it is within ``reference``."""
@@ -229,9 +229,8 @@ def load_preferences(
     Raises:
         DataError: as the loaders of pairs.py. RecipeError: the model's context cannot hold what the recipe wants.
     """
-    ends = {"end_token": policy.tokenizer.eos_token_id}
     load = load_labelled if labelled else load_pairs
-    rows, counts = load(source, policy.tokenizer, **ends, **text_limits(policy, data), **row_rules(data))
+    rows, counts = load(source, policy.tokenizer, text_rules(policy, data))
     if labelled:
         examples = tuple(_example(row.prompt, row.response) for row in rows)
         wanted = torch.tensor([row.wanted for row in rows])
@@ -239,7 +238,7 @@ def load_preferences(
         examples = tuple(_example(pair.prompt, side) for pair in rows for side in (pair.chosen, pair.rejected))
         wanted = torch.tensor([True, False]).repeat(len(rows))
     unmeasured = torch.full((len(examples),), torch.nan, dtype=torch.float64)
-    return Preferences(examples, wanted, unmeasured, 1 if labelled else 2), described(source, counts)
+    return Preferences(examples, wanted, unmeasured, 1 if labelled else 2), counts_line(source, counts)
 
 
 def _example(prompt: Prompt, answer: Answer) -> Example:

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from kltune.errors import DivergedError, RecipeError
-from kltune.lm.data.examples import load_prompts
-from kltune.lm.measure.measurement import Draw, measure_kl
+from kltune.lm.data.examples import RowRules, load_prompts
+from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model.opening import load_saved_policy
+from kltune.lm.model.sampler import Draw
 from kltune.run.checkpoint import read_state
 from kltune.stages import ppo
 from kltune.stages.ppo import run_ppo
@@ -79,9 +80,8 @@ def test_final_is_within_the_cap_at_its_confidence(pulled_run):
 
     # The claim on other random numbers: its KL is within the cap there too.
     policy = load_saved_policy(Path(result["final"]), recipe.model, device=torch.device("cpu"), is_adapter=True)
-    rules = {"template": "auto", "on_overlong": "truncate", "on_bad_row": "error"}
-    prompts, _ = load_prompts(recipe.eval.prompts, policy.tokenizer, max_tokens=50, **rules)
-    again = measure_kl(policy, Draw.of(prompts, 400), max_new_tokens=6, temperature=1.0, seed=99).summary()
+    prompts, _ = load_prompts(recipe.eval.prompts, policy.tokenizer, RowRules(50, 1, None))
+    again = measure_kl(policy, Round.of(prompts, 400), Draw(6, seed=99)).summary()
     assert again.nats_per_response <= 1.0
 
 

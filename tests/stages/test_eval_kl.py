@@ -11,15 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kltune.lm.data.examples import Prompt, load_prompts
+from kltune.lm.data.examples import Prompt, RowRules, load_prompts
+from kltune.lm.fast import memory
 from kltune.lm.measure import measurement
-from kltune.lm.measure.measurement import Draw, measure_kl
-from kltune.lm.model import network, sampler
+from kltune.lm.measure.measurement import Round, measure_kl
+from kltune.lm.model import sampler
 from kltune.lm.model import sampler as rollout
 from kltune.lm.model.network import Network
 from kltune.lm.model.opening import load_saved_policy
 from kltune.lm.model.policy import Policy
-from kltune.lm.model.sampler import sample_rollout
+from kltune.lm.model.sampler import Draw, sample_rollout
 from kltune.recipe import ModelSection
 from tests.oracles import TinyLM, tiny_adapter, tiny_policy_logits
 from tests.stages.conftest import HELD_OUT, small_llama, write_rows
@@ -272,19 +273,18 @@ def policy(run_folder: Path, llama: Path) -> Policy:
 
 
 def held_out_prompts(policy: Policy, run_folder: Path) -> list[Prompt]:
-    rules = {"template": "auto", "on_overlong": "truncate", "on_bad_row": "error"}
-    return load_prompts(str(held_out(run_folder)), policy.tokenizer, max_tokens=20, **rules)[0]
+    return load_prompts(str(held_out(run_folder)), policy.tokenizer, RowRules(20, 1, None))[0]
 
 
 def test_how_the_work_is_divided_changes_nothing(policy, run_folder, monkeypatch):
     prompts = held_out_prompts(policy, run_folder)
-    draw, options = Draw.of(prompts, 40), {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
-    whole = measure_kl(policy, draw, **options)
+    plan = Round.of(prompts, 40), Draw(6, seed=3)
+    whole = measure_kl(policy, *plan)
     monkeypatch.setattr(measurement, "RESPONSES_PER_PASS", 12)
-    monkeypatch.setattr(network, "ROWS_PER_PASS", 8)
-    monkeypatch.setattr(Network, "tokens_per_pass", 30)
+    monkeypatch.setattr(memory, "ROWS_PER_PASS", 8)
+    monkeypatch.setattr(memory.Batching, "tokens_per_pass", 30)
     monkeypatch.setattr(Network, "chunk_rows", 7)
-    parts = measure_kl(policy, draw, **options)
+    parts = measure_kl(policy, *plan)
     assert len(parts.rollouts) > len(whole.rollouts)
     assert torch.equal(whole.tokens, parts.tokens)
     for name in ("exact", "k1", "k3"):
@@ -311,7 +311,7 @@ def test_another_temperature_of_the_sampler_is_found_out(policy, run_folder, mon
         scored_at_one = policy.measure(samples.ids, samples.scored, exact=False).logprobs
         return replace(samples, logprobs=rollout.response_scatter(scored_at_one, samples.response_mask))
 
-    draw, options = Draw.of(prompts, 600), {"max_new_tokens": 6, "temperature": 1.0, "seed": 0}
-    assert abs(measure_kl(policy, draw, **options).z) < 4
+    plan = Round.of(prompts, 600), Draw(6, seed=0)
+    assert abs(measure_kl(policy, *plan).z) < 4
     monkeypatch.setattr(rollout, "sample", hotter)
-    assert abs(measure_kl(policy, draw, **options).z) > 4
+    assert abs(measure_kl(policy, *plan).z) > 4

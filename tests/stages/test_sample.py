@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kltune.cli import main
 from kltune.lm.data.examples import Prompt
-from kltune.lm.measure.measurement import Draw
+from kltune.lm.measure.measurement import Round
+from kltune.lm.model.sampler import Draw
 from kltune.recipe import DataSection
 from kltune.run.saved_policy import Settings
 from kltune.stages.sample import template_of_typed
@@ -58,7 +59,7 @@ def test_the_reference_says_what_the_base_alone_says_with_these_numbers(sample, 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
     asked = [tokenizer(text)["input_ids"] for text in ("the ", "the ", "my cat", "my cat")]
     prompts = [Prompt((0,), "", "")] * 2
-    numbers = Draw(prompts, 0, 2, 2).uniforms(5, document["max_new_tokens"]).tolist()
+    numbers = Round(prompts, 0, 2, 2).uniforms(Draw(document["max_new_tokens"], seed=5)).tolist()
     plain = [plain_sample(model, ids, row, [1], 1.3) for ids, row in zip(asked, numbers, strict=True)]
     assert said(document, "reference") == tokenizer.batch_decode(plain, skip_special_tokens=True)
     assert said(document, "policy") != said(document, "reference")

@@ -11,14 +11,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kltune.cli import main
-from kltune.lm.data.examples import load_examples
+from kltune.lm.data.examples import RowRules, load_examples
 from kltune.lm.model.opening import load_policy
 from kltune.recipe import SFTRecipe
 from kltune.run.optimizer import make_optimizer
 from kltune.stages.sft import imitate, run_sft
 from tests.stages.conftest import SFT, read_jsonl, write_recipe
-
-RULES = {"template": "auto", "on_overlong": "truncate", "on_bad_row": "error"}
 
 
 def rows_of(path: str) -> list[dict[str, str]]:
@@ -77,9 +75,7 @@ def test_the_gradient_is_that_of_the_response_tokens_alone(sft_recipe, micro):
     recipe = sft_recipe("lora.targets=[q_proj]", f"optim.micro_batch_size={micro or 'null'}", "optim.max_grad_norm=1e9")
     torch.manual_seed(0)
     policy = load_policy(recipe.model, recipe.lora, device=torch.device("cpu"))
-    examples, _ = load_examples(
-        recipe.data.texts, policy.tokenizer, end_token=1, max_prompt_tokens=20, max_response_tokens=20, **RULES
-    )
+    examples, _ = load_examples(recipe.data.texts, policy.tokenizer, RowRules(20, 20, end_token=1))
     tokens = sum(sum(example.scored) for example in examples)
     parameters = policy.trainable_parameters()
     for example in examples:
@@ -172,9 +168,7 @@ def test_full_fine_tuning_trains_every_weight_and_leaves_the_reference_alone(sft
     recipe = sft_recipe("lora=null", "optim.lr=1e-2")
     policy = load_policy(recipe.model, None, device=torch.device("cpu"))
     base, _ = plain(recipe)
-    examples, _ = load_examples(
-        recipe.data.texts, policy.tokenizer, end_token=1, max_prompt_tokens=20, max_response_tokens=20, **RULES
-    )
+    examples, _ = load_examples(recipe.data.texts, policy.tokenizer, RowRules(20, 20, end_token=1))
     optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim, "model")
     imitate(recipe, policy, optimizer, examples)
     for name, tensor in base.state_dict().items():

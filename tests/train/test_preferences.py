@@ -9,6 +9,7 @@ import torch
 from kltune.errors import ModelError
 from kltune.lm.model.snapshot import Snapshot
 from kltune.recipe import DataSection
+from kltune.run.caches import StoredLogprobs
 from kltune.train import preferences
 from kltune.train.preferences import (
     Preferences,
@@ -60,19 +61,19 @@ def test_only_the_pairs_that_are_asked_for_are_measured(trained_policy, pairs):
     torch.testing.assert_close(measured.ref_logprobs[there], reference[there], atol=1e-4, rtol=0.0)
 
 
-def test_what_is_known_of_the_reference_is_not_measured_again(trained_policy, pairs, monkeypatch):
-    known: dict[str, torch.Tensor] = {}
+def test_what_is_known_of_the_reference_is_not_measured_again(trained_policy, pairs, monkeypatch, tmp_path):
+    known = StoredLogprobs(tmp_path)
     first = pairs.measured(trained_policy, [2, 0], known)
     with monkeypatch.context() as patch:
         patch.setattr(preferences, "document_nats", lambda *_: pytest.fail("measured again"))
         again = pairs.measured(trained_policy, [0, 2, 0], known)
     assert torch.equal(again.ref_logprobs.view(torch.int64), first.ref_logprobs.view(torch.int64))     # NaN included
-    assert len(known) == 1
+    assert len(known._known()) == 1
 
 
 @pytest.mark.parametrize("other", ["data", "wanted", "groups", "temperature", "reference", "dtype", "measure"])
-def test_of_anything_else_it_is_measured(trained_policy, pairs, monkeypatch, other):
-    known: dict[str, torch.Tensor] = {}
+def test_of_anything_else_it_is_measured(trained_policy, pairs, monkeypatch, tmp_path, other):
+    known = StoredLogprobs(tmp_path)
     pairs.measured(trained_policy, [0, 1], known)
     groups, policy = [0, 1], trained_policy
     if other == "data":
@@ -89,7 +90,7 @@ def test_of_anything_else_it_is_measured(trained_policy, pairs, monkeypatch, oth
         changed = {"reference": {"sha256": "0" * 64}, "dtype": {"dtype": "bfloat16"}}[other]
         monkeypatch.setattr(policy, "fingerprint", replace(policy.fingerprint, **changed))
     pairs.measured(policy, groups, known)
-    assert len(known) == 2
+    assert len(known._known()) == 2
 
 
 def test_another_reference_is_the_policy_as_it_is_within(trained_policy, pairs):

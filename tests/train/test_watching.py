@@ -5,9 +5,10 @@ import torch
 
 from kltune.core.hacking.diversity import diversity
 from kltune.lm.data.examples import Prompt
-from kltune.lm.measure.measurement import Draw, measure_kl
+from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model.likelihood import alignment_tax
-from kltune.lm.rewards.scorers import Scorer, Source
+from kltune.lm.model.sampler import Draw
+from kltune.lm.rewards.scorers import Scorer, ScoreSource
 from kltune.recipe import SamplingSection
 from kltune.train.evaluation import HeldOut, evaluate, response_tokens, scales_of, score_metrics, text_metrics
 
@@ -17,7 +18,7 @@ PROMPTS = [Prompt((0, 5 + place), f"prompt {place}", f"row {place}") for place i
 
 def scorer(name, function):
     """A scorer of one Python function of a response."""
-    return Scorer([Source(name, lambda prompts, responses: [function(r) for r in responses], 1.0, False, {})])
+    return Scorer([ScoreSource(name, lambda prompts, responses: [function(r) for r in responses], 1.0, False, {})])
 
 
 def held_out(policy, responses=12, gold=None):
@@ -48,7 +49,7 @@ def test_a_reference_that_always_scores_alike_is_no_scale():
 
 
 def test_the_end_token_is_no_part_of_what_was_said(trained_policy):
-    measured = measure_kl(trained_policy, Draw.of(PROMPTS, 60), max_new_tokens=8, temperature=1.0, seed=0)
+    measured = measure_kl(trained_policy, Round.of(PROMPTS, 60), Draw(8))
     said, end = response_tokens(measured), trained_policy.tokenizer.eos_token_id
     assert 0 < measured.truncated.sum() < 60
     lengths = [len(tokens) for tokens in said]
@@ -59,7 +60,7 @@ def test_the_end_token_is_no_part_of_what_was_said(trained_policy):
 
 
 def test_text_metrics_are_those_of_the_responses(trained_policy):
-    measured = measure_kl(trained_policy, Draw.of(PROMPTS, 12), max_new_tokens=8, temperature=1.0, seed=0)
+    measured = measure_kl(trained_policy, Round.of(PROMPTS, 12), Draw(8))
     found = text_metrics("eval/", measured, trained_policy.network.vocabulary)
     alone = diversity(response_tokens(measured), measured.prompt_index.tolist(), trained_policy.network.vocabulary)
     assert found["eval/distinct_2_adjusted"] == alone.distinct_2_adjusted

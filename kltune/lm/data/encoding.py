@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 Ids = tuple[int, ...]
 # Tokenizers of the SentencePiece kind put a space before every text; behind a line break they leave it out.
-ANCHOR = "\n"
+LINE_BREAK = "\n"
 
 
 def last_tokens(ids: Ids, limit: int, bos: int | None) -> Ids:
@@ -25,7 +25,7 @@ def last_tokens(ids: Ids, limit: int, bos: int | None) -> Ids:
 
 
 class Encoder:
-    """A tokenizer as the data need it: no end token behind a prompt, no second bos, responses that join exactly.
+    """Encodes prompts and responses: no end token behind a prompt, no second bos, responses that join exactly.
 
     Args:
         tokenizer: the policy's tokenizer.
@@ -52,7 +52,7 @@ class Encoder:
         """The text of the tokens, without special tokens: what a scorer reads."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def opening(self, text: str) -> Ids:
+    def first_ids(self, text: str) -> Ids:
         """The tokens of a text that stands at the start: bos where the tokenizer has one, never two, and no end token.
 
         Raises:
@@ -63,7 +63,7 @@ class Encoder:
             raise RowFault(f"the tokenizer makes no token of {text[:40]!r}")
         return ids if ids[: len(self.head)] == self.head else self.head + ids
 
-    def continuing(self, text: str) -> Ids:
+    def following_ids(self, text: str) -> Ids:
         """The tokens of a text that continues another one, so that both together spell the two texts joined.
 
         A tokenizer that puts a space before every text would put one between prompt and response as well, where the
@@ -77,8 +77,8 @@ class Encoder:
             raise RowFault(f"the tokenizer makes no token of the response {text[:40]!r}")
         if self.joins_exactly:
             return ids
-        anchor, anchored = self.plain(ANCHOR), self.plain(ANCHOR + text)
-        return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else ids
+        before, both = self.plain(LINE_BREAK), self.plain(LINE_BREAK + text)
+        return both[len(before) :] if both[: len(before)] == before else ids
 
     def uses_chat(self, *, messages: bool) -> bool:
         """Whether rows that are messages, or are not, go through the chat template.
@@ -95,7 +95,7 @@ class Encoder:
                             "template, or plain rows and data.template: none.")
         return chat
 
-    def render(self, messages: list[Message], *, to_answer: bool) -> str:
+    def chat_text(self, messages: list[Message], *, to_answer: bool) -> str:
         """The messages as the chat template writes them, up to where the assistant begins where ``to_answer``.
 
         Raises:
@@ -116,7 +116,7 @@ class Encoder:
             RowFault: the template writes earlier messages in another way once later ones follow, so that no place
                 divides what the policy reads from what it says.
         """
-        ids = self.plain(self.render(messages, to_answer=False))
+        ids = self.plain(self.chat_text(messages, to_answer=False))
         scored = [False] * len(ids)
         for index in (index for index, message in enumerate(messages) if message["role"] == "assistant"):
             before, turn = self._last_turn(messages[: index + 1])
@@ -136,8 +136,8 @@ class Encoder:
         return before, _to_end(turn, end_token)
 
     def _last_turn(self, messages: list[Message]) -> tuple[Ids, Ids]:
-        before = self.plain(self.render(messages[:-1], to_answer=True))
-        after = self.plain(self.render(messages, to_answer=False))
+        before = self.plain(self.chat_text(messages[:-1], to_answer=True))
+        after = self.plain(self.chat_text(messages, to_answer=False))
         if after[: len(before)] != before or len(after) == len(before):
             raise _ambiguous(len(messages) - 1)
         return before, after[len(before) :]
@@ -159,7 +159,7 @@ def spelled(encoder: Encoder, prompt: str, response: str, ended: bool, limit: in
         ModelError: there is nothing to read.
     """
     end = encoder.tokenizer.eos_token_id
-    ids = (_tokens(encoder.opening, prompt) or encoder.head) + _tokens(encoder.continuing, response)
+    ids = (_tokens(encoder.first_ids, prompt) or encoder.head) + _tokens(encoder.following_ids, response)
     if ended and end is not None and ids[-1:] != (end,):
         ids += (end,)
     if not ids:

@@ -33,12 +33,63 @@ if TYPE_CHECKING:
 LISTED_FAULTS = 20
 SKIPPED_SHARE = 0.01        # of the rows, or one row in a small file
 Item = TypeVar("Item")
-Build = Callable[[Row], tuple[Item, bool] | None]        # the item and whether it was truncated; None: dropped
+Build = Callable[[Row], tuple[Item, bool]]      # the item, and whether it was truncated
+
+
+class DroppedRow(Exception):
+    """A row that is too long, where the recipe drops such rows."""
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """What the rows of a file may be, and what becomes of the others.
+
+    max_prompt_tokens, max_response_tokens: bos and end token included. end_token: id of the token that ends a text or
+    a response, appended to both (in messages the chat template has to write it); None appends none. template: auto
+    (the chat template if the rows are messages), none, or chat (a prompt is one message of the user, a response one of
+    the assistant). on_overlong: truncate (prompts from the left, keeping bos; responses from the right, then without
+    the end token, because the text does not end there), drop, or error (the row is faulty). on_bad_row: error, or skip
+    (at most 1 % of the rows, or one row).
+    """
+
+    max_prompt_tokens: int
+    max_response_tokens: int
+    end_token: int | None
+    template: str = "auto"
+    on_overlong: str = "truncate"
+    on_bad_row: str = "error"
+
+    @classmethod
+    def of(
+        cls, data: DataSection, end_token: int | None, max_prompt_tokens: int, max_response_tokens: int | None = None
+    ) -> "RowRules":
+        """The rules of a recipe's section, with limits that fit the model (for responses its own by default)."""
+        response = data.max_response_tokens if max_response_tokens is None else max_response_tokens
+        return cls(max_prompt_tokens, response, end_token, data.template, data.on_overlong, data.on_bad_row)
+
+    def must_cut(self, prompt: int, *responses: int) -> bool:
+        """Whether a row has to be truncated, by the tokens of its prompt and responses.
+
+        Raises:
+            RowFault: it is too long, and that is an error. DroppedRow: it is too long, and such rows are dropped.
+        """
+        response = max(responses, default=0)
+        if prompt <= self.max_prompt_tokens and response <= self.max_response_tokens:
+            return False
+        if self.on_overlong == "drop":
+            raise DroppedRow
+        if self.on_overlong == "error":
+            said = f"the prompt has {prompt} tokens, wanted at most {self.max_prompt_tokens} (data.max_prompt_tokens)"
+            if responses:
+                said += f"; the {'longest ' if len(responses) > 1 else ''}response has {response}, wanted at most "
+                said += f"{self.max_response_tokens} (data.max_response_tokens)"
+            raise RowFault(said)
+        return True
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the policy is asked."""
+    """A prompt: its tokens, its text and its place in the file."""
 
     ids: Ids
     text: str       # as written, or as the chat template writes it but for special tokens; whole where ids are cut
@@ -65,7 +116,7 @@ class Counts:
     skipped: int
 
 
-def described(source: str, counts: Counts) -> str:
+def counts_line(source: str, counts: Counts) -> str:
     """One line on a file that was read: every row accounted for."""
     rest = [
         f"{number} {what}"
@@ -79,35 +130,20 @@ def described(source: str, counts: Counts) -> str:
     return f"{source}: {counts.kept} of {counts.read} rows" + (f" ({', '.join(rest)})" if rest else "")
 
 
-def distinct(prompts: list[Prompt]) -> list[Prompt]:
+def distinct_prompts(prompts: list[Prompt]) -> list[Prompt]:
     """Each prompt once: pairs repeat theirs, and what is answered twice counts as one where errors are by prompt."""
     return list({prompt.ids: prompt for prompt in prompts}.values())
 
 
-def row_rules(data: DataSection) -> dict[str, str]:
-    """What a recipe says of rows in general, as the loaders take it."""
-    return {"template": data.template, "on_overlong": data.on_overlong, "on_bad_row": data.on_bad_row}
-
-
 def load_prompts(
-    source: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_tokens: int,
-    template: str,
-    on_overlong: str,
-    on_bad_row: str,
-    rows: Iterable[Row] | None = None,
+    source: str, tokenizer: "PreTrainedTokenizerBase", rules: RowRules, rows: Iterable[Row] | None = None
 ) -> tuple[list[Prompt], Counts]:
     """Read prompts: rows of ``{"prompt"}`` or ``{"messages"}``, or of pairs (pairs.py), one form in a file.
 
     Args:
         source: a JSONL, CSV or Parquet file, or a dataset (rows.py).
         tokenizer: the policy's.
-        max_tokens: the longest prompt, in tokens with bos.
-        template: auto (chat template if the rows are messages), none, or chat (a prompt is one user message).
-        on_overlong: truncate (from the left, keeping bos), drop, or error (the row is faulty).
-        on_bad_row: error, or skip (at most 1 % of the rows, or one row).
+        rules: what rows may be.
         rows: what was typed instead; ``source`` is then only what faults are told of.
 
     Returns:
@@ -116,94 +152,58 @@ def load_prompts(
     Raises:
         DataError: faulty rows, each named with its place; no row left; or a source that cannot be read.
     """
-    encoder, forms = Encoder(tokenizer, template), FormOfFile(PROMPT_FORMS)
+    encoder, forms = Encoder(tokenizer, rules.template), FormOfFile(PROMPT_FORMS)
 
-    def build(row: Row) -> tuple[Prompt, bool] | None:
+    def build(row: Row) -> tuple[Prompt, bool]:
         form = forms.of(row.fields)
         asked = prompt_of(row.fields, form)
         if encoder.uses_chat(messages=not isinstance(asked, str)):
-            ids = encoder.plain(encoder.render(as_messages(asked), to_answer=True))
+            ids = encoder.plain(encoder.chat_text(as_messages(asked), to_answer=True))
             text = encoder.readable(ids)
         else:
-            ids, text = encoder.opening(asked), asked
-        too_long = len(ids) > max_tokens
-        if too_long and not to_truncate(
-            on_overlong, f"the prompt has {len(ids)} tokens, wanted at most {max_tokens} (data.max_prompt_tokens)"
-        ):
-            return None
-        return Prompt(last_tokens(ids, max_tokens, tokenizer.bos_token_id), text, row.where), too_long
+            ids, text = encoder.first_ids(asked), asked
+        truncated = rules.must_cut(len(ids))
+        return Prompt(last_tokens(ids, rules.max_prompt_tokens, tokenizer.bos_token_id), text, row.where), truncated
 
-    return collect_rows(source, build, on_bad_row, rows)
+    return collect_rows(source, build, rules.on_bad_row, rows)
 
 
 def load_examples(
-    source: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    end_token: int | None,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-    template: str,
-    on_overlong: str,
-    on_bad_row: str,
+    source: str, tokenizer: "PreTrainedTokenizerBase", rules: RowRules
 ) -> tuple[list[Example], Counts]:
     """Read texts to learn from: rows of ``{"text"}``, ``{"prompt", "response"}`` or ``{"messages"}``.
 
     Scored are all tokens of a text but the first; the response and its end token; every turn of the assistant.
-    For the limits the prompt is what comes before the first scored token, the response all the rest.
-
-    Args:
-        source: a JSONL, CSV or Parquet file, or a dataset (rows.py).
-        tokenizer: the policy's.
-        end_token: id of the token that ends a text or response, appended to both; None appends none. In messages the
-            chat template has to write it.
-        max_prompt_tokens: the longest prompt, in tokens with bos.
-        max_response_tokens: the longest response, in tokens with the end token.
-        template: auto (chat template if the rows are messages), none, or chat (prompt and response are one message of
-            the user and one of the assistant).
-        on_overlong: truncate (prompts from the left, keeping bos; responses from the right, then without the end
-            token, because the text does not end there), drop, or error (the row is faulty).
-        on_bad_row: error, or skip (at most 1 % of the rows, or one row).
-
-    Returns:
-        The examples in the order of the source, each with at least one scored token, and the counts.
-
-    Raises:
-        DataError: faulty rows, each named with its place; no row left; or a source that cannot be read.
+    For the limits the prompt is what comes before the first scored token, the response all the rest. Arguments, returns
+    and errors as ``load_prompts``; each example has at least one scored token.
     """
-    encoder, forms = Encoder(tokenizer, template), FormOfFile(TEXT_FORMS)
+    encoder, forms = Encoder(tokenizer, rules.template), FormOfFile(TEXT_FORMS)
 
-    def build(row: Row) -> tuple[Example, bool] | None:
+    def build(row: Row) -> tuple[Example, bool]:
         form = forms.of(row.fields)
         if encoder.uses_chat(messages=form == ("messages",)):
-            ids, scored = encoder.conversation(answered_messages(row.fields, form), end_token)
+            ids, scored = encoder.conversation(answered_messages(row.fields, form), rules.end_token)
         else:
-            ids, scored = _plain_example(row, form, encoder, end_token)
+            ids, scored = _plain_example(row, form, encoder, rules.end_token)
         start = scored.index(True)
         prompt, response = ids[:start], ids[start:]
-        too_long = len(prompt) > max_prompt_tokens or len(response) > max_response_tokens
-        if too_long and not to_truncate(
-            on_overlong,
-            f"the prompt has {len(prompt)} tokens, wanted at most {max_prompt_tokens} (data.max_prompt_tokens); "
-            f"the response has {len(response)}, wanted at most {max_response_tokens} (data.max_response_tokens)",
-        ):
-            return None
-        prompt = last_tokens(prompt, max_prompt_tokens, tokenizer.bos_token_id)
-        response, spoken = response[:max_response_tokens], scored[start : start + max_response_tokens]
-        return Example(prompt + response, (False,) * len(prompt) + spoken, row.where), too_long
+        truncated = rules.must_cut(len(prompt), len(response))
+        prompt = last_tokens(prompt, rules.max_prompt_tokens, tokenizer.bos_token_id)
+        end = start + rules.max_response_tokens
+        return Example(prompt + ids[start:end], (False,) * len(prompt) + scored[start:end], row.where), truncated
 
-    return collect_rows(source, build, on_bad_row)
+    return collect_rows(source, build, rules.on_bad_row)
 
 
 def _plain_example(
     row: Row, form: Form, encoder: Encoder, end_token: int | None
 ) -> tuple[Ids, tuple[bool, ...]]:
     if form == ("text",):
-        ids = encoder.opening(text_field(row.fields, "text"))
+        ids = encoder.first_ids(text_field(row.fields, "text"))
         unscored = 1        # nothing comes before the first token that it could be predicted from
     else:
-        prompt = encoder.opening(text_field(row.fields, "prompt"))
-        ids, unscored = prompt + encoder.continuing(text_field(row.fields, "response")), len(prompt)
+        prompt = encoder.first_ids(text_field(row.fields, "prompt"))
+        ids, unscored = prompt + encoder.following_ids(text_field(row.fields, "response")), len(prompt)
     if end_token is not None and ids[-1] != end_token:
         ids += (end_token,)
     if len(ids) == unscored:
@@ -240,17 +240,6 @@ def shuffled_positions(count: int, start: int, size: int, seed: int) -> list[int
     return positions
 
 
-def to_truncate(on_overlong: str, lengths: str) -> bool:
-    """Whether an over-long row is truncated (True) or dropped (False).
-
-    Raises:
-        RowFault: on ``error``, its lengths are its fault.
-    """
-    if on_overlong == "error":
-        raise RowFault(lengths)
-    return on_overlong == "truncate"
-
-
 def collect_rows(
     source: str, build: Build[Item], on_bad_row: str, rows: Iterable[Row] | None = None
 ) -> tuple[list[Item], Counts]:
@@ -267,17 +256,17 @@ def collect_rows(
         try:
             if row.fault:
                 raise RowFault(row.fault)
-            built = build(row)
+            item, cut = build(row)
+        except DroppedRow:
+            dropped += 1
+            continue
         except RowFault as fault:
             faults.append(f"{row.where}: {fault}")
             if isinstance(fault, MixedForms):
                 raise _refusal(source, faults, read, "") from fault
             continue
-        if built is None:
-            dropped += 1
-            continue
-        kept.append(built[0])
-        truncated += built[1]
+        kept.append(item)
+        truncated += cut
     too_many = len(faults) > max(1, SKIPPED_SHARE * read)
     if faults and (too_many or on_bad_row == "error"):
         advice = "data.on_bad_row: skip leaves out 1 % of the rows at most (or one row)"
@@ -290,6 +279,6 @@ def collect_rows(
 def _refusal(source: str, faults: list[str], read: int, advice: str) -> DataError:
     listed = faults[:LISTED_FAULTS]
     more = [f"and {len(faults) - len(listed)} more"] if len(faults) > len(listed) else []
-    found = f"{len(faults)} faulty {'row' if len(faults) == 1 else 'rows'} in {read} read"
-    lines = [f"{source}: {found}", *(f"  {line}" for line in listed + more), *([advice] if advice else [])]
+    summary = f"{len(faults)} faulty {'row' if len(faults) == 1 else 'rows'} in {read} read"
+    lines = [f"{source}: {summary}", *(f"  {line}" for line in listed + more), *([advice] if advice else [])]
     return DataError("\n".join(lines))

@@ -111,8 +111,8 @@ def message_list(fields: dict[str, Any], name: str = "messages", before: str | N
     if name not in fields:
         raise RowFault(f'field "{name}": missing, wanted a list of {{"role", "content"}}')
     if not isinstance(value, list) or not value:
-        found = "an empty list" if isinstance(value, list) else describe(value)
-        raise RowFault(f'field "{name}": found {found}, wanted a list of {{"role", "content"}}')
+        here = "an empty list" if isinstance(value, list) else describe(value)
+        raise RowFault(f'field "{name}": found {here}, wanted a list of {{"role", "content"}}')
     messages: list[Message] = []
     for index, message in enumerate(value):
         messages.append(_checked_message(message, f"{name}[{index}]", messages[-1]["role"] if messages else before))
@@ -173,8 +173,8 @@ def label_of(fields: dict[str, Any]) -> bool:
     key = value.strip().lower() if isinstance(value, str) else value
     if isinstance(key, bool | int | float | str) and key in LABELS:
         return LABELS[key]
-    found = describe(value) if "label" in fields else "nothing"
-    raise RowFault(f'field "label": found {found}, wanted true or false (1 or 0)')
+    here = describe(value) if "label" in fields else "nothing"
+    raise RowFault(f'field "label": found {here}, wanted true or false (1 or 0)')
 
 
 def margin_of(fields: dict[str, Any]) -> float:

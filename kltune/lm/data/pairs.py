@@ -1,4 +1,4 @@
-"""Preference pairs, and responses judged one by one, as token ids; every row of them accounted for as in examples.py.
+"""Preference pairs, and responses labelled one by one, as token ids; every row of them accounted for as in examples.py.
 
 A prompt and its responses become tokens apart, as in sampling, where the prompt's tokens are fixed before the first
 token of the response: a tokenizer that merges across the boundary would score text that the policy can never be asked
@@ -7,13 +7,13 @@ to continue.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kltune.errors import DataError
 from kltune.lm.data.encoding import Encoder, Ids, last_tokens, spelled
-from kltune.lm.data.examples import Counts, Prompt, collect_rows, to_truncate
+from kltune.lm.data.examples import Counts, DroppedRow, Prompt, RowRules, collect_rows
 from kltune.lm.data.forms import (
     LABELLED_FORM,
     PAIR_FORMS,
@@ -26,9 +26,6 @@ from kltune.lm.data.forms import (
     sides_of,
 )
 from kltune.lm.data.rows import Row, RowFault, read_rows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +51,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A response that was judged on its own: wanted, or not."""
+    """A response that was labelled on its own: wanted, or not."""
 
     prompt: Prompt
     response: Answer
@@ -66,7 +63,7 @@ READ_AGAIN = 256        # rows on which it is tried whether their text gives the
 
 
 def load_comparisons(
-    source: str, tokenizer: "PreTrainedTokenizerBase", **rules: Any
+    source: str, tokenizer: "PreTrainedTokenizerBase", rules: RowRules
 ) -> tuple[list[Pair] | list[Labelled], Counts]:
     """Read pairs with their margins, or labelled responses, whichever the first row of the source is.
 
@@ -75,9 +72,7 @@ def load_comparisons(
     first = next((row.fields for row in read_rows(source) if not row.fault), {})
     present = {name for name, value in first.items() if value is not None}
     labelled = present.issuperset(LABELLED_FORM) and not any(present.issuperset(form) for form in PAIR_FORMS)
-    if labelled:
-        return load_labelled(source, tokenizer, **rules)
-    return load_pairs(source, tokenizer, margins=True, **rules)
+    return load_labelled(source, tokenizer, rules) if labelled else load_pairs(source, tokenizer, rules, margins=True)
 
 
 def answers(row: Comparison) -> tuple[Answer, ...]:
@@ -97,9 +92,7 @@ def hold_out(
     """Split rows by their prompts, so that no prompt is on both sides.
 
     Args:
-        rows: all there are.
         share: of the prompts, rounded, but at least one; 0 holds out nothing.
-        seed: which ones.
         source: names the rows in the error.
 
     Returns:
@@ -134,26 +127,8 @@ def reads_text(rows: Sequence[Comparison], tokenizer: "PreTrainedTokenizerBase")
     )
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What fits. prompt, response: tokens, bos and end token included. on_overlong: truncate, drop or error."""
-
-    prompt: int
-    response: int
-    on_overlong: str
-
-
 def load_pairs(
-    source: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    end_token: int | None,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-    template: str,
-    on_overlong: str,
-    on_bad_row: str,
-    margins: bool = False,
+    source: str, tokenizer: "PreTrainedTokenizerBase", rules: RowRules, *, margins: bool = False
 ) -> tuple[list[Pair], Counts]:
     """Read preference pairs, one form in a file:
 
@@ -162,65 +137,36 @@ def load_pairs(
         {"chosen", "rejected"}                whole conversations that differ in their last message, or transcripts
                                               (hh-rlhf), whose prompt ends with the last "\\n\\nAssistant:" in common
 
-    Args:
-        source: a JSONL, CSV or Parquet file, or a dataset (rows.py).
-        tokenizer: the policy's.
-        end_token: id of the token that ends a response, appended to it; None appends none. In messages the chat
-            template has to write it.
-        max_prompt_tokens: the longest prompt, in tokens with bos.
-        max_response_tokens: the longest response, in tokens with the end token.
-        template: auto (chat template if the rows are messages), none, or chat (a prompt is one user message).
-        on_overlong: truncate (prompts from the left, keeping bos; responses from the right, then without the end
-            token), drop, or error (the row is faulty). A pair that truncation makes equal is dropped.
-        on_bad_row: error, or skip (at most 1 % of the rows, or one row). Faulty is also a row whose sides are empty,
-            equal, or transcripts that share no prompt.
-        margins: read the field "margin" of rows that have one; else it is an extra field.
-
-    Returns:
-        The pairs in the order of the source, and the counts.
-
-    Raises:
-        DataError: faulty rows, each named with its place; no row left; or a source that cannot be read.
+    Faulty is also a row whose sides are empty, equal, or transcripts that share no prompt; a pair that truncation makes
+    equal is dropped. With ``margins`` the field "margin" is read, else it is an extra field. The rest as
+    ``examples.load_prompts``.
     """
-    encoder, forms = Encoder(tokenizer, template), FormOfFile(PAIR_FORMS)
-    limits = Limits(max_prompt_tokens, max_response_tokens, on_overlong)
+    encoder, forms = Encoder(tokenizer, rules.template), FormOfFile(PAIR_FORMS)
 
-    def build(row: Row) -> tuple[Pair, bool] | None:
+    def build(row: Row) -> tuple[Pair, bool]:
         asked, *sides = sides_of(row.fields, forms.of(row.fields))
-        fitted = _fitted(encoder, row.where, asked, sides, end_token, limits)
-        if fitted is None:
-            return None
-        prompt, (chosen, rejected), too_long = fitted
+        prompt, (chosen, rejected), truncated = _fitted(encoder, rules, row.where, asked, sides)
         if chosen.ids != rejected.ids:
-            return Pair(prompt, chosen, rejected, margin_of(row.fields) if margins else 0.0), too_long
-        if too_long:
-            return None
+            return Pair(prompt, chosen, rejected, margin_of(row.fields) if margins else 0.0), truncated
+        if truncated:
+            raise DroppedRow
         raise RowFault('"chosen" and "rejected" are the same tokens, wanted two different responses')
 
-    return collect_rows(source, build, on_bad_row)
+    return collect_rows(source, build, rules.on_bad_row)
 
 
 def load_labelled(
-    source: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    end_token: int | None,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-    template: str,
-    on_overlong: str,
-    on_bad_row: str,
+    source: str, tokenizer: "PreTrainedTokenizerBase", rules: RowRules
 ) -> tuple[list[Labelled], Counts]:
-    """Read responses judged one by one, ``{"prompt", "response", "label"}`` with true for a wanted one.
+    """Read responses labelled one by one, ``{"prompt", "response", "label"}`` with true for a wanted one.
 
     ``label`` is true or false, 1 or 0; ``prompt`` and ``response`` are texts, or messages as in a pair. A file of
     pairs, in any form of `load_pairs`, will do as well: what was chosen is wanted, what was rejected is not. The rest
     as there; the counts are of rows.
     """
-    encoder, forms = Encoder(tokenizer, template), FormOfFile((LABELLED_FORM, *PAIR_FORMS))
-    limits = Limits(max_prompt_tokens, max_response_tokens, on_overlong)
+    encoder, forms = Encoder(tokenizer, rules.template), FormOfFile((LABELLED_FORM, *PAIR_FORMS))
 
-    def build(row: Row) -> tuple[list[Labelled], bool] | None:
+    def build(row: Row) -> tuple[list[Labelled], bool]:
         form = forms.of(row.fields)
         if form == LABELLED_FORM:
             asked, *responses = prompt_and(row.fields, "prompt", ("response",))
@@ -228,32 +174,22 @@ def load_labelled(
         else:
             asked, *responses = sides_of(row.fields, form)
             wanted = [True, False]
-        fitted = _fitted(encoder, row.where, asked, responses, end_token, limits)
-        if fitted is None:
-            return None
-        prompt, answers, too_long = fitted
-        return [Labelled(prompt, *judged) for judged in zip(answers, wanted, strict=True)], too_long
+        prompt, answers, truncated = _fitted(encoder, rules, row.where, asked, responses)
+        return [Labelled(prompt, *labelled) for labelled in zip(answers, wanted, strict=True)], truncated
 
-    rows, counts = collect_rows(source, build, on_bad_row)
+    rows, counts = collect_rows(source, build, rules.on_bad_row)
     return [labelled for row in rows for labelled in row], counts
 
 
 def _fitted(
-    encoder: Encoder, where: str, asked: Asked, responses: Sequence[str], end_token: int | None, limits: Limits
-) -> tuple[Prompt, list[Answer], bool] | None:
-    """Prompt and responses in tokens, within the limits, and whether that took truncation; None: dropped."""
-    ids, text, spoken = _encoded(encoder, asked, responses, end_token)
-    longest = max(map(len, spoken))
-    too_long = len(ids) > limits.prompt or longest > limits.response
-    if too_long and not to_truncate(
-        limits.on_overlong,
-        f"the prompt has {len(ids)} tokens, wanted at most {limits.prompt} (data.max_prompt_tokens); the longest "
-        f"response has {longest}, wanted at most {limits.response} (data.max_response_tokens)",
-    ):
-        return None
-    prompt = Prompt(last_tokens(ids, limits.prompt, encoder.tokenizer.bos_token_id), text, where)
-    answers = [Answer(s[: limits.response], r) for s, r in zip(spoken, responses, strict=True)]
-    return prompt, answers, too_long
+    encoder: Encoder, rules: RowRules, where: str, asked: Asked, responses: Sequence[str]
+) -> tuple[Prompt, list[Answer], bool]:
+    """Prompt and responses in tokens, within the limits, and whether that took truncation."""
+    ids, text, spoken = _encoded(encoder, asked, responses, rules.end_token)
+    truncated = rules.must_cut(len(ids), *map(len, spoken))
+    prompt = Prompt(last_tokens(ids, rules.max_prompt_tokens, encoder.tokenizer.bos_token_id), text, where)
+    answers = [Answer(s[: rules.max_response_tokens], r) for s, r in zip(spoken, responses, strict=True)]
+    return prompt, answers, truncated
 
 
 def _encoded(
@@ -264,7 +200,7 @@ def _encoded(
         turns = [encoder.answer([*messages, {"role": "assistant", "content": text}], end_token) for text in responses]
         ids = turns[0][0]
         return ids, encoder.readable(ids), [spoken for _, spoken in turns]
-    spoken = [encoder.continuing(text) for text in responses]
+    spoken = [encoder.following_ids(text) for text in responses]
     if end_token is not None:
         spoken = [ids if ids[-1] == end_token else (*ids, end_token) for ids in spoken]
-    return encoder.opening(asked), asked, spoken
+    return encoder.first_ids(asked), asked, spoken

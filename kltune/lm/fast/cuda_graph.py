@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from kltune.lm.fast.decoding import Decoder, Step
+from kltune.lm.fast.decoding import GrowingDecoder, Step
 from kltune.lm.fast.shared_prefix import close
 
 ALIGNED = 8  # attention kernels want widths in multiples of it, and copy the mask where they are not
 
 
 class FixedLayer(DynamicLayer):
-    """One layer's keys and values with room for all that will come; attention reads the whole of it, behind a mask."""
+    """One layer of a KV cache with room for all tokens to come; attention reads the whole of it, behind a mask."""
 
     def __init__(self, full: DynamicLayer, tokens: int, place: Tensor):
         """Copy what a layer holds.
@@ -47,12 +47,12 @@ class FixedLayer(DynamicLayer):
 
 
 class CapturedDecoder:
-    """What ``Decoder`` does, each step a replay."""
+    """Decoder of the same interface as ``GrowingDecoder`` whose every step replays a captured CUDA graph."""
 
     compact_below = 0.5
 
     def __init__(self, step: Step, cache: Cache, mask: Tensor, limit: int):
-        """Take over a cache of left-padded prompts; arguments as ``Decoder``'s."""
+        """Take over a cache of left-padded prompts; arguments as ``GrowingDecoder``'s."""
         rows, width = mask.shape
         total = -(-(width + limit) // ALIGNED) * ALIGNED
         self._step, self._cache, self._read = step, cache, width
@@ -91,7 +91,7 @@ class CapturedDecoder:
 
 
 def recorded(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """Work on fixed memory as something that can be done again, and the tensor that will hold its result.
+    """Capture work on fixed memory: a function that replays it, and the tensor that then holds its result.
 
     Elsewhere than on a GPU the work is simply done each time, so that all but the capture is the same everywhere.
     """
@@ -111,7 +111,7 @@ def recorded(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable
 
 @torch.no_grad()
 def can_capture(step: Step, next_step: Callable[[int], Step], device: torch.device) -> bool:
-    """Whether a device and a model decode this way as they do otherwise; it is tried. Only a GPU gains anything."""
+    """Whether a model decodes by replay as it does otherwise, on this device; it is tried, on GPUs only."""
     if device.type != "cuda":
         return False
     try:
@@ -124,16 +124,16 @@ def can_capture(step: Step, next_step: Callable[[int], Step], device: torch.devi
 def captured_agrees(step: Step, next_step: Callable[[int], Step], device: torch.device) -> bool:
     """Whether three tokens for three rows and two for the two that are left get the same logits either way.
 
-    step: ``Network.step``, which reads the prompts. next_step: ``Network.next_step``.
+    step: reads the prompts. next_step: ``FastWays.next_step``.
     """
     ids = torch.tensor([[0, 1, 0], [0, 0, 1], [1, 1, 0]], device=device)
     mask = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 1]], device=device)
 
-    def logits(kind: type[Decoder | CapturedDecoder]) -> Tensor:
+    def logits_of(kind: type[GrowingDecoder | CapturedDecoder]) -> Tensor:
         first, cache = step(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), None)
         rows = kind(next_step(8), cache, mask, limit=5)
-        found = [first] + [rows.feed(ids[:, column]).clone() for column in range(3)]
+        logits = [first] + [rows.feed(ids[:, column]).clone() for column in range(3)]
         rows.keep(torch.tensor([0, 2], device=device))
-        return torch.cat(found + [rows.feed(ids[[0, 2], column]).clone() for column in range(2)])
+        return torch.cat(logits + [rows.feed(ids[[0, 2], column]).clone() for column in range(2)])
 
-    return close(logits(CapturedDecoder), logits(Decoder))
+    return close(logits_of(CapturedDecoder), logits_of(GrowingDecoder))

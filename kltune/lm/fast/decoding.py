@@ -28,8 +28,8 @@ Step = Callable[[Tensor, Tensor, Tensor, Cache], tuple[Tensor, Cache]]  # ids, m
 ROOM = 32  # tokens to grow by: the cache is copied once in so many steps
 
 
-class Decoder:
-    """Rows that have read their prompts and are fed one token at a time, until they are dropped."""
+class GrowingDecoder:
+    """Feeds rows that have read their prompts one token at a time; the cache grows in place, rows can be dropped."""
 
     compact_below = 0.8  # drop finished rows from the cache once fewer than this share is still going
 
@@ -60,8 +60,8 @@ class Decoder:
         self._mask, self._next = self._mask[rows], self._next[rows]
 
 
-class OneMore:
-    """A trunk that reads one more token of each row, made for one batch: it holds the weights as they are then."""
+class FusedStep:
+    """Fused one-token step for Llama-family trunks, made for one batch: it holds the weights as they are then."""
 
     def __init__(self, trunk: nn.Module, positions: int):
         """Take a model of one of ``FAMILIES`` without its head, and how many positions a row may have."""
@@ -96,7 +96,7 @@ class OneMore:
 
 
 class _Layer:
-    """One layer of such a trunk."""
+    """One layer of a Llama-family trunk, for one new token a row."""
 
     def __init__(self, layer: nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
@@ -131,7 +131,7 @@ class _Layer:
 
 
 def _linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A plain linear layer as a call of the function itself; with an adapter in it, the module."""
+    """A plain linear layer as a direct call of ``F.linear``; with an adapter in it, the module."""
     return partial(F.linear, weight=module.weight, bias=module.bias) if type(module) is nn.Linear else module
 
 
@@ -151,9 +151,9 @@ def _normed(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def can_decode(causal: nn.Module, trunk: nn.Module) -> bool:
-    """Whether ``OneMore`` gives what the trunk's own forward pass gives; it is tried, on prompts of two lengths."""
-    config = causal.config.get_text_config()
+def can_decode(causal: nn.Module) -> bool:
+    """Whether ``FusedStep`` gives what the trunk's own forward pass gives; it is tried, on prompts of two lengths."""
+    trunk, config = causal.base_model, causal.config.get_text_config()
     plain = config.model_type in FAMILIES and config._attn_implementation == "sdpa" and attends_to_all(config)
     if not plain or trunk.rotary_emb.rope_type in MOVING_ANGLES:
         return False
@@ -168,11 +168,11 @@ def can_decode(causal: nn.Module, trunk: nn.Module) -> bool:
 
     inputs = {"attention_mask": mask, "position_ids": places[:, 3:]}
     wanted = trunk(ids[:, :1], **inputs, past_key_values=prompts(), use_cache=True).last_hidden_state[:, -1]
-    return close(OneMore(trunk, positions=4)(ids[:, :1], **inputs, cache=prompts()), wanted)
+    return close(FusedStep(trunk, positions=4)(ids[:, :1], **inputs, cache=prompts()), wanted)
 
 
-class RoomyLayer(DynamicLayer):
-    """One layer's keys and values, [rows, heads, tokens, head_dim], at the front of a buffer with more tokens."""
+class GrowingLayer(DynamicLayer):
+    """One layer of a KV cache, [rows, heads, tokens, head_dim], at the front of a buffer with room for more tokens."""
 
     def __init__(self, full: DynamicLayer):
         super().__init__()
@@ -205,23 +205,23 @@ class RoomyLayer(DynamicLayer):
 def give_room(cache: Cache) -> None:
     """Let the plain layers of a cache grow in place; empty ones and other kinds (sliding windows, states) stay."""
     cache.layers = [
-        RoomyLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer for layer in cache.layers
+        GrowingLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer for layer in cache.layers
     ]
 
 
 def is_plain(cache: Cache) -> bool:
-    """Whether all of it is keys and values of all tokens: no windows, no states."""
+    """Whether a cache is nothing but keys and values of all tokens: no windows, no states."""
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def bytes_held(cache: Cache) -> int:
-    """The memory of its keys and values."""
+    """The bytes of a cache's keys and values."""
     tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def joined(caches: Sequence[Cache]) -> Cache:
-    """The rows of plain caches of as many tokens, in the first of them."""
+    """Concatenate the rows of plain caches of as many tokens, into the first of them."""
     first = caches[0]
     if len(caches) > 1:
         for index, layer in enumerate(first.layers):

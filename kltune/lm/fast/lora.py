@@ -18,7 +18,6 @@ from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora.layer import Linear
-from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,7 +25,7 @@ EXACT = (torch.float32, torch.float64)
 
 
 class LoraLinear(Linear):
-    """PEFT's layer, with a forward of its own for one plain adapter at a time; all else is PEFT's."""
+    """PEFT's LoRA layer with a faster forward pass for one plain adapter at a time."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer's output and the adapter's. [..., in] -> [..., out]."""
@@ -70,7 +69,7 @@ def _adds_first(out: int, inside: int, rank: int, positions: int, trains: bool) 
 
 
 def speed_up(model: nn.Module) -> None:
-    """Let PEFT's plain LoRA layers on linear layers go the faster way."""
+    """Give PEFT's plain LoRA layers on linear layers the forward pass of ``LoraLinear``."""
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear and not module.fan_in_fan_out:
             module.__class__ = LoraLinear
@@ -84,9 +83,9 @@ class MergedTrunk:
             (parent, name, layer)
             for parent in trunk.modules()
             for name, layer in parent.named_children()
-            if type(layer) in (PeftLinear, LoraLinear)
+            if type(layer) in (Linear, LoraLinear)
         ]
-        self._merged: dict[PeftLinear, nn.Linear] = {}
+        self._merged: dict[Linear, nn.Linear] = {}
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -104,7 +103,7 @@ class MergedTrunk:
                 parent._modules[name] = layer
 
     @torch.no_grad()
-    def _filled(self, layer: PeftLinear) -> nn.Linear:
+    def _filled(self, layer: Linear) -> nn.Linear:
         """The layer's stand-in, holding W + scaling · B A as they are now."""
         base, adapter = layer.get_base_layer(), layer.active_adapters[0]
         if layer not in self._merged:
@@ -119,7 +118,7 @@ class MergedTrunk:
         return merged
 
 
-def _can_merge(layer: PeftLinear) -> bool:
+def _can_merge(layer: Linear) -> bool:
     """Whether the layer computes (W + scaling · B A) x + bias and nothing else, in float32 on the CPU."""
     base, adapter = layer.get_base_layer(), layer.active_adapters[0]
     return (

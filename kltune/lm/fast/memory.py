@@ -1,4 +1,4 @@
-"""What a device holds, and so how many sequences may be trained on or sampled side by side.
+"""How many rows go through a model at once: what its device holds, and what padding and one more pass cost.
 
 Planned from the device's whole memory, never from what happens to be free: two runs of one recipe on one machine must
 cut their batches alike, or they differ in the last bits and a resumed run is no longer the one that was stopped.
@@ -6,18 +6,33 @@ cut their batches alike, or they differ in the last bits and a resumed run is no
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
+
+from kltune.lm.fast.decoding import Step, bytes_held, is_plain
+from kltune.lm.fast.shared_prefix import begins_another, scored_spans
 
 SHARE = 0.8             # of the memory is planned with; the rest is for kernels, fragments and other processes
 TRAINED_BYTES = 16      # float32 gradient and Adam's moments per trained number; in full fine-tuning the frozen copy
 BACKWARD = 1.7          # times what a forward pass saves: the peak of the backward pass over it
 CACHE = 1.5             # times the keys and values: room to grow, and a layer's copy while rows are dropped
 PROBE = 32              # tokens
+PASS_BYTES = 64 * 2**20 # of logits in one pass of a model that cannot be cut, prompts and all
+TOKENS_PER_PASS = 16_384    # through the trunk at once when nothing is trained
+TRAINED_SHARE = 4       # of these, a fraction is trained on at once: more take memory and are no faster
+ROWS_PER_PASS = 512     # responses sampled side by side; 1,024: stories260K 9 % faster, six layers of 256 4 % slower
+# What a pass costs whatever is in it: for each layer so many products of a number with a weight, and what reading the
+# weights takes, in tokens. Batches of unequal rows are cut where padding costs more. Measured on a CPU, where a pass is
+# worth 170 to 340 tokens of stories260K and 85 to 120 of six layers of 256; guessed on a GPU. 128 responses of 16 to 18
+# tokens on average and 64 at most took 0.73 to 0.78 of the time to train on, 0.64 to 0.88 to measure.
+PASS_PRODUCTS = {"cpu": 12e6, "cuda": 30e9}
+PASS_READS = 64
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container: v2, v1
 
 
@@ -47,33 +62,100 @@ def micro_batches(lengths: Sequence[int], most: Callable[[int], int], cost: floa
     return parts
 
 
-class Parts:
-    """A batch in parts of similar lengths, each trimmed to its longest row: iterates over (ids, scored)."""
+class Batching:
+    """Cuts batches into parts that fit in memory and hold little padding."""
 
-    def __init__(self, ids: Tensor, scored: Tensor, rows: Sequence[Sequence[int]]):
-        """Take a batch, [B, S] each, and the rows of each part."""
-        self._scored = scored
-        self._rows = [torch.tensor(part, device=ids.device) for part in rows]
-        self._parts = []
-        for part in self._rows:
-            end = _width(scored[part])
-            self._parts.append((ids[part, :end], scored[part, :end]))
+    def __init__(self, causal: nn.Module, step: Step, *, split: bool, shares_prefixes: bool):
+        """Take a model.
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self._parts)
+        Args:
+            causal: with its adapters as they are on whenever this is asked.
+            step: feeds it tokens.
+            split: its trunk runs alone, without making logits of all positions.
+            shares_prefixes: neighbouring rows read the prompt they share once.
+        """
+        self._causal, self._step, self._split, self.shares_prefixes = causal, step, split, shares_prefixes
+        self._room: TrainingRoom | None = None
 
-    def __len__(self) -> int:
-        return len(self._parts)
+    def refresh(self) -> None:
+        """Measure again, after an adapter may have come."""
+        self._room = None
 
-    def in_order(self, found: Tensor) -> Tensor:
-        """Numbers (or vectors) of the scored tokens, one part after the other -> row by row of the batch. [N, ...]."""
-        number = self._scored.flatten().cumsum(0).view_as(self._scored) - 1  # of each scored token in the batch
-        places = torch.cat([number[part][self._scored[part]] for part in self._rows])
-        return torch.empty_like(found).index_copy_(0, places, found)
+    def lengths(self, ids: Tensor, scored: Tensor) -> list[int]:
+        """Tokens of each row up to its last scored one. [B, S] each.
 
+        Neighbours that share their prompt count as the longest of them, so that sorting leaves them side by side.
+        """
+        starts, ends = scored_spans(scored)
+        if self.shares_prefixes:
+            owner = begins_another(ids, starts).cumsum(0) - 1
+            ends = ends.new_zeros(len(ends)).scatter_reduce(0, owner, ends, "amax")[owner]
+        return ends.tolist()
 
-def _width(scored: Tensor) -> int:
-    return int(scored.nonzero()[:, 1].max()) + 1
+    def to_read(self, ids: Tensor, scored: Tensor) -> list[list[int]]:
+        """Rows in parts that go through the trunk at once, without gradients. [B, S] each."""
+        lengths = self.lengths(ids, scored)
+        return micro_batches(lengths, lambda length: self.tokens_per_pass // length, self._pass_tokens)
+
+    def micro_batches(self, lengths: Sequence[int], sequences: int | None, group: int = 1) -> list[list[int]]:
+        """Cut a batch into parts that are trained on one after the other, so that little of them is padding.
+
+        lengths: tokens of each row, or of the longest of each ``group`` that stays together. sequences: how many a part
+        has at most; None: what memory holds, and no more than is any use. Returned are places in ``lengths``.
+        """
+        tokens = self.tokens_per_pass // TRAINED_SHARE
+
+        def most(length: int) -> int:
+            if sequences is None:
+                return min(self.trained_rows(length), tokens // length) // group
+            return sequences // group
+
+        return micro_batches(lengths, most, self._pass_tokens / group)
+
+    def trained_rows(self, length: int) -> int:
+        """How many sequences of a length fit in memory with all that their backward pass needs.
+
+        Measured when first asked, with the adapter that is on then; from then on larger passes checkpoint their layers.
+        """
+        if self._room is None:
+            self._room = training_room(self._causal, self._causal.base_model if self._split else self._causal)
+        return self._room.rows(length)
+
+    def too_large(self, ids: Tensor) -> bool:
+        """Whether a backward pass over these rows is known not to fit. [B, S]."""
+        return self._room is not None and len(ids) > self.trained_rows(ids.shape[1])
+
+    def sampled_rows(self, tokens: int) -> int:
+        """How many responses may be sampled side by side, with so many tokens each, the prompt's included."""
+        free = free_bytes(self._causal, _device(self._causal))
+        fit = int(free / (CACHE * max(1.0, bytes_held(self._token_cache)) * tokens))
+        return max(1, min(ROWS_PER_PASS, fit))
+
+    def prompt_rows(self, ids: Tensor) -> int:
+        """How many of these prompts are read at once. [P, S]."""
+        return max(1, self.tokens_per_pass // ids.shape[1]) if is_plain(self._token_cache) else len(ids)
+
+    @cached_property
+    def _token_cache(self) -> Cache:
+        """The cache of one token."""
+        probe = torch.zeros(1, 1, dtype=torch.long, device=_device(self._causal))
+        with torch.no_grad():
+            return self._step(probe, torch.ones_like(probe), probe, None)[1]
+
+    @cached_property
+    def _pass_tokens(self) -> float:
+        """How many tokens of padding cost what one more pass costs."""
+        words = self._causal.get_input_embeddings().weight.numel()
+        layers = getattr(self._causal.config.get_text_config(), "num_hidden_layers", 1)
+        weights = sum(tensor.numel() for tensor in self._causal.base_model.parameters()) - words
+        products = PASS_PRODUCTS.get(_device(self._causal).type, PASS_PRODUCTS["cpu"])
+        return PASS_READS + products * layers / max(1, weights)
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """Tokens that may go through a model at once without gradients."""
+        vocabulary = self._causal.config.get_text_config().vocab_size
+        return TOKENS_PER_PASS if self._split else max(64, PASS_BYTES // (4 * vocabulary))
 
 
 @dataclass(frozen=True)
@@ -100,7 +182,7 @@ def training_room(model: nn.Module, trained: nn.Module) -> TrainingRoom:
         model: with what is trained of it.
         trained: the part of it that training runs.
     """
-    device = next(model.parameters()).device
+    device = _device(model)
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
     def saved(rows: int, length: int) -> int:
@@ -116,14 +198,12 @@ def training_room(model: nn.Module, trained: nn.Module) -> TrainingRoom:
     return TrainingRoom(free_bytes(model, device), BACKWARD * per_token, BACKWARD * per_square)
 
 
-def cached_rows(model: nn.Module, per_token: float, tokens: int) -> int:
-    """How many sequences' keys and values fit beside a model: so many bytes a token, so many tokens each."""
-    device = next(model.parameters()).device
-    return int(free_bytes(model, device) / (CACHE * max(1.0, per_token) * tokens))
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def free_bytes(model: nn.Module, device: torch.device) -> float:
-    """What is planned to be left of a device beside a model and its optimizer; may be negative.
+    """The bytes planned to be free on a device beside a model and its optimizer; may be negative.
 
     Other models on the device, as a reward model with weights of its own, are not known here.
     """
@@ -144,7 +224,7 @@ def device_bytes(device: torch.device) -> int:
 
 
 def saved_bytes(work: Callable[[], Tensor], without: set[int] = frozenset()) -> int:
-    """What autograd keeps of some work for a backward pass, memory that several tensors share counted once.
+    """The bytes that autograd keeps for the backward pass of some work, shared memory counted once.
 
     Args:
         work: builds a graph.
@@ -160,6 +240,6 @@ def saved_bytes(work: Callable[[], Tensor], without: set[int] = frozenset()) -> 
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         graph = work()
-    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     del graph
-    return found
+    return total

@@ -45,7 +45,7 @@ def shared_prefixes(ids: Tensor, scored: Tensor) -> SharedPrefixes | None:
         scored: True on the tokens to measure, never in column 0. [B, S] bool.
     """
     columns = torch.arange(ids.shape[1], device=ids.device)
-    starts, ends = spans(scored)
+    starts, ends = scored_spans(scored)
     first = begins_another(ids, starts)
     if first.all() or not scored.any(dim=1).all():
         return None
@@ -63,7 +63,7 @@ def shared_prefixes(ids: Tensor, scored: Tensor) -> SharedPrefixes | None:
     )
 
 
-def spans(scored: Tensor) -> tuple[Tensor, Tensor]:
+def scored_spans(scored: Tensor) -> tuple[Tensor, Tensor]:
     """The first scored column of each row, and the one after its last. [B, S] -> [B] each."""
     return scored.int().argmax(dim=1), scored.shape[1] - scored.flip(1).int().argmax(dim=1)
 
@@ -95,7 +95,7 @@ def states_before(trunk: Callable, rows: SharedPrefixes) -> Tensor:
 
 
 def _visible(prompt_lengths: Tensor, prompts: int, responses: int, dtype: torch.dtype) -> Tensor:
-    """What is added to attention: 0 on a row's own prompt and its response so far. [B, 1, T, S₁ + T]."""
+    """The additive attention mask: 0 on a row's own prompt and its response so far. [B, 1, T, S₁ + T]."""
     asked = torch.arange(prompts, device=prompt_lengths.device) < prompt_lengths
     said = torch.ones(responses, responses, dtype=torch.bool, device=asked.device).tril()
     seen = torch.cat([asked[:, None].expand(-1, responses, -1), said.expand(len(asked), -1, -1)], dim=2)
@@ -109,22 +109,16 @@ def attends_to_all(config: PreTrainedConfig) -> bool:
     return kinds == {"full_attention"} and window is None
 
 
-def close(found: Tensor, wanted: Tensor) -> bool:
+def close(states: Tensor, wanted: Tensor) -> bool:
     """Whether two ways to the same hidden states differ by no more than rounding."""
-    gap = (found - wanted).abs().max() / wanted.abs().max()
+    gap = (states - wanted).abs().max() / wanted.abs().max()
     return bool(gap <= CLOSE.get(wanted.dtype, 0.05))
 
 
 @torch.no_grad()
-def can_share(causal: nn.Module, trunk: Callable, plain: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a trunk gives the same this way: plain attention everywhere, over what it is told to see; it is tried.
-
-    Args:
-        causal: the whole model, for its config.
-        trunk: as the model has it.
-        plain: hidden states of whole rows. [B, S] -> [B, S, H].
-    """
-    config = causal.config.get_text_config()
+def can_share(causal: nn.Module) -> bool:
+    """Whether a model gives the same this way: plain attention everywhere, over what it is told to see; it is tried."""
+    trunk, config = causal.base_model, causal.config.get_text_config()
     if not attends_to_all(config) or getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
         return False
     device = next(causal.parameters()).device
@@ -134,7 +128,7 @@ def can_share(causal: nn.Module, trunk: Callable, plain: Callable[[Tensor], Tens
     ids, scored = ids.to(device), scored.to(device)
     rows = shared_prefixes(ids, scored)
     try:
-        found = states_before(trunk, rows)
+        states = states_before(trunk, rows)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):    # no such cache, mask or positions
         return False
-    return close(found, plain(ids)[:, :-1][scored[:, 1:]])
+    return close(states, trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][scored[:, 1:]])

@@ -1,7 +1,7 @@
 """What the reference's own responses say without any training: the best of n of them, and how their scores spread."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from kltune.core.hacking.overoptimization import best_of_n, best_of_n_kl, best_of_n_kl_of_levels, within_prompt_spread
 from kltune.lm.data.examples import Prompt
-from kltune.lm.measure.measurement import Draw, Measurement, Progress
+from kltune.lm.measure.measurement import Measurement, Progress, Round
 from kltune.lm.model.batches import Samples
 from kltune.lm.model.policy import Policy
-from kltune.lm.model.sampler import sample
+from kltune.lm.model.sampler import Draw, sample
 from kltune.lm.rewards.scorers import Scorer
 
-ANCHOR_PROMPTS = 128       # at most, for best of n
-ANCHOR_SEED = 2_000_003    # beyond the measurements' own: best of n is not read off the responses they were scored on
+MOST_PROMPTS = 128
+SEED = 2_000_003    # beyond the measurements' own: best of n is not read off the responses they were scored on
 
 
 @dataclass(frozen=True)
-class Judges:
-    """Who scores: the runs' own reward, or that of ``--recipe``; and gold. penalty: off the score without an end."""
+class Scorers:
+    """The scorers of a frontier: the runs' own reward, or that of ``--recipe``, and gold. penalty: without an end."""
 
     score: Scorer | None
     gold: Scorer | None
@@ -30,40 +30,36 @@ class Judges:
     @property
     def want_reference_samples(self) -> bool:
         """True if a source is to be standardised and has not been yet."""
-        return any(judge is not None and judge.wants_reference_samples for judge in (self.score, self.gold))
+        return any(scorer.wants_reference_samples for scorer in self._present().values())
 
-    def __call__(
+    def standardized(self, sampled: Measurement) -> "Scorers":
+        """With sources marked ``normalize`` on the scale of the reference's responses, as in training."""
+        fitted = {
+            name: scorer.standardized(*sampled.texts(), sampled.rollouts)
+            for name, scorer in self._present().items() if scorer.wants_reference_samples
+        }
+        return replace(self, **fitted)
+
+    def scores(
         self, texts: tuple[list[str], list[str]], samples: Sequence[Samples], truncated: Tensor
     ) -> dict[str, np.ndarray]:
-        """Scores of responses by each judge there is. {"score": [B], "gold": [B]} of float64 arrays."""
-        judges = {name: judge for name, judge in (("score", self.score), ("gold", self.gold)) if judge is not None}
+        """Scores of responses by each scorer there is. {"score": [B], "gold": [B]} of float64 arrays."""
         return {
-            name: judge.total(*texts, samples, truncated, self.penalty).double().cpu().numpy()
-            for name, judge in judges.items()
+            name: scorer.total(*texts, samples, truncated, self.penalty).double().cpu().numpy()
+            for name, scorer in self._present().items()
         }
 
+    def means(self, measured: Measurement, answered: Round) -> dict[str, float | None]:
+        """Mean of each scorer's scores and its standard error, responses to one prompt counting as one."""
+        figures: dict[str, float | None] = {}
+        for name, values in self.scores(measured.texts(), measured.rollouts, measured.truncated).items():
+            mean, stderr = over_prompts(values.reshape(answered.count, answered.per_prompt).mean(1))
+            figures |= {name: mean, f"{name}_stderr": stderr}
+        return figures
 
-def standardized(judges: Judges, sampled: Measurement) -> Judges:
-    """Sources marked ``normalize`` get their scale on the reference's responses, as in training."""
-    fitted = [
-        judge.standardized(*sampled.texts(), sampled.rollouts) if judge and judge.wants_reference_samples else judge
-        for judge in (judges.score, judges.gold)
-    ]
-    return Judges(*fitted, judges.penalty)
-
-
-def judged(judges: Judges, found: Measurement) -> dict[str, np.ndarray]:
-    """Scores of measured responses by each judge."""
-    return judges(found.texts(), found.rollouts, found.truncated)
-
-
-def clustered(scores: dict[str, np.ndarray], draw: Draw) -> dict[str, float | None]:
-    """Mean of each judge's scores and its standard error, responses to one prompt counting as one."""
-    found: dict[str, float | None] = {}
-    for name, values in scores.items():
-        mean, stderr = over_prompts(values.reshape(draw.count, draw.per_prompt).mean(1))
-        found |= {name: mean, f"{name}_stderr": stderr}
-    return found
+    def _present(self) -> dict[str, Scorer]:
+        named = {"score": self.score, "gold": self.gold}
+        return {name: scorer for name, scorer in named.items() if scorer is not None}
 
 
 def over_prompts(values: np.ndarray) -> tuple[float, float | None]:
@@ -72,42 +68,31 @@ def over_prompts(values: np.ndarray) -> tuple[float, float | None]:
     return float(values.mean()), stderr
 
 
-def anchor_draw(prompts: Sequence[Prompt], per_prompt: int) -> Draw:
+def best_of_n_round(prompts: Sequence[Prompt], per_prompt: int) -> Round:
     """Which prompts are answered for best of n, and how often each."""
-    return Draw(prompts, 0, min(len(prompts), ANCHOR_PROMPTS), per_prompt)
+    return Round(prompts, 0, min(len(prompts), MOST_PROMPTS), per_prompt)
 
 
-def anchored(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    judges: Judges,
-    drawn: dict[str, Any],
-    per_prompt: int,
-    progress: Progress,
+def measure_best_of_n(
+    policy: Policy, answered: Round, scorers: Scorers, draw: Draw, progress: Progress
 ) -> dict[str, Any]:
     """Best of n by the score (by gold where there is no score), for n = 1, 2, 4, ... of the reference's responses.
 
     Args:
-        policy: whose reference responds.
-        prompts: the first ``ANCHOR_PROMPTS`` of them are answered.
-        judges: at least one.
-        drawn: max_new_tokens, temperature and seed, as ``measure_kl`` takes them.
-        per_prompt: N, responses to each prompt, at least 2.
-        progress: told how many responses are done.
+        answered: from ``best_of_n_round``; at least 2 responses to each prompt.
+        scorers: at least one.
 
     Returns:
-        The document's best_of_n; by_prompt: the estimates of each judge for each n, [P] each.
+        The document's best_of_n; by_prompt: the estimates of each scorer for each n, [P] each.
     """
-    draw = anchor_draw(prompts, per_prompt)
-    count = draw.count
-    uniforms = draw.uniforms(drawn["seed"] + ANCHOR_SEED, drawn["max_new_tokens"])
+    count, per_prompt = answered.count, answered.per_prompt
     parts: list[dict[str, np.ndarray]] = []
     with policy.reference():
-        for part, rows in draw.parts():
-            samples = sample(policy, part, uniforms[rows], temperature=drawn["temperature"])
+        for prompts, uniforms, done in answered.parts(replace(draw, seed=draw.seed + SEED)):
+            samples = sample(policy, prompts, uniforms, temperature=draw.temperature)
             texts = list(samples.prompts), list(samples.responses)
-            parts.append(judges(texts, (samples,), samples.truncated.cpu()))
-            progress(rows.stop)
+            parts.append(scorers.scores(texts, (samples,), samples.truncated.cpu()))
+            progress(done)
     scores = {
         name: np.concatenate([part[name] for part in parts]).reshape(count, per_prompt) for name in parts[0]
     }

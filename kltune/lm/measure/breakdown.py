@@ -33,7 +33,7 @@ def top_tokens(sums: VocabularySums, responses: int, policy: Policy, top: int) -
 
 
 def end_token(sums: VocabularySums, responses: int, policy: Policy) -> dict[str, float]:
-    """The same for all end tokens together: how much of the KL is about where to stop."""
+    """What the end tokens together add to the KL: how much of it is about where to stop."""
     return _part(sums, list(policy.end_ids), responses)
 
 
@@ -120,10 +120,10 @@ def transcript(rollout: Rollout, row: int, tokenizer) -> dict[str, list[Any] | N
 
 def pieces(ids: Sequence[int], tokenizer) -> list[str]:
     """The text that each token adds; a character of several tokens is shown at its last."""
-    found, text = [], ""
+    texts, text = [], ""
     for end in range(1, len(ids) + 1):
         longer = tokenizer.decode(ids[:end])
         whole = not longer.endswith("\N{REPLACEMENT CHARACTER}") or end == len(ids)
-        found.append(longer[len(text) :] if whole else "")
+        texts.append(longer[len(text) :] if whole else "")
         text = longer if whole else text
-    return found
+    return texts

@@ -14,17 +14,17 @@ from kltune.core.kl.intervals import KLSummary, agreement_z, summarize
 from kltune.core.kl.truncation import Cut, renormalized
 from kltune.core.tensors import log_distribution, per_response
 from kltune.errors import DivergedError, ModelError
-from kltune.lm.measure.measurement import Draw, Progress
+from kltune.lm.measure.measurement import Progress, Round
 from kltune.lm.model.batches import response_scatter
 from kltune.lm.model.policy import Policy
-from kltune.lm.model.sampler import check_sampler, sample
+from kltune.lm.model.sampler import Draw, check_sampler, sample
 
 MOST_TIES = 0.01        # share of sampled tokens that rounding may put on the other side of the cut
 
 
 @dataclass(frozen=True)
 class Distance:
-    """From the deployed policy to one of the two references. exact, k1: nats per response. variance: nats². All [B]."""
+    """KL of the deployed policy from one reference. exact, k1: nats per response. variance: nats². All [B]."""
 
     exact: Tensor
     k1: Tensor
@@ -53,35 +53,18 @@ class Deployed:
 
 
 def measure_deployed(
-    policy: Policy,
-    draw: Draw,
-    cut: Cut,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    progress: Progress | None = None,
+    policy: Policy, answered: Round, draw: Draw, cut: Cut, progress: Progress = lambda done: None
 ) -> Deployed:
-    """Sample from the deployed policy and measure both of its distances.
+    """Sample from the deployed policy and measure both of its distances; arguments and errors as ``measure_kl``.
 
     Args:
-        policy: adapter on.
-        draw: which prompts, how often; the random numbers are those of ``measure_kl``.
-        cut: top-p and top-k.
-        max_new_tokens: length limit of a response.
-        temperature: of the deployed policy, and of the reference in ``both``.
-        seed: of the random numbers.
-        progress: told how many responses have been measured, after each pass.
-
-    Raises:
-        DivergedError: something is not finite.
-        ModelError: the sampler drew from another distribution than the one measured.
+        cut: top-p and top-k. The temperature is the deployed policy's, and the reference's in ``both``.
     """
-    uniforms = draw.uniforms(seed, max_new_tokens)
+    temperature = draw.temperature
     rows: list[tuple[Tensor, ...]] = []
     ties = count = 0
-    for part, span in draw.parts():
-        samples = sample(policy, part, uniforms[span], temperature=temperature, cut=cut)
+    for prompts, uniforms, done in answered.parts(draw):
+        samples = sample(policy, prompts, uniforms, temperature=temperature, cut=cut)
         flat = policy.over_vocabulary(
             samples.ids, samples.scored, lambda *logits: _measure(*logits, cut=cut, temperature=temperature)
         )
@@ -92,15 +75,14 @@ def measure_deployed(
         ties += int((samples.response_mask & ~inside.bool()).sum())
         count += int(samples.response_mask.sum())
         rows.append((samples.lengths.cpu(), *(per_response(x, samples.response_mask).cpu() for x in rest)))
-        if progress is not None:
-            progress(span.stop)
+        progress(done)
     if ties > MOST_TIES * count:
         raise ModelError(
             f"{ties} of {count} sampled tokens lie outside the top-p or top-k cut when measured again: the sampler and "
             "teacher forcing disagree on what the deployed policy is."
         )
     tokens, *sums = (torch.cat(column) for column in zip(*rows, strict=True))
-    return Deployed(Distance(*sums[:3]), Distance(*sums[3:]), tokens, draw.prompt_index(), ties / count)
+    return Deployed(Distance(*sums[:3]), Distance(*sums[3:]), tokens, answered.prompt_index(), ties / count)
 
 
 def _measure(
@@ -115,8 +97,8 @@ def _measure(
     policy = renormalized(tempered, kept)
     references = log_distribution(ref_logits, 1.0), renormalized(log_distribution(ref_logits, temperature), kept)
     mine = policy.gather(-1, at).squeeze(-1)
-    found = [inside.float(), mine]
+    columns = [inside.float(), mine]
     for reference in references:
         kl: TokenDivergence = compare(policy, reference)
-        found += [kl.kl, mine - reference.gather(-1, at).squeeze(-1), kl.log_ratio_variance]
-    return tuple(found)
+        columns += [kl.kl, mine - reference.gather(-1, at).squeeze(-1), kl.log_ratio_variance]
+    return tuple(columns)

@@ -14,8 +14,9 @@ from kltune.core.kl.gate import GRID, AlphaPoint, Search, Unit, confidence_per_l
 from kltune.core.kl.intervals import KLSummary, clustered_mean
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
-from kltune.lm.measure.measurement import Draw, Measurement, judged, measure_kl
+from kltune.lm.measure.measurement import Round, measure_kl, measured_scores
 from kltune.lm.model.policy import Policy
+from kltune.lm.model.sampler import Draw
 from kltune.lm.rewards.scorers import Scorer
 
 AGAIN = math.sqrt(2.0) * 1.645      # standard errors by which two measurements alike differ, once in twenty times
@@ -50,17 +51,15 @@ class Look:
         return nats, math.inf if stderr is None else stderr, math.inf if ci is None else ci[1]
 
 
-class Dial:
+class Interpolation:
     """A policy that can be measured at any α; every measurement is kept in ``looks``."""
 
     def __init__(
         self,
         policy: Policy,
         prompts: list[Prompt],
+        draw: Draw,
         *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
         confidence: float = 0.95,
         unit: Unit = "nats_per_response",
         scorer: Scorer | None = None,
@@ -70,11 +69,7 @@ class Dial:
         """Take the policy as it is: that is α = 1.
 
         Args:
-            policy: adapter on.
-            prompts: at least one.
-            max_new_tokens: length limit of a response.
-            temperature: of sampling and of both distributions.
-            seed: of the search; the checks after it have random numbers of their own.
+            draw: how responses are drawn in the search; the checks after it have random numbers of their own.
             confidence: of the intervals.
             unit: of budgets.
             scorer: also score the responses, less ``missing_end_penalty`` where one never ended.
@@ -84,10 +79,9 @@ class Dial:
             ModelError: the adapter has no scale.
         """
         self.scale = AdapterScale(policy)
-        self.policy, self.prompts, self.seed = policy, prompts, seed
+        self.policy, self.prompts, self.draw = policy, prompts, draw
         self.confidence, self.unit = confidence, unit
         self.looks: list[Look] = []
-        self._drawn = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         self._scorer, self._penalty, self._say = scorer, missing_end_penalty, say
 
     @property
@@ -100,9 +94,9 @@ class Dial:
     ) -> Look:
         """Set the adapter to α and measure it there."""
         self.scale.set(alpha)
-        measured = measure_kl(self.policy, Draw.of(self.prompts, responses), seed=seed, **self._drawn)
-        judges = {} if self._scorer is None else {"score": self._scorer}
-        scores = judged(judges, measured, self._penalty).values()
+        measured = measure_kl(self.policy, Round.of(self.prompts, responses), replace(self.draw, seed=seed))
+        scorers = {} if self._scorer is None else {"score": self._scorer}
+        scores = measured_scores(scorers, measured, self._penalty).values()
         score, error = next((clustered_mean(row, measured.prompt_index) for row in scores), (None, None))
         kl = measured.summary("exact", confidence or self.confidence)
         look = Look(alpha, purpose, kl, score, error)
@@ -119,9 +113,7 @@ class Dial:
         """Give sources marked ``normalize`` their scale, on responses of the reference."""
         if self._scorer is not None and self._scorer.wants_reference_samples:
             self.scale.set(0.0)
-            sampled: Measurement = measure_kl(
-                self.policy, Draw.of(self.prompts, responses), seed=self.seed, **self._drawn
-            )
+            sampled = measure_kl(self.policy, Round.of(self.prompts, responses), self.draw)
             self._scorer = self._scorer.standardized(*sampled.texts(), sampled.rollouts)
 
     def land(self, budget: float, responses: int, most: int) -> tuple[Search, Look | None]:
@@ -133,35 +125,35 @@ class Dial:
         drawn. What was found is then checked on random numbers that it was not chosen by.
 
         Args:
-            budget: in this dial's unit.
+            budget: in nats of ``unit``.
             responses: for a measurement.
             most: for a measurement where the budget calls for more.
 
         Returns:
             (the search, the check that passed; None where none did).
         """
-        found = largest_alpha(lambda alpha: self._point(alpha, responses), budget, grid=GRID, tolerance=0.05)
-        if found.alpha == 0.0:
-            return found, None
-        wanted = min(most, self._wanted(found, budget, responses))
-        if found.alpha < 1.0 and wanted > responses:
-            grid = sorted({min(1.0, factor * found.alpha) for factor in AROUND})
+        search = largest_alpha(lambda alpha: self._point(alpha, responses), budget, grid=GRID, tolerance=0.05)
+        if search.alpha == 0.0:
+            return search, None
+        wanted = min(most, self._wanted(search, budget, responses))
+        if search.alpha < 1.0 and wanted > responses:
+            grid = sorted({min(1.0, factor * search.alpha) for factor in AROUND})
             closer = largest_alpha(lambda alpha: self._point(alpha, wanted), budget, grid=grid, tolerance=0.01)
-            found = replace(closer, falls=(*found.falls, *closer.falls))
+            search = replace(closer, falls=(*search.falls, *closer.falls))
             responses = wanted
-        confidence, alpha = confidence_per_look(self.confidence, CHECKS), found.alpha
+        confidence, alpha = confidence_per_look(self.confidence, CHECKS), search.alpha
         for number in range(1, CHECKS + 1):
-            look = self.measure(alpha, responses, "check", self.seed + number, confidence)
+            look = self.measure(alpha, responses, "check", self.draw.seed + number, confidence)
             if verdict(look.kl, budget, self.unit, confidence).verdict == "pass":
-                return replace(found, alpha=alpha), look
+                return replace(search, alpha=alpha), look
             alpha *= 0.99 * math.sqrt(budget / look.figures(self.unit)[2])
-        return replace(found, alpha=alpha), None
+        return replace(search, alpha=alpha), None
 
     def meet(self, target: float, responses: int) -> float:
-        """Find the α whose measured KL is a target, at most 1, and leave the adapter there; in this dial's unit."""
+        """Find the α, at most 1, whose measured KL is a target, and leave the adapter there."""
 
         def point(alpha: float) -> AlphaPoint:
-            nats, stderr, _ = self.measure(alpha, responses, "search", self.seed).figures(self.unit)
+            nats, stderr, _ = self.measure(alpha, responses, "search", self.draw.seed).figures(self.unit)
             return AlphaPoint(alpha, nats, stderr, nats)
 
         alpha = largest_alpha(point, target, grid=(1.0, 0.9), tolerance=0.01).alpha
@@ -169,12 +161,12 @@ class Dial:
         return alpha
 
     def _point(self, alpha: float, responses: int) -> AlphaPoint:
-        nats, stderr, upper = self.measure(alpha, responses, "search", self.seed).figures(self.unit)
+        nats, stderr, upper = self.measure(alpha, responses, "search", self.draw.seed).figures(self.unit)
         return AlphaPoint(alpha, nats, stderr, upper + AGAIN * stderr)
 
-    def _wanted(self, found: Search, budget: float, responses: int) -> int:
-        """Responses with which the bound is no more than ``ROOM`` of the budget above the KL that was found."""
-        point = next(point for point in found.points if point.alpha == found.alpha)
+    def _wanted(self, search: Search, budget: float, responses: int) -> int:
+        """Responses with which the bound is no more than ``ROOM`` of the budget above the KL measured there."""
+        point = next(point for point in search.points if point.alpha == search.alpha)
         return math.ceil(responses * ((point.bound - point.nats) / (ROOM * budget)) ** 2)
 
 
@@ -196,7 +188,7 @@ class AdapterScale:
         """
         if policy.full:
             raise ModelError(
-                f"{policy.fingerprint.path}: only an adapter that leaves its base alone can be dialled back; this "
+                f"{policy.fingerprint.path}: only an adapter that leaves its base alone can be scaled down; this "
                 "checkpoint has weights of its own."
             )
         tensors = policy.trainable_parameters()

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kltune.core.kl.divergence import VocabularySums
 from kltune.core.kl.intervals import KLSummary, summarize
 from kltune.core.kl.sequences import jensen_shannon, tails, total_variation
 from kltune.lm.measure.breakdown import by_position, end_token, examples, top_prompts, top_tokens
@@ -20,32 +19,31 @@ DIRECTIONS = {"reverse": "KL(policy||reference)", "forward": "KL(reference||poli
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckpointKL:
     """All that was measured of one checkpoint; None for what was not asked for.
 
-    reverse: on the policy's responses. sums: of the same, by token of the vocabulary. forward: on the reference's
-    responses. deployed: with top-p and top-k. tax: log-perplexity on held-out texts. gate: the budget's part.
+    reverse: on the policy's responses, also by token of the vocabulary. forward: on the reference's. deployed: with
+    top-p and top-k. tax: log-perplexity on held-out texts. gate: the budget's part.
     """
 
     reverse: Measurement
-    sums: VocabularySums
     forward: Measurement | None
     deployed: Deployed | None
     tax: dict[str, Any] | None
     gate: dict[str, Any] | None
 
 
-def described_kl(found: Found, policy: Policy, *, confidence: float, top: int, show: int) -> dict[str, Any]:
+def described_kl(measured: CheckpointKL, policy: Policy, *, confidence: float, top: int, show: int) -> dict[str, Any]:
     """The measured part of the document.
 
     Args:
-        found: what was measured.
+        measured: of one checkpoint.
         policy: whose tokens and reference these are.
         confidence: of all intervals but those of the gate.
         top: how many tokens and prompts to list.
         show: how many responses to give token by token.
     """
-    reverse, forward = found.reverse, found.forward
+    reverse, forward, sums = measured.reverse, measured.forward, measured.reverse.sums
     count = len(reverse.exact)
     other = None if forward is None else -forward.k1      # k1 of the reference's responses is log ρ − log π
     js = None if other is None else jensen_shannon(reverse.k1, other)
@@ -69,14 +67,14 @@ def described_kl(found: Found, policy: Policy, *, confidence: float, top: int, s
             "reference": _per_token(reverse.ref_entropy, reverse),
         },
         "agreement_z": reverse.z,
-        "deployed": None if found.deployed is None else _deployed(found.deployed, confidence),
-        "end_token": end_token(found.sums, count, policy),
-        "top_tokens": top_tokens(found.sums, count, policy, top),
+        "deployed": None if measured.deployed is None else _deployed(measured.deployed, confidence),
+        "end_token": end_token(sums, count, policy),
+        "top_tokens": top_tokens(sums, count, policy, top),
         "top_prompts": top_prompts(reverse, top),
         "by_position": by_position(reverse),
         "examples": examples(reverse, policy, show),
-        "alignment_tax": found.tax,
-        "gate": found.gate,
+        "alignment_tax": measured.tax,
+        "gate": measured.gate,
     }
 
 

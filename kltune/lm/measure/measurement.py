@@ -1,10 +1,9 @@
 """Measure KL(policy ‖ reference) on prompts: the same lines behind every stage's evaluation and ``kltune eval-kl``."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from kltune.core.tensors import per_response
 from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import Rollout
 from kltune.lm.model.policy import Policy
-from kltune.lm.model.sampler import sample_rollout, uniform_numbers
+from kltune.lm.model.sampler import Draw, sample_rollout
 from kltune.lm.rewards.scorers import Scorer
 
 RESPONSES_PER_PASS = 256  # bounds what is kept per token while a large evaluation runs
@@ -64,6 +63,12 @@ class Measurement:
         """Agreement of k1 and exact, in standard errors; beyond ±4 the sampler drew from another distribution."""
         return agreement_z(self.k1, self.exact, self.prompt_index, self.log_ratio_variance)
 
+    @property
+    def sums(self) -> VocabularySums:
+        """What each token of the vocabulary adds to the KL, where that was asked for."""
+        columns = zip(*((part.sums.nats, part.sums.policy, part.sums.reference) for part in self.rollouts), strict=True)
+        return VocabularySums(*(torch.stack(column).sum(dim=0) for column in columns))
+
     def texts(self) -> tuple[list[str], list[str]]:
         """Prompts and responses, in order."""
         prompts = [text for rollout in self.rollouts for text in rollout.prompts]
@@ -85,21 +90,21 @@ def kl_result(measured: Measurement) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Which prompts to answer, how often each, and with which random numbers.
+class Round:
+    """Which prompts are answered, and how often each.
 
-    prompts: all there are. first, count: those that are answered now. per_prompt: responses to each. round: of the
-    drawing, from 0; each has random numbers of its own.
+    prompts: all there are. first, count: those that are answered now. per_prompt: responses to each. number: of the
+    round, from 0; each has random numbers of its own.
     """
 
     prompts: Sequence[Prompt]
     first: int
     count: int
     per_prompt: int
-    round: int = 0
+    number: int = 0
 
     @classmethod
-    def of(cls, prompts: Sequence[Prompt], responses: int) -> "Draw":
+    def of(cls, prompts: Sequence[Prompt], responses: int) -> "Round":
         """The first round, of about so many responses.
 
         Few prompts are answered several times, the same number each (rounded up); of many, the first are answered.
@@ -107,13 +112,13 @@ class Draw:
         count = min(len(prompts), responses)
         return cls(prompts, 0, count, -(-responses // count))
 
-    def following(self, responses: int) -> "Draw":
+    def following(self, responses: int) -> "Round":
         """The round after this one, of about so many responses: prompts not answered yet first, then all again."""
         done = self.first + self.count
         if done < len(self.prompts):
-            return Draw(self.prompts, done, min(responses, len(self.prompts) - done), 1, self.round + 1)
+            return Round(self.prompts, done, min(responses, len(self.prompts) - done), 1, self.number + 1)
         count = min(len(self.prompts), responses)
-        return Draw(self.prompts, len(self.prompts) - count, count, -(-responses // count), self.round + 1)
+        return Round(self.prompts, len(self.prompts) - count, count, -(-responses // count), self.number + 1)
 
     @property
     def responses(self) -> int:
@@ -125,20 +130,21 @@ class Draw:
         """There are prompts that no round so far has answered."""
         return self.first + self.count < len(self.prompts)
 
-    def uniforms(self, seed: int, max_new_tokens: int) -> Tensor:
-        """The random numbers, a row per response: the same for every policy. [B, T]"""
-        stream = [seed, STREAM, self.round] if self.round else [seed, STREAM]
-        return uniform_numbers(np.random.default_rng(stream), self.responses, max_new_tokens)
+    def parts(self, draw: Draw) -> Iterator[tuple[Sequence[Prompt], Tensor, int]]:
+        """The prompts a pass at a time, each with the random numbers of its responses, and how many rows are then done.
 
-    def parts(self) -> list[tuple[Sequence[Prompt], slice]]:
-        """The prompts a pass at a time, each with the rows of its responses."""
+        The numbers are the same for every policy.
+        """
+        uniforms = self.uniforms(draw)
         step = max(1, RESPONSES_PER_PASS // self.per_prompt)
         chosen = self.prompts[self.first : self.first + self.count]
-        starts = range(0, len(chosen), step)
-        return [
-            (chosen[a : a + step], slice(a * self.per_prompt, min(a + step, len(chosen)) * self.per_prompt))
-            for a in starts
-        ]
+        for start in range(0, self.count, step):
+            end = min(start + step, self.count)
+            yield chosen[start:end], uniforms[start * self.per_prompt : end * self.per_prompt], end * self.per_prompt
+
+    def uniforms(self, draw: Draw) -> Tensor:
+        """The random numbers, a row per response. [B, T]"""
+        return draw.uniforms(self.responses, STREAM, *([self.number] if self.number else []))
 
     def prompt_index(self) -> Tensor:
         """Which of all the prompts each response answers. [B]"""
@@ -147,41 +153,32 @@ class Draw:
 
 def measure_kl(
     policy: Policy,
+    answered: Round,
     draw: Draw,
     *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
     from_reference: bool = False,
-    sums: VocabularySums | None = None,
-    progress: Progress | None = None,
+    by_token: bool = False,
+    progress: Progress = lambda done: None,
 ) -> Measurement:
     """Sample from the policy and measure its KL from the reference: exact, k1 and k3.
 
     Args:
         policy: adapter on.
-        draw: which prompts, how often.
-        max_new_tokens: length limit of a response; the KL is that of the process cut there.
-        temperature: of sampling and of both distributions.
-        seed: the same seed and draw give the same random numbers, whatever the policy.
+        answered: which prompts, how often.
+        draw: how; the KL is that of the process cut at its length limit.
         from_reference: let the two change places: sample from the reference and measure KL(reference ‖ policy).
-        sums: also add up by token of the vocabulary, into these.
+        by_token: also add up by token of the vocabulary.
         progress: told how many responses have been measured, after each pass.
 
     Raises:
         DivergedError: something is not finite.
         ModelError: the sampler drew from another distribution than the one measured.
     """
-    uniforms = draw.uniforms(seed, max_new_tokens)
+    sides = {"temperature": draw.temperature, "from_reference": from_reference, "by_token": by_token}
     rollouts = []
-    for part, rows in draw.parts():
-        rollouts.append(
-            sample_rollout(
-                policy, part, uniforms[rows], temperature=temperature, from_reference=from_reference, sums=sums
-            )
-        )
-        if progress is not None:
-            progress(rows.stop)
+    for prompts, uniforms, done in answered.parts(draw):
+        rollouts.append(sample_rollout(policy, prompts, uniforms, **sides))
+        progress(done)
     masks = [rollout.response_mask for rollout in rollouts]
 
     def gather(values: list[Tensor]) -> Tensor:
@@ -192,7 +189,7 @@ def measure_kl(
         k1=gather([kl_k1(r.logprobs, r.ref_logprobs, r.response_mask) for r in rollouts]),
         k3=gather([kl_k3(r.logprobs, r.ref_logprobs, r.response_mask) for r in rollouts]),
         tokens=torch.cat([r.lengths for r in rollouts]).cpu(),
-        prompt_index=draw.prompt_index(),
+        prompt_index=answered.prompt_index(),
         truncated=torch.cat([r.truncated for r in rollouts]).cpu(),
         entropy=gather([r.entropy for r in rollouts]),
         ref_entropy=gather([r.ref_entropy for r in rollouts]),
@@ -201,24 +198,21 @@ def measure_kl(
     )
 
 
-def answer_both(policy: Policy, draw: Draw, **drawn: Any) -> tuple[Measurement, Measurement]:
+def answer_both(policy: Policy, answered: Round, draw: Draw) -> tuple[Measurement, Measurement]:
     """Responses of the policy and of the reference to the same prompts, with the same random numbers.
-
-    Args:
-        policy: adapter on.
-        draw: which prompts, how often.
-        drawn: the keywords of ``measure_kl`` that say how.
 
     Returns:
         (the policy's with KL(policy ‖ reference), the reference's with KL(reference ‖ policy)).
     """
-    return measure_kl(policy, draw, **drawn), measure_kl(policy, draw, from_reference=True, **drawn)
+    return measure_kl(policy, answered, draw), measure_kl(policy, answered, draw, from_reference=True)
 
 
-def judged(judges: Mapping[str, Scorer], measured: Measurement, missing_end_penalty: float) -> dict[str, Tensor]:
-    """Each judge's score of each response, less the penalty where it never ended. [B] each."""
+def measured_scores(
+    scorers: Mapping[str, Scorer], measured: Measurement, missing_end_penalty: float
+) -> dict[str, Tensor]:
+    """Each scorer's score of each response, less the penalty where it never ended. [B] each."""
     texts = measured.texts()
     return {
-        name: judge.total(*texts, measured.rollouts, measured.truncated, missing_end_penalty)
-        for name, judge in judges.items()
+        name: scorer.total(*texts, measured.rollouts, measured.truncated, missing_end_penalty)
+        for name, scorer in scorers.items()
     }

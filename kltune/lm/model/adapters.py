@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kltune.errors import ModelError
-from kltune.lm.fast.lora import speed_up
 
 POLICY = "default"  # PEFT saves an adapter of this name at the root of the folder, where every loader looks
 VALUE = "value"
@@ -45,7 +44,6 @@ class AdapterSwitch:
     """
 
     def __init__(self, model: nn.Module):
-        speed_up(model)
         self.layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
     def state(self) -> SwitchState:
@@ -75,15 +73,15 @@ class AdapterSwitch:
 
         Only layers that have the adapter are numbered: another one on other layers renames nothing.
         """
-        found = {}
+        parameters = {}
         holders = [layer for layer in self.layers if any(name in getattr(layer, r) for r in layer.adapter_layer_names)]
         for number, layer in enumerate(holders):
             for role in layer.adapter_layer_names:
                 held = getattr(layer, role)
                 if name in held:
                     parts = held[name].named_parameters() if isinstance(held[name], nn.Module) else [("", held[name])]
-                    found |= {f"{number}.{role}.{part}": tensor for part, tensor in parts}
-        return found
+                    parameters |= {f"{number}.{role}.{part}": tensor for part, tensor in parts}
+        return parameters
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -110,7 +108,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def rewritten_base(config: dict[str, Any]) -> list[str]:
-    """Why this adapter belongs to other base weights than those of the model it names; [] if it does not.
+    """Reasons why an adapter belongs to other base weights than those of the model it names; [] if it does not.
 
     Its training began by changing them, and the change is not in its file.
     """
@@ -124,7 +122,7 @@ def rewritten_base(config: dict[str, Any]) -> list[str]:
 
 
 def trained_base(config: dict[str, Any], weights: dict[str, Tensor], model: nn.Module) -> list[str]:
-    """What of the base this adapter brings its own version of, so that it cannot be switched off; [] if nothing.
+    """Parts of the base that an adapter trained, so that it cannot be switched off; [] if none.
 
     Args:
         config: of the adapter.
@@ -199,10 +197,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 def wrap(model: nn.Module, config: PeftConfig, what: str) -> PeftModel:
     """Put the layers of an adapter on a model.
 
-    Args:
-        model: changed in place.
-        config: of the adapter.
-        what: where the names of the layers come from, for the error.
+    The model is changed in place. ``what`` says where the names of the layers come from, for the error.
 
     Raises:
         ModelError: no layer has one of the names, or a layer is of a kind that the adapter cannot serve.
@@ -220,7 +215,7 @@ def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path, name: str =
     Raises:
         ModelError: a tensor is too many, missing, not finite, or of another shape.
     """
-    finite(weights, str(folder))
+    check_finite(weights, str(folder))
     misfit = f"{folder}: the adapter does not fit {model.name_or_path}"
     try:
         outcome = set_peft_model_state_dict(model, weights, adapter_name=name)
@@ -266,7 +261,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float]:
     return merged, arrived / asked
 
 
-def finite(tensors: dict[str, Tensor], where: str) -> None:
+def check_finite(tensors: dict[str, Tensor], where: str) -> None:
     """Raise ModelError at the first tensor that holds NaN or infinity."""
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -274,11 +269,11 @@ def finite(tensors: dict[str, Tensor], where: str) -> None:
 
 
 class CheckpointedLayers:
-    """The layers of a trunk that can be computed twice; none, where its author did not mark them."""
+    """Gradient checkpointing of the layers of a trunk that their author marked for it."""
 
     def __init__(self, trunk: nn.Module):
-        found = (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))
-        self._layers = [(layer, AdapterSwitch(layer)) for layer in found]
+        layers = (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))
+        self._layers = [(layer, AdapterSwitch(layer)) for layer in layers]
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -11,13 +11,15 @@ the first end token and nothing after it and is built from lengths, never from `
 log-probability of response token t under the distribution it was sampled from: same temperature, nothing cut off.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from kltune.lm.fast.memory import _width
+from kltune.core.kl.divergence import VocabularySums
+
+ROWS = 16       # that go through a model at once where nothing says how many fit
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad: int | bool, dtype: torch.dtype = torch.long) -> Tensor:
@@ -70,6 +72,7 @@ class Rollout(Samples):
     log_ratio_variance: of log π − log π_ref under π at each position, nats²; None where not measured.
     values: what the value function expected before each token; None without one.
     value_states: the hidden states that a value head alone reads it off, [B, T, H]; None without one.
+    sums: what each token of the vocabulary adds to ref_kl; None where that was not asked for.
     """
 
     ref_logprobs: Tensor
@@ -79,6 +82,7 @@ class Rollout(Samples):
     log_ratio_variance: Tensor | None
     values: Tensor | None = None
     value_states: Tensor | None = None
+    sums: VocabularySums | None = None
 
     def select(self, rows: Tensor) -> "Rollout":
         """The rollout of some rows only, cut to the longest sequence among them."""
@@ -94,3 +98,61 @@ class Rollout(Samples):
             elif isinstance(value, tuple):
                 chosen[field.name] = tuple(value[i] for i in rows.tolist())
         return replace(self, **chosen)
+
+
+class Parts:
+    """A batch in parts of similar lengths, each trimmed to its longest row: iterates over (ids, scored)."""
+
+    def __init__(self, ids: Tensor, scored: Tensor, rows: Sequence[Sequence[int]]):
+        """Take a batch, [B, S] each, and the rows of each part."""
+        self._scored = scored
+        self._rows = [torch.tensor(part, device=ids.device) for part in rows]
+        self._parts = []
+        for part in self._rows:
+            end = _width(scored[part])
+            self._parts.append((ids[part, :end], scored[part, :end]))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """Numbers (or vectors) of scored tokens, part after part, put back in the order of the batch. [N, ...]."""
+        number = self._scored.flatten().cumsum(0).view_as(self._scored) - 1  # of each scored token in the batch
+        places = torch.cat([number[part][self._scored[part]] for part in self._rows])
+        return torch.empty_like(values).index_copy_(0, places, values)
+
+
+def _width(scored: Tensor) -> int:
+    return int(scored.nonzero()[:, 1].max()) + 1
+
+
+class FixedRows:
+    """Cuts batches into parts of as many rows each, as they come: what ``fast.memory.Batching`` does better."""
+
+    def lengths(self, ids: Tensor, scored: Tensor) -> list[int]:
+        """Tokens of each row, padding included."""
+        return [ids.shape[1]] * len(ids)
+
+    def to_read(self, ids: Tensor, scored: Tensor) -> list[list[int]]:
+        """Rows in parts that go through the trunk at once."""
+        return self.micro_batches(self.lengths(ids, scored), None)
+
+    def micro_batches(self, lengths: Sequence[int], sequences: int | None, group: int = 1) -> list[list[int]]:
+        """Places in ``lengths``, for each part."""
+        size = max(1, (sequences or ROWS) // group)
+        return [list(range(len(lengths))[start : start + size]) for start in range(0, len(lengths), size)]
+
+    def trained_rows(self, length: int) -> int:
+        """Rows whose graphs may be in memory at once."""
+        return ROWS
+
+    def sampled_rows(self, tokens: int) -> int:
+        """Responses sampled side by side."""
+        return ROWS
+
+    def too_large(self, ids: Tensor) -> bool:
+        """Whether a backward pass is known not to fit."""
+        return False

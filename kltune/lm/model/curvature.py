@@ -24,13 +24,13 @@ from kltune.lm.model.policy import Policy
 TWICE_DIFFERENTIABLE = 4  # times the memory of a backward pass: 3.2 to 4.1 measured (PERF 4)
 
 
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors one after the other, as one vector. [P]."""
+def to_vector(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate tensors into one vector. [P]."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def unflat(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The vector in pieces of these shapes; the other way round of ``flat``."""
+def from_vector(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Cut a vector into tensors of these shapes; the inverse of ``to_vector``."""
     pieces = vector.split([tensor.numel() for tensor in like])
     return [piece.view_as(tensor) for piece, tensor in zip(pieces, like, strict=True)]
 
@@ -70,19 +70,19 @@ class Fisher:
             name: next(i for i, own in enumerate(self._parameters) if own is tensor)
             for name, tensor in head.named_parameters() if id(tensor) in trained
         }
-        size = micro_batch or max(1, policy.network.trained_rows(ids.shape[1]) // TWICE_DIFFERENTIABLE)
+        size = micro_batch or max(1, policy.network.batching.trained_rows(ids.shape[1]) // TWICE_DIFFERENTIABLE)
         self._parts = list(zip(ids.split(size), scored.split(size), strict=True))
         self._kept = self._linearised(*self._parts[0]) if len(self._parts) == 1 else None
 
     def __call__(self, vector: Tensor) -> Tensor:
         """F v. [P] -> [P] float32."""
-        directions = unflat(vector, self._parameters)
+        directions = from_vector(vector, self._parameters)
         total = [torch.zeros_like(tensor) for tensor in self._parameters]
         for ids, scored in self._parts:
             trunk = self._kept or self._linearised(ids, scored)
             for place, part in self._product(trunk, directions):
                 total[place] += part
-        return flat(total) / self._rows
+        return to_vector(total) / self._rows
 
     def _linearised(self, ids: Tensor, scored: Tensor) -> _Trunk:
         with sdpa_kernel(SDPBackend.MATH), self._policy.network.whole_graphs():

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kltune.core.kl.intervals import KLSummary, summarize
 from kltune.errors import DivergedError
-from kltune.lm.data.examples import Example
+from kltune.lm.data.examples import Example, RowRules
 from kltune.lm.model.batches import pad_right, response_scatter
 from kltune.lm.model.policy import Policy
 from kltune.recipe import DataSection
@@ -43,13 +43,8 @@ def reference_nats(policy: Policy, examples: Sequence[Example]) -> Tensor:
 def alignment_tax(nats: Tensor, ref_nats: Tensor, tokens: Tensor, confidence: float = 0.95) -> KLSummary:
     """How much worse the policy predicts held-out human text than its reference does, paired by document.
 
-    Args:
-        nats, ref_nats: of each document under the two. [D].
-        tokens: scored tokens of each. [D].
-        confidence: of the interval.
-
-    Returns:
-        The tax per token (and per document) with its errors, as a summary of that many nats.
+    nats, ref_nats: of each document under the two. tokens: how many of each are scored. [D]. The tax is a summary of
+    that many nats per token and per document.
     """
     return summarize("tax", nats - ref_nats, tokens, torch.arange(len(tokens)), confidence)
 
@@ -61,9 +56,9 @@ def example_batch(examples: Sequence[Example], policy: Policy) -> tuple[Tensor, 
     return ids.to(policy.device), scored.to(policy.device)
 
 
-def text_limits(policy: Policy, data: DataSection) -> dict[str, int]:
-    """How long prompt and response of a text may be, in tokens: of the context, a prompt takes half at most."""
+def text_rules(policy: Policy, data: DataSection) -> RowRules:
+    """What rows of texts or pairs may be, as a policy can read them: of its context, a prompt takes half at most."""
     context = policy.max_context
     limit = policy.prompt_limit(data.max_prompt_tokens, min(data.max_response_tokens, (context or 1024) // 2))
     room = data.max_response_tokens if context is None else min(data.max_response_tokens, context - limit)
-    return {"max_prompt_tokens": limit, "max_response_tokens": room}
+    return RowRules.of(data, policy.tokenizer.eos_token_id, limit, room)

@@ -277,11 +277,11 @@ def check_made_for(folder: Path, model: nn.Module, path: str) -> None:
         return
     made = json.loads(record.read_text(encoding="utf-8"))["reference"]
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    found = weights_sha256(dict(model.state_dict()))
-    if made["sft_adapter"] is None and made["dtype"] == dtype and made["sha256"] != found:
+    digest = weights_sha256(dict(model.state_dict()))
+    if made["sft_adapter"] is None and made["dtype"] == dtype and made["sha256"] != digest:
         raise ModelError(
             f"model.sft_adapter: {folder} was trained on {made['path']} (weights {made['sha256'][:12]}), but "
-            f"model.path is {path} (weights {found[:12]}); give the model it was trained on."
+            f"model.path is {path} (weights {digest[:12]}); give the model it was trained on."
         )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
@@ -23,27 +23,23 @@ from kltune.lm.model.loading import Fingerprint, check_made_for, check_same_toke
 from kltune.lm.model.policy import Policy
 from kltune.recipe import LoraSection, ModelSection
 
-ROOM = 1.3      # times a second model's weights that must be free on the device: its share of cache and logits
 PROMPTS, TOKENS = 8, 64  # of each as many: over a large vocabulary, all of long prompts would take longer than a step
 # Largest |change of a log-prob| when nothing was updated yet: rounding that depends on the batch's shape.
 FIRST_RATIO_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
-def load_policy(
-    section: ModelSection, lora: LoraSection | None, *, device: torch.device, where: str = "model.path"
-) -> Policy:
+def load_policy(section: ModelSection, lora: LoraSection | None, *, device: torch.device) -> Policy:
     """Load base and tokenizer, merge the SFT adapter if the recipe names one, and add a fresh adapter.
 
     Args:
         section: the recipe's ``model``.
         lora: the recipe's ``lora``; None trains every weight and keeps a frozen second copy as the reference.
         device: where the weights live.
-        where: what to call the model in error messages.
 
     Raises:
         ModelError: missing, not a causal LM, an adapter, a tokenizer that differs, or a base-changing SFT adapter.
     """
-    policy = load_reference(section, device=device, where=where, full=lora is None)
+    policy = load_reference(section, device=device, full=lora is None)
     if lora is not None:
         policy.add_adapter(lora)
     return policy
@@ -88,17 +84,16 @@ def load_saved_policy(folder: Path, section: ModelSection, *, device: torch.devi
     """
     policy = load_reference(section, device=device, where="reference")
     check_same_tokenizer(folder, policy.tokenizer, "checkpoint", section.trust_remote_code)
+    second = section.model_copy(update={"dtype": policy.fingerprint.dtype})
     if is_adapter:
         config, weights = read_adapter_config(folder), load_weights(folder)
         if rewritten_base(config) or not trained_base(config, weights, policy.model):
             return _with_adapter(policy, folder)
-        trained, together = _beside(policy, section, section.path)
+        trained = load_base(second, device, "checkpoint")
         fill(wrap(trained, PeftConfig.from_pretrained(folder), str(folder)), weights, folder)  # in place
     else:
-        trained, together = _beside(policy, section, str(folder))
-    reference = policy.model if together else policy.model.cpu()
-    placed = {"frozen": reference, "swap_on": None if together else device}
-    saved = Policy(trained.to(reference.device), policy.tokenizer, policy.fingerprint, **placed)
+        trained = load_base(second.model_copy(update={"path": str(folder)}), device, "checkpoint")
+    saved = Policy(trained, policy.tokenizer, policy.fingerprint, frozen=policy.model)
     if saved.network.vocabulary != policy.network.vocabulary:
         raise ModelError(
             f"{folder}: it gives logits for {saved.network.vocabulary} tokens, the reference {section.path} for "
@@ -127,16 +122,6 @@ def probe_logits(policy: Policy) -> torch.Tensor:
     """Logits on a few tokens, to hold against those of before or after. [1, S, V]"""
     probe = torch.tensor([[*range(min(16, policy.network.vocabulary))]], device=policy.device)
     return policy.network.logits(policy.network.hidden(probe))
-
-
-def _beside(policy: Policy, section: ModelSection, path: str) -> tuple[nn.Module, bool]:
-    """A second model on the CPU, and whether it has room on the device beside the first."""
-    second = section.model_copy(update={"path": path, "dtype": policy.fingerprint.dtype})
-    model = load_base(second, torch.device("cpu"), "checkpoint")
-    if policy.device.type != "cuda":
-        return model, True
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-    return model, ROOM * needed < torch.cuda.mem_get_info(policy.device)[0]
 
 
 @torch.no_grad()

@@ -34,13 +34,8 @@ class Policy:
         fingerprint: Fingerprint,
         *,
         frozen: nn.Module | None = None,
-        swap_on: torch.device | None = None,
     ):
-        """Take a loaded model. With ``frozen``, all of ``model`` is trained and ``frozen`` is the reference.
-
-        With ``swap_on`` as well, both models are on the CPU, and a device with room for one of them holds, besides
-        the two heads, the trunk that is in use. Only for measuring: what is trained would be lost on the way.
-        """
+        """Take a loaded model. With ``frozen``, all of ``model`` is trained and ``frozen`` is the reference."""
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.device = next(model.parameters()).device
@@ -55,12 +50,6 @@ class Policy:
         self.model = model
         self.network = Network(model)
         self._reference_network = Network(frozen) if self.full else self.network
-        self._swaps = swap_on is not None
-        if self._swaps:
-            self.device = swap_on
-            for network in (self.network, self._reference_network):
-                network.move_head(swap_on)
-            self.network.move_trunk(swap_on)
         self._switch = AdapterSwitch(model)
         model.eval()  # dropout anywhere would make old, new and reference log-probs disagree
 
@@ -144,7 +133,7 @@ class Policy:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the frozen weights; adapters and heads are float32."""
+        """The dtype of the frozen weights; adapters and heads are float32."""
         return getattr(torch, self.fingerprint.dtype)
 
     def prompt_limit(self, wanted: int | None, max_new_tokens: int) -> int:
@@ -179,20 +168,14 @@ class Policy:
         """Within: this object is the reference, the frozen weights alone. After, exceptions included: the policy."""
         if self.full:
             policy = self.network
-            self._use(self._reference_network)
+            self.network = self._reference_network
             try:
                 yield
             finally:
-                self._use(policy)
+                self.network = policy
         else:
             with self._switch.active(None):
                 yield
-
-    def _use(self, network: Network) -> None:
-        if self._swaps:
-            self.network.move_trunk(None)
-            network.move_trunk(self.device)
-        self.network = network
 
     @contextmanager
     def dropout(self) -> Iterator[None]:
@@ -252,7 +235,6 @@ class Policy:
         *,
         exact: bool = True,
         swap: bool = False,
-        sums: VocabularySums | None = None,
     ) -> TokenMeasures:
         """Teacher-force sequences through policy and reference.
 
@@ -262,14 +244,20 @@ class Policy:
             temperature: of both distributions; the one the tokens were sampled at.
             exact: also sum over the vocabulary, for exact KL and entropies.
             swap: let the two change places: then ``ref_kl`` is KL(reference ‖ policy), for the reference's samples.
-            sums: with ``exact``, also add up by token of the vocabulary.
         """
-        if exact:
-            found = partial(measure_tokens, temperature=temperature, sums=sums)
-        else:
-            found = partial(measure_sampled, temperature=temperature)
-        function = (lambda logits, ref_logits, tokens: found(ref_logits, logits, tokens)) if swap else found
-        return TokenMeasures(*self.over_vocabulary(ids, scored, function))
+        function = partial(measure_tokens if exact else measure_sampled, temperature=temperature)
+        return self._measure(ids, scored, function, swap)
+
+    def measure_by_token(
+        self, ids: Tensor, scored: Tensor, temperature: float = 1.0, *, swap: bool = False
+    ) -> tuple[TokenMeasures, VocabularySums]:
+        """``measure`` with exact KL, and what each token of the vocabulary adds to it."""
+        sums = VocabularySums.zero(self.network.vocabulary)
+        return self._measure(ids, scored, partial(measure_tokens, temperature=temperature, sums=sums), swap), sums
+
+    def _measure(self, ids: Tensor, scored: Tensor, function: Callable, swap: bool) -> TokenMeasures:
+        swapped = (lambda logits, ref_logits, tokens: function(ref_logits, logits, tokens)) if swap else function
+        return TokenMeasures(*self.over_vocabulary(ids, scored, swapped))
 
     @torch.no_grad()
     def over_vocabulary(
@@ -287,18 +275,18 @@ class Policy:
         Returns:
             What it gave, row by row; [N] each, or None where it gave None.
         """
-        found, parts = [], self.network.parts(ids, scored)
+        columns, parts = [], self.network.parts(ids, scored)
         for part, marks in parts:
             hidden = self.scored_hidden(part, marks)
             with self.reference():
                 ref_hidden = self.scored_hidden(part, marks)
             rows = self.network.chunk_rows
             chunks = zip(hidden.split(rows), ref_hidden.split(rows), part[marks].split(rows), strict=True)
-            found += [
+            columns += [
                 function(self.network.logits(mine), self.ref_logits(others), tokens) for mine, others, tokens in chunks
             ]
-        columns = zip(*found, strict=True)
-        return tuple(None if column[0] is None else parts.in_order(torch.cat(column)) for column in columns)
+        joined = (None if column[0] is None else torch.cat(column) for column in zip(*columns, strict=True))
+        return tuple(None if column is None else parts.in_order(column) for column in joined)
 
     @torch.no_grad()
     def measure_values(self, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -317,7 +305,7 @@ class Policy:
 
     def micro_batches(self, rollout: Rollout, sequences: int | None) -> list[Tensor]:
         """Rows of a rollout in the parts they are trained on: see ``Network.micro_batches``."""
-        lengths = self.network.lengths(rollout.ids, rollout.scored)
+        lengths = self.network.batching.lengths(rollout.ids, rollout.scored)
         return [torch.tensor(rows, device=self.device) for rows in self.network.micro_batches(lengths, sequences)]
 
     def ref_logits(self, ref_hidden: Tensor) -> Tensor:

@@ -11,13 +11,12 @@ distribution another one than the distribution that is measured.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kltune.core.kl.divergence import VocabularySums
 from kltune.core.kl.truncation import Cut, renormalized
 from kltune.core.tensors import log_distribution, per_response
 from kltune.errors import DivergedError, ModelError
@@ -31,6 +30,19 @@ MEAN_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 DRAW_BYTES = 2**20  # of float32 logits that are turned into tokens at once
 
 
+@dataclass(frozen=True)
+class Draw:
+    """How responses are drawn: of at most so many tokens, at a temperature, by the random numbers of a seed."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    seed: int = 0
+
+    def uniforms(self, responses: int, *stream: int) -> Tensor:
+        """The random numbers, a row per response: the same for every policy, others in every stream. [B, T]"""
+        return uniform_numbers(np.random.default_rng([self.seed, *stream]), responses, self.max_new_tokens)
+
+
 def sample_rollout(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -39,7 +51,7 @@ def sample_rollout(
     temperature: float,
     exact: bool = True,
     from_reference: bool = False,
-    sums: VocabularySums | None = None,
+    by_token: bool = False,
 ) -> Rollout:
     """Draw responses from the policy and measure log-probabilities and exact KL(policy ‖ reference) on them.
 
@@ -53,7 +65,7 @@ def sample_rollout(
         temperature: of sampling and of everything measured.
         exact: sum over the vocabulary for exact KL and entropies; without it they are None.
         from_reference: let the two change places: the reference responds, and ``ref_kl`` is KL(reference ‖ policy).
-        sums: also add up by token of the vocabulary, into these.
+        by_token: also add up by token of the vocabulary.
 
     Raises:
         DivergedError: a log-probability or KL is not finite.
@@ -62,7 +74,11 @@ def sample_rollout(
     with policy.reference() if from_reference else nullcontext():
         samples = sample(policy, prompts, uniforms, temperature=temperature)
     mask = samples.response_mask
-    measured = policy.measure(samples.ids, samples.scored, temperature, exact=exact, swap=from_reference, sums=sums)
+    if by_token:
+        measured, sums = policy.measure_by_token(samples.ids, samples.scored, temperature, swap=from_reference)
+    else:
+        measured = policy.measure(samples.ids, samples.scored, temperature, exact=exact, swap=from_reference)
+        sums = None
     flat = measured._asdict()
     for name, values in flat.items():
         if values is not None and not torch.isfinite(values).all():
@@ -70,17 +86,13 @@ def sample_rollout(
     tensors = {name: None if values is None else response_scatter(values, mask) for name, values in flat.items()}
     check_sampler(samples, tensors["logprobs"], mask, policy.dtype)
     own = {field.name: getattr(samples, field.name) for field in fields(samples)}
-    return Rollout(**(own | tensors))
+    return Rollout(**(own | tensors), sums=sums)
 
 
 def check_sampler(samples: Samples, logprobs: Tensor, counted: Tensor, dtype: torch.dtype) -> None:
     """The sampler's log-probabilities are those of teacher forcing, but for rounding.
 
-    Args:
-        samples: as they were drawn.
-        logprobs: of the same tokens by teacher forcing. [B, T], nats.
-        counted: True on the tokens to compare. [B, T], bool.
-        dtype: of the weights.
+    logprobs: of the same tokens by teacher forcing, nats. counted: True on the tokens to compare. [B, T] each.
 
     Raises:
         ModelError: they are not.
@@ -121,22 +133,22 @@ def sample(
         raise ValueError(f"{len(uniforms)} rows of random numbers do not divide among {len(prompts)} prompts.")
     longest = max(len(prompt.ids) for prompt in prompts) + uniforms.shape[1]
     tokens, logprobs = [], []
-    with policy.network.merged.active():
-        step = max(1, policy.network.sampled_rows(longest) // per_prompt)
+    with policy.network.merged():
+        step = max(1, policy.network.batching.sampled_rows(longest) // per_prompt)
         for start in range(0, len(prompts), step):
             part = prompts[start : start + step]
             rows = slice(start * per_prompt, (start + len(part)) * per_prompt)
-            drawn, seen = _decode(policy, part, per_prompt, uniforms[rows].to(policy.device), temperature, cut)
+            drawn, seen = _decode(policy, part, uniforms[rows].to(policy.device), temperature, cut)
             tokens += drawn
             logprobs += seen
-    return _assemble(policy, prompts, per_prompt, tokens, logprobs, limit=uniforms.shape[1])
+    return _assemble(policy, prompts, tokens, logprobs, limit=uniforms.shape[1])
 
 
 def _decode(
-    policy: Policy, prompts: Sequence[Prompt], per_prompt: int, uniforms: Tensor, temperature: float, cut: Cut | None
+    policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, temperature: float, cut: Cut | None
 ) -> tuple[list[list[int]], list[list[float]]]:
     """The token ids and log-probabilities of each response, as lists."""
-    device, limit = policy.device, uniforms.shape[1]
+    device, limit, per_prompt = policy.device, uniforms.shape[1], len(uniforms) // len(prompts)
     ends = torch.tensor(policy.end_ids, device=device)
     ids, mask = (tensor.to(device) for tensor in _left_padded(prompts, policy.tokenizer.pad_token_id))
     logits, cache = policy.network.read_prompts(ids, mask)
@@ -208,12 +220,11 @@ def _left_padded(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor]:
 def _assemble(
     policy: Policy,
     prompts: Sequence[Prompt],
-    per_prompt: int,
     tokens: list[list[int]],
     logprobs: list[list[float]],
     limit: int,
 ) -> Samples:
-    owner = [index for index in range(len(prompts)) for _ in range(per_prompt)]
+    owner = [row * len(prompts) // len(tokens) for row in range(len(tokens))]
     asked = [list(prompts[index].ids) for index in owner]
     ids = pad_right([p + r for p, r in zip(asked, tokens, strict=True)], policy.tokenizer.pad_token_id)
     scored = pad_right(

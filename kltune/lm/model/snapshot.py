@@ -13,7 +13,7 @@ from kltune.lm.model.policy import Policy
 
 
 class Snapshot:
-    """A copy of some parameters."""
+    """A copy of some parameters, to go back to or to measure against."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]):
         """Copy what they hold now."""
@@ -48,8 +48,8 @@ class Snapshot:
             tensor.data.copy_(self.tensors[name] + scale * direction[name])
 
 
-class Move:
-    """How far a policy has gone from what it was, on responses that the old one sampled; measured as often as asked.
+class StepKL:
+    """Exact KL(old ‖ new) of a policy from what it was when it sampled some responses; measured as often as asked.
 
     Of the old distributions only the hidden states behind them are kept: over a vocabulary they would not fit. They
     come from the very function that gives the new ones, so that a policy that did not move is exactly 0 away.
@@ -74,7 +74,7 @@ class Move:
 
     @torch.no_grad()
     def measure(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of the policy as it is now; rows go in parts.
+        """Measure the policy as it is now; rows go in parts.
 
         Returns:
             (log π_new of the tokens, exact KL(old ‖ new), exact KL(new ‖ reference) or None), [B, T] each, nats.
@@ -101,7 +101,7 @@ class Move:
         policy, temperature = self._policy, self._temperature
         rows = policy.network.chunk_rows
         tensors = (policy.scored_hidden(ids, scored), old_hidden, ref_hidden, ids[scored])
-        found = []
+        columns = []
         for new, before, ref, tokens in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
             new_logits = policy.network.logits(new)
             with self._old.in_place():  # the head itself may carry an adapter
@@ -111,13 +111,13 @@ class Move:
             ref_kl = torch.zeros_like(step_kl)
             if self._with_reference:
                 ref_kl = kl_exact(new_logits, policy.ref_logits(ref), temperature)
-            found.append((logprobs, step_kl, ref_kl))
-        return tuple(torch.cat(column) for column in zip(*found, strict=True))
+            columns.append((logprobs, step_kl, ref_kl))
+        return tuple(torch.cat(column) for column in zip(*columns, strict=True))
 
 
 def kl_to(policy: Policy, other: Snapshot, rollout: Rollout, temperature: float) -> float:
     """Exact KL(policy ‖ another state of it), nats per response, on responses that the policy as it is sampled."""
-    sampled = Move(policy, Snapshot(policy.trainable_parameters()), rollout, temperature, reference=False)
+    sampled = StepKL(policy, Snapshot(policy.trainable_parameters()), rollout, temperature, reference=False)
     with other.in_place():
         _, kl, _ = sampled.measure()
     return per_response(kl.double(), rollout.response_mask).mean().item()

@@ -36,7 +36,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Endpoint:
-    """Where a judge is asked. Threads may share one."""
+    """A chat endpoint that answers one question at a time. Threads may share one."""
 
     def __init__(self, entry: JudgeReward):
         """Look the key up; nothing is sent yet.

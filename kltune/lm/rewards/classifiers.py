@@ -54,7 +54,7 @@ def load_classifier(
         model.config.pad_token_id = tokenizer.pad_token_id  # decoder classifiers read the last token before padding
     choose = _chosen_logit(entry, model)
     limit = _longest(model)
-    tokenizer.truncation_side = "left"  # of a long prompt and its response, the response is what is judged
+    tokenizer.truncation_side = "left"  # of a long prompt and its response, the response is what is scored
     accepted = inspect.signature(model.forward).parameters  # some tokenizers give token_type_ids to models without
 
     @torch.no_grad()

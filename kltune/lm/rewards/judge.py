@@ -11,7 +11,7 @@ import json
 import random
 import sys
 import threading
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 
 from kltune.errors import JudgeError, ScorerError
@@ -21,12 +21,29 @@ from kltune.recipe import JudgeReward
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the second try; what the pauses double up to
 SHOWN = 120  # characters of an answer that nobody could read
-Answers = MutableMapping[str, float]  # by the sha256 of what was asked
 COUNTED = ("asked", "kept", "unreadable", "unanswered")
 
 
+class Answers:
+    """Answers of AI judges by the sha256 of what was asked; in memory, see run/caches.py for those that are written."""
+
+    def __init__(self, known: Mapping[str, float] | None = None):
+        self._known = dict(known or {})
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, question: str) -> float | None:
+        """The answer; None where there is none yet."""
+        return self._known.get(question)
+
+    def record(self, question: str, answer: float) -> None:
+        """Keep an answer."""
+        self._known[question] = answer
+
+
 class Judge:
-    """A judge with the answers it has given."""
+    """An AI judge with the answers it has given."""
 
     def __init__(self, entry: JudgeReward, name: str, answers: Answers | None = None):
         """Nothing is asked yet.
@@ -34,14 +51,14 @@ class Judge:
         Args:
             entry: the recipe's.
             name: in messages and metrics.
-            answers: those already given, to which others are added; None: none.
+            answers: those already given, and where others are recorded; None: none yet, and in memory.
 
         Raises:
             ScorerError: the key that the recipe names cannot be used.
         """
         self.entry, self.name = entry, name
         self._endpoint = Endpoint(entry)
-        self._answers: Answers = {} if answers is None else answers
+        self._answers = Answers() if answers is None else answers
         self._counts = dict.fromkeys(COUNTED, 0)
         self._lock, self._over, self._said = threading.Lock(), threading.Event(), False
 
@@ -57,7 +74,7 @@ class Judge:
     def note(self) -> str:
         """A line for the start of a run: prompts and responses leave this process, and with which key."""
         key = "without a key" if self.entry.key_env is None else f"with the key in {self.entry.key_env}"
-        kept = f"; {len(self._answers)} answers are kept" if self._answers else ""
+        kept = f"; {len(self._answers)} answers are kept" if len(self._answers) else ""
         return f"reward {self.name}: asks {self.entry.model} at {self.entry.url}, {key}{kept}"
 
     def reported(self) -> dict[str, float]:
@@ -121,7 +138,7 @@ class Judge:
     def _ask_all(self, questions: Sequence[str]) -> list[float]:
         """The answer to each question; equal ones are asked once, and at most ``concurrency`` at a time."""
         keys = [self._key(question) for question in questions]
-        missing = {key: q for key, q in zip(keys, questions, strict=True) if key not in self._answers}
+        missing = {key: q for key, q in zip(keys, questions, strict=True) if self._answers.get(key) is None}
         self._count("kept", len(questions) - len(missing))
         self._over.clear()
         self._said = False
@@ -129,20 +146,20 @@ class Judge:
             waiting = {pool.submit(self._ask, question): key for key, question in missing.items()}
             try:
                 for future in as_completed(waiting):
-                    self._answers[waiting[future]] = future.result()
+                    self._answers.record(waiting[future], future.result())
             except BaseException:
                 self._over.set()
                 pool.shutdown(cancel_futures=True)
                 self._keep(waiting)
                 raise
-        return [self._answers[key] for key in keys]
+        return [self._answers.get(key) for key in keys]
 
     def _keep(self, waiting: dict[Future[float], str]) -> None:
         """The answers that came while the others were given up."""
         for future, key in waiting.items():
             answered = future.done() and not future.cancelled() and future.exception() is None
-            if answered and key not in self._answers:
-                self._answers[key] = future.result()
+            if answered and self._answers.get(key) is None:
+                self._answers.record(key, future.result())
 
     def _ask(self, question: str) -> float:
         """One answer, over as many tries as the recipe allows."""

@@ -80,11 +80,11 @@ class RewardModel:
     def measure_rows(self, rows: Sequence[Ids]) -> Tensor:
         """The scores of sequences of any lengths. [B] float32, on the CPU."""
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-        found = torch.empty(len(rows))
+        scores = torch.empty(len(rows))
         for start in range(0, len(rows), ROWS_PER_PAD):
             part = order[start : start + ROWS_PER_PAD]
-            found[part] = self.measure(*self.batch([rows[index] for index in part]))
-        return found
+            scores[part] = self.measure(*self.batch([rows[index] for index in part]))
+        return scores
 
     def batch(self, rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         """Sequences as ``scores`` takes them: ids and last, [B, S] each, on the device."""
@@ -141,10 +141,10 @@ class RewardModel:
         Raises:
             ModelError: it does not, so adapter, head and trunk are not those that were trained together.
         """
-        found = self.measure_rows([tuple(kept["ids"])]).item()
-        if not abs(found - kept["score"]) <= AGREES[self.policy.dtype] * (1.0 + abs(kept["score"])):
+        score = self.measure_rows([tuple(kept["ids"])]).item()
+        if not abs(score - kept["score"]) <= AGREES[self.policy.dtype] * (1.0 + abs(kept["score"])):
             raise ModelError(
-                f"{folder}: on {self.policy.fingerprint.path} it gives its probe the score {found:.6g}, but it gave "
+                f"{folder}: on {self.policy.fingerprint.path} it gives its probe the score {score:.6g}, but it gave "
                 f"{kept['score']:.6g} when it was saved: adapter, head and base are not the ones trained together."
             )
 

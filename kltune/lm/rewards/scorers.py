@@ -30,7 +30,7 @@ LARGEST = torch.finfo(torch.float32).max  # of a score: what is larger would bec
 
 
 @dataclass(frozen=True)
-class Source:
+class ScoreSource:
     """One source of scores. identity: what run.json records; shift, scale: standardisation on reference samples.
 
     tokens: scores the same responses as they were sampled, where more is known of them than their text. note: a line
@@ -51,7 +51,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Scores:
-    """total: the weighted sum. parts: each source by name, as it came. [B] float32 each, on the CPU."""
+    """Scores of responses. total: the weighted sum. parts: each source by name, as it came. [B] float32, on the CPU."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -62,7 +62,7 @@ class Scorer:
 
     moves = False       # no update writes into it; see ``Part`` of a learner
 
-    def __init__(self, sources: Sequence[Source]):
+    def __init__(self, sources: Sequence[ScoreSource]):
         self.sources = tuple(sources)
 
     def __call__(
@@ -100,7 +100,7 @@ class Scorer:
     ) -> "Scorer":
         """The same sources, those marked ``normalize`` shifted and scaled to mean 0 and sd 1 on reference samples.
 
-        Source: lm-human-preferences, reward model normalised on samples of the initial policy.
+        ScoreSource: lm-human-preferences, reward model normalised on samples of the initial policy.
 
         Raises:
             ScorerError: a source gives every reference sample the same score: there is no scale to divide by.
@@ -108,8 +108,8 @@ class Scorer:
         return Scorer([self._standardize(source, prompts, responses, samples) for source in self.sources])
 
     def _standardize(
-        self, source: Source, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples]
-    ) -> Source:
+        self, source: ScoreSource, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples]
+    ) -> ScoreSource:
         if not source.normalize:
             return source
         scores = run_source(source, prompts, responses, samples).double()
@@ -163,7 +163,7 @@ class Scorer:
 
 
 def run_source(
-    source: Source, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples] = ()
+    source: ScoreSource, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples] = ()
 ) -> Tensor:
     """The scores of one source, checked; arguments as for ``Scorer``. [B] float32."""
     if source.tokens is not None and samples:
@@ -180,7 +180,7 @@ def run_source(
 
 
 def _failing_row(
-    source: Source, prompts: Sequence[str], responses: Sequence[str], error: Exception
+    source: ScoreSource, prompts: Sequence[str], responses: Sequence[str], error: Exception
 ) -> tuple[str, Exception]:
     for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         try:
@@ -233,7 +233,7 @@ def load_scorer(
         ScorerError: a file, function or model cannot be loaded.
         ModelError: a reward model of kltune's is damaged, or on another base than it was trained on.
     """
-    sources: list[Source] = []
+    sources: list[ScoreSource] = []
     for number, entry in enumerate(section):
         name = name_of(entry)
         if name in {source.name for source in sources}:
@@ -248,7 +248,8 @@ def load_scorer(
             function, identity, more = _load_reward_model(entry, device, policy)
         else:
             function, identity = load_classifier(entry, device)
-        sources.append(Source(name, function, entry.weight, entry.normalize, {"kind": entry.kind, **identity}, **more))
+        identity = {"kind": entry.kind, **identity}
+        sources.append(ScoreSource(name, function, entry.weight, entry.normalize, identity, **more))
     return Scorer(sources)
 
 

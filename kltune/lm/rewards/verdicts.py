@@ -32,7 +32,7 @@ def read_score(text: str, lowest: float, highest: float) -> float | None:
         None: no number, several, or one outside of the range, which nobody knows how to read.
     """
     text = THOUGHT.sub(" ", text)
-    verdicts = [found["score"] for found in _objects(text) if "score" in found]
+    verdicts = [verdict["score"] for verdict in _objects(text) if "score" in verdict]
     if verdicts:
         number = _number(verdicts[-1])
     else:
@@ -51,7 +51,7 @@ def read_preference(text: str) -> float | None:
         text: ``{"better": "A"}`` somewhere, or "Better: A", or nothing but A, B or tie.
     """
     text = THOUGHT.sub(" ", text)
-    verdicts = [found["better"] for found in _objects(text) if "better" in found]
+    verdicts = [verdict["better"] for verdict in _objects(text) if "better" in verdict]
     if verdicts:
         return PREFERENCE.get(str(verdicts[-1]).strip().lower())
     whole = CHOICE.fullmatch(text)
@@ -64,12 +64,12 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
     decoder, start = json.JSONDecoder(), text.find("{")
     while start >= 0:
         try:
-            found, end = decoder.raw_decode(text, start)
+            value, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
             end = start + 1
         else:
-            if isinstance(found, dict):
-                yield found
+            if isinstance(value, dict):
+                yield value
         start = text.find("{", end)
 
 

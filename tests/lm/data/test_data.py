@@ -1,6 +1,7 @@
 """Reading of prompts and texts: every wrong row is named with its place, every good one becomes the right tokens."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -10,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kltune.errors import DataError
-from kltune.lm.data.examples import Counts, Example, Prompt, load_examples, load_prompts, shuffled_positions
+from kltune.lm.data.examples import Counts, Example, Prompt, RowRules, load_examples, load_prompts, shuffled_positions
 
 SPECIAL = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
 BOS, END, USER, ASSISTANT = 0, 1, 3, 4
@@ -52,17 +53,16 @@ def ids_of(text: str) -> tuple[int, ...]:
     return tuple(len(SPECIAL) + LETTERS.index(letter) for letter in text)
 
 
+def rules(**changes) -> RowRules:
+    return replace(RowRules(100, 100, END, "auto", "error", "error"), **changes)
+
+
 def prompts_of(source, tokenizer=LETTER_TOKENIZER, **changes) -> tuple[list[Prompt], Counts]:
-    options = {"max_tokens": 100, "template": "auto", "on_overlong": "error", "on_bad_row": "error"}
-    return load_prompts(str(source), tokenizer, **(options | changes))
+    return load_prompts(str(source), tokenizer, rules(**changes))
 
 
 def examples_of(source, tokenizer=LETTER_TOKENIZER, **changes) -> tuple[list[Example], Counts]:
-    options = {
-        "end_token": END, "max_prompt_tokens": 100, "max_response_tokens": 100,
-        "template": "auto", "on_overlong": "error", "on_bad_row": "error",
-    }
-    return load_examples(str(source), tokenizer, **(options | changes))
+    return load_examples(str(source), tokenizer, rules(**changes))
 
 
 def write(folder: Path, content: str | bytes | list, name: str = "rows.jsonl") -> Path:
@@ -325,11 +325,11 @@ def test_fields_beyond_the_form_are_ignored(tmp_path):
 
 def test_a_long_prompt_loses_its_left_but_keeps_bos(tmp_path):
     path = write(tmp_path, [{"prompt": "abcdef"}, {"prompt": "abc"}])
-    prompts, counts = prompts_of(path, max_tokens=4, on_overlong="truncate")
+    prompts, counts = prompts_of(path, max_prompt_tokens=4, on_overlong="truncate")
     assert [prompt.ids for prompt in prompts] == [(BOS, *ids_of("def")), (BOS, *ids_of("abc"))]
     assert prompts[0].text == "abcdef"
     assert counts == Counts(read=2, kept=2, truncated=1, dropped=0, skipped=0)
-    prompts, _ = prompts_of(path, letter_tokenizer("$A"), max_tokens=4, on_overlong="truncate")
+    prompts, _ = prompts_of(path, letter_tokenizer("$A"), max_prompt_tokens=4, on_overlong="truncate")
     assert prompts[0].ids == ids_of("cdef")
 
 
@@ -356,18 +356,18 @@ def test_a_long_text_is_cut_like_a_response(tmp_path):
 
 def test_long_rows_are_dropped_and_counted(tmp_path):
     path = write(tmp_path, [{"prompt": "abcdef"}, {"prompt": "abc"}, {"prompt": ""}])
-    prompts, counts = prompts_of(path, max_tokens=4, on_overlong="drop", on_bad_row="skip")
+    prompts, counts = prompts_of(path, max_prompt_tokens=4, on_overlong="drop", on_bad_row="skip")
     assert [prompt.where for prompt in prompts] == ["rows.jsonl:2"]
     assert counts == Counts(read=3, kept=1, truncated=0, dropped=1, skipped=1)
     assert "no row is left of 3 (2 too long" in refusal(
-        prompts_of, path, max_tokens=2, on_overlong="drop", on_bad_row="skip"
+        prompts_of, path, max_prompt_tokens=2, on_overlong="drop", on_bad_row="skip"
     )
 
 
 def test_a_long_row_that_may_not_be_is_named_with_its_lengths(tmp_path):
     path = write(tmp_path, [{"prompt": "abc", "response": "a"}, {"prompt": "abcdef", "response": "bc"}])
     assert "rows.jsonl:2: the prompt has 7 tokens, wanted at most 5 (data.max_prompt_tokens)" in refusal(
-        prompts_of, path, max_tokens=5
+        prompts_of, path, max_prompt_tokens=5
     )
     message = refusal(examples_of, path, max_prompt_tokens=5, max_response_tokens=2)
     assert "rows.jsonl:2: the prompt has 7 tokens, wanted at most 5 (data.max_prompt_tokens); the response" in message
@@ -403,7 +403,7 @@ def test_a_stream_without_rows_or_before_its_start_is_refused(count, start, size
 @needs_stories
 def test_story_prompts_round_trip_with_one_bos():
     tokenizer = AutoTokenizer.from_pretrained(STORIES_MODEL)
-    prompts, counts = prompts_of(STORIES / "prompts.jsonl", tokenizer, max_tokens=256)
+    prompts, counts = prompts_of(STORIES / "prompts.jsonl", tokenizer, max_prompt_tokens=256)
     assert counts == Counts(read=500, kept=500, truncated=0, dropped=0, skipped=0)
     for prompt in prompts:
         assert prompt.ids[0] == tokenizer.bos_token_id == 1

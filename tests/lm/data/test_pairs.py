@@ -22,6 +22,7 @@ from tests.lm.data.test_data import (
     letter_tokenizer,
     prompts_of,
     refusal,
+    rules,
     write,
 )
 
@@ -31,11 +32,8 @@ MARK = "\n\nAssistant:"
 
 
 def read(loader, source, tokenizer=LETTER_TOKENIZER, **changes):
-    options = {
-        "end_token": END, "max_prompt_tokens": 100, "max_response_tokens": 100,
-        "template": "auto", "on_overlong": "error", "on_bad_row": "error",
-    }
-    return loader(str(source), tokenizer, **(options | changes))
+    own = {"margins": changes.pop("margins")} if "margins" in changes else {}
+    return loader(str(source), tokenizer, rules(**changes), **own)
 
 
 def pairs_of(source, tokenizer=LETTER_TOKENIZER, **changes) -> tuple[list[Pair], Counts]:

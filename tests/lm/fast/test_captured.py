@@ -19,7 +19,7 @@ DEVICES = [
 def test_logits_are_those_of_the_growing_cache(name, device):
     network = network_of(DECODED[name])
     network.causal.to(device)
-    assert captured_agrees(network.step, network.next_step, torch.device(device))
+    assert captured_agrees(network.step, network.fast.next_step, torch.device(device))
 
 
 def test_a_step_that_reads_the_wrong_place_is_found_out(monkeypatch):
@@ -29,19 +29,19 @@ def test_a_step_that_reads_the_wrong_place_is_found_out(monkeypatch):
 
     network = network_of(DECODED["llama"])
     monkeypatch.setattr(FixedLayer, "update", shifted)
-    assert not captured_agrees(network.step, network.next_step, torch.device("cpu"))
+    assert not captured_agrees(network.step, network.fast.next_step, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_only_a_gpu_captures(device):
     network: Network = network_of(DECODED["llama"])
     network.causal.to(device)
-    assert can_capture(network.step, network.next_step, torch.device(device)) == (device == "cuda")
-    assert not network.captures  # it was built on the CPU
+    assert can_capture(network.step, network.fast.next_step, torch.device(device)) == (device == "cuda")
+    assert not network.fast.captures  # it was built on the CPU
 
 
 def test_a_model_that_does_not_decode_the_short_way_is_not_captured():
-    assert not network_of(NOT_DECODED["granite"]).captures
+    assert not network_of(NOT_DECODED["granite"]).fast.captures
 
 
 def test_a_policy_draws_the_same_responses_and_drops_rows_at_half(ending_policy, monkeypatch):
@@ -51,7 +51,7 @@ def test_a_policy_draws_the_same_responses_and_drops_rows_at_half(ending_policy,
     assert lengths[-1] == LIMIT
     kept, keep = [], CapturedDecoder.keep
     monkeypatch.setattr(CapturedDecoder, "keep", lambda self, rows: kept.append(len(rows)) or keep(self, rows))
-    monkeypatch.setattr(ending_policy.network, "captures", True)
+    monkeypatch.setattr(ending_policy.network.fast, "captures", True)
     assert tokens_of(draw(ending_policy)) == wanted
     sizes = [len(UNIFORMS), *kept]
     assert kept

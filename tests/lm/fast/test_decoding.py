@@ -37,7 +37,7 @@ def logits_of(network: Network) -> list[torch.Tensor]:
     cache.batch_repeat_interleave(3)
     give_room(cache)
     mask, found = mask.repeat_interleave(3, dim=0), [logits]
-    next_step = network.next_step(45)
+    next_step = network.fast.next_step(45)
     for step in range(40):
         if step == 11:
             cache.batch_select_indices(torch.tensor([0, 2, 5]))
@@ -56,25 +56,25 @@ def network_of(config: PreTrainedConfig) -> Network:
 @pytest.mark.parametrize("name", DECODED)
 def test_every_logit_is_the_models_own(name):
     network = network_of(DECODED[name])
-    assert network.decodes
+    assert network.fast.decodes
     found = logits_of(network)
-    network.decodes = False
+    network.fast.decodes = False
     for step, (mine, theirs) in enumerate(zip(found, logits_of(network), strict=True)):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5, msg=lambda text, at=step: f"step {at}: {text}")
 
 
 def test_in_bfloat16_no_further_than_rounding():
     network = Network(random_model(DECODED["qwen3"]).bfloat16())
-    assert network.decodes
+    assert network.fast.decodes
     found = torch.cat(logits_of(network))
-    network.decodes = False
+    network.fast.decodes = False
     wanted = torch.cat(logits_of(network))
     assert (found - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("name", NOT_DECODED)
 def test_other_models_take_their_own_way(name):
-    assert not network_of(NOT_DECODED[name]).decodes
+    assert not network_of(NOT_DECODED[name]).fast.decodes
 
 
 def test_a_model_whose_layers_do_more_than_they_show_is_found_out():
@@ -82,13 +82,13 @@ def test_a_model_whose_layers_do_more_than_they_show_is_found_out():
     layer = model.model.layers[0]
     forward = layer.forward
     layer.forward = lambda *args, **kwargs: 1.01 * forward(*args, **kwargs)
-    assert not Network(model).decodes
+    assert not Network(model).fast.decodes
 
 
 def test_eager_attention_is_the_models_own():
     model = random_model(DECODED["llama"])
     model.set_attn_implementation("eager")
-    assert not Network(model).decodes
+    assert not Network(model).fast.decodes
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("embed_tokens", "q_proj")])
@@ -100,14 +100,14 @@ def test_a_trained_policy_draws_the_same_responses_either_way(open_policy, monke
     def drawn() -> list[list[list[int]]]:
         with policy.reference():
             reference = tokens_of(draw(policy, PROMPTS, UNIFORMS))
-        with policy.network.merged.active():
-            merged = sampler._decode(policy, PROMPTS, 4, UNIFORMS, 1.0, None)[0]
-        apart = sampler._decode(policy, PROMPTS, 4, UNIFORMS, 1.0, None)[0]
+        with policy.network.merged():
+            merged = sampler._decode(policy, PROMPTS, UNIFORMS, 1.0, None)[0]
+        apart = sampler._decode(policy, PROMPTS, UNIFORMS, 1.0, None)[0]
         return [tokens_of(draw(policy, PROMPTS, UNIFORMS)), apart, reference, merged]
 
-    assert policy.network.decodes
+    assert policy.network.fast.decodes
     found = drawn()
-    monkeypatch.setattr(policy.network, "decodes", False)
+    monkeypatch.setattr(policy.network.fast, "decodes", False)
     assert found == drawn()
     assert found[0] == found[1] == found[3] != found[2]
 

@@ -6,7 +6,7 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kltune.lm.fast import decoding as kv_cache
-from kltune.lm.fast.decoding import ROOM, RoomyLayer, give_room
+from kltune.lm.fast.decoding import ROOM, GrowingLayer, give_room
 
 ROWS, HEADS, SIZE, PROMPT = 3, 2, 4, 5
 TOKENS = 2 * ROOM + 3
@@ -18,40 +18,40 @@ def states(rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def prompted() -> tuple[DynamicCache, DynamicCache]:
     """Two equal caches of one layer after a prompt, the second with room."""
-    plain, roomy = DynamicCache(), DynamicCache()
+    plain, growing = DynamicCache(), DynamicCache()
     new = states(ROWS, PROMPT)
-    for cache in (plain, roomy):
+    for cache in (plain, growing):
         cache.update(*new, 0)
-    give_room(roomy)
-    return plain, roomy
+    give_room(growing)
+    return plain, growing
 
 
 def test_keys_and_values_are_those_of_the_copied_cache_through_every_change():
-    plain, roomy = prompted()
-    assert type(roomy.layers[0]) is RoomyLayer
+    plain, growing = prompted()
+    assert type(growing.layers[0]) is GrowingLayer
     rows = ROWS
     for token in range(TOKENS):
         if token == 3:
             rows *= 4
             plain.batch_repeat_interleave(4)
-            roomy.batch_repeat_interleave(4)
+            growing.batch_repeat_interleave(4)
         if token in (7, 8, ROOM + 5):
             keep = torch.arange(0, rows, 2)
             rows = len(keep)
             plain.batch_select_indices(keep)
-            roomy.batch_select_indices(keep)
+            growing.batch_select_indices(keep)
         new = states(rows, 1)
-        for mine, theirs in zip(roomy.update(*new, 0), plain.update(*new, 0), strict=True):
+        for mine, theirs in zip(growing.update(*new, 0), plain.update(*new, 0), strict=True):
             assert torch.equal(mine, theirs)
-        assert roomy.get_seq_length() == plain.get_seq_length() == PROMPT + token + 1
-        assert roomy.get_mask_sizes(1, 0) == plain.get_mask_sizes(1, 0)
+        assert growing.get_seq_length() == plain.get_seq_length() == PROMPT + token + 1
+        assert growing.get_mask_sizes(1, 0) == plain.get_mask_sizes(1, 0)
 
 
 def test_it_is_copied_once_in_room_tokens_and_not_at_each(monkeypatch):
-    _, roomy = prompted()
+    _, growing = prompted()
     copies, with_room = [], kv_cache._with_room
     monkeypatch.setattr(kv_cache, "_with_room", lambda held, total: copies.append(total) or with_room(held, total))
-    places = {roomy.update(*states(ROWS, 1), 0)[0].data_ptr() for _ in range(2 * ROOM)}
+    places = {growing.update(*states(ROWS, 1), 0)[0].data_ptr() for _ in range(2 * ROOM)}
     assert copies == [PROMPT + 1] * 2 + [PROMPT + ROOM + 1] * 2  # keys and values
     assert len(places) == 2
 
@@ -68,5 +68,5 @@ def test_layers_of_another_kind_and_empty_ones_are_left_alone(filled):
         for index in range(2):
             cache.update(*states(ROWS, PROMPT), index)
     give_room(cache)
-    full = RoomyLayer if filled else DynamicLayer
+    full = GrowingLayer if filled else DynamicLayer
     assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer, full]

@@ -11,8 +11,8 @@ from torch import Tensor
 from kltune.lm.data.examples import Prompt
 from kltune.lm.fast import memory
 from kltune.lm.fast.decoding import bytes_held
-from kltune.lm.fast.memory import Parts, device_bytes, free_bytes, micro_batches, saved_bytes
-from kltune.lm.model import network
+from kltune.lm.fast.memory import device_bytes, free_bytes, micro_batches, saved_bytes
+from kltune.lm.model.batches import Parts
 from kltune.lm.model.curvature import Fisher
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import sample, sample_rollout, uniform_numbers
@@ -37,7 +37,7 @@ def hold(monkeypatch, policy: Policy, beside: float) -> None:
     needed = memory.SHARE * device_bytes(policy.device) - free_bytes(policy.network.causal, policy.device)
     monkeypatch.setattr(memory, "device_bytes", lambda _: (needed + beside) / memory.SHARE)
     policy.network.refresh()
-    policy.network.trained_rows(1)
+    policy.network.batching.trained_rows(1)
 
 
 def gradients(function, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -90,16 +90,16 @@ def test_responses_to_one_prompt_stay_together(both):
     scored[:, 8] |= rollout.scored[:, 8]  # no row without any
     scored[torch.arange(10), rollout.scored.int().argmax(1)] = True  # all of one prompt begin alike
     own = [int(row.nonzero().max()) + 1 for row in scored]
-    lengths = both.network.lengths(ids, scored)
+    lengths = both.network.batching.lengths(ids, scored)
     assert lengths == [max(own[2 * (at // 2)], own[2 * (at // 2) + 1]) for at in range(10)] != own
-    both.network.shares_prefixes = False
-    assert both.network.lengths(ids, scored) == own
+    both.network.batching.shares_prefixes = False
+    assert both.network.batching.lengths(ids, scored) == own
 
 
 def test_what_is_measured_in_parts_comes_back_row_by_row(trained_policy, monkeypatch):
     ids, scored = random_batch(9)
     whole = Parts(ids, scored, [range(9)])
-    trained_policy.network._pass_tokens = 0
+    trained_policy.network.batching._pass_tokens = 0
     parts = trained_policy.network.parts(ids, scored)
     assert len(parts) > 4
     wanted, found = (
@@ -115,10 +115,11 @@ def test_what_a_batch_keeps_is_foreseen(open_policy, architecture):
     policy = open_policy(architecture)
     net = policy.network
     held = {tensor.untyped_storage().data_ptr() for tensor in (*net.causal.parameters(), *net.causal.buffers())}
-    net.trained_rows(1)
+    net.batching.trained_rows(1)
     for rows, length in ((4, 24), (16, 48)):
         kept = saved_bytes(lambda r=rows, n=length: net.hidden(torch.zeros(r, n, dtype=torch.long)), held)
-        foreseen = rows * (net._room.per_token * length + net._room.per_square * length**2) / memory.BACKWARD
+        room = net.batching._room
+        foreseen = rows * (room.per_token * length + room.per_square * length**2) / memory.BACKWARD
         assert kept / foreseen == pytest.approx(1.0, abs=0.15)
 
 
@@ -136,7 +137,7 @@ def test_measuring_draws_no_random_numbers_and_asks_for_the_devices_memory_once(
     monkeypatch.setattr(memory, "device_bytes", lambda device: asked.append(device) or 10**9)
     torch.manual_seed(3)
     with policy.dropout():
-        rows = [policy.network.trained_rows(50), policy.network.trained_rows(100)]
+        rows = [policy.network.batching.trained_rows(50), policy.network.batching.trained_rows(100)]
     assert rows[0] >= 2 * rows[1] > 1
     assert len(asked) == 1
     after = torch.rand(1)
@@ -145,7 +146,7 @@ def test_measuring_draws_no_random_numbers_and_asks_for_the_devices_memory_once(
 
 
 def test_a_trunk_that_is_not_trained_fits_always(tiny_lm_policy):
-    assert tiny_lm_policy.network.trained_rows(10**6) > 10**9  # the adapter is on the head
+    assert tiny_lm_policy.network.batching.trained_rows(10**6) > 10**9  # the adapter is on the head
 
 
 def test_a_container_may_hold_less_than_its_machine(monkeypatch, tmp_path):
@@ -189,10 +190,10 @@ def test_layers_are_as_before_once_the_pass_is_over(trained_policy, monkeypatch)
 @pytest.mark.parametrize("rows_that_fit", [0, 2, 9])
 def test_a_batch_is_trained_on_in_as_many_parts_as_memory_asks_for(trained_policy, monkeypatch, rows_that_fit):
     net = trained_policy.network
-    net.trained_rows(20)
-    per_row = net._room.per_token * 20 + net._room.per_square * 400
+    net.batching.trained_rows(20)
+    per_row = net.batching._room.per_token * 20 + net.batching._room.per_square * 400
     hold(monkeypatch, trained_policy, (rows_that_fit + 0.5) * per_row)
-    assert net.trained_rows(20) == rows_that_fit
+    assert net.batching.trained_rows(20) == rows_that_fit
     parts = net.micro_batches([20] * 9, None)
     assert sorted(map(len, parts)) == sorted({0: [1] * 9, 2: [2, 2, 2, 2, 1], 9: [9]}[rows_that_fit])
 
@@ -221,9 +222,9 @@ def test_prompts_are_read_and_answered_in_parts_that_fit(open_policy, architectu
     randomize(policy.trainable_parameters())
     uniforms = uniform_numbers(np.random.default_rng(1), 10, 8)
     whole = sample(policy, PROMPTS, uniforms, temperature=1.0)
-    monkeypatch.setattr(network, "TOKENS_PER_PASS", 16)     # two prompts of 8
+    monkeypatch.setattr(memory, "TOKENS_PER_PASS", 16)     # two prompts of 8
     assert torch.equal(sample(policy, PROMPTS, uniforms, temperature=1.0).ids, whole.ids)
-    rows = policy.network.sampled_rows(16)
-    hold(monkeypatch, policy, 4.5 * memory.CACHE * bytes_held(policy.network._probe_cache) * 16)
-    assert (rows, policy.network.sampled_rows(16)) == (512, 4)
+    rows = policy.network.batching.sampled_rows(16)
+    hold(monkeypatch, policy, 4.5 * memory.CACHE * bytes_held(policy.network.batching._token_cache) * 16)
+    assert (rows, policy.network.batching.sampled_rows(16)) == (512, 4)
     assert torch.equal(sample(policy, PROMPTS, uniforms, temperature=1.0).ids, whole.ids)

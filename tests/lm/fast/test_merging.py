@@ -33,7 +33,7 @@ def test_merged_layers_give_what_the_adapter_gives(open_policy, architecture):
     randomize(policy.trainable_parameters())
     adapted, layers = hidden(policy), lora_layers(policy)
     assert layers
-    with policy.network.merged.active():
+    with policy.network.merged():
         assert lora_layers(policy) == []
         assert (hidden(policy) - adapted).abs().max() < 1e-4 * adapted.abs().max()
     assert lora_layers(policy) == layers
@@ -43,7 +43,7 @@ def test_merged_layers_give_what_the_adapter_gives(open_policy, architecture):
 
 
 def test_merging_follows_the_adapter_and_its_scaling_and_takes_its_memory_once(trained_policy):
-    merged = trained_policy.network.merged
+    merged = trained_policy.network.fast._merged_trunk
     with merged.active():
         before = {layer: twin.weight.data_ptr() for layer, twin in merged._merged.items()}
     randomize(trained_policy.trainable_parameters(), seed=5)
@@ -58,14 +58,14 @@ def test_merging_follows_the_adapter_and_its_scaling_and_takes_its_memory_once(t
 def test_an_untrained_adapter_leaves_the_weights_what_they_are_to_the_last_bit(policy):
     with policy.reference():
         base = hidden(policy)
-    with policy.network.merged.active():
+    with policy.network.merged():
         assert torch.equal(hidden(policy), base)
 
 
 def test_the_reference_has_nothing_to_merge(trained_policy):
     with trained_policy.reference():
         reference, layers = hidden(trained_policy), lora_layers(trained_policy)
-        with trained_policy.network.merged.active():
+        with trained_policy.network.merged():
             assert lora_layers(trained_policy) == layers
             assert torch.equal(hidden(trained_policy), reference)
 
@@ -74,7 +74,7 @@ def test_sampling_merges_the_policys_adapter_and_not_the_value_functions(trained
     trained_policy.add_value_function(LoraSection(rank=2))
     randomize(trained_policy.value_parameters(), seed=7)
     adapted = hidden(trained_policy)
-    with trained_policy.network.merged.active():
+    with trained_policy.network.merged():
         assert lora_layers(trained_policy) == []
         assert (hidden(trained_policy) - adapted).abs().max() < 1e-4 * adapted.abs().max()
 
@@ -92,7 +92,7 @@ def test_no_lora_layer_computes_while_sampling_in_float32_on_the_cpu(trained_pol
 
 def left_as_they_are(policy: Policy) -> None:
     layers, adapted = lora_layers(policy), hidden(policy)
-    with policy.network.merged.active():
+    with policy.network.merged():
         assert lora_layers(policy) == layers
         assert torch.equal(hidden(policy), adapted)
 
@@ -119,16 +119,16 @@ def test_a_layer_that_is_more_than_a_sum_of_products_is_not_merged(policy):
 def test_dropout_that_is_on_is_not_merged_away(open_policy):
     policy = open_policy(lora=LoraSection(rank=4, dropout=0.5))
     layers = lora_layers(policy)
-    with policy.dropout(), policy.network.merged.active():
+    with policy.dropout(), policy.network.merged():
         assert lora_layers(policy) == layers
-    with policy.network.merged.active():
+    with policy.network.merged():
         assert lora_layers(policy) == []
 
 
 def test_an_adapter_on_the_head_stays_where_it_is(tiny_lm_policy):
     head = tiny_lm_policy.network.head
     assert isinstance(head, LoraLinear)
-    with tiny_lm_policy.network.merged.active():
+    with tiny_lm_policy.network.merged():
         assert tiny_lm_policy.network.causal.get_output_embeddings() is head
 
 
@@ -137,18 +137,18 @@ def test_two_hundred_rollouts_and_a_few_that_fail_do_not_move_the_frozen_weights
 ):
     policy, layers = trained_policy, lora_layers(trained_policy)
     tensors = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in policy._reference_tensors.items()}
-    step = policy.network.step
+    step = policy.network.fast.step
     for rollout in range(200):
         if rollout % 20 == 0:
             def fail(*inputs):
                 step(*inputs)
                 raise KeyboardInterrupt
 
-            monkeypatch.setattr(policy.network, "step", fail)
+            monkeypatch.setattr(policy.network.fast, "step", fail)
             with pytest.raises(KeyboardInterrupt):
                 sample(policy, PROMPTS, UNIFORMS[:, :2], temperature=1.0)
             assert lora_layers(policy) == layers
-            monkeypatch.setattr(policy.network, "step", step)
+            monkeypatch.setattr(policy.network.fast, "step", step)
         randomize(policy.trainable_parameters(), seed=rollout)  # each update is another merge
         sample(policy, PROMPTS, UNIFORMS[:, :2], temperature=1.0)
         assert lora_layers(policy) == layers

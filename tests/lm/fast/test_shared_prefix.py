@@ -52,10 +52,10 @@ def gradient(policy: Policy, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tenso
 def test_a_shared_prompt_changes_no_number_and_no_gradient(open_policy, architecture, batch):
     policy = open_policy(architecture)
     randomize(policy.trainable_parameters())
-    assert policy.network.shares_prefixes
+    assert policy.network.fast.shares_prefixes
     assert shared_prefixes(*batch) is not None
     found, grad = gradient(policy, *batch)
-    policy.network.shares_prefixes = False
+    policy.network.fast.shares_prefixes = False
     wanted, wanted_grad = gradient(policy, *batch)
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
     assert (grad - wanted_grad).norm() < 1e-5 * wanted_grad.norm()
@@ -65,7 +65,7 @@ def test_values_too_are_read_off_shared_prompts(policy):
     policy.add_value_function(LoraSection(rank=4, alpha=8.0))
     randomize(policy.value_parameters())
     found = policy.values(*GROUPS)
-    policy.network.shares_prefixes = False
+    policy.network.fast.shares_prefixes = False
     torch.testing.assert_close(found, policy.values(*GROUPS), atol=1e-5, rtol=1e-5)
 
 
@@ -104,19 +104,19 @@ def test_rows_whose_prompts_differ_in_one_token_share_nothing():
 @pytest.mark.parametrize("architecture", NOT_SHARING)
 def test_a_model_that_attends_or_ends_otherwise_reads_whole_rows(open_policy, architecture):
     policy = open_policy(architecture)
-    assert not policy.network.shares_prefixes
+    assert not policy.network.fast.shares_prefixes
     assert torch.isfinite(policy.logprobs(*PAIRS)).all()
 
 
 def test_a_window_over_the_context_means_whole_rows(open_policy, tmp_path):
     """Its mask would be replaced by ours, which knows no window."""
     folder = save_tiny_model(tmp_path / "windowed", "qwen3", sliding_window=8, use_sliding_window=True)
-    assert not open_policy(path=folder).network.shares_prefixes
+    assert not open_policy(path=folder).network.fast.shares_prefixes
 
 
 def test_a_trunk_that_ignores_what_it_should_see_is_found_out(open_policy, monkeypatch):
     monkeypatch.setattr(shared_prefix, "_visible", lambda starts, s, t, dtype: torch.zeros(len(starts), 1, t, s + t))
-    assert not open_policy().network.shares_prefixes
+    assert not open_policy().network.fast.shares_prefixes
 
 
 def test_minibatches_keep_the_responses_to_a_prompt_together_and_take_each_row_once(policy):
@@ -140,5 +140,5 @@ def test_minibatches_keep_the_responses_to_a_prompt_together_and_take_each_row_o
 def test_a_chunked_head_sees_shared_states(trained_policy, monkeypatch, rows):
     monkeypatch.setattr(network_module.Network, "chunk_rows", property(lambda self: rows))
     found = trained_policy.measure(*GROUPS)
-    trained_policy.network.shares_prefixes = False
+    trained_policy.network.fast.shares_prefixes = False
     torch.testing.assert_close(found.ref_kl, trained_policy.measure(*GROUPS).ref_kl, atol=2e-5, rtol=1e-5)

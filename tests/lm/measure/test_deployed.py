@@ -7,8 +7,8 @@ from kltune.core.kl.truncation import Cut
 from kltune.errors import ModelError
 from kltune.lm.measure import deployed as deploying
 from kltune.lm.measure.deployed import measure_deployed
-from kltune.lm.measure.measurement import Draw
-from kltune.lm.model.sampler import sample
+from kltune.lm.measure.measurement import Round
+from kltune.lm.model.sampler import Draw, sample
 from tests.lm.measure.test_measurement import starts
 
 
@@ -21,8 +21,8 @@ from tests.lm.measure.test_measurement import starts
     ],
 )
 def test_kls_of_the_deployed_tiny_lm_are_the_listed_ones(tiny_lm_policy, temperature, cut, vs_base, both):
-    draw = Draw.of(starts(4000), 4000)
-    found = measure_deployed(tiny_lm_policy, draw, cut, max_new_tokens=3, temperature=temperature, seed=0)
+    answered = Round.of(starts(4000), 4000)
+    found = measure_deployed(tiny_lm_policy, answered, Draw(3, temperature), cut)
     assert found.ties == 0.0
     for name, listed in (("vs_base", vs_base), ("both", both)):
         kl = found.summary(name, 0.95)
@@ -44,18 +44,18 @@ def test_a_token_on_the_edge_that_rounding_lets_through_is_counted_and_too_many_
 ):
     # a sampler that keeps all, measured as if it cut at .8: one token in five lies outside
     monkeypatch.setattr(deploying, "sample", lambda *args, cut, **more: sample(*args, cut=None, **more))
-    draw = Draw.of(starts(300), 300)
+    answered = Round.of(starts(300), 300)
     with pytest.raises(ModelError, match=r"differ|disagree"):
-        measure_deployed(tiny_lm_policy, draw, Cut(top_p=0.8), max_new_tokens=3, temperature=1.0, seed=0)
+        measure_deployed(tiny_lm_policy, answered, Draw(3), Cut(top_p=0.8))
 
 
 def test_without_a_cut_the_deployed_policy_is_the_policy(trained_policy):
     from kltune.lm.measure.measurement import measure_kl
     from tests.lm.model.test_rollout import PROMPTS
 
-    draw, options = Draw.of(PROMPTS, 12), {"max_new_tokens": 10, "temperature": 1.0, "seed": 0}
-    found = measure_deployed(trained_policy, draw, Cut(), **options)
-    plain = measure_kl(trained_policy, draw, **options)
+    plan = Round.of(PROMPTS, 12), Draw(10)
+    found = measure_deployed(trained_policy, *plan, Cut())
+    plain = measure_kl(trained_policy, *plan)
     torch.testing.assert_close(found.vs_base.exact, plain.exact, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.both.exact, plain.exact, atol=1e-5, rtol=0)
     assert torch.equal(found.tokens, plain.tokens)

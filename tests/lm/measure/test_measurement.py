@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from kltune.core.kl.divergence import VocabularySums
 from kltune.core.tensors import log_distribution
 from kltune.lm.data.examples import Prompt
 from kltune.lm.measure.breakdown import end_token, examples, top_tokens
-from kltune.lm.measure.measurement import Draw, measure_kl
+from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model import sampler as rollouts
-from kltune.lm.model.sampler import uniform_numbers
+from kltune.lm.model.sampler import Draw, uniform_numbers
 from tests.oracles import BOS, EOS, Responses, tiny_policy_logits, tiny_reference_logits
 
 KL = 0.11253952         # MATH 8.2, nats per response
-OPTIONS = {"max_new_tokens": 3, "temperature": 1.0}
+DRAW = Draw(3)
 
 
 def starts(count: int) -> list[Prompt]:
@@ -30,19 +29,19 @@ def starts(count: int) -> list[Prompt]:
 
 def test_few_prompts_are_answered_equally_often_and_of_many_the_first():
     prompts = starts(10)
-    assert [(d.count, d.per_prompt) for d in (Draw.of(prompts, n) for n in (4, 10, 11, 40))] == [
+    assert [(d.count, d.per_prompt) for d in (Round.of(prompts, n) for n in (4, 10, 11, 40))] == [
         (4, 1), (10, 1), (10, 2), (10, 4),
     ]  # fmt: skip
-    assert Draw.of(prompts, 4).leaves_prompts
-    assert not Draw.of(prompts, 11).leaves_prompts
+    assert Round.of(prompts, 4).leaves_prompts
+    assert not Round.of(prompts, 11).leaves_prompts
 
 
 def test_further_rounds_answer_what_was_not_answered_and_then_all_again():
-    first = Draw.of(starts(10), 4)
+    first = Round.of(starts(10), 4)
     second = first.following(4)
     third = second.following(8)
     fourth = third.following(25)
-    assert [(d.first, d.count, d.per_prompt, d.round) for d in (second, third, fourth)] == [
+    assert [(d.first, d.count, d.per_prompt, d.number) for d in (second, third, fourth)] == [
         (4, 4, 1, 1), (8, 2, 1, 2), (0, 10, 3, 3),
     ]  # fmt: skip
     assert second.prompt_index().tolist() == [4, 5, 6, 7]
@@ -51,15 +50,15 @@ def test_further_rounds_answer_what_was_not_answered_and_then_all_again():
 
 
 def test_every_round_has_random_numbers_of_its_own_and_the_first_those_of_every_evaluation():
-    draw = Draw.of(starts(8), 4)
-    assert not torch.equal(draw.uniforms(0, 3), draw.following(4).uniforms(0, 3))
+    answered = Round.of(starts(8), 4)
+    assert not torch.equal(answered.uniforms(DRAW), answered.following(4).uniforms(DRAW))
     listed = uniform_numbers(np.random.default_rng([7, 0xE7A1]), 4, 3)
-    assert torch.equal(draw.uniforms(7, 3), listed)
+    assert torch.equal(answered.uniforms(Draw(3, seed=7)), listed)
 
 
 def test_two_rounds_together_are_one_measurement(tiny_lm_policy):
-    draw = Draw.of(starts(30), 20)
-    rounds = [measure_kl(tiny_lm_policy, d, seed=0, **OPTIONS) for d in (draw, draw.following(20))]
+    answered = Round.of(starts(30), 20)
+    rounds = [measure_kl(tiny_lm_policy, d, DRAW) for d in (answered, answered.following(20))]
     both = rounds[0] + rounds[1]
     assert both.prompt_index.tolist() == list(range(30))
     assert both.exact.sum().item() == pytest.approx(sum(part.exact.sum().item() for part in rounds))
@@ -71,7 +70,7 @@ def test_two_rounds_together_are_one_measurement(tiny_lm_policy):
 
 def test_of_400_intervals_on_tiny_lm_95_percent_cover_its_kl(tiny_lm_policy):
     # One pass of 400 × 60 responses, cut into 400 experiments of 60 prompts; the error of 95 % is 1.1 %.
-    whole = measure_kl(tiny_lm_policy, Draw.of(starts(24_000), 24_000), seed=0, **OPTIONS)
+    whole = measure_kl(tiny_lm_policy, Round.of(starts(24_000), 24_000), DRAW)
     covered = {"exact": 0, "k1": 0, "cv": 0}
     for number in range(400):
         rows = slice(60 * number, 60 * (number + 1))
@@ -85,7 +84,7 @@ def test_of_400_intervals_on_tiny_lm_95_percent_cover_its_kl(tiny_lm_policy):
 
 def test_intervals_cover_where_prompts_are_answered_several_times(tiny_lm_policy):
     # 400 experiments of 20 prompts with 3 answers each
-    whole = measure_kl(tiny_lm_policy, Draw.of(starts(8_000), 24_000), seed=1, **OPTIONS)
+    whole = measure_kl(tiny_lm_policy, Round.of(starts(8_000), 24_000), replace(DRAW, seed=1))
     covered = 0
     for number in range(400):
         rows = slice(60 * number, 60 * (number + 1))
@@ -104,9 +103,9 @@ def test_a_sampler_at_another_temperature_is_found_out(tiny_lm_policy, monkeypat
         scored = policy.measure(samples.ids, samples.scored, exact=False).logprobs      # as if it had drawn at 1
         return replace(samples, logprobs=rollouts.response_scatter(scored, samples.response_mask))
 
-    assert abs(measure_kl(tiny_lm_policy, Draw.of(starts(4000), 4000), seed=0, **OPTIONS).z) < 4
+    assert abs(measure_kl(tiny_lm_policy, Round.of(starts(4000), 4000), DRAW).z) < 4
     monkeypatch.setattr(rollouts, "sample", colder)
-    assert 9 < measure_kl(tiny_lm_policy, Draw.of(starts(4000), 4000), seed=0, **OPTIONS).z < 17
+    assert 9 < measure_kl(tiny_lm_policy, Round.of(starts(4000), 4000), DRAW).z < 17
 
 
 # --- where the drift went --------------------------------------------------------------------------------------------
@@ -123,8 +122,7 @@ def test_shares_by_token_are_those_of_the_listing(tiny_lm_policy):
     nats = (visits[:, None] * parts).sum(0)
     assert nats.sum().item() == pytest.approx(KL, abs=1e-6)
 
-    sums = VocabularySums.zero(4)
-    measure_kl(tiny_lm_policy, Draw.of(starts(20_000), 20_000), seed=0, sums=sums, **OPTIONS)
+    sums = measure_kl(tiny_lm_policy, Round.of(starts(20_000), 20_000), DRAW, by_token=True).sums
     torch.testing.assert_close(sums.nats[:3] / 20_000, nats, atol=2e-3, rtol=0.0)
     expected = (visits[:, None] * policy.exp()).sum(0)
     torch.testing.assert_close(sums.policy[:3] / 20_000, expected, atol=0.02, rtol=0.0)
@@ -136,7 +134,7 @@ def test_shares_by_token_are_those_of_the_listing(tiny_lm_policy):
 
 
 def test_shown_responses_go_from_the_most_to_the_least_and_their_tokens_add_up(tiny_lm_policy):
-    measured = measure_kl(tiny_lm_policy, Draw.of(starts(600), 600), seed=0, **OPTIONS)
+    measured = measure_kl(tiny_lm_policy, Round.of(starts(600), 600), DRAW)
     shown = examples(measured, tiny_lm_policy, 3)
     assert shown[0]["nats"] == pytest.approx(measured.exact.max().item())
     assert shown[2]["nats"] == pytest.approx(measured.exact.min().item())

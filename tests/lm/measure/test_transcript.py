@@ -6,18 +6,19 @@ from transformers import AutoModelForCausalLM
 
 from kltune.lm.data.examples import Prompt
 from kltune.lm.measure.breakdown import pieces, transcript
-from kltune.lm.measure.measurement import Draw, answer_both
+from kltune.lm.measure.measurement import Round, answer_both
+from kltune.lm.model.sampler import Draw
 from kltune.recipe import SamplingSection
 from kltune.train.evaluation import before_and_after
 from tests.tiny_policies import plain_distributions, plain_sample
 
 PROMPTS = [Prompt((0, 5, 9, 3), "w5 w9 w3", "p:1"), Prompt((0, 7), "w7", "p:2"), Prompt((0, 4, 4), "w4 w4", "p:3")]
 SAMPLING = SamplingSection(max_new_tokens=7)
-SETTINGS = {"max_new_tokens": 7, "temperature": 1.0, "seed": 3}
+DRAW = Draw(7, seed=3)
 
 
 def test_the_kl_of_each_token_is_that_of_the_two_distributions_it_was_drawn_from(trained_policy, tiny_model):
-    after, _ = answer_both(trained_policy, Draw(PROMPTS, 0, 3, 1), **SETTINGS)
+    after, _ = answer_both(trained_policy, Round(PROMPTS, 0, 3, 1), DRAW)
     rollout, network = after.rollouts[0], trained_policy.network
     theirs = plain_distributions(AutoModelForCausalLM.from_pretrained(tiny_model()), rollout.ids, rollout.scored)
     with torch.no_grad():
@@ -47,7 +48,7 @@ def test_tokens_join_to_the_text_also_where_a_letter_takes_several():
 
 def test_before_is_what_the_reference_alone_says_with_the_same_numbers(trained_policy, tiny_model):
     rows = before_and_after(trained_policy, PROMPTS, SAMPLING, None, seed=3)
-    uniforms = Draw(PROMPTS, 0, 3, 1).uniforms(3, 7).tolist()
+    uniforms = Round(PROMPTS, 0, 3, 1).uniforms(DRAW).tolist()
     base = AutoModelForCausalLM.from_pretrained(tiny_model())
     said = [
         plain_sample(base, prompt.ids, numbers, trained_policy.end_ids)

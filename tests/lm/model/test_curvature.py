@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kltune.core.control.trust_region import surrogate
 from kltune.core.kl.divergence import kl_exact
 from kltune.lm.model.batches import response_scatter
-from kltune.lm.model.curvature import Fisher, flat
+from kltune.lm.model.curvature import Fisher, to_vector
 from kltune.lm.model.snapshot import Snapshot
 from kltune.recipe import LoraSection
 from tests.tiny_policies import ARCHITECTURES, random_batch, randomize
@@ -27,9 +27,9 @@ def by_double_backprop(policy, ids, scored, vector) -> torch.Tensor:
         logits = policy.network.logits(policy.scored_hidden(ids, scored))
         kl = kl_exact(logits.detach(), logits, TEMPERATURE).sum() / len(ids)
         gradients = torch.autograd.grad(kl, parameters, create_graph=True, materialize_grads=True, allow_unused=True)
-        along = flat(gradients).dot(vector)
+        along = to_vector(gradients).dot(vector)
         found = torch.autograd.grad(along, parameters, materialize_grads=True, allow_unused=True)
-    return flat(found)
+    return to_vector(found)
 
 
 def relative_gap(found: torch.Tensor, wanted: torch.Tensor) -> float:

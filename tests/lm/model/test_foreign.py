@@ -147,23 +147,3 @@ def test_models_of_other_widths_can_be_compared(tiny_model, tmp_path):
     mine, reference = opened_logits(policy)
     assert torch.equal(mine, plain_logits(wide, None))
     assert torch.equal(reference, plain_logits(base, None))
-
-
-def test_two_models_that_take_turns_give_the_same_numbers(tiny_model, tmp_path):
-    # What a GPU with room for one of them does; here the "device" is the CPU itself, and the copies are counted.
-    from kltune.lm.model.policy import Policy
-
-    base, other = tiny_model("llama"), save_tiny_model(tmp_path / "other", "llama", initializer_range=0.3)
-    together = load_saved_policy(other, ModelSection(path=str(base)), device=torch.device("cpu"), is_adapter=False)
-    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (other, base)]
-    apart = Policy(
-        models[0], together.tokenizer, together.fingerprint, frozen=models[1], swap_on=torch.device("cpu")
-    )
-    for mine, theirs in zip(opened_logits(apart), opened_logits(together), strict=True):
-        assert torch.equal(mine, theirs)
-    scored = torch.ones_like(IDS, dtype=torch.bool)
-    scored[:, 0] = False
-    for _ in range(2):
-        for mine, theirs in zip(apart.measure(IDS, scored), together.measure(IDS, scored), strict=True):
-            assert torch.equal(mine, theirs)
-    assert apart.frozen_sha256() == together.frozen_sha256()

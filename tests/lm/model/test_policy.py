@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.examples import Prompt
+from kltune.lm.fast import memory
 from kltune.lm.fast.lora import LoraLinear
 from kltune.lm.model import network as network_module
 from kltune.lm.model.opening import check_fresh_policy, check_frozen, load_reference
@@ -370,9 +371,9 @@ def test_the_rest_of_the_batch_and_its_padding_change_no_number(open_policy, mon
     check(IDS[backwards], SCORED[backwards], number[backwards][SCORED[backwards]])
     for row in range(len(IDS)):
         check(IDS[row : row + 1], SCORED[row : row + 1], number[row][SCORED[row]])
-    monkeypatch.setattr(network_module, "TOKENS_PER_PASS", 2 * IDS.shape[1])  # two rows in a part, or one
+    monkeypatch.setattr(memory, "TOKENS_PER_PASS", 2 * IDS.shape[1])  # two rows in a part, or one
     check(IDS, SCORED, everything)
-    monkeypatch.setattr(network_module, "TOKENS_PER_PASS", 1)
+    monkeypatch.setattr(memory, "TOKENS_PER_PASS", 1)
     check(IDS, SCORED, everything)
 
 

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from kltune.errors import DivergedError
 from kltune.lm.data.examples import Prompt
-from kltune.lm.fast.decoding import Decoder
-from kltune.lm.model import network, sampler
+from kltune.lm.fast import memory
+from kltune.lm.fast.decoding import GrowingDecoder
+from kltune.lm.model import sampler
 from kltune.lm.model.batches import Samples
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import sample, uniform_numbers
@@ -149,8 +150,8 @@ def test_the_split_into_passes_and_the_dropping_of_finished_rows_change_nothing(
     ending_policy, monkeypatch, rows, compact_below
 ):
     whole = draw(ending_policy)
-    monkeypatch.setattr(network, "ROWS_PER_PASS", rows)
-    monkeypatch.setattr(Decoder, "compact_below", compact_below)
+    monkeypatch.setattr(memory, "ROWS_PER_PASS", rows)
+    monkeypatch.setattr(GrowingDecoder, "compact_below", compact_below)
     again = draw(ending_policy)
     assert tokens_of(again) == tokens_of(whole)
     assert (again.logprobs - whole.logprobs).abs().max() < 1e-5
@@ -198,15 +199,15 @@ def test_numbers_that_do_not_divide_among_the_prompts_are_a_bug(policy):
 
 def counted_steps(policy: Policy, monkeypatch) -> list[tuple[int, int]]:
     """The shapes of all that goes through the model from now on: (rows, tokens) of each pass."""
-    shapes, network = [], policy.network
-    network.sampled_rows(1)  # the cache of one token is measured once
+    shapes, ways = [], policy.network.fast
+    ways.batching.sampled_rows(1)  # the cache of one token is measured once
 
     def counting(step):
         return lambda ids, *rest: shapes.append(tuple(ids.shape)) or step(ids, *rest)
 
-    monkeypatch.setattr(network, "step", counting(network.step))
-    next_step = network.next_step
-    monkeypatch.setattr(network, "next_step", lambda positions: counting(next_step(positions)))
+    monkeypatch.setattr(ways, "step", counting(ways.step))
+    next_step = ways.next_step
+    monkeypatch.setattr(ways, "next_step", lambda positions: counting(next_step(positions)))
     return shapes
 
 

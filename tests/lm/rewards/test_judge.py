@@ -10,7 +10,7 @@ import pytest
 
 from kltune.errors import JudgeError, ScorerError
 from kltune.lm.rewards import judge as judge_module
-from kltune.lm.rewards.judge import Judge
+from kltune.lm.rewards.judge import Answers, Judge
 from kltune.lm.rewards.scorers import load_scorer
 from kltune.lm.rewards.verdicts import read_preference, read_score
 from tests.judges import Reply, part, serving
@@ -113,7 +113,7 @@ def test_what_is_null_is_not_sent():
 
 
 def test_no_question_is_asked_twice_and_equal_ones_once():
-    kept = {}
+    kept = Answers()
     with serving(by_length) as endpoint:
         judge = Judge(endpoint.entry(), "j", kept)
         assert judge.scores(["p", "p", "p"], ["aa", "aa", "b"]) == [0.2, 0.2, 0.1]
@@ -319,7 +319,7 @@ def test_a_trickle_is_no_answer():
 
 
 def test_answers_that_came_before_the_judge_died_are_kept():
-    kept = {}
+    kept = Answers()
 
     def answer(number, question):
         return '{"score": 5}' if part(question, "response") in "abc" else Reply(status=503)
@@ -336,10 +336,10 @@ def test_answers_that_came_before_the_judge_died_are_kept():
 def test_an_answer_is_written_down_once_also_when_the_judge_dies():
     written = []
 
-    class Written(dict):
-        def __setitem__(self, key, value):
-            written.append(key)
-            super().__setitem__(key, value)
+    class Written(Answers):
+        def record(self, question, answer):
+            written.append(question)
+            super().record(question, answer)
 
     def answer(number, question):
         dead = part(question, "response") == "dead"
@@ -363,13 +363,13 @@ def test_the_others_are_not_asked_once_one_is_given_up():
 def test_the_key_is_sent_and_shown_nowhere(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "sesame-sesame")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    kept = {}
+    kept = Answers()
     with serving(by_length) as endpoint:
         entry = endpoint.entry(key_env="JUDGE_KEY")
         scorer = load_scorer([entry], None, None, None, kept)
         assert scorer(["p"], ["four"]).total.tolist() == pytest.approx([0.4])
         assert endpoint.headers[0]["Authorization"] == "Bearer sesame-sesame"
-    everything = repr((entry, kept, scorer.identity, scorer.state(), scorer.notes))
+    everything = repr((entry, kept._known, scorer.identity, scorer.state(), scorer.notes))
     assert "sesame" not in everything
     assert scorer.notes == (f"reward m: asks m at {endpoint.url}, with the key in JUDGE_KEY",)
     assert scorer.identity[0]["kind"] == "judge"

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from kltune.errors import DataError, ScorerError
-from kltune.lm.rewards.scorers import Scorer, Source, load_scorer, run_source
+from kltune.lm.rewards.scorers import Scorer, ScoreSource, load_scorer, run_source
 from kltune.recipe import ClassifierReward, FunctionReward, ModelReward
 from tests.tiny_policies import EOS, VOCABULARY, save_tiny_model, word_tokenizer
 
@@ -28,8 +28,8 @@ PROMPTS = ["why ", "how ", "who "]
 RESPONSES = ["one", "three", "eleven"]
 
 
-def source(function: Callable, name: str = "mine", weight: float = 1.0, normalize: bool = False) -> Source:
-    return Source(name, function, weight, normalize, {})
+def source(function: Callable, name: str = "mine", weight: float = 1.0, normalize: bool = False) -> ScoreSource:
+    return ScoreSource(name, function, weight, normalize, {})
 
 
 def lengths(prompts: list[str], responses: list[str]) -> list[float]:

@@ -1,5 +1,7 @@
 """Adapters at a share α of themselves: exact in plain PEFT, and dialled to budgets that fresh numbers confirm."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import PeftModel
@@ -7,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from kltune.core.kl.gate import verdict
 from kltune.errors import ModelError
-from kltune.lm.measure.interpolation import AdapterScale, Dial
-from kltune.lm.measure.measurement import Draw, measure_kl
-from tests.lm.measure.test_measurement import KL, OPTIONS, starts
+from kltune.lm.measure.interpolation import AdapterScale, Interpolation
+from kltune.lm.measure.measurement import Round, measure_kl
+from tests.lm.measure.test_measurement import DRAW, KL, starts
 from tests.lm.model.test_foreign import IDS, ONE_SET, open_foreign, opened_logits, plain_logits, save_foreign
 
 SCALABLE = ("lora", "rslora", "dora", "all-linear", "embedding", "ia3")
@@ -72,24 +74,24 @@ def test_what_has_no_scale_is_refused(tiny_model, tmp_path):
 
 def test_a_landing_keeps_within_its_budget_on_fresh_numbers_and_leaves_little_unused(tiny_lm_policy):
     # The fixture's adapter at 1 has .1125 nats; to land at .05 it takes about 2/3 of it.
-    dial = Dial(tiny_lm_policy, starts(2000), **OPTIONS, seed=0)
-    search, check = dial.land(0.05, 500, 2000)
+    interpolation = Interpolation(tiny_lm_policy, starts(2000), DRAW)
+    search, check = interpolation.land(0.05, 500, 2000)
     assert 0.5 < search.alpha < 0.75
     assert verdict(check.kl, 0.05, confidence=check.kl.confidence).verdict == "pass"
-    again = measure_kl(tiny_lm_policy, Draw.of(starts(2000), 2000), seed=99, **OPTIONS).summary()
+    again = measure_kl(tiny_lm_policy, Round.of(starts(2000), 2000), replace(DRAW, seed=99)).summary()
     assert again.nats_per_response > 0.85 * 0.05
     assert again.ci[1] <= 0.05
-    assert {look.purpose for look in dial.looks} == {"search", "check"}
+    assert {look.purpose for look in interpolation.looks} == {"search", "check"}
 
 
 def test_an_adapter_within_the_budget_is_checked_and_left_alone(tiny_lm_policy):
-    dial = Dial(tiny_lm_policy, starts(500), **OPTIONS, seed=0)
-    search, check = dial.land(2 * KL, 500, 500)
+    interpolation = Interpolation(tiny_lm_policy, starts(500), DRAW)
+    search, check = interpolation.land(2 * KL, 500, 500)
     assert search.alpha == 1.0
     assert check.kl.nats_per_response == pytest.approx(KL, abs=0.02)
 
 
 def test_one_prompt_can_show_nothing(tiny_lm_policy):
-    search, check = Dial(tiny_lm_policy, starts(1), **OPTIONS, seed=0).land(0.05, 50, 50)
+    search, check = Interpolation(tiny_lm_policy, starts(1), DRAW).land(0.05, 50, 50)
     assert check is None
     assert search.alpha == 0.0
