@@ -15,13 +15,14 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from kltune.cli import main
 from kltune.recipe import Recipe, load_recipe
-from kltune.stages import ppo, reward, sft
+from kltune.stages import ppo, reward
 from kltune.train import finish as finishing
 from tests.oracles import BANDIT_REFERENCE, save_tiny_lm
 
 LETTERS = string.ascii_lowercase + " .,"
 SPECIAL = ("<s>", "</s>", "<pad>")
 PROMPTS = ("the ", "once a", "what if ", "no", "my cat", "in may ", "oh", "we sat", "he ran", "ten ", "up", "a dog ")
+MANY = tuple(f"{a}{b}" for a in "abcdefghijklm" for b in "vwxyz")     # few prompts give wide intervals
 HELD_OUT = ("she ", "two by", "if not", "so", "a fish ", "old men", "it was ", "run", "at ten ", "you")
 
 # What the tiny model is taught or scored for. score: a's per response.
@@ -29,6 +30,14 @@ REWARDS = '''
 def score(prompts, responses):
     """How often a response says a."""
     return [float(response.count("a")) for response in responses]
+
+def few(prompts, responses):
+    """An a is good, and more than two are bad."""
+    return [float(min(r.count("a"), 2) - 3 * max(r.count("a") - 2, 0)) for r in responses]
+
+def none(prompts, responses):
+    """An a is bad."""
+    return [-float(response.count("a")) for response in responses]
 
 def nan_later(prompts, responses, calls=[]):
     """Finite in the first call only."""
@@ -87,6 +96,13 @@ DPO = {
     "sampling": {"prompts_per_step": 12, "max_new_tokens": 6},
     "kl": {"control": "fixed", "beta": 0.0},
     "optim": {"lr": 0.02, "batch_size": 8},
+}
+ONLINE = DPO | {
+    "data": {"prompts": "prompts.jsonl"},
+    "sampling": {"prompts_per_step": 12, "responses_per_prompt": 4, "max_new_tokens": 6},
+    "reward": PPO["reward"],
+    "dpo": {"source": "online"},
+    "optim": {"lr": 0.02},
 }
 ORACLE = {
     "stage": "ppo",
@@ -181,6 +197,7 @@ def write_recipe(folder: Path, base: dict[str, Any], model: Path, prompts: tuple
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "prompts.jsonl", [{"prompt": text} for text in prompts])
     write_rows(folder / "held_out.jsonl", [{"prompt": text} for text in HELD_OUT])
+    write_rows(folder / "many.jsonl", [{"prompt": text} for text in MANY])
     texts = [{"prompt": text, "response": f"{text[::-1]}a."} for text in PROMPTS]
     write_rows(folder / "texts.jsonl", texts)
     write_rows(folder / "held_out_texts.jsonl", [{"prompt": t, "response": f"{t[::-1]}a."} for t in HELD_OUT])
@@ -232,6 +249,13 @@ def dpo_file(tmp_path: Path, llama: Path) -> Path:
 def dpo_recipe(dpo_file: Path) -> MakeRecipe:
     """A function from overrides (and an output) to the DPO recipe."""
     return lambda *overrides, output=None: load_recipe(dpo_file, overrides, output=output)
+
+
+@pytest.fixture
+def online(tmp_path: Path, llama: Path) -> MakeRecipe:
+    """A function from overrides (and an output) to an online DPO recipe on the random Llama: an a is worth a point."""
+    path = write_recipe(tmp_path / "online", ONLINE, llama)
+    return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
 
 
 @pytest.fixture
@@ -300,8 +324,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def without_page() -> Iterator[None]:
     """Within: runs leave out report.html, whose drawing takes longer than they do."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (finishing, reward, sft):
-            patch.setattr(module, "write_page", lambda folder: None)
+        patch.setattr(finishing, "write_page", lambda folder: None)
         yield
 
 

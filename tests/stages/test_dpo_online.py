@@ -9,29 +9,11 @@ from safetensors.torch import load_file
 
 from kltune.errors import JudgeError
 from kltune.lm.rewards import judge as judge_module
-from kltune.recipe import load_recipe
-from kltune.run.checkpoint import read_state
 from kltune.stages.dpo import run_dpo
 from tests.judges import part, serving
-from tests.stages.conftest import DPO, PPO, read_jsonl, write_recipe, write_rows
+from tests.stages.conftest import read_jsonl
 from tests.stages.test_judged import Mortal, rewarded_by
-from tests.stages.test_resume import CUTS, STEPS, assert_same_run, run_with_stops
-
-ONLINE = DPO | {
-    "data": {"prompts": "prompts.jsonl"},
-    "sampling": {"prompts_per_step": 12, "responses_per_prompt": 4, "max_new_tokens": 6},
-    "reward": PPO["reward"],
-    "dpo": {"source": "online"},
-    "optim": {"lr": 0.02},
-}
-
-
-@pytest.fixture
-def online(tmp_path, llama):
-    """A function from overrides (and an output) to an online DPO recipe on the random Llama: an a is worth a point."""
-    path = write_recipe(tmp_path / "online", ONLINE, llama)
-    write_rows(tmp_path / "online" / "many.jsonl", [{"prompt": f"{a}{b}"} for a in "abcdefghijklm" for b in "vwxyz"])
-    return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
+from tests.stages.test_resume import assert_same_run
 
 
 def rows_of(recipe) -> list[dict]:
@@ -80,26 +62,6 @@ def test_where_all_are_ties_nothing_is_learnt(online):
         assert "loss/mean" not in row
     weights = load_file(Path(recipe.run.output) / "final" / "adapter_model.safetensors")
     assert all(not tensor.any() for name, tensor in weights.items() if "lora_B" in name)
-
-
-RESUMED = {
-    "scored": ("reward.0.normalize=true",),
-    "target": ("kl.control=target", "kl.beta=auto", "kl.target=0.2"),
-    "cap": ("kl.hard_cap=0.5", "optim.lr=0.1", "sampling.prompts_per_step=32", "data.prompts=many.jsonl",
-            "eval.prompts=many.jsonl", "eval.responses=65"),
-}
-
-
-@pytest.mark.parametrize("keys", RESUMED.values(), ids=RESUMED.keys())
-def test_a_stopped_run_goes_on_bit_for_bit(online, monkeypatch, tmp_path, keys):
-    keys = (*keys, f"run.steps={STEPS}", "run.eval_every=2")
-    broken, unbroken = (online(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
-    run_dpo(unbroken, resume=False)
-    run_with_stops(run_dpo, broken, monkeypatch, CUTS)
-    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), STEPS)
-    if "kl.hard_cap=0.5" in keys:
-        _, state = read_state(Path(unbroken.run.output) / f"checkpoints/step-{STEPS:06d}")
-        assert state["cap"]["rollbacks"] > 0
 
 
 class Comparing(Mortal):

@@ -14,34 +14,19 @@ from kltune.stages.sft import run_sft
 from kltune.stages.trpo import run_trpo
 from kltune.train import finish as finishing
 from tests.stages.conftest import read_jsonl
-from tests.stages.test_resume import assert_same_run, run_with_stops
+from tests.stages.test_resume import assert_same_run
 
-GOLD = '''
-def few(prompts, responses):
-    """An a is good, and more than two are bad."""
-    return [float(min(r.count("a"), 2) - 3 * max(r.count("a") - 2, 0)) for r in responses]
-
-def none(prompts, responses):
-    """An a is bad."""
-    return [-float(r.count("a")) for r in responses]
-'''
 SAID = ("distinct_1", "distinct_2", "distinct_2_adjusted", "self_bleu", "distinct_2_per_input",
         "distinct_2_across_input", "duplicate_fraction", "entropy_nats_per_token", "response_tokens", "end_fraction")
 SCORED = ("mean", "stderr", "z", "z_stderr")
-GREEDY = ("kl.control=fixed", "kl.beta=0", "run.steps=16", "run.eval_every=3", "eval.responses=60", "ppo.baseline=rloo")
+GREEDY = ("kl.control=fixed", "kl.beta=0", "run.steps=16", "run.eval_every=3", "eval.responses=60", "ppo.baseline=rloo",
+          'eval.gold={kind: function, path: "rewards.py:few"}')
 
 
 @pytest.fixture
 def greedy(ppo_recipe, tmp_path):
     """A function from overrides to a PPO recipe with no price on KL, whose gold score wants few a's."""
-    def make(*keys, output="run"):
-        rewards = tmp_path / "ppo" / "rewards.py"
-        if "def few" not in rewards.read_text():
-            rewards.write_text(rewards.read_text() + GOLD)
-        gold = 'eval.gold={kind: function, path: "rewards.py:few"}'
-        return ppo_recipe(gold, *GREEDY, *keys, output=str(tmp_path / output))
-
-    return make
+    return lambda *keys, output="run": ppo_recipe(*GREEDY, *keys, output=str(tmp_path / output))
 
 
 def adapter(folder):
@@ -133,15 +118,6 @@ def test_the_peak_is_held_to_the_cap_as_any_final_is(greedy):
     cap = 0.5 * plain["kl"]["nats_per_response"]
     result = run_ppo(greedy("eval.stop_at_gold_peak=true", f"kl.hard_cap={cap}", output="capped"), resume=False)
     assert result["kl"]["ci95"][1] <= cap
-
-
-def test_a_run_that_ends_at_its_peak_is_stopped_and_continued_bit_for_bit(greedy, monkeypatch, tmp_path):
-    broken, unbroken = (greedy("eval.stop_at_gold_peak=true", output=name) for name in ("broken", "unbroken"))
-    done = run_ppo(unbroken, resume=False)
-    run_with_stops(run_ppo, broken, monkeypatch, (1, done["final_step"] + 1))
-    assert_same_run(tmp_path / "broken", tmp_path / "unbroken", done["steps"])
-    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("broken", "unbroken")]
-    assert results[0]["stopped_early"] == results[1]["stopped_early"]
 
 
 def test_a_run_that_was_killed_while_it_ended_at_its_peak_ends_there_again(greedy, monkeypatch, tmp_path):

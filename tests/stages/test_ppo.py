@@ -19,9 +19,9 @@ from kltune.report.pages import write_page
 from kltune.run import session as opening
 from kltune.stages import ppo
 from kltune.stages.ppo import run_ppo
+from kltune.train import batch as batches
 from kltune.train import finish as finishing
-from kltune.train import learner
-from kltune.train import loop as training
+from kltune.train import value_function
 from tests.stages.conftest import read_jsonl
 
 STEP_KEYS = {
@@ -146,8 +146,8 @@ def test_a_finished_run_is_not_run_again(ppo_recipe, monkeypatch):
 
 def test_prompts_go_round_in_reshuffled_epochs(ppo_recipe, monkeypatch):
     seen: list[str] = []
-    collect = training.collect
-    monkeypatch.setattr(training, "collect", lambda *args, **keys: seen.append(r := collect(*args, **keys)) or r)
+    respond = batches.sample_responses
+    monkeypatch.setattr(batches, "sample_responses", lambda *args: seen.append(r := respond(*args)) or r)
     run_ppo(ppo_recipe("run.steps=3", "sampling.prompts_per_step=8"), resume=False)
     asked = [rollout.prompts[i] for rollout in seen for i in range(0, 16, 2)]
     assert len(set(asked[:12])) == len(set(asked[12:24])) == 12
@@ -161,7 +161,7 @@ def test_a_target_per_token_is_the_target_per_response_of_its_length(ppo_recipe,
     targets = []
     from kltune.core.control.controllers import LogPI
 
-    def spy(self, ref_kl, target, *, spread, responses):
+    def spy(self, ref_kl, target, *, pull, responses):
         targets.append(target)
         return replace(self, beta=1.0)
 
@@ -198,7 +198,7 @@ def test_the_gradients_of_micro_batches_add_up(ppo_recipe, monkeypatch):
         gradients.setdefault(what, []).append(torch.cat([grad.flatten() for grad in found]))
         return step(optimizer, max_grad_norm, what)
 
-    for module in (ppo, learner):
+    for module in (ppo, value_function):
         monkeypatch.setattr(module, "guarded_step", spy)
     folder = Path(ppo_recipe().run.output).parent
     for micro in ("null", "3"):
@@ -228,13 +228,13 @@ def test_without_a_limit_every_epoch_is_walked(ppo_recipe):
 
 
 def test_log_probs_that_are_not_the_policys_own_are_refused(ppo_recipe, monkeypatch):
-    collect = training.collect
+    respond = batches.sample_responses
 
-    def tampered(*args, **keys):
-        rollout = collect(*args, **keys)
+    def tampered(*args):
+        rollout = respond(*args)
         return replace(rollout, logprobs=rollout.logprobs - 0.01 * rollout.response_mask)
 
-    monkeypatch.setattr(training, "collect", tampered)
+    monkeypatch.setattr(batches, "sample_responses", tampered)
     recipe = ppo_recipe()
     with pytest.raises(ModelError, match=r"a log-probability differs by 0\.01 nats"):
         run_ppo(recipe, resume=False)

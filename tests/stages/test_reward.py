@@ -207,7 +207,7 @@ def test_a_run_does_not_go_on_with_another_reward_model(ppo_recipe, reward_model
     head = load_file(judge / HEAD)
     save_file({name: tensor * 1.0001 for name, tensor in head.items()}, judge / HEAD)
     with pytest.raises(ScorerError, match="the run was started with"):
-        load_scorer(recipe.reward, recipe.folder, CPU).restored(before.state())
+        load_scorer(recipe.reward, recipe.folder, CPU).restored(before.state(), {})
 
 
 # --- through the front door ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from kltune.lm.model.opening import load_policy
 from kltune.recipe import SFTRecipe
 from kltune.run.optimizer import make_optimizer
 from kltune.stages.sft import imitate, run_sft
+from kltune.train.learner import Learner
 from tests.stages.conftest import SFT, read_jsonl, write_recipe
 
 RULES = {"template": "auto", "on_overlong": "truncate", "on_bad_row": "error"}
@@ -97,7 +98,7 @@ def test_the_gradient_is_that_of_the_response_tokens_alone(sft_recipe, micro):
 
     optimizer = Kept(parameters.values(), lr=1.0)
     optimizer.zero_grad()
-    imitate(recipe, policy, optimizer, examples)
+    imitate(recipe, Learner(policy, {"policy": optimizer}), examples)
     assert max(grad.abs().max().item() for grad in by_hand.values()) > 1e-3
     for name, grad in by_hand.items():
         assert torch.allclose(optimizer.kept[name], grad, atol=1e-6), name
@@ -176,7 +177,7 @@ def test_full_fine_tuning_trains_every_weight_and_leaves_the_reference_alone(sft
         recipe.data.texts, policy.tokenizer, end_token=1, max_prompt_tokens=20, max_response_tokens=20, **RULES
     )
     optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim, "model")
-    imitate(recipe, policy, optimizer, examples)
+    imitate(recipe, Learner(policy, {"policy": optimizer}), examples)
     for name, tensor in base.state_dict().items():
         assert not torch.equal(policy.model.state_dict()[name], tensor), f"{name} was not trained"
         assert torch.equal(policy._reference_tensors[name], tensor), f"{name} of the reference moved"

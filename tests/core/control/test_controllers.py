@@ -19,7 +19,7 @@ import pytest
 
 from kltune.core.control.controllers import Controller, Dual, FixedBeta, LogPI, Ziegler, feed_forward
 from kltune.recipe import KLSection
-from kltune.train.budget import controller_of
+from kltune.train.budget import Budget
 from tests.oracles import BANDIT_REFERENCE, BANDIT_REWARDS
 
 REFERENCE, REWARDS = BANDIT_REFERENCE.numpy(), BANDIT_REWARDS.numpy()
@@ -30,13 +30,13 @@ STEERED = ("log_pi", "ziegler", "dual")
 
 def make(controller: str, target: float = 0.5, **keys: float) -> Controller:
     """The controller that a recipe with these keys gets."""
-    return controller_of(KLSection(controller=controller, target=target, **keys), updates_per_step=1)
+    return Budget.of(KLSection(controller=controller, target=target, **keys), updates_per_step=1).controller
 
 
-def seen(controller: Controller, kls: list[float], target: float = 1.0, spread: float = 1.0) -> Controller:
+def seen(controller: Controller, kls: list[float], target: float = 1.0, pull: float = 1.0) -> Controller:
     """The controller after it has seen these KLs."""
     for kl in kls:
-        controller = controller.updated(kl, target, spread=spread, responses=64)
+        controller = controller.updated(kl, target, pull=pull, responses=64)
     return controller
 
 
@@ -59,7 +59,7 @@ def plant(
         reward = scale(n) * REWARDS
         spread = math.sqrt(max(float((p * reward**2).sum() - (p * reward).sum() ** 2), 0.0))
         shown = kl * math.exp(0.15 * rng.standard_normal() - 0.5 * 0.15**2)
-        controller = controller.updated(shown, target, spread=spread, responses=512)
+        controller = controller.updated(shown, target, pull=spread, responses=512)
         tilt = (1.0 - eta * controller.beta) * tilt + eta * reward
         tilt -= (REFERENCE * tilt).sum()
         course.append(kl / target)
@@ -78,29 +78,29 @@ def settled_after(course: np.ndarray, band: float) -> int:
 def test_ziegler_by_hand():
     # e = clip(12/6 − 1, ±0.2) = 0.2;  β = 0.15 (1 + 0.2 · 512/10,000) = 0.151536
     controller = Ziegler(0.15, horizon=10_000, beta_min=1e-4, beta_max=1e3)
-    after = controller.updated(12.0, 6.0, spread=1.0, responses=512)
+    after = controller.updated(12.0, 6.0, pull=1.0, responses=512)
     assert after.beta == pytest.approx(0.151536, abs=1e-12)
-    below = controller.updated(5.7, 6.0, spread=1.0, responses=512)  # e = −0.05
+    below = controller.updated(5.7, 6.0, pull=1.0, responses=512)  # e = −0.05
     assert below.beta == pytest.approx(0.15 * (1 - 0.05 * 0.0512), abs=1e-12)
 
 
 def test_ziegler_never_turns_negative_at_more_than_five_horizons_per_batch():
     controller = Ziegler(0.15, horizon=100, beta_min=1e-4, beta_max=1e3)
-    after = controller.updated(0.0, 6.0, spread=1.0, responses=600)  # 1 − 0.2 · 6 = −0.2 as published
+    after = controller.updated(0.0, 6.0, pull=1.0, responses=600)  # 1 − 0.2 · 6 = −0.2 as published
     assert after.beta == pytest.approx(0.015, abs=1e-12)
 
 
 def test_dual_by_hand():
     controller = Dual(0.5, lr=0.1, beta_min=1e-4, beta_max=1e3)
-    assert controller.updated(3.0, 2.0, spread=1.0, responses=1).beta == pytest.approx(0.5 * math.exp(0.05), abs=1e-12)
-    assert controller.updated(9.0, 2.0, spread=1.0, responses=1).beta == pytest.approx(0.5 * math.exp(0.1), abs=1e-12)
-    assert controller.updated(0.0, 2.0, spread=1.0, responses=1).beta == pytest.approx(0.5 * math.exp(-0.1), abs=1e-12)
+    assert controller.updated(3.0, 2.0, pull=1.0, responses=1).beta == pytest.approx(0.5 * math.exp(0.05), abs=1e-12)
+    assert controller.updated(9.0, 2.0, pull=1.0, responses=1).beta == pytest.approx(0.5 * math.exp(0.1), abs=1e-12)
+    assert controller.updated(0.0, 2.0, pull=1.0, responses=1).beta == pytest.approx(0.5 * math.exp(-0.1), abs=1e-12)
 
 
 def test_a_fixed_price_is_never_moved():
     controller = make("log_pi", control="fixed", beta=0.3)
     assert controller == FixedBeta(0.3)
-    assert controller.updated(100.0, 0.0, spread=5.0, responses=8) is controller
+    assert controller.updated(100.0, 0.0, pull=5.0, responses=8) is controller
 
 
 def test_the_feed_forward_is_the_price_of_a_gaussian_tilt():
@@ -111,23 +111,23 @@ def test_the_feed_forward_is_the_price_of_a_gaussian_tilt():
 
 @pytest.mark.parametrize("name", ["ziegler", "dual"])
 def test_the_first_price_comes_from_the_spread_of_the_scores(name):
-    once = make(name).updated(0.7, 0.5, spread=3.0, responses=64)
+    once = make(name).updated(0.7, 0.5, pull=3.0, responses=64)
     assert once.beta == pytest.approx(feed_forward(3.0, 0.5))
 
 
 @pytest.mark.parametrize("name", STEERED)
 def test_scores_on_twice_the_scale_cost_twice_as_much(name):
-    once, twice = (make(name).updated(0.5, 0.5, spread=spread, responses=64).beta for spread in (1.5, 3.0))
+    once, twice = (make(name).updated(0.5, 0.5, pull=spread, responses=64).beta for spread in (1.5, 3.0))
     assert twice == pytest.approx(2.0 * once)
 
 
 def test_log_pi_on_target_charges_about_the_feed_forward():
-    assert seen(make("log_pi"), [1.0] * 100, spread=3.0).beta == pytest.approx(feed_forward(3.0, 1.0), rel=0.35)
+    assert seen(make("log_pi"), [1.0] * 100, pull=3.0).beta == pytest.approx(feed_forward(3.0, 1.0), rel=0.35)
 
 
 @pytest.mark.parametrize("name", STEERED)
 def test_more_kl_is_never_cheaper(name):
-    prices = [make(name, beta=1.0).updated(kl, 1.0, spread=1.0, responses=64).beta for kl in (0.0, 0.5, 1.0, 2.0, 50.0)]
+    prices = [make(name, beta=1.0).updated(kl, 1.0, pull=1.0, responses=64).beta for kl in (0.0, 0.5, 1.0, 2.0, 50.0)]
     assert prices == sorted(prices)
     assert prices[0] < prices[-1]
 
@@ -137,14 +137,14 @@ def test_bounds_hold_from_both_sides(name):
     controller = make(name, beta=1.0, beta_min=0.8, beta_max=1.3)
     for kl in (1e6, 1e-9, 0.0):
         for _ in range(400):
-            controller = controller.updated(kl, 1.0, spread=1.0, responses=512)
+            controller = controller.updated(kl, 1.0, pull=1.0, responses=512)
             assert 0.8 <= controller.beta <= 1.3
         assert controller.beta == pytest.approx(1.3 if kl > 1 else 0.8)
 
 
 @pytest.mark.parametrize("name", STEERED)
 def test_scores_that_do_not_differ_leave_a_price_above_zero(name):
-    assert make(name).updated(1.0, 1.0, spread=0.0, responses=64).beta == pytest.approx(1e-4)
+    assert make(name).updated(1.0, 1.0, pull=0.0, responses=64).beta == pytest.approx(1e-4)
 
 
 @pytest.mark.parametrize("name", STEERED)
@@ -155,7 +155,7 @@ def test_scores_that_do_not_differ_leave_a_price_above_zero(name):
 def test_what_is_no_number_is_refused(name, kl, target, spread):
     for controller in (make(name), seen(make(name), [1.0, 2.0])):
         with pytest.raises(ValueError, match=r"finite|above 0"):
-            controller.updated(kl, target, spread=spread, responses=64)
+            controller.updated(kl, target, pull=spread, responses=64)
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
@@ -169,8 +169,8 @@ def test_a_saved_state_goes_on_bit_for_bit(name):
     for n, (kl, spread) in enumerate(zip(kls, spreads, strict=True)):
         if n in (1, 17, 40):  # through JSON, as a checkpoint has it, into the controller of a new process
             broken = replace(make(name), **json.loads(json.dumps(asdict(broken))))
-        unbroken = unbroken.updated(kl, 1.0, spread=spread, responses=64)
-        broken = broken.updated(kl, 1.0, spread=spread, responses=64)
+        unbroken = unbroken.updated(kl, 1.0, pull=spread, responses=64)
+        broken = broken.updated(kl, 1.0, pull=spread, responses=64)
         assert asdict(unbroken) == asdict(broken)
 
 
@@ -178,7 +178,7 @@ def test_a_saved_state_goes_on_bit_for_bit(name):
 def test_an_update_leaves_the_controller_before_it_alone(name):
     before = make(name)
     state = asdict(before)
-    before.updated(3.0, 1.0, spread=1.0, responses=64)
+    before.updated(3.0, 1.0, pull=1.0, responses=64)
     assert asdict(before) == state
     with pytest.raises(FrozenInstanceError):
         before.beta = 1.0

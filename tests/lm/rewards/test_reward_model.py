@@ -50,7 +50,7 @@ def new_reward(open_policy) -> Callable[..., RewardModel]:
 
     def make(**keywords) -> RewardModel:
         model = RewardModel(open_policy(**{"lora": WIDE} | keywords))
-        randomize(model.parameters())
+        randomize(model.trainable_parameters())
         return model
 
     return make
@@ -91,7 +91,7 @@ def test_a_fresh_reward_model_gives_0_and_learns_in_adapter_and_head(open_policy
     assert model.measure_rows(ROWS).tolist() == [0.0] * 4
     randomize(model.head_parameters())
     model.scores(*model.batch(ROWS)).sum().backward()
-    grads = [tensor.grad for name, tensor in model.parameters().items() if "lora_B" in name or "head" in name]
+    grads = [tensor.grad for name, tensor in model.trainable_parameters().items() if "lora_B" in name or "head" in name]
     assert all(grad is not None and grad.abs().max() > 0 for grad in grads)
     assert all(tensor.dtype == torch.float32 for tensor in model.head_parameters().values())
 
@@ -104,7 +104,7 @@ def test_rows_score_the_same_alone_and_beside_longer_ones(new_reward):
 
 def test_the_head_is_float32_over_a_bfloat16_base(open_policy):
     model = RewardModel(open_policy(lora=WIDE, dtype="bfloat16"))
-    randomize(model.parameters())
+    randomize(model.trainable_parameters())
     assert model.measure_rows(ROWS).dtype == torch.float32
     assert model.head.linear.weight.dtype == torch.float32
 
@@ -182,7 +182,7 @@ def test_other_architectures_share_as_well(open_policy, new_reward, tmp_path, ar
 
 def test_it_adds_only_its_adapter_and_head_to_what_is_held(open_policy, saved_reward):
     def held(policy) -> int:
-        return sum(tensor.numel() for tensor in policy.model.parameters())
+        return sum(tensor.numel() for tensor in policy.model.trainable_parameters())
 
     policy = open_policy(lora=NARROW)
     base = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_pretrained(policy.fingerprint.path).parameters())
