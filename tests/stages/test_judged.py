@@ -13,6 +13,7 @@ from kltune.recipe import load_recipe
 from kltune.run.caches import StoredAnswers
 from kltune.run.checkpoint import latest_checkpoint, saved_step
 from kltune.stages.ppo import run_ppo
+from kltune.stages.sft import run_sft
 from kltune.stages.trpo import run_trpo
 from tests.judges import Endpoint, Reply, part, serving
 from tests.stages.conftest import PPO, read_jsonl, write_recipe
@@ -180,6 +181,28 @@ def test_a_gold_judge_is_asked_about_evaluations_only(ppo_recipe):
     assert 10.0 < asked[0] <= 20.0      # of the policy's ten answers and of the reference's, where those are others
     assert asked[1] == 0.0
     assert max(texts(endpoint).values()) == 1
+
+
+@pytest.mark.parametrize("stage", ["ppo", "sft"])
+def test_a_gold_judge_that_dies_costs_no_step_in_any_stage(ppo_recipe, sft_recipe, tmp_path, stage):
+    make, run = {"ppo": (ppo_recipe, run_ppo), "sft": (sft_recipe, run_sft)}[stage]
+    answer = Mortal()
+    with serving(answer) as endpoint:
+        gold = f"eval.gold={{kind: judge, url: {endpoint.url!r}, model: m, name: gold, retries: 0}}"
+        keys = (gold, "run.steps=7", "run.eval_every=2", "run.save_every=100")
+        unbroken, broken = (make(*keys, output=str(tmp_path / name)) for name in ("unbroken", "broken"))
+        run(unbroken, resume=False)
+        asked = [int(row["judge/gold_asked"]) for row in read_jsonl(tmp_path / "unbroken" / "metrics.jsonl")]
+        assert min(asked[1], asked[3], asked[5]) > 0 == asked[0] == asked[2]
+        answer.dies_after = len(endpoint.asked) + sum(asked[:4])      # after the evaluations of steps 2 and 4
+        with pytest.raises(JudgeError, match="Nothing is lost: --resume goes on after step 5") as caught:
+            run(broken, resume=False)
+        assert caught.value.exit_code == 75
+        assert json.loads((tmp_path / "broken" / "run.json").read_text())["status"] == "interrupted"
+        assert saved_step(latest_checkpoint(tmp_path / "broken")) == 5
+        answer.dies_after = None
+        run(broken, resume=True)
+    assert_same_run(tmp_path / "broken", tmp_path / "unbroken", 7)
 
 
 def test_answers_survive_a_line_that_was_cut_short(tmp_path):

@@ -175,8 +175,11 @@ def test_any_parts_are_saved_and_restored_undone_and_put_back_bit_for_bit(polici
     fresh.restore(folder)
     assert differences(before, everything(fresh)) == []
     assert differences(before, everything(learner)) == []     # restoring one touches no other
+    if fresh.budget is not None and fresh.budget.cap is not None:
+        randomize(fresh.policy.trainable_parameters(), seed=9)
+        fresh.put_back(fresh.budget.last_within.tensors)
+        assert differences(before, everything(fresh)) == []
 
-    learner.go_back(undo)
     assert differences(before, everything(stir(learner, names, seed=2)))
     learner.go_back(undo)
     assert differences(before, everything(learner)) == []
@@ -199,8 +202,13 @@ def test_what_an_undo_holds_outlives_further_steps_and_may_be_used_again(policie
         assert differences(before, everything(learner)) == []
 
 
-def test_a_checkpoint_without_a_part_of_this_run_is_refused_by_name(policies, tmp_path):
-    learner = make(policies[0], ("means",), seed=0)
-    folder = save_checkpoint(tmp_path, 1, learner.model.save, info={}, tensors={}, state=learner.state(), keep=1)
-    with pytest.raises(CheckpointError, match=r"does not hold the state of budget, trust_region"):
-        make(policies[1], ("means", "trust_region", "budget dual"), seed=1).restore(folder)
+@pytest.mark.parametrize(("tensors", "words"), [
+    ({}, "does not hold the state of budget, does not hold the state of trust_region: another version"),
+    ({"optimizer": {"0.weight/exp_avg": torch.zeros(1)}}, "holds optimizer, which this run does not have: another"),
+])
+def test_a_checkpoint_of_other_parts_is_refused_by_their_names(policies, tmp_path, tensors, words):
+    learner = make(policies[0], ("means", "policy optimizer"), seed=0)
+    folder = save_checkpoint(tmp_path, 1, learner.model.save, info={}, tensors=tensors, state=learner.state(), keep=1)
+    more = () if tensors else ("trust_region", "budget dual")
+    with pytest.raises(CheckpointError, match=words):
+        make(policies[1], ("means", "policy optimizer", *more), seed=1).restore(folder)

@@ -182,7 +182,7 @@ def test_other_architectures_share_as_well(open_policy, new_reward, tmp_path, ar
 
 def test_it_adds_only_its_adapter_and_head_to_what_is_held(open_policy, saved_reward):
     def held(policy) -> int:
-        return sum(tensor.numel() for tensor in policy.model.trainable_parameters())
+        return sum(tensor.numel() for tensor in policy.model.parameters())
 
     policy = open_policy(lora=NARROW)
     base = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_pretrained(policy.fingerprint.path).parameters())
@@ -198,7 +198,7 @@ def test_it_adds_only_its_adapter_and_head_to_what_is_held(open_policy, saved_re
 
 def test_two_reward_models_lie_side_by_side(open_policy, new_reward, saved_reward, tmp_path):
     other = new_reward(lora=NARROW)
-    randomize(other.parameters(), seed=5)
+    randomize(other.trainable_parameters(), seed=5)
     second = save_reward(tmp_path / "second", other)
     policy = open_policy()
     readers = [open_reward_model(folder, policy, CPU)[0] for folder in (saved_reward, second)]
