@@ -15,7 +15,11 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from kltune.cli import main
 from kltune.recipe import Recipe, load_recipe
-from kltune.stages import ppo, reward
+from kltune.stages.dpo import run_dpo
+from kltune.stages.ppo import run_ppo
+from kltune.stages.reward import run_reward
+from kltune.stages.sft import run_sft
+from kltune.stages.trpo import run_trpo
 from kltune.train import finish as finishing
 from tests.oracles import BANDIT_REFERENCE, save_tiny_lm
 
@@ -118,6 +122,7 @@ ORACLE_TRPO = ORACLE | {
     "trpo": {"baseline": "rloo", "damping": 0.01, "fisher_fraction": 1.0, "cg_iterations": 20},
 }
 
+RUNS = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "trpo": run_trpo, "dpo": run_dpo}
 MakeRecipe = Callable[..., Recipe]
 EvalKL = Callable[..., tuple[int, dict[str, Any], str]]
 
@@ -214,61 +219,33 @@ def write_recipe(folder: Path, base: dict[str, Any], model: Path, prompts: tuple
     return path
 
 
-@pytest.fixture
-def ppo_file(tmp_path: Path, llama: Path) -> Path:
-    """A PPO recipe on the random Llama; its run goes to ``run`` beside it."""
-    return write_recipe(tmp_path / "ppo", PPO, llama)
+def recipe_fixture(name: str, base: dict[str, Any], model: str = "llama", prompts: tuple[str, ...] = PROMPTS) -> Any:
+    """A fixture: a function from overrides (and an output) to a recipe on the model that another fixture gives."""
+
+    @pytest.fixture(name=name)
+    def fixture(request: pytest.FixtureRequest, tmp_path: Path) -> MakeRecipe:
+        folder = tmp_path / name.removesuffix("_recipe")
+        path = write_recipe(folder, base, request.getfixturevalue(model), prompts)
+        return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
+
+    return fixture
 
 
-@pytest.fixture
-def sft_file(tmp_path: Path, llama: Path) -> Path:
-    """An SFT recipe on the random Llama."""
-    return write_recipe(tmp_path / "sft", SFT, llama)
+def on_oracle(base: dict[str, Any], reward: str, **sampling: Any) -> dict[str, Any]:
+    """A recipe on a listed model, with its own reward."""
+    return base | {"reward": [{"kind": "function", "path": f"rewards.py:{reward}"}],
+                   "sampling": base["sampling"] | sampling}
 
 
-@pytest.fixture
-def ppo_recipe(ppo_file: Path) -> MakeRecipe:
-    """A function from overrides (and an output) to the PPO recipe."""
-    return lambda *overrides, output=None: load_recipe(ppo_file, overrides, output=output)
-
-
-@pytest.fixture
-def trpo_recipe(tmp_path: Path, llama: Path) -> MakeRecipe:
-    """A function from overrides (and an output) to a TRPO recipe on the random Llama."""
-    path = write_recipe(tmp_path / "trpo", TRPO, llama)
-    return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
-
-
-@pytest.fixture
-def dpo_file(tmp_path: Path, llama: Path) -> Path:
-    """A plain DPO recipe on the random Llama."""
-    return write_recipe(tmp_path / "dpo", DPO, llama)
-
-
-@pytest.fixture
-def dpo_recipe(dpo_file: Path) -> MakeRecipe:
-    """A function from overrides (and an output) to the DPO recipe."""
-    return lambda *overrides, output=None: load_recipe(dpo_file, overrides, output=output)
-
-
-@pytest.fixture
-def online(tmp_path: Path, llama: Path) -> MakeRecipe:
-    """A function from overrides (and an output) to an online DPO recipe on the random Llama: an a is worth a point."""
-    path = write_recipe(tmp_path / "online", ONLINE, llama)
-    return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
-
-
-@pytest.fixture
-def sft_recipe(sft_file: Path) -> MakeRecipe:
-    """A function from overrides (and an output) to the SFT recipe."""
-    return lambda *overrides, output=None: load_recipe(sft_file, overrides, output=output)
-
-
-@pytest.fixture
-def reward_recipe(tmp_path: Path, llama: Path) -> MakeRecipe:
-    """A function from overrides (and an output) to a reward recipe on the random Llama: an a is preferred."""
-    path = write_recipe(tmp_path / "reward", REWARD, llama)
-    return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
+ppo_recipe, trpo_recipe = recipe_fixture("ppo_recipe", PPO), recipe_fixture("trpo_recipe", TRPO)
+sft_recipe, reward_recipe = recipe_fixture("sft_recipe", SFT), recipe_fixture("reward_recipe", REWARD)
+dpo_recipe, online_recipe = recipe_fixture("dpo_recipe", DPO), recipe_fixture("online_recipe", ONLINE)
+ARMS = {"reward": "arms", "max_new_tokens": 1}
+WORDS = {"reward": "tiny", "max_new_tokens": 3, "missing_end_penalty": 0.5}
+bandit_recipe = recipe_fixture("bandit_recipe", on_oracle(ORACLE, **ARMS), "bandit", ("<s>",))
+bandit_trpo = recipe_fixture("bandit_trpo", on_oracle(ORACLE_TRPO, **ARMS), "bandit", ("<s>",))
+tiny_recipe = recipe_fixture("tiny_recipe", on_oracle(ORACLE, **WORDS), "tiny_lm_folder", ("<s>",))
+tiny_trpo = recipe_fixture("tiny_trpo", on_oracle(ORACLE_TRPO, **WORDS), "tiny_lm_folder", ("<s>",))
 
 
 @pytest.fixture(scope="session")
@@ -276,43 +253,17 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
     """A finished reward model on the random Llama that likes an a."""
     path = write_recipe(tmp_path_factory.mktemp("judge"), REWARD, llama)
     with without_page():
-        return Path(reward.run_reward(load_recipe(path, ["run.steps=25"]), resume=False)["final"])
+        return Path(run_reward(load_recipe(path, ["run.steps=25"]), resume=False)["final"])
 
 
-@pytest.fixture
-def bandit_recipe(tmp_path: Path, bandit: Path) -> MakeRecipe:
-    """A function from overrides to a recipe on ORACLE-A at β = 1."""
-    base = ORACLE | {"reward": [{"kind": "function", "path": "rewards.py:arms"}]}
-    base["sampling"] = base["sampling"] | {"max_new_tokens": 1}
-    path = write_recipe(tmp_path / "bandit", base, bandit, ("<s>",))
-    return lambda *overrides: load_recipe(path, overrides)
+def ran(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run a recipe to its end: its result, and the rows of its metrics.jsonl."""
+    return RUNS[recipe.stage](recipe, resume=False), rows_of(recipe)
 
 
-@pytest.fixture
-def tiny_recipe(tmp_path: Path, tiny_lm_folder: Path) -> MakeRecipe:
-    """A function from overrides to a recipe on ORACLE-B at β = 1."""
-    base = ORACLE | {"reward": [{"kind": "function", "path": "rewards.py:tiny"}]}
-    base["sampling"] = base["sampling"] | {"max_new_tokens": 3, "missing_end_penalty": 0.5}
-    path = write_recipe(tmp_path / "tiny", base, tiny_lm_folder, ("<s>",))
-    return lambda *overrides: load_recipe(path, overrides)
-
-
-@pytest.fixture
-def bandit_trpo(tmp_path: Path, bandit: Path) -> MakeRecipe:
-    """A function from overrides to a TRPO recipe on ORACLE-A at β = 1, hardly damped."""
-    base = ORACLE_TRPO | {"reward": [{"kind": "function", "path": "rewards.py:arms"}]}
-    base["sampling"] = base["sampling"] | {"max_new_tokens": 1}
-    path = write_recipe(tmp_path / "bandit-trpo", base, bandit, ("<s>",))
-    return lambda *overrides: load_recipe(path, overrides)
-
-
-@pytest.fixture
-def tiny_trpo(tmp_path: Path, tiny_lm_folder: Path) -> MakeRecipe:
-    """A function from overrides to a TRPO recipe on ORACLE-B at β = 1, hardly damped."""
-    base = ORACLE_TRPO | {"reward": [{"kind": "function", "path": "rewards.py:tiny"}]}
-    base["sampling"] = base["sampling"] | {"max_new_tokens": 3, "missing_end_penalty": 0.5}
-    path = write_recipe(tmp_path / "tiny-trpo", base, tiny_lm_folder, ("<s>",))
-    return lambda *overrides: load_recipe(path, overrides)
+def rows_of(recipe: Recipe) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    return read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -340,7 +291,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
     """A finished PPO run on the random Llama, a nat or so away from it."""
     path = write_recipe(tmp_path_factory.mktemp("trained"), PPO, llama)
     with without_page():
-        return Path(ppo.run_ppo(load_recipe(path, ["kl.target=2", "run.steps=8"]), resume=False)["output"])
+        return Path(run_ppo(load_recipe(path, ["kl.target=2", "run.steps=8"]), resume=False)["output"])
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from kltune.stages import dpo
 from kltune.stages.dpo import LOSS_REFERENCE, MEANS, LossReference, RunningMeans, run_dpo
 from kltune.train.learner import Learner
 from kltune.train.preferences import Preferences, log_ratios, margins
-from tests.stages.test_dpo import rows_of, small_preferences
+from tests.stages.conftest import ran, rows_of
+from tests.stages.test_dpo import small_preferences
 from tests.stages.test_resume import assert_same_run, run_with_stops, saved_tensors
 from tests.tiny_policies import plain_logprobs
 
@@ -46,9 +47,7 @@ def test_the_beta_of_a_batch_follows_its_margin_and_the_running_mean(trained_pol
 
 
 def test_the_beta_of_each_step_is_reported_and_prices_no_kl(dpo_recipe):
-    recipe = dpo_recipe("dpo.dynamic_beta=0.6", "run.steps=8", "eval.responses=2")
-    run_dpo(recipe, resume=False)
-    rows, usual = rows_of(recipe), 0.0
+    rows, usual = ran(dpo_recipe("dpo.dynamic_beta=0.6", "run.steps=8", "eval.responses=2"))[1], 0.0
     assert rows[0]["dpo/beta"] == pytest.approx(0.1, rel=1e-4)       # before anything has moved every margin is 0
     for row in rows:
         usual = 0.9 * usual + 0.1 * row["pairs/margin_nats"]
@@ -85,9 +84,7 @@ def _without_own(row: dict) -> dict:
 
 
 def test_a_loss_held_against_the_step_before_starts_each_step_at_0_while_the_kl_grows(dpo_recipe):
-    recipe = dpo_recipe(*LEAP, SAMPLED, "run.steps=8", "eval.responses=4")
-    run_dpo(recipe, resume=False)
-    rows = rows_of(recipe)
+    _, rows = ran(dpo_recipe(*LEAP, SAMPLED, "run.steps=8", "eval.responses=4"))
     for row in rows:
         assert row["loss/mean"] == pytest.approx(LOG2, abs=1e-5)
         assert row["dpo/margin_nats"] == pytest.approx(0.0, abs=1e-4)
@@ -101,8 +98,7 @@ def test_a_loss_held_against_the_step_before_starts_each_step_at_0_while_the_kl_
 
 def test_a_leap_every_few_steps_is_between(dpo_recipe):
     recipe = dpo_recipe(*LEAP, "dpo.reference_every=3", SAMPLED, "run.steps=7", "eval.responses=4")
-    run_dpo(recipe, resume=False)
-    own = [row["dpo/margin_nats"] for row in rows_of(recipe)]
+    own = [row["dpo/margin_nats"] for row in ran(recipe)[1]]
     assert [abs(margin) < 1e-4 for margin in own] == [True, False, False, True, False, False, True]
     whole = [row["pairs/margin_nats"] for row in rows_of(recipe)]
     assert own[1:3] == whole[1:3]
@@ -124,16 +120,14 @@ def test_the_reference_goes_as_far_as_its_alpha_says(dpo_recipe, monkeypatch):
 
 def test_plain_dpo_measures_no_kl_to_it(dpo_recipe):
     recipe = dpo_recipe(*LEAP, "run.steps=2", "eval.responses=2")
-    run_dpo(recipe, resume=False)
-    assert [row["kl/loss_ref_nats_per_response"] for row in rows_of(recipe)] == [None, None]
+    assert [row["kl/loss_ref_nats_per_response"] for row in ran(recipe)[1]] == [None, None]
 
 
 @pytest.mark.parametrize("loss", ["robust", "ipo", "hinge", "kto", "bco", "f_dpo", "chi_po"])
 def test_every_loss_with_a_reference_may_have_it_moved(dpo_recipe, loss):
     smoothing = ("dpo.label_smoothing=0.1",) if loss == "robust" else ()
     recipe = dpo_recipe(f"dpo.loss={loss}", *smoothing, *LEAP, "run.steps=4", "eval.responses=2")
-    run_dpo(recipe, resume=False)
-    losses = [row["loss/mean"] for row in rows_of(recipe)]
+    losses = [row["loss/mean"] for row in ran(recipe)[1]]
     assert losses[3] == pytest.approx(losses[0], abs=1e-3)     # where policy and reference are one, each time
     assert rows_of(recipe)[-1]["pairs/margin_nats"] > 0.3
     if loss == "bco":
@@ -159,10 +153,9 @@ def _logprobs_of(policy, examples) -> torch.Tensor:
     return torch.stack([plain_logprobs(policy.model, *row).sum() for row in rows])
 
 
-def test_pairs_of_its_own_are_held_against_it_at_their_temperature(online):
-    recipe = online(*LEAP, "run.steps=4", "sampling.temperature=0.7", "eval.responses=2")
-    run_dpo(recipe, resume=False)
-    for row in rows_of(recipe):
+def test_pairs_of_its_own_are_held_against_it_at_their_temperature(online_recipe):
+    recipe = online_recipe(*LEAP, "run.steps=4", "sampling.temperature=0.7", "eval.responses=2")
+    for row in ran(recipe)[1]:
         assert row["dpo/margin_nats"] == pytest.approx(0.0, abs=1e-4)
         assert row["kl/loss_ref_nats_per_response"] == 0.0
     assert abs(rows_of(recipe)[-1]["pairs/margin_nats"]) > 0.05
@@ -201,7 +194,7 @@ def test_a_run_that_goes_on_measures_only_what_it_has_lost(
         return run_dpo(recipe, resume=resume)
 
     monkeypatch.setattr(Preferences, "_under", counted)
-    run_with_stops(run, broken, monkeypatch, (2,))
+    run_with_stops(run, broken, (2,))
     assert len(measured) == again       # the pairs that are learnt from, and those that are held out
     assert words in capsys.readouterr().err
     assert_same_run(tmp_path / "broken", tmp_path / "unbroken", 4)

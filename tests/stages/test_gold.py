@@ -13,7 +13,7 @@ from kltune.stages.ppo import run_ppo
 from kltune.stages.sft import run_sft
 from kltune.stages.trpo import run_trpo
 from kltune.train import finish as finishing
-from tests.stages.conftest import read_jsonl
+from tests.stages.conftest import ran, read_jsonl, rows_of
 from tests.stages.test_resume import assert_same_run
 
 SAID = ("distinct_1", "distinct_2", "distinct_2_adjusted", "self_bleu", "distinct_2_per_input",
@@ -40,7 +40,7 @@ def test_an_evaluation_writes_every_key_and_the_result_names_gold(greedy):
     wanted = {f"eval/{who}{name}" for name in names for who in ("", "reference_")}
     wanted |= {"eval/tax_nats_per_token", "eval/tax_stderr", "eval/texts_nats_per_token",
                "eval/reference_texts_nats_per_token"}
-    first = read_jsonl(Path(recipe.run.output) / "metrics.jsonl")[0]
+    first = rows_of(recipe)[0]
     for row in (first, result["eval"]):
         assert wanted <= row.keys()
         assert {name for name in wanted if row[name] is None} == set()
@@ -53,9 +53,7 @@ def test_an_evaluation_writes_every_key_and_the_result_names_gold(greedy):
 
 
 def test_with_one_response_to_a_prompt_there_is_nothing_within_one(greedy):
-    recipe = greedy("run.steps=2", "run.eval_every=1", "eval.responses=8")
-    run_ppo(recipe, resume=False)
-    first = read_jsonl(Path(recipe.run.output) / "metrics.jsonl")[0]
+    first = ran(greedy("run.steps=2", "run.eval_every=1", "eval.responses=8"))[1][0]
     assert first["eval/distinct_2_per_input"] is None
     assert first["eval/distinct_2_across_input"] == first["eval/distinct_2"]
 
@@ -94,7 +92,7 @@ def test_a_run_may_end_at_the_peak_of_gold(greedy, capsys):
     recipe = greedy("eval.stop_at_gold_peak=true", "run.save_every=1", "run.keep=50")
     result = run_ppo(recipe, resume=False)
     folder, stopped = Path(recipe.run.output), result["stopped_early"]
-    rows = {row["step"]: row for row in read_jsonl(folder / "metrics.jsonl")}
+    rows = {row["step"]: row for row in rows_of(recipe)}
     peak = max((step for step in rows if "eval/gold_mean" in rows[step]), key=lambda step: rows[step]["eval/gold_mean"])
     assert 0 < peak < stopped["step"] == max(rows) == result["steps"] < 16
     assert (stopped["gold_peak_step"], result["final_step"]) == (peak, peak)

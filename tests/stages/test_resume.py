@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,18 +21,13 @@ from kltune.errors import Interrupted, ScorerError
 from kltune.recipe import Recipe, load_recipe
 from kltune.run.checkpoint import read_state
 from kltune.run.recorder import Report
-from kltune.stages.dpo import run_dpo
 from kltune.stages.ppo import run_ppo
-from kltune.stages.reward import run_reward
-from kltune.stages.sft import run_sft
-from kltune.stages.trpo import run_trpo
-from tests.stages.conftest import DPO, ONLINE, PPO, REWARD, SFT, TRPO, read_jsonl, write_recipe
+from tests.stages.conftest import DPO, ONLINE, PPO, REWARD, RUNS, SFT, TRPO, ran, read_jsonl, rows_of, write_recipe
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
 CUTS = (1, 2, 5)  # of 6 steps; an epoch of prompts ends within step 2, of texts after step 2
 LONG = 24
-RUNS = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "trpo": run_trpo, "dpo": run_dpo}
 
 
 def timeless(folder: Path) -> list[dict[str, float]]:
@@ -68,26 +64,29 @@ def assert_same_run(folder: Path, unbroken: Path, step: int) -> None:
     assert results[0].get("stopped_early") == results[1].get("stopped_early")
 
 
-def run_with_stops(
-    run_stage: Callable[..., dict], recipe: Recipe, monkeypatch: pytest.MonkeyPatch, cuts: tuple[int, ...]
-) -> None:
-    """Run a stage, a SIGTERM arriving in each step of ``cuts``, and continue it each time."""
+@contextmanager
+def signalled_in(step: int) -> Iterator[None]:
+    """Within: SIGTERM arrives in this step of a run."""
     record = Report.step
 
-    def step_and_signal(self: Report, step: int, metrics: dict) -> None:
-        record(self, step, metrics)
-        if step == stop:
+    def step_and_signal(self: Report, now: int, metrics: dict) -> None:
+        record(self, now, metrics)
+        if now == step:
             signal.raise_signal(signal.SIGTERM)
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Report, "step", step_and_signal)
+        yield
+
+
+def run_with_stops(run_stage: Callable[..., dict], recipe: Recipe, cuts: tuple[int, ...]) -> None:
+    """Run a stage, a SIGTERM arriving in each step of ``cuts``, and continue it each time."""
     for stop in cuts:
-        with monkeypatch.context() as patch:
-            patch.setattr(Report, "step", step_and_signal)
-            with pytest.raises(Interrupted) as caught:
-                run_stage(recipe, resume=stop != cuts[0])
+        with signalled_in(stop), pytest.raises(Interrupted) as caught:
+            run_stage(recipe, resume=stop != cuts[0])
         assert caught.value.exit_code == 143
-        folder = Path(recipe.run.output)
-        assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
-        assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == list(range(1, stop + 1))
+        assert json.loads((Path(recipe.run.output) / "run.json").read_text())["status"] == "interrupted"
+        assert [row["step"] for row in rows_of(recipe)] == list(range(1, stop + 1))
     assert run_stage(recipe, resume=True)["status"] == "finished"
     assert json.loads((Path(recipe.run.output) / "run.json").read_text())["resumed_at"] == list(cuts)
 
@@ -133,7 +132,7 @@ RESUMED = {
 
 
 @pytest.mark.parametrize(("base", "keys", "groups"), RESUMED.values(), ids=RESUMED.keys())
-def test_a_stopped_run_goes_on_bit_for_bit(request, monkeypatch, tmp_path, llama, base, keys, groups):
+def test_a_stopped_run_goes_on_bit_for_bit(request, tmp_path, llama, base, keys, groups):
     shared = request.getfixturevalue("reward_model") if MODEL in keys else None
     file = write_recipe(tmp_path, base | {"run": base["run"] | {"steps": STEPS, "eval_every": 2}}, llama)
     keys = [key.format(reward_model=shared) for key in keys]
@@ -141,7 +140,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(request, monkeypatch, tmp_path, llama
     run = RUNS[base["stage"]]
     done = run(unbroken, resume=False)
     peak = done.get("stopped_early")
-    run_with_stops(run, broken, monkeypatch, CUTS if peak is None else (1, done["final_step"] + 1))
+    run_with_stops(run, broken, CUTS if peak is None else (1, done["final_step"] + 1))
     assert_same_run(tmp_path / "broken", tmp_path / "unbroken", done["steps"])
 
     checkpoint = tmp_path / "unbroken" / "checkpoints" / f"step-{done['steps']:06d}"
@@ -159,20 +158,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(request, monkeypatch, tmp_path, llama
     assert (peak is not None) == ("eval.stop_at_gold_peak=true" in keys)
 
 
-def test_a_run_does_not_go_on_with_another_reward_function(ppo_recipe, monkeypatch, tmp_path):
-    recipe = ppo_recipe("run.steps=3", output=str(tmp_path / "run"))
-    record = Report.step
-
-    def step_and_signal(self: Report, step: int, metrics: dict) -> None:
-        record(self, step, metrics)
-        signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Report, "step", step_and_signal)
-        with pytest.raises(Interrupted):
-            run_ppo(recipe, resume=False)
+def test_a_run_does_not_go_on_with_another_reward_function(ppo_recipe):
+    recipe = ppo_recipe("run.steps=3")
+    with signalled_in(1), pytest.raises(Interrupted):
+        run_ppo(recipe, resume=False)
     file = recipe.folder / "rewards.py"
-    known = json.loads((tmp_path / "run" / "run.json").read_text())["rewards"]
+    known = json.loads((Path(recipe.run.output) / "run.json").read_text())["rewards"]
     assert known[0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     file.write_text(file.read_text() + "\n# changed\n")
     with pytest.raises(ScorerError, match="but the run was started with"):
@@ -182,24 +173,15 @@ def test_a_run_does_not_go_on_with_another_reward_function(ppo_recipe, monkeypat
 def test_dropout_is_on_in_training_and_off_in_measuring(sft_recipe, tmp_path):
     losses = []
     for share in (0.0, 0.5):
-        recipe = sft_recipe(f"lora.dropout={share}", "run.steps=3", output=str(tmp_path / str(share)))
-        run_sft(recipe, resume=False)
-        losses.append([row["loss/mean"] for row in read_jsonl(Path(recipe.run.output) / "metrics.jsonl")])
+        _, rows = ran(sft_recipe(f"lora.dropout={share}", "run.steps=3", output=str(tmp_path / str(share))))
+        losses.append([row["loss/mean"] for row in rows])
     assert losses[0][0] == losses[1][0]  # a fresh adapter adds 0, dropped or not
     assert losses[0][2] != losses[1][2]
 
 
-def test_the_last_step_is_not_interrupted(ppo_recipe, monkeypatch):
-    recipe = ppo_recipe("run.steps=2")
-    record = Report.step
-
-    def step_and_signal(self: Report, step: int, metrics: dict) -> None:
-        record(self, step, metrics)
-        if step == 2:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Report, "step", step_and_signal)
-    assert run_ppo(recipe, resume=False)["status"] == "finished"
+def test_the_last_step_is_not_interrupted(ppo_recipe):
+    with signalled_in(2):
+        assert ran(ppo_recipe("run.steps=2"))[0]["status"] == "finished"
 
 
 # --- real processes --------------------------------------------------------------------------------------------------

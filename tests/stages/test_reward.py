@@ -19,13 +19,9 @@ from kltune.stages.ppo import run_ppo
 from kltune.stages.reward import run_reward
 from kltune.stages.trpo import run_trpo
 from tests.oracles import BANDIT_REWARDS
-from tests.stages.conftest import PROMPTS, REWARD, read_jsonl, write_recipe, write_rows
+from tests.stages.conftest import PROMPTS, REWARD, ran, read_jsonl, rows_of, write_recipe, write_rows
 
 CPU = torch.device("cpu")
-
-
-def metrics_of(recipe) -> list[dict]:
-    return read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
 
 
 def run_with_rows(recipe_of, rows: list[dict], *overrides: str, held_out: list[dict] | None = None) -> tuple:
@@ -63,8 +59,7 @@ def test_known_rewards_are_recovered_from_simulated_preferences(tmp_path, bandit
 
 def test_the_loss_falls_from_log_two_and_everything_is_measured(reward_recipe):
     recipe = reward_recipe("run.steps=12", "run.eval_every=5")
-    result = run_reward(recipe, resume=False)
-    rows = metrics_of(recipe)
+    result, rows = ran(recipe)
     assert rows[0]["loss/mean"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[0]["accuracy/mean"] == 0.5
     assert rows[-1]["loss/mean"] < 0.4
@@ -101,8 +96,7 @@ def test_micro_batches_change_no_number(reward_recipe, tmp_path):
     found = []
     for size in ("null", "4"):
         recipe = reward_recipe(f"optim.micro_batch_size={size}", "optim.lr=1e-4", output=str(tmp_path / size))
-        run_reward(recipe, resume=False)
-        found.append([(row["loss/mean"], row["reward/grad_norm"]) for row in metrics_of(recipe)])
+        found.append([(row["loss/mean"], row["reward/grad_norm"]) for row in ran(recipe)[1]])
     for one, other in zip(*found, strict=True):
         assert one == pytest.approx(other, rel=1e-3)
 
@@ -111,7 +105,7 @@ def test_a_rows_margin_is_wanted_on_top(reward_recipe):
     rows = [{"prompt": p, "chosen": "a", "rejected": "b", "margin": m} for p, m in zip(PROMPTS, range(12), strict=True)]
     recipe, _ = run_with_rows(reward_recipe, rows, "optim.batch_size=12", "run.steps=1", "eval.pairs_share=0")
     by_hand = bradley_terry_loss(torch.zeros(12), torch.zeros(12), torch.arange(12.0)).mean().item()
-    assert metrics_of(recipe)[0]["loss/mean"] == pytest.approx(by_hand, abs=1e-5)
+    assert rows_of(recipe)[0]["loss/mean"] == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_smoothing_keeps_the_model_from_being_sure(reward_recipe, tmp_path):
@@ -119,8 +113,7 @@ def test_smoothing_keeps_the_model_from_being_sure(reward_recipe, tmp_path):
     for smoothing in (0.0, 0.3):
         keys = (f"bradley_terry.label_smoothing={smoothing}", "run.steps=40", "optim.schedule=constant")
         recipe = reward_recipe(*keys, output=str(tmp_path / str(smoothing)))
-        run_reward(recipe, resume=False)
-        gaps.append(sum(row["reward/gap"] for row in metrics_of(recipe)[-5:]) / 5)
+        gaps.append(sum(row["reward/gap"] for row in ran(recipe)[1][-5:]) / 5)
     assert gaps[1] == pytest.approx(math.log(0.7 / 0.3), abs=0.3)     # its optimum, 0.847
     assert gaps[0] > 3.0
 
@@ -128,7 +121,7 @@ def test_smoothing_keeps_the_model_from_being_sure(reward_recipe, tmp_path):
 def test_labelled_responses_give_log_odds(reward_recipe):
     rows = [{"prompt": p, "response": r, "label": r == "a a"} for p in PROMPTS for r in ("a a", "no.")]
     recipe, result = run_with_rows(reward_recipe, rows, "run.steps=20")
-    assert metrics_of(recipe)[0]["loss/mean"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows_of(recipe)[0]["loss/mean"] == pytest.approx(math.log(2), abs=1e-6)
     assert result["accuracy"] == 1.0
     assert result["loss"] < 0.3
     assert result["held_out_rows"] == 6

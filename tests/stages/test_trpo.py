@@ -21,7 +21,7 @@ from kltune.stages import trpo
 from kltune.stages.trpo import run_trpo
 from kltune.train import finish as finishing
 from tests.oracles import kl
-from tests.stages.conftest import read_jsonl
+from tests.stages.conftest import ran, rows_of
 from tests.stages.test_oracles import BEST, BEST_KL, RHO, spoken
 
 STEP_KEYS = {
@@ -32,16 +32,12 @@ STEP_KEYS = {
 }
 
 
-def metrics(recipe) -> list[dict]:
-    return read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
-
-
 def test_a_run_leaves_what_every_run_leaves(trpo_recipe, monkeypatch):
     recipe = trpo_recipe("run.save_every=2", "run.eval_every=3")
     monkeypatch.setattr(finishing, "write_page", write_page)
     result = run_trpo(recipe, resume=False)
     folder = Path(recipe.run.output)
-    rows = metrics(recipe)
+    rows = rows_of(recipe)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(row.keys() >= STEP_KEYS | {"trpo/value_loss"} and "nonfinite" not in row for row in rows)
     assert (result["status"], result["stage"], result["final_step"]) == ("finished", "trpo", 4)
@@ -60,8 +56,7 @@ def test_a_reward_is_raised_and_no_step_leaves_the_ball(trpo_recipe, baseline):
         f"trpo.baseline={baseline}", "kl.target=4", "run.steps=12", "sampling.responses_per_prompt=4",
         "trpo.max_step_kl=0.2", *keys,
     )
-    run_trpo(recipe, resume=False)
-    rows = metrics(recipe)
+    _, rows = ran(recipe)
     assert sum(row["score/mean"] for row in rows[-3:]) > 2 * sum(row["score/mean"] for row in rows[:3])
     assert all(row["kl/step_nats_per_response"] <= row["trpo/radius_nats_per_response"] <= 0.2 for row in rows)
     assert [row["trpo/radius_nats_per_response"] for row in rows[:FIRST_SEEN]] == [0.2] * FIRST_SEEN
@@ -85,9 +80,7 @@ def test_the_recorded_step_kl_is_what_the_two_policies_say(trpo_recipe, monkeypa
         return update
 
     monkeypatch.setattr(trpo, "trust_region_step", spy)
-    recipe = trpo_recipe()
-    run_trpo(recipe, resume=False)
-    recorded = [row["kl/step_nats_per_response"] for row in metrics(recipe)]
+    recorded = [row["kl/step_nats_per_response"] for row in ran(trpo_recipe())[1]]
     assert recorded == pytest.approx(seen, rel=1e-3, abs=1e-7)
     assert 0.01 < max(seen) <= 0.05
 
@@ -102,7 +95,7 @@ def test_a_refused_step_leaves_the_policy_as_it_was_to_the_last_bit(trpo_recipe,
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(tensor.abs().max().item() == 0.0 for name, tensor in first.items() if "lora_B" in name)
-    rows = metrics(recipe)
+    rows = rows_of(recipe)
     assert [row["trpo/accepted"] for row in rows] == [0.0, 0.0]
     assert [row["trpo/line_search_tries"] for row in rows] == [3.0, 3.0]
     assert [row["kl/step_nats_per_response"] for row in rows] == [0.0, 0.0]
@@ -116,8 +109,7 @@ def test_equal_scores_move_nothing(trpo_recipe, monkeypatch):
         "run.steps=2", "trpo.baseline=rloo", "optim.lr=1e-4", "trpo.value_minibatch_size=64", "kl.control=fixed",
         "kl.beta=1.0",
     )
-    run_trpo(recipe, resume=False)
-    assert [(row["trpo/accepted"], row["trpo/line_search_tries"]) for row in metrics(recipe)] == [(0.0, 0.0)] * 2
+    assert [(row["trpo/accepted"], row["trpo/line_search_tries"]) for row in ran(recipe)[1]] == [(0.0, 0.0)] * 2
 
 
 def test_fitting_values_does_not_move_the_policy(trpo_recipe, monkeypatch):
@@ -147,9 +139,7 @@ def test_a_gradient_that_is_no_number_stops_the_run(trpo_recipe, monkeypatch):
 def test_the_first_bandit_step_is_the_listed_one(bandit_trpo):
     # δ = .01 with hardly any damping: the LoRA of rank 4 on the head can be any table, so the step is ORACLE-A's,
     # 0.010268 nats, but for the noise of 4,096 responses.
-    recipe = bandit_trpo("run.steps=1", "sampling.responses_per_prompt=4096", "trpo.max_step_kl=0.01")
-    run_trpo(recipe, resume=False)
-    (row,) = metrics(recipe)
+    _, (row,) = ran(bandit_trpo("run.steps=1", "sampling.responses_per_prompt=4096", "trpo.max_step_kl=0.01"))
     assert row["trpo/first_try_nats_per_response"] == pytest.approx(0.010268, rel=0.01)
     assert row["kl/step_nats_per_response"] <= 0.01
     assert row["trpo/line_search_tries"] == 2.0
