@@ -4,6 +4,7 @@ import json
 import string
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ ORACLE_TRPO = ORACLE | {
 
 RUNS = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "trpo": run_trpo, "dpo": run_dpo}
 MakeRecipe = Callable[..., Recipe]
-EvalKL = Callable[..., tuple[int, dict[str, Any], str]]
+Command = Callable[..., tuple[int, Any, str]]
 
 
 def letter_tokenizer() -> PreTrainedTokenizerFast:
@@ -295,14 +296,21 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
 
 
 @pytest.fixture
-def eval_kl(capsys: pytest.CaptureFixture) -> EvalKL:
-    """``kltune eval-kl ... --json`` in this process: exit code, document (its text without --json), stderr."""
+def command(capsys: pytest.CaptureFixture) -> Command:
+    """``kltune ... --json`` in this process: exit code, document (without --json its text), stderr."""
 
-    def call(*arguments: object, as_json: bool = True) -> tuple[int, dict[str, Any], str]:
+    def call(*arguments: object, as_json: bool = True) -> tuple[int, Any, str]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
-            main(["eval-kl", *map(str, arguments), *(["--json"] if as_json else [])])
+            main([*map(str, arguments), *(["--json"] if as_json else [])])
         out, err = capsys.readouterr()
-        return caught.value.code, json.loads(out) if as_json and out else {"text": out}, err
+        assert "Traceback" not in err
+        return caught.value.code, json.loads(out) if as_json and out else out, err
 
     return call
+
+
+@pytest.fixture
+def eval_kl(command: Command) -> Command:
+    """``kltune eval-kl ...``, likewise."""
+    return partial(command, "eval-kl")

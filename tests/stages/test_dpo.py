@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kltune.cli import main
 from kltune.core.control.controllers import pull_at
 from kltune.errors import CheckpointError, DataError, DivergedError
 from kltune.recipe import DataSection, DPOSection
@@ -290,13 +289,11 @@ def test_eval_kl_measures_the_run_on_the_prompts_of_its_pairs(dpo_recipe, eval_k
     assert gap < 4 * math.hypot(ours["stderr"], theirs["stderr"])
 
 
-def test_the_command_prints_its_result_and_the_page_shows_margins(dpo_recipe, capsys):
+def test_the_command_prints_its_result_and_the_page_shows_margins(dpo_recipe, command):
     keys = ("run.steps=3", "kl.control=target", "kl.beta=auto", "kl.target=50", "eval.pairs=held_out_pairs.jsonl")
     overrides = [part for key in keys for part in ("--set", key)]
-    with pytest.raises(SystemExit) as caught:
-        main(["dpo", "--recipe", str(dpo_recipe().folder / "recipe.yaml"), "--json", *overrides])
-    assert caught.value.code == 0
-    result = json.loads(capsys.readouterr().out)
+    code, result, _ = command("dpo", "--recipe", dpo_recipe().folder / "recipe.yaml", *overrides)
+    assert code == 0
     folder = Path(result["output"])
     assert result == json.loads((folder / "result.json").read_text())
     page = write_page(folder).read_text(encoding="utf-8")

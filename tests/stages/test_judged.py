@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from kltune.cli import main
 from kltune.errors import JudgeError, ScorerError
 from kltune.lm.rewards import judge as judge_module
 from kltune.recipe import load_recipe
@@ -138,16 +137,12 @@ def test_a_judge_that_talks_nonsense_ends_with_5_and_the_run_is_saved(ppo_recipe
     assert saved_step(latest_checkpoint(Path(recipe.run.output))) == 1
 
 
-def test_the_command_ends_with_75_and_one_message(ppo_recipe, capsys):
+def test_the_command_ends_with_75_and_one_message(ppo_recipe, command):
     with serving(Mortal(0)) as endpoint:
-        file = str(ppo_recipe().folder / "recipe.yaml")
-        with pytest.raises(SystemExit) as caught:
-            main(["ppo", "--recipe", file, "--set", rewarded_by(endpoint, retries=0)])
-    assert caught.value.code == 75
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "kltune: error: reward j: m at http://127.0.0.1" in captured.err
-    assert "Traceback" not in captured.err
+        file, reward = ppo_recipe().folder / "recipe.yaml", rewarded_by(endpoint, retries=0)
+        code, out, err = command("ppo", "--recipe", file, "--set", reward, as_json=False)
+    assert (code, out) == (75, "")
+    assert "kltune: error: reward j: m at http://127.0.0.1" in err
 
 
 def test_a_gold_judge_is_asked_about_evaluations_only(ppo_recipe):

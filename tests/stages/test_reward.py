@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kltune.cli import main
 from kltune.core.objectives.bradley_terry import bradley_terry_loss
 from kltune.errors import DataError, RecipeError, ScorerError
 from kltune.lm.rewards.reward_model import HEAD, open_reward_model
@@ -206,23 +205,13 @@ def test_a_run_does_not_go_on_with_another_reward_model(ppo_recipe, reward_model
 # --- through the front door ------------------------------------------------------------------------------------------
 
 
-def call(capsys, *arguments: str) -> tuple[int, str, str]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        main(list(arguments))
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    return left.value.code, out, err
-
-
-def test_the_command_prints_one_document_and_a_second_call_trains_nothing(reward_recipe, capsys):
+def test_the_command_prints_one_document_and_a_second_call_trains_nothing(reward_recipe, command):
     recipe = reward_recipe("run.steps=2")
     arguments = ("reward", "-r", str(recipe.folder / "recipe.yaml"), "--set", "run.steps=2")
-    code, out, _ = call(capsys, *arguments, "--json")
-    assert code == 0
-    assert json.loads(out)["stage"] == "reward"
+    code, document, _ = command(*arguments)
+    assert (code, document["stage"]) == (0, "reward")
     written = (Path(recipe.run.output) / "metrics.jsonl").stat().st_mtime_ns
-    code, out, _ = call(capsys, *arguments)
+    code, out, _ = command(*arguments, as_json=False)
     assert (code, (Path(recipe.run.output) / "metrics.jsonl").stat().st_mtime_ns) == (0, written)
     assert "held-out rows" in out
     assert "KL" not in out
@@ -239,11 +228,11 @@ def test_the_command_prints_one_document_and_a_second_call_trains_nothing(reward
     (["data.pairs=absent.jsonl"], 5, ["absent.jsonl does not exist"]),
     (["optim.lr=1e18", "run.steps=8"], 6, ["not finite|is nan|is inf"]),
 ])
-def test_what_is_wrong_is_named_with_its_exit_code(reward_recipe, capsys, overrides, code, words):
+def test_what_is_wrong_is_named_with_its_exit_code(reward_recipe, command, overrides, code, words):
     import re
 
-    file = str(reward_recipe().folder / "recipe.yaml")
-    found, out, err = call(capsys, "reward", "-r", file, *(part for key in overrides for part in ("--set", key)))
+    keys = (part for key in overrides for part in ("--set", key))
+    found, out, err = command("reward", "-r", reward_recipe().folder / "recipe.yaml", *keys, as_json=False)
     assert (found, out) == (code, "")
     assert all(re.search(word, err) for word in words), err
 
@@ -255,8 +244,8 @@ def test_a_margin_that_is_no_number_is_named_with_its_line(reward_recipe, margin
         run_with_rows(reward_recipe, [rows[0], rows[1] | {"margin": margin}])
 
 
-def test_eval_kl_says_that_a_reward_model_is_no_policy(reward_model, capsys):
-    code, _, err = call(capsys, "eval-kl", str(reward_model), "--prompts", "prompts.jsonl")
+def test_eval_kl_says_that_a_reward_model_is_no_policy(reward_model, eval_kl):
+    code, _, err = eval_kl(reward_model, "--prompts", "prompts.jsonl")
     assert code == 5
     assert "is a reward model, which says nothing" in err
 

@@ -10,7 +10,6 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kltune.cli import main
 from kltune.lm.data.examples import load_examples
 from kltune.lm.model.opening import load_policy
 from kltune.recipe import SFTRecipe
@@ -139,7 +138,7 @@ def test_an_sft_adapter_becomes_part_of_the_reference_of_the_next_stage(sft_reci
 # --- full fine-tuning -------------------------------------------------------------------------------------------------
 
 
-def test_full_fine_tuning_saves_a_model_that_eval_kl_measures(sft_recipe, capsys):
+def test_full_fine_tuning_saves_a_model_that_eval_kl_measures(sft_recipe, eval_kl):
     recipe = sft_recipe("lora=null", "optim.lr=2e-3", "run.steps=8")
     result = run_sft(recipe, resume=False)
     losses = [row["loss/mean"] for row in rows_of(recipe)]
@@ -153,11 +152,8 @@ def test_full_fine_tuning_saves_a_model_that_eval_kl_measures(sft_recipe, capsys
     nats, tokens = nats_by_hand(saved, tokenizer, rows)
     assert result["eval"]["eval/texts_nats_per_token"] == pytest.approx(nats / tokens, abs=1e-5)
 
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(["eval-kl", recipe.run.output, "--responses", "10", "--json"])
-    document = json.loads(capsys.readouterr().out)
-    assert caught.value.code == 0
+    code, document, _ = eval_kl(recipe.run.output, "--responses", 10)
+    assert code == 0
     assert document["reference"]["sha256"] == result["reference"]["sha256"]
     assert document["kl"]["exact"]["nats_per_response"] == pytest.approx(result["kl"]["nats_per_response"], abs=1e-6)
     assert document["kl"]["exact"]["nats_per_response"] > 0.01
