@@ -200,11 +200,15 @@ class Learner:
             CheckpointError: it is damaged, or does not hold what this run needs.
         """
         saved, state = read_state(checkpoint)
-        absent = sorted(self._named_parts().keys() - state.keys())
-        if absent:
+        names = self._named_parts().keys()
+        known = names | {f"{name}_optimizer" for name in self.optimizers}
+        # An optimizer that has taken no step has no tensors, so that a group under another name is all there is to see.
+        wrong = [f"does not hold the state of {name}" for name in sorted(names - state.keys())]
+        wrong += [f"holds {name}, which this run does not have" for name in sorted(saved.keys() - known)]
+        if wrong:
             raise CheckpointError(
-                f"{checkpoint} does not hold the state of {', '.join(absent)}: another version of kltune saved it. "
-                "Choose another --output for a new run."
+                f"{checkpoint} {', '.join(wrong)}: another version of kltune saved it. Choose another --output for a "
+                "new run."
             )
         # A copy lies in memory as the original did; a file's does not, and sums depend on that in the last bit.
         device = self.policy.device

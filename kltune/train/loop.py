@@ -18,7 +18,7 @@ from kltune.run.session import Run
 from kltune.train.batch import UNMEASURED, Batch, batch_metrics, response_kl, sample_rows, standardize
 from kltune.train.evaluation import HeldOut, load_held_out
 from kltune.train.finish import finish, stop, watch_over
-from kltune.train.learner import SCORER, BudgetRecipe, Job, Learner
+from kltune.train.learner import ALARMS, SCORER, BudgetRecipe, Job, Learner
 from kltune.train.value_function import VALUE, ValueFunction
 
 
@@ -80,7 +80,7 @@ def begin(job: Job, learner: Learner) -> None:
     if job.pair_judge is not None:
         run.record(rewards=[{"name": job.pair_judge.name, "kind": "judge", **job.pair_judge.identity}])
     if learner.alarms is not None and recipe.eval.stop_at_gold_peak:
-        learner.parts["alarms"] = replace(learner.alarms, peak=learner.model_copied())
+        learner.parts[ALARMS] = replace(learner.alarms, peak=learner.model_copied())
     if learner.budget is not None:
         learner.budget = learner.budget.guarded(learner.copied())
     if run.resume_from is not None:

@@ -25,7 +25,6 @@ from kltune.run.checkpoint import (
     save_checkpoint,
     save_final,
 )
-from kltune.run.optimizer import load_optimizer, optimizer_tensors
 
 AWKWARD = {"beta": 0.1 + 0.2, "tiny": 5e-324, "seed": 2**64 - 1, "done": None, "list": [1, 0.25, "é\n"], "flag": True}
 
@@ -183,58 +182,6 @@ def test_files_that_were_planted_are_never_opened(tmp_path):
     tensors, _ = read_state(checkpoint)
     assert set(tensors) == {"optimizer"}
     assert not canary.exists()
-
-
-def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        optimizer.zero_grad()
-        model(torch.randn(4, 3, generator=generator)).square().sum().backward()
-        optimizer.step()
-
-
-def new_model() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
-    first, second = model[0].parameters(), model[1].parameters()
-    return model, torch.optim.AdamW([{"params": first, "lr": 1e-2}, {"params": second, "lr": 1e-3}], weight_decay=0.1)
-
-
-def test_training_goes_on_exactly_from_a_saved_optimizer(tmp_path):
-    model, optimizer = new_model()
-    names = [name for name, _ in model.named_parameters()]
-    train(model, optimizer, range(3))
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    groups = {"optimizer": optimizer_tensors(optimizer, names), "weights": weights}
-    checkpoint = save_checkpoint(tmp_path, 3, adapter_of(3), info={}, tensors=groups, state={}, keep=1)
-    train(model, optimizer, range(3, 6))
-
-    again, other = new_model()
-    tensors, _ = read_state(checkpoint)
-    again.load_state_dict(tensors["weights"])
-    load_optimizer(other, names, tensors["optimizer"])
-    train(again, other, range(3, 6))
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
-    unbroken, resumed = optimizer_tensors(optimizer, names), optimizer_tensors(other, names)
-    assert unbroken.keys() == resumed.keys()
-    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
-    assert all(unbroken[name].dtype == resumed[name].dtype for name in unbroken)
-
-
-def test_a_fresh_optimizer_has_nothing_to_save_and_loads_nothing():
-    model, optimizer = new_model()
-    names = [name for name, _ in model.named_parameters()]
-    assert optimizer_tensors(optimizer, names) == {}
-    load_optimizer(optimizer, names, {})
-    train(model, optimizer, range(1))
-
-
-@pytest.mark.parametrize("tensors", [{"0.weight/exp_avg": torch.zeros(2, 2)}, {"gone/exp_avg": torch.zeros(4, 3)}])
-def test_an_optimizer_of_other_parameters_is_refused(tensors):
-    model, optimizer = new_model()
-    with pytest.raises(CheckpointError):
-        load_optimizer(optimizer, [name for name, _ in model.named_parameters()], tensors)
 
 
 def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import string
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,18 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from kltune.cli import main
 from kltune.recipe import Recipe, load_recipe
-from kltune.stages import ppo, reward, sft
+from kltune.stages.dpo import run_dpo
+from kltune.stages.ppo import run_ppo
+from kltune.stages.reward import run_reward
+from kltune.stages.sft import run_sft
+from kltune.stages.trpo import run_trpo
 from kltune.train import finish as finishing
 from tests.oracles import BANDIT_REFERENCE, save_tiny_lm
 
 LETTERS = string.ascii_lowercase + " .,"
 SPECIAL = ("<s>", "</s>", "<pad>")
 PROMPTS = ("the ", "once a", "what if ", "no", "my cat", "in may ", "oh", "we sat", "he ran", "ten ", "up", "a dog ")
+MANY = tuple(f"{a}{b}" for a in "abcdefghijklm" for b in "vwxyz")     # few prompts give wide intervals
 HELD_OUT = ("she ", "two by", "if not", "so", "a fish ", "old men", "it was ", "run", "at ten ", "you")
 
 # What the tiny model is taught or scored for. score: a's per response.
@@ -29,6 +35,14 @@ REWARDS = '''
 def score(prompts, responses):
     """How often a response says a."""
     return [float(response.count("a")) for response in responses]
+
+def few(prompts, responses):
+    """An a is good, and more than two are bad."""
+    return [float(min(r.count("a"), 2) - 3 * max(r.count("a") - 2, 0)) for r in responses]
+
+def none(prompts, responses):
+    """An a is bad."""
+    return [-float(response.count("a")) for response in responses]
 
 def nan_later(prompts, responses, calls=[]):
     """Finite in the first call only."""
@@ -88,6 +102,13 @@ DPO = {
     "kl": {"control": "fixed", "beta": 0.0},
     "optim": {"lr": 0.02, "batch_size": 8},
 }
+ONLINE = DPO | {
+    "data": {"prompts": "prompts.jsonl"},
+    "sampling": {"prompts_per_step": 12, "responses_per_prompt": 4, "max_new_tokens": 6},
+    "reward": PPO["reward"],
+    "dpo": {"source": "online"},
+    "optim": {"lr": 0.02},
+}
 ORACLE = {
     "stage": "ppo",
     "lora": {"rank": 4, "alpha": 4.0, "targets": ["lm_head"]},
@@ -102,8 +123,9 @@ ORACLE_TRPO = ORACLE | {
     "trpo": {"baseline": "rloo", "damping": 0.01, "fisher_fraction": 1.0, "cg_iterations": 20},
 }
 
+RUNS = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "trpo": run_trpo, "dpo": run_dpo}
 MakeRecipe = Callable[..., Recipe]
-EvalKL = Callable[..., tuple[int, dict[str, Any], str]]
+Command = Callable[..., tuple[int, Any, str]]
 
 
 def letter_tokenizer() -> PreTrainedTokenizerFast:
@@ -181,6 +203,7 @@ def write_recipe(folder: Path, base: dict[str, Any], model: Path, prompts: tuple
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "prompts.jsonl", [{"prompt": text} for text in prompts])
     write_rows(folder / "held_out.jsonl", [{"prompt": text} for text in HELD_OUT])
+    write_rows(folder / "many.jsonl", [{"prompt": text} for text in MANY])
     texts = [{"prompt": text, "response": f"{text[::-1]}a."} for text in PROMPTS]
     write_rows(folder / "texts.jsonl", texts)
     write_rows(folder / "held_out_texts.jsonl", [{"prompt": t, "response": f"{t[::-1]}a."} for t in HELD_OUT])
@@ -197,54 +220,33 @@ def write_recipe(folder: Path, base: dict[str, Any], model: Path, prompts: tuple
     return path
 
 
-@pytest.fixture
-def ppo_file(tmp_path: Path, llama: Path) -> Path:
-    """A PPO recipe on the random Llama; its run goes to ``run`` beside it."""
-    return write_recipe(tmp_path / "ppo", PPO, llama)
+def recipe_fixture(name: str, base: dict[str, Any], model: str = "llama", prompts: tuple[str, ...] = PROMPTS) -> Any:
+    """A fixture: a function from overrides (and an output) to a recipe on the model that another fixture gives."""
+
+    @pytest.fixture(name=name)
+    def fixture(request: pytest.FixtureRequest, tmp_path: Path) -> MakeRecipe:
+        folder = tmp_path / name.removesuffix("_recipe")
+        path = write_recipe(folder, base, request.getfixturevalue(model), prompts)
+        return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
+
+    return fixture
 
 
-@pytest.fixture
-def sft_file(tmp_path: Path, llama: Path) -> Path:
-    """An SFT recipe on the random Llama."""
-    return write_recipe(tmp_path / "sft", SFT, llama)
+def on_oracle(base: dict[str, Any], reward: str, **sampling: Any) -> dict[str, Any]:
+    """A recipe on a listed model, with its own reward."""
+    return base | {"reward": [{"kind": "function", "path": f"rewards.py:{reward}"}],
+                   "sampling": base["sampling"] | sampling}
 
 
-@pytest.fixture
-def ppo_recipe(ppo_file: Path) -> MakeRecipe:
-    """A function from overrides (and an output) to the PPO recipe."""
-    return lambda *overrides, output=None: load_recipe(ppo_file, overrides, output=output)
-
-
-@pytest.fixture
-def trpo_recipe(tmp_path: Path, llama: Path) -> MakeRecipe:
-    """A function from overrides (and an output) to a TRPO recipe on the random Llama."""
-    path = write_recipe(tmp_path / "trpo", TRPO, llama)
-    return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
-
-
-@pytest.fixture
-def dpo_file(tmp_path: Path, llama: Path) -> Path:
-    """A plain DPO recipe on the random Llama."""
-    return write_recipe(tmp_path / "dpo", DPO, llama)
-
-
-@pytest.fixture
-def dpo_recipe(dpo_file: Path) -> MakeRecipe:
-    """A function from overrides (and an output) to the DPO recipe."""
-    return lambda *overrides, output=None: load_recipe(dpo_file, overrides, output=output)
-
-
-@pytest.fixture
-def sft_recipe(sft_file: Path) -> MakeRecipe:
-    """A function from overrides (and an output) to the SFT recipe."""
-    return lambda *overrides, output=None: load_recipe(sft_file, overrides, output=output)
-
-
-@pytest.fixture
-def reward_recipe(tmp_path: Path, llama: Path) -> MakeRecipe:
-    """A function from overrides (and an output) to a reward recipe on the random Llama: an a is preferred."""
-    path = write_recipe(tmp_path / "reward", REWARD, llama)
-    return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
+ppo_recipe, trpo_recipe = recipe_fixture("ppo_recipe", PPO), recipe_fixture("trpo_recipe", TRPO)
+sft_recipe, reward_recipe = recipe_fixture("sft_recipe", SFT), recipe_fixture("reward_recipe", REWARD)
+dpo_recipe, online_recipe = recipe_fixture("dpo_recipe", DPO), recipe_fixture("online_recipe", ONLINE)
+ARMS = {"reward": "arms", "max_new_tokens": 1}
+WORDS = {"reward": "tiny", "max_new_tokens": 3, "missing_end_penalty": 0.5}
+bandit_recipe = recipe_fixture("bandit_recipe", on_oracle(ORACLE, **ARMS), "bandit", ("<s>",))
+bandit_trpo = recipe_fixture("bandit_trpo", on_oracle(ORACLE_TRPO, **ARMS), "bandit", ("<s>",))
+tiny_recipe = recipe_fixture("tiny_recipe", on_oracle(ORACLE, **WORDS), "tiny_lm_folder", ("<s>",))
+tiny_trpo = recipe_fixture("tiny_trpo", on_oracle(ORACLE_TRPO, **WORDS), "tiny_lm_folder", ("<s>",))
 
 
 @pytest.fixture(scope="session")
@@ -252,43 +254,17 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
     """A finished reward model on the random Llama that likes an a."""
     path = write_recipe(tmp_path_factory.mktemp("judge"), REWARD, llama)
     with without_page():
-        return Path(reward.run_reward(load_recipe(path, ["run.steps=25"]), resume=False)["final"])
+        return Path(run_reward(load_recipe(path, ["run.steps=25"]), resume=False)["final"])
 
 
-@pytest.fixture
-def bandit_recipe(tmp_path: Path, bandit: Path) -> MakeRecipe:
-    """A function from overrides to a recipe on ORACLE-A at β = 1."""
-    base = ORACLE | {"reward": [{"kind": "function", "path": "rewards.py:arms"}]}
-    base["sampling"] = base["sampling"] | {"max_new_tokens": 1}
-    path = write_recipe(tmp_path / "bandit", base, bandit, ("<s>",))
-    return lambda *overrides: load_recipe(path, overrides)
+def ran(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run a recipe to its end: its result, and the rows of its metrics.jsonl."""
+    return RUNS[recipe.stage](recipe, resume=False), rows_of(recipe)
 
 
-@pytest.fixture
-def tiny_recipe(tmp_path: Path, tiny_lm_folder: Path) -> MakeRecipe:
-    """A function from overrides to a recipe on ORACLE-B at β = 1."""
-    base = ORACLE | {"reward": [{"kind": "function", "path": "rewards.py:tiny"}]}
-    base["sampling"] = base["sampling"] | {"max_new_tokens": 3, "missing_end_penalty": 0.5}
-    path = write_recipe(tmp_path / "tiny", base, tiny_lm_folder, ("<s>",))
-    return lambda *overrides: load_recipe(path, overrides)
-
-
-@pytest.fixture
-def bandit_trpo(tmp_path: Path, bandit: Path) -> MakeRecipe:
-    """A function from overrides to a TRPO recipe on ORACLE-A at β = 1, hardly damped."""
-    base = ORACLE_TRPO | {"reward": [{"kind": "function", "path": "rewards.py:arms"}]}
-    base["sampling"] = base["sampling"] | {"max_new_tokens": 1}
-    path = write_recipe(tmp_path / "bandit-trpo", base, bandit, ("<s>",))
-    return lambda *overrides: load_recipe(path, overrides)
-
-
-@pytest.fixture
-def tiny_trpo(tmp_path: Path, tiny_lm_folder: Path) -> MakeRecipe:
-    """A function from overrides to a TRPO recipe on ORACLE-B at β = 1, hardly damped."""
-    base = ORACLE_TRPO | {"reward": [{"kind": "function", "path": "rewards.py:tiny"}]}
-    base["sampling"] = base["sampling"] | {"max_new_tokens": 3, "missing_end_penalty": 0.5}
-    path = write_recipe(tmp_path / "tiny-trpo", base, tiny_lm_folder, ("<s>",))
-    return lambda *overrides: load_recipe(path, overrides)
+def rows_of(recipe: Recipe) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    return read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -300,8 +276,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def without_page() -> Iterator[None]:
     """Within: runs leave out report.html, whose drawing takes longer than they do."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (finishing, reward, sft):
-            patch.setattr(module, "write_page", lambda folder: None)
+        patch.setattr(finishing, "write_page", lambda folder: None)
         yield
 
 
@@ -317,18 +292,25 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
     """A finished PPO run on the random Llama, a nat or so away from it."""
     path = write_recipe(tmp_path_factory.mktemp("trained"), PPO, llama)
     with without_page():
-        return Path(ppo.run_ppo(load_recipe(path, ["kl.target=2", "run.steps=8"]), resume=False)["output"])
+        return Path(run_ppo(load_recipe(path, ["kl.target=2", "run.steps=8"]), resume=False)["output"])
 
 
 @pytest.fixture
-def eval_kl(capsys: pytest.CaptureFixture) -> EvalKL:
-    """``kltune eval-kl ... --json`` in this process: exit code, document (its text without --json), stderr."""
+def command(capsys: pytest.CaptureFixture) -> Command:
+    """``kltune ... --json`` in this process: exit code, document (without --json its text), stderr."""
 
-    def call(*arguments: object, as_json: bool = True) -> tuple[int, dict[str, Any], str]:
+    def call(*arguments: object, as_json: bool = True) -> tuple[int, Any, str]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
-            main(["eval-kl", *map(str, arguments), *(["--json"] if as_json else [])])
+            main([*map(str, arguments), *(["--json"] if as_json else [])])
         out, err = capsys.readouterr()
-        return caught.value.code, json.loads(out) if as_json and out else {"text": out}, err
+        assert "Traceback" not in err
+        return caught.value.code, json.loads(out) if as_json and out else out, err
 
     return call
+
+
+@pytest.fixture
+def eval_kl(command: Command) -> Command:
+    """``kltune eval-kl ...``, likewise."""
+    return partial(command, "eval-kl")

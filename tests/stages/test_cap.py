@@ -1,9 +1,10 @@
 """``kl.hard_cap``: what is beyond it is never called final, whatever the reward pulls at.
 
-The reward counts a's and the price of a nat is next to nothing, so without a cap every run here ends far beyond it.
+The reward counts a's (and pairs want them) at next to no price of a nat: without a cap every run here ends far beyond.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,68 +16,50 @@ from kltune.lm.data.examples import RowRules, load_prompts
 from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model.opening import load_saved_policy
 from kltune.lm.model.sampler import Draw
-from kltune.run.checkpoint import read_state
-from kltune.stages import ppo
+from kltune.stages import dpo, ppo
 from kltune.stages.ppo import run_ppo
-from kltune.stages.trpo import run_trpo
-from kltune.train import finish as finishing
-from kltune.train import loop as training
-from tests.stages.conftest import read_jsonl, write_rows
-from tests.stages.test_resume import CUTS, STEPS, assert_same_run, run_with_stops
+from kltune.train.evaluation import HeldOut
+from kltune.train.finish import finish
+from tests.stages.conftest import ran, rows_of
+from tests.stages.test_resume import timeless
 
-HELD_OUT = ("eval.prompts=pairs.jsonl", "eval.responses=130")
+HELD_OUT = ("eval.prompts=many.jsonl", "eval.responses=130")
 PULL = (
     "kl.control=fixed", "kl.beta=0.001", "kl.target=null", "run.steps=12", *HELD_OUT,
     "sampling.prompts_per_step=32", "sampling.responses_per_prompt=1",
 )
-PPO_PULL = (*PULL, "optim.lr=0.1", "ppo.minibatch_size=16")
-TRPO_PULL = (*PULL, "trpo.max_step_kl=0.3")
-
-
-def rows_of(recipe) -> list[dict]:
-    return read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
+PULLED = {
+    "ppo": (*PULL, "optim.lr=0.1", "ppo.minibatch_size=16"),
+    "trpo": (*PULL, "trpo.max_step_kl=0.3"),
+    "dpo": (*PULL, "optim.lr=0.1", "data.prompts=many.jsonl", "dpo.beta=0.05", "kl.beta=0"),     # no price at all
+}
 
 
 def info_of(folder: Path) -> dict:
     return json.loads((folder / "kltune.json").read_text())
 
 
-@pytest.fixture(autouse=True)
-def _many_held_out_prompts(tmp_path):
-    """Few prompts give wide intervals: 65 letter pairs instead of ten phrases."""
-    for folder in ("ppo", "trpo"):
-        (tmp_path / folder).mkdir()
-        pairs = [{"prompt": f"{a}{b}"} for a in "abcdefghijklm" for b in "vwxyz"]
-        write_rows(tmp_path / folder / "pairs.jsonl", pairs)
+@pytest.fixture(params=PULLED)
+def pulled(request):
+    """A function from more overrides to a recipe that runs away."""
+    make = request.getfixturevalue(f"{request.param}_recipe")
+    return lambda *more: make(*PULLED[request.param], *more)
 
 
-@pytest.fixture(params=["ppo", "trpo"])
-def pulled_run(request, ppo_recipe, trpo_recipe):
-    """A function from more overrides to (the stage's function, a recipe that runs away)."""
-
-    def make(*more: str, output: str | None = None):
-        if request.param == "ppo":
-            return run_ppo, ppo_recipe(*PPO_PULL, *more, output=output)
-        return run_trpo, trpo_recipe(*TRPO_PULL, *more, output=output)
-
-    return make
+def test_without_a_cap_the_policy_is_pulled_far_beyond(pulled):
+    assert ran(pulled())[0]["kl"]["nats_per_response"] > 2.0
 
 
-def test_without_a_cap_the_reward_pulls_far_beyond(pulled_run):
-    run, recipe = pulled_run()
-    assert run(recipe, resume=False)["kl"]["nats_per_response"] > 2.0
-
-
-def test_final_is_within_the_cap_at_its_confidence(pulled_run):
-    run, recipe = pulled_run("kl.hard_cap=1")
-    result = run(recipe, resume=False)
+def test_final_is_within_the_cap_at_its_confidence(pulled):
+    recipe = pulled("kl.hard_cap=1")
+    result, rows = ran(recipe)
     assert result["hard_cap"] == 1.0
     assert result["kl"]["ci95"][1] <= 1.0
     assert info_of(Path(result["final"]))["kl"]["ci95"][1] <= 1.0
-    rows = rows_of(recipe)
-    acted = rows[-1]["kl/cap_rollbacks"] + rows[-1]["kl/cap_refusals"]
-    assert acted >= 1
-    assert rows[-1]["kl/beta"] >= 0.0011  # the price went up from 0.001
+    assert rows[-1]["kl/cap_rollbacks"] + rows[-1]["kl/cap_refusals"] >= 1
+    assert rows[-1]["kl/cap_rollbacks"] == result["cap_rollbacks"]
+    assert rows[0]["kl/beta"] <= 0.001
+    assert rows[-1]["kl/beta"] >= 0.0011
 
     # The claim on other random numbers: its KL is within the cap there too.
     policy = load_saved_policy(Path(result["final"]), recipe.model, device=torch.device("cpu"), is_adapter=True)
@@ -88,55 +71,50 @@ def test_final_is_within_the_cap_at_its_confidence(pulled_run):
 def test_a_cap_that_is_never_met_changes_nothing(ppo_recipe, tmp_path):
     numbers = []
     for name, keys in (("free", ()), ("capped", ("kl.hard_cap=1000",))):
-        recipe = ppo_recipe(*keys, output=str(tmp_path / name))
-        run_ppo(recipe, resume=False)
-        numbers.append([
-            {k: v for k, v in row.items() if "time/" not in k and "per_second" not in k and "cap" not in k}
-            for row in rows_of(recipe)
-        ])
+        ran(ppo_recipe(*keys, output=str(tmp_path / name)))
+        rows = timeless(tmp_path / name)
+        numbers.append([{name: value for name, value in row.items() if "cap" not in name} for row in rows])
     assert numbers[0] == numbers[1]
 
 
-def test_going_back_restores_every_tensor_and_doubles_the_price(ppo_recipe, monkeypatch):
-    seen = []
-    guard = training.stepped_back
+@pytest.mark.parametrize(("stage", "keys", "groups"), [
+    (ppo, (), {"model", "policy_optimizer", "value", "value_optimizer"}),
+    (dpo, ("dpo.reference_alpha=1.0",), {"model", "policy_optimizer", "loss_reference"}),
+], ids=["ppo", "dpo"])
+def test_going_back_restores_every_tensor_and_doubles_the_price(request, monkeypatch, stage, keys, groups):
+    seen, enforce, name = [], stage.enforce_cap, stage.__name__.rpartition(".")[2]
 
-    def spy(job, learner, step, batch):
-        safe, price = learner.cap.safe, learner.controller.beta
-        back = guard(job, learner, step, batch)
+    def spy(job, learner, step, batch, pull):
+        last, price = learner.budget.last_within, learner.budget.price
+        back = enforce(job, learner, step, batch, pull)
         if back:
             held = learner.moving()
-            same = all(torch.equal(held[g][n], t) for g, named in safe.tensors.items() for n, t in named.items())
-            seen.append((same, held.keys(), learner.controller.beta / price))
+            assert held.keys() == last.tensors.keys() == groups
+            assert all(torch.equal(held[g][n], t) for g, named in last.tensors.items() for n, t in named.items())
+            assert learner.budget.price >= 2.0 * price
+            seen.append(step)
         return back
 
-    monkeypatch.setattr(ppo, "stepped_back", spy)
-    recipe = ppo_recipe(*PPO_PULL, "kl.hard_cap=1")
-    run_ppo(recipe, resume=False)
-    assert seen
-    for same, groups, raised in seen:
-        assert same
-        assert groups == {"policy", "optimizer", "value", "value_optimizer"}
-        assert raised >= 2.0
-    rows = rows_of(recipe)
+    monkeypatch.setattr(stage, "enforce_cap", spy)
+    _, rows = ran(request.getfixturevalue(f"{name}_recipe")(*PULLED[name], *keys, "kl.hard_cap=1"))
     beyond = [row for row in rows if row["kl/ref_nats_per_response"] > 1.0]
-    assert len(beyond) == len(seen)
-    assert all("ppo/policy_loss" not in row for row in beyond)  # such a batch trains nothing
+    assert [row["step"] for row in beyond] == seen != []
+    assert all(name not in row for row in beyond for name in ("ppo/policy_loss", "loss/mean"))    # they train nothing
 
 
 def test_trust_region_steps_do_not_pass_the_cap(trpo_recipe):
-    recipe = trpo_recipe(*TRPO_PULL, "kl.hard_cap=1", "run.steps=16")
-    run_trpo(recipe, resume=False)
-    rows = rows_of(recipe)
+    _, rows = ran(trpo_recipe(*PULLED["trpo"], "kl.hard_cap=1", "run.steps=16"))
     assert rows[-1]["kl/cap_refusals"] >= 1
     assert max(row["kl/ref_nats_per_response"] for row in rows) < 1.1  # the line search left only chance
     assert all(row.get("kl/step_nats_per_response", 0.0) <= 0.3 for row in rows)
 
 
-def test_on_cap_stop_ends_with_6_and_final_is_the_last_state_within(ppo_recipe):
-    recipe = ppo_recipe(*PPO_PULL, "kl.hard_cap=1", "kl.on_cap=stop")
-    with pytest.raises(DivergedError, match=r"beyond kl\.hard_cap, 1.*kl\.on_cap is stop.*Raise kl\.beta") as caught:
-        run_ppo(recipe, resume=False)
+@pytest.mark.parametrize("stage", ["ppo", "dpo"])
+def test_on_cap_stop_ends_with_6_and_final_is_the_last_state_within(request, stage):
+    recipe = request.getfixturevalue(f"{stage}_recipe")(*PULLED[stage], "kl.hard_cap=1", "kl.on_cap=stop")
+    said = r"beyond kl\.hard_cap, 1.*kl\.on_cap is stop.*Raise kl\.beta.*lower optim\.lr"
+    with pytest.raises(DivergedError, match=said) as caught:
+        ran(recipe)
     assert caught.value.exit_code == 6
     folder = Path(recipe.run.output)
     assert json.loads((folder / "run.json").read_text())["status"] == "failed"
@@ -148,29 +126,28 @@ def test_on_cap_stop_ends_with_6_and_final_is_the_last_state_within(ppo_recipe):
 
 
 def pushed_away(by: float):
-    """``finish``, but the policy is pushed away from its reference first."""
+    """``take_steps``, but before the end the policy is pushed away from its reference."""
 
     def worse(job, learner, steps):
         with torch.no_grad():
             for name, tensor in learner.policy.trainable_parameters().items():
                 if "lora_B" in name:
                     tensor.add_(by)
-        return finishing.finish(job, learner, steps)
+        return finish(job, learner, steps)
 
-    return worse
+    return partial(ppo.take_steps, finish=worse)
 
 
 def test_a_final_beyond_the_cap_is_dialled_back_within_it(ppo_recipe, monkeypatch):
-    monkeypatch.setattr(training, "finish", pushed_away(0.3))
-    recipe = ppo_recipe("kl.hard_cap=1", "kl.target=0.9", "run.steps=4", *HELD_OUT)
-    result = run_ppo(recipe, resume=False)
+    monkeypatch.setattr(ppo, "take_steps", pushed_away(0.3))
+    result, _ = ran(ppo_recipe("kl.hard_cap=1", "kl.target=0.9", "run.steps=4", *HELD_OUT))
     assert result["final_step"] == 4
     assert 0.0 < result["alpha"] < 1.0
     assert result["kl"]["ci95"][1] <= 1.0
 
 
 def test_a_final_beyond_its_target_lands_on_it(ppo_recipe, monkeypatch, tmp_path):
-    monkeypatch.setattr(training, "finish", pushed_away(0.1))
+    monkeypatch.setattr(ppo, "take_steps", pushed_away(0.1))
     results = {}
     for land in ("true", "false"):
         recipe = ppo_recipe(f"kl.land={land}", "kl.target=0.6", "run.steps=4", *HELD_OUT, output=str(tmp_path / land))
@@ -180,6 +157,7 @@ def test_a_final_beyond_its_target_lands_on_it(ppo_recipe, monkeypatch, tmp_path
     low, high = results["true"]["kl"]["ci95"]
     assert low <= 0.6 <= high
     assert 0.0 < results["true"]["alpha"] < 1.0
+    assert results["true"]["target_unused"] is False
     whole, landed = (load_file(Path(results[k]["final"]) / "adapter_model.safetensors") for k in ("false", "true"))
     for name in whole:
         scale = results["true"]["alpha"] if "lora_B" in name else 1.0
@@ -193,7 +171,7 @@ def test_a_final_below_its_target_is_left_where_it_is(ppo_recipe):
 
 def test_a_final_beyond_the_cap_is_not_called_final(ppo_recipe, monkeypatch):
     # The last update lands beyond the cap, where no batch would see it: final is what was measured before.
-    monkeypatch.setattr(training, "finish", pushed_away(3.0))
+    monkeypatch.setattr(ppo, "take_steps", pushed_away(3.0))
     recipe = ppo_recipe("kl.hard_cap=1", "kl.land=false", "run.steps=4", *HELD_OUT)
     result = run_ppo(recipe, resume=False)
     assert result["final_step"] == 3
@@ -204,37 +182,23 @@ def test_a_final_beyond_the_cap_is_not_called_final(ppo_recipe, monkeypatch):
 
 
 def test_where_no_state_is_within_nothing_is_called_final(ppo_recipe, monkeypatch):
-    measured = []
+    measured, measure = [], HeldOut.measured
 
-    def far(*args, **keys):
-        policy = args[0]
+    def far(self, policy, *args):
         with torch.no_grad():
             for name, tensor in policy.trainable_parameters().items():
                 if "lora_B" in name:
                     tensor.fill_(0.5)
         measured.append(None)
-        return evaluate(*args, **keys)
+        return measure(self, policy, *args)
 
-    evaluate = finishing.evaluate
-    monkeypatch.setattr(finishing, "evaluate", far)
+    monkeypatch.setattr(HeldOut, "measured", far)
     recipe = ppo_recipe("kl.hard_cap=2", "kl.land=false", "run.steps=3", "run.save_every=1")
     with pytest.raises(DivergedError, match="nothing is called final") as caught:
         run_ppo(recipe, resume=False)
     assert caught.value.exit_code == 6
     assert not (Path(recipe.run.output) / "final").exists()
     assert len(measured) == 3  # after the last step, the last within, and the checkpoint before it
-
-
-@pytest.mark.parametrize("stage", ["ppo", "trpo"])
-def test_a_stopped_run_with_a_cap_goes_on_bit_for_bit(ppo_recipe, trpo_recipe, monkeypatch, tmp_path, stage):
-    make, run, pull = (ppo_recipe, run_ppo, PPO_PULL) if stage == "ppo" else (trpo_recipe, run_trpo, TRPO_PULL)
-    keys = (*pull, "kl.hard_cap=0.8", f"run.steps={STEPS}", "run.eval_every=2", "kl.beta=0.05")
-    broken, unbroken = (make(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
-    run(unbroken, resume=False)
-    run_with_stops(run, broken, monkeypatch, CUTS)
-    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), STEPS)
-    _, state = read_state(Path(unbroken.run.output) / f"checkpoints/step-{STEPS:06d}")
-    assert state["cap"]["rollbacks"] + state["cap"]["refusals"] > 0
 
 
 @pytest.mark.parametrize("keys", [("kl.exact=false",), ("sampling.prompts_per_step=1", "ppo.minibatch_size=2")])

@@ -8,18 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kltune.cli import main
-from kltune.core.kl.intervals import summarize
+from kltune.core.control.controllers import pull_at
 from kltune.errors import CheckpointError, DataError, DivergedError
 from kltune.recipe import DataSection, DPOSection
 from kltune.report.pages import write_page
-from kltune.run.checkpoint import read_state
 from kltune.stages import dpo
-from kltune.stages.dpo import run_dpo
-from kltune.train.batch import Batch
+from kltune.stages.dpo import MEANS, RunningMeans, run_dpo
+from kltune.train import loop as training
+from kltune.train.learner import Learner
 from kltune.train.preferences import load_preferences, preference_losses, scale_of
-from tests.stages.conftest import HELD_OUT, PROMPTS, read_jsonl, write_rows
-from tests.stages.test_resume import CUTS, STEPS, assert_same_run, run_with_stops
+from tests.stages.conftest import HELD_OUT, PROMPTS, ran, read_jsonl, rows_of, write_rows
+from tests.stages.test_resume import run_with_stops
 from tests.tiny_policies import plain_logprobs, randomize
 
 LOG2 = math.log(2.0)
@@ -34,17 +33,6 @@ MANY = ("eval.prompts=many.jsonl", "eval.responses=130")
 
 def keys_of(loss: str) -> tuple[str, ...]:
     return (f"dpo.loss={loss}", *(("dpo.label_smoothing=0.1",) if loss == "robust" else ()))
-
-
-def rows_of(recipe) -> list[dict]:
-    return read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def _many_prompts(tmp_path):
-    """Few prompts give wide intervals: 65 letter pairs instead of a dozen phrases."""
-    (tmp_path / "dpo").mkdir()
-    write_rows(tmp_path / "dpo" / "many.jsonl", [{"prompt": f"{a}{b}"} for a in "abcdefghijklm" for b in "vwxyz"])
 
 
 # ---- gradients --------------------------------------------------------------------------------------------------
@@ -66,8 +54,8 @@ def small_preferences(policy, folder: Path, loss: str):
 def test_the_gradient_is_that_of_the_loss_on_one_response_at_a_time(trained_policy, tmp_path, dpo_recipe, loss, micro):
     policy, recipe = trained_policy, dpo_recipe(*keys_of(loss), f"optim.micro_batch_size={json.dumps(micro)}")
     part = small_preferences(policy, tmp_path, loss)
-    learner = dpo.Learner(policy, None, reward_mean=0.05 if loss == "bco" else None)
-    stats = dpo.add_loss_gradient(recipe, learner, part, first=False)
+    learner = Learner(policy, parts={MEANS: RunningMeans(reward=0.05)} if loss == "bco" else {})
+    stats = dpo.add_loss_gradient(recipe, learner, part, recipe.dpo.beta, first=False, held=part)
     parameters = list(policy.trainable_parameters().values())
     found = [parameter.grad for parameter in parameters]
 
@@ -83,7 +71,7 @@ def test_the_gradient_is_that_of_the_loss_on_one_response_at_a_time(trained_poli
     logprobs = torch.stack(logprobs)
     ratio, mean = logprobs - torch.stack(reference), logprobs / torch.tensor(lengths)
     point = dpo.reference_point(recipe.dpo, learner, part)
-    values = preference_losses(recipe.dpo, ratio, mean, part.wanted, point)
+    values = preference_losses(recipe.dpo, ratio, mean, part.wanted, beta=recipe.dpo.beta, point=point)
     wanted = torch.autograd.grad(values.mean(), parameters, allow_unused=True, materialize_grads=True)
     assert stats["loss/mean"] == pytest.approx(values.mean().item(), rel=1e-5)
     largest = max(tensor.abs().max().item() for tensor in wanted)
@@ -109,11 +97,11 @@ def test_the_reference_is_measured_with_the_adapter_off(trained_policy, tmp_path
 
 def test_the_scale_makes_a_nat_of_margin_worth_about_one():
     for loss, worth in {"sigmoid": 0.5, "hinge": 1.0, "ipo": 1.0, "chi_po": 1.0, "f_dpo": 0.5}.items():
-        section = DPOSection(loss=loss, beta=0.25)
+        section = DPOSection(loss=loss)
         h = torch.zeros(1, dtype=torch.float64, requires_grad=True)
         ratio = torch.stack([h / 2, -h / 2], dim=1).flatten()
-        value = preference_losses(section, ratio, ratio, torch.tensor([True, False]), 0.0).sum()
-        slope = torch.autograd.grad(value, h)[0].item() / scale_of(section)
+        value = preference_losses(section, ratio, ratio, torch.tensor([True, False]), beta=0.25, point=0.0).sum()
+        slope = torch.autograd.grad(value, h)[0].item() / scale_of(loss, 0.25)
         assert -slope == pytest.approx(worth), loss
 
 
@@ -122,9 +110,7 @@ def test_the_scale_makes_a_nat_of_margin_worth_about_one():
 
 def test_plain_dpo_learns_and_samples_nothing_but_evaluations(dpo_recipe, monkeypatch):
     monkeypatch.setattr(dpo, "sample_batch", lambda *args: pytest.fail("a response was sampled"))
-    recipe = dpo_recipe("run.steps=12", "run.eval_every=5", "eval.pairs=held_out_pairs.jsonl")
-    result = run_dpo(recipe, resume=False)
-    rows = rows_of(recipe)
+    result, rows = ran(dpo_recipe("run.steps=12", "run.eval_every=5", "eval.pairs=held_out_pairs.jsonl"))
     assert rows[0]["loss/mean"] == pytest.approx(LOG2, abs=1e-6)
     assert rows[-1]["loss/mean"] < 0.5
     assert rows[-1]["accuracy/mean"] == 1.0
@@ -147,9 +133,7 @@ def test_plain_dpo_learns_and_samples_nothing_but_evaluations(dpo_recipe, monkey
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_starts_where_it_should_and_falls(dpo_recipe, loss):
-    recipe = dpo_recipe(*keys_of(loss), "run.steps=8", "optim.batch_size=12", "eval.responses=2")
-    result = run_dpo(recipe, resume=False)
-    rows = rows_of(recipe)
+    result, rows = ran(dpo_recipe(*keys_of(loss), "run.steps=8", "optim.batch_size=12", "eval.responses=2"))
     if loss in FIRST_LOSS:
         assert rows[0]["loss/mean"] == pytest.approx(FIRST_LOSS[loss], rel=1e-5)
     assert rows[-1]["loss/mean"] < rows[0]["loss/mean"]
@@ -163,17 +147,13 @@ def test_responses_judged_one_by_one_are_enough_for_kto_and_bco(dpo_recipe, tmp_
     write_rows(tmp_path / "dpo" / "judged.jsonl", judged)
     keys = ("data.pairs=judged.jsonl", "run.steps=6", "eval.responses=2")
     for loss in ("kto", "bco"):
-        recipe = dpo_recipe(f"dpo.loss={loss}", *keys, output=str(tmp_path / loss))
-        run_dpo(recipe, resume=False)
-        assert rows_of(recipe)[-1]["pairs/margin_nats"] > 0.5
+        assert ran(dpo_recipe(f"dpo.loss={loss}", *keys, output=str(tmp_path / loss)))[1][-1]["pairs/margin_nats"] > 0.5
     with pytest.raises(DataError, match='field "chosen": missing'):
         run_dpo(dpo_recipe(*keys), resume=False)
 
 
 def test_pairs_of_the_reference_give_an_estimate_of_the_forward_kl(dpo_recipe):
-    recipe = dpo_recipe("dpo.from_reference=true", "run.steps=2", "eval.responses=2")
-    run_dpo(recipe, resume=False)
-    for row in rows_of(recipe):
+    for row in ran(dpo_recipe("dpo.from_reference=true", "run.steps=2", "eval.responses=2"))[1]:
         both = row["pairs/chosen_log_ratio_nats"] + row["pairs/rejected_log_ratio_nats"]
         assert row["kl/fwd_offline_nats_per_response"] == pytest.approx(-both / 2, abs=1e-9)
 
@@ -219,19 +199,19 @@ def test_a_target_is_held_where_the_pairs_would_go_further(dpo_recipe, tmp_path)
     assert sum(late) / len(late) == pytest.approx(target, rel=0.2)
     assert result["kl"]["nats_per_response"] == pytest.approx(target, rel=0.25)
     assert max(row["kl/ref_nats_per_response"] for row in rows_of(recipe)) < 1.3 * target
-    # before anything has moved, the spread is NORMALISED_SPREAD and the error at its least
+    # before anything has moved, the pull is LOSS_PULL and the error at its least
     assert rows_of(recipe)[0]["kl/beta"] == pytest.approx(0.5 * math.exp(-3.0) / math.sqrt(2 * target))
     assert rows_of(recipe)[-1]["accuracy/mean"] == 1.0
 
 
 def test_the_balance_is_a_share_of_where_both_gradients_are_as_large():
     own, kl = [torch.tensor([3.0, 0.0]), torch.tensor([4.0])], [torch.tensor([0.6, 0.0]), torch.tensor([[0.8]])]
-    distance = summarize("exact", torch.tensor([1.0, 3.0]), torch.tensor([5, 5]), torch.arange(2))
-    batch = Batch(None, None, distance, 0.5)
-    assert dpo.balance(own, kl, batch, 0.1, 0.4) == pytest.approx(0.4 * 50.0 * math.sqrt(2 * 2.0))
-    assert dpo.balance(own, [torch.zeros(2)], batch, 0.1, 0.4) == 0.5
+    price = dpo.starting_price(own, kl, 0.1, 0.4)
+    assert price == pytest.approx(0.4 * 50.0)
+    assert pull_at(price, 2.0) == pytest.approx(0.4 * 50.0 * math.sqrt(2 * 2.0))
+    assert dpo.starting_price(own, [torch.zeros(2)], 0.1, 0.4) is None
     with pytest.raises(DivergedError, match="not finite"):
-        dpo.balance([torch.tensor([math.nan])], kl, batch, 0.1, 0.4)
+        dpo.starting_price([torch.tensor([math.nan])], kl, 0.1, 0.4)
 
 
 def test_a_target_that_the_pairs_never_reach_is_said_to_be_unused(dpo_recipe, capsys):
@@ -245,114 +225,32 @@ def test_a_target_that_the_pairs_never_reach_is_said_to_be_unused(dpo_recipe, ca
     assert max(prices) < 0.05
 
 
-# ---- the cap and landing ----------------------------------------------------------------------------------------
-
-
-def test_without_a_cap_the_pairs_pull_far_beyond(dpo_recipe):
-    assert run_dpo(dpo_recipe(*PULL, *MANY), resume=False)["kl"]["nats_per_response"] > 3.0
-
-
-def test_final_is_within_the_cap_and_the_price_was_raised_from_nothing(dpo_recipe):
-    recipe = dpo_recipe(*PULL, *MANY, "kl.hard_cap=1")
-    result = run_dpo(recipe, resume=False)
-    assert result["hard_cap"] == 1.0
-    assert result["kl"]["ci95"][1] <= 1.0
-    assert result["cap_rollbacks"] >= 1
-    rows = rows_of(recipe)
-    assert rows[0]["kl/beta"] == 0.0
-    beyond = [row for row in rows if row["kl/ref_nats_per_response"] > 1.0]
-    assert len(beyond) == rows[-1]["kl/cap_rollbacks"]
-    assert all("loss/mean" not in row for row in beyond)     # such a step learns nothing
-    assert rows[-1]["kl/beta"] > 1e-3
-
-
-def test_going_back_restores_adapter_and_optimizer(dpo_recipe, monkeypatch):
-    seen = []
-    guard = dpo.stepped_back
-
-    def spy(job, learner, step, batch):
-        safe = learner.cap.safe
-        back = guard(job, learner, step, batch)
-        if back:
-            held = learner.moving()
-            seen.append(all(torch.equal(held[g][n], t) for g, named in safe.tensors.items() for n, t in named.items()))
-            assert held.keys() == {"policy", "optimizer"}
-        return back
-
-    monkeypatch.setattr(dpo, "stepped_back", spy)
-    run_dpo(dpo_recipe(*PULL, "kl.hard_cap=1", *MANY), resume=False)
-    assert seen
-    assert all(seen)
+# ---- the cap, and resuming ----------------------------------------------------------------------------------------
 
 
 def test_after_going_back_the_optimizer_no_longer_moves_outward(dpo_recipe, monkeypatch):
     moments = []
-    close = dpo.close_step
+    close = training.close_step
 
-    def spy(job, learner, step, batch, update, clock, *, went_back, examples):
-        if went_back:
-            named = learner.moving()["optimizer"]
+    def spy(job, learner, step, taken):
+        if taken.went_back:
+            named = learner.moving()["policy_optimizer"]
             moments.append((
                 max(t.abs().max().item() for name, t in named.items() if name.endswith("/exp_avg")),
                 max(t.abs().max().item() for name, t in named.items() if name.endswith("/exp_avg_sq")),
             ))
-        close(job, learner, step, batch, update, clock, went_back=went_back, examples=examples)
+        close(job, learner, step, taken)
 
-    monkeypatch.setattr(dpo, "close_step", spy)
+    monkeypatch.setattr(training, "close_step", spy)
     run_dpo(dpo_recipe(*PULL, "optim.lr=0.03", "kl.hard_cap=1", *MANY), resume=False)
     assert moments
     assert all(first == 0.0 and second > 0.0 for first, second in moments)
 
 
-def test_on_cap_stop_ends_with_6_and_final_is_the_last_state_within(dpo_recipe):
-    recipe = dpo_recipe(*PULL, *MANY, "kl.hard_cap=1", "kl.on_cap=stop")
-    with pytest.raises(DivergedError, match=r"beyond kl\.hard_cap, 1.*kl\.on_cap is stop.*lower optim\.lr") as caught:
-        run_dpo(recipe, resume=False)
-    assert caught.value.exit_code == 6
-    folder = Path(recipe.run.output)
-    assert not (folder / "result.json").exists()
-    assert json.loads((folder / "final" / "kltune.json").read_text())["kl"]["ci95"][1] <= 1.0
-    assert rows_of(recipe)[-1]["kl/ref_nats_per_response"] > 1.0
-
-
-def test_a_final_beyond_its_target_lands_on_it(dpo_recipe, monkeypatch):
-    # The last steps are taken without a price, as if the controller had lost.
-    monkeypatch.setattr(dpo, "reprice", lambda *_: 0.0)
-    recipe = dpo_recipe(*TARGET, "kl.target=1", "run.steps=20", *MANY)
-    result = run_dpo(recipe, resume=False)
-    low, high = result["kl"]["ci95"]
-    assert low <= 1.0 <= high
-    assert 0.0 < result["alpha"] < 1.0
-    assert result["target_unused"] is False
-
-
-# ---- resuming ---------------------------------------------------------------------------------------------------
-
-RESUMED = {
-    "plain": (),
-    "bco": ("dpo.loss=bco",),
-    "kto, priced": ("dpo.loss=kto", "kl.beta=0.3"),
-    "target": ("kl.control=target", "kl.beta=auto", "kl.target=0.3", "eval.pairs=held_out_pairs.jsonl"),
-    "cap": ("kl.hard_cap=0.8", *PULL, *MANY),
-}
-
-
-@pytest.mark.parametrize("keys", RESUMED.values(), ids=RESUMED.keys())
-def test_a_stopped_run_goes_on_bit_for_bit(dpo_recipe, monkeypatch, tmp_path, keys):
-    keys = (*keys, f"run.steps={STEPS}", "run.eval_every=2")
-    broken, unbroken = (dpo_recipe(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
-    run_dpo(unbroken, resume=False)
-    run_with_stops(run_dpo, broken, monkeypatch, CUTS)
-    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), STEPS)
-    if "kl.hard_cap=0.8" in keys:
-        _, state = read_state(Path(unbroken.run.output) / f"checkpoints/step-{STEPS:06d}")
-        assert state["cap"]["rollbacks"] > 0
-
-
 def test_a_run_does_not_go_on_with_other_pairs(dpo_recipe, monkeypatch, tmp_path):
     recipe = dpo_recipe("run.steps=4")
     with pytest.raises(CheckpointError, match="learnt from other data"):
-        run_with_stops(_changing_pairs(tmp_path / "dpo" / "pairs.jsonl"), recipe, monkeypatch, (2,))
+        run_with_stops(_changing_pairs(tmp_path / "dpo" / "pairs.jsonl"), recipe, (2,))
 
 
 def _changing_pairs(path: Path):
@@ -391,15 +289,11 @@ def test_eval_kl_measures_the_run_on_the_prompts_of_its_pairs(dpo_recipe, eval_k
     assert gap < 4 * math.hypot(ours["stderr"], theirs["stderr"])
 
 
-
-
-def test_the_command_prints_its_result_and_the_page_shows_margins(dpo_file, capsys):
+def test_the_command_prints_its_result_and_the_page_shows_margins(dpo_recipe, command):
     keys = ("run.steps=3", "kl.control=target", "kl.beta=auto", "kl.target=50", "eval.pairs=held_out_pairs.jsonl")
     overrides = [part for key in keys for part in ("--set", key)]
-    with pytest.raises(SystemExit) as caught:
-        main(["dpo", "--recipe", str(dpo_file), "--json", *overrides])
-    assert caught.value.code == 0
-    result = json.loads(capsys.readouterr().out)
+    code, result, _ = command("dpo", "--recipe", dpo_recipe().folder / "recipe.yaml", *overrides)
+    assert code == 0
     folder = Path(result["output"])
     assert result == json.loads((folder / "result.json").read_text())
     page = write_page(folder).read_text(encoding="utf-8")

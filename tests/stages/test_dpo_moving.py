@@ -9,16 +9,15 @@ from safetensors.torch import load_file
 
 from kltune.errors import Interrupted
 from kltune.lm.model.snapshot import Snapshot
-from kltune.recipe import load_recipe
 from kltune.run.caches import REF_LOGPROBS_FILE as NAME
 from kltune.run.checkpoint import read_state
 from kltune.stages import dpo
-from kltune.stages.dpo import run_dpo
+from kltune.stages.dpo import LOSS_REFERENCE, MEANS, LossReference, RunningMeans, run_dpo
+from kltune.train.learner import Learner
 from kltune.train.preferences import Preferences, log_ratios, margins
-from tests.stages.conftest import write_recipe, write_rows
-from tests.stages.test_dpo import PULL, rows_of, small_preferences
-from tests.stages.test_dpo_online import ONLINE
-from tests.stages.test_resume import CUTS, STEPS, assert_same_run, run_with_stops, saved_tensors
+from tests.stages.conftest import ran, rows_of
+from tests.stages.test_dpo import small_preferences
+from tests.stages.test_resume import assert_same_run, run_with_stops, saved_tensors
 from tests.tiny_policies import plain_logprobs
 
 LOG2 = math.log(2.0)
@@ -27,45 +26,28 @@ LEAP = ("dpo.reference_alpha=1.0",)
 OWN_KEYS = ("dpo/margin_nats", "kl/loss_ref_nats_per_response")
 
 
-@pytest.fixture
-def online(tmp_path, llama):
-    """A function from overrides (and an output) to an online DPO recipe on the random Llama."""
-    path = write_recipe(tmp_path / "online", ONLINE, llama)
-    return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
-
-
-@pytest.fixture
-def many_prompts(tmp_path):
-    """65 letter pairs, for narrow intervals."""
-    (tmp_path / "dpo").mkdir(exist_ok=True)
-    write_rows(tmp_path / "dpo" / "many.jsonl", [{"prompt": f"{a}{b}"} for a in "abcdefghijklm" for b in "vwxyz"])
-
-
 # ---- a beta for each batch --------------------------------------------------------------------------------------
 
 
 def test_the_beta_of_a_batch_follows_its_margin_and_the_running_mean(trained_policy, tmp_path, dpo_recipe):
     recipe = dpo_recipe("dpo.dynamic_beta=0.6", "dpo.beta=0.2")
     part = small_preferences(trained_policy, tmp_path, "sigmoid")
-    learner = dpo.Learner(trained_policy, None, margin_mean=0.5)
+    learner = Learner(trained_policy, parts={MEANS: RunningMeans(margin=0.5)})
     h = margins(log_ratios(trained_policy, part))
     margin = h.mean().item()
     assert abs(margin) > 0.1
 
-    changed = dpo.with_beta_of_batch(recipe, learner, part)
+    found = dpo.beta_of_batch(recipe.dpo, learner, part)
     usual = 0.9 * 0.5 + 0.1 * margin        # has heard of this batch
     beta = 0.2 * max(1.0 + 0.6 * (margin - usual), 0.01)
-    assert learner.margin_mean == pytest.approx(usual)
-    assert changed.dpo.beta == pytest.approx(beta)
-    assert recipe.dpo.beta == 0.2
-    stats = dpo.add_loss_gradient(changed, learner, part, first=False)
+    assert learner.parts[MEANS].margin == pytest.approx(usual)
+    assert found == pytest.approx(beta)
+    stats = dpo.add_loss_gradient(recipe, learner, part, found, first=False, held=part)
     assert stats["loss/mean"] == pytest.approx(torch.log1p(torch.exp(-beta * h)).mean().item(), rel=1e-5)
 
 
 def test_the_beta_of_each_step_is_reported_and_prices_no_kl(dpo_recipe):
-    recipe = dpo_recipe("dpo.dynamic_beta=0.6", "run.steps=8", "eval.responses=2")
-    run_dpo(recipe, resume=False)
-    rows, usual = rows_of(recipe), 0.0
+    rows, usual = ran(dpo_recipe("dpo.dynamic_beta=0.6", "run.steps=8", "eval.responses=2"))[1], 0.0
     assert rows[0]["dpo/beta"] == pytest.approx(0.1, rel=1e-4)       # before anything has moved every margin is 0
     for row in rows:
         usual = 0.9 * usual + 0.1 * row["pairs/margin_nats"]
@@ -102,9 +84,7 @@ def _without_own(row: dict) -> dict:
 
 
 def test_a_loss_held_against_the_step_before_starts_each_step_at_0_while_the_kl_grows(dpo_recipe):
-    recipe = dpo_recipe(*LEAP, SAMPLED, "run.steps=8", "eval.responses=4")
-    run_dpo(recipe, resume=False)
-    rows = rows_of(recipe)
+    _, rows = ran(dpo_recipe(*LEAP, SAMPLED, "run.steps=8", "eval.responses=4"))
     for row in rows:
         assert row["loss/mean"] == pytest.approx(LOG2, abs=1e-5)
         assert row["dpo/margin_nats"] == pytest.approx(0.0, abs=1e-4)
@@ -118,8 +98,7 @@ def test_a_loss_held_against_the_step_before_starts_each_step_at_0_while_the_kl_
 
 def test_a_leap_every_few_steps_is_between(dpo_recipe):
     recipe = dpo_recipe(*LEAP, "dpo.reference_every=3", SAMPLED, "run.steps=7", "eval.responses=4")
-    run_dpo(recipe, resume=False)
-    own = [row["dpo/margin_nats"] for row in rows_of(recipe)]
+    own = [row["dpo/margin_nats"] for row in ran(recipe)[1]]
     assert [abs(margin) < 1e-4 for margin in own] == [True, False, False, True, False, False, True]
     whole = [row["pairs/margin_nats"] for row in rows_of(recipe)]
     assert own[1:3] == whole[1:3]
@@ -141,16 +120,14 @@ def test_the_reference_goes_as_far_as_its_alpha_says(dpo_recipe, monkeypatch):
 
 def test_plain_dpo_measures_no_kl_to_it(dpo_recipe):
     recipe = dpo_recipe(*LEAP, "run.steps=2", "eval.responses=2")
-    run_dpo(recipe, resume=False)
-    assert [row["kl/loss_ref_nats_per_response"] for row in rows_of(recipe)] == [None, None]
+    assert [row["kl/loss_ref_nats_per_response"] for row in ran(recipe)[1]] == [None, None]
 
 
 @pytest.mark.parametrize("loss", ["robust", "ipo", "hinge", "kto", "bco", "f_dpo", "chi_po"])
 def test_every_loss_with_a_reference_may_have_it_moved(dpo_recipe, loss):
     smoothing = ("dpo.label_smoothing=0.1",) if loss == "robust" else ()
     recipe = dpo_recipe(f"dpo.loss={loss}", *smoothing, *LEAP, "run.steps=4", "eval.responses=2")
-    run_dpo(recipe, resume=False)
-    losses = [row["loss/mean"] for row in rows_of(recipe)]
+    losses = [row["loss/mean"] for row in ran(recipe)[1]]
     assert losses[3] == pytest.approx(losses[0], abs=1e-3)     # where policy and reference are one, each time
     assert rows_of(recipe)[-1]["pairs/margin_nats"] > 0.3
     if loss == "bco":
@@ -160,7 +137,7 @@ def test_every_loss_with_a_reference_may_have_it_moved(dpo_recipe, loss):
 def test_the_point_of_kto_is_held_against_it_too(trained_policy, tmp_path, dpo_recipe):
     part = small_preferences(trained_policy, tmp_path, "kto")
     parameters = trained_policy.trainable_parameters()
-    learner = dpo.Learner(trained_policy, None, loss_reference=Snapshot(parameters))
+    learner = Learner(trained_policy, parts={LOSS_REFERENCE: LossReference(Snapshot(parameters))})
     section = dpo_recipe("dpo.loss=kto").dpo
     assert dpo.reference_point(section, learner, part) == 0.0
     before = _logprobs_of(trained_policy, part.mismatched())
@@ -176,62 +153,12 @@ def _logprobs_of(policy, examples) -> torch.Tensor:
     return torch.stack([plain_logprobs(policy.model, *row).sum() for row in rows])
 
 
-def test_pairs_of_its_own_are_held_against_it_at_their_temperature(online):
-    recipe = online(*LEAP, "run.steps=4", "sampling.temperature=0.7", "eval.responses=2")
-    run_dpo(recipe, resume=False)
-    for row in rows_of(recipe):
+def test_pairs_of_its_own_are_held_against_it_at_their_temperature(online_recipe):
+    recipe = online_recipe(*LEAP, "run.steps=4", "sampling.temperature=0.7", "eval.responses=2")
+    for row in ran(recipe)[1]:
         assert row["dpo/margin_nats"] == pytest.approx(0.0, abs=1e-4)
         assert row["kl/loss_ref_nats_per_response"] == 0.0
     assert abs(rows_of(recipe)[-1]["pairs/margin_nats"]) > 0.05
-
-
-def test_going_back_takes_it_along(dpo_recipe, many_prompts, monkeypatch):
-    guard, seen = dpo.stepped_back, []
-
-    def spy(job, learner, step, batch):
-        safe = learner.cap.safe
-        back = guard(job, learner, step, batch)
-        if back:
-            held = learner.moving()["loss_reference"]
-            seen.append(all(torch.equal(held[name], t) for name, t in safe.tensors["loss_reference"].items()))
-        return back
-
-    monkeypatch.setattr(dpo, "stepped_back", spy)
-    run_dpo(dpo_recipe(*PULL, *LEAP, "kl.hard_cap=1", "eval.prompts=many.jsonl", "eval.responses=130"), resume=False)
-    assert seen
-    assert all(seen)
-
-
-# ---- resuming ---------------------------------------------------------------------------------------------------
-
-RESUMED = {
-    "beta": ("dpo.dynamic_beta=0.6", "kl.beta=0.3"),
-    "soft": ("dpo.reference_alpha=0.6", "kl.control=target", "kl.beta=auto", "kl.target=0.3"),
-    "leaps, kto": ("dpo.loss=kto", *LEAP, "dpo.reference_every=3"),
-    "both, cap": ("dpo.dynamic_beta=0.6", "dpo.reference_alpha=0.6", "dpo.reference_every=2", "kl.hard_cap=0.8", *PULL),
-}
-
-
-@pytest.mark.parametrize("keys", RESUMED.values(), ids=RESUMED.keys())
-def test_a_stopped_run_goes_on_bit_for_bit(dpo_recipe, many_prompts, monkeypatch, tmp_path, keys):
-    keys = (*keys, f"run.steps={STEPS}", "run.eval_every=2", "eval.prompts=many.jsonl", "eval.responses=130")
-    broken, unbroken = (dpo_recipe(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
-    run_dpo(unbroken, resume=False)
-    run_with_stops(run_dpo, broken, monkeypatch, CUTS)
-    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), STEPS)
-    tensors, state = read_state(tmp_path / "unbroken" / f"checkpoints/step-{STEPS:06d}")
-    assert ("margin_mean" in state) == ("dpo.dynamic_beta=0.6" in keys)
-    assert ("loss_reference" in tensors) == any("reference_alpha" in key for key in keys)
-    if "kl.hard_cap=0.8" in keys:
-        assert state["cap"]["rollbacks"] > 0
-
-
-def test_a_stopped_online_run_goes_on_bit_for_bit(online, monkeypatch, tmp_path):
-    keys = ("dpo.reference_alpha=0.6", "dpo.dynamic_beta=0.6", f"run.steps={STEPS}")
-    broken, unbroken = (online(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
-    run_dpo(unbroken, resume=False)
-    run_with_stops(run_dpo, broken, monkeypatch, CUTS)
-    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), STEPS)
 
 
 # ---- what is known of the frozen reference ----------------------------------------------------------------------
@@ -267,7 +194,7 @@ def test_a_run_that_goes_on_measures_only_what_it_has_lost(
         return run_dpo(recipe, resume=resume)
 
     monkeypatch.setattr(Preferences, "_under", counted)
-    run_with_stops(run, broken, monkeypatch, (2,))
+    run_with_stops(run, broken, (2,))
     assert len(measured) == again       # the pairs that are learnt from, and those that are held out
     assert words in capsys.readouterr().err
     assert_same_run(tmp_path / "broken", tmp_path / "unbroken", 4)

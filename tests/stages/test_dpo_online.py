@@ -9,39 +9,15 @@ from safetensors.torch import load_file
 
 from kltune.errors import JudgeError
 from kltune.lm.rewards import judge as judge_module
-from kltune.recipe import load_recipe
-from kltune.run.checkpoint import read_state
 from kltune.stages.dpo import run_dpo
 from tests.judges import part, serving
-from tests.stages.conftest import DPO, PPO, read_jsonl, write_recipe, write_rows
+from tests.stages.conftest import ran, read_jsonl
 from tests.stages.test_judged import Mortal, rewarded_by
-from tests.stages.test_resume import CUTS, STEPS, assert_same_run, run_with_stops
-
-ONLINE = DPO | {
-    "data": {"prompts": "prompts.jsonl"},
-    "sampling": {"prompts_per_step": 12, "responses_per_prompt": 4, "max_new_tokens": 6},
-    "reward": PPO["reward"],
-    "dpo": {"source": "online"},
-    "optim": {"lr": 0.02},
-}
+from tests.stages.test_resume import assert_same_run
 
 
-@pytest.fixture
-def online(tmp_path, llama):
-    """A function from overrides (and an output) to an online DPO recipe on the random Llama: an a is worth a point."""
-    path = write_recipe(tmp_path / "online", ONLINE, llama)
-    write_rows(tmp_path / "online" / "many.jsonl", [{"prompt": f"{a}{b}"} for a in "abcdefghijklm" for b in "vwxyz"])
-    return lambda *overrides, output=None: load_recipe(path, overrides, output=output)
-
-
-def rows_of(recipe) -> list[dict]:
-    return read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
-
-
-def test_the_score_of_its_own_best_responses_is_what_it_learns(online):
-    recipe = online("run.steps=15", "run.eval_every=5")
-    result = run_dpo(recipe, resume=False)
-    rows = rows_of(recipe)
+def test_the_score_of_its_own_best_responses_is_what_it_learns(online_recipe):
+    result, rows = ran(online_recipe("run.steps=15", "run.eval_every=5"))
     assert rows[0]["loss/mean"] == pytest.approx(math.log(2.0), abs=1e-6)
     assert sum(row["score/mean"] for row in rows[-3:]) > 1.5 * sum(row["score/mean"] for row in rows[:3])
     assert rows[0]["kl/ref_nats_per_response"] == pytest.approx(0.0, abs=1e-6)
@@ -53,53 +29,29 @@ def test_the_score_of_its_own_best_responses_is_what_it_learns(online):
     assert read_jsonl(Path(result["output"]) / "samples.jsonl")[0]["score"] is not None
 
 
-def test_a_target_is_held_on_the_same_responses(online, tmp_path):
+def test_a_target_is_held_on_the_same_responses(online_recipe, tmp_path):
     keys = ("run.steps=30", "data.prompts=many.jsonl")
-    free = run_dpo(online(*keys, output=str(tmp_path / "free")), resume=False)
+    free = run_dpo(online_recipe(*keys, output=str(tmp_path / "free")), resume=False)
     target = 0.3 * free["kl"]["nats_per_response"]
-    recipe = online(*keys, "kl.control=target", "kl.beta=auto", f"kl.target={target}", "kl.land=false")
-    run_dpo(recipe, resume=False)
-    late = [row["kl/ref_nats_per_response"] for row in rows_of(recipe)[20:]]
+    recipe = online_recipe(*keys, "kl.control=target", "kl.beta=auto", f"kl.target={target}", "kl.land=false")
+    late = [row["kl/ref_nats_per_response"] for row in ran(recipe)[1][20:]]
     assert sum(late) / len(late) == pytest.approx(target, rel=0.25)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_before_the_first_step_every_log_ratio_is_0_at_any_temperature(online, temperature):
-    recipe = online("run.steps=1", f"sampling.temperature={temperature}", "eval.responses=2")
-    run_dpo(recipe, resume=False)
-    (row,) = rows_of(recipe)
+def test_before_the_first_step_every_log_ratio_is_0_at_any_temperature(online_recipe, temperature):
+    _, (row,) = ran(online_recipe("run.steps=1", f"sampling.temperature={temperature}", "eval.responses=2"))
     assert row["pairs/chosen_log_ratio_nats"] == pytest.approx(0.0, abs=1e-5)
     assert row["pairs/rejected_log_ratio_nats"] == pytest.approx(0.0, abs=1e-5)
 
 
-def test_where_all_are_ties_nothing_is_learnt(online):
-    recipe = online("reward=[{kind: function, path: 'rewards.py:tiny', weight: 0.0}]", "run.steps=2", "kl.beta=1")
-    run_dpo(recipe, resume=False)
-    for row in rows_of(recipe):
+def test_where_all_are_ties_nothing_is_learnt(online_recipe):
+    recipe = online_recipe("reward.0.weight=0.0", "run.steps=2", "kl.beta=1")
+    for row in ran(recipe)[1]:
         assert (row["pairs/count"], row["pairs/ties"]) == (0, 12)
         assert "loss/mean" not in row
     weights = load_file(Path(recipe.run.output) / "final" / "adapter_model.safetensors")
     assert all(not tensor.any() for name, tensor in weights.items() if "lora_B" in name)
-
-
-RESUMED = {
-    "scored": ("reward.0.normalize=true",),
-    "target": ("kl.control=target", "kl.beta=auto", "kl.target=0.2"),
-    "cap": ("kl.hard_cap=0.5", "optim.lr=0.1", "sampling.prompts_per_step=32", "data.prompts=many.jsonl",
-            "eval.prompts=many.jsonl", "eval.responses=65"),
-}
-
-
-@pytest.mark.parametrize("keys", RESUMED.values(), ids=RESUMED.keys())
-def test_a_stopped_run_goes_on_bit_for_bit(online, monkeypatch, tmp_path, keys):
-    keys = (*keys, f"run.steps={STEPS}", "run.eval_every=2")
-    broken, unbroken = (online(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
-    run_dpo(unbroken, resume=False)
-    run_with_stops(run_dpo, broken, monkeypatch, CUTS)
-    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), STEPS)
-    if "kl.hard_cap=0.5" in keys:
-        _, state = read_state(Path(unbroken.run.output) / f"checkpoints/step-{STEPS:06d}")
-        assert state["cap"]["rollbacks"] > 0
 
 
 class Comparing(Mortal):
@@ -112,16 +64,15 @@ class Comparing(Mortal):
         return json.dumps({"better": "tie" if a == b else "A" if a > b else "B"})
 
 
-def test_a_judge_who_compares_is_enough_and_may_die(online, monkeypatch, tmp_path, capsys):
+def test_a_judge_who_compares_is_enough_and_may_die(online_recipe, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(judge_module, "FIRST_PAUSE", 0.001)
     answer = Comparing()
     gold = "eval.gold={kind: function, path: 'rewards.py:score'}"
     keys = ("sampling.responses_per_prompt=2", "run.steps=12", "run.save_every=100", "eval.responses=100", gold)
     with serving(answer) as endpoint:
-        reward = rewarded_by(endpoint, mode="pair")
-        unbroken, broken = (online(reward, *keys, output=str(tmp_path / name)) for name in ("unbroken", "broken"))
-        result = run_dpo(unbroken, resume=False)
-        rows = rows_of(unbroken)
+        keys = (rewarded_by(endpoint, mode="pair"), *keys)
+        unbroken, broken = (online_recipe(*keys, output=str(tmp_path / name)) for name in ("unbroken", "broken"))
+        result, rows = ran(unbroken)
         assert rows[0]["judge/j_asked"] + rows[0]["judge/j_kept"] == 24
         answer.dies_after = len(endpoint.asked) + int(rows[0]["judge/j_asked"] + rows[1]["judge/j_asked"]) + 3
         with pytest.raises(JudgeError, match="goes on after step 2"):

@@ -52,7 +52,7 @@ def test_auto_does_not_ask_the_same_prompts_again_in_vain(eval_kl, run_folder):
     assert code == 4
     assert document["gate"]["wants_prompts"]
     assert document["responses"] < 3000
-    assert "more prompts" in eval_kl(run_folder, *options, as_json=False)[1]["text"]
+    assert "more prompts" in eval_kl(run_folder, *options, as_json=False)[1]
 
 
 def test_auto_without_a_budget_is_no_question(eval_kl, run_folder):
@@ -77,7 +77,7 @@ def test_the_deployed_policy_is_measured_under_its_own_names(eval_kl, tiny):
         assert abs(kl["nats_per_response"] - listed) < 4 * kl["stderr"], name
     kl = document["kl"]["exact"]
     assert abs(kl["nats_per_response"] - KL) < 4 * kl["stderr"]           # the headline stays that of the policy itself
-    text = eval_kl(*tiny, "--responses", 50, "--top-p", 0.8, as_json=False)[1]["text"]
+    text = eval_kl(*tiny, "--responses", 50, "--top-p", 0.8, as_json=False)[1]
     assert "deployed (top_p 0.8) vs base" in text
 
 
@@ -112,7 +112,7 @@ def test_differences_are_paired_and_so_sharper_than_the_figures(eval_kl, tiny, t
     assert row["nats_per_response"] == pytest.approx(gap, abs=1e-9)
     assert row["ci"][1] < 0
     assert row["stderr"] < (whole["stderr"] ** 2 + halved["stderr"] ** 2) ** 0.5
-    text = eval_kl(tiny[0], tmp_path / "half", *tiny[1:], "--responses", 50, as_json=False)[1]["text"]
+    text = eval_kl(tiny[0], tmp_path / "half", *tiny[1:], "--responses", 50, as_json=False)[1]
     assert "minus" in text
 
 
@@ -156,6 +156,6 @@ def test_weights_that_are_no_numbers_are_never_a_pass_not_even_in_junit(eval_kl,
     (tmp_path / "kl.xml").write_text('<testsuites tests="1" failures="0"/>')     # of an earlier run
     code, document, err = eval_kl(folder, "--responses", 40, "--max-kl", 100, "--junit", tmp_path / "kl.xml")
     assert code == 5
-    assert document == {"text": ""}
+    assert document == ""
     assert "NaN" in err
     assert ET.parse(tmp_path / "kl.xml").getroot().get("errors") == "1"

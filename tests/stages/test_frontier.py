@@ -2,25 +2,15 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from kltune.cli import main
-
 
 @pytest.fixture
-def frontier(capsys):
-    """``kltune frontier ... --json`` in this process: exit code, document (or its text), stderr."""
-
-    def call(*arguments: object, as_json: bool = True):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main(["frontier", *map(str, arguments), *(["--json"] if as_json else [])])
-        out, err = capsys.readouterr()
-        return left.value.code, json.loads(out) if as_json and out else out, err
-
-    return call
+def frontier(command):
+    return partial(command, "frontier")
 
 
 def test_a_run_is_a_point_as_it_measured_itself(frontier, run_folder, tmp_path):
@@ -81,10 +71,9 @@ def test_gold_scores_fresh_responses_of_the_run_and_of_the_reference(frontier, r
     assert frontier(run_folder, "--gold", "judge.py:gold", "--responses", 30, "--best-of", 4)[1] == document
 
 
-def test_an_alpha_curve_stands_beside_its_run(frontier, run_folder, tmp_path, capsys):
+def test_an_alpha_curve_stands_beside_its_run(command, frontier, run_folder, tmp_path):
     recipe = run_folder.parent / "recipe.yaml"
-    with pytest.raises(SystemExit):
-        main(["project", str(run_folder), "--curve", "-r", str(recipe), "--responses", "20", "-o", str(tmp_path / "c")])
+    command("project", run_folder, "--curve", "-r", recipe, "--responses", 20, "-o", tmp_path / "c")
     code, document, _ = frontier(run_folder, tmp_path / "c", "--at", 1, "--best-of", 0)
     assert code == 0
     curves = {row["curve"] for row in document["settings"]}

@@ -13,35 +13,20 @@ from kltune.stages.ppo import run_ppo
 from kltune.stages.sft import run_sft
 from kltune.stages.trpo import run_trpo
 from kltune.train import finish as finishing
-from tests.stages.conftest import read_jsonl
-from tests.stages.test_resume import assert_same_run, run_with_stops
+from tests.stages.conftest import ran, read_jsonl, rows_of
+from tests.stages.test_resume import assert_same_run
 
-GOLD = '''
-def few(prompts, responses):
-    """An a is good, and more than two are bad."""
-    return [float(min(r.count("a"), 2) - 3 * max(r.count("a") - 2, 0)) for r in responses]
-
-def none(prompts, responses):
-    """An a is bad."""
-    return [-float(r.count("a")) for r in responses]
-'''
 SAID = ("distinct_1", "distinct_2", "distinct_2_adjusted", "self_bleu", "distinct_2_per_input",
         "distinct_2_across_input", "duplicate_fraction", "entropy_nats_per_token", "response_tokens", "end_fraction")
 SCORED = ("mean", "stderr", "z", "z_stderr")
-GREEDY = ("kl.control=fixed", "kl.beta=0", "run.steps=16", "run.eval_every=3", "eval.responses=60", "ppo.baseline=rloo")
+GREEDY = ("kl.control=fixed", "kl.beta=0", "run.steps=16", "run.eval_every=3", "eval.responses=60", "ppo.baseline=rloo",
+          'eval.gold={kind: function, path: "rewards.py:few"}')
 
 
 @pytest.fixture
 def greedy(ppo_recipe, tmp_path):
     """A function from overrides to a PPO recipe with no price on KL, whose gold score wants few a's."""
-    def make(*keys, output="run"):
-        rewards = tmp_path / "ppo" / "rewards.py"
-        if "def few" not in rewards.read_text():
-            rewards.write_text(rewards.read_text() + GOLD)
-        gold = 'eval.gold={kind: function, path: "rewards.py:few"}'
-        return ppo_recipe(gold, *GREEDY, *keys, output=str(tmp_path / output))
-
-    return make
+    return lambda *keys, output="run": ppo_recipe(*GREEDY, *keys, output=str(tmp_path / output))
 
 
 def adapter(folder):
@@ -55,7 +40,7 @@ def test_an_evaluation_writes_every_key_and_the_result_names_gold(greedy):
     wanted = {f"eval/{who}{name}" for name in names for who in ("", "reference_")}
     wanted |= {"eval/tax_nats_per_token", "eval/tax_stderr", "eval/texts_nats_per_token",
                "eval/reference_texts_nats_per_token"}
-    first = read_jsonl(Path(recipe.run.output) / "metrics.jsonl")[0]
+    first = rows_of(recipe)[0]
     for row in (first, result["eval"]):
         assert wanted <= row.keys()
         assert {name for name in wanted if row[name] is None} == set()
@@ -68,9 +53,7 @@ def test_an_evaluation_writes_every_key_and_the_result_names_gold(greedy):
 
 
 def test_with_one_response_to_a_prompt_there_is_nothing_within_one(greedy):
-    recipe = greedy("run.steps=2", "run.eval_every=1", "eval.responses=8")
-    run_ppo(recipe, resume=False)
-    first = read_jsonl(Path(recipe.run.output) / "metrics.jsonl")[0]
+    first = ran(greedy("run.steps=2", "run.eval_every=1", "eval.responses=8"))[1][0]
     assert first["eval/distinct_2_per_input"] is None
     assert first["eval/distinct_2_across_input"] == first["eval/distinct_2"]
 
@@ -109,7 +92,7 @@ def test_a_run_may_end_at_the_peak_of_gold(greedy, capsys):
     recipe = greedy("eval.stop_at_gold_peak=true", "run.save_every=1", "run.keep=50")
     result = run_ppo(recipe, resume=False)
     folder, stopped = Path(recipe.run.output), result["stopped_early"]
-    rows = {row["step"]: row for row in read_jsonl(folder / "metrics.jsonl")}
+    rows = {row["step"]: row for row in rows_of(recipe)}
     peak = max((step for step in rows if "eval/gold_mean" in rows[step]), key=lambda step: rows[step]["eval/gold_mean"])
     assert 0 < peak < stopped["step"] == max(rows) == result["steps"] < 16
     assert (stopped["gold_peak_step"], result["final_step"]) == (peak, peak)
@@ -133,15 +116,6 @@ def test_the_peak_is_held_to_the_cap_as_any_final_is(greedy):
     cap = 0.5 * plain["kl"]["nats_per_response"]
     result = run_ppo(greedy("eval.stop_at_gold_peak=true", f"kl.hard_cap={cap}", output="capped"), resume=False)
     assert result["kl"]["ci95"][1] <= cap
-
-
-def test_a_run_that_ends_at_its_peak_is_stopped_and_continued_bit_for_bit(greedy, monkeypatch, tmp_path):
-    broken, unbroken = (greedy("eval.stop_at_gold_peak=true", output=name) for name in ("broken", "unbroken"))
-    done = run_ppo(unbroken, resume=False)
-    run_with_stops(run_ppo, broken, monkeypatch, (1, done["final_step"] + 1))
-    assert_same_run(tmp_path / "broken", tmp_path / "unbroken", done["steps"])
-    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("broken", "unbroken")]
-    assert results[0]["stopped_early"] == results[1]["stopped_early"]
 
 
 def test_a_run_that_was_killed_while_it_ended_at_its_peak_ends_there_again(greedy, monkeypatch, tmp_path):

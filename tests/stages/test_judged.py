@@ -6,16 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from kltune.cli import main
 from kltune.errors import JudgeError, ScorerError
 from kltune.lm.rewards import judge as judge_module
 from kltune.recipe import load_recipe
 from kltune.run.caches import StoredAnswers
 from kltune.run.checkpoint import latest_checkpoint, saved_step
 from kltune.stages.ppo import run_ppo
-from kltune.stages.trpo import run_trpo
 from tests.judges import Endpoint, Reply, part, serving
-from tests.stages.conftest import PPO, read_jsonl, write_recipe
+from tests.stages.conftest import PPO, RUNS, ran, read_jsonl, write_recipe
 from tests.stages.test_resume import assert_same_run
 
 KEY = "sesame-sesame"
@@ -128,23 +126,6 @@ def test_a_judge_that_dies_while_its_scores_are_standardised(ppo_recipe):
     assert sum((texts(endpoint) - answered).values()) <= in_vain
 
 
-def test_a_trpo_run_goes_on_bit_for_bit_too(trpo_recipe, tmp_path):
-    keys = ("run.steps=4", "run.save_every=3")
-    answer = Mortal()
-    with serving(answer) as endpoint:
-        unbroken, broken = (
-            trpo_recipe(rewarded_by(endpoint), *keys, output=str(tmp_path / name)) for name in ("unbroken", "broken")
-        )
-        run_trpo(unbroken, resume=False)
-        asked = [int(row["judge/j_asked"]) for row in read_jsonl(tmp_path / "unbroken" / "metrics.jsonl")]
-        answer.dies_after = len(endpoint.asked) + asked[0] + asked[1] + 1
-        with pytest.raises(JudgeError, match="goes on after step 2"):
-            run_trpo(broken, resume=False)
-        answer.dies_after = None
-        run_trpo(broken, resume=True)
-    assert_same_run(tmp_path / "broken", tmp_path / "unbroken", 4)
-
-
 def test_a_judge_that_talks_nonsense_ends_with_5_and_the_run_is_saved(ppo_recipe):
     answer = Mortal(20, Reply("What a lovely day."))
     with serving(answer) as endpoint:
@@ -156,16 +137,12 @@ def test_a_judge_that_talks_nonsense_ends_with_5_and_the_run_is_saved(ppo_recipe
     assert saved_step(latest_checkpoint(Path(recipe.run.output))) == 1
 
 
-def test_the_command_ends_with_75_and_one_message(ppo_file, capsys):
+def test_the_command_ends_with_75_and_one_message(ppo_recipe, command):
     with serving(Mortal(0)) as endpoint:
-        arguments = ["ppo", "--recipe", str(ppo_file), "--set", rewarded_by(endpoint, retries=0)]
-        with pytest.raises(SystemExit) as caught:
-            main(arguments)
-    assert caught.value.code == 75
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "kltune: error: reward j: m at http://127.0.0.1" in captured.err
-    assert "Traceback" not in captured.err
+        file, reward = ppo_recipe().folder / "recipe.yaml", rewarded_by(endpoint, retries=0)
+        code, out, err = command("ppo", "--recipe", file, "--set", reward, as_json=False)
+    assert (code, out) == (75, "")
+    assert "kltune: error: reward j: m at http://127.0.0.1" in err
 
 
 def test_a_gold_judge_is_asked_about_evaluations_only(ppo_recipe):
@@ -180,6 +157,27 @@ def test_a_gold_judge_is_asked_about_evaluations_only(ppo_recipe):
     assert 10.0 < asked[0] <= 20.0      # of the policy's ten answers and of the reference's, where those are others
     assert asked[1] == 0.0
     assert max(texts(endpoint).values()) == 1
+
+
+@pytest.mark.parametrize(("stage", "judge"), [("ppo", "gold"), ("sft", "gold"), ("trpo", "j")])
+def test_a_judge_that_dies_costs_no_step_in_any_stage(request, tmp_path, stage, judge):
+    make, run, answer = request.getfixturevalue(f"{stage}_recipe"), RUNS[stage], Mortal()
+    with serving(answer) as endpoint:
+        gold = f"eval.gold={{kind: judge, url: {endpoint.url!r}, model: m, name: gold, retries: 0}}"
+        keys = (gold if judge == "gold" else rewarded_by(endpoint), "run.steps=7", "run.eval_every=2")
+        unbroken, broken = (make(*keys, output=str(tmp_path / name)) for name in ("unbroken", "broken"))
+        asked = [int(row[f"judge/{judge}_asked"]) for row in ran(unbroken)[1]]
+        assert asked[5] > 0
+        assert judge == "j" or [n > 0 for n in asked] == [False, True] * 3 + [False]
+        answer.dies_after = len(endpoint.asked) + sum(asked[:5])      # in the third evaluation, or in step 6
+        with pytest.raises(JudgeError, match="Nothing is lost: --resume goes on after step 5") as caught:
+            run(broken, resume=False)
+        assert caught.value.exit_code == 75
+        assert json.loads((tmp_path / "broken" / "run.json").read_text())["status"] == "interrupted"
+        assert saved_step(latest_checkpoint(tmp_path / "broken")) == 5
+        answer.dies_after = None
+        run(broken, resume=True)
+    assert_same_run(tmp_path / "broken", tmp_path / "unbroken", 7)
 
 
 def test_answers_survive_a_line_that_was_cut_short(tmp_path):

@@ -100,7 +100,7 @@ def test_nothing_in_a_checkpoint_is_run(eval_kl, run_folder, llama, tmp_path, mo
     )
     assert not canary.exists()
     assert code == 5, err
-    assert document == {"text": ""}
+    assert document == ""
     assert "Traceback" not in err
 
 

@@ -19,10 +19,10 @@ from kltune.report.pages import write_page
 from kltune.run import session as opening
 from kltune.stages import ppo
 from kltune.stages.ppo import run_ppo
+from kltune.train import batch as batches
 from kltune.train import finish as finishing
-from kltune.train import learner
-from kltune.train import loop as training
-from tests.stages.conftest import read_jsonl
+from kltune.train import value_function
+from tests.stages.conftest import ran, read_jsonl, rows_of
 
 STEP_KEYS = {
     "step",
@@ -81,7 +81,7 @@ def test_a_run_leaves_what_the_contract_promises(ppo_recipe, llama, monkeypatch)
     assert (record["status"], record["stage"], record["seed"]) == ("finished", "ppo", 0)
     assert record["reference"].keys() >= {"path", "sha256", "tokenizer_sha256", "template_sha256"}
 
-    rows = read_jsonl(folder / "metrics.jsonl")
+    rows = rows_of(recipe)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(row.keys() >= STEP_KEYS and "nonfinite" not in row for row in rows)
     assert [("eval/kl_ref_nats_per_response" in row) for row in rows] == [False, False, True, False]
@@ -116,9 +116,7 @@ def test_a_run_leaves_what_the_contract_promises(ppo_recipe, llama, monkeypatch)
 
 
 def test_nothing_has_moved_before_step_one(ppo_recipe):
-    recipe = ppo_recipe("run.steps=2")
-    run_ppo(recipe, resume=False)
-    first, second = read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
+    _, (first, second) = ran(ppo_recipe("run.steps=2"))
     assert first["kl/ref_nats_per_response"] == first["kl/ref_nats_per_token"] == 0.0
     assert first["kl/ref_k1_nats_per_response"] == 0.0
     assert second["kl/ref_nats_per_response"] > 0.0
@@ -130,8 +128,7 @@ def test_a_reward_is_raised(ppo_recipe, baseline):
         f"ppo.baseline={baseline}", "kl.target=4", "run.steps=15", "sampling.responses_per_prompt=4",
         "ppo.minibatch_size=16", "lora.targets=[lm_head]",
     )
-    run_ppo(recipe, resume=False)
-    scores = [row["score/mean"] for row in read_jsonl(Path(recipe.run.output) / "metrics.jsonl")]
+    scores = [row["score/mean"] for row in ran(recipe)[1]]
     assert sum(scores[-3:]) > 2 * sum(scores[:3])
 
 
@@ -146,8 +143,8 @@ def test_a_finished_run_is_not_run_again(ppo_recipe, monkeypatch):
 
 def test_prompts_go_round_in_reshuffled_epochs(ppo_recipe, monkeypatch):
     seen: list[str] = []
-    collect = training.collect
-    monkeypatch.setattr(training, "collect", lambda *args, **keys: seen.append(r := collect(*args, **keys)) or r)
+    respond = batches.sample_responses
+    monkeypatch.setattr(batches, "sample_responses", lambda *args: seen.append(r := respond(*args)) or r)
     run_ppo(ppo_recipe("run.steps=3", "sampling.prompts_per_step=8"), resume=False)
     asked = [rollout.prompts[i] for rollout in seen for i in range(0, 16, 2)]
     assert len(set(asked[:12])) == len(set(asked[12:24])) == 12
@@ -161,14 +158,13 @@ def test_a_target_per_token_is_the_target_per_response_of_its_length(ppo_recipe,
     targets = []
     from kltune.core.control.controllers import LogPI
 
-    def spy(self, ref_kl, target, *, spread, responses):
+    def spy(self, ref_kl, target, *, pull, responses):
         targets.append(target)
         return replace(self, beta=1.0)
 
     monkeypatch.setattr(LogPI, "updated", spy)
     recipe = ppo_recipe("kl.unit=nats_per_token", "kl.target=0.1", "run.steps=2")
-    run_ppo(recipe, resume=False)
-    lengths = [row["response/tokens"] for row in read_jsonl(Path(recipe.run.output) / "metrics.jsonl")]
+    lengths = [row["response/tokens"] for row in ran(recipe)[1]]
     assert targets == pytest.approx([0.1 * length for length in lengths])
 
 
@@ -198,7 +194,7 @@ def test_the_gradients_of_micro_batches_add_up(ppo_recipe, monkeypatch):
         gradients.setdefault(what, []).append(torch.cat([grad.flatten() for grad in found]))
         return step(optimizer, max_grad_norm, what)
 
-    for module in (ppo, learner):
+    for module in (ppo, value_function):
         monkeypatch.setattr(module, "guarded_step", spy)
     folder = Path(ppo_recipe().run.output).parent
     for micro in ("null", "3"):
@@ -213,28 +209,24 @@ def test_the_gradients_of_micro_batches_add_up(ppo_recipe, monkeypatch):
 
 
 def test_a_step_is_left_early_once_it_has_gone_far_enough(ppo_recipe):
-    recipe = ppo_recipe("ppo.epochs=10", "ppo.stop_step_kl=0.01", "optim.lr=0.05", "run.steps=2")
-    run_ppo(recipe, resume=False)
-    for row in read_jsonl(Path(recipe.run.output) / "metrics.jsonl"):
+    for row in ran(ppo_recipe("ppo.epochs=10", "ppo.stop_step_kl=0.01", "optim.lr=0.05", "run.steps=2"))[1]:
         assert 1 < row["ppo/minibatches"] < 20
         assert row["kl/step_nats_per_response"] > 0.015
 
 
 def test_without_a_limit_every_epoch_is_walked(ppo_recipe):
-    recipe = ppo_recipe("ppo.epochs=3", "run.steps=1")
-    run_ppo(recipe, resume=False)
-    (row,) = read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
+    _, (row,) = ran(ppo_recipe("ppo.epochs=3", "run.steps=1"))
     assert row["ppo/minibatches"] == 6
 
 
 def test_log_probs_that_are_not_the_policys_own_are_refused(ppo_recipe, monkeypatch):
-    collect = training.collect
+    respond = batches.sample_responses
 
-    def tampered(*args, **keys):
-        rollout = collect(*args, **keys)
+    def tampered(*args):
+        rollout = respond(*args)
         return replace(rollout, logprobs=rollout.logprobs - 0.01 * rollout.response_mask)
 
-    monkeypatch.setattr(training, "collect", tampered)
+    monkeypatch.setattr(batches, "sample_responses", tampered)
     recipe = ppo_recipe()
     with pytest.raises(ModelError, match=r"a log-probability differs by 0\.01 nats"):
         run_ppo(recipe, resume=False)
@@ -245,9 +237,8 @@ def test_log_probs_that_are_not_the_policys_own_are_refused(ppo_recipe, monkeypa
 # --- numbers that are none -------------------------------------------------------------------------------------------
 
 
-def test_a_score_that_is_no_number_stops_the_run(ppo_recipe, ppo_file):
-    ppo_file.write_text(ppo_file.read_text().replace("rewards.py:score", "rewards.py:nan_later"))
-    recipe = ppo_recipe("run.save_every=1")
+def test_a_score_that_is_no_number_stops_the_run(ppo_recipe):
+    recipe = ppo_recipe("run.save_every=1", "reward.0.path=rewards.py:nan_later")
     with pytest.raises(ScorerError, match="nan") as caught:
         run_ppo(recipe, resume=False)
     folder = Path(recipe.run.output)

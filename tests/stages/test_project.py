@@ -1,6 +1,7 @@
 """``kltune project``: a budget met on fresh numbers, a plain adapter, the curve, and what it refuses."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,23 +9,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from kltune.cli import main
 from kltune.lm.model.opening import load_saved_policy
 from kltune.recipe import ModelSection
 
 
 @pytest.fixture
-def project(capsys):
-    """``kltune project ... --json`` in this process: exit code, document (its text without --json), stderr."""
-
-    def call(*arguments: object, as_json: bool = True):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main(["project", *map(str, arguments), *(["--json"] if as_json else [])])
-        out, err = capsys.readouterr()
-        return caught.value.code, json.loads(out) if as_json and out else {"text": out}, err
-
-    return call
+def project(command):
+    return partial(command, "project")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +70,7 @@ def test_the_curve_runs_from_the_reference_to_the_whole_and_is_scored_by_the_rec
     assert looks[-1]["score"] > looks[0]["score"]
     assert (tmp_path / "curve" / "curve.svg").read_text().startswith("<svg")
     assert not (tmp_path / "curve" / "adapter_config.json").exists()
-    text = project(run_folder, "--curve", "--responses", 40, as_json=False)[1]["text"]
+    text = project(run_folder, "--curve", "--responses", 40, as_json=False)[1]
     assert "score" not in text        # rewards run only where a recipe says so
 
 

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,10 @@ from safetensors.torch import load_file
 from kltune.cli import main
 from kltune.errors import Interrupted, ScorerError
 from kltune.recipe import Recipe, load_recipe
+from kltune.run.checkpoint import read_state
 from kltune.run.recorder import Report
 from kltune.stages.ppo import run_ppo
-from kltune.stages.reward import run_reward
-from kltune.stages.sft import run_sft
-from tests.stages.conftest import PPO, read_jsonl, write_recipe
+from tests.stages.conftest import DPO, ONLINE, PPO, REWARD, RUNS, SFT, TRPO, ran, read_jsonl, rows_of, write_recipe
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -61,142 +61,127 @@ def assert_same_run(folder: Path, unbroken: Path, step: int) -> None:
     results = [json.loads((path / "result.json").read_text()) for path in (folder, unbroken)]
     assert results[0]["kl"] == results[1]["kl"]
     assert results[0]["score"] == results[1]["score"]
+    assert results[0].get("stopped_early") == results[1].get("stopped_early")
 
 
-def run_with_stops(
-    run_stage: Callable[..., dict], recipe: Recipe, monkeypatch: pytest.MonkeyPatch, cuts: tuple[int, ...]
-) -> None:
-    """Run a stage, a SIGTERM arriving in each step of ``cuts``, and continue it each time."""
+@contextmanager
+def signalled_in(step: int) -> Iterator[None]:
+    """Within: SIGTERM arrives in this step of a run."""
     record = Report.step
 
-    def step_and_signal(self: Report, step: int, metrics: dict) -> None:
-        record(self, step, metrics)
-        if step == stop:
+    def step_and_signal(self: Report, now: int, metrics: dict) -> None:
+        record(self, now, metrics)
+        if now == step:
             signal.raise_signal(signal.SIGTERM)
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Report, "step", step_and_signal)
+        yield
+
+
+def run_with_stops(run_stage: Callable[..., dict], recipe: Recipe, cuts: tuple[int, ...]) -> None:
+    """Run a stage, a SIGTERM arriving in each step of ``cuts``, and continue it each time."""
     for stop in cuts:
-        with monkeypatch.context() as patch:
-            patch.setattr(Report, "step", step_and_signal)
-            with pytest.raises(Interrupted) as caught:
-                run_stage(recipe, resume=stop != cuts[0])
+        with signalled_in(stop), pytest.raises(Interrupted) as caught:
+            run_stage(recipe, resume=stop != cuts[0])
         assert caught.value.exit_code == 143
-        folder = Path(recipe.run.output)
-        assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
-        assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == list(range(1, stop + 1))
+        assert json.loads((Path(recipe.run.output) / "run.json").read_text())["status"] == "interrupted"
+        assert [row["step"] for row in rows_of(recipe)] == list(range(1, stop + 1))
     assert run_stage(recipe, resume=True)["status"] == "finished"
     assert json.loads((Path(recipe.run.output) / "run.json").read_text())["resumed_at"] == list(cuts)
 
 
-@pytest.mark.parametrize("baseline", ["value", "rloo"])
-@pytest.mark.parametrize("price", [("kl.control=target",), ("kl.control=fixed", "kl.beta=0.2")])
-def test_a_stopped_ppo_run_goes_on_bit_for_bit(ppo_recipe, monkeypatch, tmp_path, baseline, price):
-    keys = (f"run.steps={STEPS}", "run.eval_every=2", "reward.0.normalize=true", f"ppo.baseline={baseline}", *price)
-    broken, unbroken = (ppo_recipe(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
-    run_ppo(unbroken, resume=False)
-    run_with_stops(run_ppo, broken, monkeypatch, CUTS)
-    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), STEPS)
-    held = saved_tensors(Path(broken.run.output), STEPS)
-    assert any("state/value.safetensors:head" in name for name in held) == (baseline == "value")
+FIXED, TARGET = ("kl.control=fixed", "kl.beta=0.2"), ("kl.control=target", "kl.beta=auto", "kl.target=0.3")
+NORMALIZED, ALONE = "reward.0.normalize=true", ("optim.lr=1e-4", "trpo.value_minibatch_size=64")
+MODEL = "reward=[{{kind: model, path: {reward_model}, normalize: true}}]"
+PEAK = (*FIXED, "kl.beta=0", "run.steps=16", "run.eval_every=3", "eval.responses=60", "eval.stop_at_gold_peak=true",
+        'eval.gold={{kind: function, path: "rewards.py:few"}}')
+MANY = ("eval.prompts=many.jsonl", "eval.responses=130")
+PULL = ("kl.control=fixed", "kl.beta=0.05", "sampling.prompts_per_step=32", "optim.lr=0.1", *MANY)
+CAPPED = (*PULL, "sampling.responses_per_prompt=1", "kl.hard_cap=0.8", "kl.target=null")
+PAIRS = ("data.prompts=many.jsonl", "dpo.beta=0.05", *PULL)
+FOLLOWED = ("dpo.reference_alpha=0.6", "dpo.reference_every=2", "dpo.dynamic_beta=0.6")
+
+# Of each: its recipe, and the groups of tensors that its checkpoint holds besides the model.
+RESUMED = {
+    "sft, dropout": (SFT, ("lora.dropout=0.1",), "policy_optimizer"),
+    "sft, full": (SFT, ("lora=null", "optim.lr=1e-3"), "policy_optimizer"),
+    "reward, dropout": (REWARD, ("lora.dropout=0.1", "optim.micro_batch_size=4"), "reward_optimizer"),
+    "ppo, values, target": (PPO, (NORMALIZED,), "policy_optimizer value value_optimizer"),
+    "ppo, a head alone, dual": (
+        PPO, ("ppo.value_function=head", "ppo.value_lr=0.01", "kl.controller=dual", "ppo.epochs=1"),
+        "policy_optimizer value value_optimizer",
+    ),
+    "ppo, rloo, fixed": (PPO, ("ppo.baseline=rloo", NORMALIZED, *FIXED), "policy_optimizer"),
+    "ppo, a reward model": (PPO, (MODEL,), "policy_optimizer value value_optimizer"),
+    "ppo, a reward model, rloo": (PPO, (MODEL, "ppo.baseline=rloo", "kl.controller=ziegler"), "policy_optimizer"),
+    "ppo, gold peak": (PPO, ("ppo.baseline=rloo", *PEAK), "policy_optimizer alarms"),
+    "ppo, cap": (PPO, ("ppo.minibatch_size=16", *CAPPED), "policy_optimizer value value_optimizer budget"),
+    "trpo, values": (TRPO, (NORMALIZED,), "trust_region value value_optimizer"),
+    "trpo, rloo": (TRPO, ("trpo.baseline=rloo", NORMALIZED, *ALONE), "trust_region"),
+    "trpo, cap": (TRPO, (*CAPPED, "trpo.max_step_kl=0.3"), "trust_region value value_optimizer budget"),
+    "dpo": (DPO, (), "policy_optimizer"),
+    "dpo, bco": (DPO, ("dpo.loss=bco",), "policy_optimizer"),
+    "dpo, kto, priced": (DPO, ("dpo.loss=kto", *FIXED, "dpo.reference_alpha=1.0"), "policy_optimizer loss_reference"),
+    "dpo, target": (DPO, (*TARGET, *FOLLOWED, "eval.pairs=held_out_pairs.jsonl"), "policy_optimizer loss_reference"),
+    "dpo, cap": (DPO, (*PAIRS, *FOLLOWED, "kl.hard_cap=0.8"), "policy_optimizer loss_reference budget"),
+    "online": (ONLINE, (NORMALIZED, *TARGET), "policy_optimizer"),
+    "online, moving": (ONLINE, FOLLOWED, "policy_optimizer loss_reference"),
+    "online, cap": (ONLINE, (*PULL, "data.prompts=many.jsonl", "kl.hard_cap=0.5"), "policy_optimizer budget"),
+}
 
 
-def test_a_stopped_run_with_a_value_head_alone_goes_on_bit_for_bit(ppo_recipe, monkeypatch, tmp_path):
-    keys = ("run.steps=4", "ppo.value_function=head", "ppo.value_lr=0.01")
-    broken, unbroken = (ppo_recipe(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
-    run_ppo(unbroken, resume=False)
-    run_with_stops(run_ppo, broken, monkeypatch, (2,))
-    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), 4)
-    held = [name for name in saved_tensors(Path(broken.run.output), 4) if "state/value.safetensors" in name]
-    assert sorted(name.rpartition(":")[2] for name in held) == ["head.linear.bias", "head.linear.weight"]
+@pytest.mark.parametrize(("base", "keys", "groups"), RESUMED.values(), ids=RESUMED.keys())
+def test_a_stopped_run_goes_on_bit_for_bit(request, tmp_path, llama, base, keys, groups):
+    shared = request.getfixturevalue("reward_model") if MODEL in keys else None
+    file = write_recipe(tmp_path, base | {"run": base["run"] | {"steps": STEPS, "eval_every": 2}}, llama)
+    keys = [key.format(reward_model=shared) for key in keys]
+    broken, unbroken = (load_recipe(file, keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
+    run = RUNS[base["stage"]]
+    done = run(unbroken, resume=False)
+    peak = done.get("stopped_early")
+    run_with_stops(run, broken, CUTS if peak is None else (1, done["final_step"] + 1))
+    assert_same_run(tmp_path / "broken", tmp_path / "unbroken", done["steps"])
+
+    checkpoint = tmp_path / "unbroken" / "checkpoints" / f"step-{done['steps']:06d}"
+    tensors, state = read_state(checkpoint)
+    assert tensors.keys() == set(groups.split())
+    assert (checkpoint / "reward_head.safetensors").exists() == (base is REWARD)
+    assert ("means" in state) == any(key in keys for key in ("dpo.loss=bco", "dpo.dynamic_beta=0.6"))
+    if "ppo.value_function=head" in keys:
+        assert tensors["value"].keys() == {"head.linear.bias", "head.linear.weight"}
+    if "budget" in tensors:
+        assert state["budget"]["rollbacks"] + state["budget"]["refusals"] > 0
+    if base is TRPO:
+        assert state["trust_region"]["damping"] != {"relative": 100.0, "adapts": True}
+        assert state["trust_region"]["pace"]["seen"] > 0
+    assert (peak is not None) == ("eval.stop_at_gold_peak=true" in keys)
 
 
-def test_a_run_does_not_go_on_with_another_reward_function(ppo_recipe, monkeypatch, tmp_path):
-    recipe = ppo_recipe("run.steps=3", output=str(tmp_path / "run"))
-    record = Report.step
-
-    def step_and_signal(self: Report, step: int, metrics: dict) -> None:
-        record(self, step, metrics)
-        signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Report, "step", step_and_signal)
-        with pytest.raises(Interrupted):
-            run_ppo(recipe, resume=False)
+def test_a_run_does_not_go_on_with_another_reward_function(ppo_recipe):
+    recipe = ppo_recipe("run.steps=3")
+    with signalled_in(1), pytest.raises(Interrupted):
+        run_ppo(recipe, resume=False)
     file = recipe.folder / "rewards.py"
-    known = json.loads((tmp_path / "run" / "run.json").read_text())["rewards"]
+    known = json.loads((Path(recipe.run.output) / "run.json").read_text())["rewards"]
     assert known[0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     file.write_text(file.read_text() + "\n# changed\n")
     with pytest.raises(ScorerError, match="but the run was started with"):
         run_ppo(recipe, resume=True)
 
 
-@pytest.mark.parametrize("controller", ["ziegler", "dual"])
-def test_other_controllers_are_restored_too(ppo_recipe, monkeypatch, tmp_path, controller):
-    keys = ("run.steps=4", f"kl.controller={controller}", "ppo.epochs=1")
-    broken, unbroken = (ppo_recipe(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
-    run_ppo(unbroken, resume=False)
-    run_with_stops(run_ppo, broken, monkeypatch, (2,))
-    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), 4)
-
-
-def test_a_stopped_sft_run_with_dropout_goes_on_bit_for_bit(sft_recipe, monkeypatch, tmp_path):
-    keys = (f"run.steps={STEPS}", "run.eval_every=2", "lora.dropout=0.1")
-    broken, unbroken = (sft_recipe(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
-    run_sft(unbroken, resume=False)
-    run_with_stops(run_sft, broken, monkeypatch, CUTS)
-    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), STEPS)
-
-
-def test_a_stopped_reward_run_with_dropout_goes_on_bit_for_bit(reward_recipe, monkeypatch, tmp_path):
-    keys = (f"run.steps={STEPS}", "run.eval_every=2", "lora.dropout=0.1", "optim.micro_batch_size=4")
-    broken, unbroken = (reward_recipe(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
-    run_reward(unbroken, resume=False)
-    run_with_stops(run_reward, broken, monkeypatch, CUTS)
-    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), STEPS)
-    held = saved_tensors(Path(broken.run.output), STEPS)
-    assert any(name.startswith("checkpoints/") and "reward_head.safetensors:weight" in name for name in held)
-
-
-@pytest.mark.parametrize("baseline", ["value", "rloo"])
-def test_a_stopped_ppo_run_that_shares_a_reward_model_goes_on_bit_for_bit(
-    ppo_recipe, reward_model, monkeypatch, tmp_path, baseline
-):
-    entry = f"[{{kind: model, path: {reward_model}, normalize: true}}]"
-    keys = ("run.steps=4", f"reward={entry}", f"ppo.baseline={baseline}", "run.eval_every=2")
-    broken, unbroken = (ppo_recipe(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
-    run_ppo(unbroken, resume=False)
-    run_with_stops(run_ppo, broken, monkeypatch, (1, 3))
-    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), 4)
-
-
-def test_a_stopped_full_fine_tuning_goes_on_bit_for_bit(sft_recipe, monkeypatch, tmp_path):
-    keys = ("run.steps=4", "lora=null", "optim.lr=1e-3")
-    broken, unbroken = (sft_recipe(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
-    run_sft(unbroken, resume=False)
-    run_with_stops(run_sft, broken, monkeypatch, (2,))
-    assert_same_run(Path(broken.run.output), Path(unbroken.run.output), 4)
-
-
 def test_dropout_is_on_in_training_and_off_in_measuring(sft_recipe, tmp_path):
     losses = []
     for share in (0.0, 0.5):
-        recipe = sft_recipe(f"lora.dropout={share}", "run.steps=3", output=str(tmp_path / str(share)))
-        run_sft(recipe, resume=False)
-        losses.append([row["loss/mean"] for row in read_jsonl(Path(recipe.run.output) / "metrics.jsonl")])
+        _, rows = ran(sft_recipe(f"lora.dropout={share}", "run.steps=3", output=str(tmp_path / str(share))))
+        losses.append([row["loss/mean"] for row in rows])
     assert losses[0][0] == losses[1][0]  # a fresh adapter adds 0, dropped or not
     assert losses[0][2] != losses[1][2]
 
 
-def test_the_last_step_is_not_interrupted(ppo_recipe, monkeypatch):
-    recipe = ppo_recipe("run.steps=2")
-    record = Report.step
-
-    def step_and_signal(self: Report, step: int, metrics: dict) -> None:
-        record(self, step, metrics)
-        if step == 2:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Report, "step", step_and_signal)
-    assert run_ppo(recipe, resume=False)["status"] == "finished"
+def test_the_last_step_is_not_interrupted(ppo_recipe):
+    with signalled_in(2):
+        assert ran(ppo_recipe("run.steps=2"))[0]["status"] == "finished"
 
 
 # --- real processes --------------------------------------------------------------------------------------------------

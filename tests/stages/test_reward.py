@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kltune.cli import main
 from kltune.core.objectives.bradley_terry import bradley_terry_loss
 from kltune.errors import DataError, RecipeError, ScorerError
 from kltune.lm.rewards.reward_model import HEAD, open_reward_model
@@ -19,13 +18,9 @@ from kltune.stages.ppo import run_ppo
 from kltune.stages.reward import run_reward
 from kltune.stages.trpo import run_trpo
 from tests.oracles import BANDIT_REWARDS
-from tests.stages.conftest import PROMPTS, REWARD, read_jsonl, write_recipe, write_rows
+from tests.stages.conftest import PROMPTS, REWARD, ran, read_jsonl, rows_of, write_recipe, write_rows
 
 CPU = torch.device("cpu")
-
-
-def metrics_of(recipe) -> list[dict]:
-    return read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
 
 
 def run_with_rows(recipe_of, rows: list[dict], *overrides: str, held_out: list[dict] | None = None) -> tuple:
@@ -63,8 +58,7 @@ def test_known_rewards_are_recovered_from_simulated_preferences(tmp_path, bandit
 
 def test_the_loss_falls_from_log_two_and_everything_is_measured(reward_recipe):
     recipe = reward_recipe("run.steps=12", "run.eval_every=5")
-    result = run_reward(recipe, resume=False)
-    rows = metrics_of(recipe)
+    result, rows = ran(recipe)
     assert rows[0]["loss/mean"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[0]["accuracy/mean"] == 0.5
     assert rows[-1]["loss/mean"] < 0.4
@@ -101,8 +95,7 @@ def test_micro_batches_change_no_number(reward_recipe, tmp_path):
     found = []
     for size in ("null", "4"):
         recipe = reward_recipe(f"optim.micro_batch_size={size}", "optim.lr=1e-4", output=str(tmp_path / size))
-        run_reward(recipe, resume=False)
-        found.append([(row["loss/mean"], row["reward/grad_norm"]) for row in metrics_of(recipe)])
+        found.append([(row["loss/mean"], row["reward/grad_norm"]) for row in ran(recipe)[1]])
     for one, other in zip(*found, strict=True):
         assert one == pytest.approx(other, rel=1e-3)
 
@@ -111,7 +104,7 @@ def test_a_rows_margin_is_wanted_on_top(reward_recipe):
     rows = [{"prompt": p, "chosen": "a", "rejected": "b", "margin": m} for p, m in zip(PROMPTS, range(12), strict=True)]
     recipe, _ = run_with_rows(reward_recipe, rows, "optim.batch_size=12", "run.steps=1", "eval.pairs_share=0")
     by_hand = bradley_terry_loss(torch.zeros(12), torch.zeros(12), torch.arange(12.0)).mean().item()
-    assert metrics_of(recipe)[0]["loss/mean"] == pytest.approx(by_hand, abs=1e-5)
+    assert rows_of(recipe)[0]["loss/mean"] == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_smoothing_keeps_the_model_from_being_sure(reward_recipe, tmp_path):
@@ -119,8 +112,7 @@ def test_smoothing_keeps_the_model_from_being_sure(reward_recipe, tmp_path):
     for smoothing in (0.0, 0.3):
         keys = (f"bradley_terry.label_smoothing={smoothing}", "run.steps=40", "optim.schedule=constant")
         recipe = reward_recipe(*keys, output=str(tmp_path / str(smoothing)))
-        run_reward(recipe, resume=False)
-        gaps.append(sum(row["reward/gap"] for row in metrics_of(recipe)[-5:]) / 5)
+        gaps.append(sum(row["reward/gap"] for row in ran(recipe)[1][-5:]) / 5)
     assert gaps[1] == pytest.approx(math.log(0.7 / 0.3), abs=0.3)     # its optimum, 0.847
     assert gaps[0] > 3.0
 
@@ -128,7 +120,7 @@ def test_smoothing_keeps_the_model_from_being_sure(reward_recipe, tmp_path):
 def test_labelled_responses_give_log_odds(reward_recipe):
     rows = [{"prompt": p, "response": r, "label": r == "a a"} for p in PROMPTS for r in ("a a", "no.")]
     recipe, result = run_with_rows(reward_recipe, rows, "run.steps=20")
-    assert metrics_of(recipe)[0]["loss/mean"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows_of(recipe)[0]["loss/mean"] == pytest.approx(math.log(2), abs=1e-6)
     assert result["accuracy"] == 1.0
     assert result["loss"] < 0.3
     assert result["held_out_rows"] == 6
@@ -207,29 +199,19 @@ def test_a_run_does_not_go_on_with_another_reward_model(ppo_recipe, reward_model
     head = load_file(judge / HEAD)
     save_file({name: tensor * 1.0001 for name, tensor in head.items()}, judge / HEAD)
     with pytest.raises(ScorerError, match="the run was started with"):
-        load_scorer(recipe.reward, recipe.folder, CPU).restored(before.state())
+        load_scorer(recipe.reward, recipe.folder, CPU).restored(before.state(), {})
 
 
 # --- through the front door ------------------------------------------------------------------------------------------
 
 
-def call(capsys, *arguments: str) -> tuple[int, str, str]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        main(list(arguments))
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    return left.value.code, out, err
-
-
-def test_the_command_prints_one_document_and_a_second_call_trains_nothing(reward_recipe, capsys):
+def test_the_command_prints_one_document_and_a_second_call_trains_nothing(reward_recipe, command):
     recipe = reward_recipe("run.steps=2")
     arguments = ("reward", "-r", str(recipe.folder / "recipe.yaml"), "--set", "run.steps=2")
-    code, out, _ = call(capsys, *arguments, "--json")
-    assert code == 0
-    assert json.loads(out)["stage"] == "reward"
+    code, document, _ = command(*arguments)
+    assert (code, document["stage"]) == (0, "reward")
     written = (Path(recipe.run.output) / "metrics.jsonl").stat().st_mtime_ns
-    code, out, _ = call(capsys, *arguments)
+    code, out, _ = command(*arguments, as_json=False)
     assert (code, (Path(recipe.run.output) / "metrics.jsonl").stat().st_mtime_ns) == (0, written)
     assert "held-out rows" in out
     assert "KL" not in out
@@ -246,11 +228,11 @@ def test_the_command_prints_one_document_and_a_second_call_trains_nothing(reward
     (["data.pairs=absent.jsonl"], 5, ["absent.jsonl does not exist"]),
     (["optim.lr=1e18", "run.steps=8"], 6, ["not finite|is nan|is inf"]),
 ])
-def test_what_is_wrong_is_named_with_its_exit_code(reward_recipe, capsys, overrides, code, words):
+def test_what_is_wrong_is_named_with_its_exit_code(reward_recipe, command, overrides, code, words):
     import re
 
-    file = str(reward_recipe().folder / "recipe.yaml")
-    found, out, err = call(capsys, "reward", "-r", file, *(part for key in overrides for part in ("--set", key)))
+    keys = (part for key in overrides for part in ("--set", key))
+    found, out, err = command("reward", "-r", reward_recipe().folder / "recipe.yaml", *keys, as_json=False)
     assert (found, out) == (code, "")
     assert all(re.search(word, err) for word in words), err
 
@@ -262,8 +244,8 @@ def test_a_margin_that_is_no_number_is_named_with_its_line(reward_recipe, margin
         run_with_rows(reward_recipe, [rows[0], rows[1] | {"margin": margin}])
 
 
-def test_eval_kl_says_that_a_reward_model_is_no_policy(reward_model, capsys):
-    code, _, err = call(capsys, "eval-kl", str(reward_model), "--prompts", "prompts.jsonl")
+def test_eval_kl_says_that_a_reward_model_is_no_policy(reward_model, eval_kl):
+    code, _, err = eval_kl(reward_model, "--prompts", "prompts.jsonl")
     assert code == 5
     assert "is a reward model, which says nothing" in err
 

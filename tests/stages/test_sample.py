@@ -1,13 +1,11 @@
 """``kltune sample``: what plain transformers says with the same numbers, prompts from everywhere, and its refusals."""
 
 import io
-import json
 import shutil
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kltune.cli import main
 from kltune.lm.data.examples import Prompt
 from kltune.lm.measure.measurement import Round
 from kltune.lm.model.sampler import Draw
@@ -30,16 +28,12 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def sample(capsys, monkeypatch):
-    """``kltune sample ... --json`` in this process: exit code, document (its text without --json), stderr."""
+def sample(command, monkeypatch):
+    """``kltune sample ...`` with something on stdin."""
 
     def call(*arguments: object, as_json: bool = True, stdin: io.StringIO | None = None):
         monkeypatch.setattr("sys.stdin", io.StringIO() if stdin is None else stdin)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main(["sample", *map(str, arguments), *(["--json"] if as_json else [])])
-        out, err = capsys.readouterr()
-        return caught.value.code, json.loads(out) if as_json and out else out, err
+        return command("sample", *arguments, as_json=as_json)
 
     return call
 

@@ -10,17 +10,13 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kltune.cli import main
 from kltune.lm.data.examples import RowRules, load_examples
 from kltune.lm.model.opening import load_policy
 from kltune.recipe import SFTRecipe
 from kltune.run.optimizer import make_optimizer
 from kltune.stages.sft import imitate, run_sft
-from tests.stages.conftest import SFT, read_jsonl, write_recipe
-
-
-def rows_of(path: str) -> list[dict[str, str]]:
-    return read_jsonl(Path(path))
+from kltune.train.learner import Learner
+from tests.stages.conftest import SFT, ran, read_jsonl, rows_of, write_recipe
 
 
 def nats_by_hand(model: torch.nn.Module, tokenizer, rows: list[dict[str, str]]) -> tuple[float, int]:
@@ -46,8 +42,7 @@ def plain(recipe: SFTRecipe) -> tuple[torch.nn.Module, object]:
 
 def test_the_loss_falls_and_everything_is_measured(sft_recipe):
     recipe = sft_recipe("run.steps=15", "run.eval_every=5")
-    result = run_sft(recipe, resume=False)
-    rows = read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
+    result, rows = ran(recipe)
     losses = [row["loss/mean"] for row in rows]
     assert losses[-1] < 0.8 * losses[0]
     assert [row["step"] for row in rows if row.get("eval/perplexity") is not None] == [5, 10]
@@ -63,8 +58,8 @@ def test_the_first_loss_is_that_of_the_responses_alone(sft_recipe):
     recipe = sft_recipe("optim.batch_size=12", "run.steps=1")
     run_sft(recipe, resume=False)
     model, tokenizer = plain(recipe)
-    nats, tokens = nats_by_hand(model, tokenizer, rows_of(recipe.data.texts))
-    (row,) = read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
+    nats, tokens = nats_by_hand(model, tokenizer, read_jsonl(Path(recipe.data.texts)))
+    (row,) = rows_of(recipe)
     assert row["sft/tokens"] == tokens
     assert row["loss/mean"] == pytest.approx(nats / tokens, abs=1e-5)
 
@@ -93,7 +88,7 @@ def test_the_gradient_is_that_of_the_response_tokens_alone(sft_recipe, micro):
 
     optimizer = Kept(parameters.values(), lr=1.0)
     optimizer.zero_grad()
-    imitate(recipe, policy, optimizer, examples)
+    imitate(recipe, Learner(policy, {"policy": optimizer}), examples)
     assert max(grad.abs().max().item() for grad in by_hand.values()) > 1e-3
     for name, grad in by_hand.items():
         assert torch.allclose(optimizer.kept[name], grad, atol=1e-6), name
@@ -103,7 +98,7 @@ def test_perplexity_on_held_out_texts_is_the_one_transformers_gives(sft_recipe):
     recipe = sft_recipe("run.steps=3")
     result = run_sft(recipe, resume=False)
     base, tokenizer = plain(recipe)
-    rows = rows_of(recipe.eval.texts)
+    rows = read_jsonl(Path(recipe.eval.texts))
     before, tokens = nats_by_hand(base, tokenizer, rows)
     assert result["eval"]["eval/reference_texts_nats_per_token"] == pytest.approx(before / tokens, abs=1e-5)
     after, _ = nats_by_hand(PeftModel.from_pretrained(base, result["final"]).eval(), tokenizer, rows)
@@ -119,8 +114,7 @@ def test_an_epoch_is_every_text_once(sft_recipe):
 def test_without_held_out_prompts_the_kl_is_unmeasured_and_not_zero(tmp_path, llama):
     from kltune.recipe import load_recipe
 
-    recipe = load_recipe(write_recipe(tmp_path / "sft", SFT | {"eval": {}}, llama), ["run.steps=1"])
-    result = run_sft(recipe, resume=False)
+    result, _ = ran(load_recipe(write_recipe(tmp_path / "sft", SFT | {"eval": {}}, llama), ["run.steps=1"]))
     assert result["kl"] is None
     assert result["perplexity"] is None
 
@@ -131,7 +125,7 @@ def test_an_sft_adapter_becomes_part_of_the_reference_of_the_next_stage(sft_reci
     sft = run_sft(sft_recipe("run.steps=3"), resume=False)
     recipe = ppo_recipe(f"model.sft_adapter={sft['final']}", "run.steps=2")
     result = run_ppo(recipe, resume=False)
-    first, _ = read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
+    first, _ = rows_of(recipe)
     assert first["kl/ref_nats_per_response"] == 0.0
     assert result["reference"]["sft_adapter"] == sft["final"]
     assert result["reference"]["sha256"] != sft["reference"]["sha256"]
@@ -140,25 +134,22 @@ def test_an_sft_adapter_becomes_part_of_the_reference_of_the_next_stage(sft_reci
 # --- full fine-tuning -------------------------------------------------------------------------------------------------
 
 
-def test_full_fine_tuning_saves_a_model_that_eval_kl_measures(sft_recipe, capsys):
+def test_full_fine_tuning_saves_a_model_that_eval_kl_measures(sft_recipe, eval_kl):
     recipe = sft_recipe("lora=null", "optim.lr=2e-3", "run.steps=8")
     result = run_sft(recipe, resume=False)
-    losses = [row["loss/mean"] for row in read_jsonl(Path(recipe.run.output) / "metrics.jsonl")]
+    losses = [row["loss/mean"] for row in rows_of(recipe)]
     assert losses[-1] < losses[0]
 
     final = Path(result["final"])
     assert not (final / "adapter_config.json").exists()
     assert {path.name for path in final.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
-    rows = rows_of(recipe.eval.texts)
+    rows = read_jsonl(Path(recipe.eval.texts))
     saved, tokenizer = AutoModelForCausalLM.from_pretrained(final).eval(), AutoTokenizer.from_pretrained(final)
     nats, tokens = nats_by_hand(saved, tokenizer, rows)
     assert result["eval"]["eval/texts_nats_per_token"] == pytest.approx(nats / tokens, abs=1e-5)
 
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(["eval-kl", recipe.run.output, "--responses", "10", "--json"])
-    document = json.loads(capsys.readouterr().out)
-    assert caught.value.code == 0
+    code, document, _ = eval_kl(recipe.run.output, "--responses", 10)
+    assert code == 0
     assert document["reference"]["sha256"] == result["reference"]["sha256"]
     assert document["kl"]["exact"]["nats_per_response"] == pytest.approx(result["kl"]["nats_per_response"], abs=1e-6)
     assert document["kl"]["exact"]["nats_per_response"] > 0.01
@@ -170,7 +161,7 @@ def test_full_fine_tuning_trains_every_weight_and_leaves_the_reference_alone(sft
     base, _ = plain(recipe)
     examples, _ = load_examples(recipe.data.texts, policy.tokenizer, RowRules(20, 20, end_token=1))
     optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim, "model")
-    imitate(recipe, policy, optimizer, examples)
+    imitate(recipe, Learner(policy, {"policy": optimizer}), examples)
     for name, tensor in base.state_dict().items():
         assert not torch.equal(policy.model.state_dict()[name], tensor), f"{name} was not trained"
         assert torch.equal(policy._reference_tensors[name], tensor), f"{name} of the reference moved"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -81,18 +82,8 @@ def recipe(tmp_path, llama) -> Path:
 
 
 @pytest.fixture
-def sweep(capsys, recipe, tmp_path):
-    """``kltune sweep ... --json`` in this process: exit code, document (or text), stderr."""
-
-    def call(*arguments: object, as_json: bool = True):
-        capsys.readouterr()
-        command = ["sweep", "-r", str(recipe), "-o", str(tmp_path / "out"), *map(str, arguments)]
-        with pytest.raises(SystemExit) as left:
-            main([*command, *(["--json"] if as_json else [])])
-        out, err = capsys.readouterr()
-        return left.value.code, json.loads(out) if as_json and out else out, err
-
-    return call
+def sweep(command, recipe, tmp_path):
+    return partial(command, "sweep", "-r", recipe, "-o", tmp_path / "out")
 
 
 SIX = ("--over", "kl.target=0.3,0.6,1.2", "--over", "run.seed=0,1")

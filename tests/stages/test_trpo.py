@@ -15,15 +15,14 @@ from kltune.core.tensors import per_response
 from kltune.errors import DivergedError, RecipeError
 from kltune.lm.model.batches import response_scatter
 from kltune.lm.model.opening import load_saved_policy
+from kltune.lm.rewards.scorers import Scorer
 from kltune.report.pages import write_page
 from kltune.stages import trpo
 from kltune.stages.trpo import run_trpo
 from kltune.train import finish as finishing
-from kltune.train import loop as training
 from tests.oracles import kl
-from tests.stages.conftest import read_jsonl
+from tests.stages.conftest import ran, rows_of
 from tests.stages.test_oracles import BEST, BEST_KL, RHO, spoken
-from tests.stages.test_resume import CUTS, STEPS, assert_same_run, run_with_stops
 
 STEP_KEYS = {
     "kl/ref_nats_per_response", "kl/ref_stderr", "kl/beta", "kl/step_nats_per_response", "score/mean",
@@ -33,23 +32,19 @@ STEP_KEYS = {
 }
 
 
-def metrics(recipe) -> list[dict]:
-    return read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
-
-
 def test_a_run_leaves_what_every_run_leaves(trpo_recipe, monkeypatch):
     recipe = trpo_recipe("run.save_every=2", "run.eval_every=3")
     monkeypatch.setattr(finishing, "write_page", write_page)
     result = run_trpo(recipe, resume=False)
     folder = Path(recipe.run.output)
-    rows = metrics(recipe)
+    rows = rows_of(recipe)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(row.keys() >= STEP_KEYS | {"trpo/value_loss"} and "nonfinite" not in row for row in rows)
     assert (result["status"], result["stage"], result["final_step"]) == ("finished", "trpo", 4)
     assert result["hard_cap"] is None
     assert result["kl"]["nats_per_response"] > 0.0
     assert json.loads((folder / "final" / "kltune.json").read_text())["stage"] == "trpo"
-    assert not list((folder / "checkpoints" / "step-000004" / "state").glob("optimizer*"))
+    assert not list((folder / "checkpoints" / "step-000004" / "state").glob("policy_optimizer*"))
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert all(title in page for title in ("Gain of the surrogate", "Damping", "Tries of the line search"))
 
@@ -61,8 +56,7 @@ def test_a_reward_is_raised_and_no_step_leaves_the_ball(trpo_recipe, baseline):
         f"trpo.baseline={baseline}", "kl.target=4", "run.steps=12", "sampling.responses_per_prompt=4",
         "trpo.max_step_kl=0.2", *keys,
     )
-    run_trpo(recipe, resume=False)
-    rows = metrics(recipe)
+    _, rows = ran(recipe)
     assert sum(row["score/mean"] for row in rows[-3:]) > 2 * sum(row["score/mean"] for row in rows[:3])
     assert all(row["kl/step_nats_per_response"] <= row["trpo/radius_nats_per_response"] <= 0.2 for row in rows)
     assert [row["trpo/radius_nats_per_response"] for row in rows[:FIRST_SEEN]] == [0.2] * FIRST_SEEN
@@ -86,9 +80,7 @@ def test_the_recorded_step_kl_is_what_the_two_policies_say(trpo_recipe, monkeypa
         return update
 
     monkeypatch.setattr(trpo, "trust_region_step", spy)
-    recipe = trpo_recipe()
-    run_trpo(recipe, resume=False)
-    recorded = [row["kl/step_nats_per_response"] for row in metrics(recipe)]
+    recorded = [row["kl/step_nats_per_response"] for row in ran(trpo_recipe())[1]]
     assert recorded == pytest.approx(seen, rel=1e-3, abs=1e-7)
     assert 0.01 < max(seen) <= 0.05
 
@@ -103,7 +95,7 @@ def test_a_refused_step_leaves_the_policy_as_it_was_to_the_last_bit(trpo_recipe,
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(tensor.abs().max().item() == 0.0 for name, tensor in first.items() if "lora_B" in name)
-    rows = metrics(recipe)
+    rows = rows_of(recipe)
     assert [row["trpo/accepted"] for row in rows] == [0.0, 0.0]
     assert [row["trpo/line_search_tries"] for row in rows] == [3.0, 3.0]
     assert [row["kl/step_nats_per_response"] for row in rows] == [0.0, 0.0]
@@ -112,13 +104,12 @@ def test_a_refused_step_leaves_the_policy_as_it_was_to_the_last_bit(trpo_recipe,
 
 
 def test_equal_scores_move_nothing(trpo_recipe, monkeypatch):
-    monkeypatch.setattr(training, "score", lambda scorer, rollout, penalty: torch.ones(len(rollout.lengths)))
+    monkeypatch.setattr(Scorer, "total", lambda self, prompts, *rest: torch.ones(len(prompts)))
     recipe = trpo_recipe(
         "run.steps=2", "trpo.baseline=rloo", "optim.lr=1e-4", "trpo.value_minibatch_size=64", "kl.control=fixed",
         "kl.beta=1.0",
     )
-    run_trpo(recipe, resume=False)
-    assert [(row["trpo/accepted"], row["trpo/line_search_tries"]) for row in metrics(recipe)] == [(0.0, 0.0)] * 2
+    assert [(row["trpo/accepted"], row["trpo/line_search_tries"]) for row in ran(recipe)[1]] == [(0.0, 0.0)] * 2
 
 
 def test_fitting_values_does_not_move_the_policy(trpo_recipe, monkeypatch):
@@ -145,26 +136,10 @@ def test_a_gradient_that_is_no_number_stops_the_run(trpo_recipe, monkeypatch):
     assert not (Path(recipe.run.output) / "final").exists()
 
 
-@pytest.mark.parametrize("keys", [(), ("kl.hard_cap=0.6",), ("trpo.baseline=rloo", "optim.lr=1e-4",
-                                                             "trpo.value_minibatch_size=64")])
-def test_a_stopped_run_goes_on_bit_for_bit(trpo_recipe, monkeypatch, tmp_path, keys):
-    whole = (f"run.steps={STEPS}", "run.eval_every=2", "reward.0.normalize=true", "kl.target=0.5", *keys)
-    broken, unbroken = (trpo_recipe(*whole, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
-    run_trpo(unbroken, resume=False)
-    run_with_stops(run_trpo, broken, monkeypatch, CUTS)
-    folder = Path(unbroken.run.output)
-    state = json.loads((folder / f"checkpoints/step-{STEPS:06d}/state/state.json").read_text())
-    assert state["damping"] != {"relative": 100.0, "adapts": True}
-    assert state["pace"]["seen"] > 0
-    assert_same_run(Path(broken.run.output), folder, STEPS)
-
-
 def test_the_first_bandit_step_is_the_listed_one(bandit_trpo):
     # δ = .01 with hardly any damping: the LoRA of rank 4 on the head can be any table, so the step is ORACLE-A's,
     # 0.010268 nats, but for the noise of 4,096 responses.
-    recipe = bandit_trpo("run.steps=1", "sampling.responses_per_prompt=4096", "trpo.max_step_kl=0.01")
-    run_trpo(recipe, resume=False)
-    (row,) = metrics(recipe)
+    _, (row,) = ran(bandit_trpo("run.steps=1", "sampling.responses_per_prompt=4096", "trpo.max_step_kl=0.01"))
     assert row["trpo/first_try_nats_per_response"] == pytest.approx(0.010268, rel=0.01)
     assert row["kl/step_nats_per_response"] <= 0.01
     assert row["trpo/line_search_tries"] == 2.0

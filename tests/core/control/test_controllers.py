@@ -33,10 +33,10 @@ def make(controller: str, target: float = 0.5, **keys: float) -> Controller:
     return Budget.of(KLSection(controller=controller, target=target, **keys), updates_per_step=1).controller
 
 
-def seen(controller: Controller, kls: list[float], target: float = 1.0, spread: float = 1.0) -> Controller:
+def seen(controller: Controller, kls: list[float], target: float = 1.0, pull: float = 1.0) -> Controller:
     """The controller after it has seen these KLs."""
     for kl in kls:
-        controller = controller.updated(kl, target, pull=spread, responses=64)
+        controller = controller.updated(kl, target, pull=pull, responses=64)
     return controller
 
 
@@ -112,7 +112,7 @@ def test_the_first_price_comes_from_the_spread_of_the_scores(name):
     once, twice = (make(name).updated(0.5, 0.5, pull=spread, responses=64).beta for spread in (1.5, 3.0))
     assert twice == pytest.approx(2.0 * once)
     if name == "log_pi":        # which charges about the feed-forward once it is on target
-        assert seen(make(name), [1.0] * 100, spread=3.0).beta == pytest.approx(feed_forward(3.0, 1.0), rel=0.35)
+        assert seen(make(name), [1.0] * 100, pull=3.0).beta == pytest.approx(feed_forward(3.0, 1.0), rel=0.35)
     else:
         assert make(name).updated(0.7, 0.5, pull=3.0, responses=64).beta == pytest.approx(feed_forward(3.0, 0.5))
 

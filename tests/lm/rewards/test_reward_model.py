@@ -50,7 +50,7 @@ def new_reward(open_policy) -> Callable[..., RewardModel]:
 
     def make(**keywords) -> RewardModel:
         model = RewardModel(open_policy(**{"lora": WIDE} | keywords))
-        randomize(model.parameters())
+        randomize(model.trainable_parameters())
         return model
 
     return make
@@ -91,7 +91,7 @@ def test_a_fresh_reward_model_gives_0_and_learns_in_adapter_and_head(open_policy
     assert model.measure_rows(ROWS).tolist() == [0.0] * 4
     randomize(model.head_parameters())
     model.scores(*model.batch(ROWS)).sum().backward()
-    grads = [tensor.grad for name, tensor in model.parameters().items() if "lora_B" in name or "head" in name]
+    grads = [tensor.grad for name, tensor in model.trainable_parameters().items() if "lora_B" in name or "head" in name]
     assert all(grad is not None and grad.abs().max() > 0 for grad in grads)
     assert all(tensor.dtype == torch.float32 for tensor in model.head_parameters().values())
 
@@ -104,7 +104,7 @@ def test_rows_score_the_same_alone_and_beside_longer_ones(new_reward):
 
 def test_the_head_is_float32_over_a_bfloat16_base(open_policy):
     model = RewardModel(open_policy(lora=WIDE, dtype="bfloat16"))
-    randomize(model.parameters())
+    randomize(model.trainable_parameters())
     assert model.measure_rows(ROWS).dtype == torch.float32
     assert model.head.linear.weight.dtype == torch.float32
 
@@ -198,7 +198,7 @@ def test_it_adds_only_its_adapter_and_head_to_what_is_held(open_policy, saved_re
 
 def test_two_reward_models_lie_side_by_side(open_policy, new_reward, saved_reward, tmp_path):
     other = new_reward(lora=NARROW)
-    randomize(other.parameters(), seed=5)
+    randomize(other.trainable_parameters(), seed=5)
     second = save_reward(tmp_path / "second", other)
     policy = open_policy()
     readers = [open_reward_model(folder, policy, CPU)[0] for folder in (saved_reward, second)]

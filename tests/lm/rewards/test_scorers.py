@@ -231,9 +231,9 @@ def test_scores_that_are_all_equal_have_no_spread_to_divide_by():
 def test_the_standardisation_survives_a_checkpoint():
     scorer = Scorer([source(lengths, "lengths", 3.0, normalize=True), source(vowels, "vowels")])
     ready = scorer.standardized(["", "", ""], ["ab", "abcd", "abcdef"])
-    again = scorer.restored(ready.state())
+    again = scorer.restored(ready.state(), {})
     assert again.state() == ready.state()
-    assert [(saved["shift"], saved["scale"]) for saved in ready.state()] == [(4.0, 2.0), (0.0, 1.0)]
+    assert [(saved["shift"], saved["scale"]) for saved in ready.state()["sources"]] == [(4.0, 2.0), (0.0, 1.0)]
     assert not again.wants_reference_samples
     assert torch.equal(again(PROMPTS, RESPONSES).total, ready(PROMPTS, RESPONSES).total)
 

@@ -1,4 +1,4 @@
-"""The learning rate follows its schedule, and a step that would do harm is not taken."""
+"""The learning rate follows its schedule, a step that would do harm is not taken, and its memory comes back exactly."""
 
 import math
 
@@ -6,9 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from kltune.errors import DivergedError
+from kltune.errors import CheckpointError, DivergedError
 from kltune.recipe import OptimSection, RunSection
-from kltune.run.optimizer import guarded_step, learning_rate_share, make_optimizer, set_learning_rate, total_steps
+from kltune.run.optimizer import (
+    guarded_step,
+    learning_rate_share,
+    load_optimizer,
+    make_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+    total_steps,
+)
 
 
 def shares(steps: int, **section) -> list[float]:
@@ -105,3 +113,17 @@ def test_an_optimizer_of_nothing_or_of_what_cannot_be_trained_is_a_bug():
     weight.requires_grad_(False)
     with pytest.raises(AssertionError, match="frozen"):
         make_optimizer({"weight": weight}, optim, "policy")
+
+
+def test_an_optimizer_that_has_taken_no_step_has_nothing_to_save_and_loads_nothing():
+    _, optimizer = weights_and_optimizer()
+    assert optimizer_tensors(optimizer) == {}
+    load_optimizer(optimizer, {})
+    guarded_step(optimizer, max_grad_norm=1.0, what="policy")
+    assert optimizer_tensors(optimizer).keys() == {"0/step", "0/exp_avg", "0/exp_avg_sq"}
+
+
+@pytest.mark.parametrize("tensors", [{"0/exp_avg": torch.zeros(2, 2)}, {"1/exp_avg": torch.zeros(2)}])
+def test_an_optimizer_of_other_parameters_is_refused(tensors):
+    with pytest.raises(CheckpointError, match=r"/exp_avg is \[2"):
+        load_optimizer(weights_and_optimizer()[1], tensors)

@@ -10,7 +10,7 @@ from kltune.lm.model.likelihood import alignment_tax
 from kltune.lm.model.sampler import Draw
 from kltune.lm.rewards.scorers import Scorer, ScoreSource
 from kltune.recipe import SamplingSection
-from kltune.train.evaluation import HeldOut, evaluate, response_tokens, scales_of, score_metrics, text_metrics
+from kltune.train.evaluation import HeldOut, response_tokens, scales_of, score_metrics, text_metrics
 
 SAMPLING = SamplingSection(max_new_tokens=8)
 PROMPTS = [Prompt((0, 5 + place), f"prompt {place}", f"row {place}") for place in range(6)]
@@ -21,8 +21,8 @@ def scorer(name, function):
     return Scorer([ScoreSource(name, lambda prompts, responses: [function(r) for r in responses], 1.0, False, {})])
 
 
-def held_out(policy, responses=12, gold=None):
-    return HeldOut(PROMPTS, [], gold, responses, ())
+def held_out(seed, gold=None):
+    return HeldOut(PROMPTS, [], gold, 12, SAMPLING, seed)
 
 
 def test_scores_stand_on_the_scale_of_the_reference():
@@ -80,19 +80,19 @@ def test_the_reference_is_drawn_once_and_is_its_own_scale(trained_policy, monkey
         return measure_kl(*arguments, from_reference=from_reference, **keys)
 
     monkeypatch.setattr("kltune.train.evaluation.measure_kl", counted)
-    held, proxy = held_out(trained_policy, gold=scorer("gold", len)), scorer("score", lambda text: text.count("1"))
-    first, second = (evaluate(trained_policy, held, SAMPLING, proxy, seed=3)[0] for _ in range(2))
+    held, proxy = held_out(seed=3, gold=scorer("gold", len)), scorer("score", lambda text: text.count("1"))
+    first, second = (held.measured(trained_policy, proxy)[0] for _ in range(2))
     assert drawn == [True, False, False]
     assert first == second
     assert first["eval/reference_score_z"] == pytest.approx(0.0, abs=1e-6)
     assert first["eval/reference_gold_z_stderr"] == pytest.approx(
-        first["eval/reference_gold_stderr"] / held.references[12].scales["gold"][1]
+        first["eval/reference_gold_stderr"] / held._references[12].scales["gold"][1]
     )
     assert first["eval/gold_gap"] == pytest.approx(first["eval/score_z"] - first["eval/gold_z"])
 
 
 def test_a_policy_that_is_its_reference_is_measured_like_it(policy):
-    found, _ = evaluate(policy, held_out(policy), SAMPLING, scorer("score", len), seed=0)
+    found, _ = held_out(seed=0).measured(policy, scorer("score", len))
     names = [name for name in found if name.startswith("eval/reference_")]
     assert len(names) == 14
     for name in names:
