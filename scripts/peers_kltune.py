@@ -29,6 +29,7 @@ from kltune.lm.model.opening import load_policy
 from kltune.lm.model.policy import Policy
 from kltune.recipe import load_recipe
 from kltune.train.learner import Learner
+from kltune.train.loop import Taken
 from kltune.train.preferences import Preferences, load_preferences, response_logprobs
 
 NEVER = 1_000_000
@@ -212,11 +213,12 @@ def run(folder: Path, output: Path, settings: str, changes: list[str]) -> None:
         watch.loaded()
         return policy
 
-    def watched_step(*arguments, **options) -> None:
+    def watched_step(*arguments, **options) -> Taken:
         if not watch.began:
             watch.stamp()
-        take_step(*arguments, **options)
+        taken = take_step(*arguments, **options)
         watch.stamp()
+        return taken
 
     opening.load_policy, module.take_step = watched_load, watched_step
     Preferences.measured = watch.timed("once", measured)

@@ -14,7 +14,7 @@ from kltune.run.checkpoint import read_state
 from kltune.stages import dpo
 from kltune.stages.dpo import LOSS_REFERENCE, MEANS, LossReference, RunningMeans, run_dpo
 from kltune.train.learner import Learner
-from kltune.train.preferences import Preferences, log_ratios, margins
+from kltune.train.preferences import Preferences, margins, response_log_ratios
 from tests.stages.conftest import ran, rows_of
 from tests.stages.test_dpo import small_preferences
 from tests.stages.test_resume import assert_same_run, run_with_stops, saved_tensors
@@ -33,7 +33,7 @@ def test_the_beta_of_a_batch_follows_its_margin_and_the_running_mean(trained_pol
     recipe = dpo_recipe("dpo.dynamic_beta=0.6", "dpo.beta=0.2")
     part = small_preferences(trained_policy, tmp_path, "sigmoid")
     learner = Learner(trained_policy, parts={MEANS: RunningMeans(margin=0.5)})
-    h = margins(log_ratios(trained_policy, part))
+    h = margins(response_log_ratios(trained_policy, part))
     margin = h.mean().item()
     assert abs(margin) > 0.1
 

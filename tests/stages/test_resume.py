@@ -154,7 +154,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(request, tmp_path, llama, base, keys,
         assert state["budget"]["rollbacks"] + state["budget"]["refusals"] > 0
     if base is TRPO:
         assert state["trust_region"]["damping"] != {"relative": 100.0, "adapts": True}
-        assert state["trust_region"]["pace"]["seen"] > 0
+        assert state["trust_region"]["radius"]["seen"] > 0
     assert (peak is not None) == ("eval.stop_at_gold_peak=true" in keys)
 
 

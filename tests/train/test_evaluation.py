@@ -1,7 +1,10 @@
 """What an evaluation says besides the KL, by hand and on a tiny policy."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from kltune.core.hacking.diversity import diversity
 from kltune.lm.data.examples import Prompt
@@ -10,7 +13,15 @@ from kltune.lm.model.likelihood import alignment_tax
 from kltune.lm.model.sampler import Draw
 from kltune.lm.rewards.scorers import Scorer, ScoreSource
 from kltune.recipe import SamplingSection
-from kltune.train.evaluation import HeldOut, response_tokens, scales_of, score_metrics, text_metrics
+from kltune.train.evaluation import (
+    HeldOut,
+    before_and_after,
+    response_tokens,
+    scales_of,
+    score_metrics,
+    text_metrics,
+)
+from tests.tiny_policies import plain_sample
 
 SAMPLING = SamplingSection(max_new_tokens=8)
 PROMPTS = [Prompt((0, 5 + place), f"prompt {place}", f"row {place}") for place in range(6)]
@@ -104,3 +115,29 @@ def test_the_alignment_tax_by_hand():
     found = alignment_tax(torch.tensor([21.0, 65.0]), torch.tensor([20.0, 60.0]), torch.tensor([10, 30]))
     assert found.nats_per_token == pytest.approx(0.15)
     assert found.token_stderr == pytest.approx((2 / 1 * 2 * 0.5**2) ** 0.5 / 40)
+
+
+def test_before_is_what_the_reference_alone_says_with_the_same_numbers(trained_policy, tiny_model):
+    rows = before_and_after(trained_policy, held_out(3), None)
+    uniforms = Round(PROMPTS, 0, 6, 1).uniforms(held_out(3).draw).tolist()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model())
+    said = [
+        plain_sample(base, prompt.ids, numbers, trained_policy.end_ids)
+        for prompt, numbers in zip(PROMPTS, uniforms, strict=True)
+    ]
+    texts = trained_policy.tokenizer.batch_decode(said, skip_special_tokens=True)
+    assert [row["reference_response"] for row in rows] == texts
+    assert any(row["response"] != row["reference_response"] for row in rows)
+    assert [row["prompt"] for row in rows] == [prompt.text for prompt in PROMPTS]
+    assert {row["held_out"] for row in rows} == {True}
+    assert {row["score"] for row in rows} == {row["reference_score"] for row in rows} == {None}
+
+
+def test_a_policy_that_has_learnt_nothing_says_what_its_reference_says(policy):
+    rows = before_and_after(policy, held_out(0), None)
+    assert all(row["response"] == row["reference_response"] for row in rows)
+    assert all(nats == 0.0 for row in rows for nats in row["token_kl"])
+
+
+def test_without_prompts_there_is_nothing_to_show(policy):
+    assert before_and_after(policy, replace(held_out(0), prompts=[]), None) == []

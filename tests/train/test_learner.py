@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kltune.core.control.adaptation import Damping, Pace
+from kltune.core.control.adaptation import AdaptiveRadius, Damping
 from kltune.core.kl.intervals import summarize
 from kltune.errors import CheckpointError
 from kltune.lm.model.opening import load_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.snapshot import Snapshot
-from kltune.lm.rewards.scorers import Scorer, Source
+from kltune.lm.rewards.scorers import Scorer, ScoreSource
 from kltune.recipe import KLSection, LoraSection, ModelSection, OptimSection
 from kltune.run import files
 from kltune.run.checkpoint import save_checkpoint
@@ -76,10 +76,10 @@ def drawn(name: str, policy: Policy, seed: int, now: Part | None) -> Part:
         randomize(reference.snapshot.tensors, seed)
         return reference
     if name == "scorer":
-        return Scorer([Source(n, lambda *_: [], 1.0, True, {"kind": n}, shift=x(), scale=x()) for n in ("a", "b")])
+        return Scorer([ScoreSource(n, lambda *_: [], 1.0, True, {"kind": n}, shift=x(), scale=x()) for n in ("a", "b")])
     if name.startswith("trust_region"):
         step = torch.tensor([x(), x()]) if (seed % 2 == 0) == (name == "trust_region") else None
-        return TrustRegion(Damping(100.0 * x(), seed % 2 > 0), Pace(x(), seed, x()), step)
+        return TrustRegion(Damping(100.0 * x(), seed % 2 > 0), AdaptiveRadius(x(), seed, x()), step)
     if name == "means":
         return RunningMeans(x(), x())
     if name == "pairs":

@@ -12,7 +12,7 @@ import torch
 
 from kltune.core.kl.gate import (
     GRID,
-    Point,
+    AlphaPoint,
     Verdict,
     confidence_per_look,
     largest_alpha,
@@ -157,7 +157,7 @@ class Curve:
 
     def __call__(self, alpha):
         self.calls.append(alpha)
-        return Point(alpha, self.kl(alpha), 0.01, self.kl(alpha) + self.margin)
+        return AlphaPoint(alpha, self.kl(alpha), 0.01, self.kl(alpha) + self.margin)
 
 
 @pytest.mark.parametrize("power", [1.0, 1.7, 2.0, 3.0])

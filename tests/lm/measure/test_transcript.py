@@ -8,12 +8,9 @@ from kltune.lm.data.examples import Prompt
 from kltune.lm.measure.breakdown import pieces, transcript
 from kltune.lm.measure.measurement import Round, answer_both
 from kltune.lm.model.sampler import Draw
-from kltune.recipe import SamplingSection
-from kltune.train.evaluation import before_and_after
-from tests.tiny_policies import plain_distributions, plain_sample
+from tests.tiny_policies import plain_distributions
 
 PROMPTS = [Prompt((0, 5, 9, 3), "w5 w9 w3", "p:1"), Prompt((0, 7), "w7", "p:2"), Prompt((0, 4, 4), "w4 w4", "p:3")]
-SAMPLING = SamplingSection(max_new_tokens=7)
 DRAW = Draw(7, seed=3)
 
 
@@ -44,29 +41,3 @@ def test_tokens_join_to_the_text_also_where_a_letter_takes_several():
     ids = list("né €!".encode())
     assert pieces(ids, Bytes()) == ["n", "", "é", " ", "", "", "€", "!"]
     assert "".join(pieces(ids[:-2], Bytes())) == "né \N{REPLACEMENT CHARACTER}"      # cut within a letter
-
-
-def test_before_is_what_the_reference_alone_says_with_the_same_numbers(trained_policy, tiny_model):
-    rows = before_and_after(trained_policy, PROMPTS, SAMPLING, None, seed=3)
-    uniforms = Round(PROMPTS, 0, 3, 1).uniforms(DRAW).tolist()
-    base = AutoModelForCausalLM.from_pretrained(tiny_model())
-    said = [
-        plain_sample(base, prompt.ids, numbers, trained_policy.end_ids)
-        for prompt, numbers in zip(PROMPTS, uniforms, strict=True)
-    ]
-    texts = trained_policy.tokenizer.batch_decode(said, skip_special_tokens=True)
-    assert [row["reference_response"] for row in rows] == texts
-    assert any(row["response"] != row["reference_response"] for row in rows)
-    assert [row["prompt"] for row in rows] == [prompt.text for prompt in PROMPTS]
-    assert {row["held_out"] for row in rows} == {True}
-    assert {row["score"] for row in rows} == {row["reference_score"] for row in rows} == {None}
-
-
-def test_a_policy_that_has_learnt_nothing_says_what_its_reference_says(policy):
-    rows = before_and_after(policy, PROMPTS, SAMPLING, None, seed=0)
-    assert all(row["response"] == row["reference_response"] for row in rows)
-    assert all(nats == 0.0 for row in rows for nats in row["token_kl"])
-
-
-def test_without_prompts_there_is_nothing_to_show(policy):
-    assert before_and_after(policy, [], SAMPLING, None, seed=0) == []
