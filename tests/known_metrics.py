@@ -7,10 +7,7 @@ from kltune.run.metrics import unknown_metrics
 
 
 def known_only(step: Callable[..., None]) -> Callable[..., None]:
-    """``Report.step``, but with an assertion that every key is in the registry, and there as one of that stage.
-
-    In the conftest of stages: ``patch.setattr(Report, "step", known_only(Report.step))``.
-    """
+    """``Report.step``, but with an assertion that every key is in the registry, and there as one of that stage."""
 
     def checked(report: Any, number: int, metrics: Mapping[str, float | None]) -> None:
         unknown = unknown_metrics(metrics, report.stage)

@@ -36,7 +36,7 @@ class Guide:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Explanation:
     """All that a word names."""
 
     guides: Sequence[Guide] = ()
@@ -64,25 +64,25 @@ def explain_command(
     emit(laid_out(text) if wants_colour(sys.stdout) else text)
 
 
-def everything() -> Answer:
+def everything() -> Explanation:
     """All that can be asked for."""
-    return Answer(list(guides().values()), list(recipe_keys().values()), METRICS, list(EXIT_CODES.values()))
+    return Explanation(list(guides().values()), list(recipe_keys().values()), METRICS, list(EXIT_CODES.values()))
 
 
-def answer_to(word: str) -> Answer:
+def answer_to(word: str) -> Explanation:
     """What a word names; one word may be a guide and a section of recipes.
 
     Raises:
         RecipeError: it names nothing; says the nearest names.
     """
     metric = metric_named(word)
-    answer = Answer(
+    answer = Explanation(
         guides=[guide for name, guide in guides().items() if name == word],
         keys=keys_named(word),
         metrics=METRICS if word == "metrics" else [metric] if metric else [],
         codes=[entry for code, entry in EXIT_CODES.items() if str(code) == word],
     )
-    if answer == Answer([], [], [], []):
+    if answer == Explanation([], [], [], []):
         raise RecipeError(f"{word}: {nearest(word)}")
     return answer
 
@@ -125,7 +125,7 @@ def overview(known: Iterable[Guide]) -> str:
     ])
 
 
-def texts(answer: Answer) -> list[str]:
+def texts(answer: Explanation) -> list[str]:
     """An answer in Markdown: guides, then keys, metrics (several: as a table) and codes."""
     found = [guide.text for guide in answer.guides]
     found += [key_text(key) for key in answer.keys]

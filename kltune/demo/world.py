@@ -35,7 +35,7 @@ from kltune.demo.grammar import Review, house_review, loose_review, openings, pr
 from kltune.errors import StorageError
 from kltune.run.files import read_document, to_json, write_json
 
-MARKER = "tiny_world.json"
+WORLD_MARKER = "tiny_world.json"
 UNFINISHED = "tiny_world.building"
 FOLDERS = ("model", "data")
 SCHEMA = "kltune.tiny_world/3"
@@ -71,7 +71,7 @@ def make_tiny_world(
         StorageError: ``model`` or ``data`` is there already and was not made by this function.
     """
     identity = {"schema": SCHEMA, "kltune_version": __version__, "seed": seed, "steps": steps}
-    if read_document(folder / MARKER, SCHEMA) == identity and all((folder / name).is_dir() for name in FOLDERS):
+    if read_document(folder / WORLD_MARKER, SCHEMA) == identity and all((folder / name).is_dir() for name in FOLDERS):
         say(f"the tiny world in {folder} is complete; nothing to do")
         return
     _refuse_foreign(folder)
@@ -79,12 +79,12 @@ def make_tiny_world(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     _build(unfinished, seed=seed, steps=steps, say=say)
-    write_json(unfinished / MARKER, identity)
-    (folder / MARKER).unlink(missing_ok=True)
+    write_json(unfinished / WORLD_MARKER, identity)
+    (folder / WORLD_MARKER).unlink(missing_ok=True)
     for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
         os.replace(unfinished / name, folder / name)
-    os.replace(unfinished / MARKER, folder / MARKER)
+    os.replace(unfinished / WORLD_MARKER, folder / WORLD_MARKER)
     unfinished.rmdir()
 
 
@@ -231,9 +231,9 @@ def _refuse_foreign(folder: Path) -> None:
     A marker, or the folder of a build that was killed, says that they are ours.
     """
     taken = [name for name in FOLDERS if (folder / name).exists()]
-    if taken and not (folder / MARKER).exists() and not (folder / UNFINISHED).exists():
+    if taken and not (folder / WORLD_MARKER).exists() and not (folder / UNFINISHED).exists():
         raise StorageError(
-            f"{folder} already holds {' and '.join(taken)}, and no {MARKER} says that kltune made it. "
+            f"{folder} already holds {' and '.join(taken)}, and no {WORLD_MARKER} says that kltune made it. "
             "Nothing was changed; choose another output folder."
         )
 

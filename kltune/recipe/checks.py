@@ -60,15 +60,15 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False) -> Iterator[Cla
     yield from unread(recipe)
     yield from judges(recipe)
     if recipe.stage == "trpo":
-        yield from natural_gradient(recipe)
+        yield from natural_gradient_clashes(recipe)
     if recipe.stage == "dpo":
-        yield from preferences(recipe)
+        yield from preference_clashes(recipe)
     for key, value in path_values(recipe):
         yield from misplaced(key, value, folder)
     for key, value in function_values(recipe):
         yield from function_file(key, value, folder, trusted)
     if hasattr(recipe, "kl"):
-        yield from budget(recipe.kl)
+        yield from budget_clashes(recipe.kl)
         yield from control(recipe.kl)
         yield from policy_update(recipe)
         if recipe.kl.hard_cap is not None and recipe.sampling.prompts_per_step < 2:
@@ -126,7 +126,7 @@ def is_changed(section: Any, name: str) -> bool:
     return getattr(section, name) != type(section).model_fields[name].default
 
 
-def natural_gradient(recipe: Any) -> Iterator[Clash]:
+def natural_gradient_clashes(recipe: Any) -> Iterator[Clash]:
     """What trpo shares with ppo but has no use for: a price in the loss, and an optimizer where nothing is left to fit.
 
     The natural gradient is no optimizer's: ``optim`` is that of the value function.
@@ -145,7 +145,7 @@ def natural_gradient(recipe: Any) -> Iterator[Clash]:
                 yield (f"{section}.{name}", "trpo.baseline"), f"nothing reads it: {alone}; remove it"
 
 
-def preferences(recipe: Any) -> Iterator[Clash]:
+def preference_clashes(recipe: Any) -> Iterator[Clash]:
     """A loss reads its own keys only, and what prices KL in dpo needs a number or a target."""
     dpo, kl = recipe.dpo, recipe.kl
     yield from pair_sources(recipe)
@@ -192,7 +192,7 @@ def pair_sources(recipe: Any) -> Iterator[Clash]:
         yield ("sampling.missing_end_penalty", "reward"), "a judge of mode: pair gives no score to subtract it from"
 
 
-def budget(kl: KLSection) -> Iterator[Clash]:
+def budget_clashes(kl: KLSection) -> Iterator[Clash]:
     """The price is paid in a way whose gradient is the KL's, and the cap leaves room for the target."""
     reason = BAD_PRICES.get((kl.placement, kl.estimator))
     if reason:

@@ -10,7 +10,7 @@ from kltune.report.text import verdict_line
 from kltune.run.files import storing, visible, write_whole
 from kltune.run.screen import interval, with_error
 
-LEVELS = {"pass": "notice", "fail": "error", "inconclusive": "warning"}
+ANNOTATION_LEVELS = {"pass": "notice", "fail": "error", "inconclusive": "warning"}
 
 
 def write_junit(path: Path, document: dict[str, Any]) -> None:
@@ -51,7 +51,7 @@ def _write(path: Path, cases: list[ET.Element], *, failures: int, errors: int) -
 def annotations(document: dict[str, Any]) -> list[str]:
     """GitHub workflow commands, one per checkpoint that was held against a budget."""
     return [
-        f"::{LEVELS[one['gate']['verdict']]} title=kltune eval-kl::{escaped(_verdict_and_kl(one))}"
+        f"::{ANNOTATION_LEVELS[one['gate']['verdict']]} title=kltune eval-kl::{escaped(_verdict_and_kl(one))}"
         for one in _documents(document)
         if one["gate"] is not None
     ]

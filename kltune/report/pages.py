@@ -25,7 +25,7 @@ from kltune.report.outcome import (
 )
 from kltune.report.plots import COLOURS, svg_of
 from kltune.report.samples import (
-    LEVELS,
+    SHADES,
     newest_pairs,
     samples_while_training,
     shaded_spans,
@@ -133,7 +133,7 @@ def environment() -> Environment:
         "number": number, "duration": duration, "text": shortened, "date": date, "spans": shaded_spans,
         "tokens_of_most_kl": tokens_of_most_kl,
     }
-    made.globals["levels"] = LEVELS
+    made.globals["levels"] = SHADES
     return made
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from kltune.run.screen import number
 
-Row = dict[str, Any]                     # of samples.jsonl
-LEVELS = (0.02, 0.1, 0.3, 1.0, 3.0)      # least nats of each shade
+SampleRow = dict[str, Any]                     # of samples.jsonl
+SHADES = (0.02, 0.1, 0.3, 1.0, 3.0)      # least nats of each shade
 WORTH_NAMING, MOST_NAMED = 0.1, 3        # tokens of so many nats and more are named, so many of them
 LONGEST_TEXT = 1500                      # characters of a prompt or response on the page
 PER_STEP = 3                             # responses shown of a step while it trained
@@ -22,14 +22,14 @@ class Span:
     title: str
 
 
-def newest_pairs(samples: Sequence[Row]) -> list[Row]:
+def newest_pairs(samples: Sequence[SampleRow]) -> list[SampleRow]:
     """The newest responses that stand beside the reference's, one to a prompt."""
     both = [row for row in samples if row.get("reference_response") is not None]
     newest = max((row.get("step", 0) for row in both), default=0)
     return list({str(row.get("prompt")): row for row in both if row.get("step", 0) == newest}.values())
 
 
-def samples_while_training(samples: Sequence[Row]) -> list[Row]:
+def samples_while_training(samples: Sequence[SampleRow]) -> list[SampleRow]:
     """A few responses of the newest, the middle and the first step that recorded any without the reference's."""
     alone = [row for row in samples if row.get("reference_response") is None]
     steps = sorted({row.get("step", 0) for row in alone}, reverse=True)
@@ -37,7 +37,7 @@ def samples_while_training(samples: Sequence[Row]) -> list[Row]:
     return [row for step in chosen for row in [row for row in alone if row.get("step", 0) == step][:PER_STEP]]
 
 
-def shaded_spans(row: Row) -> list[Span]:
+def shaded_spans(row: SampleRow) -> list[Span]:
     """The response of a row; in one piece where its tokens were not measured."""
     tokens = _tokens_with_nats(row)
     if not tokens:
@@ -45,7 +45,7 @@ def shaded_spans(row: Row) -> list[Span]:
     spans, length = [], 0
     for index, (text, nats) in enumerate(tokens):
         text = text if spans else text.lstrip(" ")
-        spans.append(Span(text, sum(nats >= least for least in LEVELS), f"{number(nats)} nats"))
+        spans.append(Span(text, sum(nats >= least for least in SHADES), f"{number(nats)} nats"))
         length += len(text)
         if length > LONGEST_TEXT:
             rest = len(tokens) - index - 1
@@ -53,13 +53,13 @@ def shaded_spans(row: Row) -> list[Span]:
     return spans
 
 
-def tokens_of_most_kl(row: Row) -> list[tuple[str, float]]:
+def tokens_of_most_kl(row: SampleRow) -> list[tuple[str, float]]:
     """Token and nats, for readers whose pointer cannot rest on a span; [] where no token has KL worth naming."""
     ranked = sorted(_tokens_with_nats(row), key=lambda token: -token[1])
     return [(text.strip() or repr(text), nats) for text, nats in ranked[:MOST_NAMED] if nats >= WORTH_NAMING]
 
 
-def _tokens_with_nats(row: Row) -> list[tuple[str, float]]:
+def _tokens_with_nats(row: SampleRow) -> list[tuple[str, float]]:
     tokens, nats = row.get("tokens") or [], row.get("token_kl") or []
     if len(tokens) != len(nats):
         return []

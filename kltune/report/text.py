@@ -12,7 +12,7 @@ SHADES = ((1.0, "1;31"), (MARKED, "31"), (0.05, "33"))      # least nats, and th
 BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 60              # positions drawn side by side
 PROMPT_ROWS = 5
-ESTIMATORS = {"cv": "exact, k1 as control variate", "exact": "exact", "k1": "k1", "k3": "k3"}
+ESTIMATOR_NAMES = {"cv": "exact, k1 as control variate", "exact": "exact", "k1": "k1", "k3": "k3"}
 Table = list[list[str]]  # headings first
 
 
@@ -44,7 +44,7 @@ def _estimates(document: dict[str, Any]) -> Iterator[str]:
         f"{document['prompts']} prompts · temperature {document['temperature']:g} · "
         f"at most {document['max_new_tokens']} tokens"
     )
-    rows = [(ESTIMATORS[name], kl) for name, kl in document["kl"].items()]
+    rows = [(ESTIMATOR_NAMES[name], kl) for name, kl in document["kl"].items()]
     if document["forward"]:
         rows.append(("forward: KL(reference||policy)", document["forward"]["exact"]))
     if document["deployed"]:

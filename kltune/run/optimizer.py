@@ -90,9 +90,8 @@ def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         index, _, entry = key.partition("/")
-        wanted = parameters[int(index)].shape if int(index) < len(parameters) else None
-        if wanted is None or (tensor.ndim and tensor.shape != wanted):
-            found = list(tensor.shape)
-            raise CheckpointError(f"optimizer state {key} is {found}, its parameter {wanted and list(wanted)}.")
+        known = index.isdecimal() and int(index) < len(parameters)
+        if not known or (tensor.ndim and tensor.shape != parameters[int(index)].shape):
+            raise CheckpointError(f"optimizer state {key}, {list(tensor.shape)}, belongs to no parameter trained here.")
         state[int(index)][entry] = tensor.clone()
     optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})

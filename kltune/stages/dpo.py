@@ -67,7 +67,7 @@ from kltune.train.preferences import (
     win_rates,
 )
 
-LABELLED = ("kto", "bco")  # losses of responses judged one by one
+LABEL_LOSSES = ("kto", "bco")  # losses of responses judged one by one
 MEAN_MEMORY = 0.9  # share of a running mean that a step leaves
 BALANCE_SHARE = {"file": 0.4, "online": 1.0}  # of the price that balances the gradients of pairs and KL
 LOSS_REFERENCE, MEANS, PAIRS = "loss_reference", "means", "pairs"  # the stage's own parts of a learner
@@ -169,7 +169,7 @@ def train(recipe: DPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
         steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
     else:
         pairs, *notes = load_preferences(
-            recipe.data.pairs, policy, recipe.data, labelled=recipe.dpo.loss in LABELLED
+            recipe.data.pairs, policy, recipe.data, labelled=recipe.dpo.loss in LABEL_LOSSES
         )
         steps = total_steps(recipe.run, len(pairs), recipe.optim.batch_size)
         pairs = pairs.measured(policy, positions(recipe, pairs, 1, steps), run.ref_logprobs)

@@ -29,7 +29,7 @@ from kltune.train.budget import Budget
 from kltune.train.experience import Experience, compute_advantages, whitened
 from kltune.train.learner import ALARMS, SCORER, Job, Learner, make_job
 from kltune.train.loop import Taken, add_value_function, enforce_cap, load_data, take_steps
-from kltune.train.value_function import VALUE, ValueFunction
+from kltune.train.value_function import VALUES, ValueFunction
 
 
 def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
@@ -77,8 +77,8 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
         if ppo.baseline == "value" and recipe.kl.placement == "reward":
             experience = whitened(experience, batch.scores)
         set_learning_rate(learner.optimizers["policy"], share * recipe.optim.lr)
-        if VALUE in learner.optimizers:
-            set_learning_rate(learner.optimizers[VALUE], share * (ppo.value_lr or recipe.optim.lr))
+        if VALUES in learner.optimizers:
+            set_learning_rate(learner.optimizers[VALUES], share * (ppo.value_lr or recipe.optim.lr))
         update = improve(recipe, learner, experience, job.run.rng("minibatches", step)) | update
         clock.lap("update")
     return Taken(update, clock, batch, went_back)
@@ -91,7 +91,7 @@ def improve(recipe: PPORecipe, learner: Learner, experience: Experience, rng: np
     for _ in range(ppo.epochs):
         for part in experience.minibatches(ppo.minibatch_size, rng):
             stats = policy_step(recipe, learner, part, first=not done)
-            if VALUE in learner.parts:
+            if VALUES in learner.parts:
                 stats |= value_step(recipe, learner, part)
             done.append(stats)
             # The step KL is measured before the minibatch's own step, so this stops one step after the limit is passed.
@@ -147,9 +147,9 @@ def current_logprobs(recipe: PPORecipe, policy: Policy, part: Experience) -> tup
 
 def value_step(recipe: PPORecipe, learner: Learner, part: Experience) -> dict[str, float]:
     """One clipped step of the value function, which cannot move the policy."""
-    values: ValueFunction = learner.parts[VALUE]
+    values: ValueFunction = learner.parts[VALUES]
     loss, norm = values.step(
-        learner.optimizers[VALUE], part, recipe.optim, clip_range=recipe.ppo.value_clip_range,
+        learner.optimizers[VALUES], part, recipe.optim, clip_range=recipe.ppo.value_clip_range,
         coef=recipe.ppo.value_coef,
     )
     return {"ppo/value_loss": loss, "ppo/value_grad_norm": norm}

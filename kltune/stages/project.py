@@ -4,7 +4,8 @@
 
 The result is a plain adapter with its scale baked in. What lies between is worth a look of its own (``--curve``): from
 one run it gives KL and score of every α. Measured, a policy that was trained far and scaled down scores 0 to 0.07 of
-about 1.5 less than one that was trained for the KL it is scaled to (README; MATH 4.7 found it on or above).
+about 1.5 less than one that was trained for the KL it is scaled to (docs/project.md; the theory has it on or above,
+docs/maths.md 17).
 """
 
 import math

@@ -27,7 +27,7 @@ from kltune.run.saved_policy import (
     typed_prompts,
 )
 
-DIRECTIONS = {"policy": "KL(policy||reference)", "reference": "KL(reference||policy)"}
+SIDE_DIRECTIONS = {"policy": "KL(policy||reference)", "reference": "KL(reference||policy)"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Speaker:
             "schema": "kltune.sample/1",
             "checkpoint": self.path,
             "reference": self.policy.fingerprint.as_dict(),
-            "direction": DIRECTIONS,
+            "direction": SIDE_DIRECTIONS,
             "template": self.settings.data.template,
             "temperature": self.settings.temperature,
             "max_new_tokens": self.settings.max_new_tokens,

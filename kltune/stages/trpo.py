@@ -51,7 +51,7 @@ from kltune.train.budget import Budget
 from kltune.train.experience import Experience, centred, compute_advantages
 from kltune.train.learner import ALARMS, SCORER, Job, Learner, make_job
 from kltune.train.loop import Taken, add_value_function, enforce_cap, load_data, take_steps
-from kltune.train.value_function import VALUE, ValueFunction
+from kltune.train.value_function import VALUES, ValueFunction
 
 TRUST_REGION = "trust_region"   # the stage's own part of a learner
 PROBES = 2  # random vectors for the mean curvature: damping only needs its order of magnitude
@@ -128,9 +128,9 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
         batch, learner.budget.price, trpo, per_prompt=recipe.sampling.responses_per_prompt
     )
     update = trust_region_step(job, learner, batch, experience, job.run.rng("curvature", step))
-    if VALUE in learner.parts:
+    if VALUES in learner.parts:
         lr = learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr
-        set_learning_rate(learner.optimizers[VALUE], lr)
+        set_learning_rate(learner.optimizers[VALUES], lr)
         update |= fit_values(recipe, learner, experience, job.run.rng("minibatches", step))
     clock.lap("update")
     return Taken(update, clock, batch)
@@ -285,10 +285,10 @@ def fit_values(
     recipe: TRPORecipe, learner: Learner, experience: Experience, rng: np.random.Generator
 ) -> dict[str, float]:
     """A few passes of the value function over the step's returns."""
-    values: ValueFunction = learner.parts[VALUE]
+    values: ValueFunction = learner.parts[VALUES]
     done: list[tuple[float, float]] = []
     for _ in range(recipe.trpo.value_epochs):
         for part in experience.minibatches(recipe.trpo.value_minibatch_size, rng):
-            done.append(values.step(learner.optimizers[VALUE], part, recipe.optim, clip_range=math.inf, coef=1.0))
+            done.append(values.step(learner.optimizers[VALUES], part, recipe.optim, clip_range=math.inf, coef=1.0))
     loss, norm = (sum(column) / len(done) for column in zip(*done, strict=True))
     return {"trpo/value_loss": loss, "trpo/value_grad_norm": norm}

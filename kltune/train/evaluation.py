@@ -33,7 +33,7 @@ from kltune.recipe import Recipe, SamplingSection
 from kltune.run.session import Run
 from kltune.train.preferences import Preferences, load_preferences, pair_metrics
 
-SHOWN = 8      # held-out prompts that a run's page shows before and after
+SHOWN_PROMPTS = 8      # held-out prompts that a run's page shows before and after
 Metrics = dict[str, float | None]
 Scales = Mapping[str, tuple[float, float]]
 LEAST_SCALE = 1e-6  # of the reference's scores, below which there is no scale to put others on
@@ -197,7 +197,7 @@ def before_and_after(policy: Policy, held_out: HeldOut, scorer: Scorer | None) -
     prompts, sampling = held_out.prompts, held_out.sampling
     if not prompts:
         return []
-    answered = Round(prompts, 0, min(SHOWN, len(prompts)), per_prompt=1)
+    answered = Round(prompts, 0, min(SHOWN_PROMPTS, len(prompts)), per_prompt=1)
     sides = answer_both(policy, answered, held_out.draw)
     after, before = sides
     scores = [scores_of(scorer, side, sampling.missing_end_penalty) for side in sides]

@@ -157,10 +157,10 @@ def settle(job: Job, learner: Learner, newest: int) -> Final:
     budget = learner.budget
     check_frozen(learner.policy)
     if budget is None or budget.cap is None:
-        return measure(job, learner, newest)
+        return evaluate_final(job, learner, newest)
     lands, nearest = budget.section.land, math.inf
     for step in _states(job, learner, newest):
-        found = decided(job, learner, measure(job, learner, step))
+        found = decided(job, learner, evaluate_final(job, learner, step))
         if budget.standing(found.kl) == "within":
             return found
         nearest = min(nearest, budget.in_unit(found.kl))
@@ -180,7 +180,7 @@ def settle(job: Job, learner: Learner, newest: int) -> Final:
     )
 
 
-def measure(job: Job, learner: Learner, step: int, times: int = 1) -> Final:
+def evaluate_final(job: Job, learner: Learner, step: int, times: int = 1) -> Final:
     """Evaluate the policy, of after some step, on ``times`` as many held-out responses as the recipe says."""
     if job.held_out.prompts:
         job.report.say(f"measuring final on {times * job.held_out.responses} responses")
@@ -190,7 +190,7 @@ def measure(job: Job, learner: Learner, step: int, times: int = 1) -> Final:
 def decided(job: Job, learner: Learner, found: Final) -> Final:
     """The evaluation, or one on more responses where it leaves open whether the cap is held."""
     undecided = learner.budget.standing(found.kl) == "open"
-    return measure(job, learner, found.step, MORE_RESPONSES) if undecided else found
+    return evaluate_final(job, learner, found.step, MORE_RESPONSES) if undecided else found
 
 
 def land_within_cap(job: Job, learner: Learner, step: int) -> Final | None:
@@ -202,7 +202,7 @@ def land_within_cap(job: Job, learner: Learner, step: int) -> Final | None:
     count, interpolation = job.held_out.responses, make_interpolation(job, learner)
     search, check = interpolation.land(learner.budget.cap, count, MORE_RESPONSES * count)
     if check is not None:
-        found = decided(job, learner, measure(job, learner, step))
+        found = decided(job, learner, evaluate_final(job, learner, step))
         if learner.budget.standing(found.kl) == "within":
             job.report.say(f"landing: final is {search.alpha:.4f} times the adapter after step {step}.")
             return replace(found, alpha=search.alpha)
@@ -224,7 +224,7 @@ def land_on_target(job: Job, learner: Learner, found: Final) -> Final:
         f"landing: {budget.describe(found.kl)} is beyond the target {budget.target:g}; final is {alpha:.4f} times the "
         "adapter."
     )
-    return replace(measure(job, learner, found.step), alpha=alpha)
+    return replace(evaluate_final(job, learner, found.step), alpha=alpha)
 
 
 def make_interpolation(job: Job, learner: Learner) -> Interpolation:

@@ -19,7 +19,7 @@ from kltune.train.batch import UNMEASURED, Batch, batch_metrics, response_kl, sa
 from kltune.train.evaluation import HeldOut, load_held_out
 from kltune.train.finish import finish, stop, watch_over
 from kltune.train.learner import ALARMS, SCORER, BudgetRecipe, Job, Learner
-from kltune.train.value_function import VALUE, ValueFunction
+from kltune.train.value_function import VALUES, ValueFunction
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def add_value_function(recipe: BudgetRecipe, section: PPOSection | TRPOSection, 
     if section.baseline != "value":
         return
     learner.policy.add_value_function(recipe.lora if section.value_function == "lora" else None)
-    learner.parts[VALUE] = ValueFunction(learner.policy)
-    learner.optimizers[VALUE] = make_optimizer(learner.policy.value_parameters(), recipe.optim, "value function")
+    learner.parts[VALUES] = ValueFunction(learner.policy)
+    learner.optimizers[VALUES] = make_optimizer(learner.policy.value_parameters(), recipe.optim, "value function")
 
 
 def begin(job: Job, learner: Learner) -> None:
@@ -116,9 +116,9 @@ def take_steps(
         step = job.run.start_step
         while step < job.steps and not has_stopped(learner):
             step += 1
-            with whole_step(job, learner, step):
+            with whole_step(job, learner, step, evaluates(job, step)):
                 close_step(job, learner, step, take_step(job, learner, step))
-        with whole_step(job, learner, step + 1):
+        with whole_step(job, learner, step + 1, evaluates=True):
             return finish(job, learner, step)
 
 
@@ -128,7 +128,7 @@ def has_stopped(learner: Learner) -> bool:
 
 
 @contextlib.contextmanager
-def whole_step(job: Job, learner: Learner, step: int) -> Iterator[None]:
+def whole_step(job: Job, learner: Learner, step: int, evaluates: bool) -> Iterator[None]:
     """A step that an AI judge cuts short, evaluation included, leaves everything as it was before it, and saved.
 
     The end of a run counts as one more step. Resumed, the run takes the step again: the same responses, of which the
@@ -137,7 +137,9 @@ def whole_step(job: Job, learner: Learner, step: int) -> Iterator[None]:
     Raises:
         JudgeError, ScorerError: the judge's, with what was saved.
     """
-    before = learner.undo() if judges_of(job, learner) else None
+    # A copy of model and optimizer: only where a judge can be asked before the step is over. At a cap a run may end.
+    may_end = learner.budget is not None and learner.budget.cap is not None
+    before = learner.undo() if judges_of(job, learner, evaluates or may_end) else None
     try:
         yield
     except (JudgeError, ScorerError) as error:
@@ -151,11 +153,20 @@ def whole_step(job: Job, learner: Learner, step: int) -> Iterator[None]:
         raise type(error)(f"{error} Nothing is lost: --resume goes on {goes_on}.") from error
 
 
-def judges_of(job: Job, learner: Learner) -> tuple[Judge, ...]:
-    """The AI judges that a step may ask."""
+def evaluates(job: Job, step: int) -> bool:
+    """Whether a step ends with an evaluation.
+
+    After the last one ``finish`` evaluates what is final, and where that may be gold's peak it has to know before.
+    """
+    recipe = job.recipe
+    return recipe.eval.stop_at_gold_peak if step == job.steps else step % recipe.run.eval_every == 0
+
+
+def judges_of(job: Job, learner: Learner, evaluates: bool) -> tuple[Judge, ...]:
+    """The AI judges that a step may ask; those of evaluations only if it ends with one."""
     scoring = () if learner.scorer is None else learner.scorer.judges
     comparing = () if job.pair_judge is None else (job.pair_judge,)
-    return (*comparing, *scoring, *job.held_out.judges)
+    return (*comparing, *scoring, *(job.held_out.judges if evaluates else ()))
 
 
 def save(job: Job, learner: Learner, step: int, kl: dict[str, Any] | None) -> None:
@@ -218,19 +229,17 @@ def close_step(job: Job, learner: Learner, step: int, taken: Taken) -> None:
         metrics |= UNMEASURED | {"kl/beta": budget.price}
     metrics |= taken.update
     metrics |= {} if budget is None else budget.counts()
-    # After the last step `finish` evaluates what is final, and where that may be gold's peak it has to know before.
-    last = step == job.steps
-    evaluates = recipe.eval.stop_at_gold_peak if last else step % recipe.run.eval_every == 0
-    if evaluates:
+    last, looks = step == job.steps, evaluates(job, step)
+    if looks:
         found, _ = job.held_out.measured(learner.model, learner.scorer)
         watch_over(job, learner, step, found)
         metrics |= found
         clock.lap("eval")
-    for judge in judges_of(job, learner):
+    for judge in judges_of(job, learner, evaluates=True):
         metrics |= judge.reported()
     counted = (len(batch.rollout.lengths),) if taken.examples is None else (taken.examples, "examples")
     job.report.step(step, metrics | clock.metrics(*counted))
-    if batch is not None and (evaluates or step in (1, job.steps)):
+    if batch is not None and (looks or step in (1, job.steps)):
         kl = response_kl(batch.rollout)
         job.report.samples(step, sample_rows(batch.rollout, batch.scores, kl, learner.policy.tokenizer))
     ends = last or has_stopped(learner)

@@ -14,7 +14,7 @@ from kltune.recipe import OptimSection
 from kltune.run.optimizer import guarded_step
 from kltune.train.experience import Experience
 
-VALUE = "value"     # the name of the part, and of its optimizer
+VALUES = "value"     # the name of the part, and of its optimizer
 
 
 @dataclass(frozen=True)

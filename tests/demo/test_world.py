@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kltune.demo import world as tiny
-from kltune.demo.world import MARKER, ROW, UNFINISHED, make_tiny_world, new_model, pack, pretrain, train_tokenizer
+from kltune.demo.world import ROW, UNFINISHED, WORLD_MARKER, make_tiny_world, new_model, pack, pretrain, train_tokenizer
 from kltune.errors import StorageError
 from tests.demo.test_grammar import HOUSE, LOOSE
 
@@ -144,7 +144,7 @@ def test_a_complete_world_is_left_alone_and_another_seed_is_another_world(tmp_pa
     assert len(said) == 1
     make_tiny_world(tmp_path, say=quiet, steps=1, seed=1)
     assert texts.read_bytes() != written
-    assert json.loads((tmp_path / MARKER).read_text(encoding="utf-8"))["seed"] == 1
+    assert json.loads((tmp_path / WORLD_MARKER).read_text(encoding="utf-8"))["seed"] == 1
 
 
 @pytest.mark.parametrize("where", ["pretrain", "os.replace"])
@@ -164,9 +164,9 @@ def test_a_killed_build_is_made_again(tmp_path, monkeypatch, where):
         patch.setattr(f"kltune.demo.world.{where}", killed)
         with pytest.raises(KeyboardInterrupt):
             make_tiny_world(tmp_path, say=quiet, steps=1)
-    assert not (tmp_path / MARKER).exists()
+    assert not (tmp_path / WORLD_MARKER).exists()
     make_tiny_world(tmp_path, say=quiet, steps=1)
-    assert (tmp_path / MARKER).is_file()
+    assert (tmp_path / WORLD_MARKER).is_file()
     assert not (tmp_path / UNFINISHED).exists()
     assert len(list((tmp_path / "data").iterdir())) == 7
 

@@ -97,7 +97,7 @@ def test_the_run_is_measured_again_with_its_own_settings(eval_kl, run_folder):
     ],
 )
 def test_kl_of_the_listed_model(eval_kl, tmp_path, tiny_lm_folder, options, listed):
-    # MATH 8.2 and 1.4: π = ρ's logits + 0.7 cos(2s + v), as a PEFT adapter that kltune did not make.
+    # docs/maths.md 22 and 1.4: π = ρ's logits + 0.7 cos(2s + v), as a PEFT adapter that kltune did not make.
     tiny_adapter(TinyLM.from_pretrained(tiny_lm_folder), tiny_policy_logits()).save_pretrained(tmp_path / "foreign")
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": "<s>"}] * 200)
     options = ("--max-new-tokens", 3, *options)
@@ -302,7 +302,7 @@ def test_the_order_of_prompts_changes_nothing(policy, run_folder):
 
 
 def test_another_temperature_of_the_sampler_is_found_out(policy, run_folder, monkeypatch):
-    # Tokens drawn at 0.5 and measured at 1: k1 and exact disagree in expectation, and z_M says so (MATH 1.4).
+    # Tokens drawn at 0.5 and measured at 1: k1 and exact disagree in expectation, and z_M says so (docs/maths.md 6).
     prompts = held_out_prompts(policy, run_folder)
     honest = rollout.sample
 

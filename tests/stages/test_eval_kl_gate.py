@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.oracles import TinyLM, tiny_adapter, tiny_policy_logits, tiny_reference_logits
 from tests.stages.conftest import write_rows
 
-KL, FORWARD = 0.11253952, 0.12869274        # MATH 8.2
+KL, FORWARD = 0.11253952, 0.12869274        # docs/maths.md 22
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_with_direction_forward_the_gate_is_on_the_forward_kl(eval_kl, tiny):
 
 def test_the_deployed_policy_is_measured_under_its_own_names(eval_kl, tiny):
     _, document, _ = eval_kl(*tiny, "--responses", 3000, "--top-p", 0.8)
-    for name, listed in (("vs_base", 0.579609), ("both", 0.046278)):      # MATH 1.4
+    for name, listed in (("vs_base", 0.579609), ("both", 0.046278)):      # docs/maths.md 6
         kl = document["deployed"][name]
         assert abs(kl["nats_per_response"] - listed) < 4 * kl["stderr"], name
     kl = document["kl"]["exact"]
@@ -88,7 +88,7 @@ def test_js_and_tv_of_the_listed_model(eval_kl, tiny):
 
 
 def test_by_position_is_that_of_the_listing(eval_kl, tiny):
-    # MATH 8.2: D at '' .04913360; at position 2 the mean over a and b, as often as each is said
+    # docs/maths.md 22: D at '' .04913360; at position 2 the mean over a and b, as often as each is said
     _, document, _ = eval_kl(*tiny, "--responses", 3000)
     first, second, _ = document["by_position"]
     assert first["nats"] == pytest.approx(0.04913360, abs=1e-6)

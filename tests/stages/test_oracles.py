@@ -1,4 +1,4 @@
-"""The real PPO, with its real sampler, scorer, advantages and losses, finds the optimum that can be listed (MATH 8).
+"""The real PPO, its sampler, scorer, advantages and losses, finds the optimum that can be listed (docs/maths.md 22).
 
     π* = ρ e^{r/β} / Z    is the one maximiser of    E[r] − β KL(π ‖ ρ)
 
@@ -39,7 +39,7 @@ RESPONSES = Responses()
 REFERENCE = tiny_reference_logits()
 RHO = RESPONSES.probabilities(REFERENCE)
 BEST = tilt(RHO, RESPONSES.rewards, 1.0)
-BEST_KL = 0.41252563  # KL(π* ‖ ρ), MATH 8.2
+BEST_KL = 0.41252563  # KL(π* ‖ ρ), docs/maths.md 22
 BANDIT_BEST = tilt(BANDIT_REFERENCE, BANDIT_REWARDS, 1.0)
 BANDIT_BEST_KL = 0.53564290
 
@@ -94,7 +94,7 @@ def test_ppo_with_a_value_function_finds_the_optimum_of_tiny_lm(tiny_recipe):
 
 
 def test_exact_kl_in_the_loss_comes_near_the_optimum(tiny_recipe):
-    # Not as near as k1 in the reward, whose noise vanishes at π* while that of the exact loss does not (MATH 2.5).
+    # Not as near as k1 in the reward, whose noise vanishes at π* as that of the exact loss does not: docs/maths.md 11.
     policy, _ = trained(tiny_recipe(*RLOO, "kl.placement=loss", "run.steps=120"))
     assert kl(spoken(policy), BEST) < 1e-2
     assert kl(spoken(policy), RHO) == pytest.approx(BEST_KL, abs=0.04)

@@ -49,7 +49,7 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
     set_learning_rate(optimizer, lr)
     norm = guarded_step(optimizer, recipe.optim.max_grad_norm, "policy")
     clock.lap("update")
-    return Taken({"loss/mean": loss.item(), "best/grad_norm": norm, "optim/lr": lr}, clock, batch)
+    return Taken({"ppo/policy_loss": loss.item(), "ppo/policy_grad_norm": norm, "optim/lr": lr}, clock, batch)
 
 
 def best_of_n(recipe: PPORecipe, resume: bool) -> dict[str, Any]:

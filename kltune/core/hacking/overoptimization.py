@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from kltune.core.kl.intervals import Interval
 
-Form = Literal["rl", "best_of_n"]
+GainForm = Literal["rl", "best_of_n"]
 NEAREST = 0.3           # √nat: below it the RL form, whose slope is infinite at 0, is not fitted (docs/maths.md 20)
 FEWEST_POINTS = 5
 FEWEST_RUNS = 5         # clusters: of fewer, resampling says nothing
@@ -45,7 +45,7 @@ class GainFit:
     the peak lies between the smallest and the largest d of the data; otherwise there is no peak yet.
     """
 
-    form: Form
+    form: GainForm
     alpha: float
     alpha_ci: Interval
     beta: float
@@ -63,7 +63,8 @@ class GainFit:
 
 
 def fit_gain(
-    kl: Sequence[float], gain: Sequence[float], stderr: Sequence[float], runs: Sequence[object], *, form: Form = "rl"
+    kl: Sequence[float], gain: Sequence[float], stderr: Sequence[float], runs: Sequence[object], *,
+    form: GainForm = "rl",
 ) -> GainFit | str:
     """Fit Gao's law of over-optimisation by least squares, weighted by 1/stderr², and ask the data for its peak.
 
@@ -126,7 +127,7 @@ def _number(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-def _design(d: np.ndarray, form: Form) -> np.ndarray:
+def _design(d: np.ndarray, form: GainForm) -> np.ndarray:
     """What α and β are multiplied by. [..., 2]"""
     return np.stack([d, -d * np.log(d) if form == "rl" else -(d**2)], axis=-1)
 
@@ -140,7 +141,7 @@ def _solved(moments: np.ndarray) -> np.ndarray:
     return np.stack([(c * u - b * v) / determinant, (a * v - b * u) / determinant], axis=1)
 
 
-def _peak(alpha: float, beta: float, resampled: np.ndarray, form: Form) -> FittedPeak:
+def _peak(alpha: float, beta: float, resampled: np.ndarray, form: GainForm) -> FittedPeak:
     def at(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """d* and R*; infinite where the curve never turns down."""
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
@@ -181,7 +182,7 @@ def _open_percentiles(values: np.ndarray) -> tuple[float, float | None]:
     return float(min(low, np.finfo(float).max)), float(high) if math.isfinite(high) else None
 
 
-def best_of_n(scores: ArrayLike, n: int, values: ArrayLike | None = None) -> np.ndarray:
+def best_of(scores: ArrayLike, n: int, values: ArrayLike | None = None) -> np.ndarray:
     """Unbiased estimate, for each prompt, of what the best of n responses by score would have on average.
 
         Σ_i C(i−1, n−1) / C(N, n) · v_(i),    i = 1 … N in the order of the scores

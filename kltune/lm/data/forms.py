@@ -15,7 +15,7 @@ TEXT_FORMS: tuple[Form, ...] = (("text",), ("prompt", "response"), ("messages",)
 PAIR_FORMS: tuple[Form, ...] = (("prompt", *SIDES), ("messages", *SIDES), SIDES)
 LABELLED_FORM: Form = ("prompt", "response", "label")
 PROMPT_FORMS: tuple[Form, ...] = (*PAIR_FORMS, ("prompt",), ("messages",))      # a file of pairs has prompts in it too
-MARKER = "\n\nAssistant:"       # what an answer follows in the transcripts of Anthropic's hh-rlhf
+TRANSCRIPT = "\n\nAssistant:"       # what an answer follows in the transcripts of Anthropic's hh-rlhf
 LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}     # CSV has only text
 # Who may speak after whom; None is the start of the conversation.
 NEXT_ROLES: dict[str | None, tuple[str, ...]] = {
@@ -236,13 +236,13 @@ def _transcripts(fields: dict[str, Any]) -> tuple[str, str, str]:
     chosen, rejected = (text_field(fields, side) for side in SIDES)
     letters = zip(chosen, rejected, strict=False)
     shared = next((at for at, (a, b) in enumerate(letters) if a != b), min(len(chosen), len(rejected)))
-    start = chosen.rfind(MARKER, 0, shared)
+    start = chosen.rfind(TRANSCRIPT, 0, shared)
     if start < 0:
         raise RowFault(
-            f'"chosen" and "rejected" share no beginning that ends with {MARKER!r}; wanted two transcripts of one '
+            f'"chosen" and "rejected" share no beginning that ends with {TRANSCRIPT!r}; wanted two transcripts of one '
             'conversation, or a field "prompt"'
         )
-    start += len(MARKER)
+    start += len(TRANSCRIPT)
     return chosen[:start], chosen[start:], rejected[start:]
 
 
@@ -301,9 +301,9 @@ def as_messages(asked: Asked) -> list[Message]:
     """
     if not isinstance(asked, str):
         return asked
-    if asked.endswith(MARKER):
+    if asked.endswith(TRANSCRIPT):
         raise DataError(
-            f"data.template: chat cannot be used with prompts that end with {MARKER!r}: they say already who speaks; "
-            "wanted data.template: none, or rows of messages."
+            f"data.template: chat cannot be used with prompts that end with {TRANSCRIPT!r}: they say already who "
+            "speaks; wanted data.template: none, or rows of messages."
         )
     return [{"role": "user", "content": asked}]

@@ -25,7 +25,7 @@ from kltune.lm.fast.shared_prefix import attends_to_all, close
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # pre-norm layers of plain attention with rotary positions
 MOVING_ANGLES = ("dynamic", "longrope")  # of rotary positions that depend on how long the longest row is by now
 Step = Callable[[Tensor, Tensor, Tensor, Cache], tuple[Tensor, Cache]]  # ids, mask, positions, cache -> logits, cache
-ROOM = 32  # tokens to grow by: the cache is copied once in so many steps
+GROWTH = 32  # tokens to grow by: the cache is copied once in so many steps
 
 
 class GrowingDecoder:
@@ -232,6 +232,6 @@ def joined(caches: Sequence[Cache]) -> Cache:
 
 def _with_room(held: Tensor, total: int) -> Tensor:
     rows, heads, tokens, size = held.shape
-    buffer = torch.empty(rows, heads, total + ROOM - 1, size, dtype=held.dtype, device=held.device)
+    buffer = torch.empty(rows, heads, total + GROWTH - 1, size, dtype=held.dtype, device=held.device)
     buffer[:, :, :tokens] = held
     return buffer

@@ -22,7 +22,7 @@ SHARE = 0.8             # of the memory is planned with; the rest is for kernels
 TRAINED_BYTES = 16      # float32 gradient and Adam's moments per trained number; in full fine-tuning the frozen copy
 BACKWARD = 1.7          # times what a forward pass saves: the peak of the backward pass over it
 CACHE = 1.5             # times the keys and values: room to grow, and a layer's copy while rows are dropped
-PROBE = 32              # tokens
+PROBED = 32              # tokens
 PASS_BYTES = 64 * 2**20 # of logits in one pass of a model that cannot be cut, prompts and all
 TOKENS_PER_PASS = 16_384    # through the trunk at once when nothing is trained
 TRAINED_SHARE = 4       # of these, a fraction is trained on at once: more take memory and are no faster
@@ -190,11 +190,11 @@ def training_room(model: nn.Module, trained: nn.Module) -> TrainingRoom:
         return saved_bytes(lambda: trained(input_ids=ids, use_cache=False)[0], own)
 
     with torch.random.fork_rng():  # an adapter's dropout draws
-        one = saved(1, PROBE)
-        per_row = saved(2, PROBE) - one     # what does not grow with the rows, as weights with an adapter added, is out
-        long = saved(1, 2 * PROBE)
-    per_square = max(0.0, (long - one - per_row) / (2 * PROBE**2))
-    per_token = per_row / PROBE - per_square * PROBE
+        one = saved(1, PROBED)
+        per_row = saved(2, PROBED) - one  # what does not grow with the rows, as weights with an adapter added, is out
+        long = saved(1, 2 * PROBED)
+    per_square = max(0.0, (long - one - per_row) / (2 * PROBED**2))
+    per_token = per_row / PROBED - per_square * PROBED
     return TrainingRoom(free_bytes(model, device), BACKWARD * per_token, BACKWARD * per_square)
 
 

@@ -3,7 +3,7 @@
 A pair of DPO, or a group of responses, is [prompt, response] several times over with the same prompt. A causal trunk
 computes the same there each time, so it runs on the prompts first, and then on the responses alone, which attend to
 their prompt's keys and values. Both passes are differentiable: the gradients of a prompt's keys are sums over its
-responses. It is the same function, in float32 to 1e-6 and its gradient to 1e-6 of its norm (PERF 3.2).
+responses. It is the same function, in float32 to 1e-6 and its gradient to 1e-6 of its norm.
 
 Prompts are right-padded, so that the pass over them, which has most of the tokens, is plainly causal and needs no mask.
 """

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from kltune.core.hacking.overoptimization import best_of_n, best_of_n_kl, best_of_n_kl_of_levels, within_prompt_spread
+from kltune.core.hacking.overoptimization import best_of, best_of_n_kl, best_of_n_kl_of_levels, within_prompt_spread
 from kltune.lm.data.examples import Prompt
 from kltune.lm.measure.measurement import Measurement, Progress, Round
 from kltune.lm.model.batches import Samples
@@ -98,7 +98,7 @@ def measure_best_of_n(
     }
     ranked = scores.get("score", scores.get("gold"))
     sizes = [2**power for power in range(per_prompt.bit_length()) if 2**power <= per_prompt]
-    estimates = {name: [best_of_n(ranked, n, values) for n in sizes] for name, values in scores.items()}
+    estimates = {name: [best_of(ranked, n, values) for n in sizes] for name, values in scores.items()}
     points = []
     for place, n in enumerate(sizes):
         levels = [np.unique(row, return_counts=True)[1] / per_prompt for row in ranked]

@@ -1,4 +1,4 @@
-"""KL of the policy as it is deployed, with temperature, top-p and top-k: two numbers beside its own (MATH 1.4).
+"""KL of the policy as it is deployed, with temperature, top-p and top-k: two numbers beside its own (docs/maths.md 6).
 
 vs_base: KL(π̃ ‖ ρ), the reference whole and at temperature 1. both: KL(π̃ ‖ ρ̃), the reference tempered likewise and
 renormalised on the tokens that the *policy* keeps. They can differ tenfold, so each carries its name.

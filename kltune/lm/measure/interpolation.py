@@ -20,7 +20,7 @@ from kltune.lm.model.sampler import Draw
 from kltune.lm.rewards.scorers import Scorer
 
 AGAIN = math.sqrt(2.0) * 1.645      # standard errors by which two measurements alike differ, once in twenty times
-ROOM = 0.08                         # of the budget: as many responses are drawn as keep the bound's distance below it
+MARGIN = 0.08                         # of the budget: as many responses are drawn as keep the bound's distance below it
 CHECKS = 3                          # with fresh random numbers, of what the search found
 AROUND = (1.15, 1.0, 0.85)          # of the first search's α, where the second begins
 # By the kind of tensor: what α acts on, and what is left as it is. Of A and B, that is the one which starts at 0: in
@@ -121,7 +121,7 @@ class Interpolation:
 
         Met means: so far below it that a later measurement of as many responses will pass the gate too. The interval's
         upper end must keep its distance, and so must the next measurement's, which differs from this one by chance: in
-        all about 4.3 standard errors. Where that would give away more than ``ROOM`` of the budget, more responses are
+        all about 4.3 standard errors. Where that would give away more than ``MARGIN`` of the budget, more responses are
         drawn. What was found is then checked on random numbers that it was not chosen by.
 
         Args:
@@ -165,9 +165,9 @@ class Interpolation:
         return AlphaPoint(alpha, nats, stderr, upper + AGAIN * stderr)
 
     def _wanted(self, search: Search, budget: float, responses: int) -> int:
-        """Responses with which the bound is no more than ``ROOM`` of the budget above the KL measured there."""
+        """Responses with which the bound is no more than ``MARGIN`` of the budget above the KL measured there."""
         point = next(point for point in search.points if point.alpha == search.alpha)
-        return math.ceil(responses * ((point.bound - point.nats) / (ROOM * budget)) ** 2)
+        return math.ceil(responses * ((point.bound - point.nats) / (MARGIN * budget)) ** 2)
 
 
 class AdapterScale:
@@ -177,7 +177,7 @@ class AdapterScale:
         m_α = (1 − α) ‖W‖ + α m with the same B_α      DoRA: the magnitudes go along a straight line too
         l_α = 1 + α (l − 1)     IA3
 
-    Source: MATH 4.7.
+    Source: docs/maths.md 17.
     """
 
     def __init__(self, policy: Policy):

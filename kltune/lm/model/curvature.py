@@ -7,7 +7,7 @@ w, so its derivative along w is J. That costs one backward pass and half a one, 
 can be differentiated again: the plain one, which is switched to here. The head comes last and is cheap to run again,
 so it is taken in chunks of positions: logits of all positions never exist at once.
 
-Source: MATH 4.3; PERF 4 (double VJP).
+Source: docs/maths.md 13.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kltune.core.control.trust_region import fisher_cotangent
 from kltune.lm.model.policy import Policy
 
-TWICE_DIFFERENTIABLE = 4  # times the memory of a backward pass: 3.2 to 4.1 measured (PERF 4)
+TWICE_DIFFERENTIABLE = 4  # times the memory of a backward pass: 3.2 to 4.1 measured
 
 
 def to_vector(tensors: Sequence[Tensor]) -> Tensor:

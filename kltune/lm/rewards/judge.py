@@ -20,7 +20,7 @@ from kltune.lm.rewards.verdicts import read_preference, read_score
 from kltune.recipe import JudgeReward
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the second try; what the pauses double up to
-SHOWN = 120  # characters of an answer that nobody could read
+SHOWN_CHARACTERS = 120  # characters of an answer that nobody could read
 COUNTED = ("asked", "kept", "unreadable", "unanswered")
 
 
@@ -172,7 +172,7 @@ class Judge:
                 answer = self._read(text)
                 if answer is not None:
                     return answer
-                reason = f"an answer that cannot be read, {text[:SHOWN]!r}"
+                reason = f"an answer that cannot be read, {text[:SHOWN_CHARACTERS]!r}"
                 messages = [*messages[:1], *_reminder(text)]
                 self._count("unreadable")
             except Unanswered as error:

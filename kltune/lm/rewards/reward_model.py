@@ -30,7 +30,7 @@ from kltune.recipe import ModelSection
 
 HEAD = "reward_head.safetensors"
 ROWS_PER_PAD = 256      # padded together, so that one long response does not make all of them long
-PROBE = 16              # tokens that a saved model is tried on when it is opened again
+PROBE_TOKENS = 16              # tokens that a saved model is tried on when it is opened again
 AGREES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}      # of 1 + |score|, on another machine
 IMPORTS = "from safetensors.torch import load_file\n"
 USE = f'''head = load_file("this/folder/{HEAD}")
@@ -132,7 +132,7 @@ class RewardModel:
 
     def probe(self) -> dict[str, Any]:
         """A few tokens and their score, to be kept beside the model and tried again by ``check_probe``."""
-        ids = list(range(min(PROBE, self.policy.network.vocabulary)))
+        ids = list(range(min(PROBE_TOKENS, self.policy.network.vocabulary)))
         return {"ids": ids, "score": self.measure_rows([tuple(ids)]).item()}
 
     def check_probe(self, kept: dict[str, Any], folder: Path) -> None:

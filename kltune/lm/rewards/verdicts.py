@@ -13,7 +13,7 @@ from typing import Any
 THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
 NUMBER = r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?![\d.,]*\d)"
 # As few other characters as possible before the number, or its sign would be one of them.
-LABELLED = re.compile(rf"\b(?:score|rating|grade)\b\W{{0,6}}?(?:is|of|as)?\W{{0,4}}?({NUMBER})", re.IGNORECASE)
+NAMED_SCORE = re.compile(rf"\b(?:score|rating|grade)\b\W{{0,6}}?(?:is|of|as)?\W{{0,4}}?({NUMBER})", re.IGNORECASE)
 ALONE = re.compile(rf"[^\w.+-]*({NUMBER})\W*")
 CHOICE = re.compile(r"\W*(?:response\s+)?(A|B|tie)\W*", re.IGNORECASE)
 NAMED = re.compile(r"\b(?:better|winner|verdict)\b\W{0,6}(?:is\s+)?\W{0,4}(?:response\s+)?\b(A|B|tie)\b", re.IGNORECASE)
@@ -37,7 +37,7 @@ def read_score(text: str, lowest: float, highest: float) -> float | None:
         number = _number(verdicts[-1])
     else:
         out_of = rf"(?<![\w.,])({NUMBER})\s*(?:/|\bout\s+of\b)\s*{re.escape(f'{highest:g}')}(?![\w.]*\d)"
-        said = LABELLED.findall(text) + re.findall(out_of, text)
+        said = NAMED_SCORE.findall(text) + re.findall(out_of, text)
         if not said and (alone := ALONE.fullmatch(text)):
             said = [alone[1]]
         number = float(said[0]) if len({float(number) for number in said}) == 1 else None

@@ -8,7 +8,7 @@ import pytest
 
 from kltune.core.hacking.overoptimization import (
     GainFit,
-    best_of_n,
+    best_of,
     best_of_n_kl,
     best_of_n_kl_of_levels,
     fit_gain,
@@ -131,7 +131,7 @@ def test_numbers_that_are_none_are_refused(change):
 def test_best_of_n_is_the_mean_over_all_subsets(n):
     scores = np.array([[3.0, -1.0, 0.5, 2.0, 7.0, 0.0], [1.0, 1.0, 2.0, 2.0, 2.0, 0.0]])
     by_hand = [np.mean([max(subset) for subset in itertools.combinations(row, n)]) for row in scores]
-    assert best_of_n(scores, n).tolist() == pytest.approx(by_hand)
+    assert best_of(scores, n).tolist() == pytest.approx(by_hand)
 
 
 def test_best_by_one_scorer_is_judged_by_another_and_ties_are_drawn():
@@ -143,14 +143,14 @@ def test_best_by_one_scorer_is_judged_by_another_and_ties_are_drawn():
         return float(np.mean([gold[0, i] for i in subset if scores[0, i] == top]))
 
     by_hand = np.mean([winner(subset) for subset in itertools.combinations(range(4), 2)])
-    assert best_of_n(scores, 2, gold) == pytest.approx([by_hand])
+    assert best_of(scores, 2, gold) == pytest.approx([by_hand])
 
 
 def test_best_of_a_thousand_needs_no_large_numbers():
     scores = np.arange(1000.0)[None]
-    assert best_of_n(scores, 1)[0] == pytest.approx(499.5)
-    assert best_of_n(scores, 1000)[0] == pytest.approx(999.0)
-    assert best_of_n(scores, 500)[0] == pytest.approx(500 * 1001 / 501 - 1)      # E max of n of 1..N: n(N+1)/(n+1)
+    assert best_of(scores, 1)[0] == pytest.approx(499.5)
+    assert best_of(scores, 1000)[0] == pytest.approx(999.0)
+    assert best_of(scores, 500)[0] == pytest.approx(500 * 1001 / 501 - 1)      # E max of n of 1..N: n(N+1)/(n+1)
 
 
 @pytest.mark.parametrize(("n", "nats"), [
@@ -177,7 +177,7 @@ def test_a_level_that_never_wins_costs_nothing():
 
 
 @pytest.mark.parametrize("call", [
-    lambda: best_of_n([[1.0, 2.0]], 3), lambda: best_of_n([1.0, 2.0], 1), lambda: best_of_n([[1.0]], 1, [[1.0, 2.0]]),
+    lambda: best_of([[1.0, 2.0]], 3), lambda: best_of([1.0, 2.0], 1), lambda: best_of([[1.0]], 1, [[1.0, 2.0]]),
     lambda: best_of_n_kl(0), lambda: best_of_n_kl_of_levels([0.5, 0.4], 2), lambda: best_of_n_kl_of_levels([1.0], 0),
 ])
 def test_what_is_no_best_of_n(call):

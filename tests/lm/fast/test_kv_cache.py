@@ -6,10 +6,10 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kltune.lm.fast import decoding as kv_cache
-from kltune.lm.fast.decoding import ROOM, GrowingLayer, give_room
+from kltune.lm.fast.decoding import GROWTH, GrowingLayer, give_room
 
 ROWS, HEADS, SIZE, PROMPT = 3, 2, 4, 5
-TOKENS = 2 * ROOM + 3
+TOKENS = 2 * GROWTH + 3
 
 
 def states(rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +35,7 @@ def test_keys_and_values_are_those_of_the_copied_cache_through_every_change():
             rows *= 4
             plain.batch_repeat_interleave(4)
             growing.batch_repeat_interleave(4)
-        if token in (7, 8, ROOM + 5):
+        if token in (7, 8, GROWTH + 5):
             keep = torch.arange(0, rows, 2)
             rows = len(keep)
             plain.batch_select_indices(keep)
@@ -51,8 +51,8 @@ def test_it_is_copied_once_in_room_tokens_and_not_at_each(monkeypatch):
     _, growing = prompted()
     copies, with_room = [], kv_cache._with_room
     monkeypatch.setattr(kv_cache, "_with_room", lambda held, total: copies.append(total) or with_room(held, total))
-    places = {growing.update(*states(ROWS, 1), 0)[0].data_ptr() for _ in range(2 * ROOM)}
-    assert copies == [PROMPT + 1] * 2 + [PROMPT + ROOM + 1] * 2  # keys and values
+    places = {growing.update(*states(ROWS, 1), 0)[0].data_ptr() for _ in range(2 * GROWTH)}
+    assert copies == [PROMPT + 1] * 2 + [PROMPT + GROWTH + 1] * 2  # keys and values
     assert len(places) == 2
 
 

@@ -15,7 +15,7 @@ from kltune.lm.model import sampler as rollouts
 from kltune.lm.model.sampler import Draw, uniform_numbers
 from tests.oracles import BOS, EOS, Responses, tiny_policy_logits, tiny_reference_logits
 
-KL = 0.11253952         # MATH 8.2, nats per response
+KL = 0.11253952         # docs/maths.md 22, nats per response
 DRAW = Draw(3)
 
 
@@ -95,7 +95,7 @@ def test_intervals_cover_where_prompts_are_answered_several_times(tiny_lm_policy
 
 
 def test_a_sampler_at_another_temperature_is_found_out(tiny_lm_policy, monkeypatch):
-    # MATH 8.4: E[M] = .07927 and sd .392 at T = .7 scored at 1, so 4,000 responses stand 12.8 errors away
+    # E[M] = .07927 and sd .392 at T = .7 scored at 1, so 4,000 responses stand 12.8 errors away
     draw = rollouts.sample
 
     def colder(policy, prompts, uniforms, *, temperature):

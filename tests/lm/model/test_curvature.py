@@ -72,7 +72,7 @@ def test_products_are_symmetric_and_never_negative(trained_policy):
 
 
 def test_a_fresh_adapter_has_no_gradient_and_no_curvature_in_a(policy):
-    # ΔW = s·B·A with B = 0: nothing that A does reaches the logits (MATH 4.6)
+    # ΔW = s·B·A with B = 0: nothing that A does reaches the logits (docs/maths.md 16)
     ids, scored = random_batch()
     names, parameters = zip(*policy.trainable_parameters().items(), strict=True)
     mask = torch.arange(int(scored.sum(1).max()))[None] < scored.sum(1)[:, None]

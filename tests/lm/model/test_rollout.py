@@ -23,7 +23,7 @@ UNIFORMS = uniform_numbers(np.random.default_rng(3), 4 * len(PROMPTS), 30)
 START = Prompt((BOS,), "<s>", "prompts.jsonl:1")
 MEASURED = ("logprobs", "ref_logprobs", "ref_kl", "entropy", "ref_entropy", "log_ratio_variance")
 
-# MATH 8.2: KL of the fixture's policy to ρ, by temperature, and the other way round.
+# docs/maths.md 22: KL of the fixture's policy to ρ, by temperature, and the other way round.
 POLICY_KL, POLICY_KL_COOL, REFERENCE_KL = 0.11253952, 0.188646, 0.12869274
 
 
