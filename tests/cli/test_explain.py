@@ -79,7 +79,7 @@ questions sent to the judge NAME since the last row, tries included
 
 - unit: questions
 - range: 0 or above; null where it was not measured
-- written by: ppo, trpo, dpo
+- written by: sft, ppo, trpo, dpo
 - example:
 
       "judge/NAME_asked": 64
@@ -91,7 +91,7 @@ as eval/score_mean, of the reference's own answers (texts: by the reference); me
 
 - unit: score
 - range: any number; null where it was not measured
-- written by: ppo, trpo, dpo
+- written by: sft, ppo, trpo, dpo
 - example:
 
       "eval/reference_score_mean": 1.6
