@@ -67,7 +67,7 @@ standard error of kl/ref_nats_per_response; responses to one prompt count as dep
 
 - unit: nats per response
 - range: 0 or above; null where it was not measured
-- written by: ppo, trpo, dpo
+- written by: sft, ppo, trpo, dpo
 - example:
 
       "kl/ref_stderr": 0.11
@@ -91,7 +91,7 @@ as eval/score_mean, of the reference's own answers (texts: by the reference); me
 
 - unit: score
 - range: any number; null where it was not measured
-- written by: sft, ppo, trpo, dpo
+- written by: ppo, trpo, dpo
 - example:
 
       "eval/reference_score_mean": 1.6
