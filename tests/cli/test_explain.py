@@ -67,7 +67,7 @@ standard error of kl/ref_nats_per_response; responses to one prompt count as dep
 
 - unit: nats per response
 - range: 0 or above; null where it was not measured
-- written by: sft, ppo, trpo, dpo
+- written by: ppo, trpo, dpo
 - example:
 
       "kl/ref_stderr": 0.11
