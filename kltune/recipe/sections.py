@@ -114,7 +114,7 @@ class KLSection(Section):
     beta_max: Positive = Field(1e3, description="score per nat; beta is steered within beta_min and beta_max")
     horizon: Positive = Field(10000.0, description="responses (ziegler); larger is calmer")
     kp: NotNegative = Field(0.35, description="gain on the error now (log_pi)")
-    ki: NotNegative = Field(0.05, description="gain on the error summed over steps (log_pi)")
+    ki: NotNegative = Field(0.2, description="gain on the error summed over steps (log_pi)")
     look_ahead: NotNegative = Field(4.0, description="optimizer updates ahead that the KL is extrapolated (log_pi)")
     dual_lr: Positive = Field(0.02, description="step size of the multiplier (dual)")
 

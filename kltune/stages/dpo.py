@@ -173,7 +173,7 @@ def train(recipe: DPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
         )
         steps = total_steps(recipe.run, len(pairs), recipe.optim.batch_size)
         pairs = pairs.measured(policy, positions(recipe, pairs, 1, steps), run.ref_logprobs)
-    learner = make_learner(recipe, policy, pairs)
+    learner = make_learner(recipe, policy, pairs, steps)
     pair_judge = None
     if recipe.reward and asks_for_pairs(recipe.reward[0]):
         pair_judge = Judge(recipe.reward[0], name_of(recipe.reward[0]), run.answers)
@@ -183,7 +183,7 @@ def train(recipe: DPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
     return take_steps(job, learner, partial(take_step, pairs=pairs), notes)
 
 
-def make_learner(recipe: DPORecipe, policy: Policy, pairs: Preferences | None) -> Learner:
+def make_learner(recipe: DPORecipe, policy: Policy, pairs: Preferences | None, steps: int) -> Learner:
     """The policy with its optimizer and budget, and what the loss needs to know of the steps before."""
     dpo, parameters = recipe.dpo, policy.trainable_parameters()
     parts: dict[str, Part] = {ALARMS: Alarms()}
@@ -194,7 +194,7 @@ def make_learner(recipe: DPORecipe, policy: Policy, pairs: Preferences | None) -
     if dpo.reference_alpha is not None:
         parts[LOSS_REFERENCE] = LossReference(Snapshot(parameters))
     optimizers = {"policy": make_optimizer(parameters, recipe.optim, "policy")}
-    return Learner(policy, optimizers, Budget.of(recipe.kl, updates_per_step=1), parts)
+    return Learner(policy, optimizers, Budget.of(recipe.kl, steps), parts)
 
 
 def positions(recipe: DPORecipe, pairs: Preferences, step: int, steps: int = 1) -> list[int]:
@@ -343,7 +343,7 @@ def add_kl_gradient(recipe: DPORecipe, policy: Policy, rollout: Rollout) -> None
             response_scatter(found, some.response_mask)
             for found in policy.logprobs_and_ref_kl(some.ids, some.scored, recipe.sampling.temperature)
         )
-        exact_kl_loss(exact, logprobs, some.response_mask, rows).backward()
+        exact_kl_loss(exact, logprobs, some.logprobs, some.response_mask, rows).backward()
 
 
 def starting_price(own: Sequence[Tensor], kl: Sequence[Tensor], scale: float, share: float) -> float | None:

@@ -26,10 +26,10 @@ from kltune.run.session import Run, run_stage
 from kltune.train.alarms import Alarms
 from kltune.train.batch import sample_batch
 from kltune.train.budget import Budget
-from kltune.train.experience import Experience, compute_advantages, whitened
-from kltune.train.learner import ALARMS, SCORER, Job, Learner, make_job
+from kltune.train.experience import Experience, compute_advantages, explained_variance, rescaled, whitened
+from kltune.train.learner import ALARMS, SCORER, VALUES, Job, Learner, make_job
 from kltune.train.loop import Taken, add_value_function, enforce_cap, load_data, take_steps
-from kltune.train.value_function import VALUES, ValueFunction
+from kltune.train.value_function import ValueFunction, unit_of_values
 
 
 def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
@@ -43,16 +43,17 @@ def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
 def train(recipe: PPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
     """Load what the recipe names, take the steps that are not done yet, and finish."""
     prompts, held_out = load_data(recipe, policy, run)
-    learner = make_learner(recipe, policy, run)
     steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
+    learner = make_learner(recipe, policy, run, steps)
     job = make_job(recipe, run, held_out, steps, prompts=prompts, baseline=recipe.ppo.baseline)
     return take_steps(job, learner, take_step)
 
 
-def make_learner(recipe: PPORecipe, policy: Policy, run: Run) -> Learner:
+def make_learner(recipe: PPORecipe, policy: Policy, run: Run, steps: int) -> Learner:
     """The policy with its optimizer, budget and scorer and, where the recipe wants one, a value function."""
     responses = recipe.sampling.prompts_per_step * recipe.sampling.responses_per_prompt
-    budget = Budget.of(recipe.kl, updates_per_step=recipe.ppo.epochs * responses // recipe.ppo.minibatch_size)
+    updates = recipe.ppo.epochs * responses // recipe.ppo.minibatch_size
+    budget = Budget.of(recipe.kl, steps, updates_per_step=updates)
     learner = Learner(policy, budget=budget, parts={ALARMS: Alarms()})
     add_value_function(recipe, recipe.ppo, learner)
     learner.optimizers["policy"] = make_optimizer(policy.trainable_parameters(), recipe.optim, "policy")
@@ -72,10 +73,13 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
         learner.budget = learner.budget.priced(batch.rollout, batch.kl, pull=batch.spread)
         experience = compute_advantages(
             batch, learner.budget.price, ppo, per_prompt=recipe.sampling.responses_per_prompt,
-            placement=recipe.kl.placement,
+            placement=recipe.kl.placement, unit=unit_of_values(learner),
         )
+        update |= {"ppo/value_explained": explained_variance(experience)}
         if ppo.baseline == "value" and recipe.kl.placement == "reward":
             experience = whitened(experience, batch.scores)
+        elif ppo.baseline == "rloo":
+            experience = rescaled(experience, batch.spread)
         set_learning_rate(learner.optimizers["policy"], share * recipe.optim.lr)
         if VALUES in learner.optimizers:
             set_learning_rate(learner.optimizers[VALUES], share * (ppo.value_lr or recipe.optim.lr))
@@ -138,10 +142,10 @@ def current_logprobs(recipe: PPORecipe, policy: Policy, part: Experience) -> tup
     if part.kl_weight and recipe.kl.estimator == "exact":
         flat, exact = policy.logprobs_and_ref_kl(old.ids, old.scored, temperature)
         logprobs = response_scatter(flat, mask)
-        return logprobs, exact_kl_loss(response_scatter(exact, mask), logprobs, mask, rows)
+        return logprobs, exact_kl_loss(response_scatter(exact, mask), logprobs, old.logprobs, mask, rows)
     logprobs = response_scatter(policy.logprobs(old.ids, old.scored, temperature), mask)
     if part.kl_weight:
-        return logprobs, k2_kl_loss(logprobs, old.ref_logprobs, mask, rows)
+        return logprobs, k2_kl_loss(logprobs, old.ref_logprobs, old.logprobs, mask, rows)
     return logprobs, logprobs.new_zeros(())
 
 

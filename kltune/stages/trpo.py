@@ -48,10 +48,10 @@ from kltune.run.session import Run, run_stage
 from kltune.train.alarms import Alarms
 from kltune.train.batch import Batch, sample_batch
 from kltune.train.budget import Budget
-from kltune.train.experience import Experience, centred, compute_advantages
-from kltune.train.learner import ALARMS, SCORER, Job, Learner, make_job
+from kltune.train.experience import Experience, centred, compute_advantages, explained_variance
+from kltune.train.learner import ALARMS, SCORER, VALUES, Job, Learner, make_job
 from kltune.train.loop import Taken, add_value_function, enforce_cap, load_data, take_steps
-from kltune.train.value_function import VALUES, ValueFunction
+from kltune.train.value_function import ValueFunction, unit_of_values
 
 TRUST_REGION = "trust_region"   # the stage's own part of a learner
 PROBES = 2  # random vectors for the mean curvature: damping only needs its order of magnitude
@@ -98,18 +98,18 @@ def run_trpo(recipe: TRPORecipe, resume: bool) -> dict[str, Any]:
 def train(recipe: TRPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
     """Load what the recipe names, take the steps that are not done yet, and finish."""
     prompts, held_out = load_data(recipe, policy, run)
-    learner = make_learner(recipe, policy, run)
     steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
+    learner = make_learner(recipe, policy, run, steps)
     job = make_job(recipe, run, held_out, steps, prompts=prompts, baseline=recipe.trpo.baseline)
     return take_steps(job, learner, take_step)
 
 
-def make_learner(recipe: TRPORecipe, policy: Policy, run: Run) -> Learner:
+def make_learner(recipe: TRPORecipe, policy: Policy, run: Run, steps: int) -> Learner:
     """The policy with its trust region, budget and scorer and, where the recipe wants one, a value function."""
     adapts = recipe.trpo.damping == "auto"
     damping = Damping(FIRST_DAMPING if adapts else float(recipe.trpo.damping), adapts)
     parts = {ALARMS: Alarms(), TRUST_REGION: TrustRegion(damping, AdaptiveRadius())}
-    learner = Learner(policy, budget=Budget.of(recipe.kl, updates_per_step=1), parts=parts)
+    learner = Learner(policy, budget=Budget.of(recipe.kl, steps), parts=parts)
     add_value_function(recipe, recipe.trpo, learner)
     learner.parts[SCORER] = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)
     return learner
@@ -125,12 +125,14 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
         return Taken({}, clock, batch, went_back=True)
     learner.budget = learner.budget.priced(batch.rollout, batch.kl, pull=batch.spread)
     experience = compute_advantages(
-        batch, learner.budget.price, trpo, per_prompt=recipe.sampling.responses_per_prompt
+        batch, learner.budget.price, trpo, per_prompt=recipe.sampling.responses_per_prompt,
+        unit=unit_of_values(learner),
     )
     update = trust_region_step(job, learner, batch, experience, job.run.rng("curvature", step))
     if VALUES in learner.parts:
         lr = learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr
         set_learning_rate(learner.optimizers[VALUES], lr)
+        update |= {"trpo/value_explained": explained_variance(experience)}
         update |= fit_values(recipe, learner, experience, job.run.rng("minibatches", step))
     clock.lap("update")
     return Taken(update, clock, batch)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kltune.core.kl.divergence import kl_k1
 from kltune.core.kl.intervals import KLSummary, summarize
-from kltune.core.objectives.advantages import spread_within_groups
+from kltune.core.objectives.advantages import group_normalized, spread_within_groups
 from kltune.core.objectives.bradley_terry import correlation
 from kltune.core.tensors import masked_mean, per_response
 from kltune.lm.data.examples import shuffled_positions
@@ -16,7 +16,7 @@ from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import sample, sample_rollout, uniform_numbers
 from kltune.lm.rewards.scorers import Scorer
 from kltune.run.recorder import Clock
-from kltune.train.learner import Job, Learner
+from kltune.train.learner import VALUES, Job, Learner
 
 REFERENCE_SAMPLES = 256  # responses a reward is standardised on (lm-human-preferences: 256)
 UNMEASURED = dict.fromkeys(("kl/ref_nats_per_response", "kl/ref_stderr", "kl/ref_nats_per_token"))
@@ -47,9 +47,26 @@ def sample_batch(job: Job, learner: Learner, step: int, clock: Clock) -> Batch:
         rollout.prompts, rollout.responses, [rollout], rollout.truncated, sampling.missing_end_penalty
     )
     clock.lap("score")
-    # grpo divides the scores of a prompt's answers by their spread, which leaves 1 of it.
-    spread = 1.0 if job.baseline == "grpo" else spread_within_groups(scores, sampling.responses_per_prompt)
-    return Batch(rollout, kl_of(rollout), scores, spread)
+    if VALUES in learner.parts:
+        learner.parts[VALUES] = learner.parts[VALUES].started(scores)
+    return Batch(rollout, kl_of(rollout), scores, pulling_spread(job, learner, rollout, scores))
+
+
+def pulling_spread(job: Job, learner: Learner, rollout: Rollout, scores: Tensor) -> float:
+    """How far apart the scores of answers to one prompt lie, in the unit that a price is in.
+
+    grpo divides the scores of a prompt's answers by their spread, which leaves 1 of it, and 0 of answers that all score
+    alike. With one answer to a prompt it cannot be told from how prompts differ; where the value function has learnt
+    that, what is left of a score beside its value of the prompt is nearer to it than the spread of the whole batch.
+    """
+    count = job.recipe.sampling.responses_per_prompt
+    if job.baseline == "grpo":
+        return spread_within_groups(group_normalized(scores, count), count)
+    whole = spread_within_groups(scores, count)
+    if count > 1 or rollout.values is None:
+        return whole
+    _, unit = learner.parts[VALUES].unit
+    return min(whole, spread_within_groups(scores - unit * rollout.values[:, 0], 1))
 
 
 def sample_responses(job: Job, policy: Policy, step: int) -> Rollout:

@@ -19,6 +19,7 @@ from kltune.recipe import KLSection
 
 ROLLBACK_RAISE = 2.0    # of the price, when the policy was found beyond the cap
 REFUSAL_RAISE = 1.1     # of the price, when a line search met the cap: at no loss, and again at the next step
+PLAN = 0.7              # of the steps: by then the KL should have arrived at its target
 LOSS_PULL = 0.5         # of a loss whose slope is about 1 where its data pull most; where nothing is scored
 
 Groups = Mapping[str, Mapping[str, Tensor]]
@@ -52,8 +53,8 @@ class Budget:
     moves: ClassVar[bool] = False
 
     @classmethod
-    def of(cls, section: KLSection, updates_per_step: int) -> Self:
-        """The budget of a recipe; the controller looks ahead in updates, of which a step makes so many."""
+    def of(cls, section: KLSection, steps: int, updates_per_step: int = 1) -> Self:
+        """The budget of a recipe; the controller looks ahead in updates, of which a step makes so many, and plans."""
         beta = None if section.beta == "auto" else float(section.beta)
         bounds = {"beta_min": section.beta_min, "beta_max": section.beta_max}
         if section.control == "fixed":
@@ -63,8 +64,8 @@ class Budget:
         if section.controller == "dual":
             return cls(section, Dual(beta, lr=section.dual_lr, **bounds))
         ahead = section.look_ahead / updates_per_step
-        gains = {"kp": section.kp, "ki": section.ki, "look_ahead": ahead, "fixed_feed_forward": beta}
-        return cls(section, LogPI(beta, **gains, **bounds))
+        gains = {"kp": section.kp, "ki": section.ki, "look_ahead": ahead, "plan": PLAN * steps}
+        return cls(section, LogPI(beta, fixed_feed_forward=beta, **gains, **bounds))
 
     @property
     def price(self) -> float:

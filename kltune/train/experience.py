@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kltune.core.kl.divergence import kl_k1
-from kltune.core.objectives.advantages import gae, group_normalized, leave_one_out, penalize
+from kltune.core.objectives.advantages import gae, group_centred, group_normalized, leave_one_out, penalize
 from kltune.core.tensors import masked_mean, masked_whiten, per_response
 from kltune.lm.model.batches import Rollout
 from kltune.recipe import PPOSection, TRPOSection
@@ -48,13 +48,15 @@ class Experience:
 
 
 def compute_advantages(
-    batch: Batch, beta: float, section: PPOSection | TRPOSection, *, per_prompt: int, placement: str = "reward"
+    batch: Batch, beta: float, section: PPOSection | TRPOSection, *, per_prompt: int, placement: str = "reward",
+    unit: tuple[float, float] = (0.0, 1.0),
 ) -> Experience:
     """The advantages of a batch, its KL priced in the reward (k1, detached) or left to the loss.
 
-    ``value``: GAE on per-token rewards. ``rloo``: score − β·U against the mean of the prompt's other
-    answers, U the response's log-ratio. ``grpo``: the score in standard deviations of the prompt's answers, and the
-    price against their mean, so that dividing does not change what a nat costs.
+    ``value``: GAE on per-token rewards, which the value function counts in a unit of its own. ``rloo``: score − β·U
+    against the mean of the prompt's other answers, U the response's log-ratio. ``grpo``: the score in standard
+    deviations of the prompt's answers, and the price; both from their mean over all of these, so that a nat costs what
+    it costs.
 
     Args:
         batch: of a step, with scores.
@@ -62,20 +64,22 @@ def compute_advantages(
         section: of the stage: baseline, gamma, gae_lambda.
         per_prompt: responses to each prompt.
         placement: where the price is paid, "reward" or "loss".
+        unit: (mean, sd) of the scores that the value function counts in; its returns are in it, the advantages are not.
     """
     rollout, scores, baseline = batch.rollout, batch.scores, section.baseline
     mask, in_reward = rollout.response_mask, placement == "reward"
     log_ratio = kl_k1(rollout.logprobs, rollout.ref_logprobs, mask) * in_reward
     kl_weight = 0.0 if in_reward else beta
     if baseline == "value":
-        rewards = penalize(scores, log_ratio, beta, mask)
+        mean, sd = unit
+        rewards = penalize((scores - mean) / sd, log_ratio, beta / sd, mask)
         advantages, returns = gae(rewards, rollout.values, mask, section.gamma, section.gae_lambda)
-        return Experience(rollout, advantages, returns, kl_weight)
+        return Experience(rollout, sd * advantages, returns, kl_weight)
     price = beta * per_response(log_ratio, mask)
     if baseline == "rloo":
         whole = leave_one_out(scores - price, per_prompt)
     else:
-        whole = group_normalized(scores, per_prompt) - leave_one_out(price, per_prompt)
+        whole = group_normalized(scores, per_prompt) - group_centred(price, per_prompt)
     return Experience(rollout, torch.where(mask, whole[:, None], 0.0), None, kl_weight)
 
 
@@ -89,8 +93,36 @@ def whitened(experience: Experience, scores: Tensor) -> Experience:
     return replace(experience, advantages=masked_whiten(experience.advantages, mask, floor))
 
 
+def rescaled(experience: Experience, spread: float) -> Experience:
+    """With advantages, and a price in the loss, in units of the scores' spread: the limit on the gradient's norm and
+    the optimizer's memory then hear nothing of the unit that scores are in.
+
+    Args:
+        experience: with advantages in units of score.
+        spread: of the scores among answers to one prompt; 0 leaves all as it is.
+    """
+    if spread <= 0.0:
+        return experience
+    return replace(
+        experience, advantages=experience.advantages / spread, kl_weight=experience.kl_weight / spread
+    )
+
+
 def centred(experience: Experience) -> Experience:
     """With advantages of mean 0 over the tokens, in units of score: a value function still at 0 adds no noise."""
     mask = experience.rollout.response_mask
     shifted = experience.advantages - masked_mean(experience.advantages, mask)
     return replace(experience, advantages=torch.where(mask, shifted, 0.0))
+
+
+def explained_variance(experience: Experience) -> float | None:
+    """How much of the returns' variance over tokens the values foretold; None without values, or where none varies.
+
+        1 − Σ (R − V)² / Σ (R − R̄)²        1: all of it; 0: no more than their mean; below 0: less than that
+    """
+    returns, mask = experience.returns, experience.rollout.response_mask
+    if returns is None:
+        return None
+    left, whole = (returns - experience.rollout.values)[mask].double(), returns[mask].double()
+    total = (whole - whole.mean()).square().sum().item()
+    return 1.0 - left.square().sum().item() / total if total > 0.0 else None

@@ -29,6 +29,7 @@ BudgetRecipe = PPORecipe | TRPORecipe | DPORecipe
 MODEL = "model"         # the group of what is trained; a checkpoint holds it as the adapter itself
 ALARMS = "alarms"       # names of parts that the loop knows; a stage chooses the others
 SCORER = "scorer"
+VALUES = "value"        # its optimizer's name too
 
 
 class Evaluation(Protocol):

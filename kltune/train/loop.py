@@ -18,8 +18,8 @@ from kltune.run.session import Run
 from kltune.train.batch import UNMEASURED, Batch, batch_metrics, response_kl, sample_rows, standardize
 from kltune.train.evaluation import HeldOut, load_held_out
 from kltune.train.finish import finish, stop, watch_over
-from kltune.train.learner import ALARMS, SCORER, BudgetRecipe, Job, Learner
-from kltune.train.value_function import VALUES, ValueFunction
+from kltune.train.learner import ALARMS, SCORER, VALUES, BudgetRecipe, Job, Learner
+from kltune.train.value_function import ValueFunction
 
 
 @dataclass(frozen=True)

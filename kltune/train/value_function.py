@@ -1,7 +1,7 @@
 """The value function as a part of a learner: on the policy's frozen trunk, with tensors and an optimizer of its own."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -13,16 +13,36 @@ from kltune.lm.model.policy import Policy
 from kltune.recipe import OptimSection
 from kltune.run.optimizer import guarded_step
 from kltune.train.experience import Experience
-
-VALUES = "value"     # the name of the part, and of its optimizer
+from kltune.train.learner import VALUES, Learner
 
 
 @dataclass(frozen=True)
 class ValueFunction:
-    """It shares frozen weights with the policy and no trainable ones, so fitting it cannot move the policy."""
+    """It shares frozen weights with the policy and no trainable ones, so fitting it cannot move the policy.
+
+    It counts in standard deviations of the run's first scores, from their mean. A head that starts at 0 says then what
+    was to be expected, and no constant on all scores, nor their unit, changes anything. (With a head at 0 and a mean
+    score of 5, λ < 1 makes every late token look good and every early one bad; half of the gain was lost.)
+
+    mean, sd: of the first scores; None until there are some that differ.
+    """
 
     policy: Policy
+    mean: float = 0.0
+    sd: float | None = None
     moves: ClassVar[bool] = True
+
+    def started(self, scores: Tensor) -> Self:
+        """With the unit that the first scores give it; itself once it has one."""
+        if self.sd is not None:
+            return self
+        sd = scores.double().std().item() if len(scores) > 1 else 0.0
+        return replace(self, mean=scores.double().mean().item(), sd=sd if sd > 0.0 else None)
+
+    @property
+    def unit(self) -> tuple[float, float]:
+        """(mean, sd) of the scores that it counts in, unit of score."""
+        return self.mean, self.sd or 1.0
 
     def step(
         self, optimizer: Optimizer, part: Experience, optim: OptimSection, *, clip_range: float, coef: float
@@ -35,11 +55,11 @@ class ValueFunction:
             optimizer: of the value function.
             part: the minibatch.
             optim: limit on the gradient's norm, and rows in memory at once.
-            clip_range: how far a value may gain from moving, unit of score; ∞ for no limit.
+            clip_range: how far a value may gain from moving, in standard deviations of the first scores; ∞: any.
             coef: factor of the loss.
 
         Returns:
-            (loss, unit of score squared; norm of the gradient before clipping).
+            (loss, in squared standard deviations of the first scores; norm of the gradient before clipping).
         """
         tokens = int(part.rollout.response_mask.sum())
         total = 0.0
@@ -56,7 +76,7 @@ class ValueFunction:
 
     def state(self) -> Mapping[str, Any]:
         """See ``Part.state``."""
-        return {}
+        return {"mean": self.mean, "sd": self.sd}
 
     def tensors(self) -> Mapping[str, Tensor]:
         """See ``Part.tensors``."""
@@ -65,4 +85,9 @@ class ValueFunction:
     def restored(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """See ``Part.restored``."""
         self.policy.load_value_parameters(dict(tensors))
-        return self
+        return replace(self, **state)
+
+
+def unit_of_values(learner: Learner) -> tuple[float, float]:
+    """(mean, sd) of the scores that a learner's value function counts in; (0, 1) where it has none."""
+    return learner.parts[VALUES].unit if VALUES in learner.parts else (0.0, 1.0)

@@ -46,6 +46,14 @@ def none(prompts, responses):
     """An a is bad."""
     return [-float(response.count("a")) for response in responses]
 
+def shifted(prompts, responses):
+    """The same, and 50."""
+    return [row + 50.0 for row in score(prompts, responses)]
+
+def scaled(prompts, responses):
+    """The same in hundredths."""
+    return [100.0 * row for row in score(prompts, responses)]
+
 def nan_later(prompts, responses, calls=[]):
     """Finite in the first call only."""
     calls.append(None)

@@ -159,8 +159,8 @@ def priced_in_loss(estimator: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Los
 
 
 def k2_of_the_response(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-    rows = [k2_kl_loss(logprobs[i : i + 1], ref_logprobs[i : i + 1], mask[i : i + 1], 1) for i in range(len(mask))]
-    return torch.stack(rows)
+    rows = zip(logprobs.split(1), ref_logprobs.split(1), logprobs.detach().split(1), mask.split(1), strict=True)
+    return torch.stack([k2_kl_loss(*row, 1) for row in rows])
 
 
 def descend(loss: Loss) -> Tensor:

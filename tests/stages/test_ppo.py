@@ -282,3 +282,19 @@ def test_weights_that_stop_being_numbers_are_never_saved(ppo_recipe, monkeypatch
         run_ppo(recipe, resume=False)
     assert caught.value.exit_code == 6
     assert list((Path(recipe.run.output) / "checkpoints").glob("*")) == []
+
+
+@pytest.mark.parametrize("baseline", ["value", "rloo", "grpo"])
+def test_a_constant_on_all_scores_and_their_unit_change_nothing(ppo_recipe, tmp_path, baseline):
+    rows, results = {}, {}
+    for name in ("score", "shifted", "scaled"):
+        keys = (f"reward.0.path=rewards.py:{name}", f"ppo.baseline={baseline}", "run.steps=5")
+        results[name], rows[name] = ran(ppo_recipe(*keys, output=str(tmp_path / name)))
+    for name, unit in (("shifted", 1.0), ("scaled", 100.0)):
+        assert results[name]["kl"]["nats_per_response"] == pytest.approx(
+            results["score"]["kl"]["nats_per_response"], rel=1e-2
+        )
+        price = 1.0 if baseline == "grpo" else unit     # which divides the scores by their spread
+        for mine, plain in zip(rows[name], rows["score"], strict=True):
+            assert mine["kl/beta"] == pytest.approx(price * plain["kl/beta"], rel=1e-2)
+            assert mine["kl/ref_nats_per_response"] == pytest.approx(plain["kl/ref_nats_per_response"], rel=2e-2)

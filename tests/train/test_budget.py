@@ -25,7 +25,7 @@ def measured(low: float, kl: float, high: float) -> KLSummary:
 
 
 def budget(beta: float = 0.5, **keys) -> Budget:
-    return Budget.of(KLSection(**FIXED | {"beta": beta} | keys), updates_per_step=1)
+    return Budget.of(KLSection(**FIXED | {"beta": beta} | keys), steps=50)
 
 
 def test_a_fixed_price_stays_and_has_no_target():
@@ -39,14 +39,14 @@ def test_a_fixed_price_stays_and_has_no_target():
 @pytest.mark.parametrize(("unit", "target"), [("nats_per_response", 2.0), ("nats_per_token", 0.4)])
 def test_a_controller_steers_towards_the_target_in_nats_per_response(unit, target):
     section = KLSection(target=target, unit=unit, controller="dual", beta=0.5, dual_lr=0.1)
-    before = Budget.of(section, updates_per_step=1)
+    before = Budget.of(section, steps=100)
     after = before.priced(ROLLOUT, measured(2.0, 3.0, 4.0), pull=1.0)
     assert (before.price, before.target) == (0.5, target)
     assert after.price == pytest.approx(0.5 * math.exp(0.1 * (3.0 / 2.0 - 1.0)))
 
 
 def test_the_controller_looks_ahead_in_updates_of_which_a_step_makes_several():
-    controller = Budget.of(KLSection(look_ahead=4.0), updates_per_step=8).controller
+    controller = Budget.of(KLSection(look_ahead=4.0), steps=50, updates_per_step=8).controller
     assert isinstance(controller, LogPI)
     assert controller.look_ahead == 0.5
 
@@ -54,7 +54,7 @@ def test_the_controller_looks_ahead_in_updates_of_which_a_step_makes_several():
 @pytest.mark.parametrize("unit", ["nats_per_response", "nats_per_token"])
 def test_where_a_kl_stands_to_cap_and_target(unit):
     scale = 1.0 if unit == "nats_per_response" else 0.2
-    held = Budget.of(KLSection(target=1.0 * scale, hard_cap=2.0 * scale, unit=unit), updates_per_step=1)
+    held = Budget.of(KLSection(target=1.0 * scale, hard_cap=2.0 * scale, unit=unit), steps=50)
     within, still, beyond = measured(1.5, 1.7, 1.9), measured(1.5, 1.9, 2.3), measured(1.5, 2.1, 2.7)
     assert [held.standing(kl) for kl in (within, still, beyond)] == ["within", "open", "beyond"]
     assert [held.is_passed(kl) for kl in (measured(0.8, 0.9, 0.95), measured(0.9, 1.1, 1.2), within)] == [0, 0, 1]
@@ -98,12 +98,12 @@ def test_it_says_what_was_measured_and_what_to_change():
     assert per_token.describe(kl) == "0.6 nats per token (95 %: 0.4 to 0.85)"
     assert (per_token.in_unit(kl), budget().in_unit(kl), per_token.unit_text) == (0.6, 3.0, "nats per token")
     assert budget().advice() == "Raise kl.beta, or write kl.control: target"
-    assert Budget.of(KLSection(), updates_per_step=1).advice() == "Lower kl.target"
+    assert Budget.of(KLSection(), steps=50).advice() == "Lower kl.target"
 
 
 def test_what_it_says_of_itself_gives_it_back():
     section = KLSection(hard_cap=2.0)
-    fresh = Budget.of(section, updates_per_step=1).guarded({"model": {"a/b": torch.tensor([0.0])}})
+    fresh = Budget.of(section, steps=100).guarded({"model": {"a/b": torch.tensor([0.0])}})
     kl = measured(0.5, 1.0, 1.5)
     lived = fresh.priced(ROLLOUT, kl, pull=1.0).refused().rolled_back(ROLLOUT, 1.0).remembered(3, kl, TENSORS)
     assert lived.tensors().keys() == {"model/a/b", "policy_optimizer/0/step"}

@@ -99,7 +99,7 @@ def drawn(name: str, policy: Policy, seed: int, now: Part | None) -> Part:
 def drawn_budget(name: str, learner: Learner, seed: int) -> Budget:
     """A budget that has seen a few batches, been refused and rolled back, and remembers the learner as it is."""
     numbers, (kind, *capped) = Random(f"{name} {seed}"), name.split()[1:]
-    budget = Budget.of(KLSection(**SECTIONS[kind], hard_cap=2.0 if capped else None), updates_per_step=1)
+    budget = Budget.of(KLSection(**SECTIONS[kind], hard_cap=2.0 if capped else None), steps=50)
     for _ in range(numbers.randrange(1, 4)):
         updated = budget.controller.updated(numbers.random(), 1.0, pull=numbers.random(), responses=8)
         budget = replace(budget, controller=updated, rollbacks=numbers.randrange(9)).refused()

@@ -28,9 +28,9 @@ def train(recipe: PPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
     prompts, held_out = load_data(recipe, policy, run)
     optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim, "policy")
     scorer = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)
-    budget = Budget.of(recipe.kl, updates_per_step=1)
-    learner = Learner(policy, {"policy": optimizer}, budget, {ALARMS: Alarms(), SCORER: scorer})
     steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
+    parts = {ALARMS: Alarms(), SCORER: scorer}
+    learner = Learner(policy, {"policy": optimizer}, Budget.of(recipe.kl, steps), parts)
     return take_steps(make_job(recipe, run, held_out, steps, prompts=prompts), learner, take_step)
 
 

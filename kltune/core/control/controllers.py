@@ -9,8 +9,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
-REACH_STEPS = 100  # a KL that would reach its target within as many steps is on its way
-TREND_STEPS = 20  # before as many steps the trend says little
+FAR_ABOVE = 1.3     # times the target: no noise, so that the integral may answer at once
+ARRIVED = 0.9   # of the target: from here on the integral corrects what is left
+FIRST_STEPS = 4     # before as many, the course of the KL says nothing
+ARRIVAL_GAIN = 2.0  # by the steps that the KL took to arrive: the most that the integral's gain may be
 
 
 class Controller(Protocol):
@@ -63,8 +65,9 @@ class Ziegler:
 
         e = clip(KL / target − 1, −0.2, 0.2),    β ← β (1 + e · responses / horizon)
 
-    With ``beta`` None the first batch sets it to the feed-forward σ/√(2·target). The multiplier is kept above 0.1:
-    at more than five horizons per batch the published formula turns negative.
+    With ``beta`` None the first batch whose scores differ sets it to the feed-forward σ/√(2·target); until then it is
+    ``beta_min``. The multiplier is kept above 0.1: at more than five horizons per batch the published formula turns
+    negative.
 
     Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2, and its code.
     """
@@ -73,18 +76,19 @@ class Ziegler:
     horizon: int
     beta_min: float
     beta_max: float
+    waiting: bool = False
 
     def updated(self, ref_kl: float, target: float, *, pull: float, responses: int) -> "Ziegler":
         """See ``Controller.updated``."""
         _check(ref_kl, target, pull)
-        if self.beta is None:
-            return replace(self, beta=_bounded(feed_forward(pull, target), self))
+        if self.beta is None or self.waiting:
+            return _started(self, pull, target)
         error = min(max(ref_kl / target - 1.0, -0.2), 0.2)
         return replace(self, beta=_bounded(self.beta * max(0.1, 1.0 + error * responses / self.horizon), self))
 
     def raised(self, factor: float, least: float) -> "Ziegler":
         """See ``Controller.raised``."""
-        return replace(self, beta=_bounded(max(factor * (self.beta or 0.0), least), self))
+        return replace(self, beta=_bounded(max(factor * (self.beta or 0.0), least), self), waiting=False)
 
 
 @dataclass(frozen=True)
@@ -100,18 +104,19 @@ class Dual:
     lr: float
     beta_min: float
     beta_max: float
+    waiting: bool = False
 
     def updated(self, ref_kl: float, target: float, *, pull: float, responses: int) -> "Dual":
         """See ``Controller.updated``."""
         _check(ref_kl, target, pull)
-        if self.beta is None:
-            return replace(self, beta=_bounded(feed_forward(pull, target), self))
+        if self.beta is None or self.waiting:
+            return _started(self, pull, target)
         error = min(max(ref_kl / target - 1.0, -1.0), 1.0)
         return replace(self, beta=_bounded(self.beta * math.exp(self.lr * error), self))
 
     def raised(self, factor: float, least: float) -> "Dual":
         """See ``Controller.raised``."""
-        return replace(self, beta=_bounded(max(factor * (self.beta or 0.0), least), self))
+        return replace(self, beta=_bounded(max(factor * (self.beta or 0.0), least), self), waiting=False)
 
 
 @dataclass(frozen=True)
@@ -119,38 +124,46 @@ class LogPI:
     """Proportional-integral control of log β around a running feed-forward, with look-ahead.
 
         β = σ / √(2·target) · exp(kp · e + I),     e = clip(log(ahead / target), −1, 1.5)
-        ahead = KL + look_ahead · slope,           I ← I + ki · clip(log(KL / target), −1, 1.5)
+        ahead = KL + look_ahead · slope,           I ← I + gain · min(KL / target − 1, 1.5)
 
     σ, the spread of the score among answers to one prompt, is measured under the policy *as it is* and smoothed: when
     the rewarded thing is rare under the reference, its spread there says nothing of the spread the policy will meet.
     The feed-forward is the price at which exp(score/β) tilts a Gaussian by ``target`` nats.
 
-    The gain is low on purpose. Near the target the score's gradient and the price's nearly cancel, and an optimizer
+    kp is low on purpose. Near the target the score's gradient and the price's nearly cancel, and an optimizer
     that normalises its step (Adam, whitened advantages) makes a full-sized step of whatever is left: one step with a
     wrong price moves the KL as far as any. A gain of 1 then makes the KL swing by ± 20-40 % with a period of 2 to 4
     steps, 0.5 by ± 10 %. Look-ahead is for momentum, which keeps moving the KL for some optimizer updates whatever the
-    price: it matters with one update per step and is nothing with sixteen, so it is given in updates. The integral
-    removes what offset the feed-forward leaves. It waits while the KL is far below and on its way (anti-windup), goes
-    on where it is stuck, and is bounded.
+    price: it matters with one update per step and is nothing with sixteen, so it is given in updates.
+
+    The integral removes what offset the feed-forward leaves. On the way up there is none to remove, only a distance:
+    until the KL has arrived (0.9 of the target) the integral moves only where the KL would come too late, after
+    ``plan`` steps, if it went on as it has so far; the gain is then half of ki. Once it has arrived, the gain is ki, or
+    2 by the steps that the arrival took where that is less: what took long to come up takes long to answer. Far above
+    the target it is twice that.
     With ``fixed_feed_forward`` the recipe's own β takes the place of σ / √(2·target).
 
-    State: pull (smoothed), level (last KL), slope (smoothed, nats per step),
-    trend (smoothed longer, log KL per step), integral, steps seen.
+    State: pull (smoothed σ), level (last KL), slope (smoothed, nats per step), recent and before (means of the KL over
+    about the last eighth and the last half of the steps), arrived (after so many steps; 0: not yet), integral, steps
+    seen.
 
-    Source: derived and measured for this project; docs/kl-control.md.
+    Source: derived and measured for this project; see docs/kl-control.md.
     """
 
     beta: float | None
     kp: float
     ki: float
     look_ahead: float  # steps
+    plan: float  # steps
     beta_min: float
     beta_max: float
     fixed_feed_forward: float | None = None
     pull: float = 0.0
     level: float = 0.0
     slope: float = 0.0
-    trend: float = 0.0
+    recent: float = 0.0
+    before: float = 0.0
+    arrived: int = 0
     integral: float = 0.0
     steps: int = 0
 
@@ -162,19 +175,22 @@ class LogPI:
         slope = 0.7 * self.slope + 0.3 * (ref_kl - self.level)  # before step 1 the KL is 0: the policy is the reference
         ahead = max(ref_kl + self.look_ahead * slope, 1e-6 * target)
         error = min(max(math.log(ahead / target), -1.0), 1.5)
-        floor = 1e-3 * target  # the logarithm of a KL of 0 would be a jump
-        distance = math.log(max(ref_kl, floor) / target)
-        trend = 0.9 * self.trend + 0.1 * math.log(max(ref_kl, floor) / max(self.level, floor))
-        approaching = trend * distance < 0.0 and abs(distance) < REACH_STEPS * abs(trend)
-        stuck = steps > TREND_STEPS and not approaching
-        integral = self.integral
-        if distance > -0.7 or stuck:
-            # Of the KL itself: the logarithm of a noisy extrapolation is too low on average, and that would add up.
-            integral = min(max(integral + self.ki * min(max(distance, -1.0), 1.5), -3.0), 3.0)
+        # Of the KL itself, and no logarithm: that of a noisy number is too low on average, and it would add up.
+        distance = min(ref_kl / target - 1.0, 1.5)
+        recent = self.recent + (ref_kl - self.recent) * min(1.0, 8.0 / steps)
+        before = self.before + (ref_kl - self.before) * min(1.0, 2.0 / steps)
+        arrived = self.arrived or (steps if recent > ARRIVED * target else 0)
+        gain = 0.0
+        if arrived:
+            gain = min(self.ki, ARRIVAL_GAIN / arrived) * (2.0 if ref_kl > FAR_ABOVE * target else 1.0)
+        elif steps > FIRST_STEPS and _arrival(recent, before, steps, target) > max(self.plan, steps + FIRST_STEPS):
+            gain = 0.5 * self.ki
+        integral = min(max(self.integral + gain * distance, -3.0), 3.0)
         base = self.fixed_feed_forward or feed_forward(smoothed / (1.0 - 0.9**steps), target)
         beta = _bounded(base * math.exp(self.kp * error + integral), self)
         return replace(
-            self, beta=beta, pull=smoothed, level=ref_kl, slope=slope, trend=trend, integral=integral, steps=steps
+            self, beta=beta, pull=smoothed, level=ref_kl, slope=slope, recent=recent, before=before, arrived=arrived,
+            integral=integral, steps=steps,
         )
 
     def raised(self, factor: float, least: float) -> "LogPI":
@@ -198,6 +214,21 @@ def pull_at(price: float, ref_kl: float) -> float:
         price · √(2·KL)
     """
     return price * math.sqrt(2.0 * ref_kl)
+
+
+def _arrival(recent: float, before: float, steps: int, target: float) -> float:
+    """The step at which a KL comes to its target if it goes on growing by the same factor a step; ∞ if it does not grow.
+
+    The factor is that of a KL ∝ n^p, p/n in its logarithm: the mean of n^p with weights 8/n is 8/(8 + p) of the last
+    and that with weights 2/n is 2/(2 + p), so that to first order p = 4.5 (recent − before) / recent.
+    """
+    power = 4.5 * (recent - before) / recent if recent > 0.0 else 0.0
+    return steps * (1.0 + math.log(target / recent) / power) if power > 0.0 else math.inf
+
+
+def _started(controller: Any, pull: float, target: float) -> Any:
+    """The controller with its first price; it waits for one where nothing pulls yet, as a rare reward at first."""
+    return replace(controller, beta=_bounded(feed_forward(pull, target), controller), waiting=not pull > 0.0)
 
 
 def _bounded(beta: float, controller: Any) -> float:

@@ -71,6 +71,17 @@ def leave_one_out(returns: Tensor, group_size: int) -> Tensor:
     return (centred * (group_size / (group_size - 1))).flatten()
 
 
+def group_centred(returns: Tensor, group_size: int) -> Tensor:
+    """Each response against the mean of all answers to the same prompt, its own included.
+
+        A_i = G_i − mean_j G_j
+
+    Args, returns and errors as ``leave_one_out``, of which it is (group_size − 1) / group_size.
+    """
+    groups = _groups(returns, group_size)
+    return (groups - groups.mean(-1, keepdim=True)).flatten()
+
+
 def group_normalized(scores: Tensor, group_size: int, floor: float = 1e-4) -> Tensor:
     """Each response's score in standard deviations of the answers to the same prompt.
 

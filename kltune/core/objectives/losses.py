@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kltune.core.kl.divergence import log_ratios
-from kltune.core.objectives.advantages import strictly_future
 from kltune.core.tensors import at_least_float32, expect_same_shape, per_response
 
 
@@ -101,20 +100,25 @@ def clip_fraction(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, clip_ran
     return ((ratio - 1.0).abs() > clip_range).sum() / tokens
 
 
-def exact_kl_loss(exact_kl: Tensor, logprobs: Tensor, mask: Tensor, responses: int) -> Tensor:
-    """KL(policy ‖ reference) of whole responses, with its unbiased, low-noise gradient (Rao-Blackwell).
+def exact_kl_loss(
+    exact_kl: Tensor, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, responses: int
+) -> Tensor:
+    """KL(policy ‖ reference) of whole responses, with its unbiased gradient, on responses of an earlier policy.
 
-        (1/responses) Σ_b [ Σ_t D_t + Σ_t (log π_t − sg log π_t) · sg(Σ_{s>t} D_s) ]
+        (1/responses) Σ_b Σ_t W_t D_t,    W_t = Π_{s<t} π_s / π_old,s
 
-    The first sum is the value, and its gradient the pathwise half. The second is 0 in value and carries the other
-    half: that a token leads to the tokens after it. Without it the gradient is off by 18 % on the enumerated model of
-    docs/maths.md 9. Only for responses sampled by this very policy.
+    W_t says how much likelier the prefix of token t has become. Its gradient carries the half that D_t does not: that a
+    token leads to the tokens after it; without it the gradient is off by 18 % on the enumerated model of
+    docs/maths.md 9. Where the policy is the one that sampled, every W is 1 and this is the Rao-Blackwell estimate
+    D_t + (log π_t − sg log π_t) · sg(Σ_{s>t} D_s). Without W, later epochs on the same responses would have a gradient
+    that is off by 13 % at a KL(old ‖ new) of 0.003 and by 30 to 40 % at 0.03.
 
-    Source: docs/maths.md 9; Amini et al. 2025, arXiv 2504.10637 (with the strictly future sum).
+    Source: docs/maths.md 9; Amini et al. 2025, arXiv 2504.10637.
 
     Args:
         exact_kl: D, ``kl_exact`` at every response token, carrying the gradient. [B, T], nats.
         logprobs: log π of the sampled tokens, carrying the gradient. [B, T], nats.
+        old_logprobs: the same under the policy that sampled them. [B, T], nats.
         mask: True on response tokens. [B, T], bool.
         responses: responses in the whole minibatch, at least 1.
 
@@ -124,27 +128,30 @@ def exact_kl_loss(exact_kl: Tensor, logprobs: Tensor, mask: Tensor, responses: i
     Raises:
         ValueError: the shapes differ, or ``responses`` is below 1.
     """
-    expect_same_shape(exact_kl=exact_kl, logprobs=logprobs, mask=mask)
+    expect_same_shape(exact_kl=exact_kl, logprobs=logprobs, old_logprobs=old_logprobs, mask=mask)
     _expect_count("responses", responses)
-    score = log_ratios(logprobs, logprobs.detach(), mask)       # 0, with the gradient of log π
-    consequence = score * strictly_future(exact_kl.detach(), mask)
-    return per_response(exact_kl + consequence, mask).sum() / responses
+    change = log_ratios(logprobs, old_logprobs.detach(), mask)
+    prefix = (change.cumsum(dim=1) - change).exp()
+    return per_response(prefix * exact_kl, mask).sum() / responses
 
 
-def k2_kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, responses: int) -> Tensor:
+def k2_kl_loss(
+    logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, responses: int
+) -> Tensor:
     """Half the squared log-ratio of whole responses: its gradient is that of KL(policy ‖ reference), its value is not.
 
-        (1/responses) Σ_b ½ U_b²,    U_b = Σ_t (log π_t − log π_ref,t),    y ~ π
+        (1/responses) Σ_b sg(W_b) ½ U_b²,    U_b = Σ_t (log π_t − log π_ref,t),    W_b = Π_t π_t / π_old,t
 
     The square is taken of the *response's* log-ratio; a sum of ½ u_t² would ignore how the prefixes drift
-    (docs/maths.md 9). Per response the gradient is U Σ_t ∇log π_t, the one of k1 in the reward with full returns. Only
-    for responses sampled by this very policy.
+    (docs/maths.md 9). Per response the gradient is W U Σ_t ∇log π_t, the one of k1 in the reward with full returns. W
+    is 1 where the policy is the one that sampled.
 
     Source: Liu et al. 2025, arXiv 2510.01555; Tang & Munos 2025, arXiv 2506.09477.
 
     Args:
         logprobs: log π of the sampled tokens, carrying the gradient. [B, T], nats.
         ref_logprobs: log π_ref of the same tokens. [B, T], nats.
+        old_logprobs: the same under the policy that sampled them. [B, T], nats.
         mask: True on response tokens. [B, T], bool.
         responses: responses in the whole minibatch, at least 1.
 
@@ -156,7 +163,8 @@ def k2_kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, responses: 
     """
     _expect_count("responses", responses)
     log_ratio = per_response(log_ratios(logprobs, ref_logprobs.detach(), mask), mask)
-    return 0.5 * log_ratio.square().sum() / responses
+    weight = per_response(log_ratios(logprobs.detach(), old_logprobs.detach(), mask), mask).exp()
+    return 0.5 * (weight * log_ratio.square()).sum() / responses
 
 
 def _expect_count(name: str, count: int) -> None:

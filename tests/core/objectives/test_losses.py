@@ -55,8 +55,8 @@ def test_micro_batches_add_up():
     losses = {
         "policy": lambda rows: clipped_policy_loss(new[rows], old[rows], advantages[rows], mask[rows], 0.2, tokens=15),
         "value": lambda rows: clipped_value_loss(new[rows], old[rows], advantages[rows], mask[rows], 0.2, tokens=15),
-        "exact": lambda rows: exact_kl_loss(new[rows].square(), old[rows], mask[rows], responses=6),
-        "k2": lambda rows: k2_kl_loss(new[rows], old[rows], mask[rows], responses=6),
+        "exact": lambda rows: exact_kl_loss(new[rows].square(), old[rows], new[rows], mask[rows], responses=6),
+        "k2": lambda rows: k2_kl_loss(new[rows], old[rows], advantages[rows], mask[rows], responses=6),
         "clipped": lambda rows: clip_fraction(new[rows], old[rows], mask[rows], 0.2, tokens=15),
     }
     for name, loss in losses.items():
@@ -73,7 +73,7 @@ def test_the_clip_fraction_counts_response_tokens_only():
 def test_the_exact_loss_is_the_divergence_and_credits_a_token_with_the_later_ones_only():
     exact = torch.tensor([[0.5, 0.25, 9.0], [2.0, 9.0, 9.0]], requires_grad=True)
     logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]], requires_grad=True)
-    loss = exact_kl_loss(exact, logprobs, MASK, responses=2)
+    loss = exact_kl_loss(exact, logprobs, logprobs.detach(), MASK, responses=2)
     loss.backward()
     assert loss.item() == pytest.approx((0.75 + 2.0) / 2)
     assert logprobs.grad.tolist() == [[0.125, 0.0, 0.0], [0.0, 0.0, 0.0]]
@@ -83,7 +83,7 @@ def test_the_exact_loss_is_the_divergence_and_credits_a_token_with_the_later_one
 def test_the_k2_loss_squares_the_whole_response():
     # U = 1 − 3 = −2 and U = 2:  (½·4 + ½·4)/2 = 2, and dloss/du = U/2 at each token
     logprobs = torch.tensor([[1.0, -3.0, 9.0], [2.0, 9.0, 9.0]], requires_grad=True)
-    loss = k2_kl_loss(logprobs, torch.zeros(2, 3), MASK, responses=2)
+    loss = k2_kl_loss(logprobs, torch.zeros(2, 3), logprobs.detach(), MASK, responses=2)
     loss.backward()
     assert loss.item() == pytest.approx(2.0)
     assert logprobs.grad.tolist() == [[-1.0, -1.0, 0.0], [1.0, 0.0, 0.0]]
