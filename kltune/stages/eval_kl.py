@@ -67,7 +67,6 @@ def eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, A
 
     Args:
         checkpoints: run folders, checkpoint folders, PEFT adapters or full models.
-        options: what was asked for.
 
     Returns:
         (the JSON document, the exit code: that of the worst checkpoint).
@@ -123,7 +122,7 @@ def measure_checkpoint(
     """The document of one checkpoint; and exact KL [B] and prompt [B] of its responses, to compare it with others."""
     policy = open_subject(subject, options)
     opened = OpenCheckpoint(subject.path, policy, measured_prompts(policy, settings), settings, options)
-    measured = measure(opened, measured_texts(policy, settings))
+    measured = measure(opened)
     document = {
         "schema": "kltune.eval_kl/1",
         "checkpoint": subject.path,
@@ -138,14 +137,15 @@ def measure_checkpoint(
     return document, (measured.reverse.exact, measured.reverse.prompt_index)
 
 
-def measure(opened: OpenCheckpoint, texts: list[Example]) -> CheckpointKL:
+def measure(opened: OpenCheckpoint) -> CheckpointKL:
     """All that was asked for of one policy; the gate is on the direction that was asked for."""
     options, forward = opened.options, None
+    texts = measured_texts(opened.policy, opened.settings)
     if options.direction == "forward":
         forward, gate = sample_and_gate(opened, from_reference=True)
-        reverse, _ = sample_and_gate(opened, gated=False, by_token=True)
+        reverse, _ = sample_and_gate(opened, gated=False)
     else:
-        reverse, gate = sample_and_gate(opened, by_token=True)
+        reverse, gate = sample_and_gate(opened)
         if options.direction == "both":
             forward, _ = sample_and_gate(opened, gated=False, from_reference=True)
     return CheckpointKL(
@@ -158,7 +158,7 @@ def measure(opened: OpenCheckpoint, texts: list[Example]) -> CheckpointKL:
 
 
 def sample_and_gate(
-    opened: OpenCheckpoint, *, gated: bool = True, from_reference: bool = False, by_token: bool = False
+    opened: OpenCheckpoint, *, gated: bool = True, from_reference: bool = False
 ) -> tuple[Measurement, dict[str, Any] | None]:
     """Sample one side, and hold it against the budget if there is one; with ``auto``, as often as it takes.
 
@@ -174,11 +174,14 @@ def sample_and_gate(
     if gated and options.auto:
         counts = looks(settings.responses, options.max_responses)
     confidence = confidence_per_look(options.confidence, len(counts))
-    sides = {"from_reference": from_reference, "by_token": by_token}
+    side = "the reference" if from_reference else "the policy"
 
     def measure_round(answered: Round) -> Measurement:
         with counting("sampling the reference" if from_reference else "sampling", answered.responses) as progress:
-            return measure_kl(opened.policy, answered, settings.draw(options.seed), progress=progress, **sides)
+            return measure_kl(
+                opened.policy, answered, settings.draw(options.seed), progress=progress,
+                from_reference=from_reference, by_token=not from_reference,
+            )
 
     answered = Round.of(opened.prompts, counts[0])
     measured = measure_round(answered)
@@ -187,7 +190,7 @@ def sample_and_gate(
         while len(measured.exact) < count:
             answered = answered.following(count - len(measured.exact))
             measured += measure_round(answered)
-        check_agreement(opened.path, "the policy" if not from_reference else "the reference", measured.z)
+        check_agreement(opened.path, side, measured.z)
         if not gated:
             return measured, None
         kl = measured.summary("exact", confidence)

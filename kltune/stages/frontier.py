@@ -15,8 +15,8 @@ from kltune.errors import RecipeError, ScorerError
 from kltune.lm.measure.best_of_n import Scorers, best_of_n_round, measure_best_of_n
 from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model.policy import Policy
-from kltune.lm.rewards.scorers import Scorer, load_scorer
-from kltune.recipe import Recipe, RewardEntry, asks_for_pairs, load_recipe
+from kltune.lm.rewards.scorers import load_scorer
+from kltune.recipe import RewardEntry, asks_for_pairs, load_recipe
 from kltune.report.frontier.page import write_frontier
 from kltune.report.frontier.points import (
     FrontierPoint,
@@ -31,8 +31,6 @@ from kltune.report.frontier.pooling import curves_at, efficiency, fits, pick, po
 from kltune.report.outcome import final_figures
 from kltune.run.recorder import counting
 from kltune.run.saved_policy import MeasureOptions, find_checkpoint, measured_prompts, open_subject, resolve_settings
-
-SCHEMA = "kltune.frontier/1"
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,6 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
 
     Args:
         runs: run folders, sweep folders, and folders or files of ``kltune project --curve``.
-        options: what was asked for.
 
     Returns:
         The JSON document: the same as ``frontier.json`` in the output folder.
@@ -89,7 +86,7 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
         notes.append(f"no {name} is known of: {'; '.join(unscored)}. --gold or --recipe score runs afresh.")
     settings = pooled(points)
     document = {
-        "schema": SCHEMA,
+        "schema": "kltune.frontier/1",
         "direction": "KL(policy||reference)",
         "unit": "nats_per_response",
         "reference": sources[0].reference | reference,
@@ -105,7 +102,7 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
         "output": options.output,
     }
     if best_of_n is not None:
-        del best_of_n["by_prompt"]
+        del best_of_n["by_prompt"]      # only the fits need it
     if options.output is not None:
         write_frontier(Path(options.output), document)
     return document
@@ -181,36 +178,23 @@ def open_scorers(trained: Sequence[FrontierSource], policy: Policy, options: Fro
     Raises:
         ScorerError: a run's reward is not what it was when the run was made.
     """
-    score, penalty = None, 0.0
+    score, gold, penalty = None, None, 0.0
     rewarded = next((source for source in trained if source.rewards), None)
-    if options.recipe is not None:
-        recipe = load_recipe(options.recipe)
-    elif rewarded is not None:
-        recipe = load_recipe(rewarded.folder / "recipe.yaml")
-    else:
-        recipe = None
-    entries = scoring(recipe)
+    file = options.recipe
+    if file is None and rewarded is not None:
+        file = rewarded.folder / "recipe.yaml"
+    recipe = None if file is None else load_recipe(file)
+    entries = [entry for entry in getattr(recipe, "reward", ()) if not asks_for_pairs(entry)]
     if entries:
-        score = _noted(load_scorer(entries, recipe.folder, policy.device, policy))
+        score = load_scorer(entries, recipe.folder, policy.device, policy)
+        print(*score.notes, sep="\n", end="\n" if score.notes else "", file=sys.stderr)
         penalty = recipe.sampling.missing_end_penalty
         if options.recipe is None and score.identity != rewarded.rewards:
             raise ScorerError(
                 f"{rewarded.path} was trained on {rewarded.rewards}, found {score.identity}; put the files back, or "
                 "give --recipe R.yaml to score all runs by another reward."
             )
-    gold = None
     if options.gold is not None:
-        gold = _noted(load_scorer([options.gold], Path.cwd(), policy.device, policy))
+        gold = load_scorer([options.gold], Path.cwd(), policy.device, policy)
+        print(*gold.notes, sep="\n", end="\n" if gold.notes else "", file=sys.stderr)
     return Scorers(score, gold, penalty)
-
-
-def _noted(scorer: Scorer) -> Scorer:
-    """Print what there is to know about a scorer; return it."""
-    for note in scorer.notes:
-        print(note, file=sys.stderr)
-    return scorer
-
-
-def scoring(recipe: Recipe | None) -> list[RewardEntry]:
-    """The rewards of a recipe that give a score."""
-    return [entry for entry in getattr(recipe, "reward", ()) if not asks_for_pairs(entry)]

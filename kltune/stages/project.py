@@ -49,10 +49,6 @@ class ProjectOptions(MeasureOptions):
 def project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
     """``kltune project``: find the share of an adapter that meets a budget, and save it.
 
-    Args:
-        checkpoint: a run, a checkpoint or an adapter.
-        options: what was asked for.
-
     Returns:
         The JSON document: the same as ``project.json`` in the output folder.
 
@@ -170,9 +166,7 @@ def save_projection(
         "reference": policy.fingerprint.as_dict(),
         "kl": document["kl"]["exact"],
         "projected": {"from": subject.path, "alpha": document["alpha"], "max_kl": document["max_kl"]},
-        "measure": measure_settings(
-            settings.prompts, settings.data, settings.max_new_tokens, settings.temperature
-        ),
+        "measure": measure_settings(settings.prompts, settings.data, settings.max_new_tokens, settings.temperature),
     }
 
     def write(hidden: Path) -> None:
@@ -210,14 +204,15 @@ def curve_of(looks: list[dict[str, Any]], name: str) -> str:
 
 def row(look: Look) -> dict[str, Any]:
     """One line of the table."""
-    figures = {
+    return {
         "alpha": look.alpha,
         "purpose": look.purpose,
         "responses": look.kl.responses,
         "score": look.score,
         "score_stderr": look.score_stderr,
+        **kl_figures(look.kl),
+        "confidence": look.kl.confidence,
     }
-    return figures | kl_figures(look.kl) | {"confidence": look.kl.confidence}
 
 
 def project_text(document: dict[str, Any]) -> str:
