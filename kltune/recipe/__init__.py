@@ -15,17 +15,10 @@
 Nothing here imports torch: a wrong recipe is answered before the first model is thought of.
 """
 
-from kltune.recipe.faults import Fault, Place, RecipeFaults
+from kltune.recipe.checks import by_dotted_key
+from kltune.recipe.faults import RecipeFaults
 from kltune.recipe.grid import Axis, GridPoint, load_grid
-from kltune.recipe.reading import (
-    find_recipe,
-    load_recipe,
-    overlap,
-    packaged_recipes,
-    read_scorer,
-    recipe_text,
-    recipes_folder,
-)
+from kltune.recipe.reading import load_recipe, overlap, packaged_recipes, read_scorer, recipe_text, recipes_folder
 from kltune.recipe.rewards import (
     ClassifierReward,
     FunctionReward,
@@ -35,11 +28,8 @@ from kltune.recipe.rewards import (
     asks_for_pairs,
 )
 from kltune.recipe.sections import (
-    BradleyTerrySection,
     DataSection,
-    DPOKLSection,
     DPOSection,
-    EvalSection,
     KLSection,
     LoraSection,
     ModelSection,
@@ -52,7 +42,6 @@ from kltune.recipe.sections import (
 from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
 from kltune.recipe.writing import (
     as_written,
-    by_dotted_key,
     copy_recipe,
     differing_keys,
     differing_settings,
@@ -63,11 +52,10 @@ from kltune.recipe.writing import (
 )
 
 __all__ = [
-    "STAGES", "Axis", "BradleyTerrySection", "ClassifierReward", "DPOKLSection", "DPORecipe", "DPOSection",
-    "DataSection", "EvalSection", "Fault", "FunctionReward", "GridPoint", "JudgeReward", "KLSection", "LoraSection",
-    "ModelReward", "ModelSection", "OptimSection", "PPORecipe", "PPOSection", "Place", "Recipe", "RecipeFaults",
-    "RewardEntry", "RewardRecipe", "RunSection", "SFTRecipe", "SamplingSection", "TRPORecipe", "TRPOSection",
-    "as_written", "asks_for_pairs", "by_dotted_key", "copy_recipe", "differing_keys", "differing_settings",
-    "dump_recipe", "find_recipe", "flat_settings", "load_grid", "load_recipe", "overlap", "packaged_recipes",
-    "read_scorer", "recipe_digest", "recipe_schema", "recipe_text", "recipes_folder",
+    "STAGES", "Axis", "ClassifierReward", "DPORecipe", "DPOSection", "DataSection", "FunctionReward", "GridPoint",
+    "JudgeReward", "KLSection", "LoraSection", "ModelReward", "ModelSection", "OptimSection", "PPORecipe",
+    "PPOSection", "Recipe", "RecipeFaults", "RewardEntry", "RewardRecipe", "RunSection", "SFTRecipe",
+    "SamplingSection", "TRPORecipe", "TRPOSection", "as_written", "asks_for_pairs", "by_dotted_key", "copy_recipe",
+    "differing_keys", "differing_settings", "dump_recipe", "flat_settings", "load_grid", "load_recipe", "overlap",
+    "packaged_recipes", "read_scorer", "recipe_digest", "recipe_schema", "recipe_text", "recipes_folder",
 ]

@@ -2,13 +2,13 @@
 
 import re
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
 from kltune.recipe.stages import STAGES
 from kltune.recipe.yaml_tree import KeyPath, Node
 
 NUMBER_LIKE = re.compile(r"[-+]?[0-9.][0-9_.:eE+xXobOBa-fA-F-]*")
-SCHEMAS: dict[str, dict[str, Any]] = {}
 RENORMALISED = (
     "kltune samples from the whole distribution: with a renormalised one the logprobs, and so the KL, would be of "
     "another policy; remove it (sampling.temperature is scored as it is sampled)"
@@ -94,24 +94,21 @@ def dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
 
 
+@cache
 def schema_of(stage: str) -> dict[str, Any]:
-    """JSON schema of one stage, built once."""
-    if stage not in SCHEMAS:
-        SCHEMAS[stage] = STAGES[stage].model_json_schema()
-    return SCHEMAS[stage]
+    """JSON schema of one stage."""
+    return STAGES[stage].model_json_schema()
 
 
 def schema_at(stage: str, path: KeyPath, root: Node) -> dict[str, Any]:
     """The schema of the value under a path, following the options that the recipe took; {} where nothing may be."""
-    whole = schema_of(stage)
-    here, described = whole, {}
+    whole = here = schema_of(stage)
     for depth, step in enumerate(path):
         here = section_schema(whole, here, root.at(path[:depth]))
         here = here.get("items", {}) if isinstance(step, int) else here.get("properties", {}).get(step, {})
-        described = here
     node = root.at(path)
     target = section_schema(whole, here, node) if node and isinstance(node.value, dict) else here
-    return {**target, "description": described.get("description", "")}
+    return {**target, "description": here.get("description", "")}
 
 
 def section_schema(whole: dict[str, Any], schema: dict[str, Any], node: Node | None) -> dict[str, Any]:
@@ -221,22 +218,19 @@ def advice(node: Node, schema: dict[str, Any]) -> str:
 
 def unknown_key(stage: str, path: KeyPath, root: Node) -> str:
     """Why a key is not known here: the name it has in kltune, the section it belongs to, or the nearest name."""
-    key = str(path[-1])
-    sections = schema_of(stage)["properties"]
+    key, whole = str(path[-1]), schema_of(stage)
     siblings = list(schema_at(stage, path[:-1], root).get("properties", {}))
-    if len(path) == 1 and any(key in cls.model_fields for cls in STAGES.values()):
-        readers = listed([name for name, cls in STAGES.items() if key in cls.model_fields])
-        return f"the {stage} stage does not read this section ({readers} does); remove it"
-    sentence = FOREIGN.get(dotted(path)) or FOREIGN.get(key)
-    if sentence:
+    readers = [name for name, cls in STAGES.items() if key in cls.model_fields]
+    if len(path) == 1 and readers:
+        return f"the {stage} stage does not read this section ({listed(readers)} does); remove it"
+    if sentence := FOREIGN.get(dotted(path)) or FOREIGN.get(key):
         return f"unknown key; {sentence}"
-    whole = schema_of(stage)
-    homes = [
-        f"{name}.{key}" for name, schema in sections.items()
-        if key in section_schema(whole, schema, None).get("properties", {})
-    ]
     if near := get_close_matches(key, siblings, 1):
         return f"unknown key; did you mean {near[0]}?"
+    homes = [
+        f"{name}.{key}" for name, schema in whole["properties"].items()
+        if key in section_schema(whole, schema, None).get("properties", {})
+    ]
     if homes:
         return f"unknown key here; it belongs to another section: write {listed(homes)}"
     if key in STAGES:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, TypeAdapter
 
 from kltune.errors import RecipeError, StorageError
-from kltune.recipe.checks import SOURCES, UNREAD, function_values
+from kltune.recipe.checks import SOURCES, UNREAD, by_dotted_key, path_values
 from kltune.recipe.fields import Section
 from kltune.recipe.reading import find_recipe, load_recipe
 from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
@@ -88,20 +88,6 @@ def as_written(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def by_dotted_key(value: Any, key: str = "") -> dict[str, Any]:
-    """Nested sections and lists as one dict of dotted keys."""
-    if isinstance(value, dict) and value:
-        entries = value.items()
-    elif isinstance(value, list) and value:
-        entries = enumerate(value)
-    else:
-        return {key: value}
-    return {
-        name: leaf for step, child in entries
-        for name, leaf in by_dotted_key(child, f"{key}.{step}".strip(".")).items()
-    }
-
-
 def recipe_schema(stage: str | None = None) -> dict[str, Any]:
     """JSON schema of one stage, or of all of them told apart by ``stage``; for editors.
 
@@ -110,20 +96,13 @@ def recipe_schema(stage: str | None = None) -> dict[str, Any]:
     """
     if stage is not None and stage not in STAGES:
         raise RecipeError(f"no stage {stage}; the stages are {', '.join(STAGES)}")
-    anyone = SFTRecipe | RewardRecipe | PPORecipe | TRPORecipe | DPORecipe
-    schema = (
-        STAGES[stage].model_json_schema() if stage
-        else TypeAdapter(Annotated[anyone, Field(discriminator="stage")]).json_schema()
-    )
+    anyone = Annotated[SFTRecipe | RewardRecipe | PPORecipe | TRPORecipe | DPORecipe, Field(discriminator="stage")]
+    schema = TypeAdapter(STAGES[stage] if stage else anyone).json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "kltune recipe", **schema}
 
 
 def copy_recipe(name: str, destination: Path) -> tuple[list[Path], list[str]]:
-    """Copy a recipe and its reward functions.
-
-    Args:
-        name: a packaged recipe, or a path.
-        destination: a folder, made if need be, or a file that ends in .yaml.
+    """Copy a recipe and its reward functions into a folder, made if need be, or a file that ends in .yaml.
 
     Returns:
         The files written, and notes on paths that mean something else in the new folder.
@@ -136,11 +115,12 @@ def copy_recipe(name: str, destination: Path) -> tuple[list[Path], list[str]]:
     recipe = load_recipe(name)
     is_file = destination.suffix in (".yaml", ".yml") and not destination.is_dir()
     target = destination if is_file else destination / source.name
-    functions = dict(function_values(recipe))
-    plan = {target: source}
-    for value in functions.values():
-        file = Path(value.rpartition(":")[0])
-        plan[target.parent / file.relative_to(recipe.folder)] = file
+    plan, functions = {target: source}, set()
+    for key, value, is_function in path_values(recipe):
+        if is_function:
+            functions.add(key)
+            file = Path(value.rpartition(":")[0])
+            plan[target.parent / file.relative_to(recipe.folder)] = file
     # a reward file with the same bytes is the one wanted: two recipes may share it
     contents = {to: origin.read_bytes() for to, origin in plan.items()}
     present = [to for to in plan if to.exists() and (to == target or to.read_bytes() != contents[to])]
@@ -154,7 +134,7 @@ def copy_recipe(name: str, destination: Path) -> tuple[list[Path], list[str]]:
                 file.write(contents[to])
     except OSError as error:
         raise StorageError(f"cannot write {error.filename}: {error.strerror}") from error
-    return written, notes_on_paths(name, target, set(functions))
+    return written, notes_on_paths(name, target, functions)
 
 
 def notes_on_paths(name: str, target: Path, functions: set[str]) -> list[str]:

@@ -103,12 +103,7 @@ def place_at(file: str, before: str) -> Place:
 
 
 def read_nodes(text: str, file: str, override: str | None = None) -> tuple[Node | None, list[Fault]]:
-    """Parse one YAML document.
-
-    Args:
-        text: the YAML.
-        file: its name in messages.
-        override: the ``--set`` it comes from, which then is its place.
+    """Parse one YAML document; ``file`` is its name in messages, ``override`` the ``--set`` that it comes from.
 
     Returns:
         The tree (None for an empty document), and faults that leave the rest readable: repeated keys, tags, anchors.
@@ -128,7 +123,6 @@ def read_nodes(text: str, file: str, override: str | None = None) -> tuple[Node 
         place = place_at(file, text[: error.position])
         raise RecipeFaults(file, [Fault(place, "", "a control character; remove it")]) from error
     return builder.root, builder.faults
-
 
 
 class _Builder:
@@ -199,7 +193,9 @@ class _Builder:
         elif isinstance(parent.value, list):
             parent.value.append(node)
         elif self.keys[-1] is None:
-            self._put_key(node, text)
+            if text is None:
+                raise RecipeFaults(self.file, [*self.faults, Fault(node.place, "", "a key must be one plain word")])
+            self.keys[-1] = (text, node.place)
         else:
             (key, place), self.keys[-1] = self.keys[-1], None
             if key in parent.value:
@@ -207,8 +203,3 @@ class _Builder:
                 self.faults.append(Fault(place, key, f"given twice, first in line {first.line}; keep one"))
             else:
                 parent.value[key], parent.key_places[key] = node, place
-
-    def _put_key(self, node: Node, text: str | None) -> None:
-        if text is None:
-            raise RecipeFaults(self.file, [*self.faults, Fault(node.place, "", "a key must be one plain word")])
-        self.keys[-1] = (text, node.place)
