@@ -66,24 +66,18 @@ def result_text(result: dict[str, Any]) -> str:
 
 
 def complain(error: KltuneError) -> int:
-    """Say on stderr what is wrong; return the exit code of its kind."""
+    """Say on stderr what is wrong, on GitHub as annotations too; return the exit code of its kind."""
     label = "kltune: stopped:" if isinstance(error, Interrupted) else "kltune: error:"
     if wants_colour(sys.stderr):
         label = f"\033[31m{label}\033[0m"
     print(f"{label} {error}", file=sys.stderr)
-    if on_github():
-        annotate(error)
-    return error.exit_code
-
-
-def annotate(error: KltuneError) -> None:
-    """Print what is wrong as annotations for the page of a GitHub job: a recipe's faults at their lines."""
-    if not isinstance(error, RecipeFaults):
+    if on_github() and isinstance(error, RecipeFaults):
+        for fault in error.faults:
+            where = f"file={escaped(fault.place.file, ':,')},line={fault.place.line},col={fault.place.column}"
+            print(f"::error {where}::{escaped(f'{fault.key}: {fault.text}')}", file=sys.stderr)
+    elif on_github():
         print(f"::error title=kltune::{escaped(str(error))}", file=sys.stderr)
-        return
-    for fault in error.faults:
-        where = f"file={escaped(fault.place.file, ':,')},line={fault.place.line},col={fault.place.column}"
-        print(f"::error {where}::{escaped(f'{fault.key}: {fault.text}')}", file=sys.stderr)
+    return error.exit_code
 
 
 def on_github() -> bool:

@@ -21,6 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def make_tiny_world(
     world is made in a folder beside its place and moved there, the marker last.
 
     Args:
-        folder: where to write; made if missing. Files that are not part of the world are left alone.
+        folder: made if missing. Files that are not part of the world are left alone.
         seed: of the texts, the first weights and the order of training.
         say: gets one line of progress now and then.
         steps: optimizer steps of the pretraining; fewer give a worse model sooner.
@@ -156,10 +157,9 @@ def pretrain(
 
     Args:
         model: trained in place.
-        ids: [rows, S]; the order of rows is reshuffled for every pass.
+        ids: [rows, S]; the order of rows, of ``seed``, is reshuffled for every pass.
         labels: [rows, S], ``IGNORED`` where not scored.
         steps: optimizer steps of ``BATCH`` rows.
-        seed: of the order.
 
     Yields:
         The loss of each step before its update, nats per token.
@@ -188,18 +188,18 @@ def pretrain(
 def write_data(folder: Path, *, seed: int) -> None:
     """Write the JSONL files that the tiny recipes read; see the module docstring."""
     folder.mkdir(parents=True)
-    for name, count, held_out in (("texts", TEXTS, False), ("heldout", HELD_OUT_TEXTS, True)):
-        written = reviews(house_review, count, seed=seed, held_out=held_out)
-        _write_rows(folder / f"{name}.jsonl", [{"prompt": r.prompt, "response": r.response} for r in written])
-    for name, count, held_out in (("prompts", PROMPTS, False), ("eval_prompts", EVAL_PROMPTS, True)):
-        written = openings(count, seed=seed, held_out=held_out)
-        _write_rows(folder / f"{name}.jsonl", [{"prompt": prompt} for prompt in written])
-    for name, count, held_out in (("pairs", PAIRS, False), ("eval_pairs", EVAL_PAIRS, True)):
-        written = praise_and_blame(count, seed=seed, held_out=held_out)
-        _write_rows(folder / f"{name}.jsonl", [_pair(a, b) for a, b in written])
-    few = praise_and_blame(NOISY_PAIRS, seed=seed, held_out=False)
-    rows = [_pair(b, a) if index % WRONG_EVERY == 0 else _pair(a, b) for index, (a, b) in enumerate(few)]
-    _write_rows(folder / "noisy_pairs.jsonl", rows)
+    noisy = enumerate(praise_and_blame(NOISY_PAIRS, seed=seed, held_out=False))
+    rows_of = {
+        "texts": map(asdict, reviews(house_review, TEXTS, seed=seed, held_out=False)),
+        "heldout": map(asdict, reviews(house_review, HELD_OUT_TEXTS, seed=seed, held_out=True)),
+        "prompts": [{"prompt": prompt} for prompt in openings(PROMPTS, seed=seed, held_out=False)],
+        "eval_prompts": [{"prompt": prompt} for prompt in openings(EVAL_PROMPTS, seed=seed, held_out=True)],
+        "pairs": [_pair(a, b) for a, b in praise_and_blame(PAIRS, seed=seed, held_out=False)],
+        "eval_pairs": [_pair(a, b) for a, b in praise_and_blame(EVAL_PAIRS, seed=seed, held_out=True)],
+        "noisy_pairs": [_pair(b, a) if index % WRONG_EVERY == 0 else _pair(a, b) for index, (a, b) in noisy],
+    }
+    for name, rows in rows_of.items():
+        (folder / f"{name}.jsonl").write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _pair(chosen: Review, rejected: Review) -> dict[str, str]:
@@ -236,7 +236,3 @@ def _refuse_foreign(folder: Path) -> None:
             f"{folder} already holds {' and '.join(taken)}, and no {WORLD_MARKER} says that kltune made it. "
             "Nothing was changed; choose another output folder."
         )
-
-
-def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")

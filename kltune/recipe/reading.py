@@ -72,9 +72,6 @@ def load_recipe(
         stage: the stage that the command runs; the file must say the same.
         output: replaces ``run.output``, and starts at the current folder.
 
-    Returns:
-        The recipe of its stage, paths absolute, defaults filled in.
-
     Raises:
         RecipeError: all faults, with file, line and column, or with the ``--set`` they come from.
     """

@@ -42,7 +42,13 @@ _Dumper.add_representer(str, _text)
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every default written out; it loads again to an equal recipe."""
-    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
+    return _yaml(recipe.model_dump())
+
+
+def _yaml(value: Any, flow: bool | None = False) -> str:
+    return yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow
+    )
 
 
 def comparable(recipe: Recipe) -> dict[str, Any]:
@@ -213,7 +219,9 @@ def _recipe_key(key: str, fields: list[_Field]) -> RecipeKey:
         doc = getdoc(field.inner[0]) if is_section else field.info.description
         meaning[field.by] = doc.partition("\n\n")[0].replace("\n", " ").replace("``", "`")
         range_[field.by] = value_wanted(_properties(field.section)[field.name])
-        if not (is_section or field.info.is_required() or _must_be_written(field.stage, key)):
+        rows = SOURCES.get(field.stage)      # checks.py asks for keys that have a default for the sake of other stages
+        asked_for = key == f"data.{rows}" or (key == "reward" and rows == "prompts")
+        if not (is_section or field.info.is_required() or asked_for):
             default[field.by] = getattr(field.section.model_construct(), field.name)
     stages = tuple(dict.fromkeys(field.stage for field in fields))
     return RecipeKey(key, meaning, range_, default, stages, "" if is_section else _example(key, fields[0]))
@@ -225,9 +233,7 @@ def _example(key: str, field: _Field) -> str:
     entry: Any = {**beside, field.name: _likely(field)}
     for name in reversed(outer):
         entry = {name: [entry] if name == "reward" else entry}
-    flow = None if outer else False
-    text = yaml.dump(entry, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow)
-    return text.rstrip("\n")
+    return _yaml(entry, None if outer else False).rstrip("\n")
 
 
 def _likely(field: _Field) -> Any:
@@ -253,11 +259,6 @@ def _is_read(stage: str, key: str) -> bool:
     section, name, *_ = [*key.split("."), ""]
     foreign_rows = section == "data" and name in ("prompts", "texts", "pairs") and name not in rows
     return not foreign_rows and f"{section}.{name}" not in UNREAD.get(stage, {})
-
-
-def _must_be_written(stage: str, key: str) -> bool:
-    """Whether ``checks`` asks for a key that has a default for the sake of other stages."""
-    return key == f"data.{SOURCES.get(stage)}" or (key == "reward" and SOURCES.get(stage) == "prompts")
 
 
 def _fields_under(section: type[Section], prefix: str = "") -> Iterator[tuple[str, type[Section], str]]:

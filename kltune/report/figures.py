@@ -11,9 +11,7 @@ from kltune.report.plots import (
     INK,
     TARGET,
     Z95,
-    CurvePoint,
     Series,
-    draw_final,
     draw_level,
     draw_series,
     finish_axes,
@@ -190,10 +188,14 @@ def draw(plot: Plot, recorded: Recorded, limits: KLLimits) -> "Figure | None":
             draw_level(axes, level, colour, "reference", ":")
     if plot.zero:
         draw_level(axes, 0.0, INK, "reference", ":")
-    if plot.limited == "ref":
-        draw_limits(axes, limits)
-    elif plot.limited == "step" and limits.max_step_kl is not None:
+    if plot.limited == "step" and limits.max_step_kl is not None:
         draw_level(axes, limits.max_step_kl, TARGET, "largest allowed")
+    if plot.limited == "ref" and limits.target is not None:
+        low, high = ((1 + sign * TOLERANCE) * limits.target for sign in (-1, 1))
+        axes.axhspan(low, high, color=TARGET, alpha=0.18, linewidth=0, label=f"target ± {100 * TOLERANCE:.0f} %")
+        axes.axhline(limits.target, color=TARGET, linestyle="--", linewidth=1.2)
+    if plot.limited == "ref" and limits.hard_cap is not None:
+        draw_level(axes, limits.hard_cap, CAP, "hard cap", "-")
     if plot.log:
         set_log(axes, values)
     finish_axes(axes, unit=plot.unit, last_step=recorded.last_step)
@@ -212,34 +214,23 @@ def _series(recorded: Recorded, name: str) -> Series | None:
 
 
 def _draw_saved(axes: "Axes", recorded: Recorded, name: str, colour: str, label: str) -> float | None:
-    """Draw what the policy that was saved measured, at the end; return it, None where that was not measured."""
+    """Draw what the policy that was saved measured, with its interval; return it, None where it was not measured."""
     value, error = recorded.final.get(name), recorded.final.get(STANDARD_ERRORS.get(name, ""))
     if not is_number(value):
         return None
     step = recorded.last_step if recorded.final_step is None else recorded.final_step
-    draw_final(axes, CurvePoint(step, value, y_error=Z95 * error if is_number(error) else 0.0), colour, label)
+    axes.errorbar(
+        [step], [value], yerr=[Z95 * error] if is_number(error) and error else None, color=colour, marker="D",
+        markersize=6.5, markeredgecolor=INK, markeredgewidth=0.8, elinewidth=1.4, capsize=3, linestyle="none",
+        label=label, zorder=4,
+    )
     return value
-
-
-def draw_limits(axes: "Axes", limits: KLLimits) -> None:
-    """Draw the target with its band, and the hard cap."""
-    if limits.target is not None:
-        low, high = ((1 + sign * TOLERANCE) * limits.target for sign in (-1, 1))
-        axes.axhspan(low, high, color=TARGET, alpha=0.18, linewidth=0, label=f"target ± {100 * TOLERANCE:.0f} %")
-        axes.axhline(limits.target, color=TARGET, linestyle="--", linewidth=1.2)
-    if limits.hard_cap is not None:
-        draw_level(axes, limits.hard_cap, CAP, "hard cap", "-")
 
 
 def draw_together(plot: Plot, runs: dict[str, Recorded], targets: dict[str, float]) -> "Figure | None":
     """One curve of each run in one picture, of the same metric; None if no run has any.
 
     Of the plot's metrics it is the one that most runs have ``ENOUGH`` points of, the last of several.
-
-    Args:
-        plot: what to draw; its names are no patterns.
-        runs: by the name to show.
-        targets: of the runs that have one; dashed in the run's colour.
     """
     curves = {name: [_series(recorded, name) for recorded in runs.values()] for name in plot.patterns}
     points = {name: [min(ENOUGH, len(s.values)) if s else 0 for s in series] for name, series in curves.items()}

@@ -69,11 +69,7 @@ class Frame:
 
 
 def curve_svg(curves: Sequence[Curve], frame: Frame) -> str:
-    """Curves with error bars in one picture.
-
-    Returns:
-        An ``<svg>`` element that can stand alone.
-    """
+    """Curves with error bars in one picture: an ``<svg>`` element that can stand alone."""
     figure, axes = make_axes(4.7, 3.0 + 0.19 * len(curves)) if frame.narrow else make_axes(6.4, 4.0)
     for curve in curves:
         points = curve.points
@@ -168,15 +164,6 @@ def draw_series(axes: "Axes", series: Series, colour: str, label: str, *, faint:
     else:
         low, high = ([y + sign * w for y, w in zip(values, widths, strict=True)] for sign in (-1, 1))
         axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-
-
-def draw_final(axes: "Axes", point: CurvePoint, colour: str, label: str) -> None:
-    """Draw one point that stands for what was saved, with its interval."""
-    axes.errorbar(
-        [point.x], [point.y], yerr=[point.y_error] if point.y_error else None, color=colour, marker="D",
-        markersize=6.5, markeredgecolor=INK, markeredgewidth=0.8, elinewidth=1.4, capsize=3, linestyle="none",
-        label=label, zorder=4,
-    )
 
 
 def draw_level(axes: "Axes", value: float, colour: str, label: str, style: str = "--") -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 from kltune.errors import CheckpointError
 from kltune.recipe import flat_settings, load_recipe
+from kltune.report.figures import TOLERANCE
 from kltune.report.outcome import final_figures
 from kltune.run.files import is_finished, read_json, read_jsonl
 
-NEAR = 0.15             # of its target: how close a KL counts as there
 SETTING_KEYS = ("kl.target", "kl.beta", "dpo.beta", "kl.hard_cap")      # what sets a run's KL; the rest names its curve
 NO_DIFFERENCE = ("run.seed", "run.save_every", "run.eval_every", "run.device", "optim.micro_batch_size")
 SAME_REFERENCE = ("sha256", "tokenizer_sha256", "template_sha256")
@@ -194,17 +194,12 @@ def points_of(sources: Sequence[FrontierSource]) -> list[FrontierPoint]:
 
 
 def _curve_points(source: FrontierSource) -> list[FrontierPoint]:
-    checkpoint = source.document["checkpoint"]
-    if source.settings:
-        settings = source.settings
-        curve = f"alpha curve of {family(settings)}, {_settings_text(settings, [setting_key(settings)])}"
-        seed = settings["run.seed"]
-    else:
-        curve, seed = f"alpha curve of {checkpoint}", None
+    checkpoint, settings = source.document["checkpoint"], source.settings
+    curve = f"{family(settings)}, {_settings_text(settings, [setting_key(settings)])}" if settings else checkpoint
     return [
         FrontierPoint(
-            source.path, checkpoint, curve, f"alpha={look['alpha']:g}", seed, look["alpha"], look["nats_per_response"],
-            look["stderr"], look["ci"], look["score"], look["score_stderr"],
+            source.path, checkpoint, f"alpha curve of {curve}", f"alpha={look['alpha']:g}", settings.get("run.seed"),
+            look["alpha"], look["nats_per_response"], look["stderr"], look["ci"], look["score"], look["score_stderr"],
         )
         for look in _looks(source.document)
         if look["purpose"] == "curve" and look["alpha"] > 0.0
@@ -270,6 +265,6 @@ def steps_to_target(source: FrontierSource) -> int | None:
         return None
     name = f"kl/ref_{source.document.get('unit', 'nats_per_response')}"
     for row in read_jsonl(source.folder / "metrics.jsonl"):
-        if row.get(name) is not None and row[name] >= (1.0 - NEAR) * target:
+        if row.get(name) is not None and row[name] >= (1.0 - TOLERANCE) * target:
             return row["step"]
     return None
