@@ -1,7 +1,6 @@
 """``kltune explain``: a guide, a recipe key, a metric or an exit code, from the one place that defines it.
 
-Guides are ``kltune/docs/*.md``, keys the fields of recipes, metrics ``run/metrics.py``, codes ``errors.py``. All
-of it is Markdown, which a terminal shows laid out and everything else as it is.
+All of it is Markdown, which a terminal shows laid out and everything else as it is.
 """
 
 import json
@@ -67,11 +66,7 @@ def explain_command(
 
 
 def answer_to(word: str) -> Explanation:
-    """What a word names; one word may be a guide and a section of recipes.
-
-    Raises:
-        RecipeError: it names nothing; says the nearest names.
-    """
+    """What a word names: it may be a guide and a section of recipes. A RecipeError with the nearest names if none."""
     metric = metric_named(word)
     answer = Explanation(
         guides=[guide for name, guide in guides().items() if name == word],

@@ -18,16 +18,10 @@ def emit(text: str) -> None:
     """Print a result; a reader that has gone away is no error."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        drop_stdout()
-    except OSError:
-        drop_stdout()
-        raise
-
-
-def drop_stdout() -> None:
-    """Send what is still buffered nowhere, so that the interpreter does not stumble over it at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)      # lest the interpreter stumble over what is still buffered
+        if not isinstance(error, BrokenPipeError):
+            raise
 
 
 def emit_json(document: dict[str, Any]) -> None:

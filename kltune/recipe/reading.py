@@ -42,11 +42,7 @@ def packaged_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file that a path or the name of a packaged recipe stands for.
-
-    Raises:
-        RecipeError: neither; with the nearest names.
-    """
+    """The file that a path or the name of a packaged recipe stands for; else a RecipeError with the nearest names."""
     file = Path(name)
     if name and "\0" not in name and os.path.lexists(file):
         return file
@@ -98,11 +94,7 @@ def load_recipe(
 
 
 def recipe_text(name: str) -> str:
-    """The text of a recipe, named as for `find_recipe`, as written.
-
-    Raises:
-        RecipeError: there is none, or it cannot be read, or it is no text.
-    """
+    """The text of a recipe, named as for `find_recipe`; a RecipeError if it cannot be read or is no text."""
     try:
         with open(find_recipe(name), "rb") as handle:
             return decode(handle.read(MAX_BYTES + 1), name)
@@ -292,11 +284,7 @@ def completed(recipe: Recipe, file: Path, output: str | None) -> Recipe:
 
 
 def read_scorer(text: str) -> RewardEntry:
-    """``rewards.py:gold`` is a function, ``{kind: ...}`` an entry of a recipe's ``reward``, anything else a model.
-
-    Raises:
-        RecipeError: it is none of these.
-    """
+    """``rewards.py:gold`` is a function, ``{kind: ...}`` an entry of a recipe's ``reward``, anything else a model."""
     if FUNCTION.fullmatch(text):
         return FunctionReward(kind="function", path=text)
     if not text.startswith("{"):

@@ -95,11 +95,7 @@ def as_written(value: Any) -> str:
 
 
 def recipe_schema(stage: str | None = None) -> dict[str, Any]:
-    """JSON schema of one stage, or of all of them told apart by ``stage``; for editors.
-
-    Raises:
-        RecipeError: no such stage.
-    """
+    """JSON schema of one stage, or of all of them told apart by ``stage``; for editors."""
     if stage is not None and stage not in STAGES:
         raise RecipeError(f"no stage {stage}; the stages are {', '.join(STAGES)}")
     anyone = Annotated[SFTRecipe | RewardRecipe | PPORecipe | TRPORecipe | DPORecipe, Field(discriminator="stage")]

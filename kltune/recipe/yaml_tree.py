@@ -79,11 +79,7 @@ def resolve(text: str) -> Plain:
 
 
 def decode(data: bytes, file: str) -> str:
-    """The recipe's text.
-
-    Raises:
-        RecipeFaults: too large, not UTF-8, or characters that have no business in a recipe.
-    """
+    """The recipe's text; RecipeFaults if it is too large, not UTF-8, or has characters that have no business in one."""
     if len(data) > MAX_BYTES:
         raise RecipeFaults(file, [Fault(Place(file), "", "larger than 1 MB; a recipe is a page of YAML")])
     try:

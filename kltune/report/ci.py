@@ -14,11 +14,7 @@ ANNOTATION_LEVELS = {"pass": "notice", "fail": "error", "inconclusive": "warning
 
 
 def write_junit(path: Path, document: dict[str, Any]) -> None:
-    """Write one test case per checkpoint: passed, or failed where the gate did not pass.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Write one test case per checkpoint: passed, or failed where the gate did not pass."""
     cases = []
     for one in _documents(document):
         case = ET.Element("testcase", classname="kltune.eval-kl", name=visible(one["checkpoint"]))
@@ -58,11 +54,7 @@ def annotations(document: dict[str, Any]) -> list[str]:
 
 
 def write_step_summary(document: dict[str, Any]) -> None:
-    """Add a table to the page of a GitHub job, where its file is named by GITHUB_STEP_SUMMARY.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Add a table to the page of a GitHub job, where its file is named by GITHUB_STEP_SUMMARY."""
     name = os.environ.get("GITHUB_STEP_SUMMARY")
     if not name:
         return

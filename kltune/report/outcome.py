@@ -78,11 +78,7 @@ class RunVerdict:
 
 
 def read_files(folder: Path) -> Files:
-    """Read everything the page is made from.
-
-    Raises:
-        CheckpointError: there is no run.json.
-    """
+    """Read everything the page is made from; a CheckpointError where there is no run.json."""
     if not (folder / "run.json").exists():
         raise CheckpointError(f"{folder} is no kltune run: there is no run.json in it.")
     recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8") if (folder / "recipe.yaml").exists() else ""

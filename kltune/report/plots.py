@@ -4,9 +4,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from kltune.run.screen import is_number
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:      # matplotlib is imported where a picture is drawn: a run that draws none should not wait for it
     from matplotlib.axes import Axes
@@ -24,6 +22,7 @@ DECADES = 30.0         # largest ÷ smallest from which a log axis shows more th
 LEAST_SPAN = 0.04      # of the values themselves, that an axis shows: what moves less has not moved
 LEGEND_WIDTH = 60      # characters
 Z95 = 1.96
+Series = Sequence[tuple[float, float, float | None]]      # step, value, its standard error or None
 
 
 @dataclass(frozen=True)
@@ -111,24 +110,6 @@ def space_by_roots(axes: "Axes") -> None:
     axes.minorticks_off()
 
 
-@dataclass(frozen=True)
-class Series:
-    """Numbers over the steps of a run. errors: standard errors, None where there is none."""
-
-    steps: list[float]
-    values: list[float]
-    errors: list[float | None]
-
-    @classmethod
-    def of(cls, rows: Sequence[dict[str, Any]], name: str, error: str = "") -> "Series | None":
-        """What the rows hold of one metric; None if nothing was measured."""
-        kept = [row for row in rows if is_number(row.get(name)) and is_number(row.get("step"))]
-        if not kept:
-            return None
-        errors = [row[error] if is_number(row.get(error)) else None for row in kept]
-        return cls([row["step"] for row in kept], [row[name] for row in kept], errors)
-
-
 def make_axes(width: float = 5.0, height: float = 3.1) -> "tuple[Figure, Axes]":
     """An empty picture, in inches; without a size, that in which pages show the curves of a run."""
     from matplotlib.figure import Figure
@@ -150,15 +131,16 @@ def style_axes(axes: "Axes", x: str, y: str, *, size: float) -> None:
 
 def draw_series(axes: "Axes", series: Series, colour: str, label: str, *, faint: bool = False) -> None:
     """Draw a line, marked where there are few points, with 95 % intervals: bars on few points, a band along many."""
-    mark = "o" if len(series.values) <= FEW_POINTS else None
+    mark = "o" if len(series) <= FEW_POINTS else None
+    steps, values, _ = zip(*series, strict=True)
     axes.plot(
-        series.steps, series.values, color=colour, marker=mark, markersize=2.5 if faint else 3.5,
+        steps, values, color=colour, marker=mark, markersize=2.5 if faint else 3.5,
         linewidth=1.1 if faint else 1.8, alpha=0.75 if faint else 1.0, label=label,
     )
-    known = [row for row in zip(series.steps, series.values, series.errors, strict=True) if row[2] is not None]
+    known = [(step, value, Z95 * error) for step, value, error in series if error is not None]
     if not known:
         return
-    steps, values, widths = zip(*((step, value, Z95 * error) for step, value, error in known), strict=True)
+    steps, values, widths = zip(*known, strict=True)
     if len(known) <= FEW_POINTS and not faint:
         axes.errorbar(steps, values, yerr=widths, fmt="none", ecolor=colour, elinewidth=1.1, capsize=2)
     else:

@@ -173,11 +173,7 @@ def measured_afresh(
 
 
 def open_scorers(trained: Sequence[FrontierSource], policy: Policy, options: FrontierOptions) -> Scorers:
-    """Load the reward of ``--recipe``, else that of the first run that has one; and gold.
-
-    Raises:
-        ScorerError: a run's reward is not what it was when the run was made.
-    """
+    """Load gold, and the reward of ``--recipe``, else that of the first run that has one, if it is still the same."""
     score, gold, penalty = None, None, 0.0
     rewarded = next((source for source in trained if source.rewards), None)
     file = options.recipe

@@ -124,11 +124,7 @@ def make_interpolation(policy: Policy, settings: Settings, options: ProjectOptio
 
 
 def land(interpolation: Interpolation, options: ProjectOptions, settings: Settings) -> dict[str, Any]:
-    """Search, check, and what the document says of it; the adapter is left at the α that was found.
-
-    Raises:
-        ModelError: no α could be shown to meet the budget.
-    """
+    """Search, check, and what the document says of it; the adapter is left at the α that was found."""
     most = max(settings.responses, options.max_responses)
     search, check = interpolation.land(options.max_kl, settings.responses, most)
     unit = options.unit.replace("_", " ")

@@ -82,11 +82,7 @@ class Speaker:
 
 
 def open_speaker(checkpoint: str, options: SampleOptions) -> Speaker:
-    """Find a checkpoint and open it over its reference, as ``eval-kl`` does.
-
-    Raises:
-        RecipeError, CheckpointError, ModelError: what cannot be opened.
-    """
+    """Find a checkpoint and open it over its reference, as ``eval-kl`` does."""
     subject = find_checkpoint(checkpoint, options)
     settings = resolve_settings([subject], options, needs_prompts=False)
     policy = open_subject(subject, options)

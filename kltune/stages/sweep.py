@@ -234,11 +234,7 @@ def common_settings(axes: Sequence[Axis], points: Sequence[GridPoint]) -> tuple[
 def refuse_another_recipe(
     folder: Path, earlier: dict[str, Any], settings: dict[str, Any], varied: Sequence[str]
 ) -> None:
-    """Refuse a recipe with other settings than the sweep in the folder, of those that are the same in all its points.
-
-    Raises:
-        RecipeError: names every key that differs.
-    """
+    """Refuse a recipe with other settings than the earlier sweep, of those that are the same in all points of both."""
     before, now = (
         {key: value for key, value in common.items() if key not in {*varied, *earlier["varied"]}}
         for common in (earlier["settings"], settings)
@@ -248,18 +244,14 @@ def refuse_another_recipe(
 
 
 def refuse_another_run(folder: Path, point: GridPoint) -> None:
-    """Refuse a finished point that was made by another recipe than the one of now.
-
-    Raises:
-        RecipeError: names every key that differs.
-    """
+    """Refuse a finished point that was made by another recipe than the one of now."""
     record = read_record(folder) or {}
     if record.get("status") == "finished" and record.get("recipe_sha256") != recipe_digest(point.recipe):
         raise another_recipe(folder, differing_keys(load_recipe(folder / "recipe.yaml"), point.recipe))
 
 
 def another_recipe(folder: Path, changes: Sequence[str]) -> RecipeError:
-    """The error that says what changed."""
+    """The error that names every key that differs."""
     lines = "".join(f"\n  {redact(change)}" for change in changes)
     return RecipeError(
         f"{folder} was made by another recipe:{lines}\nSet the old values again, or choose another --output. More "

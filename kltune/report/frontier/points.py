@@ -116,11 +116,7 @@ def _looks(document: Any) -> list[dict[str, Any]]:
 
 
 def check_one_reference(sources: Sequence[FrontierSource]) -> None:
-    """Refuse runs of several references, whose KLs do not compare.
-
-    Raises:
-        CheckpointError: names the runs of each reference.
-    """
+    """Raise a CheckpointError that names the runs of each reference, where there are several: KLs do not compare."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for source in sources:
         groups.setdefault(tuple(source.reference[name] for name in SAME_REFERENCE), []).append(source.path)
@@ -133,11 +129,7 @@ def check_one_reference(sources: Sequence[FrontierSource]) -> None:
 
 
 def check_one_reward(sources: Sequence[FrontierSource]) -> None:
-    """Refuse runs scored by several rewards, whose scores do not compare.
-
-    Raises:
-        CheckpointError: names the runs of each.
-    """
+    """Raise a CheckpointError that names the runs of each reward, where there are several: scores do not compare."""
     groups: dict[str, list[str]] = {}
     for source in sources:
         if source.rewards:
