@@ -19,7 +19,6 @@ SourceOption = Annotated[
 ]
 ReferenceOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Instead of the recorded reference.")]
 PromptsOption = Annotated[str | None, typer.Option(metavar="FILE", help="Prompts to respond to.")]
-ResponsesOption = Annotated[int | None, typer.Option(min=2, help="Responses to sample.")]
 LengthOption = Annotated[int | None, typer.Option(min=1, help="Tokens; a longer response is cut.")]
 TemperatureOption = Annotated[float | None, typer.Option(min=0.1, max=10, callback=finite, help="Of both models.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Same seed, same machine: same numbers.")]
@@ -35,7 +34,7 @@ def eval_kl_command(
     recipe: SourceOption = None,
     reference: ReferenceOption = None,
     prompts: PromptsOption = None,
-    responses: ResponsesOption = None,
+    responses: Annotated[int | None, typer.Option(min=2, help="Responses to sample.")] = None,
     max_new_tokens: LengthOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = 0,

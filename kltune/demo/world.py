@@ -65,8 +65,7 @@ def make_tiny_world(
     Args:
         folder: made if missing. Files that are not part of the world are left alone.
         seed: of the texts, the first weights and the order of training.
-        say: gets one line of progress now and then.
-        steps: optimizer steps of the pretraining; fewer give a worse model sooner.
+        steps: of the pretraining; fewer give a worse model sooner.
 
     Raises:
         StorageError: ``model`` or ``data`` is there already and was not made by this function.
@@ -153,10 +152,9 @@ def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, 
 def pretrain(
     model: LlamaForCausalLM, ids: Tensor, labels: Tensor, *, steps: int, seed: int
 ) -> Iterator[float]:
-    """Train on packed rows with AdamW, a short warm-up and a cosine down to a hundredth of the peak rate.
+    """Train in place with AdamW, a short warm-up and a cosine down to a hundredth of the peak rate.
 
     Args:
-        model: trained in place.
         ids: [rows, S]; the order of rows, of ``seed``, is reshuffled for every pass.
         labels: [rows, S], ``IGNORED`` where not scored.
         steps: optimizer steps of ``BATCH`` rows.

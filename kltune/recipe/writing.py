@@ -202,9 +202,9 @@ def recipe_keys() -> dict[str, RecipeKey]:
     """Every section and key of every stage that reads it, by its dotted name."""
     fields: dict[str, list[_Field]] = {}
     for stage, recipe in STAGES.items():
-        for key, section, name in _fields_under(recipe):
+        for key, field in _fields_under(stage, recipe):
             if _is_read(stage, key):
-                fields.setdefault(key, []).append(_Field(stage, section, name))
+                fields.setdefault(key, []).append(field)
     return {key: _recipe_key(key, same_key) for key, same_key in fields.items()}
 
 
@@ -257,11 +257,12 @@ def _is_read(stage: str, key: str) -> bool:
     return not foreign_rows and f"{section}.{name}" not in UNREAD.get(stage, {})
 
 
-def _fields_under(section: type[Section], prefix: str = "") -> Iterator[tuple[str, type[Section], str]]:
-    for name, info in section.model_fields.items():
-        yield prefix + name, section, name
-        for inner in _sections_in(info.annotation):
-            yield from _fields_under(inner, f"{prefix}{name}.")
+def _fields_under(stage: str, section: type[Section], prefix: str = "") -> Iterator[tuple[str, _Field]]:
+    for name in section.model_fields:
+        field = _Field(stage, section, name)
+        yield prefix + name, field
+        for inner in field.inner:
+            yield from _fields_under(stage, inner, f"{prefix}{name}.")
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:

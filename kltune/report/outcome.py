@@ -53,11 +53,6 @@ class Files:
     result: dict[str, Any]
 
     @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return self.folder.resolve().name
-
-    @property
     def evaluated(self) -> dict[str, Any]:
         """The evaluation of what was saved; {} before that."""
         return self.result.get("eval") or {}

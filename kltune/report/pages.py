@@ -60,7 +60,7 @@ def write_page(folder: Path, path: Path | None = None) -> Path:
     if limits.target:
         facts["KL, nats per response"] = facts["KL, nats per response"][0], f"target {number(limits.target)}"
     write_whole(path, environment().get_template("page.html.j2").render(
-        name=files.name,
+        name=files.folder.resolve().name,
         stage=files.record["stage"] or "run",
         record=files.record,
         reference={"path": None, "sft_adapter": None, "sha256": None, **(files.record["reference"] or {})},

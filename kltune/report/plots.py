@@ -188,13 +188,10 @@ def finish_axes(axes: "Axes", *, unit: str, last_step: float) -> None:
 
 
 def legend_layout(labels: list[str]) -> tuple[int, list[str]]:
-    """As many columns as fit, and the labels in the order that reads from left to right.
-
-    A legend is filled column by column.
-    """
-    for columns in range(len(labels), 0, -1):
+    """As many columns as fit, and the labels in the order that reads from left to right, though filled by columns."""
+    for columns in range(len(labels), 1, -1):
         filled = [labels[first::columns] for first in range(columns)]
-        if columns == 1 or sum(max(map(len, column)) + 6 for column in filled) <= LEGEND_WIDTH:
+        if sum(max(map(len, column)) + 6 for column in filled) <= LEGEND_WIDTH:
             return columns, [label for column in filled for label in column]
     return 1, labels
 

@@ -54,10 +54,7 @@ class FrontierOptions(MeasureOptions):
 
 
 def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
-    """``kltune frontier``: reward against KL over runs, sweeps and curves.
-
-    Args:
-        runs: run folders, sweep folders, and folders or files of ``kltune project --curve``.
+    """``kltune frontier``: reward against KL over run folders, sweep folders, and curves of ``kltune project --curve``.
 
     Returns:
         The JSON document: the same as ``frontier.json`` in the output folder.
@@ -110,29 +107,23 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
 
 def recorded_reference(sources: Sequence[FrontierSource]) -> dict[str, Any]:
     """The reference's own score and gold, as the first run that measured them did."""
-    names = ("score", "score_stderr", "gold", "gold_stderr")
-    reference: dict[str, Any] = dict.fromkeys(names)
+    reference: dict[str, Any] = dict.fromkeys(("score", "score_stderr", "gold", "gold_stderr"))
     for source in sources:
         if source.folder is not None:
-            recorded = final_figures(source.document)
-            figures = {name: recorded[f"reference_{name}"] for name in names}
+            figures, prefix = final_figures(source.document), "reference_"
         else:
-            zero = next((look for look in source.document["looks"] if look["alpha"] == 0.0), {})
-            figures = {name: zero.get(name) for name in names}
+            figures = next((look for look in source.document["looks"] if look["alpha"] == 0.0), {})
+            prefix = ""
         for name in ("score", "gold"):
             if reference[name] is None:
-                reference |= {name: figures[name], f"{name}_stderr": figures[f"{name}_stderr"]}
+                reference |= {each: figures.get(prefix + each) for each in (name, f"{name}_stderr")}
     return reference
 
 
 def measured_afresh(
     trained: Sequence[FrontierSource], points: list[FrontierPoint], reference: dict[str, Any], options: FrontierOptions
 ) -> tuple[list[FrontierPoint], dict[str, Any], dict[str, Any] | None, list[str]]:
-    """Measure every run afresh where that was asked for, and best of n on the first run's reference.
-
-    Returns:
-        (points, the reference's figures, best of n, notes).
-    """
+    """Every run measured afresh where that was asked for, the reference, best of n on the first run's, and notes."""
     subjects = [find_checkpoint(source.path, options) for source in trained]
     settings = resolve_settings(subjects, options)
     notes: list[str] = []

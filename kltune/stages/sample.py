@@ -49,11 +49,7 @@ class Speaker:
     def answer(self, texts: Sequence[str], turn: int = 0) -> list[dict[str, Any]]:
         """What policy and reference say to prompts that were typed, or, if none were, to those of ``--prompts``.
 
-        Args:
-            turn: of a conversation, from 0: each has random numbers of its own.
-
-        Returns:
-            The ``prompts`` of the document.
+        Each ``turn`` of a conversation has random numbers of its own.
         """
         policy, settings, per_prompt = self.policy, self.settings, self.options.per_prompt
         prompts = typed_prompts(policy, settings, texts) if texts else measured_prompts(policy, settings)

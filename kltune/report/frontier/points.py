@@ -99,20 +99,14 @@ def _curve_source(path: str) -> FrontierSource:
             "the JSON of kltune project --curve."
         )
     document = read_json(file)
-    looks = [look for look in _looks(document) if look["purpose"] == "curve"]
-    if not looks:
+    known = isinstance(document, dict) and document.get("schema") == "kltune.project/1"
+    if not known or all(look["purpose"] != "curve" for look in document["looks"]):
         raise CheckpointError(f"{path} holds no curve; kltune project CHECKPOINT --curve measures one.")
     checkpoint = Path(document["checkpoint"])
     run = checkpoint if (checkpoint / "recipe.yaml").is_file() else checkpoint.parent
     known = (run / "run.json").is_file() and (run / "recipe.yaml").is_file()
     settings = flat_settings(load_recipe(run / "recipe.yaml")) if known else {}
     return FrontierSource(path, None, document["reference"], settings, document, document.get("rewards") or [])
-
-
-def _looks(document: Any) -> list[dict[str, Any]]:
-    """The measurements at each alpha of a project.json; [] of anything else."""
-    known = isinstance(document, dict) and document.get("schema") == "kltune.project/1"
-    return document["looks"] if known else []
 
 
 def check_one_reference(sources: Sequence[FrontierSource]) -> None:
@@ -174,8 +168,8 @@ def points_of(sources: Sequence[FrontierSource]) -> list[FrontierPoint]:
         if source.folder is not None:
             curve, setting = names[source.path]
             figures = final_figures(source.document)
-            figures = {name: figures[name] for name in figures if not name.startswith("reference_")}
             if figures["kl"] is not None:
+                figures = {name: figures[name] for name in figures if not name.startswith("reference_")}
                 points.append(FrontierPoint(
                     source.path, source.path, curve, setting, source.settings["run.seed"],
                     source.document.get("alpha") or 1.0, **figures, steps_to_target=steps_to_target(source),
@@ -193,7 +187,7 @@ def _curve_points(source: FrontierSource) -> list[FrontierPoint]:
             source.path, checkpoint, f"alpha curve of {curve}", f"alpha={look['alpha']:g}", settings.get("run.seed"),
             look["alpha"], look["nats_per_response"], look["stderr"], look["ci"], look["score"], look["score_stderr"],
         )
-        for look in _looks(source.document)
+        for look in source.document["looks"]
         if look["purpose"] == "curve" and look["alpha"] > 0.0
     ]
 
@@ -253,7 +247,7 @@ def _settings_text(settings: dict[str, Any], keys: Sequence[str]) -> str:
 def steps_to_target(source: FrontierSource) -> int | None:
     """Steps after which a run's KL first came within 15 % of its target; None without one, or if it never did."""
     target = source.document.get("target")
-    if target is None or source.folder is None:
+    if target is None:
         return None
     name = f"kl/ref_{source.document.get('unit', 'nats_per_response')}"
     for row in read_jsonl(source.folder / "metrics.jsonl"):
