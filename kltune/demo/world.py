@@ -74,8 +74,13 @@ def make_tiny_world(
     if read_document(folder / WORLD_MARKER, SCHEMA) == identity and all((folder / name).is_dir() for name in FOLDERS):
         say(f"the tiny world in {folder} is complete; nothing to do")
         return
-    _refuse_foreign(folder)
     unfinished = folder / UNFINISHED
+    taken = [name for name in FOLDERS if (folder / name).exists()]
+    if taken and not (folder / WORLD_MARKER).exists() and not unfinished.exists():      # of a build that was killed
+        raise StorageError(
+            f"{folder} already holds {' and '.join(taken)}, and no {WORLD_MARKER} says that kltune made it. "
+            "Nothing was changed; choose another output folder."
+        )
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     _build(unfinished, seed=seed, steps=steps, say=say)
@@ -111,18 +116,17 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 def new_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
     """A Llama of about one million parameters with random float32 weights."""
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=CONTEXT, tie_word_embeddings=True, dtype="float32",
         initializer_range=0.06,       # the usual 0.02 is for wide layers; at this width it learns half as fast
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        **ends,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(**ends)
     return model
 
 
@@ -221,16 +225,3 @@ def _build(folder: Path, *, seed: int, steps: int, say: Callable[[str], None]) -
             say(f"step {step}/{steps}: {loss:.2f} nats per token, about {left:.0f} s left")
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """Raise if building would replace a model or data that this module never made.
-
-    A marker, or the folder of a build that was killed, says that they are ours.
-    """
-    taken = [name for name in FOLDERS if (folder / name).exists()]
-    if taken and not (folder / WORLD_MARKER).exists() and not (folder / UNFINISHED).exists():
-        raise StorageError(
-            f"{folder} already holds {' and '.join(taken)}, and no {WORLD_MARKER} says that kltune made it. "
-            "Nothing was changed; choose another output folder."
-        )

@@ -46,9 +46,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _yaml(value: Any, flow: bool | None = False) -> str:
-    return yaml.dump(
-        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow
-    )
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow)
 
 
 def comparable(recipe: Recipe) -> dict[str, Any]:

@@ -32,8 +32,7 @@ from kltune.run.saved_policy import (
     resolve_settings,
 )
 
-VERDICT_CODES = {"pass": 0, "fail": 3, "inconclusive": 4}
-WORST_FIRST = ("fail", "inconclusive", "pass")
+VERDICT_CODES = {"fail": 3, "inconclusive": 4, "pass": 0}      # worst first
 WORST_Z = 4.0  # |k1 − exact| in standard errors; chance alone passes it once in 16,000 runs
 
 
@@ -80,7 +79,7 @@ def eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, A
     settings = resolve_settings(subjects, options)
     documents, measured = zip(*(measure_checkpoint(subject, settings, options) for subject in subjects), strict=True)
     verdicts = {document["gate"]["verdict"] for document in documents if document["gate"] is not None}
-    code = next((VERDICT_CODES[name] for name in WORST_FIRST if name in verdicts), 0)
+    code = next((code for name, code in VERDICT_CODES.items() if name in verdicts), 0)
     if len(documents) == 1:
         return documents[0], code
     differences = paired_differences(checkpoints, measured, options.confidence)
