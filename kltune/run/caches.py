@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import sys
 from pathlib import Path
 
@@ -18,10 +17,7 @@ REF_LOGPROBS_FILE = "reference_logprobs.safetensors"
 
 
 class StoredAnswers(Answers):
-    """Answers that are written down as they come, one on a line.
-
-    A kill may cut the last line short, which loses that answer and no other.
-    """
+    """Answers that are written down as they come, one on a line; a kill may cut the last one short, and no other."""
 
     def __init__(self, folder: Path):
         """Read what a run's folder holds; nothing is written before there is an answer."""
@@ -31,11 +27,7 @@ class StoredAnswers(Answers):
         self._file: io.FileIO | None = None
 
     def record(self, question: str, answer: float) -> None:
-        """Keep an answer.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
+        """Keep an answer; StorageError if it cannot be written."""
         super().record(question, answer)
         append_line(self._open(), self.path, to_json({"question": question, "answer": answer}))
 
@@ -49,17 +41,9 @@ class StoredAnswers(Answers):
         if self._file is None:
             with storing(self.path):
                 self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (closed with the run)
-                _end_last_line(self._file)
+                if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
+                    self._file.write(b"\n")    # after a line that a kill cut short
         return self._file
-
-
-def _end_last_line(file: io.FileIO) -> None:
-    """After a line that a kill cut short, the next one starts on its own."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return
-    file.seek(-1, os.SEEK_END)
-    if file.read(1) != b"\n":
-        file.write(b"\n")
 
 
 class StoredLogprobs:

@@ -92,13 +92,7 @@ def _is_installed(name: str) -> bool:
 
 
 class Curves:
-    """The loggers of a run, each on its own: one that fails is left out from then on.
-
-    Args:
-        folder: the run's.
-        names: of ``LOGGERS``.
-        warn: told once what a logger could not do.
-    """
+    """The loggers of a run, each on its own: ``warn`` is told of one that fails, and it is left out from then on."""
 
     def __init__(self, folder: Path, names: Sequence[str], warn: Callable[[str], None]):
         self._folder, self._warn = Path(folder), warn

@@ -52,10 +52,7 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 def guarded_step(optimizer: Optimizer, max_grad_norm: float, what: str) -> float:
-    """Clip the gradients, take one step, clear them.
-
-    Returns:
-        The norm of all gradients together, before clipping.
+    """Clip the gradients, take one step, clear them; the norm of all gradients together, before clipping.
 
     Raises:
         DivergedError: the norm is not finite; nothing was changed.

@@ -56,12 +56,7 @@ class Clock:
 
 @contextmanager
 def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Within: a function to call with the number of responses that are done.
-
-    Args:
-        what: shown in front, as "measuring".
-        total: how many there will be.
-    """
+    """Within: a function to call with the number of responses that are done, of ``total``."""
     if wants_colour(sys.stderr):
         columns = TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -86,12 +81,8 @@ class Report:
     TERM=dumb) there are plain lines only: the first step, the last, those with an evaluation, else one in ten seconds.
 
     Args:
-        folder: the run's.
-        stage: shown in front, as "ppo".
-        total_steps: of the whole run.
-        target: the KL target, in ``unit``, or None.
+        target: the KL target, in ``unit`` (nats_per_response or nats_per_token).
         start_step: steps already done when resuming.
-        unit: nats_per_response or nats_per_token.
         loggers: the recipe's ``run.loggers``.
 
     Raises:
@@ -143,12 +134,9 @@ class Report:
             file.close()
 
     def step(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Record one step.
+        """Record one step, counted from 1.
 
-        Args:
-            step: counted from 1.
-            metrics: name to number, None where not measured. A number that is not finite is written as null and its
-                name listed under "nonfinite".
+        A number that was not measured (None) or is not finite is written as null, the latter's name under "nonfinite".
 
         Raises:
             StorageError: metrics.jsonl cannot be written.

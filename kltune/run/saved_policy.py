@@ -33,12 +33,9 @@ VOCABULARIES = {"tokenizer.json", "vocab.json", "added_tokens.json"}    # a toke
 
 
 def refuse_code(folder: Path, what: str, *, trusted: bool = False) -> None:
-    """Look through the JSON files of a folder before anything loads it.
+    """Look through the JSON files of a folder before anything loads it; of a name on the hub there is nothing to see.
 
-    Args:
-        folder: a model, adapter or checkpoint; where it is no folder (a name on the hub) there is nothing to look at.
-        what: what to call it, as "checkpoint".
-        trusted: the user asked for its code to be run; then only pickles are refused.
+    trusted: the user asked for its code to be run; then only pickles are refused.
 
     Raises:
         ModelError: a file names code to be run, or weights that are pickled; names the file and the key.
@@ -198,11 +195,9 @@ def resolve_settings(subjects: Sequence[Subject], options: MeasureOptions, *, ne
         known = _of_recipe(options.recipe)
     else:
         known = dict(own[0][1]) if own else {"data": DataSection(), "prompts": None}
-    asked = {
-        name: getattr(options, name, None)
-        for name in ("prompts", "responses", "max_new_tokens", "temperature", "texts")
-    }
-    known |= {name: value for name, value in asked.items() if value is not None}
+    for name in ("prompts", "responses", "max_new_tokens", "temperature", "texts"):
+        if (asked := getattr(options, name, None)) is not None:
+            known[name] = asked
     if known["prompts"] is None and needs_prompts:
         where = ", ".join(str(subject.folder) for subject in subjects)
         raise RecipeError(f"{where}: no prompts to measure on; give --prompts FILE or --recipe R.yaml.")

@@ -27,15 +27,11 @@ def last_tokens(ids: Ids, limit: int, bos: int | None) -> Ids:
 class Encoder:
     """Encodes prompts and responses: no end token behind a prompt, no second bos, responses that join exactly.
 
-    Args:
-        tokenizer: the policy's tokenizer.
-        template: ``none`` (text as it is), ``chat`` (the tokenizer's chat template), or ``auto`` (chat template if
-            the rows are messages).
+    template: none (text as it is), chat (the tokenizer's chat template), or auto (chat if rows are messages).
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str):
-        self.tokenizer = tokenizer
-        self.template = template
+        self.tokenizer, self.template = tokenizer, template
         probe, alone = self._encode("a", add_special_tokens=True), self.plain("a")
         starts = [at for at in range(len(probe)) if probe[at : at + len(alone)] == alone]
         self.head = probe[: starts[0]] if starts else ()        # bos, for most; what follows the text is left out
@@ -127,11 +123,7 @@ class Encoder:
         return ids, tuple(scored)
 
     def answer(self, messages: list[Message], end_token: int | None) -> tuple[Ids, Ids]:
-        """The tokens of what the assistant reads before the last message, and of what it says in it.
-
-        Raises:
-            RowFault: as `conversation`.
-        """
+        """What the assistant reads before the last message, and what it says in it; raises as `conversation`."""
         before, turn = self._last_turn(messages)
         return before, _to_end(turn, end_token)
 

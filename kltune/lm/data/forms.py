@@ -73,12 +73,7 @@ def _names(names: Any) -> str:
 
 
 def text_field(fields: dict[str, Any], name: str, label: str = "") -> str:
-    """The text of a field, as it is in the file.
-
-    Args:
-        fields: the row, or one message of it.
-        name: the field.
-        label: how a fault names the field; ``field "name"`` where not given.
+    """The text of a field of a row or message; a fault names it by its label.
 
     Raises:
         RowFault: missing, null, no text, empty, only white space, or text with a NUL or half a surrogate pair.
@@ -99,10 +94,7 @@ def text_field(fields: dict[str, Any], name: str, label: str = "") -> str:
 def message_list(fields: dict[str, Any], name: str = "messages", before: str | None = None) -> list[Message]:
     """The messages in a field of a row: role and content of each, in an order that a conversation can have.
 
-    Args:
-        fields: the row.
-        name: the field.
-        before: the role that spoke before the first of them; None at the start of a conversation.
+    before: the role that spoke before the first of them; None at the start of a conversation.
 
     Raises:
         RowFault: no list, empty, a message without role or content, an unknown role, or a role out of turn.
@@ -227,9 +219,13 @@ def _read_together(fields: dict[str, Any], form: Form) -> tuple[Asked, str, str]
         return _conversations(fields) if any(listed) else _transcripts(fields)
     if not all(listed) or _first_role(fields["chosen"]) == "assistant":
         return None
-    read = _conversations(fields)
-    _expect_prompt(fields.get(form[0]), form[0], read[0])
-    return read
+    asked, *said = _conversations(fields)
+    value = fields.get(form[0])
+    if value != asked and value not in [message["content"] for message in asked if message["role"] == "user"]:
+        raise RowFault(
+            f'field "{form[0]}": not the prompt that "chosen" and "rejected" begin with; remove one of the two'
+        )
+    return asked, *said
 
 
 def _transcripts(fields: dict[str, Any]) -> tuple[str, str, str]:
@@ -255,12 +251,6 @@ def _conversations(fields: dict[str, Any]) -> tuple[list[Message], str, str]:
     if chosen[:-1] != rejected[:-1]:
         raise RowFault('"chosen" and "rejected" differ before their last message, wanted one prompt for both')
     return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
-
-
-def _expect_prompt(value: Any, name: str, asked: list[Message]) -> None:
-    """A prompt that stands beside whole conversations says what they begin with."""
-    if value != asked and value not in [message["content"] for message in asked if message["role"] == "user"]:
-        raise RowFault(f'field "{name}": not the prompt that "chosen" and "rejected" begin with; remove one of the two')
 
 
 def prompt_and(fields: dict[str, Any], name: str, sides: tuple[str, ...]) -> tuple[Any, ...]:

@@ -68,12 +68,9 @@ class Interpolation:
     ):
         """Take the policy as it is: that is α = 1.
 
-        Args:
-            draw: how responses are drawn in the search; the checks after it have random numbers of their own.
-            confidence: of the intervals.
-            unit: of budgets.
-            scorer: also score the responses, less ``missing_end_penalty`` where one never ended.
-            say: told of each measurement.
+        draw: how responses are drawn in the search; the checks after it have random numbers of their own. unit: of
+        budgets. scorer: also score the responses, less ``missing_end_penalty`` where one never ended. say: told of each
+        measurement.
 
         Raises:
             ModelError: the adapter has no scale.
@@ -124,13 +121,8 @@ class Interpolation:
         all about 4.3 standard errors. Where that would give away more than ``MARGIN`` of the budget, more responses are
         drawn. What was found is then checked on random numbers that it was not chosen by.
 
-        Args:
-            budget: in nats of ``unit``.
-            responses: for a measurement.
-            most: for a measurement where the budget calls for more.
-
-        Returns:
-            (the search, the check that passed; None where none did).
+        responses: for a measurement; ``most`` where the budget calls for more. Returned are the search, and the check
+        that passed; None where none did.
         """
         search = largest_alpha(lambda alpha: self._point(alpha, responses), budget, grid=GRID, tolerance=0.05)
         if search.alpha == 0.0:

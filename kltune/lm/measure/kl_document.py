@@ -36,12 +36,8 @@ class CheckpointKL:
 def described_kl(measured: CheckpointKL, policy: Policy, *, confidence: float, top: int, show: int) -> dict[str, Any]:
     """The measured part of the document.
 
-    Args:
-        measured: of one checkpoint.
-        policy: whose tokens and reference these are.
-        confidence: of all intervals but those of the gate.
-        top: how many tokens and prompts to list.
-        show: how many responses to give token by token.
+    confidence: of all intervals but those of the gate. top: how many tokens and prompts to list. show: how many
+    responses to give token by token.
     """
     reverse, forward, sums = measured.reverse, measured.forward, measured.reverse.sums
     count = len(reverse.exact)
@@ -95,11 +91,8 @@ def paired_differences(
 ) -> list[dict[str, Any]]:
     """By how much each checkpoint is further from its reference than the first, on the same prompts and numbers.
 
-    Args:
-        paths: of the checkpoints.
-        measured: exact KL of each response [B] and the prompt it answers [B], for each checkpoint. Where one kept
-            sampling longer, what both have is compared.
-        confidence: of the intervals.
+    measured: exact KL of each response [B] and the prompt it answers [B], for each checkpoint. Where one kept sampling
+    longer, what both have is compared.
     """
     rows = []
     first, prompts = measured[0]

@@ -102,15 +102,10 @@ class Network:
     def read(
         self, hidden: Tensor, reader: Reader, *others: Tensor | Callable[[slice], Tensor]
     ) -> tuple[Tensor, ...]:
-        """Read numbers off the logits of N positions, a chunk at a time; differentiable, once.
+        """Read numbers off the logits of N positions, a chunk at a time; differentiable, once. [N] float32 each.
 
-        Args:
-            hidden: what ``hidden`` gave at the positions. [N, H].
-            reader: what to read.
-            others: what it takes besides the logits: tensors of N positions, or functions that give those of a slice.
-
-        Returns:
-            One tensor for each reading. [N] float32.
+        hidden: what ``before`` gave. [N, H]. others: what the reader takes besides the logits: tensors of N positions,
+        or functions that give those of a slice.
         """
         head, rows = self.head, self.chunk_rows
         if self.split and type(head) is nn.Linear and not any(tensor.requires_grad for tensor in head.parameters()):
@@ -147,12 +142,7 @@ class Network:
         return output.logits[:, -1], output.past_key_values
 
     def read_prompts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Cache]:
-        """Feed left-padded prompts: logits after the last [B, V], and the cache.
-
-        Args:
-            ids: [B, S] int64.
-            mask: 0 on their padding. [B, S].
-        """
+        """Feed left-padded prompts, with a mask that is 0 on their padding: logits after the last [B, V], and cache."""
         places = (mask.cumsum(1) - 1).clamp(min=0)
         return self.step(ids, mask, places, None) if self.fast is None else self.fast.read_prompts(ids, mask, places)
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kltune.core.kl.divergence import VocabularySums
 from kltune.core.kl.truncation import Cut, renormalized
 from kltune.core.tensors import log_distribution, per_response
 from kltune.errors import DivergedError, ModelError
@@ -53,15 +54,12 @@ def sample_rollout(
     from_reference: bool = False,
     by_token: bool = False,
 ) -> Rollout:
-    """Draw responses from the policy and measure log-probabilities and exact KL(policy ‖ reference) on them.
+    """Draw responses from the policy as ``sample`` does, and measure them: log-probabilities, KL(policy ‖ reference).
 
     The log-probabilities are computed afresh rather than taken from the sampler, by the same function that training
     uses, so that the first ratio is 1; the sampler's own are held against them.
 
     Args:
-        policy: the policy, adapter on.
-        prompts: P prompts.
-        uniforms: random numbers, [B, T] with B a multiple of P; see ``sampler.sample``.
         temperature: of sampling and of everything measured.
         exact: sum over the vocabulary for exact KL and entropies; without it they are None.
         from_reference: let the two change places: the reference responds, and ``ref_kl`` is KL(reference ‖ policy).
@@ -74,11 +72,8 @@ def sample_rollout(
     with policy.reference() if from_reference else nullcontext():
         samples = sample(policy, prompts, uniforms, temperature=temperature)
     mask = samples.response_mask
-    if by_token:
-        measured, sums = policy.measure_by_token(samples.ids, samples.scored, temperature, swap=from_reference)
-    else:
-        measured = policy.measure(samples.ids, samples.scored, temperature, exact=exact, swap=from_reference)
-        sums = None
+    sums = VocabularySums.zero(policy.network.vocabulary) if by_token else None
+    measured = policy.measure(samples.ids, samples.scored, temperature, exact=exact, swap=from_reference, sums=sums)
     flat = measured._asdict()
     for name, values in flat.items():
         if values is not None and not torch.isfinite(values).all():
@@ -90,12 +85,9 @@ def sample_rollout(
 
 
 def check_sampler(samples: Samples, logprobs: Tensor, counted: Tensor, dtype: torch.dtype) -> None:
-    """The sampler's log-probabilities are those of teacher forcing, but for rounding.
+    """Raise ModelError unless the sampler's log-probabilities are those of teacher forcing, but for rounding.
 
     logprobs: of the same tokens by teacher forcing, nats. counted: True on the tokens to compare. [B, T] each.
-
-    Raises:
-        ModelError: they are not.
     """
     gap = per_response((samples.logprobs - logprobs).abs(), counted).sum() / counted.sum()
     if gap.item() > MEAN_GAP[dtype]:
@@ -115,13 +107,12 @@ def uniform_numbers(rng: np.random.Generator, responses: int, max_new_tokens: in
 def sample(
     policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, *, temperature: float, cut: Cut | None = None
 ) -> Samples:
-    """Draw ``len(uniforms) / len(prompts)`` responses to each prompt; those of one prompt lie side by side.
+    """Draw B / P responses to each of P prompts; those of one prompt lie side by side.
+
+    Whoever is active draws: within ``policy.reference()``, the reference.
 
     Args:
-        policy: whoever is active: within ``policy.reference()``, the reference.
-        prompts: P token sequences.
         uniforms: the random numbers, a row per response; its width is the length limit. [B, T].
-        temperature: divides the logits.
         cut: which tokens may be drawn; None: all of them, as training and every measurement of the policy itself want.
 
     Raises:

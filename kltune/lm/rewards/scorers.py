@@ -68,12 +68,7 @@ class Scorer:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples] = ()
     ) -> Scores:
-        """Score each response.
-
-        Args:
-            prompts: text.
-            responses: text, one for each prompt.
-            samples: the same responses in the same order, as they were sampled, in parts.
+        """Score each response to its prompt. samples: the same responses in the same order, as sampled, in parts.
 
         Raises:
             ScorerError: a source raised, returned another number of scores, or one that is not finite.
@@ -100,7 +95,7 @@ class Scorer:
     ) -> "Scorer":
         """The same sources, those marked ``normalize`` shifted and scaled to mean 0 and sd 1 on reference samples.
 
-        ScoreSource: lm-human-preferences, reward model normalised on samples of the initial policy.
+        Source: lm-human-preferences, reward model normalised on samples of the initial policy.
 
         Raises:
             ScorerError: a source gives every reference sample the same score: there is no scale to divide by.
@@ -152,20 +147,21 @@ class Scorer:
         Raises:
             ScorerError: a reward function is not the one that the checkpoint was trained on.
         """
+        restored = []
         for source, saved in zip(self.sources, state["sources"], strict=True):
             if source.identity != saved["identity"]:
                 raise ScorerError(
                     f"reward {source.name}: found {source.identity}, but the run was started with {saved['identity']}; "
                     "put the file back, or start a new run."
                 )
-        scales = [{"shift": saved["shift"], "scale": saved["scale"]} for saved in state["sources"]]
-        return Scorer([replace(source, **scale) for source, scale in zip(self.sources, scales, strict=True)])
+            restored.append(replace(source, shift=saved["shift"], scale=saved["scale"]))
+        return Scorer(restored)
 
 
 def run_source(
     source: ScoreSource, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples] = ()
 ) -> Tensor:
-    """The scores of one source, checked; arguments as for ``Scorer``. [B] float32."""
+    """The scores of one source, checked. [B] float32."""
     if source.tokens is not None and samples:
         scores = [score for part in samples for score in source.tokens(part)]
         return _checked(source.name, scores, prompts, responses)
@@ -223,11 +219,9 @@ def load_scorer(
     """Build the scorer of a recipe's ``reward`` list.
 
     Args:
-        section: the sources, at least one.
-        folder: the recipe's folder; functions may live nowhere else.
-        device: where reward models run.
+        folder: the recipe's; functions may live nowhere else.
         policy: whose frozen weights a reward model of kltune's may share, if it was trained on the same.
-        answers: what AI judges were asked before, and where their answers are kept; None: nothing, nowhere.
+        answers: what AI judges were asked before, and where their answers are kept.
 
     Raises:
         ScorerError: a file, function or model cannot be loaded.
