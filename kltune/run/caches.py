@@ -63,11 +63,7 @@ class StoredLogprobs:
         return self._known().get(measured)
 
     def record(self, measured: str, logprobs: Tensor) -> None:
-        """Keep what was measured.
-
-        Raises:
-            StorageError: it cannot be written; what was kept before is intact.
-        """
+        """Keep what was measured; StorageError if it cannot be written, and what was kept before is intact."""
         known = self._known()
         if self._read_before:
             print(

@@ -75,8 +75,6 @@ def save_checkpoint(
     refuse_nonfinite({f"{group}/{name}": tensor for group, named in tensors.items() for name, tensor in named.items()})
     refuse_nonfinite_state(state)
     target = run_folder / "checkpoints" / f"step-{step:06d}"
-    with storing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(run_folder)
 
     def write(folder: Path) -> None:
@@ -118,17 +116,12 @@ def whole_checkpoints(run_folder: Path) -> Iterator[Path]:
 
     The step comes from kltune.json: a folder that was renamed does not become newer.
     """
-    found = []
-    for folder in _step_folders(Path(run_folder)):
+    for _, folder in sorted(((_step_of(folder), folder) for folder in _step_folders(run_folder)), reverse=True):
         try:
-            found.append((saved_step(folder), folder))
-        except CheckpointError as error:
-            _warn_damaged(error)
-    for _, folder in sorted(found, reverse=True):
-        try:
+            saved_step(folder)
             verify(folder)
         except CheckpointError as error:
-            _warn_damaged(error)
+            print(f"warning: {error} Falling back to the checkpoint before it.", file=sys.stderr)
         else:
             yield folder
 
@@ -175,11 +168,7 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
 
 
 def saved_step(checkpoint: Path) -> int:
-    """How many steps were done when a checkpoint was saved, from kltune.json and never from the folder's name.
-
-    Raises:
-        CheckpointError: it does not say.
-    """
+    """How many steps were done when a checkpoint was saved, by its kltune.json and never by the folder's name."""
     step = read_info(checkpoint).get("step")
     if not isinstance(step, int):
         raise CheckpointError(f"{checkpoint / 'kltune.json'} does not say at which step it was saved.")
@@ -187,11 +176,7 @@ def saved_step(checkpoint: Path) -> int:
 
 
 def read_state(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The ``tensors`` (on the CPU) and the ``state`` that `save_checkpoint` was given.
-
-    Raises:
-        CheckpointError: a file is missing or is not what was saved.
-    """
+    """The ``tensors`` (on the CPU) and the ``state`` that `save_checkpoint` was given; CheckpointError if damaged."""
     names = [name for name in verify(checkpoint, inside="state/") if name.endswith(".safetensors")]
     try:
         tensors = {Path(name).stem: load_file(checkpoint / name) for name in names}
@@ -293,10 +278,6 @@ def _remove(path: Path) -> None:
 def _stamped(info: dict[str, Any], **more: Any) -> dict[str, Any]:
     refuse_nonfinite_state(info)
     return {"schema": SCHEMA, "kltune_version": kltune.__version__, **more, **info}
-
-
-def _warn_damaged(error: CheckpointError) -> None:
-    print(f"warning: {error} Falling back to the checkpoint before it.", file=sys.stderr)
 
 
 def seal(folder: Path) -> None:

@@ -79,11 +79,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read what `write_json` wrote.
-
-    Raises:
-        CheckpointError: it is missing, cut short, or holds a number JSON does not know.
-    """
+    """Read what `write_json` wrote; CheckpointError if it is missing, cut short, or no JSON."""
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
@@ -152,11 +148,7 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a kill at any moment, finds the old file or the new one.
-
-    Raises:
-        StorageError: the file cannot be written; the old one is untouched.
-    """
+    """Write a file so that a reader, a kill at any moment, or a StorageError finds the old file or the new one."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     with storing(path):
         try:
@@ -172,11 +164,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def append_line(file: BinaryIO, path: Path, line: str) -> None:
-    """Add one line to an unbuffered file; if it does not fit, take its first half away again.
-
-    Raises:
-        StorageError: the line cannot be written.
-    """
+    """Add one line to an unbuffered file; if it does not fit (StorageError), take its first half away again."""
     before, data = file.seek(0, os.SEEK_END), memoryview(f"{line}\n".encode())
     with storing(path):
         try:

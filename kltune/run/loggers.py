@@ -70,11 +70,7 @@ LOGGERS = {"tensorboard": open_tensorboard, "trackio": open_trackio, "wandb": op
 
 
 def wanted_loggers(loggers: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of a recipe's ``run.loggers`` that can be used here.
-
-    Raises:
-        RecipeError: one that is named is not installed.
-    """
+    """The names of a recipe's ``run.loggers`` that can be used here; RecipeError for one that is not installed."""
     if loggers == "auto":
         return tuple(name for name in AUTOMATIC if _is_installed(name))
     absent = [name for name in loggers if not _is_installed(name)]

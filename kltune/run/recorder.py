@@ -141,7 +141,11 @@ class Report:
         Raises:
             StorageError: metrics.jsonl cannot be written.
         """
-        numbers = {name: _plain_number(value) for name, value in metrics.items()}
+        # A tensor or numpy scalar of one element becomes a Python number.
+        numbers = {
+            name: value if value is None or isinstance(value, int | float) else float(value)
+            for name, value in metrics.items()
+        }
         self._append("metrics.jsonl", {"step": step, **numbers})
         self._curves.write(step, numbers)
         row = self._row(step, numbers)
@@ -152,11 +156,7 @@ class Report:
             self.say(f"{self.stage} {step}/{self.total_steps}  {row}")
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Record a few responses, as ``{"prompt", "response", "score", "ref_kl"}`` each.
-
-        Raises:
-            StorageError: samples.jsonl cannot be written.
-        """
+        """Record a few responses, as ``{"prompt", "response", "score", "ref_kl"}`` each."""
         for row in rows:
             self._append("samples.jsonl", {"step": step, **row})
 
@@ -204,8 +204,3 @@ class Report:
         if done < 1 or left < 1:
             return ""
         return f"{duration(round((time.monotonic() - self._began) / done * left))} left"
-
-
-def _plain_number(value: Any) -> Number:
-    """A Python number from a tensor or numpy scalar of one element."""
-    return value if value is None or isinstance(value, int | float) else float(value)

@@ -207,7 +207,11 @@ def resolve_settings(subjects: Sequence[Subject], options: MeasureOptions, *, ne
         if options.prompts is not None:
             others = replace(others, prompts=settings.prompts)
         if others != settings:
-            print(f"note: {path} was made with other settings; all are measured on {_said(settings)}", file=sys.stderr)
+            print(
+                f"note: {path} was made with other settings; all are measured on prompts {settings.prompts}, at most "
+                f"{settings.max_new_tokens} new tokens, temperature {settings.temperature:g}, template "
+                f"{settings.data.template}.", file=sys.stderr,
+            )
     return settings
 
 
@@ -228,13 +232,6 @@ def _of_recipe(path: str) -> dict[str, Any]:
     if hasattr(recipe, "sampling"):
         known |= {"max_new_tokens": recipe.sampling.max_new_tokens, "temperature": recipe.sampling.temperature}
     return known
-
-
-def _said(settings: Settings) -> str:
-    return (
-        f"prompts {settings.prompts}, at most {settings.max_new_tokens} new tokens, temperature "
-        f"{settings.temperature:g}, template {settings.data.template}."
-    )
 
 
 def measured_prompts(policy: Policy, settings: Settings) -> list[Prompt]:

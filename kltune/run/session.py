@@ -51,8 +51,6 @@ class Run:
     """One run while it is open; made by `open_run`.
 
     Attributes:
-        recipe: as it was loaded.
-        folder: where everything is written.
         resume_from: the checkpoint to continue from, or None.
         start_step: steps already done: 0, or those of ``resume_from``.
         stop_signal: the number of the signal that asked the run to stop after this step, or None.
@@ -81,11 +79,7 @@ class Run:
         return time.monotonic() - self._opened_at
 
     def set_reference(self, reference: dict[str, Any]) -> None:
-        """Record the reference that every KL of this run is measured against.
-
-        Raises:
-            CheckpointError: the run was started against another one.
-        """
+        """Record the reference of every KL of this run; CheckpointError if it was started against another one."""
         before = self._record["reference"] if self.resume_from else None
         for name in ("sha256", "tokenizer_sha256", "template_sha256"):
             if before and before.get(name) != reference.get(name):

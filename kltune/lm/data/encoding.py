@@ -49,11 +49,7 @@ class Encoder:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def first_ids(self, text: str) -> Ids:
-        """The tokens of a text that stands at the start: bos where the tokenizer has one, never two, and no end token.
-
-        Raises:
-            RowFault: the tokenizer makes nothing of the text.
-        """
+        """Tokens of a text at the start: bos if there is one, never two, no end token; RowFault if there are none."""
         ids = self.plain(text)
         if not ids:
             raise RowFault(f"the tokenizer makes no token of {text[:40]!r}")
@@ -145,11 +141,7 @@ def _ambiguous(index: int) -> RowFault:
 
 
 def spelled(encoder: Encoder, prompt: str, response: str, ended: bool, limit: int | None) -> Ids:
-    """The tokens of a prompt and a response as training data have them, cut from the left to ``limit``.
-
-    Raises:
-        ModelError: there is nothing to read.
-    """
+    """The tokens of a prompt and a response as in training data, cut from the left to ``limit``; ModelError if none."""
     end = encoder.tokenizer.eos_token_id
     ids = (_tokens(encoder.first_ids, prompt) or encoder.head) + _tokens(encoder.following_ids, response)
     if ended and end is not None and ids[-1:] != (end,):

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +45,8 @@ class FastWays:
     def refresh(self) -> None:
         """Take the model's layers as they are now, after an adapter may have wrapped them."""
         speed_up(self.causal)
-        self._merged_trunk = MergedTrunk(self.causal.base_model)
+        self.merged_trunk = MergedTrunk(self.causal.base_model)
         self.batching.refresh()
-
-    def merged(self) -> AbstractContextManager[None]:
-        """See ``MergedTrunk.active``."""
-        return self._merged_trunk.active()
 
     def states_before(self, ids: Tensor, scored: Tensor) -> Tensor | None:
         """Hidden states that predict the scored tokens, shared prompts read once; None where that does not pay."""

@@ -92,14 +92,15 @@ class Interpolation:
         """Set the adapter to α and measure it there."""
         self.scale.set(alpha)
         measured = measure_kl(self.policy, Round.of(self.prompts, responses), replace(self.draw, seed=seed))
-        scorers = {} if self._scorer is None else {"score": self._scorer}
-        scores = measured_scores(scorers, measured, self._penalty).values()
-        score, error = next((clustered_mean(row, measured.prompt_index) for row in scores), (None, None))
+        score = error = None
+        if self._scorer is not None:
+            scores = measured_scores({"score": self._scorer}, measured, self._penalty)["score"]
+            score, error = clustered_mean(scores, measured.prompt_index)
         kl = measured.summary("exact", confidence or self.confidence)
         look = Look(alpha, purpose, kl, score, error)
         self.looks.append(look)
         nats, stderr, _ = look.figures(self.unit)
-        scored = "" if look.score is None else f", score {look.score:.3f}"
+        scored = "" if score is None else f", score {score:.3f}"
         self._say(
             f"alpha {alpha:.4f}: KL {nats:.4g} ± {stderr:.2g} {self.unit.replace('_', ' ')}{scored} "
             f"({kl.responses} responses, {purpose})"

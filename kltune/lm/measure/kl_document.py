@@ -14,6 +14,7 @@ from kltune.lm.measure.deployed import Deployed
 from kltune.lm.measure.measurement import Measurement
 from kltune.lm.model.policy import Policy
 
+FIGURES = ("nats_per_response", "stderr", "ci", "nats_per_token", "token_stderr", "token_ci")
 ESTIMATORS = ("exact", "k1", "k3", "cv")
 DIRECTIONS = {"reverse": "KL(policy||reference)", "forward": "KL(reference||policy)"}
 
@@ -76,14 +77,7 @@ def described_kl(measured: CheckpointKL, policy: Policy, *, confidence: float, t
 
 def kl_figures(kl: KLSummary) -> dict[str, Any]:
     """One estimator's figures, per response and per token (ratio of sums)."""
-    return {
-        "nats_per_response": kl.nats_per_response,
-        "stderr": kl.stderr,
-        "ci": kl.ci,
-        "nats_per_token": kl.nats_per_token,
-        "token_stderr": kl.token_stderr,
-        "token_ci": kl.token_ci,
-    }
+    return {name: getattr(kl, name) for name in FIGURES}
 
 
 def paired_differences(

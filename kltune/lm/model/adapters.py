@@ -145,11 +145,7 @@ def trained_base(config: dict[str, Any], weights: dict[str, Tensor], model: nn.M
 
 
 def load_compatible(folder: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a saved adapter that leaves its base alone.
-
-    Raises:
-        ModelError: there is none, it is damaged, or with it off the model would not be its frozen base.
-    """
+    """The tensors of a saved adapter that leaves its base alone; ModelError for another one, or a damaged one."""
     config = read_adapter_config(folder)
     weights = load_weights(folder)
     faults = rewritten_base(config) + trained_base(config, weights, model)

@@ -20,11 +20,7 @@ COMPARED = {
 
 
 def pick_device(name: str) -> torch.device:
-    """The device a recipe's ``run.device`` means: ``auto`` is the first GPU, or the CPU.
-
-    Raises:
-        RecipeError: the device does not exist here.
-    """
+    """The device a recipe's ``run.device`` means: ``auto`` is the first GPU, or the CPU; RecipeError if absent."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -88,18 +84,14 @@ class Fingerprint:
 
     def how_to_load(self, what: str = "LoRA adapter", imports: str = "", use: str = "") -> str:
         """README of a saved adapter: the lines that load it without kltune, ``use`` after them."""
-        merge = ""
-        if self.sft_adapter:
-            merge = (
-                f'base = PeftModel.from_pretrained(base, "{self.sft_adapter}").merge_and_unload()   # the reference\n'
-            )
+        merged = f'base = PeftModel.from_pretrained(base, "{self.sft_adapter}").merge_and_unload()   # the reference\n'
         return (
             f"# {what} made by kltune\n\n"
             f"Its reference (adapter off) has weights sha256 `{self.sha256[:16]}…`, dtype {self.dtype}.\n\n"
             f"```python\nimport torch\nfrom peft import PeftModel\n{imports}from transformers import "
             "AutoModelForCausalLM\n\n"
             f'base = AutoModelForCausalLM.from_pretrained("{self.path}", dtype=torch.{self.dtype})\n'
-            f'{merge}model = PeftModel.from_pretrained(base, "this/folder")\n{use}```\n'
+            f'{merged if self.sft_adapter else ""}model = PeftModel.from_pretrained(base, "this/folder")\n{use}```\n'
         )
 
 
@@ -140,11 +132,7 @@ def tokenizer_sha256(tokenizer) -> str:
 
 
 def end_token_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
-    """Every token that ends a text: those of the generation config and the tokenizer's.
-
-    Raises:
-        ModelError: there is none, so that no response could ever end.
-    """
+    """Every token that ends a text, of the generation config and the tokenizer; ModelError without any."""
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = listed if listed is not None else getattr(model.config, "eos_token_id", None)
     ids = {*(listed if isinstance(listed, list | tuple) else [listed]), tokenizer.eos_token_id} - {None}

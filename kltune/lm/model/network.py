@@ -152,7 +152,7 @@ class Network:
 
     def merged(self) -> AbstractContextManager[None]:
         """Within: the adapter may be added into the weights that are read; for sampling, it must not be switched."""
-        return nullcontext() if self.fast is None else self.fast.merged()
+        return nullcontext() if self.fast is None else self.fast.merged_trunk.active()
 
     def parts(self, ids: Tensor, scored: Tensor) -> Parts:
         """Rows in parts that go through the trunk at once, without gradients. [B, S] each."""

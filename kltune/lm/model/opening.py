@@ -120,11 +120,7 @@ def probe_logits(policy: Policy) -> torch.Tensor:
 
 @torch.no_grad()
 def check_fresh_policy(policy: Policy, prompts: Sequence[Prompt]) -> None:
-    """Policy and reference are one before training: exact KL 0 on a few prompts, and two passes agree bit for bit.
-
-    Raises:
-        ModelError: they are not, with the likely causes in order.
-    """
+    """Raise ModelError unless, before training, exact KL is 0 on a few prompts and two passes agree bit for bit."""
     rows = [prompt.ids[:TOKENS] for prompt in prompts[:PROMPTS] if len(prompt.ids) > 1] or [prompts[0].ids * 2]
     ids = pad_right(rows, policy.tokenizer.pad_token_id).to(policy.device)
     scored = pad_right([[False] + [True] * (len(row) - 1) for row in rows], False, torch.bool).to(policy.device)

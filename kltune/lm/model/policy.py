@@ -124,11 +124,7 @@ class Policy:
         return getattr(torch, self.fingerprint.dtype)
 
     def prompt_limit(self, wanted: int | None, max_new_tokens: int) -> int:
-        """The longest prompt that leaves room for a response, or what the recipe wants if that is shorter.
-
-        Raises:
-            RecipeError: the model's context cannot hold what the recipe wants.
-        """
+        """The longest prompt: what is wanted, or what leaves room for a response; RecipeError if it does not fit."""
         if self.max_context is None:
             return wanted or 512
         room = self.max_context - max_new_tokens

@@ -141,7 +141,9 @@ def _decode(
     """The token ids and log-probabilities of each response, as lists."""
     device, limit, per_prompt = policy.device, uniforms.shape[1], len(uniforms) // len(prompts)
     ends = torch.tensor(policy.end_ids, device=device)
-    ids, mask = (tensor.to(device) for tensor in _left_padded(prompts, policy.tokenizer.pad_token_id))
+    # Prompts end in the same column, as decoding wants them: right-padded backwards. [P, width] each.
+    ids = pad_right([prompt.ids[::-1] for prompt in prompts], policy.tokenizer.pad_token_id).flip(1).to(device)
+    mask = pad_right([[1] * len(prompt.ids) for prompt in prompts], 0).flip(1).to(device)
     logits, cache = policy.network.read_prompts(ids, mask)
     if per_prompt > 1:  # each prompt went through the model once; its cache serves all its responses
         cache.batch_repeat_interleave(per_prompt)
@@ -201,13 +203,6 @@ def _draw_part(logits: Tensor, uniforms: Tensor, temperature: float, cut: Cut | 
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
 
 
-def _left_padded(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor]:
-    """Prompts that end in the same column, as decoding wants them: ids and attention mask, [P, width] each."""
-    rows = [prompt.ids[::-1] for prompt in prompts]
-    ids = pad_right(rows, pad).flip(1)
-    return ids, pad_right([[1] * len(row) for row in rows], 0).flip(1)
-
-
 def _assemble(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -217,14 +212,12 @@ def _assemble(
 ) -> Samples:
     owner = [row * len(prompts) // len(tokens) for row in range(len(tokens))]
     asked = [list(prompts[index].ids) for index in owner]
-    ids = pad_right([p + r for p, r in zip(asked, tokens, strict=True)], policy.tokenizer.pad_token_id)
-    scored = pad_right(
-        [[False] * len(p) + [True] * len(r) for p, r in zip(asked, tokens, strict=True)], False, torch.bool
-    )
+    both = list(zip(asked, tokens, strict=True))
+    ids = pad_right([p + r for p, r in both], policy.tokenizer.pad_token_id)
+    scored = pad_right([[False] * len(p) + [True] * len(r) for p, r in both], False, torch.bool)
     response_mask = pad_right([[True] * len(row) for row in tokens], False, torch.bool)
     truncated = torch.tensor([len(row) == limit and row[-1] not in policy.end_ids for row in tokens])
     flat = torch.tensor([value for row in logprobs for value in row])
-    texts = policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     device = policy.device
     return Samples(
         ids=ids.to(device),
@@ -234,5 +227,5 @@ def _assemble(
         truncated=truncated.to(device),
         logprobs=response_scatter(flat, response_mask).to(device),
         prompts=tuple(prompts[index].text for index in owner),
-        responses=tuple(texts),
+        responses=tuple(policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)),
     )

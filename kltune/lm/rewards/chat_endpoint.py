@@ -64,12 +64,12 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refusal(error, deadline) from None
-        except TimeoutError:
-            raise self._late() from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             if isinstance(reason, TimeoutError):
-                raise self._late() from None
+                entry = self.entry
+                limits = f"{entry.timeout_s:g} s, with up to {entry.concurrency} questions under way"
+                raise Unanswered(f"no answer within {limits}") from None
             raise Unanswered(self._shown(getattr(reason, "strerror", None) or str(reason) or repr(reason))) from None
 
     def _request(self, messages: Messages) -> urllib.request.Request:
@@ -83,10 +83,6 @@ class Endpoint:
         address = entry.url.rstrip("/") + "/chat/completions"
         # JSON in ASCII: a lone surrogate in a response has no UTF-8 form.
         return urllib.request.Request(address, json.dumps(body).encode("ascii"), headers, method="POST")
-
-    def _late(self) -> Unanswered:
-        entry = self.entry
-        return Unanswered(f"no answer within {entry.timeout_s:g} s, with up to {entry.concurrency} questions under way")
 
     def _refusal(self, error: urllib.error.HTTPError, deadline: float) -> Exception:
         try:

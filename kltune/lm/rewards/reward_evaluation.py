@@ -86,11 +86,7 @@ class RewardEvaluation:
 
 
 def evaluate_rewards(model: RewardModel, rows: Sequence[Comparison]) -> RewardEvaluation:
-    """Score rows, at least one.
-
-    Raises:
-        DivergedError: a score is not finite.
-    """
+    """Score rows, at least one; DivergedError if a score is not finite."""
     scores = model.measure_rows(sequences(rows))
     if not torch.isfinite(scores).all():
         raise DivergedError("the score of a held-out response is not finite; lower optim.lr.")

@@ -107,11 +107,7 @@ class RewardModel:
         self.load_head(folder)
 
     def load_head(self, folder: Path) -> None:
-        """Put a saved head in place.
-
-        Raises:
-            ModelError: its file is missing, damaged, not finite, or of another width than this trunk.
-        """
+        """Put a saved head in place; ModelError unless it is a whole one of this width."""
         path = folder / HEAD
         try:
             held = load_file(path)
@@ -200,7 +196,8 @@ def open_reward_model(folder: Path, policy: Policy | None, device: torch.device)
     else:
         whole = sum(tensor.numel() * tensor.element_size() for tensor in model.policy.model.parameters()) / 1e6
         note = f"has weights of its own, {whole:.3g} MB, and reads text: " + "; ".join(obstacles)
-    return RewardReader(model, shared=not obstacles), _sha256(folder), f"reward {folder}: {note}"
+    digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in FILES)).hexdigest()
+    return RewardReader(model, shared=not obstacles), digest, f"reward {folder}: {note}"
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -248,10 +245,3 @@ def _alone(folder: Path, reference: dict[str, Any], device: torch.device) -> Rew
     for tensor in policy.trainable_parameters().values():
         tensor.requires_grad_(False)
     return RewardModel(policy)
-
-
-def _sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in FILES:
-        digest.update((folder / name).read_bytes())
-    return digest.hexdigest()

@@ -49,14 +49,6 @@ class ScoreSource:
     judge: Judge | None = None
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Scores of responses. total: the weighted sum. parts: each source by name, as it came. [B] float32, on the CPU."""
-
-    total: Tensor
-    parts: dict[str, Tensor]
-
-
 class Scorer:
     """The weighted sum of one or more sources."""
 
@@ -67,23 +59,26 @@ class Scorer:
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples] = ()
-    ) -> Scores:
-        """Score each response to its prompt. samples: the same responses in the same order, as sampled, in parts.
+    ) -> Tensor:
+        """The score of each response to its prompt. [B] float32, on the CPU.
+
+        samples: the same responses in the same order, as sampled, in parts.
 
         Raises:
             ScorerError: a source raised, returned another number of scores, or one that is not finite.
         """
-        parts = {source.name: run_source(source, prompts, responses, samples) for source in self.sources}
-        total = sum((s.weight * (parts[s.name] - s.shift) / s.scale for s in self.sources), torch.zeros(len(responses)))
-        return Scores(total=total, parts=parts)
+        total = torch.zeros(len(responses))
+        for source in self.sources:
+            scores = run_source(source, prompts, responses, samples)
+            total = total + source.weight * (scores - source.shift) / source.scale
+        return total
 
     def total(
         self, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples], truncated: Tensor,
         missing_end_penalty: float,
     ) -> Tensor:
         """The score of each response, less the penalty where it never ended. [B], on the device of ``truncated``."""
-        scores = self(prompts, responses, samples).total.to(truncated.device)
-        return scores - missing_end_penalty * truncated
+        return self(prompts, responses, samples).to(truncated.device) - missing_end_penalty * truncated
 
     @property
     def wants_reference_samples(self) -> bool:
@@ -100,21 +95,19 @@ class Scorer:
         Raises:
             ScorerError: a source gives every reference sample the same score: there is no scale to divide by.
         """
-        return Scorer([self._standardize(source, prompts, responses, samples) for source in self.sources])
-
-    def _standardize(
-        self, source: ScoreSource, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples]
-    ) -> ScoreSource:
-        if not source.normalize:
-            return source
-        scores = run_source(source, prompts, responses, samples).double()
-        shift, scale = scores.mean().item(), scores.std().item()
-        if not scale > 1e-6:
-            raise ScorerError(
-                f"reward {source.name}: all {len(scores)} reference samples score {shift:.4g}, so normalize: true has "
-                "no spread to divide by; set normalize: false."
-            )
-        return replace(source, shift=shift, scale=scale)
+        sources = list(self.sources)
+        for place, source in enumerate(sources):
+            if not source.normalize:
+                continue
+            scores = run_source(source, prompts, responses, samples).double()
+            shift, scale = scores.mean().item(), scores.std().item()
+            if not scale > 1e-6:
+                raise ScorerError(
+                    f"reward {source.name}: all {len(scores)} reference samples score {shift:.4g}, so normalize: true "
+                    "has no spread to divide by; set normalize: false."
+                )
+            sources[place] = replace(source, shift=shift, scale=scale)
+        return Scorer(sources)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -142,11 +135,7 @@ class Scorer:
         return {}
 
     def restored(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Scorer":
-        """The same sources with the standardisation a checkpoint holds.
-
-        Raises:
-            ScorerError: a reward function is not the one that the checkpoint was trained on.
-        """
+        """The same sources with the standardisation a checkpoint holds; ScorerError if they are not the same."""
         restored = []
         for source, saved in zip(self.sources, state["sources"], strict=True):
             if source.identity != saved["identity"]:
