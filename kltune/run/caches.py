@@ -1,7 +1,6 @@
 """Answers of AI judges and the reference's log-probabilities on disk: a resumed run asks and measures nothing twice."""
 
 import hashlib
-import io
 import sys
 from pathlib import Path
 
@@ -24,26 +23,15 @@ class StoredAnswers(Answers):
         self.path = Path(folder) / JUDGE_FILE
         rows = (row for row in read_jsonl(self.path) if {"question", "answer"} <= row.keys())
         super().__init__({row["question"]: float(row["answer"]) for row in rows})
-        self._file: io.FileIO | None = None
+        self._cut_short = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
 
     def record(self, question: str, answer: float) -> None:
         """Keep an answer; StorageError if it cannot be written."""
         super().record(question, answer)
-        append_line(self._open(), self.path, to_json({"question": question, "answer": answer}))
-
-    def close(self) -> None:
-        """Let go of the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _open(self) -> io.FileIO:
-        if self._file is None:
-            with storing(self.path):
-                self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (closed with the run)
-                if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
-                    self._file.write(b"\n")    # after a line that a kill cut short
-        return self._file
+        line = to_json({"question": question, "answer": answer})
+        with storing(self.path), open(self.path, "ab", buffering=0) as file:
+            append_line(file, self.path, f"\n{line}" if self._cut_short else line)
+        self._cut_short = False
 
 
 class StoredLogprobs:

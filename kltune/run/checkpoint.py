@@ -156,11 +156,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def read_info(checkpoint: Path) -> dict[str, Any]:
-    """The contents of kltune.json: step, reference, measured KL.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or from a kltune that this one does not know.
-    """
+    """The contents of kltune.json: step, reference, measured KL; CheckpointError unless whole and of this schema."""
     info = read_json(checkpoint / "kltune.json")
     if not isinstance(info, dict) or info.get("schema") != SCHEMA:
         raise CheckpointError(f"{checkpoint / 'kltune.json'} is not of schema {SCHEMA}.")

@@ -83,10 +83,7 @@ class Report:
     Args:
         target: the KL target, in ``unit`` (nats_per_response or nats_per_token).
         start_step: steps already done when resuming.
-        loggers: the recipe's ``run.loggers``.
-
-    Raises:
-        RecipeError: a logger that is named is not installed.
+        loggers: the recipe's ``run.loggers``; raises as ``wanted_loggers``.
     """
 
     def __init__(

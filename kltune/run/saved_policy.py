@@ -27,7 +27,7 @@ from kltune.run.checkpoint import read_info, resolve_checkpoint
 # Keys by which a JSON file has a library import Python: the model's own (auto_map, custom_*), PEFT's (megatron_core,
 # read where megatron_config is set), or kernels that are fetched from the hub and run. Not auto_mapping: ordinary
 # adapters have it, and only PEFT's Auto classes, which kltune does not use, import what it names.
-NAMES_CODE = {"auto_map", "custom_generate", "custom_pipelines", "megatron_config"}
+NAMES_CODE = {"auto_map", "custom_generate", "custom_pipelines", "megatron_config", "trust_remote_code"}
 ATTENTION = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation"}
 VOCABULARIES = {"tokenizer.json", "vocab.json", "added_tokens.json"}    # a token may be called anything
 
@@ -50,18 +50,13 @@ def refuse_code(folder: Path, what: str, *, trusted: bool = False) -> None:
         for key, value in _entries(content):
             if path.name.endswith(".safetensors.index.json") and not _is_safetensors(key, value):
                 raise ModelError(f"{what}: {path} says that {key} is in {value}; kltune opens only safetensors.")
-            if not trusted and _names_code(key, value):
+            names_code = (key in NAMES_CODE and value) or (key in ATTENTION and isinstance(value, str) and "/" in value)
+            if not trusted and names_code:
                 raise ModelError(
                     f"{what}: {path} has {key}: {json.dumps(value)[:80]}, which would have Python code run that kltune "
                     "has not read. Remove the key if the model works without it, or, if you trust the folder, add "
                     "--trust-remote-code."
                 )
-
-
-def _names_code(key: str, value: Any) -> bool:
-    if key in ATTENTION:
-        return isinstance(value, str) and "/" in value
-    return (key in NAMES_CODE or key == "trust_remote_code") and bool(value)
 
 
 def _is_safetensors(key: str, value: Any) -> bool:
@@ -149,12 +144,11 @@ def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
     """
     folder, info = subject.folder, subject.info
     is_adapter = (folder / "adapter_config.json").exists()
-    if info is not None:
-        known = info["reference"]
-        facts = {name: known[name] for name in ("path", "sft_adapter", "dtype")}
-        facts["path"] = options.reference or facts["path"]
-    else:
+    if info is None:
         facts = {"path": options.reference or _named_base(folder, is_adapter)}
+    else:
+        facts = {name: info["reference"][name] for name in ("path", "sft_adapter", "dtype")}
+        facts["path"] = options.reference or facts["path"]
     section = ModelSection(**facts, trust_remote_code=options.trust_remote_code)
     for place in (section.path, section.sft_adapter):
         if place is not None:
@@ -242,11 +236,7 @@ def measured_prompts(policy: Policy, settings: Settings) -> list[Prompt]:
 
 
 def typed_prompts(policy: Policy, settings: Settings, texts: Sequence[str]) -> list[Prompt]:
-    """Prompts that were typed, treated like those of a file of ``{"prompt"}``.
-
-    Raises:
-        DataError: one of which the tokenizer makes nothing, or a chat template that is not there.
-    """
+    """Prompts that were typed, treated like those of a file of ``{"prompt"}``; raises as ``load_prompts``."""
     rows = [Row(f"prompt {place}", {"prompt": text}) for place, text in enumerate(texts, start=1)]
     return load_prompts("the prompts given", policy.tokenizer, _row_rules(policy, settings), rows)[0]
 

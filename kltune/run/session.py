@@ -51,7 +51,6 @@ class Run:
     """One run while it is open; made by `open_run`.
 
     Attributes:
-        resume_from: the checkpoint to continue from, or None.
         start_step: steps already done: 0, or those of ``resume_from``.
         stop_signal: the number of the signal that asked the run to stop after this step, or None.
         answers: of AI judges, those of earlier sessions included.
@@ -102,7 +101,6 @@ class Run:
         return result
 
     def _close(self, error: BaseException | None) -> None:
-        self.answers.close()
         if self._record["status"] != "running":
             return
         status = "interrupted" if isinstance(error, Interrupted | JudgeError) else "failed"
@@ -125,8 +123,7 @@ def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
 
     ``train`` takes the recipe, a policy with a fresh adapter and the open run, and gives that object.
     """
-    done = finished_result(recipe)
-    if done is not None:
+    if (done := finished_result(recipe)) is not None:
         return done
     wanted_loggers(recipe.run.loggers)      # what is not installed is said before anything slow
     with open_run(recipe, resume=resume) as run:

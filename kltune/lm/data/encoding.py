@@ -73,11 +73,7 @@ class Encoder:
         return both[len(before) :] if both[: len(before)] == before else ids
 
     def uses_chat(self, *, messages: bool) -> bool:
-        """Whether rows that are messages, or are not, go through the chat template.
-
-        Raises:
-            DataError: they need one and the recipe says none, or the tokenizer has none.
-        """
+        """Whether rows that are messages, or are not, go through the chat template; DataError if there is none."""
         if self.template == "none" and messages:
             raise DataError('data.template: none cannot be used with rows of "messages"; wanted auto or chat.')
         chat = self.template == "chat" or messages
@@ -88,11 +84,7 @@ class Encoder:
         return chat
 
     def chat_text(self, messages: list[Message], *, to_answer: bool) -> str:
-        """The messages as the chat template writes them, up to where the assistant begins where ``to_answer``.
-
-        Raises:
-            RowFault: the template refuses the messages.
-        """
+        """The messages as the chat template writes them, to be answered or not; RowFault if it refuses them."""
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_answer)
         except jinja2.TemplateError as error:

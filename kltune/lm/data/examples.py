@@ -118,8 +118,8 @@ class Counts:
 
 def counts_line(source: str, counts: Counts) -> str:
     """One line on a file that was read: every row accounted for."""
-    rest = {"truncated": counts.truncated, "dropped as over-long": counts.dropped, "skipped as faulty": counts.skipped}
-    rest = [f"{number} {what}" for what, number in rest.items() if number]
+    other = {"truncated": counts.truncated, "dropped as over-long": counts.dropped, "skipped as faulty": counts.skipped}
+    rest = [f"{number} {what}" for what, number in other.items() if number]
     return f"{source}: {counts.kept} of {counts.read} rows" + (f" ({', '.join(rest)})" if rest else "")
 
 

@@ -88,10 +88,7 @@ def hold_out(
 ) -> tuple[list[Comparison], list[Comparison]]:
     """Split rows by their prompts, so that no prompt is on both sides: to train on, and held out; both in order.
 
-    share: of the prompts, rounded, but at least one; 0 holds out nothing. source: names the rows in the error.
-
-    Raises:
-        DataError: there is one prompt only.
+    share: of the prompts, rounded, but at least one; 0 holds out nothing. DataError if there is one prompt only.
     """
     if share == 0.0:
         return list(rows), []

@@ -139,18 +139,13 @@ def _csv_rows(path: str) -> Iterator[Row]:
             if cells is None:
                 return
             if header is None and cells:
-                header = _checked_header(where, cells)
+                header = cells
+                if repeated := [name for name in cells if cells.count(name) > 1]:
+                    raise DataError(f'{where}: column "{repeated[0]}" is found twice in the header.')
             elif cells:                         # a blank line has none
                 yield _csv_row(where, header, cells)
     finally:
         csv.field_size_limit(limit)
-
-
-def _checked_header(where: str, cells: list[str]) -> list[str]:
-    repeated = [name for name in cells if cells.count(name) > 1]
-    if repeated:
-        raise DataError(f'{where}: column "{repeated[0]}" is found twice in the header.')
-    return cells
 
 
 def _csv_row(where: str, header: list[str], cells: list[str]) -> Row:

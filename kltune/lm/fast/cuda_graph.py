@@ -103,7 +103,6 @@ def recorded(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable
     return graph.replay, result
 
 
-@torch.no_grad()
 def can_capture(step: Step, next_step: Callable[[int], Step], device: torch.device) -> bool:
     """Whether a model decodes by replay as it does otherwise, on this device; it is tried, on GPUs only."""
     if device.type != "cuda":

@@ -99,8 +99,8 @@ def measure_best_of_n(
         ties = float(np.mean([best_of_n_kl_of_levels(shares, n) for shares in levels]))
         point: dict[str, Any] = {"n": n, "kl_bound": best_of_n_kl(n), "kl_with_ties": min(ties, best_of_n_kl(n))}
         for name in ("score", "gold"):
-            known = over_prompts(estimates[name][place]) if name in estimates else (None, None)
-            point |= {name: known[0], f"{name}_stderr": known[1]}
+            mean, stderr = over_prompts(estimates[name][place]) if name in estimates else (None, None)
+            point |= {name: mean, f"{name}_stderr": stderr}
         points.append(point)
     return {
         "prompts": count,

@@ -22,17 +22,13 @@ def top_tokens(sums: VocabularySums, responses: int, policy: Policy, top: int) -
     """
     ids = sums.nats.topk(min(top, len(sums.nats))).indices.tolist()
     return [
-        {"token": policy.tokenizer.decode([token]), "id": token, **_part(sums, [token], responses)}
+        {"token": policy.tokenizer.decode([token]), "id": token, **token_part(sums, [token], responses)}
         for token in ids if sums.nats[token] > 0.0
     ]
 
 
-def end_token(sums: VocabularySums, responses: int, policy: Policy) -> dict[str, float]:
-    """What the end tokens together add to the KL: how much of it is about where to stop."""
-    return _part(sums, list(policy.end_ids), responses)
-
-
-def _part(sums: VocabularySums, ids: list[int], responses: int) -> dict[str, float]:
+def token_part(sums: VocabularySums, ids: list[int], responses: int) -> dict[str, float]:
+    """What some tokens together add to the KL; of the end tokens, how much of it is about where to stop."""
     whole = max(sums.nats.sum().item(), 1e-12)
     nats, policy, reference = (part[ids].sum().item() for part in (sums.nats, sums.policy, sums.reference))
     return {

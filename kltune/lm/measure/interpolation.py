@@ -70,10 +70,7 @@ class Interpolation:
 
         draw: how responses are drawn in the search; the checks after it have random numbers of their own. unit: of
         budgets. scorer: also score the responses, less ``missing_end_penalty`` where one never ended. say: told of each
-        measurement.
-
-        Raises:
-            ModelError: the adapter has no scale.
+        measurement. Raises as ``AdapterScale``.
         """
         self.scale = AdapterScale(policy)
         self.policy, self.prompts, self.draw = policy, prompts, draw
@@ -174,11 +171,7 @@ class AdapterScale:
     """
 
     def __init__(self, policy: Policy):
-        """Remember the adapter as it is: that is α = 1.
-
-        Raises:
-            ModelError: there are two sets of weights, or the adapter has tensors of a kind that has no scale.
-        """
+        """Remember the adapter as it is: that is α = 1. ModelError where it has no scale."""
         if policy.full:
             raise ModelError(
                 f"{policy.fingerprint.path}: only an adapter that leaves its base alone can be scaled down; this "

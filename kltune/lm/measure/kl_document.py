@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kltune.core.kl.intervals import KLSummary, summarize
 from kltune.core.kl.sequences import jensen_shannon, tails, total_variation
-from kltune.lm.measure.breakdown import by_position, end_token, examples, top_prompts, top_tokens
+from kltune.lm.measure.breakdown import by_position, examples, token_part, top_prompts, top_tokens
 from kltune.lm.measure.deployed import Deployed
 from kltune.lm.measure.measurement import Measurement
 from kltune.lm.model.policy import Policy
@@ -65,7 +65,7 @@ def described_kl(measured: CheckpointKL, policy: Policy, *, confidence: float, t
         },
         "agreement_z": reverse.z,
         "deployed": None if measured.deployed is None else _deployed(measured.deployed, confidence),
-        "end_token": end_token(sums, count, policy),
+        "end_token": token_part(sums, list(policy.end_ids), count),
         "top_tokens": top_tokens(sums, count, policy, top),
         "top_prompts": top_prompts(reverse, top),
         "by_position": by_position(reverse),

@@ -193,11 +193,7 @@ def wrap(model: nn.Module, config: PeftConfig, what: str) -> PeftModel:
 
 
 def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path, name: str = POLICY) -> None:
-    """Load tensors into the layers that were made for them as adapter ``name``, one to one.
-
-    Raises:
-        ModelError: a tensor is too many, missing, not finite, or of another shape.
-    """
+    """Load tensors into the layers made for them as adapter ``name``: all finite, and one to one, or ModelError."""
     for key, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise ModelError(f"{folder}: {key} holds NaN or infinity.")

@@ -18,7 +18,11 @@ TEXTS_PER_PASS = 256
 def document_nats(
     policy: Policy, examples: Sequence[Example], temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of each text's scored tokens, and how many they are. [D] float64 nats, [D] int64."""
+    """Negative log-likelihood of each text's scored tokens, and how many they are. [D] float64 nats, [D] int64.
+
+    Raises:
+        DivergedError: a log-probability is not finite.
+    """
     nats, tokens = [], []
     for start in range(0, len(examples), TEXTS_PER_PASS):
         ids, scored = example_batch(examples[start : start + TEXTS_PER_PASS], policy)

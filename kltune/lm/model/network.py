@@ -128,18 +128,13 @@ class Network:
         self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache | None
     ) -> tuple[Tensor, Cache]:
         """Feed left-padded prompts, or one more token each: the logits after the last [B, V], and the cache."""
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": cache,
-            "use_cache": True,
-        }
-        if self.split:
-            output = self._trunk(**inputs)
-            return self.head(output.last_hidden_state[:, -1]), output.past_key_values
-        output = self.causal(**inputs)
-        return output.logits[:, -1], output.past_key_values
+        model = self._trunk if self.split else self.causal
+        output = model(
+            input_ids=ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+            use_cache=True,
+        )
+        logits = self.head(output.last_hidden_state[:, -1]) if self.split else output.logits[:, -1]
+        return logits, output.past_key_values
 
     def read_prompts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Cache]:
         """Feed left-padded prompts, with a mask that is 0 on their padding: logits after the last [B, V], and cache."""

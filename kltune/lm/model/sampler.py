@@ -11,7 +11,7 @@ distribution another one than the distribution that is measured.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -80,8 +80,7 @@ def sample_rollout(
             raise DivergedError(f"{name} of sampled tokens is not finite; lower optim.lr or raise kl.beta.")
     tensors = {name: None if values is None else response_scatter(values, mask) for name, values in flat.items()}
     check_sampler(samples, tensors["logprobs"], mask, policy.dtype)
-    own = {field.name: getattr(samples, field.name) for field in fields(samples)}
-    return Rollout(**(own | tensors), sums=sums)
+    return Rollout(**(vars(samples) | tensors), sums=sums)
 
 
 def check_sampler(samples: Samples, logprobs: Tensor, counted: Tensor, dtype: torch.dtype) -> None:

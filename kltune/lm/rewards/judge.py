@@ -199,8 +199,7 @@ class Judge:
 
     def _key(self, question: str) -> str:
         """What an answer depends on: who is asked, the rubric and texts, and how the answer is drawn."""
-        entry = self.entry
-        parts = [entry.url, entry.model, entry.temperature, entry.max_tokens, question]
+        parts = [self.entry.url, self.entry.model, self.entry.temperature, self.entry.max_tokens, question]
         return hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()
 
 
