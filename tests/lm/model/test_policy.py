@@ -231,7 +231,7 @@ def test_a_value_head_alone_reads_what_the_policys_trunk_holds_and_moves_no_bit_
     randomize(policy.value_parameters(), seed=5)
     values, states = policy.measure_values(IDS, SCORED)
     with torch.no_grad():
-        wanted = policy.scored_hidden(IDS, SCORED)
+        wanted = policy.network.before(IDS, SCORED)
     torch.testing.assert_close(states, wanted, atol=1e-5, rtol=0.0)
     head = policy.value_head.linear
     assert (values - (wanted.double() @ head.weight[0].double() + head.bias.double())).abs().max() < 1e-5
