@@ -5,6 +5,7 @@ function is one more adapter on the same trunk with a small head, so fitting val
 fine-tuning (``kltune sft`` with ``lora: null``) holds a second, frozen copy of the model.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -178,6 +179,12 @@ class Policy:
             self.model.save_pretrained(folder)
         else:
             self.model.save_pretrained(folder, selected_adapters=[POLICY], save_embedding_layers=False)
+            # PEFT keeps the names of layers as a set: sorted, equal runs leave equal files.
+            path = folder / "adapter_config.json"
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(config["target_modules"], list):
+                config["target_modules"].sort()
+            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
             (folder / "README.md").write_text(self.fingerprint.how_to_load(), encoding="utf-8")
         self.tokenizer.save_pretrained(folder)
 
