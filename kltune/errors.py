@@ -1,20 +1,6 @@
 """What can go wrong and be put right by the user, each with the exit code that scripts rely on.
 
-    KltuneError
-    ├── RecipeError       2   arguments or recipe are wrong
-    ├── InputError        5   something that was read is wrong
-    │   ├── DataError         rows of prompts, texts or pairs
-    │   ├── ScorerError       a reward function, model or judge
-    │   ├── ModelError        weights, adapter or tokenizer
-    │   └── CheckpointError   missing, damaged, or made with another reference
-    ├── DivergedError     6   a number stopped being finite, or the hard cap was hit
-    ├── StorageError     74   cannot write, or out of memory
-    ├── BusyError        75   the output folder belongs to another run
-    ├── JudgeError       75   an AI judge does not answer; everything up to then was saved
-    └── Interrupted     130 / 143   SIGINT / SIGTERM, after a checkpoint was saved
-
-Anything else that escapes is a bug in kltune: exit code 1, with a traceback. ``EXIT_CODES`` says of every code what it
-means and what to do about it.
+Anything else that escapes is a bug in kltune: exit code 1, with a traceback.
 """
 
 from dataclasses import dataclass

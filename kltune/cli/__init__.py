@@ -7,6 +7,7 @@ code of its kind (``errors.py``); a traceback means a bug in kltune, exit code 1
 import os
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -44,66 +45,27 @@ def kltune(version: Annotated[bool, typer.Option("--version", help="Show the ver
         raise typer.Exit
 
 
-@app.command()
-def sft(
-    recipe: RecipeOption, overrides: SetOption = None, output: OutputOption = None, resume: ResumeOption = False,
-    as_json: JSONOption = False,
-) -> None:
-    """Imitate texts, and report how far that moved the model from its reference."""
-    loaded = load_recipe(recipe, overrides or (), "sft", output)
-    from kltune.stages.sft import run_sft
+def add_stage(stage: str, summary: str) -> None:
+    """Add the command that runs a stage: ``run_STAGE`` of ``kltune.stages.STAGE``."""
 
-    emit_document(run_sft(loaded, resume), as_json, result_text)
-
-
-@app.command()
-def reward(
-    recipe: RecipeOption, overrides: SetOption = None, output: OutputOption = None, resume: ResumeOption = False,
-    as_json: JSONOption = False,
-) -> None:
-    """Fit a reward model to preference pairs, to score responses in ppo and trpo on the policy's own weights."""
-    loaded = load_recipe(recipe, overrides or (), "reward", output)
-    from kltune.stages.reward import run_reward
-
-    emit_document(run_reward(loaded, resume), as_json, result_text)
+    @app.command(stage, help=summary)
+    def run(
+        recipe: RecipeOption, overrides: SetOption = None, output: OutputOption = None, resume: ResumeOption = False,
+        as_json: JSONOption = False,
+    ) -> None:
+        loaded = load_recipe(recipe, overrides or (), stage, output)
+        run_stage = getattr(import_module(f"kltune.stages.{stage}"), f"run_{stage}")
+        emit_document(run_stage(loaded, resume), as_json, result_text)
 
 
-@app.command()
-def ppo(
-    recipe: RecipeOption, overrides: SetOption = None, output: OutputOption = None, resume: ResumeOption = False,
-    as_json: JSONOption = False,
-) -> None:
-    """Raise a score with clipped policy steps while KL to the reference is held to its target."""
-    loaded = load_recipe(recipe, overrides or (), "ppo", output)
-    from kltune.stages.ppo import run_ppo
-
-    emit_document(run_ppo(loaded, resume), as_json, result_text)
-
-
-@app.command()
-def trpo(
-    recipe: RecipeOption, overrides: SetOption = None, output: OutputOption = None, resume: ResumeOption = False,
-    as_json: JSONOption = False,
-) -> None:
-    """Raise a score with natural-gradient steps, none of which moves the policy further than max_step_kl."""
-    loaded = load_recipe(recipe, overrides or (), "trpo", output)
-    from kltune.stages.trpo import run_trpo
-
-    emit_document(run_trpo(loaded, resume), as_json, result_text)
-
-
-@app.command()
-def dpo(
-    recipe: RecipeOption, overrides: SetOption = None, output: OutputOption = None, resume: ResumeOption = False,
-    as_json: JSONOption = False,
-) -> None:
-    """Learn from preference pairs, with a KL to the reference that is measured and can be held."""
-    loaded = load_recipe(recipe, overrides or (), "dpo", output)
-    from kltune.stages.dpo import run_dpo
-
-    emit_document(run_dpo(loaded, resume), as_json, result_text)
-
-
+for name, does in {
+    "sft": "Imitate texts, and report how far that moved the model from its reference.",
+    "reward": "Fit a reward model to preference pairs, to score responses in ppo and trpo on the policy's own weights.",
+    "ppo": "Raise a score with clipped policy steps while KL to the reference is held to its target.",
+    "trpo": "Raise a score with natural-gradient steps, none of which moves the policy further than max_step_kl.",
+    "dpo": "Learn from preference pairs, with a KL to the reference that is measured and can be held.",
+}.items():
+    add_stage(name, does)
 app.command("eval-kl")(eval_kl_command)
 app.command("project")(project_command)
 app.command("sweep")(sweep_command)
@@ -135,22 +97,14 @@ def report(
 
     kltune report runs/a runs/b --output comparison.html
     """
-    if len(runs) == 1:
-        from kltune.report.pages import write_page
+    from kltune.report.pages import write_comparison, write_page
 
-        emit(str(write_page(runs[0], output)))
-    else:
-        from kltune.report.pages import write_comparison
-
-        emit(str(write_comparison(runs, output or Path("comparison.html"))))
+    one = len(runs) == 1
+    emit(str(write_page(runs[0], output) if one else write_comparison(runs, output or Path("comparison.html"))))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run one command and exit with the code of its outcome.
-
-    Args:
-        arguments: the command line without the program's name; default ``sys.argv[1:]``.
-    """
+    """Run one command (default ``sys.argv[1:]``) and exit with the code of its outcome."""
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
     # Libraries warn each other of renamed attributes; no user of kltune can do anything about it.

@@ -1,7 +1,6 @@
 """``kltune explain``: a guide, a recipe key, a metric or an exit code, from the one place that defines it.
 
-Guides are ``kltune/docs/*.md``, keys the fields of recipes, metrics ``run/metrics.py``, codes ``errors.py``. All
-of it is Markdown, which a terminal shows laid out and everything else as it is.
+All of it is Markdown, which a terminal shows laid out and everything else as it is.
 """
 
 import json
@@ -11,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -56,7 +55,9 @@ def explain_command(
     kltune explain kl/ref_nats_per_response
     kltune explain 4
     """
-    answer = everything() if word is None else answer_to(word)
+    answer = answer_to(word) if word is not None else Explanation(
+        list(guides().values()), list(recipe_keys().values()), METRICS, list(EXIT_CODES.values())
+    )
     if as_json:
         emit_json({"schema": "kltune.explain/1", "asked": word, **asdict(answer)})
         return
@@ -64,17 +65,8 @@ def explain_command(
     emit(laid_out(text) if wants_colour(sys.stdout) else text)
 
 
-def everything() -> Explanation:
-    """All that can be asked for."""
-    return Explanation(list(guides().values()), list(recipe_keys().values()), METRICS, list(EXIT_CODES.values()))
-
-
 def answer_to(word: str) -> Explanation:
-    """What a word names; one word may be a guide and a section of recipes.
-
-    Raises:
-        RecipeError: it names nothing; says the nearest names.
-    """
+    """What a word names: it may be a guide and a section of recipes. A RecipeError with the nearest names if none."""
     metric = metric_named(word)
     answer = Explanation(
         guides=[guide for name, guide in guides().items() if name == word],
@@ -143,7 +135,7 @@ def key_text(key: RecipeKey) -> str:
     lines += [f"- read by: {', '.join(key.read_by)}{kinds}", *example(key.example)]
     inner = [entry for name, entry in recipe_keys().items() if name.rpartition(".")[0] == key.key]
     rows = [(entry.key, default_text(entry), " / ".join(meanings(entry))) for entry in inner]
-    return "\n".join([*lines, *(["", *table(("key", "default", "meaning"), rows)] if rows else [])])
+    return "\n".join(lines + (["", *table(("key", "default", "meaning"), rows)] if rows else []))
 
 
 def meanings(key: RecipeKey) -> list[str]:
@@ -154,7 +146,8 @@ def meanings(key: RecipeKey) -> list[str]:
 
 def default_text(key: RecipeKey) -> str:
     """The default, and whose where they differ."""
-    return by_reader({who: shown(key.default[who]) if who in key.default else "must be written" for who in key.meaning})
+    written = {who: value if isinstance(value, str) else json.dumps(value) for who, value in key.default.items()}
+    return by_reader({who: written.get(who, "must be written") for who in key.meaning})
 
 
 def by_reader(values: dict[str, str]) -> str:
@@ -171,11 +164,6 @@ def by_value(values: dict[str, str]) -> dict[str, list[str]]:
     for who, value in values.items():
         found.setdefault(value, []).append(who)
     return found
-
-
-def shown(value: Any) -> str:
-    """A default as YAML has it."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def metric_text(metric: Metric) -> str:
@@ -201,8 +189,9 @@ def metric_table(metrics: Sequence[Metric]) -> str:
 
 def code_text(code: ExitCode) -> str:
     """An exit code."""
-    lines = [f"# exit code {code.code}", "", code.meaning, "", f"- what to do: {code.to_do}", *example(code.example)]
-    return "\n".join(lines)
+    return "\n".join([
+        f"# exit code {code.code}", "", code.meaning, "", f"- what to do: {code.to_do}", *example(code.example),
+    ])
 
 
 def example(text: str) -> list[str]:

@@ -3,11 +3,11 @@
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from kltune.cli.options import Direction, JSONOption, Unit, confidence_level, finite
+from kltune.cli.options import JSONOption, confidence_level, finite
 from kltune.cli.output import emit_document, on_github, wants_colour
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
@@ -19,11 +19,10 @@ SourceOption = Annotated[
 ]
 ReferenceOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Instead of the recorded reference.")]
 PromptsOption = Annotated[str | None, typer.Option(metavar="FILE", help="Prompts to respond to.")]
-ResponsesOption = Annotated[int | None, typer.Option(min=2, help="Responses to sample.")]
 LengthOption = Annotated[int | None, typer.Option(min=1, help="Tokens; a longer response is cut.")]
 TemperatureOption = Annotated[float | None, typer.Option(min=0.1, max=10, callback=finite, help="Of both models.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Same seed, same machine: same numbers.")]
-UnitOption = Annotated[Unit, typer.Option(help="Unit of --max-kl.")]
+UnitOption = Annotated[Literal["nats_per_response", "nats_per_token"], typer.Option(help="Unit of --max-kl.")]
 ConfidenceOption = Annotated[float, typer.Option(callback=confidence_level, help="Of intervals and of the verdict.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python that ships with the models; off unless you read it.")
@@ -35,20 +34,21 @@ def eval_kl_command(
     recipe: SourceOption = None,
     reference: ReferenceOption = None,
     prompts: PromptsOption = None,
-    responses: ResponsesOption = None,
+    responses: Annotated[int | None, typer.Option(min=2, help="Responses to sample.")] = None,
     max_new_tokens: LengthOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = 0,
     max_kl: Annotated[
         float | None, typer.Option("--max-kl", min=0, callback=finite, help="A budget: exit 3 beyond it, 4 undecided.")
     ] = None,
-    unit: UnitOption = Unit.NATS_PER_RESPONSE,
+    unit: UnitOption = "nats_per_response",
     confidence: ConfidenceOption = 0.95,
     auto: Annotated[bool, typer.Option("--auto", help="Keep sampling until --max-kl is decided.")] = False,
     max_responses: Annotated[int, typer.Option(min=2, help="Where --auto gives up.")] = 4096,
-    direction: Annotated[Direction, typer.Option(help="Which way round; --max-kl is of forward if only that.")] = (
-        Direction.REVERSE
-    ),
+    direction: Annotated[
+        Literal["reverse", "forward", "both"],
+        typer.Option(help="Which way round; --max-kl is of forward if only that."),
+    ] = "reverse",
     top_p: Annotated[
         float | None, typer.Option(callback=finite, help="Also measure the policy deployed so; 1: temperature alone.")
     ] = None,
@@ -71,9 +71,9 @@ def eval_kl_command(
 
         options = EvalKLOptions(
             recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
-            temperature=temperature, seed=seed, max_kl=max_kl, unit=unit.value, confidence=confidence,
-            direction=direction.value, texts=texts, top=top, show=show, auto=auto, max_responses=max_responses,
-            top_p=top_p, top_k=top_k, trust_remote_code=trust_remote_code,
+            temperature=temperature, seed=seed, max_kl=max_kl, unit=unit, confidence=confidence, direction=direction,
+            texts=texts, top=top, show=show, auto=auto, max_responses=max_responses, top_p=top_p, top_k=top_k,
+            trust_remote_code=trust_remote_code,
         )
         document, code = eval_kl(checkpoints, options)
     except KltuneError as error:
@@ -109,7 +109,7 @@ def project_command(
     max_new_tokens: LengthOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = 0,
-    unit: UnitOption = Unit.NATS_PER_RESPONSE,
+    unit: UnitOption = "nats_per_response",
     confidence: ConfidenceOption = 0.95,
     trust_remote_code: TrustOption = False,
     as_json: JSONOption = False,
@@ -121,8 +121,7 @@ def project_command(
 
     options = ProjectOptions(
         recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
-        temperature=temperature, seed=seed, max_kl=max_kl, unit=unit.value, confidence=confidence, output=output,
+        temperature=temperature, seed=seed, max_kl=max_kl, unit=unit, confidence=confidence, output=output,
         curve=curve, max_responses=max_responses, trust_remote_code=trust_remote_code,
     )
-    document = project(checkpoint, options)
-    emit_document(document, as_json, project_text)
+    emit_document(project(checkpoint, options), as_json, project_text)

@@ -1,25 +1,9 @@
 """Options that several commands have."""
 
 import math
-from enum import StrEnum
 from typing import Annotated
 
 import typer
-
-
-class Unit(StrEnum):
-    """Units of a KL budget."""
-
-    NATS_PER_RESPONSE = "nats_per_response"
-    NATS_PER_TOKEN = "nats_per_token"
-
-
-class Direction(StrEnum):
-    """Which KL is measured: reverse is KL(policy‖reference), forward KL(reference‖policy)."""
-
-    REVERSE = "reverse"
-    FORWARD = "forward"
-    BOTH = "both"
 
 
 def finite(value: float | None) -> float | None:

@@ -18,16 +18,10 @@ def emit(text: str) -> None:
     """Print a result; a reader that has gone away is no error."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        drop_stdout()
-    except OSError:
-        drop_stdout()
-        raise
-
-
-def drop_stdout() -> None:
-    """Send what is still buffered nowhere, so that the interpreter does not stumble over it at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)      # lest the interpreter stumble over what is still buffered
+        if not isinstance(error, BrokenPipeError):
+            raise
 
 
 def emit_json(document: dict[str, Any]) -> None:
@@ -66,24 +60,18 @@ def result_text(result: dict[str, Any]) -> str:
 
 
 def complain(error: KltuneError) -> int:
-    """Say on stderr what is wrong; return the exit code of its kind."""
+    """Say on stderr what is wrong, on GitHub as annotations too; return the exit code of its kind."""
     label = "kltune: stopped:" if isinstance(error, Interrupted) else "kltune: error:"
     if wants_colour(sys.stderr):
         label = f"\033[31m{label}\033[0m"
     print(f"{label} {error}", file=sys.stderr)
-    if on_github():
-        annotate(error)
-    return error.exit_code
-
-
-def annotate(error: KltuneError) -> None:
-    """Print what is wrong as annotations for the page of a GitHub job: a recipe's faults at their lines."""
-    if not isinstance(error, RecipeFaults):
+    if on_github() and isinstance(error, RecipeFaults):
+        for fault in error.faults:
+            where = f"file={escaped(fault.place.file, ':,')},line={fault.place.line},col={fault.place.column}"
+            print(f"::error {where}::{escaped(f'{fault.key}: {fault.text}')}", file=sys.stderr)
+    elif on_github():
         print(f"::error title=kltune::{escaped(str(error))}", file=sys.stderr)
-        return
-    for fault in error.faults:
-        where = f"file={escaped(fault.place.file, ':,')},line={fault.place.line},col={fault.place.column}"
-        print(f"::error {where}::{escaped(f'{fault.key}: {fault.text}')}", file=sys.stderr)
+    return error.exit_code
 
 
 def on_github() -> bool:

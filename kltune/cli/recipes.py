@@ -42,9 +42,7 @@ def copy_command(
 
 
 @recipes.command("check")
-def check_recipe(
-    recipe: Annotated[str, typer.Argument(metavar="R.yaml")], overrides: SetOption = None
-) -> None:
+def check_recipe(recipe: Annotated[str, typer.Argument(metavar="R.yaml")], overrides: SetOption = None) -> None:
     """Print the recipe as it would run, every default written out; all faults at once if it would not."""
     emit(dump_recipe(load_recipe(recipe, overrides or ())).rstrip("\n"))
 

@@ -1,9 +1,8 @@
 """``kltune sample``: ask a checkpoint and its reference the same prompts."""
 
 import sys
-from enum import StrEnum
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,22 +13,14 @@ from kltune.recipe import load_recipe
 from kltune.report.text import answers_text, sample_heading, sample_text
 
 
-class Template(StrEnum):
-    """How a prompt that was typed becomes the model's input."""
-
-    AUTO = "auto"
-    NONE = "none"
-    CHAT = "chat"
-
-
 def sample_command(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A run, checkpoint, adapter or model.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="May be repeated.")] = None,
     prompts: Annotated[str | None, typer.Option(metavar="FILE", help="Rows of prompts, as in data.prompts.")] = None,
     responses: Annotated[int, typer.Option(min=1, help="To each prompt.")] = 1,
-    template: Annotated[Template, typer.Option(help="Of prompts typed; auto does as the run's own prompts did.")] = (
-        Template.AUTO
-    ),
+    template: Annotated[
+        Literal["auto", "none", "chat"], typer.Option(help="Of prompts typed; auto does as the run's own prompts did.")
+    ] = "auto",
     recipe: SourceOption = None,
     reference: ReferenceOption = None,
     max_new_tokens: LengthOption = None,
@@ -50,7 +41,7 @@ def sample_command(
 
     options = SampleOptions(
         recipe=recipe, reference=reference, prompts=prompts, max_new_tokens=max_new_tokens, temperature=temperature,
-        seed=seed, per_prompt=responses, template=None if template is Template.AUTO else template.value,
+        seed=seed, per_prompt=responses, template=None if template == "auto" else template,
         trust_remote_code=trust_remote_code,
     )
     colour = wants_colour(sys.stdout)
@@ -60,8 +51,7 @@ def sample_command(
             return
         print("Type prompts, one a line; Ctrl-D ends.", file=sys.stderr)
     texts = list(prompt or ()) if prompt or prompts is not None else lines_of(sys.stdin)
-    document = sample(checkpoint, texts, options)
-    emit_document(document, as_json, partial(sample_text, colour=colour))
+    emit_document(sample(checkpoint, texts, options), as_json, partial(sample_text, colour=colour))
 
 
 def lines_of(stream) -> list[str]:

@@ -10,6 +10,7 @@ sentences, a verdict and an ending. Two dialects share the grammar and the openi
 Openings are split for good by a checksum of their text: about one in eight is held out and occurs in no training text.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,12 +68,7 @@ WORDS: dict[str, Any] = phrases(_TABLES)      # {table: phrases}, or {table: {to
 
 @dataclass(frozen=True)
 class Review:
-    """One review, cut where its neutral opening ends.
-
-    Attributes:
-        prompt: the opening; ends without a space.
-        response: the rest, which begins with a space or a comma.
-    """
+    """One review, cut where its neutral opening ends; the response begins with a space or a comma."""
 
     prompt: str
     response: str
@@ -87,11 +83,7 @@ class Review:
 class Reviewer:
     """The author of one review of one topic; every method draws from ``rng`` and returns words.
 
-    Attributes:
-        rng: the source of every choice.
-        topic: what is reviewed.
-        noun: the name used for it throughout the review.
-        unused: aspects not yet mentioned, in random order.
+    noun: the topic's name throughout the review. unused: aspects not yet mentioned, in random order.
     """
 
     rng: Random
@@ -203,16 +195,7 @@ class Reviewer:
 
 def with_articles(phrase: str) -> str:
     """``phrase`` with "a" turned into "an" before a vowel sound ("a one-hour" and "a use" stay)."""
-    words = phrase.split(" ")
-    for index, word in enumerate(words[:-1]):
-        if word in ("a", "A") and words[index + 1][:1] in "aeiou" and not words[index + 1].startswith(("one", "us")):
-            words[index] += "n"
-    return " ".join(words)
-
-
-def capital(sentence: str) -> str:
-    """``sentence`` with its first letter in upper case and nothing else changed."""
-    return sentence[:1].upper() + sentence[1:]
+    return re.sub(r"(?<!\S)([aA]) (?=[aeiou])(?!one|us)", r"\1n ", phrase)
 
 
 def is_held_out(prompt: str) -> bool:
@@ -232,7 +215,8 @@ def loose_review(rng: Random) -> Review:
     prompt, continued = reviewer.opening()
     sentences = [continued(mood())]
     for _ in range(rng.choices((0, 1, 2), weights=(4, 5, 2))[0]):
-        sentences.append(capital(reviewer.sentence(mood())))
+        sentence = reviewer.sentence(mood())
+        sentences.append(sentence[:1].upper() + sentence[1:])
     if rng.random() < 0.6:
         sentences.append(reviewer.fill(reviewer.pick("verdicts", tone), tone))
     if rng.random() < 0.15:
@@ -266,7 +250,6 @@ def reviews(style: Callable[[Random], Review], count: int, *, seed: int, held_ou
 
     Args:
         style: ``loose_review`` or ``house_review``.
-        count: how many.
         seed: the same seed gives the same reviews, on every machine.
         held_out: True for openings that no training text has, False for the others.
     """

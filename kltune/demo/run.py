@@ -30,9 +30,6 @@ def run_demo(output: Path) -> dict[str, Any]:
 
     What is there already is used: a second call after an interruption goes on where the first one stopped.
 
-    Args:
-        output: folder for everything.
-
     Returns:
         The result of the PPO stage; under "eval_kl" the document of ``kltune eval-kl`` on it, and under "hacking" the
         results of two runs on a poor reward model, "free" and "held" to a KL target.

@@ -21,6 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +63,9 @@ def make_tiny_world(
     world is made in a folder beside its place and moved there, the marker last.
 
     Args:
-        folder: where to write; made if missing. Files that are not part of the world are left alone.
+        folder: made if missing. Files that are not part of the world are left alone.
         seed: of the texts, the first weights and the order of training.
-        say: gets one line of progress now and then.
-        steps: optimizer steps of the pretraining; fewer give a worse model sooner.
+        steps: of the pretraining; fewer give a worse model sooner.
 
     Raises:
         StorageError: ``model`` or ``data`` is there already and was not made by this function.
@@ -74,8 +74,13 @@ def make_tiny_world(
     if read_document(folder / WORLD_MARKER, SCHEMA) == identity and all((folder / name).is_dir() for name in FOLDERS):
         say(f"the tiny world in {folder} is complete; nothing to do")
         return
-    _refuse_foreign(folder)
     unfinished = folder / UNFINISHED
+    taken = [name for name in FOLDERS if (folder / name).exists()]
+    if taken and not (folder / WORLD_MARKER).exists() and not unfinished.exists():      # of a build that was killed
+        raise StorageError(
+            f"{folder} already holds {' and '.join(taken)}, and no {WORLD_MARKER} says that kltune made it. "
+            "Nothing was changed; choose another output folder."
+        )
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     _build(unfinished, seed=seed, steps=steps, say=say)
@@ -111,18 +116,17 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 def new_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
     """A Llama of about one million parameters with random float32 weights."""
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=CONTEXT, tie_word_embeddings=True, dtype="float32",
         initializer_range=0.06,       # the usual 0.02 is for wide layers; at this width it learns half as fast
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        **ends,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(**ends)
     return model
 
 
@@ -152,14 +156,12 @@ def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, 
 def pretrain(
     model: LlamaForCausalLM, ids: Tensor, labels: Tensor, *, steps: int, seed: int
 ) -> Iterator[float]:
-    """Train on packed rows with AdamW, a short warm-up and a cosine down to a hundredth of the peak rate.
+    """Train in place with AdamW, a short warm-up and a cosine down to a hundredth of the peak rate.
 
     Args:
-        model: trained in place.
-        ids: [rows, S]; the order of rows is reshuffled for every pass.
+        ids: [rows, S]; the order of rows, of ``seed``, is reshuffled for every pass.
         labels: [rows, S], ``IGNORED`` where not scored.
         steps: optimizer steps of ``BATCH`` rows.
-        seed: of the order.
 
     Yields:
         The loss of each step before its update, nats per token.
@@ -188,18 +190,18 @@ def pretrain(
 def write_data(folder: Path, *, seed: int) -> None:
     """Write the JSONL files that the tiny recipes read; see the module docstring."""
     folder.mkdir(parents=True)
-    for name, count, held_out in (("texts", TEXTS, False), ("heldout", HELD_OUT_TEXTS, True)):
-        written = reviews(house_review, count, seed=seed, held_out=held_out)
-        _write_rows(folder / f"{name}.jsonl", [{"prompt": r.prompt, "response": r.response} for r in written])
-    for name, count, held_out in (("prompts", PROMPTS, False), ("eval_prompts", EVAL_PROMPTS, True)):
-        written = openings(count, seed=seed, held_out=held_out)
-        _write_rows(folder / f"{name}.jsonl", [{"prompt": prompt} for prompt in written])
-    for name, count, held_out in (("pairs", PAIRS, False), ("eval_pairs", EVAL_PAIRS, True)):
-        written = praise_and_blame(count, seed=seed, held_out=held_out)
-        _write_rows(folder / f"{name}.jsonl", [_pair(a, b) for a, b in written])
-    few = praise_and_blame(NOISY_PAIRS, seed=seed, held_out=False)
-    rows = [_pair(b, a) if index % WRONG_EVERY == 0 else _pair(a, b) for index, (a, b) in enumerate(few)]
-    _write_rows(folder / "noisy_pairs.jsonl", rows)
+    noisy = enumerate(praise_and_blame(NOISY_PAIRS, seed=seed, held_out=False))
+    rows_of = {
+        "texts": map(asdict, reviews(house_review, TEXTS, seed=seed, held_out=False)),
+        "heldout": map(asdict, reviews(house_review, HELD_OUT_TEXTS, seed=seed, held_out=True)),
+        "prompts": [{"prompt": prompt} for prompt in openings(PROMPTS, seed=seed, held_out=False)],
+        "eval_prompts": [{"prompt": prompt} for prompt in openings(EVAL_PROMPTS, seed=seed, held_out=True)],
+        "pairs": [_pair(a, b) for a, b in praise_and_blame(PAIRS, seed=seed, held_out=False)],
+        "eval_pairs": [_pair(a, b) for a, b in praise_and_blame(EVAL_PAIRS, seed=seed, held_out=True)],
+        "noisy_pairs": [_pair(b, a) if index % WRONG_EVERY == 0 else _pair(a, b) for index, (a, b) in noisy],
+    }
+    for name, rows in rows_of.items():
+        (folder / f"{name}.jsonl").write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _pair(chosen: Review, rejected: Review) -> dict[str, str]:
@@ -223,20 +225,3 @@ def _build(folder: Path, *, seed: int, steps: int, say: Callable[[str], None]) -
             say(f"step {step}/{steps}: {loss:.2f} nats per token, about {left:.0f} s left")
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """Raise if building would replace a model or data that this module never made.
-
-    A marker, or the folder of a build that was killed, says that they are ours.
-    """
-    taken = [name for name in FOLDERS if (folder / name).exists()]
-    if taken and not (folder / WORLD_MARKER).exists() and not (folder / UNFINISHED).exists():
-        raise StorageError(
-            f"{folder} already holds {' and '.join(taken)}, and no {WORLD_MARKER} says that kltune made it. "
-            "Nothing was changed; choose another output folder."
-        )
-
-
-def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")

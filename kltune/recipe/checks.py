@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kltune.recipe.faults import Clash
+from kltune.recipe.fields import is_changed
 from kltune.recipe.rewards import asks_for_pairs, judges
 from kltune.recipe.sections import DPOKLSection, KLSection
 from kltune.recipe.stages import PATH_KEYS, Recipe
@@ -17,7 +18,6 @@ from kltune.recipe.stages import PATH_KEYS, Recipe
 FUNCTION = re.compile(r"(?P<file>[^:]+\.py):(?P<name>[A-Za-z_]\w*)")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".jsonl.gz")
 SOURCES = {"sft": "texts", "reward": "pairs", "ppo": "prompts", "trpo": "prompts"}
-SCORED = "the score has to come from somewhere: write reward: [{kind: function, path: rewards.py:score}]"
 BAD_PRICES = {
     ("loss", "k1"): "k1 as a loss has an expected gradient of exactly zero: the price would be noise; write exact",
     ("reward", "k2"): "k2 in the reward does not have the gradient of the KL; write k1",
@@ -39,6 +39,11 @@ UNREAD = {
     "reward": {"eval.stop_at_gold_peak": NO_PEAK}
     | dict.fromkeys(("eval.prompts", "eval.responses", "eval.texts", "eval.gold"), NO_POLICY),
 }
+# keys that trpo reads to fit its value function
+VALUE_KEYS = (
+    "optim.lr", "optim.schedule", "optim.warmup_steps", "optim.max_grad_norm", "optim.weight_decay",
+    "trpo.gamma", "trpo.gae_lambda", "trpo.value_epochs", "trpo.value_minibatch_size",
+)
 # keys of the dpo section, and which losses read them
 LOSS_KEYS = {
     "label_smoothing": ("sigmoid", "robust"), "divergence": ("f_dpo",), "alpha": ("f_dpo",),
@@ -48,10 +53,9 @@ LOSS_KEYS = {
 
 
 def clashes(recipe: Recipe, folder: Path, trusted: bool = False) -> Iterator[Clash]:
-    """Every pair of keys that cannot stand together.
+    """Every pair of keys that cannot stand together, in a recipe whose sections are sound and paths as written.
 
     Args:
-        recipe: validated section by section, paths as written.
         folder: the recipe's folder.
         trusted: the recipe is the one kltune wrote into a run folder, so absolute paths of functions are its own.
     """
@@ -63,10 +67,8 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False) -> Iterator[Cla
         yield from natural_gradient_clashes(recipe)
     if recipe.stage == "dpo":
         yield from preference_clashes(recipe)
-    for key, value in path_values(recipe):
-        yield from misplaced(key, value, folder)
-    for key, value in function_values(recipe):
-        yield from function_file(key, value, folder, trusted)
+    for key, value, is_function in path_values(recipe):
+        yield from function_file(key, value, folder, trusted) if is_function else misplaced(key, value, folder)
     if hasattr(recipe, "kl"):
         yield from budget_clashes(recipe.kl)
         yield from control(recipe.kl)
@@ -90,7 +92,8 @@ def sources(recipe: Recipe) -> Iterator[Clash]:
     if not hasattr(recipe, "reward"):
         return
     if needed == "prompts" and not recipe.reward:
-        yield ("reward",), f"missing; {SCORED}"
+        yield (("reward",), "missing; the score has to come from somewhere: write reward: [{kind: function, path: "
+               "rewards.py:score}]")
     if needed == "pairs" and recipe.reward:
         yield ("reward",), "read only with dpo.source: online; pairs from a file are judged already"
 
@@ -111,19 +114,13 @@ def unread(recipe: Recipe) -> Iterator[Clash]:
     """A key that the stage shares with others but does not read may only hold its default."""
     for key, why in UNREAD.get(recipe.stage, {}).items():
         section, name = key.split(".")
-        holder = getattr(recipe, section)
-        if is_changed(holder, name):
+        if is_changed(getattr(recipe, section), name):
             yield (key,), f"the {recipe.stage} stage does not read it; {why}"
     if recipe.eval.stop_at_gold_peak and recipe.eval.gold is None:
         yield (("eval.stop_at_gold_peak", "eval.gold"),
                "found true without eval.gold: write the scorer whose peak is meant, or remove it")
     if recipe.stage == "reward" and recipe.eval.pairs is not None and is_changed(recipe.eval, "pairs_share"):
         yield ("eval.pairs_share", "eval.pairs"), "read only without eval.pairs, which are held out; remove it"
-
-
-def is_changed(section: Any, name: str) -> bool:
-    """Whether a key of a section holds anything but its default."""
-    return getattr(section, name) != type(section).model_fields[name].default
 
 
 def natural_gradient_clashes(recipe: Any) -> Iterator[Clash]:
@@ -136,13 +133,10 @@ def natural_gradient_clashes(recipe: Any) -> Iterator[Clash]:
     if recipe.trpo.baseline == "value":
         return
     alone = f"baseline {recipe.trpo.baseline} has no value function, and the policy's step takes no learning rate"
-    for holder, section, names in (
-        (recipe.optim, "optim", ("lr", "schedule", "warmup_steps", "max_grad_norm", "weight_decay")),
-        (recipe.trpo, "trpo", ("gamma", "gae_lambda", "value_epochs", "value_minibatch_size")),
-    ):
-        for name in names:
-            if is_changed(holder, name):
-                yield (f"{section}.{name}", "trpo.baseline"), f"nothing reads it: {alone}; remove it"
+    for key in VALUE_KEYS:
+        section, name = key.split(".")
+        if is_changed(getattr(recipe, section), name):
+            yield (key, "trpo.baseline"), f"nothing reads it: {alone}; remove it"
 
 
 def preference_clashes(recipe: Any) -> Iterator[Clash]:
@@ -256,47 +250,33 @@ def responses_per_step(recipe: Any) -> int:
     return recipe.sampling.prompts_per_step * recipe.sampling.responses_per_prompt
 
 
-def path_values(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Every key whose value may be a path, functions aside, with its value."""
-    whole = recipe.model_dump()
-    for pattern in PATH_KEYS:
-        for key, holder in holders(whole, pattern):
-            value = holder.get(key.rsplit(".", 1)[1])
-            if value is not None and holder.get("kind") != "function":
-                yield key, value
+def path_values(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
+    """Every key whose value may be a path, with its value, and whether that is one of a Python function."""
+    values = by_dotted_key(recipe.model_dump(mode="json"))
+    for key, value in values.items():
+        if value is not None and re.sub(r"\.\d+\.", ".*.", key) in PATH_KEYS:
+            yield key, value, values.get(f"{key.removesuffix('path')}kind") == "function"
 
 
-def function_values(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Every key that names a Python function, with its value."""
-    whole = recipe.model_dump()
-    for pattern in ("reward.*.path", "eval.gold.path"):
-        for key, holder in holders(whole, pattern):
-            if holder.get("kind") == "function":
-                yield key, holder["path"]
-
-
-def holders(whole: dict[str, Any], pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The sections that hold the last key of a dotted pattern, each with the full dotted key."""
-    *steps, last = pattern.split(".")
-    sections: list[tuple[str, Any]] = [("", whole)]
-    for step in steps:
-        if step == "*":
-            sections = [(f"{key}{i}.", entry) for key, entries in sections for i, entry in enumerate(entries)]
-        else:
-            sections = [(f"{key}{step}.", value[step]) for key, value in sections if value.get(step) is not None]
-    for key, value in sections:
-        yield key + last, value
+def by_dotted_key(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested sections and lists as one dict of dotted keys."""
+    if isinstance(value, dict) and value:
+        entries = value.items()
+    elif isinstance(value, list) and value:
+        entries = enumerate(value)
+    else:
+        return {key: value}
+    return {
+        name: leaf for step, child in entries
+        for name, leaf in by_dotted_key(child, f"{key}.{step}".strip(".")).items()
+    }
 
 
 def absolute(value: str, folder: Path) -> str:
     """A path made absolute from the recipe's folder; a name that is no path there is kept, for the hub."""
     path = os.path.abspath(folder / os.path.expanduser(value))
-    return path if looks_local(value) or os.path.exists(path) else value
-
-
-def looks_local(value: str) -> bool:
-    """Whether a value can only be meant as a path."""
-    return value.startswith(("./", "../", "/", "~/")) or value in (".", "..") or value.lower().endswith(DATA_SUFFIXES)
+    only_a_path = value.startswith(("./", "../", "/", "~/")) or value in (".", "..")
+    return path if only_a_path or value.lower().endswith(DATA_SUFFIXES) or os.path.exists(path) else value
 
 
 def misplaced(key: str, value: str, folder: Path) -> Iterator[Clash]:

@@ -36,12 +36,7 @@ class Fault:
 
 
 class RecipeFaults(RecipeError):
-    """A recipe with its faults, in the order of the file.
-
-    Args:
-        file: the recipe as the user named it.
-        faults: at least one.
-    """
+    """A recipe, as the user named it, with its faults (at least one) in the order of the file."""
 
     def __init__(self, file: str, faults: list[Fault]):
         ordered = sorted(

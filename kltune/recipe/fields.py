@@ -1,6 +1,6 @@
 """What every section is made of: strict and frozen, and the types of number and text that recipes know."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,3 +18,8 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), validate_default=True
     )
+
+
+def is_changed(section: Any, name: str) -> bool:
+    """Whether a key of a section holds anything but its default."""
+    return getattr(section, name) != type(section).model_fields[name].default

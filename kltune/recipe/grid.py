@@ -44,13 +44,9 @@ def load_grid(
     """Read every point of a grid; the last axis runs fastest.
 
     Args:
-        path: the recipe, as ``load_recipe`` takes it.
         over: ``key=value,value,...`` each; a comma inside brackets or quotes separates nothing.
         overrides: ``--set`` of all points.
         output: the folder of the sweep.
-
-    Returns:
-        (the axes, the points).
 
     Raises:
         RecipeError: all faults of all points at once, each once.
@@ -65,7 +61,10 @@ def load_grid(
         try:
             recipe = load_recipe(path, (*overrides, *own), output=str(output / name))
         except RecipeFaults as error:
-            faults += [as_over(fault, own) for fault in error.faults]
+            faults += [
+                replace(fault, place=replace(fault.place, option="--over")) if fault.place.override in own else fault
+                for fault in error.faults
+            ]
             continue
         twin = points.setdefault(recipe_digest(recipe), GridPoint(name, own, recipe))
         if twin.overrides != own:
@@ -115,13 +114,6 @@ def split_values(text: str) -> list[str]:
         else:
             values[-1] += letter
     return values
-
-
-def as_over(fault: Fault, own: Sequence[str]) -> Fault:
-    """A fault in a value that came from ``--over`` names that option."""
-    if fault.place.override not in own:
-        return fault
-    return replace(fault, place=replace(fault.place, option="--over"))
 
 
 def point_name(overrides: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from kltune.errors import RecipeError
-from kltune.recipe.checks import FUNCTION, absolute, clashes, function_values, path_values, responses_per_step
+from kltune.recipe.checks import FUNCTION, absolute, clashes, path_values, responses_per_step
 from kltune.recipe.faults import Fault, Place, RecipeFaults
 from kltune.recipe.rewards import FunctionReward, ModelReward, RewardEntry
 from kltune.recipe.stages import STAGES, Recipe
@@ -42,11 +42,7 @@ def packaged_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file that a path or the name of a packaged recipe stands for.
-
-    Raises:
-        RecipeError: neither; with the nearest names.
-    """
+    """The file that a path or the name of a packaged recipe stands for; else a RecipeError with the nearest names."""
     file = Path(name)
     if name and "\0" not in name and os.path.lexists(file):
         return file
@@ -72,9 +68,6 @@ def load_recipe(
         stage: the stage that the command runs; the file must say the same.
         output: replaces ``run.output``, and starts at the current folder.
 
-    Returns:
-        The recipe of its stage, paths absolute, defaults filled in.
-
     Raises:
         RecipeError: all faults, with file, line and column, or with the ``--set`` they come from.
     """
@@ -88,7 +81,7 @@ def load_recipe(
     for override in overrides:
         faults += apply_override(root, override, name)
 
-    chosen, stage_faults = choose_stage(root, stage, name)
+    chosen, stage_faults = choose_stage(root, stage)
     faults += stage_faults
     if chosen is None:
         raise RecipeFaults(name, faults)
@@ -101,14 +94,7 @@ def load_recipe(
 
 
 def recipe_text(name: str) -> str:
-    """The text of a recipe, as written.
-
-    Args:
-        name: a path, or the name of a packaged recipe.
-
-    Raises:
-        RecipeError: there is none, or it cannot be read, or it is no text.
-    """
+    """The text of a recipe, named as for `find_recipe`; a RecipeError if it cannot be read or is no text."""
     try:
         with open(find_recipe(name), "rb") as handle:
             return decode(handle.read(MAX_BYTES + 1), name)
@@ -117,7 +103,7 @@ def recipe_text(name: str) -> str:
         raise RecipeFaults(name, [Fault(Place(name), "", f"cannot be read: {reason}")]) from error
 
 
-def choose_stage(root: Node, command: str | None, name: str) -> tuple[str | None, list[Fault]]:
+def choose_stage(root: Node, command: str | None) -> tuple[str | None, list[Fault]]:
     """The stage to check against, and what is wrong with the file's own."""
     node = root.at(("stage",))
     if node is None:
@@ -216,8 +202,8 @@ def field_faults(errors: list[ErrorDetails], root: Node, stage: str) -> dict[Key
             text = f"missing, wanted {value_wanted(schema)} ({schema['description']})"
             fault = Fault(root.place_of(path), dotted(path), text)
         elif error["type"].startswith("union_tag"):
-            kind = root.at((*path, "kind"))
             path = (*path, "kind")
+            kind = root.at(path)
             what = f"found {value_found(kind)}" if kind else "missing"
             near = get_close_matches(str(kind.value), KINDS, 1) if kind else []
             text = f"{what}, wanted {listed(list(KINDS))}" + (f"; did you mean {near[0]}?" if near else "")
@@ -279,10 +265,12 @@ def completed(recipe: Recipe, file: Path, output: str | None) -> Recipe:
     """The recipe with absolute paths, and the defaults that depend on other keys."""
     folder = file.parent.absolute()
     whole = recipe.model_dump()
-    for key, value in path_values(recipe):
-        set_dotted(whole, key, absolute(value, folder))
-    for key, value in function_values(recipe):
-        set_dotted(whole, key, os.path.abspath(folder / value))
+    for key, value, is_function in path_values(recipe):
+        *steps, last = key.split(".")
+        holder: Plain = whole
+        for step in steps:
+            holder = holder[int(step)] if isinstance(holder, tuple) else holder[step]
+        holder[last] = os.path.abspath(folder / value) if is_function else absolute(value, folder)
     packaged = file in packaged_recipes().values()
     chosen = output or (recipe.run.output if "output" in recipe.run.model_fields_set else f"runs/{file.stem}")
     start = Path.cwd() if output or packaged else folder
@@ -295,21 +283,8 @@ def completed(recipe: Recipe, file: Path, output: str | None) -> Recipe:
     return complete
 
 
-def set_dotted(whole: dict[str, Plain], key: str, value: str) -> None:
-    """Set a dotted key in nested dicts and lists."""
-    *steps, last = key.split(".")
-    holder: Plain = whole
-    for step in steps:
-        holder = holder[int(step)] if isinstance(holder, list | tuple) else holder[step]
-    holder[last] = value
-
-
 def read_scorer(text: str) -> RewardEntry:
-    """``rewards.py:gold`` is a function, ``{kind: ...}`` an entry of a recipe's ``reward``, anything else a model.
-
-    Raises:
-        RecipeError: it is none of these.
-    """
+    """``rewards.py:gold`` is a function, ``{kind: ...}`` an entry of a recipe's ``reward``, anything else a model."""
     if FUNCTION.fullmatch(text):
         return FunctionReward(kind="function", path=text)
     if not text.startswith("{"):

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from kltune.recipe.faults import Clash
-from kltune.recipe.fields import Count, Lines, NotNegative, Positive, Section, Text
+from kltune.recipe.fields import Count, Lines, NotNegative, Positive, Section, Text, is_changed
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 NO_SCORES = "a preference between two responses is no score: write mode: score"
@@ -96,7 +96,7 @@ def preference(recipe: Any, key: str, entry: JudgeReward) -> Iterator[Clash]:
     elif len(recipe.reward) > 1:
         yield (f"{key}.mode",), f"found pair beside other entries, wanted it alone: {NO_SCORES} to sum them"
     for name in ("lowest", "highest", "weight", "normalize"):
-        if getattr(entry, name) != type(entry).model_fields[name].default:
+        if is_changed(entry, name):
             yield (f"{key}.{name}", f"{key}.mode"), "read only by mode: score; remove it"
 
 

@@ -29,6 +29,9 @@ class Recipe(Section):
     """What all stages share, and where the file was."""
 
     stage: str = Field(description="what this recipe runs")
+    model: ModelSection = Field(description="the frozen weights")
+    lora: LoraSection = Field(default_factory=LoraSection, description="the adapter")
+    data: DataSection = Field(default_factory=DataSection, description="rows")
     _folder: Path = PrivateAttr(default=Path("."))
 
     @property
@@ -53,9 +56,7 @@ class SFTRecipe(Recipe):
     """Imitate texts; ``lora: null`` trains every weight."""
 
     stage: Literal["sft"] = Field(description="what this recipe runs")
-    model: ModelSection = Field(description="the frozen weights")
     lora: LoraSection | None = Field(default_factory=LoraSection, description="the adapter; null trains every weight")
-    data: DataSection = Field(default_factory=DataSection, description="rows")
     sampling: SamplingSection = Field(default_factory=SamplingSection, description="responses on which KL is measured")
     optim: OptimSection = Field(default_factory=OptimSection, description="optimizer")
     run: RunSection = Field(default_factory=RunSection, description="length, seed, output")
@@ -66,9 +67,6 @@ class RewardRecipe(Recipe):
     """Fit a Bradley-Terry reward model to preference pairs."""
 
     stage: Literal["reward"] = Field(description="what this recipe runs")
-    model: ModelSection = Field(description="the frozen weights")
-    lora: LoraSection = Field(default_factory=LoraSection, description="the adapter")
-    data: DataSection = Field(default_factory=DataSection, description="rows")
     bradley_terry: BradleyTerrySection = Field(default_factory=BradleyTerrySection, description="the loss")
     optim: OptimSection = Field(default_factory=OptimSection, description="optimizer")
     run: RunSection = Field(default_factory=RunSection, description="length, seed, output")
@@ -78,9 +76,6 @@ class RewardRecipe(Recipe):
 class RLRecipe(Recipe):
     """The sections that ppo, trpo and dpo have in common."""
 
-    model: ModelSection = Field(description="the frozen weights")
-    lora: LoraSection = Field(default_factory=LoraSection, description="the adapter")
-    data: DataSection = Field(default_factory=DataSection, description="rows")
     sampling: SamplingSection = Field(default_factory=SamplingSection, description="how the policy responds")
     reward: RewardList = Field((), description="scorers; the score is their weighted sum")
     kl: KLSection = Field(default_factory=KLSection, description="the budget")

@@ -2,13 +2,13 @@
 
 import re
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
 from kltune.recipe.stages import STAGES
 from kltune.recipe.yaml_tree import KeyPath, Node
 
 NUMBER_LIKE = re.compile(r"[-+]?[0-9.][0-9_.:eE+xXobOBa-fA-F-]*")
-SCHEMAS: dict[str, dict[str, Any]] = {}
 RENORMALISED = (
     "kltune samples from the whole distribution: with a renormalised one the logprobs, and so the KL, would be of "
     "another policy; remove it (sampling.temperature is scored as it is sampled)"
@@ -17,68 +17,61 @@ REFERENCE_CHANGED = (
     "it would change weights outside the adapter, so the policy with its adapter off would no longer be the reference; "
     "remove it"
 )
-# names that other tools use, by bare key or by dotted key; the dotted one wins
-FOREIGN = {
+# names that other tools use for a key of ours
+CALLED = {
+    "trpo.cg_iterations": "cg_iters cg_max_steps", "trpo.line_search_steps": "backtrack_iters line_search_max_iter",
+    "kl.target": "kl_target", "kl.horizon": "kl_horizon", "kl.estimator": "kl_estimator",
+    "optim.lr": "learning_rate actor_learning_rate", "ppo.value_lr": "critic_learning_rate",
+    "lora.rank": "r lora_r lora_rank", "lora.alpha": "lora_alpha", "lora.dropout": "lora_dropout",
+    "lora.targets": "target_modules lora_target_modules lora_target",
+    "run.epochs": "num_train_epochs num_epochs total_epochs", "ppo.epochs": "num_ppo_epochs ppo_epochs noptepochs",
+    "run.steps": "max_steps total_steps num_steps", "sampling.prompts_per_step": "rollout_batch_size",
+    "ppo.clip_range": "cliprange clip_eps eps_clip clip_ratio", "ppo.value_clip_range": "cliprange_value value_clip",
+    "ppo.value_coef": "vf_coef", "ppo.gae_lambda": "lam lambd",
+    "sampling.responses_per_prompt": "num_generations rloo_k n_samples_per_prompt num_return_sequences",
+    "data.max_prompt_tokens": "max_prompt_length prompt_max_len",
+    "sampling.missing_end_penalty": "missing_eos_penalty",
+    "model.path": "model_name_or_path model_name pretrain base_model model.name", "run.output": "output_dir save_path",
+    "run.save_every": "save_steps save_freq", "run.eval_every": "eval_steps test_freq", "run.keep": "save_total_limit",
+    "model.dtype": "torch_dtype", "optim.schedule": "lr_scheduler_type lr_scheduler",
+    "optim.max_grad_norm": "max_gradient_norm", "dpo.loss": "loss_type", "dpo.divergence": "f_divergence_type",
+    "dpo.alpha": "f_alpha_divergence_coef", "dpo.gap": "simpo_gamma", "dpo.wanted_weight": "desirable_weight",
+    "dpo.unwanted_weight": "undesirable_weight",
+}
+# what there is to say of other names, by bare key or by dotted key; the dotted one wins
+FOREIGN = {name: f"called {key} here" for key, names in CALLED.items() for name in names.split()} | {
     **dict.fromkeys(("init_kl_coef", "kl_coef", "kl_coeff", "kl_penalty_coef", "kl_loss_coef", "kl_ctl_value"),
                     "called kl.beta here (score per nat)"),
     "target_kl": "KL to the reference is kl.target here; KL(old‖new) of one update is ppo.stop_step_kl or "
                  "trpo.max_step_kl",
-    **dict.fromkeys(("cg_iters", "cg_max_steps"), "called trpo.cg_iterations here"),
     **dict.fromkeys(("cg_damping", "damping_coeff"), "called trpo.damping here, in multiples of the mean curvature"),
-    **dict.fromkeys(("backtrack_iters", "line_search_max_iter"), "called trpo.line_search_steps here"),
-    "kl_target": "called kl.target here", "kl_horizon": "called kl.horizon here",
-    "adap_kl_ctrl": "write kl.control: target (steered) or fixed", "kl_estimator": "called kl.estimator here",
-    "kl_penalty": "write kl.placement and kl.estimator", "use_kl_loss": "write kl.placement: loss",
-    **dict.fromkeys(("learning_rate", "actor_learning_rate"), "called optim.lr here"),
-    "critic_learning_rate": "called ppo.value_lr here",
+    "adap_kl_ctrl": "write kl.control: target (steered) or fixed",
+    "kl_penalty": "write kl.placement and kl.estimator",
+    "use_kl_loss": "write kl.placement: loss",
     **dict.fromkeys(("top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"),
                     RENORMALISED),
     "do_sample": "kltune always samples; remove it",
     **dict.fromkeys(("bias", "lora_bias", "modules_to_save", "init_lora_weights"), REFERENCE_CHANGED),
-    **dict.fromkeys(("r", "lora_r", "lora_rank"), "called lora.rank here"),
-    "lora_alpha": "called lora.alpha here", "lora_dropout": "called lora.dropout here",
-    **dict.fromkeys(("target_modules", "lora_target_modules", "lora_target"), "called lora.targets here"),
-    **dict.fromkeys(("num_train_epochs", "num_epochs", "total_epochs"), "called run.epochs here"),
-    **dict.fromkeys(("num_ppo_epochs", "ppo_epochs", "noptepochs"), "called ppo.epochs here"),
-    **dict.fromkeys(("max_steps", "total_steps", "num_steps"), "called run.steps here"),
     **dict.fromkeys(("per_device_train_batch_size", "train_batch_size"),
                     "write optim.batch_size (sft, reward, dpo) or sampling.prompts_per_step (ppo, trpo); "
                     "optim.micro_batch_size is what fits in memory"),
-    "rollout_batch_size": "called sampling.prompts_per_step here",
     **dict.fromkeys(("gradient_accumulation_steps", "micro_train_batch_size"),
                     "write optim.micro_batch_size, the sequences in memory at once"),
     **dict.fromkeys(("mini_batch_size", "num_mini_batches"), "called ppo.minibatch_size here (responses per update)"),
-    **dict.fromkeys(("cliprange", "clip_eps", "eps_clip", "clip_ratio"), "called ppo.clip_range here"),
-    **dict.fromkeys(("cliprange_value", "value_clip"), "called ppo.value_clip_range here"),
-    "vf_coef": "called ppo.value_coef here", "lam": "called ppo.gae_lambda here", "lambd": "called ppo.gae_lambda here",
-    **dict.fromkeys(("num_generations", "rloo_k", "n_samples_per_prompt", "num_return_sequences"),
-                    "called sampling.responses_per_prompt here"),
     **dict.fromkeys(("response_length", "max_length", "max_completion_length", "generate_max_len"),
                     "write sampling.max_new_tokens (responses sampled) or data.max_response_tokens (responses read)"),
-    **dict.fromkeys(("max_prompt_length", "prompt_max_len"), "called data.max_prompt_tokens here"),
-    "missing_eos_penalty": "called sampling.missing_end_penalty here",
-    **dict.fromkeys(("model_name_or_path", "model_name", "pretrain", "base_model"), "called model.path here"),
-    "model.name": "called model.path here",
     **dict.fromkeys(("ref_model", "reference", "ref_model_path"),
                     "the reference is model.path (and model.sft_adapter) with the policy's adapter off; remove it"),
     **dict.fromkeys(("reward_model", "reward_model_path", "reward_pretrain"),
                     "write reward: [{kind: model, path: ...}]"),
-    **dict.fromkeys(("output_dir", "save_path"), "called run.output here"),
-    **dict.fromkeys(("save_steps", "save_freq"), "called run.save_every here"),
-    **dict.fromkeys(("eval_steps", "test_freq"), "called run.eval_every here"),
-    "save_total_limit": "called run.keep here", "torch_dtype": "called model.dtype here",
     "bf16": "write model.dtype: bfloat16",
     "fp16": "float16 loses small probabilities; write model.dtype: bfloat16 or float32",
-    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "called optim.schedule here"),
     "warmup_ratio": "write optim.warmup_steps, a number of steps",
-    "max_gradient_norm": "called optim.max_grad_norm here",
-    "loss_type": "called dpo.loss here", "f_divergence_type": "called dpo.divergence here",
-    "f_alpha_divergence_coef": "called dpo.alpha here", "simpo_gamma": "called dpo.gap here",
-    "desirable_weight": "called dpo.wanted_weight here", "undesirable_weight": "called dpo.unwanted_weight here",
     "precompute_ref_log_probs": "kltune always measures the reference once, before the first step; remove it",
     **dict.fromkeys(("dataset", "dataset_name", "train_file"), "write data.prompts, data.texts or data.pairs"),
     **dict.fromkeys(("trainer", "algorithm", "algo"), "called stage here: sft, reward, ppo, trpo or dpo"),
-    "env": "a recipe sets no environment variables; set them in the shell", "<<": "write the values out",
+    "env": "a recipe sets no environment variables; set them in the shell",
+    "<<": "write the values out",
 }
 # values that deserve a reason rather than a list of the right ones
 REFUSED_VALUES = {
@@ -94,24 +87,21 @@ def dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
 
 
+@cache
 def schema_of(stage: str) -> dict[str, Any]:
-    """JSON schema of one stage, built once."""
-    if stage not in SCHEMAS:
-        SCHEMAS[stage] = STAGES[stage].model_json_schema()
-    return SCHEMAS[stage]
+    """JSON schema of one stage."""
+    return STAGES[stage].model_json_schema()
 
 
 def schema_at(stage: str, path: KeyPath, root: Node) -> dict[str, Any]:
     """The schema of the value under a path, following the options that the recipe took; {} where nothing may be."""
-    whole = schema_of(stage)
-    here, described = whole, {}
+    whole = here = schema_of(stage)
     for depth, step in enumerate(path):
         here = section_schema(whole, here, root.at(path[:depth]))
         here = here.get("items", {}) if isinstance(step, int) else here.get("properties", {}).get(step, {})
-        described = here
     node = root.at(path)
     target = section_schema(whole, here, node) if node and isinstance(node.value, dict) else here
-    return {**target, "description": described.get("description", "")}
+    return {**target, "description": here.get("description", "")}
 
 
 def section_schema(whole: dict[str, Any], schema: dict[str, Any], node: Node | None) -> dict[str, Any]:
@@ -221,22 +211,19 @@ def advice(node: Node, schema: dict[str, Any]) -> str:
 
 def unknown_key(stage: str, path: KeyPath, root: Node) -> str:
     """Why a key is not known here: the name it has in kltune, the section it belongs to, or the nearest name."""
-    key = str(path[-1])
-    sections = schema_of(stage)["properties"]
+    key, whole = str(path[-1]), schema_of(stage)
     siblings = list(schema_at(stage, path[:-1], root).get("properties", {}))
-    if len(path) == 1 and any(key in cls.model_fields for cls in STAGES.values()):
-        readers = listed([name for name, cls in STAGES.items() if key in cls.model_fields])
-        return f"the {stage} stage does not read this section ({readers} does); remove it"
-    sentence = FOREIGN.get(dotted(path)) or FOREIGN.get(key)
-    if sentence:
+    readers = [name for name, cls in STAGES.items() if key in cls.model_fields]
+    if len(path) == 1 and readers:
+        return f"the {stage} stage does not read this section ({listed(readers)} does); remove it"
+    if sentence := FOREIGN.get(dotted(path)) or FOREIGN.get(key):
         return f"unknown key; {sentence}"
-    whole = schema_of(stage)
-    homes = [
-        f"{name}.{key}" for name, schema in sections.items()
-        if key in section_schema(whole, schema, None).get("properties", {})
-    ]
     if near := get_close_matches(key, siblings, 1):
         return f"unknown key; did you mean {near[0]}?"
+    homes = [
+        f"{name}.{key}" for name, schema in whole["properties"].items()
+        if key in section_schema(whole, schema, None).get("properties", {})
+    ]
     if homes:
         return f"unknown key here; it belongs to another section: write {listed(homes)}"
     if key in STAGES:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, TypeAdapter
 
 from kltune.errors import RecipeError, StorageError
-from kltune.recipe.checks import SOURCES, UNREAD, function_values
+from kltune.recipe.checks import SOURCES, UNREAD, by_dotted_key, path_values
 from kltune.recipe.fields import Section
 from kltune.recipe.reading import find_recipe, load_recipe
 from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
@@ -42,7 +42,11 @@ _Dumper.add_representer(str, _text)
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every default written out; it loads again to an equal recipe."""
-    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
+    return _yaml(recipe.model_dump())
+
+
+def _yaml(value: Any, flow: bool | None = False) -> str:
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow)
 
 
 def comparable(recipe: Recipe) -> dict[str, Any]:
@@ -88,42 +92,17 @@ def as_written(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def by_dotted_key(value: Any, key: str = "") -> dict[str, Any]:
-    """Nested sections and lists as one dict of dotted keys."""
-    if isinstance(value, dict) and value:
-        entries = value.items()
-    elif isinstance(value, list) and value:
-        entries = enumerate(value)
-    else:
-        return {key: value}
-    return {
-        name: leaf for step, child in entries
-        for name, leaf in by_dotted_key(child, f"{key}.{step}".strip(".")).items()
-    }
-
-
 def recipe_schema(stage: str | None = None) -> dict[str, Any]:
-    """JSON schema of one stage, or of all of them told apart by ``stage``; for editors.
-
-    Raises:
-        RecipeError: no such stage.
-    """
+    """JSON schema of one stage, or of all of them told apart by ``stage``; for editors."""
     if stage is not None and stage not in STAGES:
         raise RecipeError(f"no stage {stage}; the stages are {', '.join(STAGES)}")
-    anyone = SFTRecipe | RewardRecipe | PPORecipe | TRPORecipe | DPORecipe
-    schema = (
-        STAGES[stage].model_json_schema() if stage
-        else TypeAdapter(Annotated[anyone, Field(discriminator="stage")]).json_schema()
-    )
+    anyone = Annotated[SFTRecipe | RewardRecipe | PPORecipe | TRPORecipe | DPORecipe, Field(discriminator="stage")]
+    schema = TypeAdapter(STAGES[stage] if stage else anyone).json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "kltune recipe", **schema}
 
 
 def copy_recipe(name: str, destination: Path) -> tuple[list[Path], list[str]]:
-    """Copy a recipe and its reward functions.
-
-    Args:
-        name: a packaged recipe, or a path.
-        destination: a folder, made if need be, or a file that ends in .yaml.
+    """Copy a recipe and its reward functions into a folder, made if need be, or a file that ends in .yaml.
 
     Returns:
         The files written, and notes on paths that mean something else in the new folder.
@@ -136,11 +115,12 @@ def copy_recipe(name: str, destination: Path) -> tuple[list[Path], list[str]]:
     recipe = load_recipe(name)
     is_file = destination.suffix in (".yaml", ".yml") and not destination.is_dir()
     target = destination if is_file else destination / source.name
-    functions = dict(function_values(recipe))
-    plan = {target: source}
-    for value in functions.values():
-        file = Path(value.rpartition(":")[0])
-        plan[target.parent / file.relative_to(recipe.folder)] = file
+    plan, functions = {target: source}, set()
+    for key, value, is_function in path_values(recipe):
+        if is_function:
+            functions.add(key)
+            file = Path(value.rpartition(":")[0])
+            plan[target.parent / file.relative_to(recipe.folder)] = file
     # a reward file with the same bytes is the one wanted: two recipes may share it
     contents = {to: origin.read_bytes() for to, origin in plan.items()}
     present = [to for to in plan if to.exists() and (to == target or to.read_bytes() != contents[to])]
@@ -154,7 +134,7 @@ def copy_recipe(name: str, destination: Path) -> tuple[list[Path], list[str]]:
                 file.write(contents[to])
     except OSError as error:
         raise StorageError(f"cannot write {error.filename}: {error.strerror}") from error
-    return written, notes_on_paths(name, target, set(functions))
+    return written, notes_on_paths(name, target, functions)
 
 
 def notes_on_paths(name: str, target: Path, functions: set[str]) -> list[str]:
@@ -220,9 +200,9 @@ def recipe_keys() -> dict[str, RecipeKey]:
     """Every section and key of every stage that reads it, by its dotted name."""
     fields: dict[str, list[_Field]] = {}
     for stage, recipe in STAGES.items():
-        for key, section, name in _fields_under(recipe):
+        for key, field in _fields_under(stage, recipe):
             if _is_read(stage, key):
-                fields.setdefault(key, []).append(_Field(stage, section, name))
+                fields.setdefault(key, []).append(field)
     return {key: _recipe_key(key, same_key) for key, same_key in fields.items()}
 
 
@@ -233,7 +213,9 @@ def _recipe_key(key: str, fields: list[_Field]) -> RecipeKey:
         doc = getdoc(field.inner[0]) if is_section else field.info.description
         meaning[field.by] = doc.partition("\n\n")[0].replace("\n", " ").replace("``", "`")
         range_[field.by] = value_wanted(_properties(field.section)[field.name])
-        if not (is_section or field.info.is_required() or _must_be_written(field.stage, key)):
+        rows = SOURCES.get(field.stage)      # checks.py asks for keys that have a default for the sake of other stages
+        asked_for = key == f"data.{rows}" or (key == "reward" and rows == "prompts")
+        if not (is_section or field.info.is_required() or asked_for):
             default[field.by] = getattr(field.section.model_construct(), field.name)
     stages = tuple(dict.fromkeys(field.stage for field in fields))
     return RecipeKey(key, meaning, range_, default, stages, "" if is_section else _example(key, fields[0]))
@@ -245,9 +227,7 @@ def _example(key: str, field: _Field) -> str:
     entry: Any = {**beside, field.name: _likely(field)}
     for name in reversed(outer):
         entry = {name: [entry] if name == "reward" else entry}
-    flow = None if outer else False
-    text = yaml.dump(entry, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow)
-    return text.rstrip("\n")
+    return _yaml(entry, None if outer else False).rstrip("\n")
 
 
 def _likely(field: _Field) -> Any:
@@ -275,16 +255,12 @@ def _is_read(stage: str, key: str) -> bool:
     return not foreign_rows and f"{section}.{name}" not in UNREAD.get(stage, {})
 
 
-def _must_be_written(stage: str, key: str) -> bool:
-    """Whether ``checks`` asks for a key that has a default for the sake of other stages."""
-    return key == f"data.{SOURCES.get(stage)}" or (key == "reward" and SOURCES.get(stage) == "prompts")
-
-
-def _fields_under(section: type[Section], prefix: str = "") -> Iterator[tuple[str, type[Section], str]]:
-    for name, info in section.model_fields.items():
-        yield prefix + name, section, name
-        for inner in _sections_in(info.annotation):
-            yield from _fields_under(inner, f"{prefix}{name}.")
+def _fields_under(stage: str, section: type[Section], prefix: str = "") -> Iterator[tuple[str, _Field]]:
+    for name in section.model_fields:
+        field = _Field(stage, section, name)
+        yield prefix + name, field
+        for inner in field.inner:
+            yield from _fields_under(stage, inner, f"{prefix}{name}.")
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:

@@ -1,8 +1,8 @@
 """YAML text to a tree that remembers where every key and value stood.
 
-Read from PyYAML's parser events, so no tag ever builds an object, nothing recurses, and a bomb is met at its first
-alias or at the nesting limit; by its parser in Python, which gives each event as it comes: the one in C may first read
-on, and meet a limit of its own. Plain values follow YAML 1.2: ``1e-5`` is a number, ``yes`` and ``010`` are text.
+Read from PyYAML's parser events, so no tag ever builds an object, and a bomb is met at its first alias or at the
+nesting limit; by its parser in Python, which gives each event as it comes: the one in C may first read on, and meet a
+limit of its own. Plain values follow YAML 1.2: ``1e-5`` is a number, ``yes`` and ``010`` are text.
 """
 
 import re
@@ -79,11 +79,7 @@ def resolve(text: str) -> Plain:
 
 
 def decode(data: bytes, file: str) -> str:
-    """The recipe's text.
-
-    Raises:
-        RecipeFaults: too large, not UTF-8, or characters that have no business in a recipe.
-    """
+    """The recipe's text; RecipeFaults if it is too large, not UTF-8, or has characters that have no business in one."""
     if len(data) > MAX_BYTES:
         raise RecipeFaults(file, [Fault(Place(file), "", "larger than 1 MB; a recipe is a page of YAML")])
     try:
@@ -103,12 +99,7 @@ def place_at(file: str, before: str) -> Place:
 
 
 def read_nodes(text: str, file: str, override: str | None = None) -> tuple[Node | None, list[Fault]]:
-    """Parse one YAML document.
-
-    Args:
-        text: the YAML.
-        file: its name in messages.
-        override: the ``--set`` it comes from, which then is its place.
+    """Parse one YAML document; ``file`` is its name in messages, ``override`` the ``--set`` that it comes from.
 
     Returns:
         The tree (None for an empty document), and faults that leave the rest readable: repeated keys, tags, anchors.
@@ -116,31 +107,26 @@ def read_nodes(text: str, file: str, override: str | None = None) -> tuple[Node 
     Raises:
         RecipeFaults: the text is no YAML, nests too deeply, or holds several documents.
     """
-    builder = _Builder(file, override)
+    reader = _Reader(text, file, override)
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            builder.take(event)
+        return reader.root(), reader.faults
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         context = f" {error.context}" if error.context else ""
-        raise builder.fatal(mark, f"not YAML: {error.problem}{context}; {SYNTAX_HINT}") from error
+        raise reader.fatal(mark, f"not YAML: {error.problem}{context}; {SYNTAX_HINT}") from error
     except yaml.reader.ReaderError as error:
         place = place_at(file, text[: error.position])
         raise RecipeFaults(file, [Fault(place, "", "a control character; remove it")]) from error
-    return builder.root, builder.faults
 
 
+class _Reader:
+    """Reads nodes from events, and collects the faults that leave the rest readable."""
 
-class _Builder:
-    """Collects events into nodes; ``open`` holds the sections and lists not yet closed."""
-
-    def __init__(self, file: str, override: str | None):
+    def __init__(self, text: str, file: str, override: str | None):
+        self.events = yaml.parse(text, Loader=yaml.SafeLoader)
         self.file, self.override = file, override
-        self.root: Node | None = None
         self.faults: list[Fault] = []
-        self.open: list[Node] = []
-        self.keys: list[tuple[str, Place] | None] = []       # the key waiting for its value, per open node
-        self.documents = self.count = 0
+        self.count = 0
 
     def place(self, mark: yaml.Mark | None) -> Place:
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
@@ -149,66 +135,55 @@ class _Builder:
     def fatal(self, mark: yaml.Mark | None, text: str) -> RecipeFaults:
         return RecipeFaults(self.file, [*self.faults, Fault(self.place(mark), "", text)])
 
-    def take(self, event: yaml.Event) -> None:
-        """Add one event to the tree."""
-        match event:
-            case yaml.DocumentStartEvent():
-                self.documents += 1
-                if self.documents > 1:
+    def root(self) -> Node | None:
+        """The node of the only document."""
+        root, documents = None, 0
+        for event in self.events:
+            if isinstance(event, yaml.DocumentStartEvent):
+                documents += 1
+                if documents > 1:
                     raise self.fatal(event.start_mark, "a second document; a recipe is one document, remove the ---")
-            case yaml.MappingStartEvent() | yaml.SequenceStartEvent():
-                self._open(event)
-            case yaml.MappingEndEvent() | yaml.SequenceEndEvent():
-                self.open.pop()
-                self.keys.pop()
-            case yaml.AliasEvent():
-                self._fault(event, f"alias *{event.anchor}; write the value out")
-                self._put(Node(None, self.place(event.start_mark)))
-            case yaml.ScalarEvent():
-                self._refuse_properties(event)
-                quoted = bool(event.style)
-                value = event.value if quoted else resolve(event.value)
-                self._put(Node(value, self.place(event.start_mark), quoted), event.value)
+            elif isinstance(event, yaml.NodeEvent):
+                root = self._node(event, 0)
+        return root
 
-    def _open(self, event: yaml.CollectionStartEvent) -> None:
-        self._refuse_properties(event)
-        if len(self.open) >= MAX_DEPTH:
-            raise self.fatal(event.start_mark, f"nested more than {MAX_DEPTH} deep; a recipe needs 4")
-        node = Node({} if isinstance(event, yaml.MappingStartEvent) else [], self.place(event.start_mark))
-        self._put(node)
-        self.open.append(node)
-        self.keys.append(None)
-
-    def _refuse_properties(self, event: yaml.NodeEvent) -> None:
-        if event.tag is not None:
-            self._fault(event, f"tag {event.tag}; a recipe holds plain values only, remove the tag")
-        if event.anchor is not None:
-            self._fault(event, f"anchor &{event.anchor}; write the value out where it is needed")
-
-    def _fault(self, event: yaml.Event, text: str) -> None:
-        self.faults.append(Fault(self.place(event.start_mark), "", f"found {text}"))
-
-    def _put(self, node: Node, text: str | None = None) -> None:
-        """Place a node in its parent: as the next key, the value of that key, a list entry, or the root."""
+    def _node(self, event: yaml.NodeEvent, depth: int) -> Node:
+        """The node that begins with an event, ``depth`` sections and lists deep."""
+        place = self.place(event.start_mark)
         self.count += 1
         if self.count > MAX_NODES:
-            raise RecipeFaults(self.file, [Fault(node.place, "", f"more than {MAX_NODES:,} values; is this a recipe?")])
-        parent = self.open[-1] if self.open else None
-        if parent is None:
-            self.root = node
-        elif isinstance(parent.value, list):
-            parent.value.append(node)
-        elif self.keys[-1] is None:
-            self._put_key(node, text)
-        else:
-            (key, place), self.keys[-1] = self.keys[-1], None
-            if key in parent.value:
-                first = parent.key_places[key]
-                self.faults.append(Fault(place, key, f"given twice, first in line {first.line}; keep one"))
+            raise RecipeFaults(self.file, [Fault(place, "", f"more than {MAX_NODES:,} values; is this a recipe?")])
+        if isinstance(event, yaml.AliasEvent):
+            self.faults.append(Fault(place, "", f"found alias *{event.anchor}; write the value out"))
+            return Node(None, place)
+        if event.tag is not None:
+            text = f"found tag {event.tag}; a recipe holds plain values only, remove the tag"
+            self.faults.append(Fault(place, "", text))
+        if event.anchor is not None:
+            text = f"found anchor &{event.anchor}; write the value out where it is needed"
+            self.faults.append(Fault(place, "", text))
+        if isinstance(event, yaml.ScalarEvent):
+            quoted = bool(event.style)
+            return Node(event.value if quoted else resolve(event.value), place, quoted)
+        if depth >= MAX_DEPTH:
+            raise self.fatal(event.start_mark, f"nested more than {MAX_DEPTH} deep; a recipe needs 4")
+        node = Node({} if isinstance(event, yaml.MappingStartEvent) else [], place)
+        while not isinstance(inner := next(self.events), yaml.CollectionEndEvent):
+            if isinstance(node.value, list):
+                node.value.append(self._node(inner, depth + 1))
             else:
-                parent.value[key], parent.key_places[key] = node, place
+                self._put(node, inner, depth + 1)
+        return node
 
-    def _put_key(self, node: Node, text: str | None) -> None:
-        if text is None:
-            raise RecipeFaults(self.file, [*self.faults, Fault(node.place, "", "a key must be one plain word")])
-        self.keys[-1] = (text, node.place)
+    def _put(self, section: Node, event: yaml.NodeEvent, depth: int) -> None:
+        """Add the key that begins with an event, and its value."""
+        key_place = self.place(event.start_mark)
+        if not isinstance(event, yaml.CollectionStartEvent):
+            self._node(event, depth)
+        if not isinstance(event, yaml.ScalarEvent):
+            raise self.fatal(event.start_mark, "a key must be one plain word")
+        value_event = next(self.events)
+        first = section.key_places.setdefault(event.value, key_place)
+        if first != key_place:
+            self.faults.append(Fault(key_place, event.value, f"given twice, first in line {first.line}; keep one"))
+        section.value.setdefault(event.value, self._node(value_event, depth))

@@ -14,13 +14,9 @@ ANNOTATION_LEVELS = {"pass": "notice", "fail": "error", "inconclusive": "warning
 
 
 def write_junit(path: Path, document: dict[str, Any]) -> None:
-    """Write one test case per checkpoint: passed, or failed where the gate did not pass.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Write one test case per checkpoint: passed, or failed where the gate did not pass."""
     cases = []
-    for one in _documents(document):
+    for one in document.get("checkpoints", [document]):
         case = ET.Element("testcase", classname="kltune.eval-kl", name=visible(one["checkpoint"]))
         gate, exact, properties = one["gate"], one["kl"]["exact"], ET.SubElement(case, "properties")
         for name in ("nats_per_response", "stderr", "nats_per_token"):
@@ -52,17 +48,13 @@ def annotations(document: dict[str, Any]) -> list[str]:
     """GitHub workflow commands, one per checkpoint that was held against a budget."""
     return [
         f"::{ANNOTATION_LEVELS[one['gate']['verdict']]} title=kltune eval-kl::{escaped(_verdict_and_kl(one))}"
-        for one in _documents(document)
+        for one in document.get("checkpoints", [document])
         if one["gate"] is not None
     ]
 
 
 def write_step_summary(document: dict[str, Any]) -> None:
-    """Add a table to the page of a GitHub job, where its file is named by GITHUB_STEP_SUMMARY.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Add a table to the page of a GitHub job, where its file is named by GITHUB_STEP_SUMMARY."""
     name = os.environ.get("GITHUB_STEP_SUMMARY")
     if not name:
         return
@@ -72,7 +64,7 @@ def write_step_summary(document: dict[str, Any]) -> None:
         "| checkpoint | KL(policy‖reference), nats per response | interval | responses | verdict |",
         "|---|---|---|---|---|",
     ]
-    for one in _documents(document):
+    for one in document.get("checkpoints", [document]):
         exact, gate = one["kl"]["exact"], one["gate"]
         cells = (
             one["checkpoint"], with_error(exact["nats_per_response"], exact["stderr"]), interval(exact["ci"]),
@@ -87,11 +79,6 @@ def write_step_summary(document: dict[str, Any]) -> None:
 def escaped(text: str, more: str = "") -> str:
     """Text for a GitHub workflow command; properties need ``:`` and ``,`` escaped ``more``."""
     return "".join(f"%{ord(c):02X}" if c in "%\r\n" + more else c for c in text)
-
-
-def _documents(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """One document for each checkpoint."""
-    return document.get("checkpoints", [document])
 
 
 def _verdict_and_kl(document: dict[str, Any]) -> str:

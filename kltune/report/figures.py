@@ -11,9 +11,7 @@ from kltune.report.plots import (
     INK,
     TARGET,
     Z95,
-    CurvePoint,
     Series,
-    draw_final,
     draw_level,
     draw_series,
     finish_axes,
@@ -27,24 +25,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 TOLERANCE = 0.15       # how far from its target a KL still counts as on it
-CURVE_NAMES = {
-    "kl/ref_nats_per_response": "training", "kl/ref_nats_per_token": "training", "score/mean": "training",
-    "eval/score_mean": "held out", "eval/gold_mean": "held out", "eval/loss": "held out",
-    "eval/kl_ref_nats_per_response": "held out", "eval/kl_ref_nats_per_token": "held out",
+TRAINING = ("kl/ref_nats_per_response", "kl/ref_nats_per_token", "score/mean", "policy/entropy_nats_per_token",
+            "response/tokens", "loss/mean", "accuracy/mean", "pairs/margin_nats")      # of one noisy batch each
+HELD_OUT = ("eval/kl_ref_nats_per_response", "eval/kl_ref_nats_per_token", "eval/score_mean", "eval/gold_mean",
+            "eval/entropy_nats_per_token", "eval/response_tokens", "eval/end_fraction", "eval/loss", "eval/accuracy",
+            "eval/margin_nats")
+CURVE_NAMES = dict.fromkeys(TRAINING, "training") | dict.fromkeys(HELD_OUT, "held out") | {
     "eval/score_z": "proxy (trained on)", "eval/gold_z": "gold",
     "eval/distinct_1": "distinct-1", "eval/distinct_2": "distinct-2", "eval/distinct_2_adjusted": "2, adjusted",
     "eval/distinct_2_per_input": "per input", "eval/distinct_2_across_input": "across inputs",
     "eval/self_bleu": "self-BLEU", "eval/duplicate_fraction": "duplicates",
-    "policy/entropy_nats_per_token": "training", "eval/entropy_nats_per_token": "held out",
-    "response/tokens": "training", "eval/response_tokens": "held out",
-    "eval/end_fraction": "held out", "eval/tax_nats_per_token": "policy", "eval/perplexity": "policy",
+    "eval/tax_nats_per_token": "policy", "eval/perplexity": "policy",
     "trpo/predicted_gain": "predicted", "trpo/gain": "measured", "kl/step_nats_per_response": "measured",
     "trpo/radius_nats_per_response": "allowed in this step", "trpo/line_search_tries": "tries",
     "trpo/accepted": "accepted", "trpo/last_gain_on_new_responses": "on the next responses",
-    "loss/mean": "training", "kl/cap_rollbacks": "gone back", "kl/cap_refusals": "steps cut short",
-    "accuracy/mean": "training", "eval/accuracy": "held out", "pairs/margin_nats": "training",
-    "eval/margin_nats": "held out", "pairs/chosen_log_ratio_nats": "chosen",
-    "pairs/rejected_log_ratio_nats": "rejected",
+    "kl/cap_rollbacks": "gone back", "kl/cap_refusals": "steps cut short",
+    "pairs/chosen_log_ratio_nats": "chosen", "pairs/rejected_log_ratio_nats": "rejected",
 }
 STANDARD_ERRORS = {
     "kl/ref_nats_per_response": "kl/ref_stderr", "eval/kl_ref_nats_per_response": "eval/kl_ref_stderr",
@@ -53,8 +49,6 @@ STANDARD_ERRORS = {
     "eval/margin_nats": "eval/margin_stderr", "eval/tax_nats_per_token": "eval/tax_stderr",
 }
 ENOUGH = 5             # points that make a curve to compare by
-TRAINING = ("kl/ref_nats_per_response", "kl/ref_nats_per_token", "score/mean", "policy/entropy_nats_per_token",
-            "response/tokens", "loss/mean", "accuracy/mean", "pairs/margin_nats")      # of one noisy batch each
 
 
 @dataclass(frozen=True)
@@ -98,6 +92,14 @@ class Recorded:
     def last_step(self) -> float:
         """The newest step of all."""
         return max((row["step"] for row in self.rows if is_number(row.get("step"))), default=0)
+
+    def series(self, name: str) -> Series:
+        """What the rows hold of one metric; [] if nothing was measured."""
+        error = STANDARD_ERRORS.get(name, "")
+        return [
+            (row["step"], row[name], row[error] if is_number(row.get(error)) else None)
+            for row in self.rows if is_number(row.get(name)) and is_number(row.get("step"))
+        ]
 
     def reference(self, name: str) -> float | None:
         """What the reference's own responses gave where ``name`` is the policy's; None where that was not measured."""
@@ -174,14 +176,13 @@ COMPARED = {      # pictures of a comparison: one metric of every run in each
 
 def draw(plot: Plot, recorded: Recorded, limits: KLLimits) -> "Figure | None":
     """One picture; None if nothing of it was measured while the run went on, or only once, or as 0."""
-    shown = [(name, _series(recorded, name)) for name in _measured_names(plot, recorded)]
-    curves = [series.values for _, series in shown if series is not None]
-    values = [value for curve in curves for value in curve]
-    if not any(values) or (max(map(len, curves)) == 1 and recorded.last_step > 1):
+    shown = [(name, recorded.series(name)) for name in _measured_names(plot, recorded)]
+    values = [value for _, series in shown for _, value, _ in series]
+    if not any(values) or (max(len(series) for _, series in shown) == 1 and recorded.last_step > 1):
         return None      # nothing but 0: a price that was never asked, a cap that was never met
     figure, axes = make_axes()
     for colour, (name, series) in zip(COLOURS, shown, strict=False):
-        if series is not None:
+        if series:
             label = CURVE_NAMES.get(name, visible(name))
             draw_series(axes, series, colour, label, faint=name in TRAINING and len(shown) > 1)
         _draw_saved(axes, recorded, name, colour, "final")
@@ -190,10 +191,14 @@ def draw(plot: Plot, recorded: Recorded, limits: KLLimits) -> "Figure | None":
             draw_level(axes, level, colour, "reference", ":")
     if plot.zero:
         draw_level(axes, 0.0, INK, "reference", ":")
-    if plot.limited == "ref":
-        draw_limits(axes, limits)
-    elif plot.limited == "step" and limits.max_step_kl is not None:
+    if plot.limited == "step" and limits.max_step_kl is not None:
         draw_level(axes, limits.max_step_kl, TARGET, "largest allowed")
+    if plot.limited == "ref" and limits.target is not None:
+        low, high = ((1 + sign * TOLERANCE) * limits.target for sign in (-1, 1))
+        axes.axhspan(low, high, color=TARGET, alpha=0.18, linewidth=0, label=f"target ± {100 * TOLERANCE:.0f} %")
+        axes.axhline(limits.target, color=TARGET, linestyle="--", linewidth=1.2)
+    if plot.limited == "ref" and limits.hard_cap is not None:
+        draw_level(axes, limits.hard_cap, CAP, "hard cap", "-")
     if plot.log:
         set_log(axes, values)
     finish_axes(axes, unit=plot.unit, last_step=recorded.last_step)
@@ -207,50 +212,37 @@ def _measured_names(plot: Plot, recorded: Recorded) -> list[str]:
     return list(dict.fromkeys(name for pattern in plot.patterns for name in known if fnmatch(name, pattern)))
 
 
-def _series(recorded: Recorded, name: str) -> Series | None:
-    return Series.of(recorded.rows, name, STANDARD_ERRORS.get(name, ""))
-
-
 def _draw_saved(axes: "Axes", recorded: Recorded, name: str, colour: str, label: str) -> float | None:
-    """Draw what the policy that was saved measured, at the end; return it, None where that was not measured."""
+    """Draw what the policy that was saved measured, with its interval; return it, None where it was not measured."""
     value, error = recorded.final.get(name), recorded.final.get(STANDARD_ERRORS.get(name, ""))
     if not is_number(value):
         return None
     step = recorded.last_step if recorded.final_step is None else recorded.final_step
-    draw_final(axes, CurvePoint(step, value, y_error=Z95 * error if is_number(error) else 0.0), colour, label)
+    axes.errorbar(
+        [step], [value], yerr=[Z95 * error] if is_number(error) and error else None, color=colour, marker="D",
+        markersize=6.5, markeredgecolor=INK, markeredgewidth=0.8, elinewidth=1.4, capsize=3, linestyle="none",
+        label=label, zorder=4,
+    )
     return value
-
-
-def draw_limits(axes: "Axes", limits: KLLimits) -> None:
-    """Draw the target with its band, and the hard cap."""
-    if limits.target is not None:
-        low, high = ((1 + sign * TOLERANCE) * limits.target for sign in (-1, 1))
-        axes.axhspan(low, high, color=TARGET, alpha=0.18, linewidth=0, label=f"target ± {100 * TOLERANCE:.0f} %")
-        axes.axhline(limits.target, color=TARGET, linestyle="--", linewidth=1.2)
-    if limits.hard_cap is not None:
-        draw_level(axes, limits.hard_cap, CAP, "hard cap", "-")
 
 
 def draw_together(plot: Plot, runs: dict[str, Recorded], targets: dict[str, float]) -> "Figure | None":
     """One curve of each run in one picture, of the same metric; None if no run has any.
 
     Of the plot's metrics it is the one that most runs have ``ENOUGH`` points of, the last of several.
-
-    Args:
-        plot: what to draw; its names are no patterns.
-        runs: by the name to show.
-        targets: of the runs that have one; dashed in the run's colour.
     """
-    curves = {name: [_series(recorded, name) for recorded in runs.values()] for name in plot.patterns}
-    points = {name: [min(ENOUGH, len(s.values)) if s else 0 for s in series] for name, series in curves.items()}
-    name = max(reversed(plot.patterns), key=lambda name: sum(points[name]))
+    def points(name: str) -> int:
+        return sum(min(ENOUGH, len(recorded.series(name))) for recorded in runs.values())
+
+    name = max(reversed(plot.patterns), key=points)
     figure, axes = make_axes()
     drawn: list[float] = []
-    for colour, (label, recorded), series in zip(COLOURS, runs.items(), curves[name], strict=False):
-        if series is not None:
+    for colour, (label, recorded) in zip(COLOURS, runs.items(), strict=False):
+        series = recorded.series(name)
+        if series:
             draw_series(axes, series, colour, visible(label))
-            drawn += series.values
-        saved = _draw_saved(axes, recorded, plot.patterns[-1], colour, visible(label) if series is None else "_saved")
+            drawn += [value for _, value, _ in series]
+        saved = _draw_saved(axes, recorded, plot.patterns[-1], colour, "_saved" if series else visible(label))
         drawn += [] if saved is None else [saved]
         if label in targets:
             draw_level(axes, targets[label], colour, "_target")

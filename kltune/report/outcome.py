@@ -53,11 +53,6 @@ class Files:
     result: dict[str, Any]
 
     @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return self.folder.resolve().name
-
-    @property
     def evaluated(self) -> dict[str, Any]:
         """The evaluation of what was saved; {} before that."""
         return self.result.get("eval") or {}
@@ -78,11 +73,7 @@ class RunVerdict:
 
 
 def read_files(folder: Path) -> Files:
-    """Read everything the page is made from.
-
-    Raises:
-        CheckpointError: there is no run.json.
-    """
+    """Read everything the page is made from; a CheckpointError where there is no run.json."""
     if not (folder / "run.json").exists():
         raise CheckpointError(f"{folder} is no kltune run: there is no run.json in it.")
     recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8") if (folder / "recipe.yaml").exists() else ""
@@ -113,14 +104,10 @@ def verdict_of(files: Files) -> RunVerdict:
         "interrupted": ("interrupted", "plain", f"Stopped at {where}; --resume continues it."),
         "failed": ("failed", "bad", f"Failed at {where}: {reason}."),
     }.get(str(status), ("running", "plain", f"At {where} when this page was written; no final measurement yet."))
-    return RunVerdict(word, tone, f"{sentence} {_so_far(files)}".strip())
-
-
-def _so_far(files: Files) -> str:
     value, error = newest_kl(files)
-    if value is None:
-        return ""
-    return f"KL to the reference when last measured: {with_error(value, error)} nats per response."
+    if value is not None:
+        sentence += f" KL to the reference when last measured: {with_error(value, error)} nats per response."
+    return RunVerdict(word, tone, sentence)
 
 
 def newest_kl(files: Files) -> tuple[float | None, float | None]:
@@ -151,8 +138,10 @@ def _final_verdict(files: Files) -> RunVerdict:
     value = kl.get(limits.unit)
     if value is None:
         return RunVerdict("KL not measured", "bad", "The run finished; the KL of the final policy was not measured.")
+    bounds = interval(kl.get("ci95") if limits.unit == "nats_per_response" else None)      # ci95 is per response
+    in_brackets = "" if bounds == ABSENT else f" (95 % interval {bounds})"
     unit = limits.unit.replace("_per_", " per ")
-    sentences = [f"The final policy is {number(value)} {unit} from its reference{_in_brackets(kl, limits.unit)}."]
+    sentences = [f"The final policy is {number(value)} {unit} from its reference{in_brackets}."]
     word, tone = "measured", "plain"
     if limits.target:
         share = value / limits.target - 1
@@ -175,8 +164,7 @@ def _scores(files: Files) -> list[str]:
     """What became of the score, and of the gold score that nothing was trained on."""
     sentences = []
     for name, title in (("score", "The score"), ("gold", "The gold score, never trained on,")):
-        moved = move_of(files, name)
-        if moved is not None:
+        if moved := move_of(files, name):
             before, after, word = moved
             best = best_gold(files) if name == "gold" else None
             fallen = "" if best is None else f", after a best of {number(best[0])} at step {best[1]:,}"
@@ -216,19 +204,13 @@ def best_gold(files: Files) -> tuple[float, int] | None:
 
 def move_of(files: Files, name: str) -> tuple[float, float, str] | None:
     """(the reference's, the policy's, how it moved) of "score" or "gold"; None where one was not measured."""
-    result, measured = files.result, files.evaluated
-    before, after = result.get(f"reference_{name}"), result.get(name)
+    before, after = files.result.get(f"reference_{name}"), files.result.get(name)
     if before is None or after is None:
         return None
-    errors = [measured.get(f"eval/{side}{name}_stderr") or 0.0 for side in ("reference_", "")]
+    errors = [files.evaluated.get(f"eval/{side}{name}_stderr") or 0.0 for side in ("reference_", "")]
     error = sum(e * e for e in errors) ** 0.5
     word = STAYED if abs(after - before) <= CLEAR * error else ROSE if after > before else FELL
     return before, after, word
-
-
-def _in_brackets(kl: dict[str, Any], unit: str) -> str:
-    bounds = interval(kl.get("ci95") if unit == "nats_per_response" else None)      # ci95 is per response
-    return "" if bounds == ABSENT else f" (95 % interval {bounds})"
 
 
 def beside(numbers: dict[str, Any], name: str) -> str:
@@ -266,7 +248,6 @@ def limits_of(files: Files) -> KLLimits:
         hard_cap=kl.get("hard_cap"),
         max_step_kl=trpo.get("max_step_kl"),
     )
-
 
 
 def figures_of(files: Files) -> list[tuple[str, str, str]]:

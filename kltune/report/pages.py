@@ -49,11 +49,7 @@ Pictures = dict[str, list[tuple[str, Markup]]]      # title and SVG, by heading
 
 
 def write_page(folder: Path, path: Path | None = None) -> Path:
-    """Write ``report.html`` into a run folder, from whatever the run has written so far.
-
-    Args:
-        folder: the run's.
-        path: where to write instead.
+    """Write ``report.html`` into a run folder, or to ``path``, from whatever the run has written so far.
 
     Raises:
         CheckpointError: the folder is no run's. StorageError: the page cannot be written.
@@ -64,7 +60,7 @@ def write_page(folder: Path, path: Path | None = None) -> Path:
     if limits.target:
         facts["KL, nats per response"] = facts["KL, nats per response"][0], f"target {number(limits.target)}"
     write_whole(path, environment().get_template("page.html.j2").render(
-        name=files.name,
+        name=files.folder.resolve().name,
         stage=files.record["stage"] or "run",
         record=files.record,
         reference={"path": None, "sft_adapter": None, "sha256": None, **(files.record["reference"] or {})},
@@ -87,10 +83,6 @@ def write_page(folder: Path, path: Path | None = None) -> Path:
 
 def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     """Write one page on several runs, each as far as it has come.
-
-    Args:
-        folders: of the runs, in the order of the page.
-        path: of the page.
 
     Raises:
         CheckpointError: a folder is no run's. RecipeError: a folder is named twice. StorageError: the page cannot be

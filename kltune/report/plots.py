@@ -4,9 +4,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from kltune.run.screen import is_number
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:      # matplotlib is imported where a picture is drawn: a run that draws none should not wait for it
     from matplotlib.axes import Axes
@@ -24,6 +22,7 @@ DECADES = 30.0         # largest ÷ smallest from which a log axis shows more th
 LEAST_SPAN = 0.04      # of the values themselves, that an axis shows: what moves less has not moved
 LEGEND_WIDTH = 60      # characters
 Z95 = 1.96
+Series = Sequence[tuple[float, float, float | None]]      # step, value, its standard error or None
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,7 @@ class Frame:
 
 
 def curve_svg(curves: Sequence[Curve], frame: Frame) -> str:
-    """Curves with error bars in one picture.
-
-    Returns:
-        An ``<svg>`` element that can stand alone.
-    """
+    """Curves with error bars in one picture: an ``<svg>`` element that can stand alone."""
     figure, axes = make_axes(4.7, 3.0 + 0.19 * len(curves)) if frame.narrow else make_axes(6.4, 4.0)
     for curve in curves:
         points = curve.points
@@ -115,24 +110,6 @@ def space_by_roots(axes: "Axes") -> None:
     axes.minorticks_off()
 
 
-@dataclass(frozen=True)
-class Series:
-    """Numbers over the steps of a run. errors: standard errors, None where there is none."""
-
-    steps: list[float]
-    values: list[float]
-    errors: list[float | None]
-
-    @classmethod
-    def of(cls, rows: Sequence[dict[str, Any]], name: str, error: str = "") -> "Series | None":
-        """What the rows hold of one metric; None if nothing was measured."""
-        kept = [row for row in rows if is_number(row.get(name)) and is_number(row.get("step"))]
-        if not kept:
-            return None
-        errors = [row[error] if is_number(row.get(error)) else None for row in kept]
-        return cls([row["step"] for row in kept], [row[name] for row in kept], errors)
-
-
 def make_axes(width: float = 5.0, height: float = 3.1) -> "tuple[Figure, Axes]":
     """An empty picture, in inches; without a size, that in which pages show the curves of a run."""
     from matplotlib.figure import Figure
@@ -154,29 +131,21 @@ def style_axes(axes: "Axes", x: str, y: str, *, size: float) -> None:
 
 def draw_series(axes: "Axes", series: Series, colour: str, label: str, *, faint: bool = False) -> None:
     """Draw a line, marked where there are few points, with 95 % intervals: bars on few points, a band along many."""
-    mark = "o" if len(series.values) <= FEW_POINTS else None
+    mark = "o" if len(series) <= FEW_POINTS else None
+    steps, values, _ = zip(*series, strict=True)
     axes.plot(
-        series.steps, series.values, color=colour, marker=mark, markersize=2.5 if faint else 3.5,
+        steps, values, color=colour, marker=mark, markersize=2.5 if faint else 3.5,
         linewidth=1.1 if faint else 1.8, alpha=0.75 if faint else 1.0, label=label,
     )
-    known = [row for row in zip(series.steps, series.values, series.errors, strict=True) if row[2] is not None]
+    known = [(step, value, Z95 * error) for step, value, error in series if error is not None]
     if not known:
         return
-    steps, values, widths = zip(*((step, value, Z95 * error) for step, value, error in known), strict=True)
+    steps, values, widths = zip(*known, strict=True)
     if len(known) <= FEW_POINTS and not faint:
         axes.errorbar(steps, values, yerr=widths, fmt="none", ecolor=colour, elinewidth=1.1, capsize=2)
     else:
         low, high = ([y + sign * w for y, w in zip(values, widths, strict=True)] for sign in (-1, 1))
         axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-
-
-def draw_final(axes: "Axes", point: CurvePoint, colour: str, label: str) -> None:
-    """Draw one point that stands for what was saved, with its interval."""
-    axes.errorbar(
-        [point.x], [point.y], yerr=[point.y_error] if point.y_error else None, color=colour, marker="D",
-        markersize=6.5, markeredgecolor=INK, markeredgewidth=0.8, elinewidth=1.4, capsize=3, linestyle="none",
-        label=label, zorder=4,
-    )
 
 
 def draw_level(axes: "Axes", value: float, colour: str, label: str, style: str = "--") -> None:
@@ -219,13 +188,10 @@ def finish_axes(axes: "Axes", *, unit: str, last_step: float) -> None:
 
 
 def legend_layout(labels: list[str]) -> tuple[int, list[str]]:
-    """As many columns as fit, and the labels in the order that reads from left to right.
-
-    A legend is filled column by column.
-    """
-    for columns in range(len(labels), 0, -1):
+    """As many columns as fit, and the labels in the order that reads from left to right, though filled by columns."""
+    for columns in range(len(labels), 1, -1):
         filled = [labels[first::columns] for first in range(columns)]
-        if columns == 1 or sum(max(map(len, column)) + 6 for column in filled) <= LEGEND_WIDTH:
+        if sum(max(map(len, column)) + 6 for column in filled) <= LEGEND_WIDTH:
             return columns, [label for column in filled for label in column]
     return 1, labels
 

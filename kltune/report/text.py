@@ -1,7 +1,7 @@
 """Documents as text for a screen: what ``eval-kl`` and ``sample`` give, every number with its error and unit."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kltune.run.files import visible
@@ -25,12 +25,7 @@ def aligned(table: Table) -> Iterator[str]:
 
 
 def eval_kl_text(document: dict[str, Any], *, colour: bool = False) -> str:
-    """The document of ``eval-kl`` as text.
-
-    Args:
-        document: what ``eval_kl`` returns.
-        colour: colour tokens by their KL with ANSI codes; else those of ``MARKED`` or more are marked with their nats.
-    """
+    """The document of ``eval-kl`` as text; ``colour`` as for `_response_line`."""
     if "checkpoints" in document:
         texts = [eval_kl_text(one, colour=colour) for one in document["checkpoints"]]
         return "\n\n".join([*texts, "\n".join(_differences(document["differences"]))])
@@ -119,7 +114,8 @@ def _where_the_kl_is(document: dict[str, Any], colour: bool) -> Iterator[str]:
         yield f"  responses{'' if colour else f', tokens of {MARKED:g} nats or more marked'}"
         for row in document["examples"]:
             cut = " (cut)" if row["truncated"] else ""
-            yield f"  {row['nats']:>8.3f}  {_short(row['prompt'])!r} → {_response_line(row['tokens'], colour)}{cut}"
+            tokens = ((token["token"], token["nats"]) for token in row["tokens"])
+            yield f"  {row['nats']:>8.3f}  {_short(row['prompt'])!r} → {_response_line(tokens, colour)}{cut}"
 
 
 def _differences(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -164,9 +160,9 @@ def _bars(rows: list[dict[str, Any]]) -> tuple[str, float]:
     return "".join(BLOCKS[height] for height in heights), top
 
 
-def _response_line(tokens: list[dict[str, Any]], colour: bool) -> str:
+def _response_line(tokens: Iterable[tuple[str, float]], colour: bool) -> str:
     """A response in one line: its tokens coloured by their KL, or those of ``MARKED`` and more followed by theirs."""
-    return "".join(_token(row["token"], row["nats"], colour) for row in tokens)
+    return "".join(_token(token, nats, colour) for token, nats in tokens)
 
 
 def _token(text: str, nats: float, colour: bool) -> str:
@@ -182,7 +178,7 @@ def _short(text: str) -> str:
 
 
 def sample_text(document: dict[str, Any], *, colour: bool = False) -> str:
-    """The document of ``sample`` as text; ``colour`` as for `eval_kl_text`."""
+    """The document of ``sample`` as text; ``colour`` as for `_response_line`."""
     answers = [answers_text(entry, colour=colour) for entry in document["prompts"]]
     return "\n\n".join([sample_heading(document, colour=colour), *answers])
 
@@ -202,7 +198,7 @@ def answers_text(entry: dict[str, Any], *, colour: bool = False) -> str:
     lines = [f"{'prompt':<18}{visible(entry['prompt'].replace(chr(10), '⏎'))}"]
     for pair in entry["responses"]:
         for name, side in pair.items():
-            tokens = [{"token": t, "nats": n} for t, n in zip(side["tokens"], side["token_kl"], strict=True)]
+            tokens = zip(side["tokens"], side["token_kl"], strict=True)
             cut = " (cut)" if side["truncated"] else ""
             lines.append(f"{name:<11}{side['kl']:>6.2f} {_response_line(tokens, colour)}{cut}")
     return "\n".join(lines)

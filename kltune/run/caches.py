@@ -1,8 +1,6 @@
 """Answers of AI judges and the reference's log-probabilities on disk: a resumed run asks and measures nothing twice."""
 
 import hashlib
-import io
-import os
 import sys
 from pathlib import Path
 
@@ -18,48 +16,22 @@ REF_LOGPROBS_FILE = "reference_logprobs.safetensors"
 
 
 class StoredAnswers(Answers):
-    """Answers that are written down as they come, one on a line.
-
-    A kill may cut the last line short, which loses that answer and no other.
-    """
+    """Answers that are written down as they come, one on a line; a kill may cut the last one short, and no other."""
 
     def __init__(self, folder: Path):
         """Read what a run's folder holds; nothing is written before there is an answer."""
         self.path = Path(folder) / JUDGE_FILE
         rows = (row for row in read_jsonl(self.path) if {"question", "answer"} <= row.keys())
         super().__init__({row["question"]: float(row["answer"]) for row in rows})
-        self._file: io.FileIO | None = None
+        self._cut_short = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
 
     def record(self, question: str, answer: float) -> None:
-        """Keep an answer.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
+        """Keep an answer; StorageError if it cannot be written."""
         super().record(question, answer)
-        append_line(self._open(), self.path, to_json({"question": question, "answer": answer}))
-
-    def close(self) -> None:
-        """Let go of the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _open(self) -> io.FileIO:
-        if self._file is None:
-            with storing(self.path):
-                self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (closed with the run)
-                _end_last_line(self._file)
-        return self._file
-
-
-def _end_last_line(file: io.FileIO) -> None:
-    """After a line that a kill cut short, the next one starts on its own."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return
-    file.seek(-1, os.SEEK_END)
-    if file.read(1) != b"\n":
-        file.write(b"\n")
+        line = to_json({"question": question, "answer": answer})
+        with storing(self.path), open(self.path, "ab", buffering=0) as file:
+            append_line(file, self.path, f"\n{line}" if self._cut_short else line)
+        self._cut_short = False
 
 
 class StoredLogprobs:
@@ -79,11 +51,7 @@ class StoredLogprobs:
         return self._known().get(measured)
 
     def record(self, measured: str, logprobs: Tensor) -> None:
-        """Keep what was measured.
-
-        Raises:
-            StorageError: it cannot be written; what was kept before is intact.
-        """
+        """Keep what was measured; StorageError if it cannot be written, and what was kept before is intact."""
         known = self._known()
         if self._read_before:
             print(

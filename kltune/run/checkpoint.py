@@ -29,14 +29,7 @@ from torch import Tensor
 import kltune
 from kltune.errors import CheckpointError, DivergedError
 from kltune.recipe import DataSection
-from kltune.run.files import (
-    nonfinite_keys,
-    read_json,
-    storing,
-    sync_file,
-    sync_folder,
-    write_json,
-)
+from kltune.run.files import nonfinite_keys, read_json, storing, sync, write_json
 
 SCHEMA = "kltune.checkpoint/1"
 STEP_FOLDER = re.compile(r"step-\d{6,}")
@@ -69,16 +62,11 @@ def save_checkpoint(
     """Save everything that a run needs to continue exactly from after ``step``, and drop the oldest checkpoints.
 
     Args:
-        run_folder: the run's folder; the checkpoint becomes ``checkpoints/step-000020`` in it.
-        step: steps done.
         write_adapter: writes adapter and tokenizer files into the folder it is given.
         info: what ``read_info`` gives back (reference, measured KL); ``schema`` and ``step`` are added.
         tensors: groups of named tensors, as ``{"optimizer": {...}, "value_head": {...}}``.
         state: JSON values with text keys, as controllers and counters; floats come back bit for bit.
         keep: how many of the newest checkpoints stay, this one included; at least 1.
-
-    Returns:
-        The checkpoint's folder.
 
     Raises:
         DivergedError: a tensor or a number is not finite. StorageError: it cannot be written. In both cases nothing
@@ -87,8 +75,6 @@ def save_checkpoint(
     refuse_nonfinite({f"{group}/{name}": tensor for group, named in tensors.items() for name, tensor in named.items()})
     refuse_nonfinite_state(state)
     target = run_folder / "checkpoints" / f"step-{step:06d}"
-    with storing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(run_folder)
 
     def write(folder: Path) -> None:
@@ -105,16 +91,13 @@ def save_checkpoint(
 
 
 def save_final(run_folder: Path, write_adapter: Callable[[Path], None], *, info: dict[str, Any]) -> Path:
-    """Save the adapter to use as ``final/``, in place of one that is there. Returns and raises as `save_checkpoint`."""
+    """Save the adapter to use as ``final/``, in place of one that is there; raises as `save_checkpoint`."""
     clear_leftovers(run_folder)
     return save_adapter(run_folder / "final", write_adapter, info=info)
 
 
 def save_adapter(folder: Path, write_adapter: Callable[[Path], None], *, info: dict[str, Any]) -> Path:
-    """Save an adapter with its kltune.json, whole or not at all, in place of a folder that is there.
-
-    Returns and raises as `save_checkpoint`.
-    """
+    """Save an adapter with its kltune.json, whole or not at all, in place of one that is there; raises likewise."""
 
     def write(hidden: Path) -> None:
         write_adapter(hidden)
@@ -133,17 +116,12 @@ def whole_checkpoints(run_folder: Path) -> Iterator[Path]:
 
     The step comes from kltune.json: a folder that was renamed does not become newer.
     """
-    found = []
-    for folder in _step_folders(Path(run_folder)):
+    for _, folder in sorted(((_step_of(folder), folder) for folder in _step_folders(run_folder)), reverse=True):
         try:
-            found.append((saved_step(folder), folder))
-        except CheckpointError as error:
-            _warn_damaged(error)
-    for _, folder in sorted(found, reverse=True):
-        try:
+            saved_step(folder)
             verify(folder)
         except CheckpointError as error:
-            _warn_damaged(error)
+            print(f"warning: {error} Falling back to the checkpoint before it.", file=sys.stderr)
         else:
             yield folder
 
@@ -178,11 +156,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def read_info(checkpoint: Path) -> dict[str, Any]:
-    """The contents of kltune.json: step, reference, measured KL.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or from a kltune that this one does not know.
-    """
+    """The contents of kltune.json: step, reference, measured KL; CheckpointError unless whole and of this schema."""
     info = read_json(checkpoint / "kltune.json")
     if not isinstance(info, dict) or info.get("schema") != SCHEMA:
         raise CheckpointError(f"{checkpoint / 'kltune.json'} is not of schema {SCHEMA}.")
@@ -190,11 +164,7 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
 
 
 def saved_step(checkpoint: Path) -> int:
-    """How many steps were done when a checkpoint was saved, from kltune.json and never from the folder's name.
-
-    Raises:
-        CheckpointError: it does not say.
-    """
+    """How many steps were done when a checkpoint was saved, by its kltune.json and never by the folder's name."""
     step = read_info(checkpoint).get("step")
     if not isinstance(step, int):
         raise CheckpointError(f"{checkpoint / 'kltune.json'} does not say at which step it was saved.")
@@ -202,11 +172,7 @@ def saved_step(checkpoint: Path) -> int:
 
 
 def read_state(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The ``tensors`` (on the CPU) and the ``state`` that `save_checkpoint` was given.
-
-    Raises:
-        CheckpointError: a file is missing or is not what was saved.
-    """
+    """The ``tensors`` (on the CPU) and the ``state`` that `save_checkpoint` was given; CheckpointError if damaged."""
     names = [name for name in verify(checkpoint, inside="state/") if name.endswith(".safetensors")]
     try:
         tensors = {Path(name).stem: load_file(checkpoint / name) for name in names}
@@ -216,11 +182,7 @@ def read_state(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str
 
 
 def refuse_nonfinite(tensors: Mapping[str, Tensor]) -> None:
-    """Stop before a poisoned number reaches the disk.
-
-    Raises:
-        DivergedError: a tensor holds NaN or infinity; names the first.
-    """
+    """Raise DivergedError at the first tensor that holds NaN or infinity, before it reaches the disk."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
@@ -231,11 +193,7 @@ def refuse_nonfinite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def refuse_nonfinite_state(state: dict[str, Any]) -> None:
-    """The same guard for plain numbers.
-
-    Raises:
-        DivergedError: a number is NaN or infinite; names the first.
-    """
+    """The same guard for plain numbers."""
     if names := nonfinite_keys(state):
         raise DivergedError(f"{names[0]} is not finite; nothing was saved. Resume from the last checkpoint.")
 
@@ -265,24 +223,20 @@ def _fill_and_rename(target: Path, write: Callable[[Path], None]) -> Path:
             (hidden / "state").mkdir(parents=True)
             write(hidden)
             for weights in sorted(hidden.glob("*.safetensors")):
-                _refuse_nonfinite_file(weights)
+                with safe_open(weights, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
+                        refuse_nonfinite({name: file.get_tensor(name)})
             seal(hidden)
             if target.exists():      # a folder cannot be renamed onto one that is not empty
                 _remove(aside)
                 target.rename(aside)
             hidden.rename(target)
-            sync_folder(target.parent)
+            sync(target.parent)
         except BaseException:
             shutil.rmtree(hidden, ignore_errors=True)
             raise
     _remove(aside)
     return target
-
-
-def _refuse_nonfinite_file(path: Path) -> None:
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
-            refuse_nonfinite({name: file.get_tensor(name)})
 
 
 def _drop_oldest(newest: Path, keep: int) -> None:
@@ -322,10 +276,6 @@ def _stamped(info: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"schema": SCHEMA, "kltune_version": kltune.__version__, **more, **info}
 
 
-def _warn_damaged(error: CheckpointError) -> None:
-    print(f"warning: {error} Falling back to the checkpoint before it.", file=sys.stderr)
-
-
 def seal(folder: Path) -> None:
     """Write manifest.json with the sha256 and size of every file, and flush all of it to the disk."""
     with contextlib.suppress(OSError):
@@ -335,21 +285,14 @@ def seal(folder: Path) -> None:
         path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files
     }
     write_json(folder / "manifest.json", {"schema": MANIFEST_SCHEMA, "files": listed})
-    for path in (*files, folder / "manifest.json"):
-        sync_file(path)
-    for place in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
-        sync_folder(place)
+    for path in (*files, folder / "manifest.json", *(path for path in folder.rglob("*") if path.is_dir()), folder):
+        sync(path)
 
 
 def verify(folder: Path, inside: str = "") -> list[str]:
-    """Compare the files of a folder with its manifest: all sizes first, then each sha256.
+    """Compare the files of a folder with its manifest, all sizes first, then each sha256; the names that were compared.
 
-    Args:
-        folder: what `seal` sealed.
-        inside: only names that begin so, as "state/".
-
-    Returns:
-        The names that were compared.
+    inside: only names that begin so, as "state/".
 
     Raises:
         CheckpointError: the manifest or a file is missing, or a file is not what was saved.

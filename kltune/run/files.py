@@ -31,12 +31,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u20
 
 
 def claim(folder: Path, what: str, *, ours: bool) -> None:
-    """Make an output folder; refuse one that holds what kltune did not make.
-
-    Args:
-        folder: where to write.
-        what: it should hold, as "run".
-        ours: there is such a thing in it already.
+    """Make an output folder for a ``what``, as "run"; refuse one that holds something else, unless it is ``ours``.
 
     Raises:
         RecipeError: it holds something else, or is a file. StorageError: it cannot be made.
@@ -84,11 +79,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read what `write_json` wrote.
-
-    Raises:
-        CheckpointError: it is missing, cut short, or holds a number JSON does not know.
-    """
+    """Read what `write_json` wrote; CheckpointError if it is missing, cut short, or no JSON."""
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
@@ -134,8 +125,9 @@ def storing(path: Path) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else _number_in(error)
         if number not in CANNOT_WRITE:
             raise
+        free = shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.is_dir())).free
         raise StorageError(
-            f"cannot write {path}: {os.strerror(number)} ({_free_bytes(path):,} bytes are free there). "
+            f"cannot write {path}: {os.strerror(number)} ({free:,} bytes are free there). "
             "What was saved before is intact; make room, then start again with --resume."
         ) from error
 
@@ -146,31 +138,17 @@ def _number_in(error: SafetensorError) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def _free_bytes(path: Path) -> int:
-    return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())).free
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names inside ``folder`` survive a power cut, not only the bytes of the files."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Make the bytes of a file, or the names inside a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def sync_file(path: Path) -> None:
-    """Make the bytes of ``path`` survive a power cut."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a kill at any moment, finds the old file or the new one.
-
-    Raises:
-        StorageError: the file cannot be written; the old one is untouched.
-    """
+    """Write a file so that a reader, a kill at any moment, or a StorageError finds the old file or the new one."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     with storing(path):
         try:
@@ -182,15 +160,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 def append_line(file: BinaryIO, path: Path, line: str) -> None:
-    """Add one line to an unbuffered file; if it does not fit, take its first half away again.
-
-    Raises:
-        StorageError: the line cannot be written.
-    """
+    """Add one line to an unbuffered file; if it does not fit (StorageError), take its first half away again."""
     before, data = file.seek(0, os.SEEK_END), memoryview(f"{line}\n".encode())
     with storing(path):
         try:
@@ -205,10 +179,7 @@ def append_line(file: BinaryIO, path: Path, line: str) -> None:
 def to_json(value: Any, *, indent: int | None = None, ascii_only: bool = False) -> str:
     """JSON as RFC 8259 has it: NaN and infinity are refused, other letters than ASCII stay readable.
 
-    Args:
-        value: a document, or a row of JSON lines.
-        indent: spaces; None for one line.
-        ascii_only: escape all other letters, for an output that may have no form for them.
+    ascii_only: escape all other letters, for an output that may have no form for them.
 
     Raises:
         ValueError: a number is not finite. TypeError: something JSON has no form for.
@@ -261,9 +232,7 @@ def visible(text: str) -> str:
 def redact(text: str, *, arguments: bool = False) -> str:
     """Text without the secrets of this process: keys and tokens from the environment, and what looks like one.
 
-    Args:
-        text: what is about to be written.
-        arguments: True for a command line, where the value of ``--set x.api_key=...`` goes as well.
+    arguments: True for a command line, where the value of ``--set x.api_key=...`` goes as well.
     """
     for name, secret in os.environ.items():
         if SECRET_VARIABLE.search(name) and len(secret) >= 8 and not secret.startswith("/"):      # a path is no secret

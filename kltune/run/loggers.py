@@ -70,11 +70,7 @@ LOGGERS = {"tensorboard": open_tensorboard, "trackio": open_trackio, "wandb": op
 
 
 def wanted_loggers(loggers: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of a recipe's ``run.loggers`` that can be used here.
-
-    Raises:
-        RecipeError: one that is named is not installed.
-    """
+    """The names of a recipe's ``run.loggers`` that can be used here; RecipeError for one that is not installed."""
     if loggers == "auto":
         return tuple(name for name in AUTOMATIC if _is_installed(name))
     absent = [name for name in loggers if not _is_installed(name)]
@@ -92,13 +88,7 @@ def _is_installed(name: str) -> bool:
 
 
 class Curves:
-    """The loggers of a run, each on its own: one that fails is left out from then on.
-
-    Args:
-        folder: the run's.
-        names: of ``LOGGERS``.
-        warn: told once what a logger could not do.
-    """
+    """The loggers of a run, each on its own: ``warn`` is told of one that fails, and it is left out from then on."""
 
     def __init__(self, folder: Path, names: Sequence[str], warn: Callable[[str], None]):
         self._folder, self._warn = Path(folder), warn

@@ -5,7 +5,6 @@ not measured is null, never 0.
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -280,9 +279,3 @@ def metric_named(key: str) -> Metric | None:
         if re.fullmatch(re.escape(metric.name).replace("NAME", ".+"), key):
             return metric
     return None
-
-
-def unknown_metrics(keys: Iterable[str], stage: str) -> list[str]:
-    """Those of the keys that a stage writes which have no entry here, or one that does not name the stage."""
-    found = {key: metric_named(key) for key in keys}
-    return [key for key, metric in found.items() if metric is None or stage not in metric.stages]

@@ -13,11 +13,7 @@ from kltune.recipe import OptimSection, RunSection
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimSection, what: str) -> AdamW:
-    """AdamW over exactly these tensors.
-
-    Raises:
-        AssertionError: a bug in kltune: there are none, or one of them is frozen or not float32.
-    """
+    """AdamW over exactly these tensors; where an assertion about them fails, that is a bug in kltune."""
     assert parameters, f"{what}: nothing is trainable"
     assert all(tensor.requires_grad for tensor in parameters.values()), f"{what}: a tensor is frozen"
     assert all(tensor.dtype == torch.float32 for tensor in parameters.values()), f"{what}: not float32"
@@ -52,14 +48,7 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 def guarded_step(optimizer: Optimizer, max_grad_norm: float, what: str) -> float:
-    """Clip the gradients, take one step, clear them.
-
-    Returns:
-        The norm of all gradients together, before clipping.
-
-    Raises:
-        DivergedError: the norm is not finite; nothing was changed.
-    """
+    """Clip the gradients, step, clear them; their norm before clipping. DivergedError, and no step, if not finite."""
     parameters = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     if not math.isfinite(norm):
@@ -81,11 +70,7 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what ``optimizer_tensors`` gave, bit for bit; the next step is the one an unbroken run would take.
-
-    Raises:
-        CheckpointError: a tensor does not fit its parameter.
-    """
+    """Put back what ``optimizer_tensors`` gave, bit for bit; CheckpointError if a tensor does not fit its parameter."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():

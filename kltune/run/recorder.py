@@ -56,12 +56,7 @@ class Clock:
 
 @contextmanager
 def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Within: a function to call with the number of responses that are done.
-
-    Args:
-        what: shown in front, as "measuring".
-        total: how many there will be.
-    """
+    """Within: a function to call with the number of responses that are done, of ``total``."""
     if wants_colour(sys.stderr):
         columns = TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -86,16 +81,9 @@ class Report:
     TERM=dumb) there are plain lines only: the first step, the last, those with an evaluation, else one in ten seconds.
 
     Args:
-        folder: the run's.
-        stage: shown in front, as "ppo".
-        total_steps: of the whole run.
-        target: the KL target, in ``unit``, or None.
+        target: the KL target, in ``unit`` (nats_per_response or nats_per_token).
         start_step: steps already done when resuming.
-        unit: nats_per_response or nats_per_token.
-        loggers: the recipe's ``run.loggers``.
-
-    Raises:
-        RecipeError: a logger that is named is not installed.
+        loggers: the recipe's ``run.loggers``; raises as ``wanted_loggers``.
     """
 
     def __init__(
@@ -143,17 +131,18 @@ class Report:
             file.close()
 
     def step(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Record one step.
+        """Record one step, counted from 1.
 
-        Args:
-            step: counted from 1.
-            metrics: name to number, None where not measured. A number that is not finite is written as null and its
-                name listed under "nonfinite".
+        A number that was not measured (None) or is not finite is written as null, the latter's name under "nonfinite".
 
         Raises:
             StorageError: metrics.jsonl cannot be written.
         """
-        numbers = {name: _plain_number(value) for name, value in metrics.items()}
+        # A tensor or numpy scalar of one element becomes a Python number.
+        numbers = {
+            name: value if value is None or isinstance(value, int | float) else float(value)
+            for name, value in metrics.items()
+        }
         self._append("metrics.jsonl", {"step": step, **numbers})
         self._curves.write(step, numbers)
         row = self._row(step, numbers)
@@ -164,11 +153,7 @@ class Report:
             self.say(f"{self.stage} {step}/{self.total_steps}  {row}")
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Record a few responses, as ``{"prompt", "response", "score", "ref_kl"}`` each.
-
-        Raises:
-            StorageError: samples.jsonl cannot be written.
-        """
+        """Record a few responses, as ``{"prompt", "response", "score", "ref_kl"}`` each."""
         for row in rows:
             self._append("samples.jsonl", {"step": step, **row})
 
@@ -216,8 +201,3 @@ class Report:
         if done < 1 or left < 1:
             return ""
         return f"{duration(round((time.monotonic() - self._began) / done * left))} left"
-
-
-def _plain_number(value: Any) -> Number:
-    """A Python number from a tensor or numpy scalar of one element."""
-    return value if value is None or isinstance(value, int | float) else float(value)

@@ -27,18 +27,15 @@ from kltune.run.checkpoint import read_info, resolve_checkpoint
 # Keys by which a JSON file has a library import Python: the model's own (auto_map, custom_*), PEFT's (megatron_core,
 # read where megatron_config is set), or kernels that are fetched from the hub and run. Not auto_mapping: ordinary
 # adapters have it, and only PEFT's Auto classes, which kltune does not use, import what it names.
-NAMES_CODE = {"auto_map", "custom_generate", "custom_pipelines", "megatron_config"}
+NAMES_CODE = {"auto_map", "custom_generate", "custom_pipelines", "megatron_config", "trust_remote_code"}
 ATTENTION = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation"}
 VOCABULARIES = {"tokenizer.json", "vocab.json", "added_tokens.json"}    # a token may be called anything
 
 
 def refuse_code(folder: Path, what: str, *, trusted: bool = False) -> None:
-    """Look through the JSON files of a folder before anything loads it.
+    """Look through the JSON files of a folder before anything loads it; of a name on the hub there is nothing to see.
 
-    Args:
-        folder: a model, adapter or checkpoint; where it is no folder (a name on the hub) there is nothing to look at.
-        what: what to call it, as "checkpoint".
-        trusted: the user asked for its code to be run; then only pickles are refused.
+    trusted: the user asked for its code to be run; then only pickles are refused.
 
     Raises:
         ModelError: a file names code to be run, or weights that are pickled; names the file and the key.
@@ -53,18 +50,13 @@ def refuse_code(folder: Path, what: str, *, trusted: bool = False) -> None:
         for key, value in _entries(content):
             if path.name.endswith(".safetensors.index.json") and not _is_safetensors(key, value):
                 raise ModelError(f"{what}: {path} says that {key} is in {value}; kltune opens only safetensors.")
-            if not trusted and _names_code(key, value):
+            names_code = (key in NAMES_CODE and value) or (key in ATTENTION and isinstance(value, str) and "/" in value)
+            if not trusted and names_code:
                 raise ModelError(
                     f"{what}: {path} has {key}: {json.dumps(value)[:80]}, which would have Python code run that kltune "
                     "has not read. Remove the key if the model works without it, or, if you trust the folder, add "
                     "--trust-remote-code."
                 )
-
-
-def _names_code(key: str, value: Any) -> bool:
-    if key in ATTENTION:
-        return isinstance(value, str) and "/" in value
-    return (key in NAMES_CODE or key == "trust_remote_code") and bool(value)
 
 
 def _is_safetensors(key: str, value: Any) -> bool:
@@ -152,12 +144,11 @@ def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
     """
     folder, info = subject.folder, subject.info
     is_adapter = (folder / "adapter_config.json").exists()
-    if info is not None:
-        known = info["reference"]
-        facts = {name: known[name] for name in ("path", "sft_adapter", "dtype")}
-        facts["path"] = options.reference or facts["path"]
-    else:
+    if info is None:
         facts = {"path": options.reference or _named_base(folder, is_adapter)}
+    else:
+        facts = {name: info["reference"][name] for name in ("path", "sft_adapter", "dtype")}
+        facts["path"] = options.reference or facts["path"]
     section = ModelSection(**facts, trust_remote_code=options.trust_remote_code)
     for place in (section.path, section.sft_adapter):
         if place is not None:
@@ -198,11 +189,9 @@ def resolve_settings(subjects: Sequence[Subject], options: MeasureOptions, *, ne
         known = _of_recipe(options.recipe)
     else:
         known = dict(own[0][1]) if own else {"data": DataSection(), "prompts": None}
-    asked = {
-        name: getattr(options, name, None)
-        for name in ("prompts", "responses", "max_new_tokens", "temperature", "texts")
-    }
-    known |= {name: value for name, value in asked.items() if value is not None}
+    for name in ("prompts", "responses", "max_new_tokens", "temperature", "texts"):
+        if (asked := getattr(options, name, None)) is not None:
+            known[name] = asked
     if known["prompts"] is None and needs_prompts:
         where = ", ".join(str(subject.folder) for subject in subjects)
         raise RecipeError(f"{where}: no prompts to measure on; give --prompts FILE or --recipe R.yaml.")
@@ -212,7 +201,11 @@ def resolve_settings(subjects: Sequence[Subject], options: MeasureOptions, *, ne
         if options.prompts is not None:
             others = replace(others, prompts=settings.prompts)
         if others != settings:
-            print(f"note: {path} was made with other settings; all are measured on {_said(settings)}", file=sys.stderr)
+            print(
+                f"note: {path} was made with other settings; all are measured on prompts {settings.prompts}, at most "
+                f"{settings.max_new_tokens} new tokens, temperature {settings.temperature:g}, template "
+                f"{settings.data.template}.", file=sys.stderr,
+            )
     return settings
 
 
@@ -235,13 +228,6 @@ def _of_recipe(path: str) -> dict[str, Any]:
     return known
 
 
-def _said(settings: Settings) -> str:
-    return (
-        f"prompts {settings.prompts}, at most {settings.max_new_tokens} new tokens, temperature "
-        f"{settings.temperature:g}, template {settings.data.template}."
-    )
-
-
 def measured_prompts(policy: Policy, settings: Settings) -> list[Prompt]:
     """The prompts to respond to, as this policy's tokens."""
     prompts, counts = load_prompts(settings.prompts, policy.tokenizer, _row_rules(policy, settings))
@@ -250,11 +236,7 @@ def measured_prompts(policy: Policy, settings: Settings) -> list[Prompt]:
 
 
 def typed_prompts(policy: Policy, settings: Settings, texts: Sequence[str]) -> list[Prompt]:
-    """Prompts that were typed, treated like those of a file of ``{"prompt"}``.
-
-    Raises:
-        DataError: one of which the tokenizer makes nothing, or a chat template that is not there.
-    """
+    """Prompts that were typed, treated like those of a file of ``{"prompt"}``; raises as ``load_prompts``."""
     rows = [Row(f"prompt {place}", {"prompt": text}) for place, text in enumerate(texts, start=1)]
     return load_prompts("the prompts given", policy.tokenizer, _row_rules(policy, settings), rows)[0]
 

@@ -51,9 +51,6 @@ class Run:
     """One run while it is open; made by `open_run`.
 
     Attributes:
-        recipe: as it was loaded.
-        folder: where everything is written.
-        resume_from: the checkpoint to continue from, or None.
         start_step: steps already done: 0, or those of ``resume_from``.
         stop_signal: the number of the signal that asked the run to stop after this step, or None.
         answers: of AI judges, those of earlier sessions included.
@@ -73,12 +70,7 @@ class Run:
         self._record = record
 
     def rng(self, stream: str, step: int) -> np.random.Generator:
-        """Random numbers for one purpose in one step, the same whether the run was ever interrupted or not.
-
-        Args:
-            stream: the purpose, as "sampling"; two streams never share numbers.
-            step: the step that draws them.
-        """
+        """Random numbers for one purpose ("sampling") in one step, the same whether the run was interrupted or not."""
         return np.random.default_rng([self.recipe.run.seed, zlib.crc32(stream.encode()), step])
 
     def seconds(self) -> float:
@@ -86,11 +78,7 @@ class Run:
         return time.monotonic() - self._opened_at
 
     def set_reference(self, reference: dict[str, Any]) -> None:
-        """Record the reference that every KL of this run is measured against.
-
-        Raises:
-            CheckpointError: the run was started against another one.
-        """
+        """Record the reference of every KL of this run; CheckpointError if it was started against another one."""
         before = self._record["reference"] if self.resume_from else None
         for name in ("sha256", "tokenizer_sha256", "template_sha256"):
             if before and before.get(name) != reference.get(name):
@@ -98,37 +86,26 @@ class Run:
                     f"{self.folder} was started against another reference: {name} was {before.get(name)}, now "
                     f"{reference.get(name)}. Put the model's files back, or choose another --output."
                 )
-        self._write_record(reference=reference)
+        self.record(reference=reference)
 
     def record(self, **facts: Any) -> None:
-        """Add facts to run.json, as where the scores came from."""
-        self._write_record(**facts)
+        """Put facts in run.json, as where the scores came from."""
+        self._record = {**self._record, **facts}
+        write_json(self.folder / "run.json", self._record)
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Write result.json and call the run finished.
-
-        Args:
-            result: what ``--json`` prints.
-
-        Returns:
-            The result as it was written: null for every number that is not finite, their names under "nonfinite".
-        """
+        """Write result.json and call the run finished; the result as it was written, by ``without_nonfinite``."""
         result = without_nonfinite(result)
         write_json(self.folder / "result.json", result)
-        self._write_record(status="finished", ended=_now())
+        self.record(status="finished", ended=_now())
         return result
 
     def _close(self, error: BaseException | None) -> None:
-        self.answers.close()
         if self._record["status"] != "running":
             return
         status = "interrupted" if isinstance(error, Interrupted | JudgeError) else "failed"
         with contextlib.suppress(StorageError):      # on a full disk the error that is on its way says more
-            self._write_record(status=status, ended=_now(), error=_one_line(error))
-
-    def _write_record(self, **changes: Any) -> None:
-        self._record = {**self._record, **changes}
-        write_json(self.folder / "run.json", self._record)
+            self.record(status=status, ended=_now(), error=_one_line(error))
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.stop_signal is None:
@@ -142,19 +119,11 @@ class Run:
 
 
 def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
-    """Run a stage in the folder that its recipe names, unless it is finished there already.
+    """The object of ``result.json`` of a run in the folder that its recipe names: of one that is finished, or made now.
 
-    Args:
-        recipe: what to do.
-        resume: go on from the newest checkpoint in the output folder.
-        train: takes the recipe, a policy with a fresh adapter and the open run, and gives the object of
-            ``result.json``.
-
-    Returns:
-        That object, of this run or of the one that is finished.
+    ``train`` takes the recipe, a policy with a fresh adapter and the open run, and gives that object.
     """
-    done = finished_result(recipe)
-    if done is not None:
+    if (done := finished_result(recipe)) is not None:
         return done
     wanted_loggers(recipe.run.loggers)      # what is not installed is said before anything slow
     with open_run(recipe, resume=resume) as run:
@@ -171,9 +140,7 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
     Inside, the first SIGINT or SIGTERM sets ``run.stop_signal`` and the second ends the process. Leaving by
     `Interrupted` or `JudgeError` records the status "interrupted", in any other way without `Run.finish` "failed".
 
-    Args:
-        recipe: its ``run.output`` is the folder; made if need be.
-        resume: continue an unfinished run of the same recipe from its newest checkpoint; in an empty folder, start.
+    resume: continue an unfinished run of the same recipe from its newest checkpoint; in an empty folder, start.
 
     Raises:
         RecipeError: the folder holds something else, a finished run, an unfinished one without ``resume``, or one of
@@ -188,7 +155,7 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
         run = Run(recipe, _new_record(recipe, previous, resume_from), resume_from)
         for name in ("metrics.jsonl", "samples.jsonl"):
             _cut_after(folder / name, run.start_step if resume_from else -1)
-        run._write_record()      # before recipe.yaml: it is what makes the folder a run's
+        run.record()      # before recipe.yaml: it is what makes the folder a run's
         write_whole(folder / "recipe.yaml", redact(dump_recipe(recipe)))
         try:
             with on_stop_signals(run._on_signal):
@@ -200,11 +167,7 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
 
 
 def finished_result(recipe: Recipe) -> dict[str, Any] | None:
-    """The result of a run that this recipe has already finished in its folder; None if there is none.
-
-    Raises:
-        RecipeError: the folder holds a finished run of another recipe; names the keys.
-    """
+    """The result that this recipe's run has left in its folder, or None; RecipeError if it is of another recipe."""
     folder = Path(recipe.run.output)
     if not is_finished(folder):
         return None
@@ -246,11 +209,10 @@ def _refuse_another_recipe(recipe: Recipe, record: dict[str, Any]) -> None:
 
 
 def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Path | None) -> dict[str, Any]:
-    continued = previous if previous is not None and resume_from is not None else {}
+    continued = (previous or {}) if resume_from else {}
     versions = _versions()
     if continued and continued.get("versions") != versions:
         print("warning: resuming with other library versions: numbers may differ in the last digits.", file=sys.stderr)
-    resumed_at = [saved_step(resume_from)] if resume_from else []
     return {
         "schema": RUN_SCHEMA,
         "kltune_version": kltune.__version__,
@@ -263,7 +225,7 @@ def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Pa
         "ended": None,
         "recipe_sha256": recipe_digest(recipe),
         "command": redact(shlex.join(["kltune", *sys.argv[1:]]), arguments=True),
-        "resumed_at": [*continued.get("resumed_at", []), *resumed_at],
+        "resumed_at": continued.get("resumed_at", []) + ([saved_step(resume_from)] if resume_from else []),
         "error": None,
     }
 

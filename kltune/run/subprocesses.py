@@ -45,15 +45,8 @@ def run_commands(
     SIGINT and SIGTERM are handed on to those that run, as often as they come, and nothing more is started. Children are
     sessions of their own: what a terminal sends to everyone would reach them twice, and twice means at once.
 
-    Args:
-        commands: in the order in which they start.
-        jobs: at least 1.
-        environment: of the children.
-        started: told of each as it starts.
-        ended: told of each with its exit code (128 + the signal for one that was killed) and its seconds.
-
-    Returns:
-        The signal that ended it early, or None.
+    ``ended`` is told of each with its exit code (128 + the signal for one that was killed) and its seconds. Returned is
+    the signal that ended it early, or None.
 
     Raises:
         StorageError: a log cannot be written; the commands that ran were asked to stop first.

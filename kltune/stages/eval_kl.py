@@ -32,8 +32,7 @@ from kltune.run.saved_policy import (
     resolve_settings,
 )
 
-VERDICT_CODES = {"pass": 0, "fail": 3, "inconclusive": 4}
-WORST_FIRST = ("fail", "inconclusive", "pass")
+VERDICT_CODES = {"fail": 3, "inconclusive": 4, "pass": 0}      # worst first
 WORST_Z = 4.0  # |k1 − exact| in standard errors; chance alone passes it once in 16,000 runs
 
 
@@ -67,7 +66,6 @@ def eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, A
 
     Args:
         checkpoints: run folders, checkpoint folders, PEFT adapters or full models.
-        options: what was asked for.
 
     Returns:
         (the JSON document, the exit code: that of the worst checkpoint).
@@ -81,7 +79,7 @@ def eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, A
     settings = resolve_settings(subjects, options)
     documents, measured = zip(*(measure_checkpoint(subject, settings, options) for subject in subjects), strict=True)
     verdicts = {document["gate"]["verdict"] for document in documents if document["gate"] is not None}
-    code = next((VERDICT_CODES[name] for name in WORST_FIRST if name in verdicts), 0)
+    code = next((code for name, code in VERDICT_CODES.items() if name in verdicts), 0)
     if len(documents) == 1:
         return documents[0], code
     differences = paired_differences(checkpoints, measured, options.confidence)
@@ -123,7 +121,7 @@ def measure_checkpoint(
     """The document of one checkpoint; and exact KL [B] and prompt [B] of its responses, to compare it with others."""
     policy = open_subject(subject, options)
     opened = OpenCheckpoint(subject.path, policy, measured_prompts(policy, settings), settings, options)
-    measured = measure(opened, measured_texts(policy, settings))
+    measured = measure(opened)
     document = {
         "schema": "kltune.eval_kl/1",
         "checkpoint": subject.path,
@@ -138,14 +136,15 @@ def measure_checkpoint(
     return document, (measured.reverse.exact, measured.reverse.prompt_index)
 
 
-def measure(opened: OpenCheckpoint, texts: list[Example]) -> CheckpointKL:
+def measure(opened: OpenCheckpoint) -> CheckpointKL:
     """All that was asked for of one policy; the gate is on the direction that was asked for."""
     options, forward = opened.options, None
+    texts = measured_texts(opened.policy, opened.settings)
     if options.direction == "forward":
         forward, gate = sample_and_gate(opened, from_reference=True)
-        reverse, _ = sample_and_gate(opened, gated=False, by_token=True)
+        reverse, _ = sample_and_gate(opened, gated=False)
     else:
-        reverse, gate = sample_and_gate(opened, by_token=True)
+        reverse, gate = sample_and_gate(opened)
         if options.direction == "both":
             forward, _ = sample_and_gate(opened, gated=False, from_reference=True)
     return CheckpointKL(
@@ -158,7 +157,7 @@ def measure(opened: OpenCheckpoint, texts: list[Example]) -> CheckpointKL:
 
 
 def sample_and_gate(
-    opened: OpenCheckpoint, *, gated: bool = True, from_reference: bool = False, by_token: bool = False
+    opened: OpenCheckpoint, *, gated: bool = True, from_reference: bool = False
 ) -> tuple[Measurement, dict[str, Any] | None]:
     """Sample one side, and hold it against the budget if there is one; with ``auto``, as often as it takes.
 
@@ -174,11 +173,14 @@ def sample_and_gate(
     if gated and options.auto:
         counts = looks(settings.responses, options.max_responses)
     confidence = confidence_per_look(options.confidence, len(counts))
-    sides = {"from_reference": from_reference, "by_token": by_token}
+    side = "the reference" if from_reference else "the policy"
 
     def measure_round(answered: Round) -> Measurement:
         with counting("sampling the reference" if from_reference else "sampling", answered.responses) as progress:
-            return measure_kl(opened.policy, answered, settings.draw(options.seed), progress=progress, **sides)
+            return measure_kl(
+                opened.policy, answered, settings.draw(options.seed), progress=progress,
+                from_reference=from_reference, by_token=not from_reference,
+            )
 
     answered = Round.of(opened.prompts, counts[0])
     measured = measure_round(answered)
@@ -187,7 +189,7 @@ def sample_and_gate(
         while len(measured.exact) < count:
             answered = answered.following(count - len(measured.exact))
             measured += measure_round(answered)
-        check_agreement(opened.path, "the policy" if not from_reference else "the reference", measured.z)
+        check_agreement(opened.path, side, measured.z)
         if not gated:
             return measured, None
         kl = measured.summary("exact", confidence)

@@ -15,8 +15,8 @@ from kltune.errors import RecipeError, ScorerError
 from kltune.lm.measure.best_of_n import Scorers, best_of_n_round, measure_best_of_n
 from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model.policy import Policy
-from kltune.lm.rewards.scorers import Scorer, load_scorer
-from kltune.recipe import Recipe, RewardEntry, asks_for_pairs, load_recipe
+from kltune.lm.rewards.scorers import load_scorer
+from kltune.recipe import RewardEntry, asks_for_pairs, load_recipe
 from kltune.report.frontier.page import write_frontier
 from kltune.report.frontier.points import (
     FrontierPoint,
@@ -31,8 +31,6 @@ from kltune.report.frontier.pooling import curves_at, efficiency, fits, pick, po
 from kltune.report.outcome import final_figures
 from kltune.run.recorder import counting
 from kltune.run.saved_policy import MeasureOptions, find_checkpoint, measured_prompts, open_subject, resolve_settings
-
-SCHEMA = "kltune.frontier/1"
 
 
 @dataclass(frozen=True)
@@ -56,11 +54,7 @@ class FrontierOptions(MeasureOptions):
 
 
 def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
-    """``kltune frontier``: reward against KL over runs, sweeps and curves.
-
-    Args:
-        runs: run folders, sweep folders, and folders or files of ``kltune project --curve``.
-        options: what was asked for.
+    """``kltune frontier``: reward against KL over run folders, sweep folders, and curves of ``kltune project --curve``.
 
     Returns:
         The JSON document: the same as ``frontier.json`` in the output folder.
@@ -89,7 +83,7 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
         notes.append(f"no {name} is known of: {'; '.join(unscored)}. --gold or --recipe score runs afresh.")
     settings = pooled(points)
     document = {
-        "schema": SCHEMA,
+        "schema": "kltune.frontier/1",
         "direction": "KL(policy||reference)",
         "unit": "nats_per_response",
         "reference": sources[0].reference | reference,
@@ -105,7 +99,7 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
         "output": options.output,
     }
     if best_of_n is not None:
-        del best_of_n["by_prompt"]
+        del best_of_n["by_prompt"]      # only the fits need it
     if options.output is not None:
         write_frontier(Path(options.output), document)
     return document
@@ -113,29 +107,23 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
 
 def recorded_reference(sources: Sequence[FrontierSource]) -> dict[str, Any]:
     """The reference's own score and gold, as the first run that measured them did."""
-    names = ("score", "score_stderr", "gold", "gold_stderr")
-    reference: dict[str, Any] = dict.fromkeys(names)
+    reference: dict[str, Any] = dict.fromkeys(("score", "score_stderr", "gold", "gold_stderr"))
     for source in sources:
         if source.folder is not None:
-            recorded = final_figures(source.document)
-            figures = {name: recorded[f"reference_{name}"] for name in names}
+            figures, prefix = final_figures(source.document), "reference_"
         else:
-            zero = next((look for look in source.document["looks"] if look["alpha"] == 0.0), {})
-            figures = {name: zero.get(name) for name in names}
+            figures = next((look for look in source.document["looks"] if look["alpha"] == 0.0), {})
+            prefix = ""
         for name in ("score", "gold"):
             if reference[name] is None:
-                reference |= {name: figures[name], f"{name}_stderr": figures[f"{name}_stderr"]}
+                reference |= {each: figures.get(prefix + each) for each in (name, f"{name}_stderr")}
     return reference
 
 
 def measured_afresh(
     trained: Sequence[FrontierSource], points: list[FrontierPoint], reference: dict[str, Any], options: FrontierOptions
 ) -> tuple[list[FrontierPoint], dict[str, Any], dict[str, Any] | None, list[str]]:
-    """Measure every run afresh where that was asked for, and best of n on the first run's reference.
-
-    Returns:
-        (points, the reference's figures, best of n, notes).
-    """
+    """Every run measured afresh where that was asked for, the reference, best of n on the first run's, and notes."""
     subjects = [find_checkpoint(source.path, options) for source in trained]
     settings = resolve_settings(subjects, options)
     notes: list[str] = []
@@ -176,41 +164,24 @@ def measured_afresh(
 
 
 def open_scorers(trained: Sequence[FrontierSource], policy: Policy, options: FrontierOptions) -> Scorers:
-    """Load the reward of ``--recipe``, else that of the first run that has one; and gold.
-
-    Raises:
-        ScorerError: a run's reward is not what it was when the run was made.
-    """
-    score, penalty = None, 0.0
+    """Load gold, and the reward of ``--recipe``, else that of the first run that has one, if it is still the same."""
+    score, gold, penalty = None, None, 0.0
     rewarded = next((source for source in trained if source.rewards), None)
-    if options.recipe is not None:
-        recipe = load_recipe(options.recipe)
-    elif rewarded is not None:
-        recipe = load_recipe(rewarded.folder / "recipe.yaml")
-    else:
-        recipe = None
-    entries = scoring(recipe)
+    file = options.recipe
+    if file is None and rewarded is not None:
+        file = rewarded.folder / "recipe.yaml"
+    recipe = None if file is None else load_recipe(file)
+    entries = [entry for entry in getattr(recipe, "reward", ()) if not asks_for_pairs(entry)]
     if entries:
-        score = _noted(load_scorer(entries, recipe.folder, policy.device, policy))
+        score = load_scorer(entries, recipe.folder, policy.device, policy)
+        print(*score.notes, sep="\n", end="\n" if score.notes else "", file=sys.stderr)
         penalty = recipe.sampling.missing_end_penalty
         if options.recipe is None and score.identity != rewarded.rewards:
             raise ScorerError(
                 f"{rewarded.path} was trained on {rewarded.rewards}, found {score.identity}; put the files back, or "
                 "give --recipe R.yaml to score all runs by another reward."
             )
-    gold = None
     if options.gold is not None:
-        gold = _noted(load_scorer([options.gold], Path.cwd(), policy.device, policy))
+        gold = load_scorer([options.gold], Path.cwd(), policy.device, policy)
+        print(*gold.notes, sep="\n", end="\n" if gold.notes else "", file=sys.stderr)
     return Scorers(score, gold, penalty)
-
-
-def _noted(scorer: Scorer) -> Scorer:
-    """Print what there is to know about a scorer; return it."""
-    for note in scorer.notes:
-        print(note, file=sys.stderr)
-    return scorer
-
-
-def scoring(recipe: Recipe | None) -> list[RewardEntry]:
-    """The rewards of a recipe that give a score."""
-    return [entry for entry in getattr(recipe, "reward", ()) if not asks_for_pairs(entry)]

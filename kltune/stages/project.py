@@ -20,7 +20,7 @@ from kltune.lm.measure.kl_document import kl_figures
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import asks_for_pairs, load_recipe
-from kltune.report.plots import Curve, CurvePoint, Frame, curve_svg
+from kltune.report.plots import Z95, Curve, CurvePoint, Frame, curve_svg
 from kltune.run.checkpoint import measure_settings, save_adapter
 from kltune.run.files import storing, write_json, write_whole
 from kltune.run.saved_policy import (
@@ -48,10 +48,6 @@ class ProjectOptions(MeasureOptions):
 
 def project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
     """``kltune project``: find the share of an adapter that meets a budget, and save it.
-
-    Args:
-        checkpoint: a run, a checkpoint or an adapter.
-        options: what was asked for.
 
     Returns:
         The JSON document: the same as ``project.json`` in the output folder.
@@ -112,13 +108,12 @@ def check_options(options: ProjectOptions) -> None:
 def make_interpolation(policy: Policy, settings: Settings, options: ProjectOptions) -> Interpolation:
     """The policy ready to be measured at any α; scored as well where the recipe says by what."""
     scorer, penalty = None, 0.0
-    if options.recipe is not None:
-        recipe = load_recipe(options.recipe)
-        scoring = [entry for entry in getattr(recipe, "reward", ()) if not asks_for_pairs(entry)]
-        if scoring:
-            scorer = load_scorer(scoring, recipe.folder, policy.device, policy)
-            print(*scorer.notes, sep="\n", end="\n" if scorer.notes else "", file=sys.stderr)
-            penalty = recipe.sampling.missing_end_penalty
+    recipe = None if options.recipe is None else load_recipe(options.recipe)
+    scoring = [entry for entry in getattr(recipe, "reward", ()) if not asks_for_pairs(entry)]
+    if scoring:
+        scorer = load_scorer(scoring, recipe.folder, policy.device, policy)
+        print(*scorer.notes, sep="\n", end="\n" if scorer.notes else "", file=sys.stderr)
+        penalty = recipe.sampling.missing_end_penalty
     interpolation = Interpolation(
         policy, measured_prompts(policy, settings), settings.draw(options.seed), confidence=options.confidence,
         unit=options.unit, scorer=scorer, missing_end_penalty=penalty, say=lambda text: print(text, file=sys.stderr),
@@ -128,11 +123,7 @@ def make_interpolation(policy: Policy, settings: Settings, options: ProjectOptio
 
 
 def land(interpolation: Interpolation, options: ProjectOptions, settings: Settings) -> dict[str, Any]:
-    """Search, check, and what the document says of it; the adapter is left at the α that was found.
-
-    Raises:
-        ModelError: no α could be shown to meet the budget.
-    """
+    """Search, check, and what the document says of it; the adapter is left at the α that was found."""
     most = max(settings.responses, options.max_responses)
     search, check = interpolation.land(options.max_kl, settings.responses, most)
     unit = options.unit.replace("_", " ")
@@ -159,9 +150,10 @@ def save_projection(
     folder: Path, policy: Policy, document: dict[str, Any], subject: Subject, settings: Settings
 ) -> None:
     """The adapter with its record, if there is one to save; the curve as numbers and as a picture."""
-    if document["alpha"] is None:
-        with storing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+    adapter = document["alpha"] is not None
+    with storing(folder):
+        (folder.parent if adapter else folder).mkdir(parents=True, exist_ok=True)
+    if not adapter:
         write_files(folder, document)
         return
     info = {
@@ -170,17 +162,13 @@ def save_projection(
         "reference": policy.fingerprint.as_dict(),
         "kl": document["kl"]["exact"],
         "projected": {"from": subject.path, "alpha": document["alpha"], "max_kl": document["max_kl"]},
-        "measure": measure_settings(
-            settings.prompts, settings.data, settings.max_new_tokens, settings.temperature
-        ),
+        "measure": measure_settings(settings.prompts, settings.data, settings.max_new_tokens, settings.temperature),
     }
 
     def write(hidden: Path) -> None:
         policy.save(hidden)
         write_files(hidden, document)
 
-    with storing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
     save_adapter(folder, write, info=info)
 
 
@@ -198,9 +186,9 @@ def curve_of(looks: list[dict[str, Any]], name: str) -> str:
     scored = looks[0]["score"] is not None
     points = []
     for look in looks:
-        kl, kl_error = look["nats_per_response"], 1.96 * (look["stderr"] or 0.0)
+        kl, kl_error = look["nats_per_response"], Z95 * (look["stderr"] or 0.0)
         if scored:
-            y_error = 1.96 * (look["score_stderr"] or 0.0)
+            y_error = Z95 * (look["score_stderr"] or 0.0)
             points.append(CurvePoint(kl, look["score"], kl_error, y_error, f"{look['alpha']:g}"))
         else:
             points.append(CurvePoint(look["alpha"], kl, 0.0, kl_error))
@@ -210,14 +198,15 @@ def curve_of(looks: list[dict[str, Any]], name: str) -> str:
 
 def row(look: Look) -> dict[str, Any]:
     """One line of the table."""
-    figures = {
+    return {
         "alpha": look.alpha,
         "purpose": look.purpose,
         "responses": look.kl.responses,
         "score": look.score,
         "score_stderr": look.score_stderr,
+        **kl_figures(look.kl),
+        "confidence": look.kl.confidence,
     }
-    return figures | kl_figures(look.kl) | {"confidence": look.kl.confidence}
 
 
 def project_text(document: dict[str, Any]) -> str:

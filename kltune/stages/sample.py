@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kltune.errors import RecipeError
-from kltune.lm.data.examples import Prompt
 from kltune.lm.data.forms import PROMPT_FORMS, FormOfFile, prompt_of
 from kltune.lm.data.rows import read_rows
 from kltune.lm.measure.breakdown import transcript
@@ -48,20 +47,20 @@ class Speaker:
     options: SampleOptions
 
     def answer(self, texts: Sequence[str], turn: int = 0) -> list[dict[str, Any]]:
-        """What policy and reference say to prompts that were typed.
+        """What policy and reference say to prompts that were typed, or, if none were, to those of ``--prompts``.
 
-        Args:
-            texts: the prompts.
-            turn: of a conversation, from 0: each has random numbers of its own.
-
-        Returns:
-            The ``prompts`` of the document.
+        Each ``turn`` of a conversation has random numbers of its own.
         """
-        return self._answer(typed_prompts(self.policy, self.settings, texts), turn)
-
-    def answer_file(self) -> list[dict[str, Any]]:
-        """The same for the prompts of ``--prompts``."""
-        return self._answer(measured_prompts(self.policy, self.settings), 0)
+        policy, settings, per_prompt = self.policy, self.settings, self.options.per_prompt
+        prompts = typed_prompts(policy, settings, texts) if texts else measured_prompts(policy, settings)
+        answered = Round(prompts, 0, len(prompts), per_prompt, number=turn)
+        sides = answer_both(policy, answered, settings.draw(self.options.seed))
+        spoken = [shown_responses(side, policy) for side in sides]
+        pairs = [{"policy": after, "reference": before} for after, before in zip(*spoken, strict=True)]
+        return [
+            {"prompt": prompt.text, "responses": pairs[place * per_prompt : (place + 1) * per_prompt]}
+            for place, prompt in enumerate(prompts)
+        ]
 
     def document(self, prompts: list[dict[str, Any]]) -> dict[str, Any]:
         """The JSON document of some answers."""
@@ -77,24 +76,9 @@ class Speaker:
             "prompts": prompts,
         }
 
-    def _answer(self, prompts: list[Prompt], turn: int) -> list[dict[str, Any]]:
-        per_prompt = self.options.per_prompt
-        answered = Round(prompts, 0, len(prompts), per_prompt, number=turn)
-        sides = answer_both(self.policy, answered, self.settings.draw(self.options.seed))
-        spoken = [shown_responses(side, self.policy) for side in sides]
-        pairs = [{"policy": after, "reference": before} for after, before in zip(*spoken, strict=True)]
-        return [
-            {"prompt": prompt.text, "responses": pairs[place * per_prompt : (place + 1) * per_prompt]}
-            for place, prompt in enumerate(prompts)
-        ]
-
 
 def open_speaker(checkpoint: str, options: SampleOptions) -> Speaker:
-    """Find a checkpoint and open it over its reference, as ``eval-kl`` does.
-
-    Raises:
-        RecipeError, CheckpointError, ModelError: what cannot be opened.
-    """
+    """Find a checkpoint and open it over its reference, as ``eval-kl`` does."""
     subject = find_checkpoint(checkpoint, options)
     settings = resolve_settings([subject], options, needs_prompts=False)
     policy = open_subject(subject, options)
@@ -123,15 +107,15 @@ def template_of_typed(policy: Policy, settings: Settings) -> str:
 
 def shown_responses(measured: Measurement, policy: Policy) -> list[dict[str, Any]]:
     """Each response of one side with its KL, nats, and token by token."""
-    rows = [(rollout, row) for rollout in measured.rollouts for row in range(len(rollout.ids))]
+    nats = iter(measured.exact.tolist())
     return [
         {
             "response": rollout.responses[row],
-            "kl": nats,
+            "kl": next(nats),
             "truncated": bool(rollout.truncated[row]),
             **transcript(rollout, row, policy.tokenizer),
         }
-        for (rollout, row), nats in zip(rows, measured.exact.tolist(), strict=True)
+        for rollout in measured.rollouts for row in range(len(rollout.ids))
     ]
 
 
@@ -147,4 +131,4 @@ def sample(checkpoint: str, texts: Sequence[str], options: SampleOptions) -> dic
     if not texts and options.prompts is None:
         raise RecipeError("no prompt: give --prompt TEXT or --prompts FILE, or write one prompt a line on stdin.")
     speaker = open_speaker(checkpoint, options)
-    return speaker.document(speaker.answer(texts) if texts else speaker.answer_file())
+    return speaker.document(speaker.answer(texts))

@@ -62,12 +62,7 @@ class SweepOptions:
 
 
 def sweep(axes: Sequence[Axis], points: Sequence[GridPoint], options: SweepOptions) -> tuple[dict[str, Any], int]:
-    """``kltune sweep``: run every point that is not finished yet.
-
-    Args:
-        axes: of the grid.
-        points: already checked, at least one.
-        options: where to, and how many at a time.
+    """``kltune sweep``: run every point that is not finished yet; the points are already checked, at least one.
 
     Returns:
         (the JSON document, the same as ``sweep.json``; 0 if all points finished, else the exit code of the worst).
@@ -97,25 +92,23 @@ def sweep(axes: Sequence[Axis], points: Sequence[GridPoint], options: SweepOptio
     return document, worst_code([state.rows[point.name] for point in points])
 
 
+@dataclass
 class _Sweep:
-    """The state of a sweep while it runs."""
+    """The state of a sweep while it runs. earlier: sweep.json as it was."""
 
-    def __init__(
-        self,
-        axes: Sequence[Axis],
-        points: Sequence[GridPoint],
-        options: SweepOptions,
-        earlier: dict[str, Any] | None,
-        settings: dict[str, Any],
-        varied: list[str],
-    ):
-        self.axes, self.points, self.options = axes, list(points), options
-        self.settings, self.varied = settings, varied
+    axes: Sequence[Axis]
+    points: Sequence[GridPoint]
+    options: SweepOptions
+    earlier: dict[str, Any] | None
+    settings: dict[str, Any]
+    varied: list[str]
+
+    def __post_init__(self):
         self.began = time.monotonic()
         self.log_began: dict[str, int] = {}      # bytes of each log before this attempt
-        here = {point.name for point in points}
-        kept = [row for row in (earlier or {}).get("points", []) if row["name"] not in here]      # of a grid before
-        self.rows = {row["name"]: row for row in [*(self._row(point) for point in points), *kept]}
+        self.rows = {point.name: self._row(point) for point in self.points}
+        for row in (self.earlier or {}).get("points", []):
+            self.rows.setdefault(row["name"], row)      # of a grid before
         for row in self.rows.values():
             self._refresh(row)
 
@@ -123,13 +116,16 @@ class _Sweep:
         """Run what is not finished; the signal that ended it early, or None."""
         for point in self.points:
             self._wait(point)
-        finished = [point for point in self.points if self.rows[point.name]["status"] == "finished"]
-        for point in finished:
-            self._say(point.name, f"finished already: {figures_text(self.rows[point.name])}")
-        todo = [point for point in self.points if self.rows[point.name]["status"] != "finished"]
+        todo = []
+        for point in self.points:
+            row = self.rows[point.name]
+            if row["status"] == "finished":
+                self._say(point.name, f"finished already: {figures_text(row)}")
+            else:
+                todo.append(self._command(point))
         return run_commands(
-            [self._command(point) for point in todo], self.options.jobs,
-            environment=thread_share(os.environ, self.options.jobs), started=self._started, ended=self._ended,
+            todo, self.options.jobs, environment=thread_share(os.environ, self.options.jobs), started=self._started,
+            ended=self._ended,
         )
 
     def _wait(self, point: GridPoint) -> None:
@@ -180,9 +176,7 @@ class _Sweep:
         if status == "running":      # written by a process that is gone: it was killed, or the sweep was
             status = "failed" if row.get("status") == "failed" else "interrupted"
         row["status"] = status
-        row.setdefault("exit_code", None)
-        if status == "finished":
-            row["exit_code"] = 0
+        row["exit_code"] = 0 if status == "finished" else row.get("exit_code")
         row |= final_figures(result) | {"seconds": result.get("seconds"), "log": f"{row['folder']}.log"}
         row.setdefault("error", [])
 
@@ -197,10 +191,9 @@ class _Sweep:
         )
 
     def _started(self, command: Command) -> None:
-        self.log_began[command.name] = size_of(command.log)
+        self.log_began[command.name] = command.log.stat().st_size if command.log.exists() else 0
         row = self.rows[command.name]
-        words = {"interrupted": "goes on", "failed": "tried again"}
-        self._say(command.name, words.get(row["status"], "started"))
+        self._say(command.name, {"interrupted": "goes on", "failed": "tried again"}.get(row["status"], "started"))
         row |= {"status": "running", "exit_code": None, "error": []}
         self.save()
 
@@ -225,11 +218,6 @@ class _Sweep:
         print(f"point {number}/{len(self.points)} {name}: {text}", file=sys.stderr, flush=True)
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file; 0 where there is none."""
-    return path.stat().st_size if path.exists() else 0
-
-
 def common_settings(axes: Sequence[Axis], points: Sequence[GridPoint]) -> tuple[dict[str, Any], list[str]]:
     """(key: value of what is the same in all points, the keys that are not, or are swept over)."""
     swept = [axis.key for axis in axes]
@@ -246,33 +234,24 @@ def common_settings(axes: Sequence[Axis], points: Sequence[GridPoint]) -> tuple[
 def refuse_another_recipe(
     folder: Path, earlier: dict[str, Any], settings: dict[str, Any], varied: Sequence[str]
 ) -> None:
-    """Refuse a recipe with other settings than the sweep in the folder, of those that are the same in all its points.
-
-    Raises:
-        RecipeError: names every key that differs.
-    """
-    varies = {*varied, *earlier["varied"]}
+    """Refuse a recipe with other settings than the earlier sweep, of those that are the same in all points of both."""
     before, now = (
-        {key: value for key, value in common.items() if key not in varies} for common in (earlier["settings"], settings)
+        {key: value for key, value in common.items() if key not in {*varied, *earlier["varied"]}}
+        for common in (earlier["settings"], settings)
     )
-    changes = differing_settings(before, now)
-    if changes:
+    if changes := differing_settings(before, now):
         raise another_recipe(folder, changes)
 
 
 def refuse_another_run(folder: Path, point: GridPoint) -> None:
-    """Refuse a finished point that was made by another recipe than the one of now.
-
-    Raises:
-        RecipeError: names every key that differs.
-    """
+    """Refuse a finished point that was made by another recipe than the one of now."""
     record = read_record(folder) or {}
     if record.get("status") == "finished" and record.get("recipe_sha256") != recipe_digest(point.recipe):
         raise another_recipe(folder, differing_keys(load_recipe(folder / "recipe.yaml"), point.recipe))
 
 
 def another_recipe(folder: Path, changes: Sequence[str]) -> RecipeError:
-    """The error that says what changed."""
+    """The error that names every key that differs."""
     lines = "".join(f"\n  {redact(change)}" for change in changes)
     return RecipeError(
         f"{folder} was made by another recipe:{lines}\nSet the old values again, or choose another --output. More "

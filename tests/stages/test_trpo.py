@@ -70,7 +70,7 @@ def test_the_recorded_step_kl_is_what_the_two_policies_say(trpo_recipe, monkeypa
 
     def logits_of(policy, rollout):
         with torch.no_grad():
-            return policy.network.logits(policy.scored_hidden(rollout.ids, rollout.scored))
+            return policy.network.logits(policy.network.before(rollout.ids, rollout.scored))
 
     def spy(job, learner, batch, experience, rng):
         before = logits_of(learner.policy, batch.rollout)

@@ -27,15 +27,11 @@ def last_tokens(ids: Ids, limit: int, bos: int | None) -> Ids:
 class Encoder:
     """Encodes prompts and responses: no end token behind a prompt, no second bos, responses that join exactly.
 
-    Args:
-        tokenizer: the policy's tokenizer.
-        template: ``none`` (text as it is), ``chat`` (the tokenizer's chat template), or ``auto`` (chat template if
-            the rows are messages).
+    template: none (text as it is), chat (the tokenizer's chat template), or auto (chat if rows are messages).
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str):
-        self.tokenizer = tokenizer
-        self.template = template
+        self.tokenizer, self.template = tokenizer, template
         probe, alone = self._encode("a", add_special_tokens=True), self.plain("a")
         starts = [at for at in range(len(probe)) if probe[at : at + len(alone)] == alone]
         self.head = probe[: starts[0]] if starts else ()        # bos, for most; what follows the text is left out
@@ -53,11 +49,7 @@ class Encoder:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def first_ids(self, text: str) -> Ids:
-        """The tokens of a text that stands at the start: bos where the tokenizer has one, never two, and no end token.
-
-        Raises:
-            RowFault: the tokenizer makes nothing of the text.
-        """
+        """Tokens of a text at the start: bos if there is one, never two, no end token; RowFault if there are none."""
         ids = self.plain(text)
         if not ids:
             raise RowFault(f"the tokenizer makes no token of {text[:40]!r}")
@@ -81,11 +73,7 @@ class Encoder:
         return both[len(before) :] if both[: len(before)] == before else ids
 
     def uses_chat(self, *, messages: bool) -> bool:
-        """Whether rows that are messages, or are not, go through the chat template.
-
-        Raises:
-            DataError: they need one and the recipe says none, or the tokenizer has none.
-        """
+        """Whether rows that are messages, or are not, go through the chat template; DataError if there is none."""
         if self.template == "none" and messages:
             raise DataError('data.template: none cannot be used with rows of "messages"; wanted auto or chat.')
         chat = self.template == "chat" or messages
@@ -96,11 +84,7 @@ class Encoder:
         return chat
 
     def chat_text(self, messages: list[Message], *, to_answer: bool) -> str:
-        """The messages as the chat template writes them, up to where the assistant begins where ``to_answer``.
-
-        Raises:
-            RowFault: the template refuses the messages.
-        """
+        """The messages as the chat template writes them, to be answered or not; RowFault if it refuses them."""
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_answer)
         except jinja2.TemplateError as error:
@@ -127,11 +111,7 @@ class Encoder:
         return ids, tuple(scored)
 
     def answer(self, messages: list[Message], end_token: int | None) -> tuple[Ids, Ids]:
-        """The tokens of what the assistant reads before the last message, and of what it says in it.
-
-        Raises:
-            RowFault: as `conversation`.
-        """
+        """What the assistant reads before the last message, and what it says in it; raises as `conversation`."""
         before, turn = self._last_turn(messages)
         return before, _to_end(turn, end_token)
 
@@ -153,11 +133,7 @@ def _ambiguous(index: int) -> RowFault:
 
 
 def spelled(encoder: Encoder, prompt: str, response: str, ended: bool, limit: int | None) -> Ids:
-    """The tokens of a prompt and a response as training data have them, cut from the left to ``limit``.
-
-    Raises:
-        ModelError: there is nothing to read.
-    """
+    """The tokens of a prompt and a response as in training data, cut from the left to ``limit``; ModelError if none."""
     end = encoder.tokenizer.eos_token_id
     ids = (_tokens(encoder.first_ids, prompt) or encoder.head) + _tokens(encoder.following_ids, response)
     if ended and end is not None and ids[-1:] != (end,):

@@ -118,15 +118,8 @@ class Counts:
 
 def counts_line(source: str, counts: Counts) -> str:
     """One line on a file that was read: every row accounted for."""
-    rest = [
-        f"{number} {what}"
-        for what, number in (
-            ("truncated", counts.truncated),
-            ("dropped as over-long", counts.dropped),
-            ("skipped as faulty", counts.skipped),
-        )
-        if number
-    ]
+    other = {"truncated": counts.truncated, "dropped as over-long": counts.dropped, "skipped as faulty": counts.skipped}
+    rest = [f"{number} {what}" for what, number in other.items() if number]
     return f"{source}: {counts.kept} of {counts.read} rows" + (f" ({', '.join(rest)})" if rest else "")
 
 
@@ -138,16 +131,9 @@ def distinct_prompts(prompts: list[Prompt]) -> list[Prompt]:
 def load_prompts(
     source: str, tokenizer: "PreTrainedTokenizerBase", rules: RowRules, rows: Iterable[Row] | None = None
 ) -> tuple[list[Prompt], Counts]:
-    """Read prompts: rows of ``{"prompt"}`` or ``{"messages"}``, or of pairs (pairs.py), one form in a file.
+    """Read prompts: rows of ``{"prompt"}`` or ``{"messages"}``, or of pairs (pairs.py), one form in a file (rows.py).
 
-    Args:
-        source: a JSONL, CSV or Parquet file, or a dataset (rows.py).
-        tokenizer: the policy's.
-        rules: what rows may be.
-        rows: what was typed instead; ``source`` is then only what faults are told of.
-
-    Returns:
-        The prompts in the order of the source, none without a token, and the counts.
+    ``rows`` are read instead where given, and ``source`` only names them. None of the prompts is without a token.
 
     Raises:
         DataError: faulty rows, each named with its place; no row left; or a source that cannot be read.
@@ -174,8 +160,8 @@ def load_examples(
     """Read texts to learn from: rows of ``{"text"}``, ``{"prompt", "response"}`` or ``{"messages"}``.
 
     Scored are all tokens of a text but the first; the response and its end token; every turn of the assistant.
-    For the limits the prompt is what comes before the first scored token, the response all the rest. Arguments, returns
-    and errors as ``load_prompts``; each example has at least one scored token.
+    For the limits the prompt is what comes before the first scored token, the response all the rest. Errors as
+    ``load_prompts``; each example has at least one scored token.
     """
     encoder, forms = Encoder(tokenizer, rules.template), FormOfFile(TEXT_FORMS)
 
@@ -212,20 +198,11 @@ def _plain_example(
 
 
 def shuffled_positions(count: int, start: int, size: int, seed: int) -> list[int]:
-    """Positions ``start`` to ``start + size`` of an endless stream of reshuffled epochs.
+    """Positions ``start`` to ``start + size`` of an endless stream of reshuffled epochs, each of ``count`` rows.
 
         epoch e = permutation of 0..count−1 drawn from default_rng([seed, e])
 
     It has no state: the same arguments give the same positions, so that a resumed run goes on exactly where it was.
-
-    Args:
-        count: rows in an epoch, at least 1.
-        start: how many positions were used before.
-        size: how many are wanted.
-        seed: of the run; not negative.
-
-    Returns:
-        ``size`` positions in 0..count−1.
 
     Raises:
         ValueError: no rows, or a negative start or size.

@@ -73,12 +73,7 @@ def _names(names: Any) -> str:
 
 
 def text_field(fields: dict[str, Any], name: str, label: str = "") -> str:
-    """The text of a field, as it is in the file.
-
-    Args:
-        fields: the row, or one message of it.
-        name: the field.
-        label: how a fault names the field; ``field "name"`` where not given.
+    """The text of a field of a row or message; a fault names it by its label.
 
     Raises:
         RowFault: missing, null, no text, empty, only white space, or text with a NUL or half a surrogate pair.
@@ -99,20 +94,16 @@ def text_field(fields: dict[str, Any], name: str, label: str = "") -> str:
 def message_list(fields: dict[str, Any], name: str = "messages", before: str | None = None) -> list[Message]:
     """The messages in a field of a row: role and content of each, in an order that a conversation can have.
 
-    Args:
-        fields: the row.
-        name: the field.
-        before: the role that spoke before the first of them; None at the start of a conversation.
+    before: the role that spoke before the first of them; None at the start of a conversation.
 
     Raises:
         RowFault: no list, empty, a message without role or content, an unknown role, or a role out of turn.
     """
     value = fields.get(name)
-    if name not in fields:
-        raise RowFault(f'field "{name}": missing, wanted a list of {{"role", "content"}}')
     if not isinstance(value, list) or not value:
-        here = "an empty list" if isinstance(value, list) else describe(value)
-        raise RowFault(f'field "{name}": found {here}, wanted a list of {{"role", "content"}}')
+        found = "found an empty list" if isinstance(value, list) else f"found {describe(value)}"
+        here = found if name in fields else "missing"
+        raise RowFault(f'field "{name}": {here}, wanted a list of {{"role", "content"}}')
     messages: list[Message] = []
     for index, message in enumerate(value):
         messages.append(_checked_message(message, f"{name}[{index}]", messages[-1]["role"] if messages else before))
@@ -129,19 +120,6 @@ def _checked_message(message: Any, label: str, before: str | None) -> Message:
         after = f"after {before}" if before else "as the first role"
         raise RowFault(f'field "{label}.role": found {role} {after}, wanted {" or ".join(NEXT_ROLES[before])}')
     return {"role": role, "content": text_field(message, "content", f'field "{label}.content"')}
-
-
-def open_messages(fields: dict[str, Any], name: str) -> list[Message]:
-    """The messages in a field, which the assistant has still to answer.
-
-    Raises:
-        RowFault: the field is faulty, or the assistant has the last word already.
-    """
-    messages = message_list(fields, name)
-    if messages[-1]["role"] == "assistant":
-        raise RowFault(f'field "{name}[{len(messages) - 1}].role": found assistant in the last message of a prompt, '
-                       "wanted system, user or tool")
-    return messages
 
 
 def answered_messages(fields: dict[str, Any], form: Form) -> list[Message]:
@@ -164,11 +142,7 @@ def answered_messages(fields: dict[str, Any], form: Form) -> list[Message]:
 
 
 def label_of(fields: dict[str, Any]) -> bool:
-    """Whether the response of a row is a wanted one.
-
-    Raises:
-        RowFault: the label is none of true, false, 1 and 0.
-    """
+    """Whether the response of a row is a wanted one; RowFault if the label is none of true, false, 1 and 0."""
     value = fields.get("label")
     key = value.strip().lower() if isinstance(value, str) else value
     if isinstance(key, bool | int | float | str) and key in LABELS:
@@ -178,11 +152,7 @@ def label_of(fields: dict[str, Any]) -> bool:
 
 
 def margin_of(fields: dict[str, Any]) -> float:
-    """How much better the chosen response of a row is said to be, in units of score; 0 where it does not say.
-
-    Raises:
-        RowFault: the margin is no finite number of at least 0.
-    """
+    """How much better the chosen response of a row is said to be, of score, at least 0; 0 if it does not say."""
     value = fields.get("margin")
     if value is None:
         return 0.0
@@ -196,11 +166,7 @@ def margin_of(fields: dict[str, Any]) -> float:
 
 
 def sides_of(fields: dict[str, Any], form: Form) -> tuple[Asked, str, str]:
-    """The prompt of a pair, and what was chosen and rejected.
-
-    Raises:
-        RowFault: a field is faulty, the sides are empty or equal, or share no prompt.
-    """
+    """The prompt of a pair, and what was chosen and rejected: responses that are not empty, and differ."""
     asked, chosen, rejected = _read_together(fields, form) or prompt_and(fields, form[0], SIDES)
     for side, text in zip(SIDES, (chosen, rejected), strict=True):
         if not text.strip():
@@ -211,11 +177,7 @@ def sides_of(fields: dict[str, Any], form: Form) -> tuple[Asked, str, str]:
 
 
 def prompt_of(fields: dict[str, Any], form: Form) -> Asked:
-    """The prompt of a row of prompts or of pairs; what a pair says in answer to it is not looked at.
-
-    Raises:
-        RowFault: the prompt is faulty, or a pair's sides share none.
-    """
+    """The prompt of a row of prompts or of pairs; what a pair says in answer to it is not looked at."""
     together = _read_together(fields, form) if form in PAIR_FORMS else None
     return together[0] if together else _asked(fields, form[0])
 
@@ -225,11 +187,18 @@ def _read_together(fields: dict[str, Any], form: Form) -> tuple[Asked, str, str]
     listed = [isinstance(fields.get(side), list) for side in SIDES]
     if form == SIDES:
         return _conversations(fields) if any(listed) else _transcripts(fields)
-    if not all(listed) or _first_role(fields["chosen"]) == "assistant":
+    if not all(listed):
         return None
-    read = _conversations(fields)
-    _expect_prompt(fields.get(form[0]), form[0], read[0])
-    return read
+    first = next(iter(fields["chosen"]), None)
+    if isinstance(first, dict) and first.get("role") == "assistant":
+        return None
+    asked, *said = _conversations(fields)
+    value = fields.get(form[0])
+    if value != asked and value not in [message["content"] for message in asked if message["role"] == "user"]:
+        raise RowFault(
+            f'field "{form[0]}": not the prompt that "chosen" and "rejected" begin with; remove one of the two'
+        )
+    return asked, *said
 
 
 def _transcripts(fields: dict[str, Any]) -> tuple[str, str, str]:
@@ -257,24 +226,18 @@ def _conversations(fields: dict[str, Any]) -> tuple[list[Message], str, str]:
     return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
 
 
-def _expect_prompt(value: Any, name: str, asked: list[Message]) -> None:
-    """A prompt that stands beside whole conversations says what they begin with."""
-    if value != asked and value not in [message["content"] for message in asked if message["role"] == "user"]:
-        raise RowFault(f'field "{name}": not the prompt that "chosen" and "rejected" begin with; remove one of the two')
-
-
 def prompt_and(fields: dict[str, Any], name: str, sides: tuple[str, ...]) -> tuple[Any, ...]:
-    """The prompt in the field ``name``, and the responses in the fields ``sides``; each a text, or messages.
-
-    Raises:
-        RowFault: a field is faulty.
-    """
+    """The prompt in the field ``name``, and the responses in the fields ``sides``; each a text, or messages."""
     return _asked(fields, name), *(_answer(fields, side) for side in sides)
 
 
 def _asked(fields: dict[str, Any], name: str) -> Asked:
     if name == "messages" or isinstance(fields.get(name), list):
-        return open_messages(fields, name)
+        messages = message_list(fields, name)
+        if messages[-1]["role"] == "assistant":
+            raise RowFault(f'field "{name}[{len(messages) - 1}].role": found assistant in the last message of a '
+                           "prompt, wanted system, user or tool")
+        return messages
     text = text_field(fields, name)
     answers = (fields.get(side) for side in (*SIDES, "response"))
     return as_messages(text) if any(isinstance(answer, list) for answer in answers) else text
@@ -289,16 +252,8 @@ def _answer(fields: dict[str, Any], side: str) -> str:
     return messages[0]["content"]
 
 
-def _first_role(messages: list[Any]) -> Any:
-    return messages[0].get("role") if messages and isinstance(messages[0], dict) else None
-
-
 def as_messages(asked: Asked) -> list[Message]:
-    """A prompt as messages: a text is one message of the user.
-
-    Raises:
-        DataError: the text is a transcript, which says already who speaks.
-    """
+    """A prompt as messages: a text is one of the user; DataError for a transcript, which says already who speaks."""
     if not isinstance(asked, str):
         return asked
     if asked.endswith(TRANSCRIPT):

@@ -65,10 +65,7 @@ READ_AGAIN = 256        # rows on which it is tried whether their text gives the
 def load_comparisons(
     source: str, tokenizer: "PreTrainedTokenizerBase", rules: RowRules
 ) -> tuple[list[Pair] | list[Labelled], Counts]:
-    """Read pairs with their margins, or labelled responses, whichever the first row of the source is.
-
-    Arguments, returns and errors as `load_pairs` and `load_labelled`.
-    """
+    """Read pairs with their margins, or labelled responses, whichever the first row of the source is."""
     first = next((row.fields for row in read_rows(source) if not row.fault), {})
     present = {name for name, value in first.items() if value is not None}
     labelled = present.issuperset(LABELLED_FORM) and not any(present.issuperset(form) for form in PAIR_FORMS)
@@ -89,17 +86,9 @@ def sequences(rows: Sequence[Comparison]) -> list[Ids]:
 def hold_out(
     rows: Sequence[Comparison], share: float, seed: int, source: str
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """Split rows by their prompts, so that no prompt is on both sides.
+    """Split rows by their prompts, so that no prompt is on both sides: to train on, and held out; both in order.
 
-    Args:
-        share: of the prompts, rounded, but at least one; 0 holds out nothing.
-        source: names the rows in the error.
-
-    Returns:
-        (to train on, held out), each in the order of ``rows``.
-
-    Raises:
-        DataError: there is one prompt only.
+    share: of the prompts, rounded, but at least one; 0 holds out nothing. DataError if there is one prompt only.
     """
     if share == 0.0:
         return list(rows), []

@@ -40,12 +40,9 @@ def read_rows(source: str) -> Iterator[Row]:
     A path never touches the network: only a source that is no file here, and does not look like one, is a name.
     A row that cannot be read comes back with its fault, so that the caller can list all of them.
 
-    Args:
-        source: path of a ``.jsonl``, ``.json`` (one object a line), ``.csv`` (each also ``.gz``) or ``.parquet`` file,
-            or ``name``, ``name:split`` or ``name:config:split`` of a dataset (split ``train`` by default).
-
-    Returns:
-        The rows in the order of the source; blank lines are not rows.
+    The source is the path of a ``.jsonl``, ``.json`` (one object a line), ``.csv`` (each also ``.gz``) or ``.parquet``
+    file, or ``name``, ``name:split`` or ``name:config:split`` of a dataset (split ``train`` by default). Blank lines
+    are not rows.
 
     Raises:
         DataError: no such file or dataset, a kind of file that is not read here, or a damaged file.
@@ -142,18 +139,13 @@ def _csv_rows(path: str) -> Iterator[Row]:
             if cells is None:
                 return
             if header is None and cells:
-                header = _checked_header(where, cells)
+                header = cells
+                if repeated := [name for name in cells if cells.count(name) > 1]:
+                    raise DataError(f'{where}: column "{repeated[0]}" is found twice in the header.')
             elif cells:                         # a blank line has none
                 yield _csv_row(where, header, cells)
     finally:
         csv.field_size_limit(limit)
-
-
-def _checked_header(where: str, cells: list[str]) -> list[str]:
-    repeated = [name for name in cells if cells.count(name) > 1]
-    if repeated:
-        raise DataError(f'{where}: column "{repeated[0]}" is found twice in the header.')
-    return cells
 
 
 def _csv_row(where: str, header: list[str], cells: list[str]) -> Row:
@@ -216,11 +208,7 @@ def _dataset_name(source: str) -> tuple[str, str | None, str]:
 
 def has_surrogate(text: str) -> bool:
     """Whether the text holds half of a surrogate pair, which no tokenizer and no UTF-8 file can take."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
+    return re.search("[\ud800-\udfff]", text) is not None
 
 
 def describe(value: Any) -> str:

@@ -26,13 +26,7 @@ class FixedLayer(DynamicLayer):
     """One layer of a KV cache with room for all tokens to come; attention reads the whole of it, behind a mask."""
 
     def __init__(self, full: DynamicLayer, tokens: int, place: Tensor):
-        """Copy what a layer holds.
-
-        Args:
-            full: keys and values of the prompts, [rows, heads, S, head_dim].
-            tokens: how many there will be.
-            place: where the next token goes; changed from outside. [1] int64.
-        """
+        """Copy what a layer holds, with room for so many tokens. place: of the next one; changed from outside. [1]"""
         super().__init__()
         self.lazy_initialization(full.keys, full.values)
         more = (0, 0, 0, tokens - full.keys.shape[2])  # zeros: what is behind the mask is multiplied by 0, so no NaN
@@ -52,7 +46,7 @@ class CapturedDecoder:
     compact_below = 0.5
 
     def __init__(self, step: Step, cache: Cache, mask: Tensor, limit: int):
-        """Take over a cache of left-padded prompts; arguments as ``GrowingDecoder``'s."""
+        """As ``GrowingDecoder``."""
         rows, width = mask.shape
         total = -(-(width + limit) // ALIGNED) * ALIGNED
         self._step, self._cache, self._read = step, cache, width
@@ -109,7 +103,6 @@ def recorded(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable
     return graph.replay, result
 
 
-@torch.no_grad()
 def can_capture(step: Step, next_step: Callable[[int], Step], device: torch.device) -> bool:
     """Whether a model decodes by replay as it does otherwise, on this device; it is tried, on GPUs only."""
     if device.type != "cuda":
@@ -122,10 +115,7 @@ def can_capture(step: Step, next_step: Callable[[int], Step], device: torch.devi
 
 @torch.no_grad()
 def captured_agrees(step: Step, next_step: Callable[[int], Step], device: torch.device) -> bool:
-    """Whether three tokens for three rows and two for the two that are left get the same logits either way.
-
-    step: reads the prompts. next_step: ``FastWays.next_step``.
-    """
+    """Whether three tokens for three rows and two for the two that are left get the same logits either way."""
     ids = torch.tensor([[0, 1, 0], [0, 0, 1], [1, 1, 0]], device=device)
     mask = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 1]], device=device)
 

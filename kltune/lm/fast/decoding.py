@@ -34,13 +34,9 @@ class GrowingDecoder:
     compact_below = 0.8  # drop finished rows from the cache once fewer than this share is still going
 
     def __init__(self, step: Step, cache: Cache, mask: Tensor, limit: int):
-        """Take over a cache of left-padded prompts.
+        """Take over a cache of left-padded prompts, and feed each row at most ``limit`` tokens by ``step``.
 
-        Args:
-            step: takes a token of each row, mask, positions and cache: gives the logits after it and the cache.
-            cache: of the prompts.
-            mask: 0 on their padding. [R, width].
-            limit: how many tokens a row is fed at most.
+        mask: 0 on the padding of prompts. [R, width].
         """
         give_room(cache)
         self._step, self._cache = step, cache
@@ -75,16 +71,9 @@ class FusedStep:
         self._norm = _normed(trunk.norm)
 
     def __call__(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
-        """Feed one token to each row and extend the cache by it: last hidden states.
+        """Feed one token to each row and extend the cache of the S − 1 before by it: last hidden states. [B, H].
 
-        Args:
-            ids: [B, 1].
-            attention_mask: 0 on the padding of prompts; the new token's column included. [B, S].
-            position_ids: of the new tokens. [B, 1].
-            cache: keys and values of the S - 1 tokens before.
-
-        Returns:
-            [B, H].
+        ids, position_ids: of the new tokens. [B, 1]. attention_mask: 0 on the padding of prompts. [B, S].
         """
         hidden = self._embed(ids.squeeze(1))
         turned = self._cos[position_ids], self._sin[position_ids]

@@ -39,13 +39,9 @@ CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 def micro_batches(lengths: Sequence[int], most: Callable[[int], int], cost: float) -> list[list[int]]:
     """Cut a batch into parts of similar lengths, so that padding and the number of parts cost least together.
 
-    Args:
-        lengths: tokens of each row.
-        most: how many rows of a length may be in one part; a part holds at least one.
-        cost: of a part, in tokens.
-
-    Returns:
-        Places in ``lengths``, for each part; the longest first, so that what does not fit in memory fails at once.
+    lengths: tokens of each row. most: how many rows of a length may be in one part; a part holds at least one. cost: of
+    a part, in tokens. Returned are places in ``lengths``, for each part; the longest first, so that what does not fit
+    in memory fails at once.
     """
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     cheapest, ends = [0] * (len(order) + 1), [0] * len(order)   # from a place in the order on; where its part ends
@@ -66,13 +62,10 @@ class Batching:
     """Cuts batches into parts that fit in memory and hold little padding."""
 
     def __init__(self, causal: nn.Module, step: Step, *, split: bool, shares_prefixes: bool):
-        """Take a model.
+        """Take a model, with its adapters as they are on whenever this is asked.
 
-        Args:
-            causal: with its adapters as they are on whenever this is asked.
-            step: feeds it tokens.
-            split: its trunk runs alone, without making logits of all positions.
-            shares_prefixes: neighbouring rows read the prompt they share once.
+        split: its trunk runs alone, without making logits of all positions. shares_prefixes: neighbouring rows read the
+        prompt they share once.
         """
         self._causal, self._step, self._split, self.shares_prefixes = causal, step, split, shares_prefixes
         self._room: TrainingRoom | None = None
@@ -176,12 +169,7 @@ class TrainingRoom:
 
 
 def training_room(model: nn.Module, trained: nn.Module) -> TrainingRoom:
-    """Measure what a model keeps for its backward pass, on three small batches.
-
-    Args:
-        model: with what is trained of it.
-        trained: the part of it that training runs.
-    """
+    """Measure what a model keeps for its backward pass, on three small batches through the part that training runs."""
     device = _device(model)
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
@@ -226,9 +214,7 @@ def device_bytes(device: torch.device) -> int:
 def saved_bytes(work: Callable[[], Tensor], without: set[int] = frozenset()) -> int:
     """The bytes that autograd keeps for the backward pass of some work, shared memory counted once.
 
-    Args:
-        work: builds a graph.
-        without: addresses of memory that is there anyway, as the weights'.
+    without: addresses of memory that is there anyway, as the weights'.
     """
     kept: dict[int, Tensor] = {}  # the tensors themselves, or their memory would be used again and counted as theirs
 

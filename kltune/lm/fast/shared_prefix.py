@@ -40,9 +40,7 @@ class SharedPrefixes:
 def shared_prefixes(ids: Tensor, scored: Tensor) -> SharedPrefixes | None:
     """Cut rows where it saves enough tokens; None where it does not, or a row has nothing scored.
 
-    Args:
-        ids: right-padded; rows with the same prompt lie side by side. [B, S] int64.
-        scored: True on the tokens to measure, never in column 0. [B, S] bool.
+    Rows with the same prompt lie side by side. ids, scored: as ``Policy.measure``. [B, S].
     """
     columns = torch.arange(ids.shape[1], device=ids.device)
     starts, ends = scored_spans(scored)

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,7 @@ class FastWays:
     """What a model does faster than by its own forward pass, PEFT's layers and transformers' cache."""
 
     def __init__(self, causal: nn.Module, step: Step, *, split: bool):
-        """Try which ways fit.
-
-        Args:
-            causal: the model, before any adapter.
-            step: feeds it tokens the plain way.
-            split: its logits are those of its head on its trunk's hidden states.
-        """
+        """Try which ways fit a model, before any adapter; ``step`` and ``split`` are those of its ``Network``."""
         self.causal, self.step = causal, step
         self.shares_prefixes = split and can_share(causal)
         self.decodes = split and can_decode(causal)
@@ -51,12 +45,8 @@ class FastWays:
     def refresh(self) -> None:
         """Take the model's layers as they are now, after an adapter may have wrapped them."""
         speed_up(self.causal)
-        self._merged_trunk = MergedTrunk(self.causal.base_model)
+        self.merged_trunk = MergedTrunk(self.causal.base_model)
         self.batching.refresh()
-
-    def merged(self) -> AbstractContextManager[None]:
-        """Within: adapters are added into stand-ins of their layers, for sampling. See ``MergedTrunk.active``."""
-        return self._merged_trunk.active()
 
     def states_before(self, ids: Tensor, scored: Tensor) -> Tensor | None:
         """Hidden states that predict the scored tokens, shared prompts read once; None where that does not pay."""

@@ -78,12 +78,8 @@ def measure_best_of_n(
 ) -> dict[str, Any]:
     """Best of n by the score (by gold where there is no score), for n = 1, 2, 4, ... of the reference's responses.
 
-    Args:
-        answered: from ``best_of_n_round``; at least 2 responses to each prompt.
-        scorers: at least one.
-
-    Returns:
-        The document's best_of_n; by_prompt: the estimates of each scorer for each n, [P] each.
+    answered: from ``best_of_n_round``; at least 2 responses to each prompt. Returned is the document's best_of_n;
+    by_prompt: the estimates of each scorer for each n, [P] each.
     """
     count, per_prompt = answered.count, answered.per_prompt
     parts: list[dict[str, np.ndarray]] = []
@@ -93,9 +89,7 @@ def measure_best_of_n(
             texts = list(samples.prompts), list(samples.responses)
             parts.append(scorers.scores(texts, (samples,), samples.truncated.cpu()))
             progress(done)
-    scores = {
-        name: np.concatenate([part[name] for part in parts]).reshape(count, per_prompt) for name in parts[0]
-    }
+    scores = {name: np.concatenate([part[name] for part in parts]).reshape(count, per_prompt) for name in parts[0]}
     ranked = scores.get("score", scores.get("gold"))
     sizes = [2**power for power in range(per_prompt.bit_length()) if 2**power <= per_prompt]
     estimates = {name: [best_of(ranked, n, values) for n in sizes] for name, values in scores.items()}
@@ -105,8 +99,8 @@ def measure_best_of_n(
         ties = float(np.mean([best_of_n_kl_of_levels(shares, n) for shares in levels]))
         point: dict[str, Any] = {"n": n, "kl_bound": best_of_n_kl(n), "kl_with_ties": min(ties, best_of_n_kl(n))}
         for name in ("score", "gold"):
-            known = over_prompts(estimates[name][place]) if name in estimates else (None, None)
-            point |= {name: known[0], f"{name}_stderr": known[1]}
+            mean, stderr = over_prompts(estimates[name][place]) if name in estimates else (None, None)
+            point |= {name: mean, f"{name}_stderr": stderr}
         points.append(point)
     return {
         "prompts": count,

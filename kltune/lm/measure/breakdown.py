@@ -22,22 +22,13 @@ def top_tokens(sums: VocabularySums, responses: int, policy: Policy, top: int) -
     """
     ids = sums.nats.topk(min(top, len(sums.nats))).indices.tolist()
     return [
-        {
-            "token": policy.tokenizer.decode([token]),
-            "id": token,
-            **_part(sums, [token], responses),
-        }
-        for token in ids
-        if sums.nats[token] > 0.0
+        {"token": policy.tokenizer.decode([token]), "id": token, **token_part(sums, [token], responses)}
+        for token in ids if sums.nats[token] > 0.0
     ]
 
 
-def end_token(sums: VocabularySums, responses: int, policy: Policy) -> dict[str, float]:
-    """What the end tokens together add to the KL: how much of it is about where to stop."""
-    return _part(sums, list(policy.end_ids), responses)
-
-
-def _part(sums: VocabularySums, ids: list[int], responses: int) -> dict[str, float]:
+def token_part(sums: VocabularySums, ids: list[int], responses: int) -> dict[str, float]:
+    """What some tokens together add to the KL; of the end tokens, how much of it is about where to stop."""
     whole = max(sums.nats.sum().item(), 1e-12)
     nats, policy, reference = (part[ids].sum().item() for part in (sums.nats, sums.policy, sums.reference))
     return {
@@ -51,11 +42,10 @@ def _part(sums: VocabularySums, ids: list[int], responses: int) -> dict[str, flo
 def top_prompts(measured: Measurement, top: int) -> list[dict[str, Any]]:
     """The prompts whose responses are furthest from the reference."""
     prompts, _ = measured.texts()
-    sums: dict[int, list[float]] = defaultdict(list)
-    text: dict[int, str] = {}
-    for index, prompt, value in zip(measured.prompt_index.tolist(), prompts, measured.exact.tolist(), strict=True):
+    indices = measured.prompt_index.tolist()
+    text, sums = dict(zip(indices, prompts, strict=True)), defaultdict(list)
+    for index, value in zip(indices, measured.exact.tolist(), strict=True):
         sums[index].append(value)
-        text[index] = prompt
     means = {index: sum(values) / len(values) for index, values in sums.items()}
     worst = sorted(means, key=lambda index: (-means[index], index))[:top]
     return [
@@ -83,35 +73,27 @@ def examples(measured: Measurement, policy: Policy, count: int) -> list[dict[str
 
     One response shows the most, two the most and the least, three the middle one as well, and so on.
     """
+    places = [(rollout, row) for rollout in measured.rollouts for row in range(len(rollout.ids))]
     order = measured.exact.argsort(descending=True).tolist()
     last, shown = len(order) - 1, min(count, len(order))
     chosen = [order[round(i * last / max(1, shown - 1))] for i in range(shown)]
-    return [_example(measured, policy, index) for index in chosen]
+    return [_example(*places[index], measured.exact[index].item(), policy) for index in chosen]
 
 
-def _example(measured: Measurement, policy: Policy, index: int) -> dict[str, Any]:
-    before = 0
-    for rollout in measured.rollouts:
-        row = index - before
-        if row < len(rollout.ids):
-            break
-        before += len(rollout.ids)
+def _example(rollout: Rollout, row: int, nats: float, policy: Policy) -> dict[str, Any]:
     said = transcript(rollout, row, policy.tokenizer)
     return {
         "prompt": rollout.prompts[row],
         "response": rollout.responses[row],
-        "nats": measured.exact[index].item(),
+        "nats": nats,
         "truncated": bool(rollout.truncated[row]),
         "tokens": [{"token": t, "nats": n} for t, n in zip(said["tokens"], said["token_kl"], strict=True)],
     }
 
 
 def transcript(rollout: Rollout, row: int, tokenizer) -> dict[str, list[Any] | None]:
-    """One response token by token.
-
-    Returns:
-        "tokens": the text that each adds. "token_kl": exact KL(policy ‖ reference) at each, nats, the divergence of the
-        two distributions that the token was drawn from; None where it was not measured.
+    """One response token by token: "tokens", the text that each adds, and "token_kl", the exact KL(policy ‖ reference)
+    of the distributions that it was drawn from, nats; None where it was not measured.
     """
     ids, mask = rollout.ids[row][rollout.scored[row]].tolist(), rollout.response_mask[row]
     nats = None if rollout.ref_kl is None else rollout.ref_kl[row][mask].tolist()

@@ -55,10 +55,9 @@ class Deployed:
 def measure_deployed(
     policy: Policy, answered: Round, draw: Draw, cut: Cut, progress: Progress = lambda done: None
 ) -> Deployed:
-    """Sample from the deployed policy and measure both of its distances; arguments and errors as ``measure_kl``.
+    """Sample from the deployed policy and measure both of its distances; errors as ``measure_kl``.
 
-    Args:
-        cut: top-p and top-k. The temperature is the deployed policy's, and the reference's in ``both``.
+    The temperature of ``draw`` is the deployed policy's, and the reference's in ``both``.
     """
     temperature = draw.temperature
     rows: list[tuple[Tensor, ...]] = []

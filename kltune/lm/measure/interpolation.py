@@ -68,15 +68,9 @@ class Interpolation:
     ):
         """Take the policy as it is: that is α = 1.
 
-        Args:
-            draw: how responses are drawn in the search; the checks after it have random numbers of their own.
-            confidence: of the intervals.
-            unit: of budgets.
-            scorer: also score the responses, less ``missing_end_penalty`` where one never ended.
-            say: told of each measurement.
-
-        Raises:
-            ModelError: the adapter has no scale.
+        draw: how responses are drawn in the search; the checks after it have random numbers of their own. unit: of
+        budgets. scorer: also score the responses, less ``missing_end_penalty`` where one never ended. say: told of each
+        measurement. Raises as ``AdapterScale``.
         """
         self.scale = AdapterScale(policy)
         self.policy, self.prompts, self.draw = policy, prompts, draw
@@ -95,14 +89,15 @@ class Interpolation:
         """Set the adapter to α and measure it there."""
         self.scale.set(alpha)
         measured = measure_kl(self.policy, Round.of(self.prompts, responses), replace(self.draw, seed=seed))
-        scorers = {} if self._scorer is None else {"score": self._scorer}
-        scores = measured_scores(scorers, measured, self._penalty).values()
-        score, error = next((clustered_mean(row, measured.prompt_index) for row in scores), (None, None))
+        score = error = None
+        if self._scorer is not None:
+            scores = measured_scores({"score": self._scorer}, measured, self._penalty)["score"]
+            score, error = clustered_mean(scores, measured.prompt_index)
         kl = measured.summary("exact", confidence or self.confidence)
         look = Look(alpha, purpose, kl, score, error)
         self.looks.append(look)
         nats, stderr, _ = look.figures(self.unit)
-        scored = "" if look.score is None else f", score {look.score:.3f}"
+        scored = "" if score is None else f", score {score:.3f}"
         self._say(
             f"alpha {alpha:.4f}: KL {nats:.4g} ± {stderr:.2g} {self.unit.replace('_', ' ')}{scored} "
             f"({kl.responses} responses, {purpose})"
@@ -124,13 +119,8 @@ class Interpolation:
         all about 4.3 standard errors. Where that would give away more than ``MARGIN`` of the budget, more responses are
         drawn. What was found is then checked on random numbers that it was not chosen by.
 
-        Args:
-            budget: in nats of ``unit``.
-            responses: for a measurement.
-            most: for a measurement where the budget calls for more.
-
-        Returns:
-            (the search, the check that passed; None where none did).
+        responses: for a measurement; ``most`` where the budget calls for more. Returned are the search, and the check
+        that passed; None where none did.
         """
         search = largest_alpha(lambda alpha: self._point(alpha, responses), budget, grid=GRID, tolerance=0.05)
         if search.alpha == 0.0:
@@ -181,11 +171,7 @@ class AdapterScale:
     """
 
     def __init__(self, policy: Policy):
-        """Remember the adapter as it is: that is α = 1.
-
-        Raises:
-            ModelError: there are two sets of weights, or the adapter has tensors of a kind that has no scale.
-        """
+        """Remember the adapter as it is: that is α = 1. ModelError where it has no scale."""
         if policy.full:
             raise ModelError(
                 f"{policy.fingerprint.path}: only an adapter that leaves its base alone can be scaled down; this "

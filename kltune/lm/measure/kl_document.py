@@ -9,11 +9,12 @@ from torch import Tensor
 
 from kltune.core.kl.intervals import KLSummary, summarize
 from kltune.core.kl.sequences import jensen_shannon, tails, total_variation
-from kltune.lm.measure.breakdown import by_position, end_token, examples, top_prompts, top_tokens
+from kltune.lm.measure.breakdown import by_position, examples, token_part, top_prompts, top_tokens
 from kltune.lm.measure.deployed import Deployed
 from kltune.lm.measure.measurement import Measurement
 from kltune.lm.model.policy import Policy
 
+FIGURES = ("nats_per_response", "stderr", "ci", "nats_per_token", "token_stderr", "token_ci")
 ESTIMATORS = ("exact", "k1", "k3", "cv")
 DIRECTIONS = {"reverse": "KL(policy||reference)", "forward": "KL(reference||policy)"}
 
@@ -36,12 +37,8 @@ class CheckpointKL:
 def described_kl(measured: CheckpointKL, policy: Policy, *, confidence: float, top: int, show: int) -> dict[str, Any]:
     """The measured part of the document.
 
-    Args:
-        measured: of one checkpoint.
-        policy: whose tokens and reference these are.
-        confidence: of all intervals but those of the gate.
-        top: how many tokens and prompts to list.
-        show: how many responses to give token by token.
+    confidence: of all intervals but those of the gate. top: how many tokens and prompts to list. show: how many
+    responses to give token by token.
     """
     reverse, forward, sums = measured.reverse, measured.forward, measured.reverse.sums
     count = len(reverse.exact)
@@ -68,7 +65,7 @@ def described_kl(measured: CheckpointKL, policy: Policy, *, confidence: float, t
         },
         "agreement_z": reverse.z,
         "deployed": None if measured.deployed is None else _deployed(measured.deployed, confidence),
-        "end_token": end_token(sums, count, policy),
+        "end_token": token_part(sums, list(policy.end_ids), count),
         "top_tokens": top_tokens(sums, count, policy, top),
         "top_prompts": top_prompts(reverse, top),
         "by_position": by_position(reverse),
@@ -80,14 +77,7 @@ def described_kl(measured: CheckpointKL, policy: Policy, *, confidence: float, t
 
 def kl_figures(kl: KLSummary) -> dict[str, Any]:
     """One estimator's figures, per response and per token (ratio of sums)."""
-    return {
-        "nats_per_response": kl.nats_per_response,
-        "stderr": kl.stderr,
-        "ci": kl.ci,
-        "nats_per_token": kl.nats_per_token,
-        "token_stderr": kl.token_stderr,
-        "token_ci": kl.token_ci,
-    }
+    return {name: getattr(kl, name) for name in FIGURES}
 
 
 def paired_differences(
@@ -95,11 +85,8 @@ def paired_differences(
 ) -> list[dict[str, Any]]:
     """By how much each checkpoint is further from its reference than the first, on the same prompts and numbers.
 
-    Args:
-        paths: of the checkpoints.
-        measured: exact KL of each response [B] and the prompt it answers [B], for each checkpoint. Where one kept
-            sampling longer, what both have is compared.
-        confidence: of the intervals.
+    measured: exact KL of each response [B] and the prompt it answers [B], for each checkpoint. Where one kept sampling
+    longer, what both have is compared.
     """
     rows = []
     first, prompts = measured[0]

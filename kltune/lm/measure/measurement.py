@@ -50,9 +50,7 @@ class Measurement:
     def summary(self, estimator: str = "exact", confidence: float = 0.95) -> KLSummary:
         """Mean with clustered standard error and interval, per response and per token.
 
-        Args:
-            estimator: exact, k1, k3, or cv: exact with k1 as its control variate.
-            confidence: of the intervals.
+        estimator: exact, k1, k3, or cv: exact with k1 as its control variate.
         """
         cv = estimator == "cv"
         nats = control_variate(self.exact, self.k1, self.prompt_index) if cv else getattr(self, estimator)
@@ -162,10 +160,9 @@ def measure_kl(
 ) -> Measurement:
     """Sample from the policy and measure its KL from the reference: exact, k1 and k3.
 
+    The KL is that of the process cut at its length limit.
+
     Args:
-        policy: adapter on.
-        answered: which prompts, how often.
-        draw: how; the KL is that of the process cut at its length limit.
         from_reference: let the two change places: sample from the reference and measure KL(reference ‖ policy).
         by_token: also add up by token of the vocabulary.
         progress: told how many responses have been measured, after each pass.
@@ -199,10 +196,9 @@ def measure_kl(
 
 
 def answer_both(policy: Policy, answered: Round, draw: Draw) -> tuple[Measurement, Measurement]:
-    """Responses of the policy and of the reference to the same prompts, with the same random numbers.
+    """Responses of the policy with KL(policy ‖ reference), and of the reference with KL(reference ‖ policy).
 
-    Returns:
-        (the policy's with KL(policy ‖ reference), the reference's with KL(reference ‖ policy)).
+    Both answer the same prompts with the same random numbers.
     """
     return measure_kl(policy, answered, draw), measure_kl(policy, answered, draw, from_reference=True)
 

@@ -21,6 +21,8 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -124,10 +126,7 @@ def rewritten_base(config: dict[str, Any]) -> list[str]:
 def trained_base(config: dict[str, Any], weights: dict[str, Tensor], model: nn.Module) -> list[str]:
     """Parts of the base that an adapter trained, so that it cannot be switched off; [] if none.
 
-    Args:
-        config: of the adapter.
-        weights: its tensors by their saved names.
-        model: what it is for, with or without the adapter's layers.
+    weights: its tensors by their saved names. model: what it is for, with or without the adapter's layers.
     """
     faults = []
     if config.get("bias", "none") != "none":
@@ -146,11 +145,7 @@ def trained_base(config: dict[str, Any], weights: dict[str, Tensor], model: nn.M
 
 
 def load_compatible(folder: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a saved adapter that leaves its base alone.
-
-    Raises:
-        ModelError: there is none, it is damaged, or with it off the model would not be its frozen base.
-    """
+    """The tensors of a saved adapter that leaves its base alone; ModelError for another one, or a damaged one."""
     config = read_adapter_config(folder)
     weights = load_weights(folder)
     faults = rewritten_base(config) + trained_base(config, weights, model)
@@ -172,22 +167,12 @@ def config_to_fill(folder: Path) -> PeftConfig:
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a saved adapter, from safetensors only: a pickle could run code.
-
-    Raises:
-        ModelError: the file is missing or damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    """The tensors of a saved adapter, from safetensors only: a pickle could run code. ModelError if damaged."""
     path = folder / "adapter_model.safetensors"
     if not path.exists():
-        pickled = (
-            " adapter_model.bin is a pickle, which kltune never opens."
-            if (folder / "adapter_model.bin").exists()
-            else ""
-        )
-        raise ModelError(f"{path}: no such file.{pickled}")
+        pickled = (folder / "adapter_model.bin").exists()
+        advice = " adapter_model.bin is a pickle, which kltune never opens." if pickled else ""
+        raise ModelError(f"{path}: no such file.{advice}")
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -195,12 +180,10 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def wrap(model: nn.Module, config: PeftConfig, what: str) -> PeftModel:
-    """Put the layers of an adapter on a model.
-
-    The model is changed in place. ``what`` says where the names of the layers come from, for the error.
+    """Put the layers of an adapter on a model, in place.
 
     Raises:
-        ModelError: no layer has one of the names, or a layer is of a kind that the adapter cannot serve.
+        ModelError: no layer has one of the names, which come from ``what``, or one is of a kind that cannot serve.
     """
     config.base_model_name_or_path = None  # PEFT would warn of another path; hashes tell bases apart
     try:
@@ -210,12 +193,10 @@ def wrap(model: nn.Module, config: PeftConfig, what: str) -> PeftModel:
 
 
 def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path, name: str = POLICY) -> None:
-    """Load tensors into the layers that were made for them as adapter ``name``, one to one.
-
-    Raises:
-        ModelError: a tensor is too many, missing, not finite, or of another shape.
-    """
-    check_finite(weights, str(folder))
+    """Load tensors into the layers made for them as adapter ``name``: all finite, and one to one, or ModelError."""
+    for key, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{folder}: {key} holds NaN or infinity.")
     misfit = f"{folder}: the adapter does not fit {model.name_or_path}"
     try:
         outcome = set_peft_model_state_dict(model, weights, adapter_name=name)
@@ -236,10 +217,8 @@ def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float]:
     """Add an SFT adapter into the weights of its base; the result is the reference from then on.
 
     Done once, before anything is frozen or hashed, in float32, and rounded to the model's dtype at the end: in
-    bfloat16 small updates are partly lost to that rounding, so the share that survived is returned.
-
-    Returns:
-        (merged model, share of the update that arrived, as a projection on what was asked for; 1 in float32).
+    bfloat16 small updates are partly lost to that rounding, so the share that survived is returned too, as a projection
+    on what was asked for; 1 in float32.
 
     Raises:
         ModelError: it changes the base in other ways, does not fit it one to one, or changes nothing.
@@ -259,13 +238,6 @@ def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float]:
     if asked == 0.0:
         raise ModelError(f"{folder}: this adapter changes nothing (every merged update is 0); is it the trained one?")
     return merged, arrived / asked
-
-
-def check_finite(tensors: dict[str, Tensor], where: str) -> None:
-    """Raise ModelError at the first tensor that holds NaN or infinity."""
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ModelError(f"{where}: {name} holds NaN or infinity.")
 
 
 class CheckpointedLayers:

@@ -115,9 +115,6 @@ class Parts:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(self._parts)
 
-    def __len__(self) -> int:
-        return len(self._parts)
-
     def in_order(self, values: Tensor) -> Tensor:
         """Numbers (or vectors) of scored tokens, part after part, put back in the order of the batch. [N, ...]."""
         number = self._scored.flatten().cumsum(0).view_as(self._scored) - 1  # of each scored token in the batch

@@ -52,23 +52,18 @@ class Fisher:
     """
 
     def __init__(self, policy: Policy, ids: Tensor, scored: Tensor, temperature: float, micro_batch: int | None):
-        """Take the responses that the matrix is an average over.
+        """Take the responses (``ids``, ``scored``) that the matrix is an average over, sampled at a temperature τ.
 
-        Args:
-            policy: adapter on; its parameters must not change while this is used.
-            ids: right-padded sequences. [B, S] int64.
-            scored: True on response tokens. [B, S] bool.
-            temperature: τ of the sampling.
-            micro_batch: rows in memory at once; None: as many as fit.
+        The policy's parameters must not change while this is used. micro_batch: rows in memory at once; None: as many
+        as fit.
         """
         self._policy, self._temperature, self._rows = policy, temperature, len(ids)
         self._parameters = list(policy.trainable_parameters().values())
         trained = {id(tensor) for tensor in self._parameters}
-        head = policy.network.head if policy.network.split else nn.Identity()
-        self._head = head
+        self._head = policy.network.head if policy.network.split else nn.Identity()
         self._head_names = {
             name: next(i for i, own in enumerate(self._parameters) if own is tensor)
-            for name, tensor in head.named_parameters() if id(tensor) in trained
+            for name, tensor in self._head.named_parameters() if id(tensor) in trained
         }
         size = micro_batch or max(1, policy.network.batching.trained_rows(ids.shape[1]) // TWICE_DIFFERENTIABLE)
         self._parts = list(zip(ids.split(size), scored.split(size), strict=True))
@@ -86,7 +81,7 @@ class Fisher:
 
     def _linearised(self, ids: Tensor, scored: Tensor) -> _Trunk:
         with sdpa_kernel(SDPBackend.MATH), self._policy.network.whole_graphs():
-            hidden = self._policy.scored_hidden(ids, scored)
+            hidden = self._policy.network.before(ids, scored)
             w = torch.zeros_like(hidden, requires_grad=True)
             if not hidden.requires_grad:
                 return _Trunk(hidden, w, [])

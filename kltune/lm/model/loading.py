@@ -14,13 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from kltune.errors import ModelError, RecipeError
 from kltune.recipe import ModelSection
 
+COMPARED = {
+    "sha256": "weights", "tokenizer_sha256": "tokenizer", "template_sha256": "chat template", "dtype": "dtype",
+}
+
 
 def pick_device(name: str) -> torch.device:
-    """The device a recipe's ``run.device`` means: ``auto`` is the first GPU, or the CPU.
-
-    Raises:
-        RecipeError: the device does not exist here.
-    """
+    """The device a recipe's ``run.device`` means: ``auto`` is the first GPU, or the CPU; RecipeError if absent."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -66,17 +66,11 @@ class Fingerprint:
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """What of another fingerprint, as saved, is not the same: one line each, both sides named."""
-        names = {
-            "sha256": "weights",
-            "tokenizer_sha256": "tokenizer",
-            "template_sha256": "chat template",
-            "dtype": "dtype",
-        }
         mine = asdict(self)
         return [
             f"{what}: found {str(mine[key])[:12]} ({self.path}), "
             f"wanted {str(other.get(key))[:12]} ({other.get('path')})"
-            for key, what in names.items()
+            for key, what in COMPARED.items()
             if mine[key] != other.get(key)
         ]
 
@@ -89,25 +83,15 @@ class Fingerprint:
         return f"reference = {self.path}{merged}, frozen, {self.dtype}, sha256 {self.sha256[:12]} (adapter off)"
 
     def how_to_load(self, what: str = "LoRA adapter", imports: str = "", use: str = "") -> str:
-        """README of a saved adapter: the lines that load it without kltune.
-
-        Args:
-            what: was saved.
-            imports: further lines of imports.
-            use: lines that follow the loading.
-        """
-        merge = ""
-        if self.sft_adapter:
-            merge = (
-                f'base = PeftModel.from_pretrained(base, "{self.sft_adapter}").merge_and_unload()   # the reference\n'
-            )
+        """README of a saved adapter: the lines that load it without kltune, ``use`` after them."""
+        merged = f'base = PeftModel.from_pretrained(base, "{self.sft_adapter}").merge_and_unload()   # the reference\n'
         return (
             f"# {what} made by kltune\n\n"
             f"Its reference (adapter off) has weights sha256 `{self.sha256[:16]}…`, dtype {self.dtype}.\n\n"
             f"```python\nimport torch\nfrom peft import PeftModel\n{imports}from transformers import "
             "AutoModelForCausalLM\n\n"
             f'base = AutoModelForCausalLM.from_pretrained("{self.path}", dtype=torch.{self.dtype})\n'
-            f'{merge}model = PeftModel.from_pretrained(base, "this/folder")\n{use}```\n'
+            f'{merged if self.sft_adapter else ""}model = PeftModel.from_pretrained(base, "this/folder")\n{use}```\n'
         )
 
 
@@ -148,11 +132,7 @@ def tokenizer_sha256(tokenizer) -> str:
 
 
 def end_token_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
-    """Every token that ends a text: those of the generation config and the tokenizer's.
-
-    Raises:
-        ModelError: there is none, so that no response could ever end.
-    """
+    """Every token that ends a text, of the generation config and the tokenizer; ModelError without any."""
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = listed if listed is not None else getattr(model.config, "eos_token_id", None)
     ids = {*(listed if isinstance(listed, list | tuple) else [listed]), tokenizer.eos_token_id} - {None}
@@ -218,18 +198,10 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
 
 
 def check_same_tokenizer(folder: Path, tokenizer, what: str, trust_remote_code: bool = False) -> None:
-    """Raise ModelError if a folder brings a tokenizer other than this one; a folder without one is fine.
-
-    Args:
-        folder: an adapter or model.
-        tokenizer: the reference's.
-        what: what to call the folder, as "model.sft_adapter".
-        trust_remote_code: as in the recipe.
-    """
+    """Raise ModelError if a folder brings a tokenizer other than the reference's; a folder without one is fine."""
     if not (folder / "tokenizer_config.json").exists():
         return
-    brought = load_tokenizer(str(folder), trust_remote_code)
-    faults = tokenizer_differences(brought, tokenizer)
+    faults = tokenizer_differences(load_tokenizer(str(folder), trust_remote_code), tokenizer)
     if faults:
         raise ModelError(
             f"{what}: the tokenizer in {folder} is not that of the reference, {tokenizer.name_or_path}, so the same "

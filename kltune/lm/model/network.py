@@ -102,15 +102,10 @@ class Network:
     def read(
         self, hidden: Tensor, reader: Reader, *others: Tensor | Callable[[slice], Tensor]
     ) -> tuple[Tensor, ...]:
-        """Read numbers off the logits of N positions, a chunk at a time; differentiable, once.
+        """Read numbers off the logits of N positions, a chunk at a time; differentiable, once. [N] float32 each.
 
-        Args:
-            hidden: what ``hidden`` gave at the positions. [N, H].
-            reader: what to read.
-            others: what it takes besides the logits: tensors of N positions, or functions that give those of a slice.
-
-        Returns:
-            One tensor for each reading. [N] float32.
+        hidden: what ``before`` gave. [N, H]. others: what the reader takes besides the logits: tensors of N positions,
+        or functions that give those of a slice.
         """
         head, rows = self.head, self.chunk_rows
         if self.split and type(head) is nn.Linear and not any(tensor.requires_grad for tensor in head.parameters()):
@@ -133,26 +128,16 @@ class Network:
         self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache | None
     ) -> tuple[Tensor, Cache]:
         """Feed left-padded prompts, or one more token each: the logits after the last [B, V], and the cache."""
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": cache,
-            "use_cache": True,
-        }
-        if self.split:
-            output = self._trunk(**inputs)
-            return self.head(output.last_hidden_state[:, -1]), output.past_key_values
-        output = self.causal(**inputs)
-        return output.logits[:, -1], output.past_key_values
+        model = self._trunk if self.split else self.causal
+        output = model(
+            input_ids=ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+            use_cache=True,
+        )
+        logits = self.head(output.last_hidden_state[:, -1]) if self.split else output.logits[:, -1]
+        return logits, output.past_key_values
 
     def read_prompts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Cache]:
-        """Feed left-padded prompts: logits after the last [B, V], and the cache.
-
-        Args:
-            ids: [B, S] int64.
-            mask: 0 on their padding. [B, S].
-        """
+        """Feed left-padded prompts, with a mask that is 0 on their padding: logits after the last [B, V], and cache."""
         places = (mask.cumsum(1) - 1).clamp(min=0)
         return self.step(ids, mask, places, None) if self.fast is None else self.fast.read_prompts(ids, mask, places)
 
@@ -162,7 +147,7 @@ class Network:
 
     def merged(self) -> AbstractContextManager[None]:
         """Within: the adapter may be added into the weights that are read; for sampling, it must not be switched."""
-        return nullcontext() if self.fast is None else self.fast.merged()
+        return nullcontext() if self.fast is None else self.fast.merged_trunk.active()
 
     def parts(self, ids: Tensor, scored: Tensor) -> Parts:
         """Rows in parts that go through the trunk at once, without gradients. [B, S] each."""

@@ -31,10 +31,7 @@ FIRST_RATIO_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.0
 def load_policy(section: ModelSection, lora: LoraSection | None, *, device: torch.device) -> Policy:
     """Load base and tokenizer, merge the SFT adapter if the recipe names one, and add a fresh adapter.
 
-    Args:
-        section: the recipe's ``model``.
-        lora: the recipe's ``lora``; None trains every weight and keeps a frozen second copy as the reference.
-        device: where the weights live.
+    Without ``lora`` every weight is trained, and a frozen second copy is the reference.
 
     Raises:
         ModelError: missing, not a causal LM, an adapter, a tokenizer that differs, or a base-changing SFT adapter.
@@ -49,19 +46,20 @@ def load_reference(
     section: ModelSection, *, device: torch.device, where: str = "model.path", full: bool = False
 ) -> Policy:
     """A Policy without an adapter: policy and reference are still the same weights (two copies if ``full``)."""
-    if full and section.dtype == "bfloat16":
-        raise ModelError(
-            "model.dtype: full fine-tuning (lora: null) needs float32; in bfloat16 small updates round to nothing."
-        )
     if full:
+        if section.dtype == "bfloat16":
+            raise ModelError(
+                "model.dtype: full fine-tuning (lora: null) needs float32; in bfloat16 small updates round to nothing."
+            )
         section = section.model_copy(update={"dtype": "float32"})
     model = load_base(section, device, where)
     tokenizer = load_tokenizer(section.path, section.trust_remote_code)
     survived = 1.0
     if section.sft_adapter is not None:
-        check_same_tokenizer(Path(section.sft_adapter), tokenizer, what="model.sft_adapter")
-        check_made_for(Path(section.sft_adapter), model, section.path)
-        model, survived = merge_adapter(model, Path(section.sft_adapter))
+        adapter = Path(section.sft_adapter)
+        check_same_tokenizer(adapter, tokenizer, what="model.sft_adapter")
+        check_made_for(adapter, model, section.path)
+        model, survived = merge_adapter(model, adapter)
     fingerprint = Fingerprint.of(section, model, tokenizer, merge_survived=survived)
     if not full:
         return Policy(model, tokenizer, fingerprint)
@@ -71,13 +69,9 @@ def load_reference(
 
 
 def load_saved_policy(folder: Path, section: ModelSection, *, device: torch.device, is_adapter: bool) -> Policy:
-    """A saved adapter over its reference, or what has weights of its own beside it.
+    """What a folder holds over its reference (``section``): a model has weights of its own beside the reference's.
 
-    Args:
-        folder: where the adapter or model is.
-        section: the reference.
-        device: where the weights live.
-        is_adapter: one set of weights and an adapter, unless it also trained parts of the base; else two sets.
+    So has an adapter that also trained parts of the base; any other lies on the reference's own weights.
 
     Raises:
         ModelError: it cannot be loaded, or is a model with another vocabulary or tokenizer than the reference.
@@ -119,18 +113,14 @@ def _with_adapter(policy: Policy, folder: Path) -> Policy:
 
 @torch.no_grad()
 def probe_logits(policy: Policy) -> torch.Tensor:
-    """Logits on a few tokens, to hold against those of before or after. [1, S, V]"""
+    """Logits on a few tokens. [1, S, V]"""
     probe = torch.tensor([[*range(min(16, policy.network.vocabulary))]], device=policy.device)
     return policy.network.logits(policy.network.hidden(probe))
 
 
 @torch.no_grad()
 def check_fresh_policy(policy: Policy, prompts: Sequence[Prompt]) -> None:
-    """Policy and reference are one before training: exact KL 0 on a few prompts, and two passes agree bit for bit.
-
-    Raises:
-        ModelError: they are not, with the likely causes in order.
-    """
+    """Raise ModelError unless, before training, exact KL is 0 on a few prompts and two passes agree bit for bit."""
     rows = [prompt.ids[:TOKENS] for prompt in prompts[:PROMPTS] if len(prompt.ids) > 1] or [prompts[0].ids * 2]
     ids = pad_right(rows, policy.tokenizer.pad_token_id).to(policy.device)
     scored = pad_right([[False] + [True] * (len(row) - 1) for row in rows], False, torch.bool).to(policy.device)
@@ -150,11 +140,7 @@ def check_fresh_policy(policy: Policy, prompts: Sequence[Prompt]) -> None:
 
 
 def check_frozen(policy: Policy) -> None:
-    """The reference's weights are the ones that were fingerprinted, to the last bit.
-
-    Raises:
-        ModelError: something moved them, and every KL measured since is against another reference.
-    """
+    """Raise ModelError if the reference's weights are not the ones that were fingerprinted, to the last bit."""
     now = policy.frozen_sha256()
     if now != policy.fingerprint.sha256:
         raise ModelError(
@@ -164,11 +150,7 @@ def check_frozen(policy: Policy) -> None:
 
 
 def check_first_ratio(logprobs: Tensor, old: Rollout, policy: Policy) -> None:
-    """Before the first update of a step, the policy is the one that sampled: every ratio is 1.
-
-    Raises:
-        ModelError: it is not, so the objective would start from the wrong place.
-    """
+    """Raise ModelError unless, before the first update of a step, the policy is the one that sampled: ratios are 1."""
     gap = (logprobs.detach() - old.logprobs).abs().max().item()
     allowed = FIRST_RATIO_GAP[policy.dtype]
     if gap > allowed:

@@ -5,6 +5,7 @@ function is one more adapter on the same trunk with a small head, so fitting val
 fine-tuning (``kltune sft`` with ``lora: null``) holds a second, frozen copy of the model.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,14 +28,7 @@ from kltune.recipe import LoraSection
 class Policy:
     """A causal language model with a trainable adapter, and the reference behind it."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer,
-        fingerprint: Fingerprint,
-        *,
-        frozen: nn.Module | None = None,
-    ):
+    def __init__(self, model: nn.Module, tokenizer, fingerprint: Fingerprint, *, frozen: nn.Module | None = None):
         """Take a loaded model. With ``frozen``, all of ``model`` is trained and ``frozen`` is the reference."""
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
@@ -53,8 +47,6 @@ class Policy:
         self._switch = AdapterSwitch(model)
         model.eval()  # dropout anywhere would make old, new and reference log-probs disagree
 
-    # --- adapters -----------------------------------------------------------------------------------------------
-
     def add_adapter(self, lora: LoraSection) -> None:
         """Put a fresh LoRA adapter on the trunk: until it is trained, policy = reference."""
         targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
@@ -69,11 +61,7 @@ class Policy:
         self._wrap(config, what="lora.targets")
 
     def load_adapter(self, folder: Path) -> None:
-        """Put a saved adapter on the trunk, every tensor accounted for.
-
-        Raises:
-            ModelError: it would change the base, holds NaN, or its tensors do not fit this model one to one.
-        """
+        """Put a saved adapter on the trunk, every tensor accounted for; raises as ``load_compatible`` and ``fill``."""
         weights = load_compatible(folder, self.model)
         if POLICY not in getattr(self.model, "peft_config", {}):
             self._wrap(config_to_fill(folder), what=str(folder))
@@ -137,11 +125,7 @@ class Policy:
         return getattr(torch, self.fingerprint.dtype)
 
     def prompt_limit(self, wanted: int | None, max_new_tokens: int) -> int:
-        """The longest prompt that leaves room for a response, or what the recipe wants if that is shorter.
-
-        Raises:
-            RecipeError: the model's context cannot hold what the recipe wants.
-        """
+        """The longest prompt: what is wanted, or what leaves room for a response; RecipeError if it does not fit."""
         if self.max_context is None:
             return wanted or 512
         room = self.max_context - max_new_tokens
@@ -166,16 +150,12 @@ class Policy:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Within: this object is the reference, the frozen weights alone. After, exceptions included: the policy."""
-        if self.full:
-            policy = self.network
-            self.network = self._reference_network
-            try:
-                yield
-            finally:
-                self.network = policy
-        else:
+        policy, self.network = self.network, self._reference_network
+        try:
             with self._switch.active(None):
                 yield
+        finally:
+            self.network = policy
 
     @contextmanager
     def dropout(self) -> Iterator[None]:
@@ -199,27 +179,27 @@ class Policy:
             self.model.save_pretrained(folder)
         else:
             self.model.save_pretrained(folder, selected_adapters=[POLICY], save_embedding_layers=False)
+            # PEFT keeps the names of layers as a set: sorted, equal runs leave equal files.
+            path = folder / "adapter_config.json"
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(config["target_modules"], list):
+                config["target_modules"].sort()
+            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
             (folder / "README.md").write_text(self.fingerprint.how_to_load(), encoding="utf-8")
         self.tokenizer.save_pretrained(folder)
-
-    # --- measuring ----------------------------------------------------------------------------------------------
-
-    def scored_hidden(self, ids: Tensor, scored: Tensor) -> Tensor:
-        """Hidden states that predict the scored tokens. [N, H]; position i − 1 predicts token i."""
-        return self.network.before(ids, scored)
 
     def logprobs(self, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-probabilities of the scored tokens, differentiable. [N] float32, nats."""
         reader = partial(read_logprobs, temperature=temperature)
-        return self.network.read(self.scored_hidden(ids, scored), reader, ids[scored])[0]
+        return self.network.read(self.network.before(ids, scored), reader, ids[scored])[0]
 
     def logprobs_and_ref_kl(self, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probabilities and exact KL(policy ‖ reference) per token, both differentiable. Each [N] float32, nats."""
         with torch.no_grad(), self.reference():
-            ref_hidden = self.scored_hidden(ids, scored)
+            ref_hidden = self.network.before(ids, scored)
         reader = partial(read_logprobs_and_kl, temperature=temperature)
         return self.network.read(
-            self.scored_hidden(ids, scored), reader, ids[scored], lambda part: self.ref_logits(ref_hidden[part])
+            self.network.before(ids, scored), reader, ids[scored], lambda part: self.ref_logits(ref_hidden[part])
         )
 
     def values(self, ids: Tensor, scored: Tensor) -> Tensor:
@@ -235,6 +215,7 @@ class Policy:
         *,
         exact: bool = True,
         swap: bool = False,
+        sums: VocabularySums | None = None,
     ) -> TokenMeasures:
         """Teacher-force sequences through policy and reference.
 
@@ -244,18 +225,10 @@ class Policy:
             temperature: of both distributions; the one the tokens were sampled at.
             exact: also sum over the vocabulary, for exact KL and entropies.
             swap: let the two change places: then ``ref_kl`` is KL(reference ‖ policy), for the reference's samples.
+            sums: what each token of the vocabulary adds to the exact KL is added here.
         """
-        function = partial(measure_tokens if exact else measure_sampled, temperature=temperature)
-        return self._measure(ids, scored, function, swap)
-
-    def measure_by_token(
-        self, ids: Tensor, scored: Tensor, temperature: float = 1.0, *, swap: bool = False
-    ) -> tuple[TokenMeasures, VocabularySums]:
-        """``measure`` with exact KL, and what each token of the vocabulary adds to it."""
-        sums = VocabularySums.zero(self.network.vocabulary)
-        return self._measure(ids, scored, partial(measure_tokens, temperature=temperature, sums=sums), swap), sums
-
-    def _measure(self, ids: Tensor, scored: Tensor, function: Callable, swap: bool) -> TokenMeasures:
+        measure = partial(measure_tokens, sums=sums) if exact else measure_sampled
+        function = partial(measure, temperature=temperature)
         swapped = (lambda logits, ref_logits, tokens: function(ref_logits, logits, tokens)) if swap else function
         return TokenMeasures(*self.over_vocabulary(ids, scored, swapped))
 
@@ -267,19 +240,14 @@ class Policy:
 
         Policy and reference take a pass each: one batch of both (PEFT's adapter_names) was 1.1 to 1.2 times slower.
 
-        Args:
-            ids: right-padded sequences. [B, S] int64.
-            scored: True on the tokens to measure, never in column 0. [B, S] bool.
-            function: takes the policy's logits [n, V], the reference's [n, V] and the tokens [n]; gives numbers [n].
-
-        Returns:
-            What it gave, row by row; [N] each, or None where it gave None.
+        The function takes the policy's logits [n, V], the reference's [n, V] and the tokens [n], and gives numbers [n]
+        or None. Returned is what it gave, row by row; [N] each, or None.
         """
         columns, parts = [], self.network.parts(ids, scored)
         for part, marks in parts:
-            hidden = self.scored_hidden(part, marks)
+            hidden = self.network.before(part, marks)
             with self.reference():
-                ref_hidden = self.scored_hidden(part, marks)
+                ref_hidden = self.network.before(part, marks)
             rows = self.network.chunk_rows
             chunks = zip(hidden.split(rows), ref_hidden.split(rows), part[marks].split(rows), strict=True)
             columns += [
@@ -310,8 +278,5 @@ class Policy:
 
     def ref_logits(self, ref_hidden: Tensor) -> Tensor:
         """Logits of the reference from its hidden states. [N, H] -> [N, V]; no gradient."""
-        if self.full:
-            with torch.no_grad():
-                return self._reference_network.logits(ref_hidden)
         with torch.no_grad(), self.reference():  # the head itself may carry an adapter
             return self.network.logits(ref_hidden)

@@ -11,12 +11,13 @@ distribution another one than the distribution that is measured.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kltune.core.kl.divergence import VocabularySums
 from kltune.core.kl.truncation import Cut, renormalized
 from kltune.core.tensors import log_distribution, per_response
 from kltune.errors import DivergedError, ModelError
@@ -53,15 +54,12 @@ def sample_rollout(
     from_reference: bool = False,
     by_token: bool = False,
 ) -> Rollout:
-    """Draw responses from the policy and measure log-probabilities and exact KL(policy ‖ reference) on them.
+    """Draw responses from the policy as ``sample`` does, and measure them: log-probabilities, KL(policy ‖ reference).
 
     The log-probabilities are computed afresh rather than taken from the sampler, by the same function that training
     uses, so that the first ratio is 1; the sampler's own are held against them.
 
     Args:
-        policy: the policy, adapter on.
-        prompts: P prompts.
-        uniforms: random numbers, [B, T] with B a multiple of P; see ``sampler.sample``.
         temperature: of sampling and of everything measured.
         exact: sum over the vocabulary for exact KL and entropies; without it they are None.
         from_reference: let the two change places: the reference responds, and ``ref_kl`` is KL(reference ‖ policy).
@@ -74,28 +72,21 @@ def sample_rollout(
     with policy.reference() if from_reference else nullcontext():
         samples = sample(policy, prompts, uniforms, temperature=temperature)
     mask = samples.response_mask
-    if by_token:
-        measured, sums = policy.measure_by_token(samples.ids, samples.scored, temperature, swap=from_reference)
-    else:
-        measured = policy.measure(samples.ids, samples.scored, temperature, exact=exact, swap=from_reference)
-        sums = None
+    sums = VocabularySums.zero(policy.network.vocabulary) if by_token else None
+    measured = policy.measure(samples.ids, samples.scored, temperature, exact=exact, swap=from_reference, sums=sums)
     flat = measured._asdict()
     for name, values in flat.items():
         if values is not None and not torch.isfinite(values).all():
             raise DivergedError(f"{name} of sampled tokens is not finite; lower optim.lr or raise kl.beta.")
     tensors = {name: None if values is None else response_scatter(values, mask) for name, values in flat.items()}
     check_sampler(samples, tensors["logprobs"], mask, policy.dtype)
-    own = {field.name: getattr(samples, field.name) for field in fields(samples)}
-    return Rollout(**(own | tensors), sums=sums)
+    return Rollout(**(vars(samples) | tensors), sums=sums)
 
 
 def check_sampler(samples: Samples, logprobs: Tensor, counted: Tensor, dtype: torch.dtype) -> None:
-    """The sampler's log-probabilities are those of teacher forcing, but for rounding.
+    """Raise ModelError unless the sampler's log-probabilities are those of teacher forcing, but for rounding.
 
     logprobs: of the same tokens by teacher forcing, nats. counted: True on the tokens to compare. [B, T] each.
-
-    Raises:
-        ModelError: they are not.
     """
     gap = per_response((samples.logprobs - logprobs).abs(), counted).sum() / counted.sum()
     if gap.item() > MEAN_GAP[dtype]:
@@ -115,13 +106,12 @@ def uniform_numbers(rng: np.random.Generator, responses: int, max_new_tokens: in
 def sample(
     policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, *, temperature: float, cut: Cut | None = None
 ) -> Samples:
-    """Draw ``len(uniforms) / len(prompts)`` responses to each prompt; those of one prompt lie side by side.
+    """Draw B / P responses to each of P prompts; those of one prompt lie side by side.
+
+    Whoever is active draws: within ``policy.reference()``, the reference.
 
     Args:
-        policy: whoever is active: within ``policy.reference()``, the reference.
-        prompts: P token sequences.
         uniforms: the random numbers, a row per response; its width is the length limit. [B, T].
-        temperature: divides the logits.
         cut: which tokens may be drawn; None: all of them, as training and every measurement of the policy itself want.
 
     Raises:
@@ -150,7 +140,9 @@ def _decode(
     """The token ids and log-probabilities of each response, as lists."""
     device, limit, per_prompt = policy.device, uniforms.shape[1], len(uniforms) // len(prompts)
     ends = torch.tensor(policy.end_ids, device=device)
-    ids, mask = (tensor.to(device) for tensor in _left_padded(prompts, policy.tokenizer.pad_token_id))
+    # Prompts end in the same column, as decoding wants them: right-padded backwards. [P, width] each.
+    ids = pad_right([prompt.ids[::-1] for prompt in prompts], policy.tokenizer.pad_token_id).flip(1).to(device)
+    mask = pad_right([[1] * len(prompt.ids) for prompt in prompts], 0).flip(1).to(device)
     logits, cache = policy.network.read_prompts(ids, mask)
     if per_prompt > 1:  # each prompt went through the model once; its cache serves all its responses
         cache.batch_repeat_interleave(per_prompt)
@@ -210,13 +202,6 @@ def _draw_part(logits: Tensor, uniforms: Tensor, temperature: float, cut: Cut | 
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
 
 
-def _left_padded(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor]:
-    """Prompts that end in the same column, as decoding wants them: ids and attention mask, [P, width] each."""
-    rows = [prompt.ids[::-1] for prompt in prompts]
-    ids = pad_right(rows, pad).flip(1)
-    return ids, pad_right([[1] * len(row) for row in rows], 0).flip(1)
-
-
 def _assemble(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -226,14 +211,12 @@ def _assemble(
 ) -> Samples:
     owner = [row * len(prompts) // len(tokens) for row in range(len(tokens))]
     asked = [list(prompts[index].ids) for index in owner]
-    ids = pad_right([p + r for p, r in zip(asked, tokens, strict=True)], policy.tokenizer.pad_token_id)
-    scored = pad_right(
-        [[False] * len(p) + [True] * len(r) for p, r in zip(asked, tokens, strict=True)], False, torch.bool
-    )
+    both = list(zip(asked, tokens, strict=True))
+    ids = pad_right([p + r for p, r in both], policy.tokenizer.pad_token_id)
+    scored = pad_right([[False] * len(p) + [True] * len(r) for p, r in both], False, torch.bool)
     response_mask = pad_right([[True] * len(row) for row in tokens], False, torch.bool)
     truncated = torch.tensor([len(row) == limit and row[-1] not in policy.end_ids for row in tokens])
     flat = torch.tensor([value for row in logprobs for value in row])
-    texts = policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     device = policy.device
     return Samples(
         ids=ids.to(device),
@@ -243,5 +226,5 @@ def _assemble(
         truncated=truncated.to(device),
         logprobs=response_scatter(flat, response_mask).to(device),
         prompts=tuple(prompts[index].text for index in owner),
-        responses=tuple(texts),
+        responses=tuple(policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)),
     )

@@ -57,14 +57,9 @@ class StepKL:
 
     @torch.no_grad()
     def __init__(self, policy: Policy, old: Snapshot, rollout: Rollout, temperature: float, *, reference: bool):
-        """Take the responses.
+        """Take responses, and the policy's tensors when it sampled them; with ``reference``, measure KL to it as well.
 
-        Args:
-            policy: adapter on; its parameters may be anywhere by now.
-            old: its tensors when it sampled.
-            rollout: the responses.
-            temperature: of the sampling.
-            reference: also measure exact KL(new ‖ reference).
+        The policy's parameters may be anywhere by now.
         """
         self._policy, self._old, self._temperature, self._with_reference = policy, old, temperature, reference
         self._mask = rollout.response_mask
@@ -74,11 +69,7 @@ class StepKL:
 
     @torch.no_grad()
     def measure(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Measure the policy as it is now; rows go in parts.
-
-        Returns:
-            (log π_new of the tokens, exact KL(old ‖ new), exact KL(new ‖ reference) or None), [B, T] each, nats.
-        """
+        """(log π_new of the tokens, exact KL(old ‖ new), exact KL(new ‖ reference) or None), [B, T] each, nats."""
         kept = self._kept or (self._hidden_behind(*part) for part in self._parts)
         parts = [self._part(*part, *behind) for part, behind in zip(self._parts, kept, strict=True)]
         columns = (self._parts.in_order(torch.cat(column)) for column in zip(*parts, strict=True))
@@ -88,11 +79,11 @@ class StepKL:
     def _hidden_behind(self, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of the old policy and, where it is asked for, of the reference. [N, H] each."""
         with self._old.in_place():
-            old_hidden = self._policy.scored_hidden(ids, scored)
+            old_hidden = self._policy.network.before(ids, scored)
         if not self._with_reference:
             return old_hidden, old_hidden
         with self._policy.reference():
-            return old_hidden, self._policy.scored_hidden(ids, scored)
+            return old_hidden, self._policy.network.before(ids, scored)
 
     def _part(
         self, ids: Tensor, scored: Tensor, old_hidden: Tensor, ref_hidden: Tensor
@@ -100,7 +91,7 @@ class StepKL:
         """The same for a few rows, in chunks of positions. Each [N]; the last is 0 without a reference."""
         policy, temperature = self._policy, self._temperature
         rows = policy.network.chunk_rows
-        tensors = (policy.scored_hidden(ids, scored), old_hidden, ref_hidden, ids[scored])
+        tensors = (policy.network.before(ids, scored), old_hidden, ref_hidden, ids[scored])
         columns = []
         for new, before, ref, tokens in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
             new_logits = policy.network.logits(new)

@@ -46,10 +46,9 @@ class Endpoint:
         """
         self.entry = entry
         self._key = None if entry.key_env is None else _key_from(entry.key_env, entry.url)
-        handlers: list[Any] = [_NoRedirect()]
-        if _is_loopback(entry.url):
-            handlers.append(urllib.request.ProxyHandler({}))  # a proxy would look for itself there
-        self._opener = urllib.request.build_opener(*handlers)
+        # A proxy would look for itself at a loopback address.
+        direct = [urllib.request.ProxyHandler({})] if _is_loopback(entry.url) else []
+        self._opener = urllib.request.build_opener(_NoRedirect(), *direct)
 
     def ask(self, messages: Messages) -> str:
         """The text of one answer; "" where the endpoint gives none.
@@ -65,29 +64,25 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refusal(error, deadline) from None
-        except TimeoutError:
-            raise self._late() from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             if isinstance(reason, TimeoutError):
-                raise self._late() from None
+                entry = self.entry
+                limits = f"{entry.timeout_s:g} s, with up to {entry.concurrency} questions under way"
+                raise Unanswered(f"no answer within {limits}") from None
             raise Unanswered(self._shown(getattr(reason, "strerror", None) or str(reason) or repr(reason))) from None
 
     def _request(self, messages: Messages) -> urllib.request.Request:
-        body: dict[str, Any] = {"model": self.entry.model, "messages": messages, "stream": False}
-        for name in ("temperature", "max_tokens"):
-            if getattr(self.entry, name) is not None:
-                body[name] = getattr(self.entry, name)
+        entry = self.entry
+        optional = {"temperature": entry.temperature, "max_tokens": entry.max_tokens}
+        body = {"model": entry.model, "messages": messages, "stream": False}
+        body |= {name: value for name, value in optional.items() if value is not None}
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "kltune"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
-        address = self.entry.url.rstrip("/") + "/chat/completions"
+        address = entry.url.rstrip("/") + "/chat/completions"
         # JSON in ASCII: a lone surrogate in a response has no UTF-8 form.
         return urllib.request.Request(address, json.dumps(body).encode("ascii"), headers, method="POST")
-
-    def _late(self) -> Unanswered:
-        entry = self.entry
-        return Unanswered(f"no answer within {entry.timeout_s:g} s, with up to {entry.concurrency} questions under way")
 
     def _refusal(self, error: urllib.error.HTTPError, deadline: float) -> Exception:
         try:

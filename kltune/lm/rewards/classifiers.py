@@ -19,10 +19,6 @@ def load_classifier(
 ) -> tuple[ScoreFunction, dict[str, str]]:
     """The scores of a sequence classifier, and its identity.
 
-    Args:
-        entry: the recipe's.
-        device: where it runs.
-
     Raises:
         ScorerError: it cannot be loaded, is no trained classifier, or does not have the output that is wanted.
     """
@@ -63,10 +59,7 @@ def load_classifier(
         scores: list[float] = []
         for start in range(0, len(texts), 32):
             encoded = tokenizer(
-                texts[start : start + 32],
-                padding=True,
-                truncation=limit is not None,
-                max_length=limit,
+                texts[start : start + 32], padding=True, truncation=limit is not None, max_length=limit,
                 return_tensors="pt",
             ).to(device)
             inputs = {name: tensor for name, tensor in encoded.items() if name in accepted}

@@ -6,12 +6,11 @@ the step is given up, and whoever runs it saves and stops.
 """
 
 import hashlib
-import itertools
 import json
 import random
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 
 from kltune.errors import JudgeError, ScorerError
@@ -46,18 +45,11 @@ class Judge:
     """An AI judge with the answers it has given."""
 
     def __init__(self, entry: JudgeReward, name: str, answers: Answers | None = None):
-        """Nothing is asked yet.
+        """Nothing is asked yet; raises as ``Endpoint``.
 
-        Args:
-            entry: the recipe's.
-            name: in messages and metrics.
-            answers: those already given, and where others are recorded; None: none yet, and in memory.
-
-        Raises:
-            ScorerError: the key that the recipe names cannot be used.
+        name: in messages and metrics. answers: those already given, and where others are recorded.
         """
-        self.entry, self.name = entry, name
-        self._endpoint = Endpoint(entry)
+        self.entry, self.name, self._endpoint = entry, name, Endpoint(entry)
         self._answers = Answers() if answers is None else answers
         self._counts = dict.fromkeys(COUNTED, 0)
         self._lock, self._over, self._said = threading.Lock(), threading.Event(), False
@@ -99,13 +91,8 @@ class Judge:
     def preferences(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
         """How much the first of two responses is preferred: asked in both orders, whose mean it is.
 
-        A judge that goes by the order contradicts itself, and that is a tie, as one that it calls by name.
-
-        Returns:
-            1, ¾, ½ (a tie), ¼ or 0 for each.
-
-        Raises:
-            JudgeError: the judge does not answer. ScorerError: it refuses, or what it says cannot be read.
+        1, ¾, ½ (a tie), ¼ or 0 for each; raises as ``scores``. A judge that goes by the order contradicts itself, and
+        that is a tie, as one that it calls by name.
         """
         asked = []
         for prompt, one, two in zip(prompts, first, second, strict=True):
@@ -164,7 +151,7 @@ class Judge:
     def _ask(self, question: str) -> float:
         """One answer, over as many tries as the recipe allows."""
         messages: Messages = [{"role": "user", "content": question}]
-        for pause in itertools.chain(self._pauses(), (None,)):
+        for pause in (*self._pauses(), None):
             text, reason, after = None, "", 0.0
             try:
                 self._count("asked")
@@ -181,7 +168,8 @@ class Judge:
             if pause is None or self._over.is_set():
                 break
             self._say(reason)
-            self._over.wait(max(pause, min(after, LONGEST_PAUSE)))
+            spread = random.SystemRandom().uniform(0.5, 1.0)  # the threads do not all come back at once
+            self._over.wait(max(spread * pause, min(after, LONGEST_PAUSE)))
         where = f"reward {self.name}: {self.entry.model} at {self.entry.url}"
         tries = f"the last of {self.entry.retries + 1} tries"
         if text is None:
@@ -191,20 +179,18 @@ class Judge:
             "it room for the answer?"
         )
 
-    def _pauses(self) -> Iterator[float]:
-        """Seconds before each further try: doubling, and each cut at random so that the threads spread out."""
-        for number in range(self.entry.retries):
-            yield min(LONGEST_PAUSE, FIRST_PAUSE * 2.0**number) * random.SystemRandom().uniform(0.5, 1.0)
+    def _pauses(self) -> list[float]:
+        """Seconds before each further try, doubling."""
+        return [min(LONGEST_PAUSE, FIRST_PAUSE * 2.0**number) for number in range(self.entry.retries)]
 
     def _say(self, reason: str) -> None:
         """One line for all that goes wrong in a batch."""
         with self._lock:
             first, self._said = not self._said, True
         if first:
-            longest = sum(min(LONGEST_PAUSE, FIRST_PAUSE * 2.0**number) for number in range(self.entry.retries))
             print(
                 f"reward {self.name}: {reason}; waiting, and asking up to {self.entry.retries} more times over "
-                f"{longest:.0f} s.", file=sys.stderr, flush=True,
+                f"{sum(self._pauses()):.0f} s.", file=sys.stderr, flush=True,
             )
 
     def _count(self, name: str, number: int = 1) -> None:
@@ -213,8 +199,7 @@ class Judge:
 
     def _key(self, question: str) -> str:
         """What an answer depends on: who is asked, the rubric and texts, and how the answer is drawn."""
-        entry = self.entry
-        parts = [entry.url, entry.model, entry.temperature, entry.max_tokens, question]
+        parts = [self.entry.url, self.entry.model, self.entry.temperature, self.entry.max_tokens, question]
         return hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()
 
 

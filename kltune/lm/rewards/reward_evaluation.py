@@ -86,11 +86,7 @@ class RewardEvaluation:
 
 
 def evaluate_rewards(model: RewardModel, rows: Sequence[Comparison]) -> RewardEvaluation:
-    """Score rows, at least one.
-
-    Raises:
-        DivergedError: a score is not finite.
-    """
+    """Score rows, at least one; DivergedError if a score is not finite."""
     scores = model.measure_rows(sequences(rows))
     if not torch.isfinite(scores).all():
         raise DivergedError("the score of a held-out response is not finite; lower optim.lr.")
@@ -124,10 +120,8 @@ class HeldOutRows:
 def reward_result(evaluation: RewardEvaluation | None) -> dict[str, Any]:
     """What result.json says of the held-out rows; null where there were none."""
     if evaluation is None:
-        names = ("accuracy", "accuracy_ci95", "loss", "held_out_rows", "calibration", "length")
-        return dict.fromkeys(names)
+        return dict.fromkeys(("accuracy", "accuracy_ci95", "loss", "held_out_rows", "calibration", "length"))
     metrics = evaluation.metrics()
-    length = {name.removeprefix("eval/"): value for name, value in evaluation.by_length().items()}
     return {
         "accuracy": metrics["eval/accuracy"],
         "accuracy_ci95": [metrics["eval/accuracy_low"], metrics["eval/accuracy_high"]],
@@ -137,7 +131,7 @@ def reward_result(evaluation: RewardEvaluation | None) -> dict[str, Any]:
             "error": metrics["eval/calibration_error"],
             "table": [row._asdict() for row in evaluation.table],
         },
-        "length": length,
+        "length": {name.removeprefix("eval/"): value for name, value in evaluation.by_length().items()},
     }
 
 

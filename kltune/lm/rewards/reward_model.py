@@ -60,14 +60,9 @@ class RewardModel:
         return {f"head.{name}": tensor for name, tensor in self.head.linear.named_parameters()}
 
     def scores(self, ids: Tensor, last: Tensor) -> Tensor:
-        """Scores of whole sequences, differentiable in adapter and head.
+        """Scores of whole sequences, differentiable in adapter and head. [B] float32.
 
-        Args:
-            ids: right-padded prompts with their responses. [B, S] int64.
-            last: True on the last token of each response, and nowhere else. [B, S] bool.
-
-        Returns:
-            [B] float32.
+        ids: right-padded. [B, S] int64. last: True on the last token of each response, and nowhere else. [B, S] bool.
         """
         return self.policy.read(self.adapter, self.head, ids, last)
 
@@ -112,11 +107,7 @@ class RewardModel:
         self.load_head(folder)
 
     def load_head(self, folder: Path) -> None:
-        """Put a saved head in place.
-
-        Raises:
-            ModelError: its file is missing, damaged, not finite, or of another width than this trunk.
-        """
+        """Put a saved head in place; ModelError unless it is a whole one of this width."""
         path = folder / HEAD
         try:
             held = load_file(path)
@@ -136,11 +127,7 @@ class RewardModel:
         return {"ids": ids, "score": self.measure_rows([tuple(ids)]).item()}
 
     def check_probe(self, kept: dict[str, Any], folder: Path) -> None:
-        """This model gives the score that the one which was saved gave.
-
-        Raises:
-            ModelError: it does not, so adapter, head and trunk are not those that were trained together.
-        """
+        """Raise ModelError unless this model gives the score that the one which was saved gave."""
         score = self.measure_rows([tuple(kept["ids"])]).item()
         if not abs(score - kept["score"]) <= AGREES[self.policy.dtype] * (1.0 + abs(kept["score"])):
             raise ModelError(
@@ -180,12 +167,7 @@ def is_reward_model(folder: Path) -> bool:
 
 
 def open_reward_model(folder: Path, policy: Policy | None, device: torch.device) -> tuple[RewardReader, str, str]:
-    """Open a reward model that ``kltune reward`` saved, and try it on the tokens that were kept with it.
-
-    Args:
-        folder: the checkpoint.
-        policy: whose trunk it may share; None shares nothing.
-        device: for weights of its own.
+    """Open a reward model that ``kltune reward`` saved, on a policy's trunk or with weights of its own on a device.
 
     Returns:
         (reader, sha256 of adapter and head, one line on whose weights it reads with).
@@ -214,11 +196,11 @@ def open_reward_model(folder: Path, policy: Policy | None, device: torch.device)
     else:
         whole = sum(tensor.numel() * tensor.element_size() for tensor in model.policy.model.parameters()) / 1e6
         note = f"has weights of its own, {whole:.3g} MB, and reads text: " + "; ".join(obstacles)
-    return RewardReader(model, shared=not obstacles), _sha256(folder), f"reward {folder}: {note}"
+    digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in FILES)).hexdigest()
+    return RewardReader(model, shared=not obstacles), digest, f"reward {folder}: {note}"
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    """The kltune.json of a reward model."""
     try:
         record = json.loads((folder / "kltune.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -255,7 +237,6 @@ def _beside(folder: Path, policy: Policy) -> RewardModel:
 
 
 def _alone(folder: Path, reference: dict[str, Any], device: torch.device) -> RewardModel:
-    """Its own base, tokenizer and adapter, as it was trained."""
     section = ModelSection(**{name: reference[name] for name in ("path", "sft_adapter", "dtype")})
     policy = load_reference(section, device=device, where=f"reward {folder}")
     if differences := policy.fingerprint.differences(reference):
@@ -264,10 +245,3 @@ def _alone(folder: Path, reference: dict[str, Any], device: torch.device) -> Rew
     for tensor in policy.trainable_parameters().values():
         tensor.requires_grad_(False)
     return RewardModel(policy)
-
-
-def _sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in FILES:
-        digest.update((folder / name).read_bytes())
-    return digest.hexdigest()

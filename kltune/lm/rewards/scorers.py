@@ -49,14 +49,6 @@ class ScoreSource:
     judge: Judge | None = None
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Scores of responses. total: the weighted sum. parts: each source by name, as it came. [B] float32, on the CPU."""
-
-    total: Tensor
-    parts: dict[str, Tensor]
-
-
 class Scorer:
     """The weighted sum of one or more sources."""
 
@@ -67,28 +59,26 @@ class Scorer:
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples] = ()
-    ) -> Scores:
-        """Score each response.
+    ) -> Tensor:
+        """The score of each response to its prompt. [B] float32, on the CPU.
 
-        Args:
-            prompts: text.
-            responses: text, one for each prompt.
-            samples: the same responses in the same order, as they were sampled, in parts.
+        samples: the same responses in the same order, as sampled, in parts.
 
         Raises:
             ScorerError: a source raised, returned another number of scores, or one that is not finite.
         """
-        parts = {source.name: run_source(source, prompts, responses, samples) for source in self.sources}
-        total = sum((s.weight * (parts[s.name] - s.shift) / s.scale for s in self.sources), torch.zeros(len(responses)))
-        return Scores(total=total, parts=parts)
+        total = torch.zeros(len(responses))
+        for source in self.sources:
+            scores = run_source(source, prompts, responses, samples)
+            total = total + source.weight * (scores - source.shift) / source.scale
+        return total
 
     def total(
         self, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples], truncated: Tensor,
         missing_end_penalty: float,
     ) -> Tensor:
         """The score of each response, less the penalty where it never ended. [B], on the device of ``truncated``."""
-        scores = self(prompts, responses, samples).total.to(truncated.device)
-        return scores - missing_end_penalty * truncated
+        return self(prompts, responses, samples).to(truncated.device) - missing_end_penalty * truncated
 
     @property
     def wants_reference_samples(self) -> bool:
@@ -100,26 +90,24 @@ class Scorer:
     ) -> "Scorer":
         """The same sources, those marked ``normalize`` shifted and scaled to mean 0 and sd 1 on reference samples.
 
-        ScoreSource: lm-human-preferences, reward model normalised on samples of the initial policy.
+        Source: lm-human-preferences, reward model normalised on samples of the initial policy.
 
         Raises:
             ScorerError: a source gives every reference sample the same score: there is no scale to divide by.
         """
-        return Scorer([self._standardize(source, prompts, responses, samples) for source in self.sources])
-
-    def _standardize(
-        self, source: ScoreSource, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples]
-    ) -> ScoreSource:
-        if not source.normalize:
-            return source
-        scores = run_source(source, prompts, responses, samples).double()
-        shift, scale = scores.mean().item(), scores.std().item()
-        if not scale > 1e-6:
-            raise ScorerError(
-                f"reward {source.name}: all {len(scores)} reference samples score {shift:.4g}, so normalize: true has "
-                "no spread to divide by; set normalize: false."
-            )
-        return replace(source, shift=shift, scale=scale)
+        sources = list(self.sources)
+        for place, source in enumerate(sources):
+            if not source.normalize:
+                continue
+            scores = run_source(source, prompts, responses, samples).double()
+            shift, scale = scores.mean().item(), scores.std().item()
+            if not scale > 1e-6:
+                raise ScorerError(
+                    f"reward {source.name}: all {len(scores)} reference samples score {shift:.4g}, so normalize: true "
+                    "has no spread to divide by; set normalize: false."
+                )
+            sources[place] = replace(source, shift=shift, scale=scale)
+        return Scorer(sources)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -147,25 +135,22 @@ class Scorer:
         return {}
 
     def restored(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Scorer":
-        """The same sources with the standardisation a checkpoint holds.
-
-        Raises:
-            ScorerError: a reward function is not the one that the checkpoint was trained on.
-        """
+        """The same sources with the standardisation a checkpoint holds; ScorerError if they are not the same."""
+        restored = []
         for source, saved in zip(self.sources, state["sources"], strict=True):
             if source.identity != saved["identity"]:
                 raise ScorerError(
                     f"reward {source.name}: found {source.identity}, but the run was started with {saved['identity']}; "
                     "put the file back, or start a new run."
                 )
-        scales = [{"shift": saved["shift"], "scale": saved["scale"]} for saved in state["sources"]]
-        return Scorer([replace(source, **scale) for source, scale in zip(self.sources, scales, strict=True)])
+            restored.append(replace(source, shift=saved["shift"], scale=saved["scale"]))
+        return Scorer(restored)
 
 
 def run_source(
     source: ScoreSource, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples] = ()
 ) -> Tensor:
-    """The scores of one source, checked; arguments as for ``Scorer``. [B] float32."""
+    """The scores of one source, checked. [B] float32."""
     if source.tokens is not None and samples:
         scores = [score for part in samples for score in source.tokens(part)]
         return _checked(source.name, scores, prompts, responses)
@@ -223,11 +208,9 @@ def load_scorer(
     """Build the scorer of a recipe's ``reward`` list.
 
     Args:
-        section: the sources, at least one.
-        folder: the recipe's folder; functions may live nowhere else.
-        device: where reward models run.
+        folder: the recipe's; functions may live nowhere else.
         policy: whose frozen weights a reward model of kltune's may share, if it was trained on the same.
-        answers: what AI judges were asked before, and where their answers are kept; None: nothing, nowhere.
+        answers: what AI judges were asked before, and where their answers are kept.
 
     Raises:
         ScorerError: a file, function or model cannot be loaded.

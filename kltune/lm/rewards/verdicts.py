@@ -23,13 +23,8 @@ PREFERENCE = {"a": 1.0, "b": 0.0, "tie": 0.5}
 def read_score(text: str, lowest: float, highest: float) -> float | None:
     """The number in an answer, within [lowest, highest].
 
-    Args:
-        text: ``{"score": 7}`` somewhere, or "Score: 7", "7/10" or "7 out of 10" and nothing that differs, or the number
-            alone. A number in a sentence may count anything.
-        lowest, highest: the range that was asked for.
-
-    Returns:
-        None: no number, several, or one outside of the range, which nobody knows how to read.
+    That is ``{"score": 7}`` somewhere, or "Score: 7", "7/10" or "7 out of 10" and nothing that differs, or the number
+    alone; a number in a sentence may count anything. None: no number, several, or one outside of the range.
     """
     text = THOUGHT.sub(" ", text)
     verdicts = [verdict["score"] for verdict in _objects(text) if "score" in verdict]
@@ -47,8 +42,7 @@ def read_score(text: str, lowest: float, highest: float) -> float | None:
 def read_preference(text: str) -> float | None:
     """Which response an answer prefers: 1 for A, 0 for B, ½ for a tie; None: it does not say.
 
-    Args:
-        text: ``{"better": "A"}`` somewhere, or "Better: A", or nothing but A, B or tie.
+    It says so by ``{"better": "A"}`` somewhere, or "Better: A", or nothing but A, B or tie.
     """
     text = THOUGHT.sub(" ", text)
     verdicts = [verdict["better"] for verdict in _objects(text) if "better" in verdict]

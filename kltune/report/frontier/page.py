@@ -24,11 +24,7 @@ BEST_OF_N = (           # number of its colour and mark, where its KL stands, an
 
 
 def write_frontier(folder: Path, document: dict[str, Any]) -> None:
-    """Write frontier.json, frontier.svg and frontier.html into a folder that is made if need be.
-
-    Raises:
-        StorageError: they cannot be written.
-    """
+    """Write frontier.json, frontier.svg and frontier.html into a folder that is made if need be."""
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "frontier.json", document)

@@ -7,10 +7,10 @@ from typing import Any
 
 from kltune.errors import CheckpointError
 from kltune.recipe import flat_settings, load_recipe
+from kltune.report.figures import TOLERANCE
 from kltune.report.outcome import final_figures
 from kltune.run.files import is_finished, read_json, read_jsonl
 
-NEAR = 0.15             # of its target: how close a KL counts as there
 SETTING_KEYS = ("kl.target", "kl.beta", "dpo.beta", "kl.hard_cap")      # what sets a run's KL; the rest names its curve
 NO_DIFFERENCE = ("run.seed", "run.save_every", "run.eval_every", "run.device", "optim.micro_batch_size")
 SAME_REFERENCE = ("sha256", "tokenizer_sha256", "template_sha256")
@@ -99,8 +99,8 @@ def _curve_source(path: str) -> FrontierSource:
             "the JSON of kltune project --curve."
         )
     document = read_json(file)
-    looks = [look for look in _looks(document) if look["purpose"] == "curve"]
-    if not looks:
+    known = isinstance(document, dict) and document.get("schema") == "kltune.project/1"
+    if not known or all(look["purpose"] != "curve" for look in document["looks"]):
         raise CheckpointError(f"{path} holds no curve; kltune project CHECKPOINT --curve measures one.")
     checkpoint = Path(document["checkpoint"])
     run = checkpoint if (checkpoint / "recipe.yaml").is_file() else checkpoint.parent
@@ -109,18 +109,8 @@ def _curve_source(path: str) -> FrontierSource:
     return FrontierSource(path, None, document["reference"], settings, document, document.get("rewards") or [])
 
 
-def _looks(document: Any) -> list[dict[str, Any]]:
-    """The measurements at each alpha of a project.json; [] of anything else."""
-    known = isinstance(document, dict) and document.get("schema") == "kltune.project/1"
-    return document["looks"] if known else []
-
-
 def check_one_reference(sources: Sequence[FrontierSource]) -> None:
-    """Refuse runs of several references, whose KLs do not compare.
-
-    Raises:
-        CheckpointError: names the runs of each reference.
-    """
+    """Raise a CheckpointError that names the runs of each reference, where there are several: KLs do not compare."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for source in sources:
         groups.setdefault(tuple(source.reference[name] for name in SAME_REFERENCE), []).append(source.path)
@@ -133,11 +123,7 @@ def check_one_reference(sources: Sequence[FrontierSource]) -> None:
 
 
 def check_one_reward(sources: Sequence[FrontierSource]) -> None:
-    """Refuse runs scored by several rewards, whose scores do not compare.
-
-    Raises:
-        CheckpointError: names the runs of each.
-    """
+    """Raise a CheckpointError that names the runs of each reward, where there are several: scores do not compare."""
     groups: dict[str, list[str]] = {}
     for source in sources:
         if source.rewards:
@@ -182,8 +168,8 @@ def points_of(sources: Sequence[FrontierSource]) -> list[FrontierPoint]:
         if source.folder is not None:
             curve, setting = names[source.path]
             figures = final_figures(source.document)
-            figures = {name: figures[name] for name in figures if not name.startswith("reference_")}
             if figures["kl"] is not None:
+                figures = {name: figures[name] for name in figures if not name.startswith("reference_")}
                 points.append(FrontierPoint(
                     source.path, source.path, curve, setting, source.settings["run.seed"],
                     source.document.get("alpha") or 1.0, **figures, steps_to_target=steps_to_target(source),
@@ -194,19 +180,14 @@ def points_of(sources: Sequence[FrontierSource]) -> list[FrontierPoint]:
 
 
 def _curve_points(source: FrontierSource) -> list[FrontierPoint]:
-    checkpoint = source.document["checkpoint"]
-    if source.settings:
-        settings = source.settings
-        curve = f"alpha curve of {family(settings)}, {_settings_text(settings, [setting_key(settings)])}"
-        seed = settings["run.seed"]
-    else:
-        curve, seed = f"alpha curve of {checkpoint}", None
+    checkpoint, settings = source.document["checkpoint"], source.settings
+    curve = f"{family(settings)}, {_settings_text(settings, [setting_key(settings)])}" if settings else checkpoint
     return [
         FrontierPoint(
-            source.path, checkpoint, curve, f"alpha={look['alpha']:g}", seed, look["alpha"], look["nats_per_response"],
-            look["stderr"], look["ci"], look["score"], look["score_stderr"],
+            source.path, checkpoint, f"alpha curve of {curve}", f"alpha={look['alpha']:g}", settings.get("run.seed"),
+            look["alpha"], look["nats_per_response"], look["stderr"], look["ci"], look["score"], look["score_stderr"],
         )
-        for look in _looks(source.document)
+        for look in source.document["looks"]
         if look["purpose"] == "curve" and look["alpha"] > 0.0
     ]
 
@@ -266,10 +247,10 @@ def _settings_text(settings: dict[str, Any], keys: Sequence[str]) -> str:
 def steps_to_target(source: FrontierSource) -> int | None:
     """Steps after which a run's KL first came within 15 % of its target; None without one, or if it never did."""
     target = source.document.get("target")
-    if target is None or source.folder is None:
+    if target is None:
         return None
     name = f"kl/ref_{source.document.get('unit', 'nats_per_response')}"
     for row in read_jsonl(source.folder / "metrics.jsonl"):
-        if row.get(name) is not None and row[name] >= (1.0 - NEAR) * target:
+        if row.get(name) is not None and row[name] >= (1.0 - TOLERANCE) * target:
             return row["step"]
     return None

@@ -71,17 +71,11 @@ def _mean(points: Sequence[FrontierPoint], name: str) -> tuple[float | None, flo
 
 
 def pick(settings: Sequence[Setting], budget: float, name: str, reference: dict[str, Any]) -> dict[str, Any]:
-    """The best setting whose KL is within a budget, and those that may be as good.
+    """The best setting whose KL is within a budget, and those that may be as good; curve is None where none is.
 
     Args:
-        settings: of the frontier.
         budget: nats per response; all of a setting's 95 % intervals must end below it.
-        name: score or gold.
-        reference: the reference's own, with its error.
-
-    Returns:
-        {"budget", "curve", "setting", "kl", the score and its error, "tied": [...], "better_than_reference"}; curve is
-        None where nothing is within the budget.
+        reference: the reference's own score and gold, with their errors.
     """
     within = [
         setting for setting in settings
@@ -90,23 +84,23 @@ def pick(settings: Sequence[Setting], budget: float, name: str, reference: dict[
     if not within:
         return {"budget": budget, "judge": name, "curve": None, "setting": None, "runs": [], "tied": []}
 
-    def value_and_error(setting: Setting) -> tuple[float, float]:
-        return getattr(setting, name), getattr(setting, f"{name}_stderr") or 0.0
-
     best = max(within, key=lambda setting: getattr(setting, name))
-    most, error = value_and_error(best)
-    tied = []
-    for setting in within:
-        value, its_error = value_and_error(setting)
-        if setting is not best and most - value <= Z95 * math.hypot(error, its_error):
-            tied.append({"curve": setting.curve, "setting": setting.setting, "kl": setting.kl})
+    most = getattr(best, name)
+
+    def enough(other_error: float | None) -> float:
+        """By how much the best must differ from another to be better than it, at 95 %."""
+        return Z95 * math.hypot(getattr(best, f"{name}_stderr") or 0.0, other_error or 0.0)
+
+    tied = [
+        {"curve": setting.curve, "setting": setting.setting, "kl": setting.kl} for setting in within
+        if setting is not best and most - getattr(setting, name) <= enough(getattr(setting, f"{name}_stderr"))
+    ]
     base = reference[name]
-    enough = Z95 * math.hypot(error, reference[f"{name}_stderr"] or 0.0)
     return {
         "budget": budget,
         "judge": name,
         "reference": base,
-        "better_than_reference": base is None or most - base > enough,
+        "better_than_reference": base is None or most - base > enough(reference[f"{name}_stderr"]),
         "curve": best.curve,
         "setting": best.setting,
         "kl": best.kl,
@@ -160,9 +154,10 @@ def fits(
 
 def _fit_document(curve: str, form: str, name: str, fit: GainFit | str) -> dict[str, Any]:
     """One fit of the document; a text is the reason why nothing is claimed."""
-    if isinstance(fit, str):
-        return {"curve": curve, "form": form, "of": name, "fit": None, "claim": f"not claimed: {fit}"}
-    return {"curve": curve, "form": form, "of": name, "fit": asdict(fit), "claim": fit.claim}
+    claim = {"fit": None, "claim": f"not claimed: {fit}"} if isinstance(fit, str) else {
+        "fit": asdict(fit), "claim": fit.claim
+    }
+    return {"curve": curve, "form": form, "of": name, **claim}
 
 
 def curves_at(points: Sequence[FrontierPoint], kl: float, name: str) -> dict[str, Any]:

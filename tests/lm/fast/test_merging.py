@@ -43,7 +43,7 @@ def test_merged_layers_give_what_the_adapter_gives(open_policy, architecture):
 
 
 def test_merging_follows_the_adapter_and_its_scaling_and_takes_its_memory_once(trained_policy):
-    merged = trained_policy.network.fast._merged_trunk
+    merged = trained_policy.network.fast.merged_trunk
     with merged.active():
         before = {layer: twin.weight.data_ptr() for layer, twin in merged._merged.items()}
     randomize(trained_policy.trainable_parameters(), seed=5)

@@ -34,7 +34,7 @@ def test_a_deployed_sampler_says_nothing_that_is_cut_off(trained_policy):
     from tests.lm.model.test_rollout import PROMPTS, UNIFORMS
 
     samples = sample(trained_policy, PROMPTS, UNIFORMS, temperature=1.0, cut=Cut(top_k=3))
-    logits = trained_policy.network.logits(trained_policy.scored_hidden(samples.ids, samples.scored))
+    logits = trained_policy.network.logits(trained_policy.network.before(samples.ids, samples.scored))
     best = logits.topk(3).indices
     assert (best == samples.ids[samples.scored][:, None]).any(-1).all()
 

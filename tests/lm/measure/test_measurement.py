@@ -9,7 +9,7 @@ import torch
 
 from kltune.core.tensors import log_distribution
 from kltune.lm.data.examples import Prompt
-from kltune.lm.measure.breakdown import end_token, examples, top_tokens
+from kltune.lm.measure.breakdown import examples, token_part, top_tokens
 from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model import sampler as rollouts
 from kltune.lm.model.sampler import Draw, uniform_numbers
@@ -129,7 +129,7 @@ def test_shares_by_token_are_those_of_the_listing(tiny_lm_policy):
     rows = top_tokens(sums, 20_000, tiny_lm_policy, 10)
     assert [row["id"] for row in rows] == nats.argsort(descending=True).tolist()
     assert sum(row["share"] for row in rows) == pytest.approx(1.0)
-    end = end_token(sums, 20_000, tiny_lm_policy)
+    end = token_part(sums, list(tiny_lm_policy.end_ids), 20_000)
     assert end["share"] == pytest.approx(nats[EOS].item() / KL, abs=0.02)
 
 

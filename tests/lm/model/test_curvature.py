@@ -24,7 +24,7 @@ def by_double_backprop(policy, ids, scored, vector) -> torch.Tensor:
     """The Hessian of the mean KL(old ‖ new) of a response at new = old, times a vector."""
     parameters = list(policy.trainable_parameters().values())
     with sdpa_kernel(SDPBackend.MATH):
-        logits = policy.network.logits(policy.scored_hidden(ids, scored))
+        logits = policy.network.logits(policy.network.before(ids, scored))
         kl = kl_exact(logits.detach(), logits, TEMPERATURE).sum() / len(ids)
         gradients = torch.autograd.grad(kl, parameters, create_graph=True, materialize_grads=True, allow_unused=True)
         along = to_vector(gradients).dot(vector)

@@ -1,5 +1,6 @@
 """One set of weights is policy, reference and value function, and each gives the numbers of the plain model."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -231,7 +232,7 @@ def test_a_value_head_alone_reads_what_the_policys_trunk_holds_and_moves_no_bit_
     randomize(policy.value_parameters(), seed=5)
     values, states = policy.measure_values(IDS, SCORED)
     with torch.no_grad():
-        wanted = policy.scored_hidden(IDS, SCORED)
+        wanted = policy.network.before(IDS, SCORED)
     torch.testing.assert_close(states, wanted, atol=1e-5, rtol=0.0)
     head = policy.value_head.linear
     assert (values - (wanted.double() @ head.weight[0].double() + head.bias.double())).abs().max() < 1e-5
@@ -428,6 +429,13 @@ def test_the_readme_of_an_adapter_says_how_to_load_it_and_the_lines_work(trained
     with torch.no_grad():
         plain = names["model"].eval()(input_ids=IDS).logits
     torch.testing.assert_close(all_logits(trained_policy), plain, atol=1e-5, rtol=0.0)
+
+
+def test_equal_policies_leave_equal_configs(trained_policy, tmp_path):
+    trained_policy.save(tmp_path)
+    names = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert names == sorted(names)      # PEFT keeps a set, whose order is another in every process
+    assert len(names) > 1
 
 
 def test_loading_what_was_saved_gives_the_same_policy(open_policy, trained_policy, tmp_path):

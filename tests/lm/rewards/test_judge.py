@@ -367,7 +367,7 @@ def test_the_key_is_sent_and_shown_nowhere(monkeypatch):
     with serving(by_length) as endpoint:
         entry = endpoint.entry(key_env="JUDGE_KEY")
         scorer = load_scorer([entry], None, None, None, kept)
-        assert scorer(["p"], ["four"]).total.tolist() == pytest.approx([0.4])
+        assert scorer(["p"], ["four"]).tolist() == pytest.approx([0.4])
         assert endpoint.headers[0]["Authorization"] == "Bearer sesame-sesame"
     everything = repr((entry, kept._known, scorer.identity, scorer.state(), scorer.notes))
     assert "sesame" not in everything

@@ -282,13 +282,13 @@ def test_sampled_responses_are_read_as_sampled_and_cut_ones_without_an_end(open_
     ]
     assert [row[-1] == EOS for row in rows] == (~samples.truncated).tolist()
     wanted = 2.0 * scorer.sources[0].function.model.measure_rows(rows)
-    found = scorer(samples.prompts, samples.responses, [samples]).total
+    found = scorer(samples.prompts, samples.responses, [samples])
     assert torch.allclose(found, wanted, atol=1e-5)
     # Where no special token was said on the way, the text gives the same tokens, and weights of its own the same score.
     plain = torch.tensor([not {BOS, EOS, UNKNOWN} & set(row[:-1]) and row[-1] not in (BOS, UNKNOWN) for row in rows])
     assert 3 < plain.sum() < 20
     apart = load_scorer([ModelReward(kind="model", path=str(saved_reward), weight=2.0)], saved_reward, CPU)
-    total = apart(samples.prompts, samples.responses, [samples]).total
+    total = apart(samples.prompts, samples.responses, [samples])
     assert torch.allclose(total[plain], wanted[plain], atol=1e-5)
     assert scorer.identity[0]["sha256"] == apart.identity[0]["sha256"]
     assert len(scorer.notes) == 1
@@ -299,7 +299,7 @@ def test_a_normalised_reward_model_is_standardised_on_its_own_reading(open_polic
     entry = ModelReward(kind="model", path=str(saved_reward), normalize=True)
     samples = drawn(policy, 20)
     scorer = load_scorer([entry], saved_reward, CPU, policy).standardized(samples.prompts, samples.responses, [samples])
-    total = scorer(samples.prompts, samples.responses, [samples]).total
+    total = scorer(samples.prompts, samples.responses, [samples])
     assert (total.mean().item(), total.std().item()) == (pytest.approx(0.0, abs=1e-5), pytest.approx(1.0, abs=1e-5))
 
 

@@ -61,9 +61,8 @@ def test_a_function_beside_the_recipe_gets_prompts_and_responses_as_lists_of_tex
     )
     scorer = load_function(tmp_path)
     scores = scorer(tuple(PROMPTS), tuple(RESPONSES))
-    assert scores.total.tolist() == [34.0, 54.0, 64.0]
-    assert scores.parts["score"].tolist() == [34.0, 54.0, 64.0]
-    assert scores.total.dtype == torch.float32
+    assert scores.tolist() == [34.0, 54.0, 64.0]
+    assert scores.dtype == torch.float32
     identity = {"kind": "function", "path": "rewards.py:score", "sha256": hashlib.sha256(code).hexdigest()}
     assert scorer.sources[0].identity == identity
 
@@ -72,8 +71,8 @@ def test_what_was_hashed_is_what_runs_even_if_the_file_changes(tmp_path):
     write_function(tmp_path, "def score(prompts, responses):\n    return [1] * len(responses)\n")
     scorer = load_function(tmp_path)
     write_function(tmp_path, "def score(prompts, responses):\n    return [2] * len(responses)\n")
-    assert scorer(PROMPTS, RESPONSES).total.tolist() == [1.0] * 3
-    assert load_function(tmp_path)(PROMPTS, RESPONSES).total.tolist() == [2.0] * 3
+    assert scorer(PROMPTS, RESPONSES).tolist() == [1.0] * 3
+    assert load_function(tmp_path)(PROMPTS, RESPONSES).tolist() == [2.0] * 3
 
 
 def test_a_rewards_file_may_define_dataclasses_under_postponed_annotations(tmp_path):
@@ -87,7 +86,7 @@ def test_a_rewards_file_may_define_dataclasses_under_postponed_annotations(tmp_p
         "def score(prompts, responses):\n"
         "    return [Rule(2.0).factor * len(r) for r in responses]\n",
     )
-    assert load_function(tmp_path)(PROMPTS, RESPONSES).total.tolist() == [6.0, 10.0, 12.0]
+    assert load_function(tmp_path)(PROMPTS, RESPONSES).tolist() == [6.0, 10.0, 12.0]
 
 
 def test_two_rewards_files_of_the_same_name_do_not_meet(tmp_path):
@@ -96,8 +95,8 @@ def test_two_rewards_files_of_the_same_name_do_not_meet(tmp_path):
         code = f"N = {number}\ndef score(prompts, responses):\n    return [N] * len(responses)\n"
         write_function(tmp_path / folder, code)
     one, two = load_function(tmp_path / "one"), load_function(tmp_path / "two")
-    assert one(PROMPTS, RESPONSES).total.tolist() == [1.0] * 3
-    assert two(PROMPTS, RESPONSES).total.tolist() == [2.0] * 3
+    assert one(PROMPTS, RESPONSES).tolist() == [1.0] * 3
+    assert two(PROMPTS, RESPONSES).tolist() == [2.0] * 3
 
 
 @pytest.mark.parametrize(
@@ -125,7 +124,7 @@ def test_two_sources_of_one_name_are_kept_apart(tmp_path):
     named = FunctionReward(kind="function", path="rewards.py:score", name="mine")
     scorer = load_scorer([entry, entry, named], tmp_path, CPU)
     assert [s.name for s in scorer.sources] == ["score", "score-1", "mine"]
-    assert scorer(PROMPTS, RESPONSES).total.tolist() == [3.0] * 3
+    assert scorer(PROMPTS, RESPONSES).tolist() == [3.0] * 3
 
 
 # --- what a source may return --------------------------------------------------------------------------------------
@@ -205,9 +204,9 @@ def test_a_fault_that_a_user_can_put_right_keeps_its_own_words():
 def test_the_total_is_the_weighted_sum_by_hand():
     scorer = Scorer([source(lengths, "lengths", 0.5), source(vowels, "vowels", -2.0)])
     scores = scorer(PROMPTS, RESPONSES)
-    assert scores.parts["lengths"].tolist() == [3.0, 5.0, 6.0]
-    assert scores.parts["vowels"].tolist() == [2.0, 2.0, 3.0]
-    assert scores.total.tolist() == [-2.5, -1.5, -3.0]
+    assert run_source(scorer.sources[0], PROMPTS, RESPONSES).tolist() == [3.0, 5.0, 6.0]
+    assert run_source(scorer.sources[1], PROMPTS, RESPONSES).tolist() == [2.0, 2.0, 3.0]
+    assert scores.tolist() == [-2.5, -1.5, -3.0]
 
 
 def test_normalize_shifts_and_scales_by_hand_and_only_where_asked():
@@ -217,8 +216,8 @@ def test_normalize_shifts_and_scales_by_hand_and_only_where_asked():
     assert not ready.wants_reference_samples
     assert [(s.shift, s.scale) for s in ready.sources] == [(4.0, 2.0), (0.0, 1.0)]
     scores = ready(PROMPTS, RESPONSES)
-    assert scores.total.tolist() == [3 * -0.5 + 2, 3 * 0.5 + 2, 3 * 1.0 + 3]
-    assert scores.parts["lengths"].tolist() == [3.0, 5.0, 6.0]  # as they came
+    assert scores.tolist() == [3 * -0.5 + 2, 3 * 0.5 + 2, 3 * 1.0 + 3]
+    assert run_source(ready.sources[0], PROMPTS, RESPONSES).tolist() == [3.0, 5.0, 6.0]  # as they came
     assert scorer.sources[0].scale == 1.0  # the old one is unchanged
 
 
@@ -235,7 +234,7 @@ def test_the_standardisation_survives_a_checkpoint():
     assert again.state() == ready.state()
     assert [(saved["shift"], saved["scale"]) for saved in ready.state()["sources"]] == [(4.0, 2.0), (0.0, 1.0)]
     assert not again.wants_reference_samples
-    assert torch.equal(again(PROMPTS, RESPONSES).total, ready(PROMPTS, RESPONSES).total)
+    assert torch.equal(again(PROMPTS, RESPONSES), ready(PROMPTS, RESPONSES))
 
 
 # --- models --------------------------------------------------------------------------------------------------------
@@ -304,11 +303,11 @@ def test_a_classifiers_score_is_the_labels_log_odds_or_probability(tmp_path, arc
         odds.append(math.log(p / (1 - p)))
     assert max(probability) - min(probability) > 0.01
     scorer = load_classifier(folder, label="good")
-    assert scorer(NO_PROMPTS, TEXTS).total.tolist() == pytest.approx(odds, abs=1e-5)
+    assert scorer(NO_PROMPTS, TEXTS).tolist() == pytest.approx(odds, abs=1e-5)
     assert scorer.sources[0].identity["kind"] == "classifier"
     assert scorer.sources[0].identity["path"] == str(folder)
     scorer = load_classifier(folder, label="good", output="probability")
-    assert scorer(NO_PROMPTS, TEXTS).total.tolist() == pytest.approx(probability, abs=1e-5)
+    assert scorer(NO_PROMPTS, TEXTS).tolist() == pytest.approx(probability, abs=1e-5)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -316,23 +315,23 @@ def test_a_classifiers_score_is_the_labels_log_odds_or_probability(tmp_path, arc
 def test_a_text_scores_the_same_beside_longer_ones_and_alone(tmp_path, architecture, side):
     folder = save_classifier(tmp_path, architecture, padding_side=side)
     scorer = load_classifier(folder, label="good")
-    together = scorer(NO_PROMPTS, TEXTS).total
-    alone = torch.cat([scorer([""], [text]).total for text in TEXTS])
+    together = scorer(NO_PROMPTS, TEXTS)
+    alone = torch.cat([scorer([""], [text]) for text in TEXTS])
     assert (together - alone).abs().max() < 1e-5
-    many = scorer(NO_PROMPTS * 20, TEXTS * 20).total  # more than one batch of the scorer's own
+    many = scorer(NO_PROMPTS * 20, TEXTS * 20)  # more than one batch of the scorer's own
     assert (many - together.repeat(20)).abs().max() < 1e-5
 
 
 def test_a_classifier_reads_the_response_and_a_reward_model_the_prompt_too(tmp_path):
     three, one = save_classifier(tmp_path / "three"), save_classifier(tmp_path / "one", labels=["reward"])
     classifier = load_classifier(three, label="good")
-    assert torch.equal(classifier(["w20 w21 "] * 4, TEXTS).total, classifier(NO_PROMPTS, TEXTS).total)
+    assert torch.equal(classifier(["w20 w21 "] * 4, TEXTS), classifier(NO_PROMPTS, TEXTS))
     both = load_classifier(three, label="good", input="prompt_response")
-    assert torch.equal(both(["w20 w21 "], ["w3"]).total, classifier([""], ["w20 w21 w3"]).total)
+    assert torch.equal(both(["w20 w21 "], ["w3"]), classifier([""], ["w20 w21 w3"]))
     model = load_model(one)
     by_hand = plain_logits(one, "w20 w21 w3").tolist()
-    assert model(["w20 w21 "], ["w3"]).total.tolist() == pytest.approx(by_hand, abs=1e-5)
-    assert load_model(one, input="response")(["w20 w21 "], ["w3"]).total.tolist() == pytest.approx(
+    assert model(["w20 w21 "], ["w3"]).tolist() == pytest.approx(by_hand, abs=1e-5)
+    assert load_model(one, input="response")(["w20 w21 "], ["w3"]).tolist() == pytest.approx(
         plain_logits(one, "w3").tolist(), abs=1e-5
     )
 
@@ -348,8 +347,8 @@ def test_a_classifier_with_a_single_output_needs_no_label(tmp_path):
     folder = save_classifier(tmp_path, labels=["reward"])
     by_hand = [plain_logits(folder, text).item() for text in TEXTS]
     for keys in ({}, {"label": "reward"}):
-        assert load_classifier(folder, **keys)(NO_PROMPTS, TEXTS).total.tolist() == pytest.approx(by_hand, abs=1e-5)
-    probability = load_classifier(folder, output="probability")(NO_PROMPTS, TEXTS).total.tolist()
+        assert load_classifier(folder, **keys)(NO_PROMPTS, TEXTS).tolist() == pytest.approx(by_hand, abs=1e-5)
+    probability = load_classifier(folder, output="probability")(NO_PROMPTS, TEXTS).tolist()
     assert probability == pytest.approx([1 / (1 + math.exp(-x)) for x in by_hand], abs=1e-5)
 
 
@@ -369,7 +368,7 @@ def test_a_model_without_a_trained_head_is_no_classifier(tmp_path):
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "gpt2"])
 def test_a_text_longer_than_the_classifier_reads_is_scored_and_nothing_crashes(tmp_path, architecture):
     scorer = load_classifier(save_classifier(tmp_path, architecture), label="good")
-    assert torch.isfinite(scorer([""], ["w3 " * 100]).total).all()
+    assert torch.isfinite(scorer([""], ["w3 " * 100])).all()
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
@@ -379,6 +378,6 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 def test_a_classifier_trains_nothing_and_draws_nothing(tmp_path):
     scorer = load_classifier(save_classifier(tmp_path), label="good")  # dropout 0.1 in the config
-    first = scorer(NO_PROMPTS, TEXTS).total
-    assert torch.equal(scorer(NO_PROMPTS, TEXTS).total, first)
+    first = scorer(NO_PROMPTS, TEXTS)
+    assert torch.equal(scorer(NO_PROMPTS, TEXTS), first)
     assert not first.requires_grad
