@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 FAR_ABOVE = 1.3     # times the target: no noise, so that the integral may answer at once
 ARRIVED = 0.9   # of the target: from here on the integral corrects what is left
 FIRST_STEPS = 4     # before as many, the course of the KL says nothing
-ARRIVAL_GAIN = 2.0  # by the steps that the KL took to arrive: the most that the integral's gain may be
+ARRIVAL_GAIN = 2.5  # by the steps that the KL took to arrive: the most that the integral's gain may be
 
 
 class Controller(Protocol):
@@ -139,7 +139,7 @@ class LogPI:
     The integral removes what offset the feed-forward leaves. On the way up there is none to remove, only a distance:
     until the KL has arrived (0.9 of the target) the integral moves only where the KL would come too late, after
     ``plan`` steps, if it went on as it has so far; the gain is then half of ki. Once it has arrived, the gain is ki, or
-    2 by the steps that the arrival took where that is less: what took long to come up takes long to answer. Far above
+    2.5 by the steps that the arrival took where that is less: what took long to come up takes long to answer. Far above
     the target it is twice that.
     With ``fixed_feed_forward`` the recipe's own β takes the place of σ / √(2·target).
 
