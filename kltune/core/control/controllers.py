@@ -217,7 +217,7 @@ def pull_at(price: float, ref_kl: float) -> float:
 
 
 def _arrival(recent: float, before: float, steps: int, target: float) -> float:
-    """The step at which a KL comes to its target if it goes on growing by the same factor a step; ∞ if it does not grow.
+    """The step at which a KL comes to its target if each step goes on multiplying it as now; ∞ if it does not grow.
 
     The factor is that of a KL ∝ n^p, p/n in its logarithm: the mean of n^p with weights 8/n is 8/(8 + p) of the last
     and that with weights 2/n is 2/(2 + p), so that to first order p = 4.5 (recent − before) / recent.

@@ -197,7 +197,7 @@ def test_log_pi_comes_to_a_target_near_what_the_reward_can_pull_out(tau):
     for seed in SEEDS:
         course = plant(make("log_pi", 1.0), target=1.0, tau=tau, seed=seed)
         assert course.max() <= 1.25
-        assert course[400:].mean() == pytest.approx(1.0, abs=0.04)
+        assert course[400:].mean() == pytest.approx(1.0, abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["ziegler", "dual"])
