@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kltune.core.kl.divergence import kl_k1
 from kltune.core.kl.intervals import KLSummary, summarize
-from kltune.core.objectives.advantages import group_normalized, spread_within_groups
+from kltune.core.objectives.advantages import spread_within_groups
 from kltune.core.objectives.bradley_terry import correlation
 from kltune.core.tensors import masked_mean, per_response
 from kltune.lm.data.examples import shuffled_positions
@@ -55,13 +55,14 @@ def sample_batch(job: Job, learner: Learner, step: int, clock: Clock) -> Batch:
 def pulling_spread(job: Job, learner: Learner, rollout: Rollout, scores: Tensor) -> float:
     """How far apart the scores of answers to one prompt lie, in the unit that a price is in.
 
-    grpo divides the scores of a prompt's answers by their spread, which leaves 1 of it, and 0 of answers that all score
-    alike. With one answer to a prompt it cannot be told from how prompts differ; where the value function has learnt
+    grpo divides the scores of a prompt's answers by their spread, which leaves 1 of it. Where most answers score alike
+    that is too much on average; but an optimizer that normalises its step makes a full one of the few that do not, and
+    with less a reward that hardly ever comes was overspent by half. With one answer to a prompt it cannot be told from how prompts differ; where the value function has learnt
     that, what is left of a score beside its value of the prompt is nearer to it than the spread of the whole batch.
     """
     count = job.recipe.sampling.responses_per_prompt
     if job.baseline == "grpo":
-        return spread_within_groups(group_normalized(scores, count), count)
+        return 1.0
     whole = spread_within_groups(scores, count)
     if count > 1 or rollout.values is None:
         return whole
