@@ -57,9 +57,9 @@ def pulling_spread(job: Job, learner: Learner, rollout: Rollout, scores: Tensor)
 
     grpo divides the scores of a prompt's answers by their spread, which leaves 1 of it. Where most answers score alike
     that is too much on average; but an optimizer that normalises its step makes a full one of the few that do not, and
-    with less a reward that hardly ever comes was overspent by half. With one answer to a prompt the spread cannot be told
-    from how prompts differ; where the value function has learnt that, what is left of a score beside its value of the
-    prompt is nearer to it than the spread of the whole batch.
+    with less a reward that hardly ever comes was overspent by half. With one answer to a prompt the spread cannot be
+    told from how prompts differ; where the value function has learnt that, what is left of a score beside its value of
+    the prompt is nearer to it than the spread of the whole batch.
     """
     count = job.recipe.sampling.responses_per_prompt
     if job.baseline == "grpo":
