@@ -161,7 +161,7 @@ class PPOSection(Section):
         64, description="responses per update; must divide a step's responses; default: as many of them as fit in 64"
     )
     clip_range: Positive = Field(0.2, description="a token's probability ratio counts within 1 ± clip_range")
-    value_clip_range: Positive = Field(0.2, description="a value may move this far from the old one, in sd of first scores")
+    value_clip_range: Positive = Field(0.2, description="a value may move so far, in sd of first scores")
     value_coef: NotNegative = Field(0.1, description="weight of the value loss")
     gamma: Fraction = Field(1.0, description="discount per token")
     gae_lambda: Fraction = Field(0.95, description="1 is unbiased, lower is calmer")
