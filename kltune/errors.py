@@ -111,18 +111,18 @@ EXIT_CODES = {entry.code: entry for entry in (
     ExitCode(
         5, "something that was read is wrong: rows of data, a reward function or its scores, a model or tokenizer, a "
         "damaged checkpoint, or one of another reference",
-        "correct the file, row or function that the message names", "kltune ppo my.yaml",
+        "correct the file, row or function that the message names", "kltune ppo --recipe my.yaml",
     ),
     ExitCode(
         6, "the run diverged: a number stopped being finite, or kl.hard_cap was passed with on_cap: stop, or nothing "
         "within the cap was left to call final; nothing bad was saved",
         "lower optim.lr, or raise kl.beta or kl.hard_cap, and start again under another --output",
-        "kltune ppo my.yaml --set kl.hard_cap=8 --set kl.on_cap=stop",
+        "kltune ppo --recipe my.yaml --set kl.hard_cap=8 --set kl.on_cap=stop",
     ),
     ExitCode(
         74, "nothing more can be written (the disk is full, a folder is read-only), or memory ran out",
         "make room on the disk; for memory lower optim.micro_batch_size, which does not change the result, or "
-        "sampling.max_new_tokens; then --resume", "kltune ppo my.yaml --resume",
+        "sampling.max_new_tokens; then --resume", "kltune ppo --recipe my.yaml --resume",
     ),
     ExitCode(
         75, "try again later: another run has the output folder, or an AI judge does not answer; all is saved",
@@ -131,7 +131,7 @@ EXIT_CODES = {entry.code: entry for entry in (
     ),
     ExitCode(
         130, "stopped by Ctrl-C (SIGINT); a stage finishes its step and saves a checkpoint first, a second Ctrl-C ends "
-        "it at once", "the same command with --resume goes on from there", "kltune ppo my.yaml --resume",
+        "it at once", "the same command with --resume goes on from there", "kltune ppo --recipe my.yaml --resume",
     ),
     ExitCode(
         137, "killed (SIGKILL), most often by the system because memory ran out; of kltune sweep: a point was killed",
@@ -140,6 +140,6 @@ EXIT_CODES = {entry.code: entry for entry in (
     ),
     ExitCode(
         143, "stopped by SIGTERM, which schedulers send; a stage finishes its step and saves a checkpoint first",
-        "the same command with --resume goes on from there", "kltune ppo my.yaml --resume",
+        "the same command with --resume goes on from there", "kltune ppo --recipe my.yaml --resume",
     ),
 )}

@@ -213,18 +213,20 @@ def step_row(
     import importlib
 
     from kltune.recipe import load_recipe
+    from kltune.train.loop import Taken
 
     module = importlib.import_module(f"kltune.stages.{stage}")
     inner = module.take_step
     held: list[float] = []
 
-    def take_step(job, learner, step: int, **options) -> None:
+    def take_step(job, learner, step: int, **options) -> Taken:
         """The stage's own, between what the process held before the first step and the peak so far."""
         if step == 1:
             held.append(memory_mb("VmRSS"))
             reset_peak()
-        inner(job, learner, step, **options)
+        taken = inner(job, learner, step, **options)
         held.append(memory_mb("VmHWM"))
+        return taken
 
     module.take_step = take_step
     with tempfile.TemporaryDirectory() as name:

@@ -50,6 +50,10 @@ class RecipeFaults(RecipeError):
             lines.append(f"  and {len(ordered) - MOST_SHOWN} more")
         super().__init__("\n".join([f"{printable(file)} has {count}", *lines]))
 
+    def __reduce__(self) -> tuple[type, tuple[str, list[Fault]]]:
+        """How it goes from one process to another: an exception is otherwise made again from its message alone."""
+        return type(self), (self.file, self.faults)
+
 
 def printable(text: str) -> str:
     """The text with control characters escaped, so that a recipe cannot move the reader's cursor."""

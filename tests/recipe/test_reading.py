@@ -1,5 +1,6 @@
 """A recipe says what it means: numbers are numbers, and wrong keys are named with their line."""
 
+import pickle
 import random
 import re
 from pathlib import Path
@@ -429,3 +430,11 @@ def test_random_accidents_are_read_or_refused_with_a_place(folder):
             refused.append(str(error))
     assert len(refused) > 100
     assert all(re.search(r"recipe\.yaml:\d+:\d+: ", message) for message in refused)
+
+
+def test_faults_travel_between_processes(tmp_path):
+    (tmp_path / "r.yaml").write_text("stage: ppo\nmodel: {path: 3}\n")
+    with pytest.raises(RecipeFaults) as caught:
+        load_recipe(tmp_path / "r.yaml")
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.faults) == (str(caught.value), caught.value.faults)
