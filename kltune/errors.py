@@ -68,8 +68,11 @@ class Interrupted(KltuneError):
     """A signal asked the run to stop; a checkpoint was saved first."""
 
     def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
+        super().__init__(message, signal_number)      # both: it is made again from them in another process
         self.exit_code = 128 + signal_number      # 130 for SIGINT, 143 for SIGTERM
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 @dataclass(frozen=True)

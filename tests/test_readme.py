@@ -48,7 +48,8 @@ def test_a_command_is_one_that_kltune_reads(line: str):
     while hasattr(command, "resolve_command"):
         _, command, words = command.resolve_command(context, words)
         context = command.context_class(command, info_name=command.name, parent=context)
-    command.parse_args(context, words)      # reads every option, runs nothing
+    command.parse_args(context, words)      # reads every option, runs nothing; refuses what it does not know
+    assert set(context.params) == {parameter.name for parameter in command.params if parameter.expose_value}
 
 
 @pytest.mark.parametrize("text", YAML)
@@ -57,7 +58,12 @@ def test_a_recipe_is_sound_and_a_part_of_one_fits_into_a_whole(text: str, tmp_pa
     for name in re.findall(r"[\w/]+\.(?:py|jsonl)", whole):
         (tmp_path / name).touch()
     (tmp_path / "recipe.yaml").write_text(whole, encoding="utf-8")
-    load_recipe(tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml").stage == yaml.safe_load(whole)["stage"]
+
+
+def test_there_are_commands_and_recipes_to_try():
+    assert len(COMMANDS) >= 25
+    assert len(YAML) >= 3
 
 
 def test_the_readme_can_be_read_at_one_sitting():

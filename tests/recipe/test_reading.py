@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kltune.cli import main
-from kltune.errors import RecipeError
+from kltune.errors import Interrupted, RecipeError
 from kltune.recipe import (
     PPORecipe,
     RecipeFaults,
@@ -438,3 +438,5 @@ def test_faults_travel_between_processes(tmp_path):
         load_recipe(tmp_path / "r.yaml")
     again = pickle.loads(pickle.dumps(caught.value))
     assert (str(again), again.faults) == (str(caught.value), caught.value.faults)
+    stopped = pickle.loads(pickle.dumps(Interrupted("stopped after step 3", 15)))
+    assert (str(stopped), stopped.exit_code) == ("stopped after step 3", 143)
