@@ -145,7 +145,7 @@ class DPOKLSection(KLSection):
     ki: NotNegative = Field(0.3, description="gain on the error summed over steps (log_pi)")
 
 
-ValueFunction = Annotated[Literal["lora", "head"], Field(
+ValueFunctionKind = Annotated[Literal["lora", "head"], Field(
     description="baseline: value reads the trunk through an adapter of its own, or with a head alone what the "
     "policy's trunk holds: about half the work of an update, and far coarser",
 )]
@@ -155,7 +155,7 @@ class PPOSection(Section):
     """Clipped policy steps."""
 
     baseline: Literal["value", "rloo", "grpo"] = Field("value", description="what a response is compared with")
-    value_function: ValueFunction = "lora"
+    value_function: ValueFunctionKind = "lora"
     epochs: Count = Field(4, description="passes over one step's responses")
     minibatch_size: Count = Field(
         64, description="responses per update; must divide a step's responses; default: as many of them as fit in 64"
@@ -187,7 +187,7 @@ class TRPOSection(Section):
         0.25, gt=0, le=1, description="share of a step's responses that the curvature is measured on"
     )
     baseline: Literal["value", "rloo", "grpo"] = Field("value", description="what a response is compared with")
-    value_function: ValueFunction = "lora"
+    value_function: ValueFunctionKind = "lora"
     gamma: Fraction = Field(1.0, description="discount per token (baseline: value)")
     gae_lambda: Fraction = Field(0.95, description="1 is unbiased, lower is calmer (baseline: value)")
     value_epochs: Count = Field(2, description="passes of the value function over one step's responses")

@@ -152,7 +152,7 @@ def plots_for(limits: KLLimits) -> dict[str, tuple[Plot, ...]]:
     }
 
 
-COMPARED = {      # pictures of a comparison: one metric of every run in each
+COMPARED_CURVES = {      # pictures of a comparison: one metric of every run in each
     "KL and score": (
         Plot("KL to the reference", "nats per response", ("kl/ref_nats_per_response", "eval/kl_ref_nats_per_response"),
              limited="ref"),

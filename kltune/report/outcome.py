@@ -18,7 +18,7 @@ RECORDED = (
     "error",
 )
 CLEAR = 2.0      # standard errors from which a score counts as moved
-FIGURES = {      # what is compared between reference and policy
+BEFORE_AND_AFTER = {      # what is compared between reference and policy
     "score": "eval/score_mean",
     "gold score": "eval/gold_mean",
     "score, sd of the reference's": "eval/score_z",
@@ -254,7 +254,7 @@ def figures_of(files: Files) -> list[tuple[str, str, str]]:
     """(what, the reference's, the policy's) of what the last evaluation measured; a dash for what it did not."""
     measured, recorded = files.evaluated, files.recorded
     rows = []
-    for title, name in FIGURES.items():
+    for title, name in BEFORE_AND_AFTER.items():
         if measured.get(name) is not None:
             before = 0.0 if name in ZERO_OF_REFERENCE else recorded.reference(name)
             error = measured.get(STANDARD_ERRORS.get(name))

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from kltune.errors import RecipeError
 from kltune.recipe import as_written, by_dotted_key
-from kltune.report.figures import COMPARED, TOLERANCE, Plot, draw, draw_together, plots_for
+from kltune.report.figures import COMPARED_CURVES, TOLERANCE, Plot, draw, draw_together, plots_for
 from kltune.report.outcome import (
     Files,
     alarm_of,
@@ -107,7 +107,7 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
             for (label, files), row in zip(runs.items(), facts, strict=True)
         ],
         pictures=drawn_pictures(
-            COMPARED, lambda plot: draw_together(plot, recorded, targets if plot.limited == "ref" else {})
+            COMPARED_CURVES, lambda plot: draw_together(plot, recorded, targets if plot.limited == "ref" else {})
         ),
         too_many=len(COLOURS) if len(runs) > len(COLOURS) else None,
         differences=differences_of(list(runs.values())),

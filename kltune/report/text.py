@@ -8,7 +8,7 @@ from kltune.run.files import visible
 from kltune.run.screen import interval, with_error
 
 MARKED = 0.3            # nats at a token from which it is marked
-SHADES = ((1.0, "1;31"), (MARKED, "31"), (0.05, "33"))      # least nats, and the colour from there on
+TERMINAL_SHADES = ((1.0, "1;31"), (MARKED, "31"), (0.05, "33"))      # least nats, and the colour from there on
 BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 60              # positions drawn side by side
 PROMPT_ROWS = 5
@@ -169,7 +169,7 @@ def _token(text: str, nats: float, colour: bool) -> str:
     text = visible(text.replace("\n", "⏎"))
     if not colour:
         return f"{text}[{nats:.1f}]" if nats >= MARKED else text
-    shade = next((code for least, code in SHADES if nats >= least), None)
+    shade = next((code for least, code in TERMINAL_SHADES if nats >= least), None)
     return text if shade is None else f"\033[{shade}m{text}\033[0m"
 
 
