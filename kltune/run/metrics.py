@@ -52,6 +52,8 @@ METRICS = (
     Metric("kl/step_nats_per_response", "nats per response", ABOVE_0, ("ppo", "trpo"), 0.08,
            "KL(old‖new): how far the step's updates moved the policy (ppo: k3, before the last minibatch's update; "
            "trpo: exact, 0 if no step was accepted)"),
+    Metric("kl/step_limit_nats_per_response", "nats per response", ABOVE_0, ("ppo",), 0.1,
+           "how far the step might move the policy: what is left to the target, and never much of it; null: any"),
     Metric("kl/score_correlation", "none", "−1 to 1", BUDGETED, 0.4,
            "correlation of score and log π − log ρ over responses: near 1 the KL is spent on the score, near 0 it is "
            "drift"),
@@ -81,7 +83,8 @@ METRICS = (
     Metric("accuracy/mean", "share", SHARE, ("reward", "dpo"), 0.65,
            "share of the batch's pairs the right way round, a tie counting half; dpo: whose chosen response gained "
            "more on the reference (null for kto, bco); reward: that scores higher"),
-    Metric("optim/lr", "none", ABOVE_0, ("sft", "reward", "ppo", "dpo"), 0.0001, "learning rate of this step"),
+    Metric("optim/lr", "none", ABOVE_0, ("sft", "reward", "ppo", "dpo"), 0.0001,
+           "learning rate of this step; ppo: the schedule's, or less where that would pass the step's limit"),
     Metric("sft/grad_norm", "norm", ABOVE_0, ("sft",), 1.1,
            "norm of the gradient before clipping to optim.max_grad_norm"),
     Metric("sft/tokens", "tokens", "1 or above", ("sft",), 2048,
@@ -98,7 +101,7 @@ METRICS = (
     Metric("ppo/policy_grad_norm", "norm", ABOVE_0, ("ppo",), 0.4,
            "norm of the policy's gradient before clipping to optim.max_grad_norm, mean over the step's minibatches"),
     Metric("ppo/minibatches", "updates", "1 or above", ("ppo",), 4,
-           "updates made in the step; fewer than planned where ppo.stop_step_kl ended it"),
+           "updates made in the step; fewer than planned where it came to its limit, or to ppo.stop_step_kl"),
     Metric("ppo/value_explained", "share", "at most 1", ("ppo",), 0.6,
            "share of the returns' variance that the values foretold; near or below 0 they explain nothing"),
     Metric("ppo/value_loss", "score²", ABOVE_0, ("ppo",), 0.3,

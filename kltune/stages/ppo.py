@@ -7,9 +7,12 @@ meets a target. Sources: Schulman et al. 2017, arXiv 1707.06347 (clipping); Zieg
 section 2.2 (KL in the reward, and a target for it).
 """
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kltune.core.kl.divergence import kl_k3
@@ -30,6 +33,8 @@ from kltune.train.experience import Experience, compute_advantages, explained_va
 from kltune.train.learner import ALARMS, SCORER, VALUES, Job, Learner, make_job
 from kltune.train.loop import Taken, add_value_function, enforce_cap, load_data, take_steps
 from kltune.train.value_function import ValueFunction, unit_of_values
+
+STOP = 1.5  # times ppo.stop_step_kl: minibatches scatter
 
 
 def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
     batch = sample_batch(job, learner, step, clock)
     went_back = enforce_cap(job, learner, step, batch, pull=batch.spread)
     share = learning_rate_share(recipe.optim, step, job.steps)
-    update = {"optim/lr": share * recipe.optim.lr}
+    update: dict[str, float | None] = {"optim/lr": share * recipe.optim.lr}
     if not went_back:
         learner.budget = learner.budget.priced(batch.rollout, batch.kl, pull=batch.spread)
         experience = compute_advantages(
@@ -80,44 +85,74 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
             experience = whitened(experience, batch.scores)
         elif ppo.baseline == "rloo":
             experience = rescaled(experience, batch.spread)
-        set_learning_rate(learner.optimizers["policy"], share * recipe.optim.lr)
         if VALUES in learner.optimizers:
             set_learning_rate(learner.optimizers[VALUES], share * (ppo.value_lr or recipe.optim.lr))
-        update = improve(recipe, learner, experience, job.run.rng("minibatches", step)) | update
+        room = learner.budget.room(batch.rollout, batch.kl, share)
+        rng = job.run.rng("minibatches", step)
+        update |= improve(recipe, learner, experience, room=room, most=share * recipe.optim.lr, rng=rng)
         clock.lap("update")
     return Taken(update, clock, batch, went_back)
 
 
-def improve(recipe: PPORecipe, learner: Learner, experience: Experience, rng: np.random.Generator) -> dict[str, float]:
-    """Several epochs of clipped minibatch steps on one batch of experience."""
-    ppo = recipe.ppo
-    done: list[dict[str, float]] = []
-    for _ in range(ppo.epochs):
-        for part in experience.minibatches(ppo.minibatch_size, rng):
-            stats = policy_step(recipe, learner, part, first=not done)
-            if VALUES in learner.parts:
-                stats |= value_step(recipe, learner, part)
-            done.append(stats)
-            # The step KL is measured before the minibatch's own step, so this stops one step after the limit is passed.
-            if ppo.stop_step_kl is not None and stats["kl/step_nats_per_response"] > 1.5 * ppo.stop_step_kl:
-                return averaged(done)
-    return averaged(done)
+def improve(
+    recipe: PPORecipe, learner: Learner, experience: Experience, *, room: float, most: float, rng: np.random.Generator
+) -> dict[str, float | None]:
+    """Several epochs of clipped minibatch steps on one batch of experience.
 
+    The policy rests once it has come as far as it may; its value function is fitted on.
 
-def averaged(done: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the minibatches of one step; the step KL is that of the last one, after all the others' updates."""
-    means = {name: sum(stats[name] for stats in done) / len(done) for name in done[0]}
-    return means | {
-        "kl/step_nats_per_response": done[-1]["kl/step_nats_per_response"],
-        "ppo/minibatches": float(len(done)),
+    Args:
+        recipe, learner: of the run.
+        experience: of the step.
+        room: how far the step may move the policy, KL(old ‖ new) in nats per response; ∞: any.
+        most: the learning rate is no higher.
+        rng: for the order of the minibatches.
+    """
+    ppo, lr = recipe.ppo, learner.budget.size.learning_rate(most, room)
+    set_learning_rate(learner.optimizers["policy"], lr)
+    limit = min(room, math.inf if ppo.stop_step_kl is None else STOP * ppo.stop_step_kl)
+    planned = ppo.epochs * len(experience.advantages) // ppo.minibatch_size
+    parts = (part for _ in range(ppo.epochs) for part in experience.minibatches(ppo.minibatch_size, rng))
+    steps: list[dict[str, float]] = []
+    fits: list[dict[str, float]] = []
+    moved, rests = 0.0, False
+    for part in parts:
+        if not rests:
+            moved, stats = policy_step(recipe, learner, part, first=not steps, limit=limit)
+            rests = stats is None
+            steps += [] if rests else [stats]
+        if VALUES in learner.parts:
+            fits.append(value_step(recipe, learner, part))
+        elif rests:
+            break
+    made = len(steps) if rests else len(steps) - 1      # updates that the last measurement saw
+    if planned == 1:
+        made, moved = 1, moved_by(recipe, learner.policy, part)
+    learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, made / planned))
+    return averaged(steps) | averaged(fits) | {
+        "optim/lr": lr,
+        "kl/step_nats_per_response": moved,
+        "kl/step_limit_nats_per_response": None if math.isinf(limit) else limit,
+        "ppo/minibatches": float(len(steps)),
     }
 
 
-def policy_step(recipe: PPORecipe, learner: Learner, part: Experience, *, first: bool) -> dict[str, float]:
-    """One clipped step on a minibatch, in micro-batches that add up to it exactly."""
+def averaged(done: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the minibatches of one step; nothing of none."""
+    return {name: sum(stats[name] for stats in done) / len(done) for name in (done[0] if done else ())}
+
+
+def policy_step(
+    recipe: PPORecipe, learner: Learner, part: Experience, *, first: bool, limit: float
+) -> tuple[float, dict[str, float] | None]:
+    """One clipped step on a minibatch, in micro-batches that add up to it exactly.
+
+    Returns:
+        KL(old ‖ new) of the updates before, nats per response, and metrics; None, and no step, if it passes ``limit``.
+    """
     policy, rows = learner.policy, part.rollout.response_mask.shape[0]
     tokens = int(part.rollout.response_mask.sum())
-    sums = dict.fromkeys(("ppo/policy_loss", "ppo/clip_fraction", "kl/step_nats_per_response"), 0.0)
+    moved, sums = 0.0, dict.fromkeys(("ppo/policy_loss", "ppo/clip_fraction"), 0.0)
     for micro in policy.micro_batches(part.rollout, recipe.optim.micro_batch_size):
         piece = part.select(micro)
         old, mask = piece.rollout, piece.rollout.response_mask
@@ -127,12 +162,27 @@ def policy_step(recipe: PPORecipe, learner: Learner, part: Experience, *, first:
         loss = clipped_policy_loss(logprobs, old.logprobs, piece.advantages, mask, recipe.ppo.clip_range, tokens)
         # The clipped loss averages over tokens, the KL is per response: rows / tokens puts both on one scale.
         (loss + piece.kl_weight * kl_loss * len(micro) / tokens).backward()
-        step_kl = per_response(kl_k3(old.logprobs, logprobs.detach(), mask), mask).sum() / rows
+        moved += per_response(kl_k3(old.logprobs, logprobs.detach(), mask), mask).sum().item() / rows
         sums["ppo/policy_loss"] += loss.item()
         sums["ppo/clip_fraction"] += clip_fraction(logprobs, old.logprobs, mask, recipe.ppo.clip_range, tokens).item()
-        sums["kl/step_nats_per_response"] += step_kl.item()
+    if moved > limit:
+        learner.optimizers["policy"].zero_grad(set_to_none=True)
+        return moved, None
     norm = guarded_step(learner.optimizers["policy"], recipe.optim.max_grad_norm, "policy")
-    return sums | {"ppo/policy_grad_norm": norm}
+    return moved, sums | {"ppo/policy_grad_norm": norm}
+
+
+@torch.no_grad()
+def moved_by(recipe: PPORecipe, policy: Policy, part: Experience) -> float:
+    """KL(old ‖ new) of the updates so far, nats per response, where no later minibatch measures it."""
+    moved = 0.0
+    for micro in policy.micro_batches(part.rollout, recipe.optim.micro_batch_size):
+        old = part.select(micro).rollout
+        logprobs = response_scatter(
+            policy.logprobs(old.ids, old.scored, recipe.sampling.temperature), old.response_mask
+        )
+        moved += per_response(kl_k3(old.logprobs, logprobs, old.response_mask), old.response_mask).sum().item()
+    return moved / len(part.rollout.response_mask)
 
 
 def current_logprobs(recipe: PPORecipe, policy: Policy, part: Experience) -> tuple[Tensor, Tensor]:

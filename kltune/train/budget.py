@@ -3,22 +3,26 @@
     target     where the controller steers KL(policy ‖ reference)        kl.target
     price      what one nat costs, score per nat                         kl.beta, or the controller's
     cap        what no state that is called final may pass               kl.hard_cap
+    room       how far one step may move the policy                      what is left to the target, or the cap
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from kltune.core.control.controllers import Controller, Dual, FixedBeta, LogPI, Ziegler, feed_forward
+from kltune.core.control.step_size import StepSize, step_limit
 from kltune.core.kl.gate import Standing, standing, verdict
 from kltune.core.kl.intervals import KLSummary
 from kltune.lm.model.batches import Rollout
 from kltune.recipe import KLSection
 
-ROLLBACK_RAISE = 2.0    # of the price, when the policy was found beyond the cap
+ROLLBACK_RAISE = 1.25   # of the price, when the policy was found beyond the cap
 REFUSAL_RAISE = 1.1     # of the price, when a line search met the cap: at no loss, and again at the next step
+BELOW_CAP = 0.9         # of the cap: where a price that was fixed is steered once the cap was met
 PLAN = 0.7              # of the steps: by then the KL should have arrived at its target
 LOSS_PULL = 0.5         # of a loss whose slope is about 1 where its data pull most; where nothing is scored
 
@@ -41,12 +45,16 @@ class LastWithinCap:
 class Budget:
     """A recipe's ``kl`` section at work; whatever happens to it gives a new one.
 
-    last_within: None without a cap. rollbacks: how often the run went back to it. refusals: steps that a line search
-    cut or left out because of the cap.
+    below_cap: the controller once the cap was met, where the price is fixed until then: a nat costs no less than the
+    recipe says, and as much as keeps the policy within. size: how far a learning rate moves the policy. last_within:
+    None without a cap. rollbacks: how often the run went back to it. refusals: steps that a line search cut or left
+    out because of the cap.
     """
 
     section: KLSection
     controller: Controller
+    below_cap: LogPI | None = None
+    size: StepSize = field(default_factory=StepSize)
     last_within: LastWithinCap | None = None
     rollbacks: int = 0
     refusals: int = 0
@@ -57,14 +65,17 @@ class Budget:
         """The budget of a recipe; the controller looks ahead in updates, of which a step makes so many, and plans."""
         beta = None if section.beta == "auto" else float(section.beta)
         bounds = {"beta_min": section.beta_min, "beta_max": section.beta_max}
+        ahead = section.look_ahead / updates_per_step
+        gains = {"kp": section.kp, "ki": section.ki, "look_ahead": ahead, "plan": PLAN * steps}
         if section.control == "fixed":
-            return cls(section, FixedBeta(beta))
+            least = max(beta, section.beta_min)
+            # Nothing to look ahead for: where it begins is the cap, and what the KL did before was at another price.
+            below_cap = gains | {"look_ahead": 0.0, "beta_min": least, "beta_max": max(least, section.beta_max)}
+            return cls(section, FixedBeta(beta), LogPI(beta, **below_cap, arrived=1))
         if section.controller == "ziegler":
             return cls(section, Ziegler(beta, horizon=section.horizon, **bounds))
         if section.controller == "dual":
             return cls(section, Dual(beta, lr=section.dual_lr, **bounds))
-        ahead = section.look_ahead / updates_per_step
-        gains = {"kp": section.kp, "ki": section.ki, "look_ahead": ahead, "plan": PLAN * steps}
         return cls(section, LogPI(beta, fixed_feed_forward=beta, **gains, **bounds))
 
     @property
@@ -90,10 +101,20 @@ class Budget:
             kl: its KL(policy ‖ reference).
             pull: what drives the policy away, as ``Controller.updated`` takes it.
         """
-        target = (self.section.target or 0.0) * self._tokens(rollout)
-        responses = len(rollout.lengths)
-        updated = self.controller.updated(kl.nats_per_response, target, pull=pull, responses=responses)
+        aim, responses = self.aim(rollout), len(rollout.lengths)
+        updated = self.controller.updated(kl.nats_per_response, aim, pull=pull, responses=responses)
         return replace(self, controller=updated)
+
+    def aim(self, rollout: Rollout) -> float:
+        """Where the KL should be, nats per response: at the target, or just below the cap; ∞ where there is neither."""
+        if self.target is not None:
+            return self.target * self._tokens(rollout)
+        return math.inf if self.cap is None else BELOW_CAP * self.cap * self._tokens(rollout)
+
+    def room(self, rollout: Rollout, kl: KLSummary, share: float) -> float:
+        """How far one step may move the policy that sampled a batch; see ``step_limit``."""
+        aim = self.aim(rollout)
+        return aim if math.isinf(aim) else step_limit(kl.nats_per_response, aim, share)
 
     def standing(self, kl: KLSummary) -> Standing:
         """Where a measured KL lies: "within" the cap with its whole 95 % interval, "beyond" it, or "open"."""
@@ -111,17 +132,17 @@ class Budget:
         return replace(self, last_within=LastWithinCap(step, asdict(kl), tensors))
 
     def rolled_back(self, rollout: Rollout, pull: float) -> Self:
-        """After a batch beyond the cap: a nat costs twice as much.
+        """After a batch beyond the cap: a nat costs a quarter more.
 
-        It costs no less than what would hold an ideal policy at the cap: a price near 0 would take many doublings.
+        It costs no less than what would hold an ideal policy at the cap: a price near 0 would take many raises. A price
+        that was fixed is steered from then on.
         """
         least = feed_forward(pull, self.cap * self._tokens(rollout))
-        raised = self.controller.raised(ROLLBACK_RAISE, least=least)
-        return replace(self, controller=raised, rollbacks=self.rollbacks + 1)
+        return replace(self, controller=self._raised(ROLLBACK_RAISE, least), rollbacks=self.rollbacks + 1)
 
     def refused(self) -> Self:
         """After a step that a line search cut or left out because of the cap: a nat costs a tenth more."""
-        return replace(self, controller=self.controller.raised(REFUSAL_RAISE, least=0.0), refusals=self.refusals + 1)
+        return replace(self, controller=self._raised(REFUSAL_RAISE, 0.0), refusals=self.refusals + 1)
 
     def is_unused(self, kl: KLSummary) -> bool:
         """Whether a measured KL lies below the target with its whole interval."""
@@ -158,7 +179,7 @@ class Budget:
         """Controller, counts and the last state within the cap but for its tensors; see ``Part.state``."""
         last = None if self.last_within is None else {"step": self.last_within.step, "kl": self.last_within.kl}
         counts = {"rollbacks": self.rollbacks, "refusals": self.refusals}
-        return {"controller": asdict(self.controller), "last_within": last, **counts}
+        return {"controller": asdict(self.controller), "size": asdict(self.size), "last_within": last, **counts}
 
     def tensors(self) -> dict[str, Tensor]:
         """Those of the last state within the cap, as ``group/name``; see ``Part.tensors``."""
@@ -174,10 +195,18 @@ class Budget:
                 group, _, name = key.partition("/")
                 groups.setdefault(group, {})[name] = tensor
             last = LastWithinCap(**state["last_within"], tensors=groups)
+        met_cap = self.below_cap is not None and state["rollbacks"] + state["refusals"] > 0
+        controller = replace(self.below_cap if met_cap else self.controller, **state["controller"])
         return replace(
-            self, controller=replace(self.controller, **state["controller"]), last_within=last,
+            self, controller=controller, size=StepSize(**state["size"]), last_within=last,
             rollbacks=state["rollbacks"], refusals=state["refusals"],
         )
+
+    def _raised(self, factor: float, least: float) -> Controller:
+        """The controller once the cap was met, the price at least ``factor`` times as high, and ``least``."""
+        if isinstance(self.controller, FixedBeta):
+            return replace(self.below_cap, beta=max(factor * self.price, least))
+        return self.controller.raised(factor, least)
 
     def _tokens(self, rollout: Rollout) -> float:
         """What turns the section's unit into nats per response."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kltune.core.control.controllers import FixedBeta, LogPI
+from kltune.core.control.step_size import StepSize
 from kltune.core.kl.intervals import KLSummary
 from kltune.recipe import KLSection
 from kltune.train.budget import Budget, LastWithinCap
@@ -72,14 +73,28 @@ def test_the_start_and_then_the_last_state_within_are_remembered():
 
 
 @pytest.mark.parametrize("unit", ["nats_per_response", "nats_per_token"])
-def test_going_back_doubles_the_price_and_makes_it_at_least_that_of_the_cap(unit):
+def test_going_back_raises_the_price_and_makes_it_at_least_that_of_the_cap(unit):
     cap = 2.0 if unit == "nats_per_response" else 0.4
     held = budget(0.5, hard_cap=cap, unit=unit)
-    assert held.rolled_back(ROLLOUT, pull=1.0).price == 1.0
+    assert held.rolled_back(ROLLOUT, pull=1.0).price == 0.625
     assert held.rolled_back(ROLLOUT, pull=3.0).price == pytest.approx(3.0 / math.sqrt(2 * 2.0))     # an ideal policy's
     assert budget(0.0, hard_cap=cap, unit=unit).rolled_back(ROLLOUT, pull=1.0).price == pytest.approx(0.5)
     twice = held.rolled_back(ROLLOUT, pull=1.0).rolled_back(ROLLOUT, pull=1.0)
-    assert (twice.price, twice.rollbacks, held.rollbacks) == (2.0, 2, 0)
+    assert (twice.price, twice.rollbacks, held.rollbacks) == (0.78125, 2, 0)
+
+
+@pytest.mark.parametrize("met", [lambda held: held.rolled_back(ROLLOUT, 1.0), lambda held: held.refused()])
+def test_a_fixed_price_is_steered_below_its_cap_once_that_was_met_and_never_below_itself(met):
+    held = budget(0.02, hard_cap=2.0)
+    assert held.priced(ROLLOUT, measured(1.0, 1.9, 2.5), pull=1.0).price == 0.02
+    steered = met(held)
+    at_aim = steered.priced(ROLLOUT, measured(1.7, 1.8, 1.9), pull=1.0)
+    assert at_aim.price == pytest.approx(1.0 / math.sqrt(2 * 1.8))       # what an ideal policy costs at nine tenths
+    for _ in range(60):     # the price comes down again where the policy stays far below
+        at_aim = at_aim.priced(ROLLOUT, measured(0.4, 0.5, 0.6), pull=1.0)
+    assert at_aim.price == pytest.approx(0.02, abs=0.01)
+    dear = met(budget(0.9, hard_cap=2.0)).priced(ROLLOUT, measured(0.4, 0.5, 0.6), pull=1.0)
+    assert dear.price == 0.9
 
 
 def test_a_refused_step_makes_a_nat_a_tenth_dearer():
@@ -88,6 +103,14 @@ def test_a_refused_step_makes_a_nat_a_tenth_dearer():
     assert budget(0.0, hard_cap=2.0).refused().price == 0.0
     assert held.refused().rolled_back(ROLLOUT, 1.0).counts() == {"kl/cap_rollbacks": 1, "kl/cap_refusals": 1}
     assert budget().refused().counts() == {}
+
+
+def test_a_step_has_the_room_that_target_or_cap_leave_it():
+    kl = measured(0.8, 1.0, 1.2)
+    assert Budget.of(KLSection(target=4.0), steps=50).room(ROLLOUT, kl, 1.0) == 0.25 * (2.0 - 1.0) ** 2
+    assert Budget.of(KLSection(target=0.8, unit="nats_per_token"), steps=50).room(ROLLOUT, kl, 1.0) == 0.25
+    assert budget(hard_cap=4.0 / 0.9).room(ROLLOUT, kl, 1.0) == 0.25
+    assert budget().room(ROLLOUT, kl, 1.0) == math.inf
 
 
 def test_it_says_what_was_measured_and_what_to_change():
@@ -105,9 +128,12 @@ def test_what_it_says_of_itself_gives_it_back():
     section = KLSection(hard_cap=2.0)
     fresh = Budget.of(section, steps=100).guarded({"model": {"a/b": torch.tensor([0.0])}})
     kl = measured(0.5, 1.0, 1.5)
-    lived = fresh.priced(ROLLOUT, kl, pull=1.0).refused().rolled_back(ROLLOUT, 1.0).remembered(3, kl, TENSORS)
+    lived = replace(fresh, size=StepSize(1.5)).priced(ROLLOUT, kl, pull=1.0).refused().rolled_back(ROLLOUT, 1.0).remembered(3, kl, TENSORS)
     assert lived.tensors().keys() == {"model/a/b", "policy_optimizer/0/step"}
     assert fresh.restored(lived.state(), lived.tensors()) == lived != fresh
+    fixed = budget(hard_cap=2.0)
+    for lived in (fixed.priced(ROLLOUT, kl, 1.0), fixed.refused(), fixed.rolled_back(ROLLOUT, 1.0)):
+        assert fixed.restored(lived.state(), {}) == lived
 
 
 def test_nobody_changes_a_budget():

@@ -13,10 +13,11 @@ FAR_ABOVE = 1.3     # times the target: no noise, so that the integral may answe
 ARRIVED = 0.9   # of the target: from here on the integral corrects what is left
 FIRST_STEPS = 4     # before as many, the course of the KL says nothing
 ARRIVAL_GAIN = 2.5  # by the steps that the KL took to arrive: the most that the integral's gain may be
+PLAN_GAIN = 10.0    # by the steps that the KL may take to arrive: the same before it has
 
 
 class Controller(Protocol):
-    """What a stage needs of a controller."""
+    """What a stage needs of a controller; a price that is fixed cannot be raised."""
 
     beta: float
 
@@ -53,10 +54,6 @@ class FixedBeta:
     def updated(self, ref_kl: float, target: float, *, pull: float, responses: int) -> "FixedBeta":
         """See ``Controller.updated``; the price stays."""
         return self
-
-    def raised(self, factor: float, least: float) -> "FixedBeta":
-        """See ``Controller.raised``; the price is fixed again, at the new height."""
-        return FixedBeta(max(factor * self.beta, least))
 
 
 @dataclass(frozen=True)
@@ -138,9 +135,9 @@ class LogPI:
 
     The integral removes what offset the feed-forward leaves. On the way up there is none to remove, only a distance:
     until the KL has arrived (0.9 of the target) the integral moves only where the KL would come too late, after
-    ``plan`` steps, if it went on as it has so far; the gain is then half of ki. Once it has arrived, the gain is ki, or
-    2.5 by the steps that the arrival took where that is less: what took long to come up takes long to answer. Far above
-    the target it is twice that.
+    ``plan`` steps, if it went on as it has so far, with a gain of ki, or 10 by the plan where that is less. A KL that
+    is then far above takes that back. Once it has arrived, the gain is ki, or 2.5 by the steps that the arrival took
+    where that is less: what took long to come up takes long to answer. Far above the target it is twice that.
     With ``fixed_feed_forward`` the recipe's own β takes the place of σ / √(2·target).
 
     State: pull (smoothed σ), level (last KL), slope (smoothed, nats per step), recent and before (means of the KL over
@@ -183,8 +180,10 @@ class LogPI:
         gain = 0.0
         if arrived:
             gain = min(self.ki, ARRIVAL_GAIN / arrived) * (2.0 if ref_kl > FAR_ABOVE * target else 1.0)
+        elif ref_kl > FAR_ABOVE * target and self.integral < 0.0:
+            gain = self.ki
         elif steps > FIRST_STEPS and _arrival(recent, before, steps, target) > max(self.plan, steps + FIRST_STEPS):
-            gain = 0.5 * self.ki
+            gain = min(self.ki, PLAN_GAIN / self.plan)
         integral = min(max(self.integral + gain * distance, -3.0), 3.0)
         base = self.fixed_feed_forward or feed_forward(smoothed / (1.0 - 0.9**steps), target)
         beta = _bounded(base * math.exp(self.kp * error + integral), self)

@@ -92,12 +92,10 @@ def test_dual_by_hand():
     assert found == pytest.approx([0.5 * math.exp(power) for power in (0.05, 0.1, -0.1)], abs=1e-12)
 
 
-def test_a_fixed_price_is_never_moved_but_raised_even_from_nothing():
+def test_a_fixed_price_is_never_moved():
     controller = make("log_pi", control="fixed", beta=0.3)
     assert controller == FixedBeta(0.3)
     assert controller.updated(100.0, 0.0, pull=5.0, responses=8) is controller
-    assert controller.raised(2.0, least=0.4) == FixedBeta(0.6)
-    assert FixedBeta(0.0).raised(2.0, least=0.3) == FixedBeta(0.3)
 
 
 def test_the_feed_forward_is_the_price_of_a_gaussian_tilt():

@@ -1,0 +1,48 @@
+"""How far a step may go, and which learning rate goes so far."""
+
+import math
+
+import pytest
+
+from kltune.core.control.step_size import FIRST_SHARE, USED, StepSize, step_limit
+
+
+@pytest.mark.parametrize("ref_kl,share,limit", [
+    (0.0, 1.0, 0.4),                        # far: a tenth of the aim
+    (1.44, 1.0, 0.25 * 0.8**2),             # half of the way in √KL
+    (4.0, 1.0, 0.02),                       # there: 7 % of √aim
+    (4.0, 0.5, 0.005),
+    (3.8, 0.0, 0.25 * (2.0 - math.sqrt(3.8)) ** 2),
+    (9.0, 1.0, 0.25),                       # back from beyond as fast as there
+    (-0.01, 1.0, 0.4),                      # a KL estimated from samples may be below 0
+])
+def test_a_step_covers_half_of_the_way_and_little_once_there(ref_kl, share, limit):
+    assert step_limit(ref_kl, 4.0, share) == pytest.approx(limit)
+
+
+def test_a_tilt_pushed_with_the_wrong_sign_at_every_step_stays_near_its_aim():
+    tilt = 2.0
+    for _ in range(50):     # the worst there is: every step goes on outwards, its price too low
+        tilt += math.sqrt(step_limit(tilt**2, 4.0, 1.0))
+        if tilt**2 > 4.0:
+            break
+    assert tilt**2 <= 4.0 * 1.15
+
+
+def test_the_learning_rate_finds_the_limit_of_any_model():
+    size = StepSize()
+    assert size.learning_rate(1e-3, math.inf) == 1e-3
+    assert size.learning_rate(1e-3, 0.1) == FIRST_SHARE * 1e-3
+    lr = FIRST_SHARE * 1e-3
+    for _ in range(3):      # a model of which a step of this rate moves 0.5 nats, seen after half of its updates
+        size = size.observed(lr, 0.5 * (lr / 1e-3) ** 2 * 0.25, share=0.5)
+        lr = size.learning_rate(1e-3, 0.02)
+    assert 0.5 * (lr / 1e-3) ** 2 == pytest.approx(USED * 0.02)
+    assert size.learning_rate(1e-5, 0.02) == 1e-5
+
+
+def test_one_odd_step_is_half_believed_and_one_that_did_not_move_says_nothing():
+    size = StepSize().observed(1e-3, 0.01, share=1.0)
+    odd = size.observed(1e-3, 1.0, share=1.0)
+    assert odd.learning_rate(1.0, 0.1) == pytest.approx(size.learning_rate(1.0, 0.1) / math.sqrt(10.0))
+    assert size.observed(1e-3, 0.0, share=1.0) is size.observed(0.0, 0.1, share=1.0) is size
