@@ -28,15 +28,16 @@ CONTROLLER_KEYS = {
     "horizon": "ziegler", "kp": "log_pi", "ki": "log_pi", "look_ahead": "log_pi", "dual_lr": "dual",
 }
 NO_PAIRS = dict.fromkeys(("eval.pairs", "eval.pairs_share"), "it learns from no pairs")
+NO_TARGET = "it has no target: run.steps or run.epochs is its length"
 NO_PEAK = "it trains on no score that could be exploited"
 NO_POLICY = "a reward model is measured on held-out pairs: write eval.pairs, or eval.pairs_share"
 UNREAD = {
     "sft": {"sampling.prompts_per_step": "sft learns from texts: optim.batch_size is the batch",
-            "eval.stop_at_gold_peak": NO_PEAK} | NO_PAIRS,
+            "eval.stop_at_gold_peak": NO_PEAK, "run.until": NO_TARGET} | NO_PAIRS,
     "ppo": {"optim.batch_size": "the batch of ppo is sampling.prompts_per_step x responses_per_prompt"} | NO_PAIRS,
     "trpo": {"optim.batch_size": "the batch of trpo is sampling.prompts_per_step x responses_per_prompt"} | NO_PAIRS,
     "dpo": {"eval.pairs_share": "write eval.pairs"},
-    "reward": {"eval.stop_at_gold_peak": NO_PEAK}
+    "reward": {"eval.stop_at_gold_peak": NO_PEAK, "run.until": NO_TARGET}
     | dict.fromkeys(("eval.prompts", "eval.responses", "eval.texts", "eval.gold"), NO_POLICY),
 }
 # keys that trpo reads to fit its value function
@@ -73,6 +74,8 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False) -> Iterator[Cla
         yield from budget_clashes(recipe.kl)
         yield from control(recipe.kl)
         yield from policy_update(recipe)
+        if recipe.run.until == "target" and recipe.kl.control == "fixed":
+            yield ("run.until", "kl.control"), "found target with control: fixed: there is no target to meet"
         if recipe.kl.hard_cap is not None and recipe.sampling.prompts_per_step < 2:
             yield (("kl.hard_cap", "sampling.prompts_per_step"), "found 1 prompt per step, wanted at least 2: a cap is "
                    "held with an error, and responses to one prompt give none")

@@ -269,6 +269,10 @@ class RunSection(Section):
         default_factory=lambda section: 100 if section.get("epochs") is None else None,
         description="turns of the loop; default 100, or null when epochs is given",
     )
+    until: Literal["steps", "target"] = Field(
+        "steps", description="target: go on after the steps, five times as many at most, at a constant lr, until the "
+        "KL has held its target for a third of them, or the reward pulls no further (ppo, trpo, dpo)"
+    )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="same seed, same machine: same run")
     save_every: Count = Field(20, description="steps between checkpoints")
     eval_every: Count = Field(20, description="steps between evaluations")

@@ -49,11 +49,11 @@ METRICS = (
            "and within its error of the exact one"),
     Metric("kl/beta", "score per nat; dpo: loss ÷ dpo.beta per nat", ABOVE_0, BUDGETED, 0.15,
            "price of one nat of KL(policy‖reference) in this step"),
-    Metric("kl/step_nats_per_response", "nats per response", ABOVE_0, ("ppo", "trpo"), 0.08,
+    Metric("kl/step_nats_per_response", "nats per response", ABOVE_0, BUDGETED, 0.08,
            "KL(old‖new): how far the step's updates moved the policy (ppo: k3, before the last minibatch's update; "
-           "trpo: exact, 0 if no step was accepted)"),
-    Metric("kl/step_limit_nats_per_response", "nats per response", ABOVE_0, ("ppo",), 0.1,
-           "how far the step might move the policy: what is left to the target, and never much of it; null: any"),
+           "trpo: exact, 0 if no step was accepted; dpo: k3, where there is a target or a cap)"),
+    Metric("kl/step_limit_nats_per_response", "nats per response", ABOVE_0, ("ppo", "dpo"), 0.1,
+           "how far the step might move the policy, by what is left to the target or the cap; null without either"),
     Metric("kl/score_correlation", "none", "−1 to 1", BUDGETED, 0.4,
            "correlation of score and log π − log ρ over responses: near 1 the KL is spent on the score, near 0 it is "
            "drift"),
@@ -84,7 +84,7 @@ METRICS = (
            "share of the batch's pairs the right way round, a tie counting half; dpo: whose chosen response gained "
            "more on the reference (null for kto, bco); reward: that scores higher"),
     Metric("optim/lr", "none", ABOVE_0, ("sft", "reward", "ppo", "dpo"), 0.0001,
-           "learning rate of this step; ppo: the schedule's, or less where that would pass the step's limit"),
+           "learning rate of this step; ppo, dpo: the schedule's, or less where that would pass the step's limit"),
     Metric("sft/grad_norm", "norm", ABOVE_0, ("sft",), 1.1,
            "norm of the gradient before clipping to optim.max_grad_norm"),
     Metric("sft/tokens", "tokens", "1 or above", ("sft",), 2048,
@@ -109,8 +109,9 @@ METRICS = (
     Metric("ppo/value_grad_norm", "norm", ABOVE_0, ("ppo",), 0.5,
            "norm of the value function's gradient before clipping, mean over minibatches (ppo.baseline: value)"),
     # trpo
-    Metric("trpo/radius_nats_per_response", "nats per response", "2 % to 100 % of trpo.max_step_kl", ("trpo",), 0.2,
-           "what KL(old‖new) may be in this step: ½ (trpo/gain_rate ÷ kl/beta)², at most trpo.max_step_kl"),
+    Metric("trpo/radius_nats_per_response", "nats per response", "above 0, at most trpo.max_step_kl", ("trpo",), 0.2,
+           "what KL(old‖new) may be in this step: ½ (trpo/gain_rate ÷ kl/beta)², at most trpo.max_step_kl and what is "
+           "left to the target or the cap"),
     Metric("trpo/first_try_nats_per_response", "nats per response", ABOVE_0, ("trpo",), 0.22,
            "KL(old‖new) of the first length tried; where it is far above the radius, the quadratic model fails"),
     Metric("trpo/predicted_gain", "score per response", ABOVE_0, ("trpo",), 0.31,

@@ -147,10 +147,11 @@ class Report:
         self._curves.write(step, numbers)
         row = self._row(step, numbers)
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=step, row=row)
+            self._progress.update(self._task, completed=step, total=max(step, self.total_steps), row=row)
         if self._is_due(step, numbers):
             self._printed_at = time.monotonic()
-            self.say(f"{self.stage} {step}/{self.total_steps}  {row}")
+            of = f"/{self.total_steps}" if step <= self.total_steps else ""     # a run until its target may go on
+            self.say(f"{self.stage} {step}{of}  {row}")
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record a few responses, as ``{"prompt", "response", "score", "ref_kl"}`` each."""

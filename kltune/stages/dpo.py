@@ -45,14 +45,14 @@ from kltune.lm.model.snapshot import Snapshot, kl_to
 from kltune.lm.rewards.judge import Judge
 from kltune.lm.rewards.scorers import load_scorer, name_of
 from kltune.recipe import DPORecipe, DPOSection, asks_for_pairs
-from kltune.run.optimizer import guarded_step, learning_rate_share, make_optimizer, set_learning_rate, total_steps
+from kltune.run.optimizer import guarded_step, make_optimizer, set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
 from kltune.train.alarms import Alarms
-from kltune.train.batch import Batch, sample_batch
+from kltune.train.batch import Batch, moved_since, sample_batch
 from kltune.train.budget import LOSS_PULL, Budget
 from kltune.train.learner import ALARMS, SCORER, Job, Learner, Part, make_job
-from kltune.train.loop import Taken, enforce_cap, load_data, take_steps
+from kltune.train.loop import Taken, enforce_cap, load_data, step_size, take_steps
 from kltune.train.preferences import (
     Preferences,
     best_against_worst,
@@ -212,7 +212,7 @@ def take_step(job: Job, learner: Learner, step: int, pairs: Preferences | None) 
     sampled = online or priced or learner.budget.cap is not None
     batch = sample_batch(job, learner, step, clock) if sampled else None
     examples = None if online else recipe.optim.batch_size
-    lr = learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr
+    lr, room = step_size(job, learner, step, batch)
     update: dict[str, float | None] = {"optim/lr": lr}
     if moving is not None:
         update["kl/loss_ref_nats_per_response"] = None if batch is None else kl_to(
@@ -232,6 +232,10 @@ def take_step(job: Job, learner: Learner, step: int, pairs: Preferences | None) 
         part = pairs.select(positions(recipe, pairs, step))
     if part is not None:
         update |= improve(job, learner, part, batch if priced else None, step)
+        if not math.isinf(room):
+            moved = moved_since(learner.policy, batch.rollout, recipe)
+            learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, share=1.0))
+            update |= {"kl/step_nats_per_response": moved, "kl/step_limit_nats_per_response": room}
     if moving is not None and step % recipe.dpo.reference_every == 0:
         moving.snapshot.approach(recipe.dpo.reference_alpha)
     clock.lap("update")

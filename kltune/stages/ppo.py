@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kltune.core.kl.divergence import kl_k3
@@ -23,15 +22,15 @@ from kltune.lm.model.opening import check_first_ratio
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import PPORecipe
-from kltune.run.optimizer import guarded_step, learning_rate_share, make_optimizer, set_learning_rate, total_steps
+from kltune.run.optimizer import guarded_step, make_optimizer, set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
 from kltune.train.alarms import Alarms
-from kltune.train.batch import sample_batch
+from kltune.train.batch import moved_since, sample_batch
 from kltune.train.budget import Budget
 from kltune.train.experience import Experience, compute_advantages, explained_variance, rescaled, whitened
 from kltune.train.learner import ALARMS, SCORER, VALUES, Job, Learner, make_job
-from kltune.train.loop import Taken, add_value_function, enforce_cap, load_data, take_steps
+from kltune.train.loop import Taken, add_value_function, enforce_cap, load_data, schedule_share, step_size, take_steps
 from kltune.train.value_function import ValueFunction, unit_of_values
 
 STOP = 1.5  # times ppo.stop_step_kl: minibatches scatter
@@ -72,8 +71,8 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
     clock = Clock()
     batch = sample_batch(job, learner, step, clock)
     went_back = enforce_cap(job, learner, step, batch, pull=batch.spread)
-    share = learning_rate_share(recipe.optim, step, job.steps)
-    update: dict[str, float | None] = {"optim/lr": share * recipe.optim.lr}
+    lr, room = step_size(job, learner, step, batch)
+    update: dict[str, float | None] = {"optim/lr": lr}
     if not went_back:
         learner.budget = learner.budget.priced(batch.rollout, batch.kl, pull=batch.spread)
         experience = compute_advantages(
@@ -86,16 +85,15 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
         elif ppo.baseline == "rloo":
             experience = rescaled(experience, batch.spread)
         if VALUES in learner.optimizers:
-            set_learning_rate(learner.optimizers[VALUES], share * (ppo.value_lr or recipe.optim.lr))
-        room = learner.budget.room(batch.rollout, batch.kl, share)
-        rng = job.run.rng("minibatches", step)
-        update |= improve(recipe, learner, experience, room=room, most=share * recipe.optim.lr, rng=rng)
+            value_lr = schedule_share(job, step) * (ppo.value_lr or recipe.optim.lr)
+            set_learning_rate(learner.optimizers[VALUES], value_lr)
+        update |= improve(recipe, learner, experience, lr=lr, room=room, rng=job.run.rng("minibatches", step))
         clock.lap("update")
     return Taken(update, clock, batch, went_back)
 
 
 def improve(
-    recipe: PPORecipe, learner: Learner, experience: Experience, *, room: float, most: float, rng: np.random.Generator
+    recipe: PPORecipe, learner: Learner, experience: Experience, *, lr: float, room: float, rng: np.random.Generator
 ) -> dict[str, float | None]:
     """Several epochs of clipped minibatch steps on one batch of experience.
 
@@ -104,11 +102,10 @@ def improve(
     Args:
         recipe, learner: of the run.
         experience: of the step.
-        room: how far the step may move the policy, KL(old ‖ new) in nats per response; ∞: any.
-        most: the learning rate is no higher.
+        lr, room: from ``step_size``.
         rng: for the order of the minibatches.
     """
-    ppo, lr = recipe.ppo, learner.budget.size.learning_rate(most, room)
+    ppo = recipe.ppo
     set_learning_rate(learner.optimizers["policy"], lr)
     limit = min(room, math.inf if ppo.stop_step_kl is None else STOP * ppo.stop_step_kl)
     planned = ppo.epochs * len(experience.advantages) // ppo.minibatch_size
@@ -127,10 +124,9 @@ def improve(
             break
     made = len(steps) if rests else len(steps) - 1      # updates that the last measurement saw
     if planned == 1:
-        made, moved = 1, moved_by(recipe, learner.policy, part)
+        made, moved = 1, moved_since(learner.policy, part.rollout, recipe)
     learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, made / planned))
     return averaged(steps) | averaged(fits) | {
-        "optim/lr": lr,
         "kl/step_nats_per_response": moved,
         "kl/step_limit_nats_per_response": None if math.isinf(limit) else limit,
         "ppo/minibatches": float(len(steps)),
@@ -170,19 +166,6 @@ def policy_step(
         return moved, None
     norm = guarded_step(learner.optimizers["policy"], recipe.optim.max_grad_norm, "policy")
     return moved, sums | {"ppo/policy_grad_norm": norm}
-
-
-@torch.no_grad()
-def moved_by(recipe: PPORecipe, policy: Policy, part: Experience) -> float:
-    """KL(old ‖ new) of the updates so far, nats per response, where no later minibatch measures it."""
-    moved = 0.0
-    for micro in policy.micro_batches(part.rollout, recipe.optim.micro_batch_size):
-        old = part.select(micro).rollout
-        logprobs = response_scatter(
-            policy.logprobs(old.ids, old.scored, recipe.sampling.temperature), old.response_mask
-        )
-        moved += per_response(kl_k3(old.logprobs, logprobs, old.response_mask), old.response_mask).sum().item()
-    return moved / len(part.rollout.response_mask)
 
 
 def current_logprobs(recipe: PPORecipe, policy: Policy, part: Experience) -> tuple[Tensor, Tensor]:

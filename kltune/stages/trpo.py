@@ -42,7 +42,7 @@ from kltune.lm.model.policy import Policy
 from kltune.lm.model.snapshot import Snapshot, StepKL
 from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import TRPORecipe
-from kltune.run.optimizer import learning_rate_share, set_learning_rate, total_steps
+from kltune.run.optimizer import set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
 from kltune.train.alarms import Alarms
@@ -50,7 +50,7 @@ from kltune.train.batch import Batch, sample_batch
 from kltune.train.budget import Budget
 from kltune.train.experience import Experience, centred, compute_advantages, explained_variance
 from kltune.train.learner import ALARMS, SCORER, VALUES, Job, Learner, make_job
-from kltune.train.loop import Taken, add_value_function, enforce_cap, load_data, take_steps
+from kltune.train.loop import Taken, add_value_function, enforce_cap, load_data, schedule_share, take_steps
 from kltune.train.value_function import ValueFunction, unit_of_values
 
 TRUST_REGION = "trust_region"   # the stage's own part of a learner
@@ -130,7 +130,7 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
     )
     update = trust_region_step(job, learner, batch, experience, job.run.rng("curvature", step))
     if VALUES in learner.parts:
-        lr = learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr
+        lr = schedule_share(job, step) * recipe.optim.lr
         set_learning_rate(learner.optimizers[VALUES], lr)
         update |= {"trpo/value_explained": explained_variance(experience)}
         update |= fit_values(recipe, learner, experience, job.run.rng("minibatches", step))
@@ -158,7 +158,8 @@ def trust_region_step(
     experience = centred(experience)
     gradient = policy_gradient(job.recipe, learner.policy, experience)
     region, fresh_gain = region.observed(gradient, price)
-    radius = region.radius.allowed(trpo.max_step_kl, price)
+    room = learner.budget.room(batch.rollout, batch.kl, share=1.0)
+    radius = region.radius.allowed(min(trpo.max_step_kl, room), price)
     fisher = fisher_on_some(job.recipe, learner.policy, experience, rng)
     natural = natural_gradient(fisher, gradient, region.damping, trpo.cg_iterations, rng)
     first = step_scale(natural.curvature_along, natural.slope, radius, price)

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from kltune.core.kl.divergence import kl_k1
+from kltune.core.kl.divergence import kl_k1, kl_k3
 from kltune.core.kl.intervals import KLSummary, summarize
 from kltune.core.objectives.advantages import spread_within_groups
 from kltune.core.objectives.bradley_terry import correlation
@@ -16,9 +17,10 @@ from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import sample, sample_rollout, uniform_numbers
 from kltune.lm.rewards.scorers import Scorer
 from kltune.run.recorder import Clock
-from kltune.train.learner import VALUES, Job, Learner
+from kltune.train.learner import VALUES, BudgetRecipe, Job, Learner
 
 REFERENCE_SAMPLES = 256  # responses a reward is standardised on (lm-human-preferences: 256)
+MOVED_RESPONSES = 32    # responses that tell how far a step moved the policy
 UNMEASURED = dict.fromkeys(("kl/ref_nats_per_response", "kl/ref_stderr", "kl/ref_nats_per_token"))
 
 
@@ -105,6 +107,22 @@ def kl_of(rollout: Rollout) -> KLSummary:
     """KL(policy ‖ reference) of a batch with its standard error: exact where measured, else k1."""
     name = "k1" if rollout.ref_kl is None else "exact"
     return summarize(name, response_kl(rollout), rollout.lengths, rollout.prompt_index)
+
+
+@torch.no_grad()
+def moved_since(policy: Policy, rollout: Rollout, recipe: BudgetRecipe) -> float:
+    """How far updates have moved a policy since it sampled a batch: KL(old ‖ new) by k3, nats per response.
+
+    On the first few responses: it is read for its order of magnitude.
+    """
+    moved, rows = 0.0, min(MOVED_RESPONSES, len(rollout.lengths))
+    some = rollout.select(torch.arange(rows, device=rollout.lengths.device))
+    for micro in policy.micro_batches(some, recipe.optim.micro_batch_size):
+        old = some.select(micro)
+        flat = policy.logprobs(old.ids, old.scored, recipe.sampling.temperature)
+        new, mask = response_scatter(flat, old.response_mask), old.response_mask
+        moved += per_response(kl_k3(old.logprobs, new, mask), mask).sum().item()
+    return moved / rows
 
 
 def batch_metrics(batch: Batch, beta: float) -> dict[str, float | None]:

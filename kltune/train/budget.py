@@ -24,6 +24,10 @@ ROLLBACK_RAISE = 1.25   # of the price, when the policy was found beyond the cap
 REFUSAL_RAISE = 1.1     # of the price, when a line search met the cap: at no loss, and again at the next step
 BELOW_CAP = 0.9         # of the cap: where a price that was fixed is steered once the cap was met
 PLAN = 0.7              # of the steps: by then the KL should have arrived at its target
+BAND = 0.15             # of the target: within it the KL counts as held
+HELD = 0.9              # share of the last third of the steps that is within the band once the target is met
+GROWTH = 1.05           # of the KL's mean from the middle third of the steps to the last: less is none
+LEAST_STEPS = 9         # before as many, a third of them says nothing
 LOSS_PULL = 0.5         # of a loss whose slope is about 1 where its data pull most; where nothing is scored
 
 Groups = Mapping[str, Mapping[str, Tensor]]
@@ -48,7 +52,7 @@ class Budget:
     below_cap: the controller once the cap was met, where the price is fixed until then: a nat costs no less than the
     recipe says, and as much as keeps the policy within. size: how far a learning rate moves the policy. last_within:
     None without a cap. rollbacks: how often the run went back to it. refusals: steps that a line search cut or left
-    out because of the cap.
+    out because of the cap. course: the KL of each batch that was priced, in the section's unit.
     """
 
     section: KLSection
@@ -58,6 +62,7 @@ class Budget:
     last_within: LastWithinCap | None = None
     rollbacks: int = 0
     refusals: int = 0
+    course: tuple[float, ...] = ()
     moves: ClassVar[bool] = False
 
     @classmethod
@@ -103,7 +108,7 @@ class Budget:
         """
         aim, responses = self.aim(rollout), len(rollout.lengths)
         updated = self.controller.updated(kl.nats_per_response, aim, pull=pull, responses=responses)
-        return replace(self, controller=updated)
+        return replace(self, controller=updated, course=(*self.course, self.in_unit(kl)))
 
     def aim(self, rollout: Rollout) -> float:
         """Where the KL should be, nats per response: at the target, or just below the cap; ∞ where there is neither."""
@@ -148,6 +153,19 @@ class Budget:
         """Whether a measured KL lies below the target with its whole interval."""
         return self.target is not None and verdict(kl, self.target, self.section.unit).verdict == "pass"
 
+    def holds(self) -> bool:
+        """Whether the last third of the steps held the target."""
+        last = self.course[-(len(self.course) // 3):]
+        near = sum(abs(kl - self.target) <= BAND * self.target for kl in last)
+        return len(self.course) >= LEAST_STEPS and near >= HELD * len(last)
+
+    def is_spent(self) -> bool:
+        """Whether the reward pulls no further: the price is as low as it gets, and the KL grows no more."""
+        third = len(self.course) // 3
+        if len(self.course) < LEAST_STEPS or not self.controller.at_bottom():
+            return False
+        return sum(self.course[-third:]) <= GROWTH * sum(self.course[-2 * third : -third])
+
     def is_passed(self, kl: KLSummary) -> bool:
         """Whether a measured KL lies above the target with its whole interval."""
         return self.target is not None and verdict(kl, self.target, self.section.unit).verdict == "fail"
@@ -178,7 +196,7 @@ class Budget:
     def state(self) -> dict[str, Any]:
         """Controller, counts and the last state within the cap but for its tensors; see ``Part.state``."""
         last = None if self.last_within is None else {"step": self.last_within.step, "kl": self.last_within.kl}
-        counts = {"rollbacks": self.rollbacks, "refusals": self.refusals}
+        counts = {"rollbacks": self.rollbacks, "refusals": self.refusals, "course": list(self.course)}
         return {"controller": asdict(self.controller), "size": asdict(self.size), "last_within": last, **counts}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -199,7 +217,7 @@ class Budget:
         controller = replace(self.below_cap if met_cap else self.controller, **state["controller"])
         return replace(
             self, controller=controller, size=StepSize(**state["size"]), last_within=last,
-            rollbacks=state["rollbacks"], refusals=state["refusals"],
+            rollbacks=state["rollbacks"], refusals=state["refusals"], course=tuple(state["course"]),
         )
 
     def _raised(self, factor: float, least: float) -> Controller:

@@ -19,6 +19,10 @@ from kltune.train.learner import ALARMS, Job, Learner
 
 MORE_RESPONSES = 4  # times as many, where the first measurement of a final state leaves it open, and in a landing
 LANDING_SEED = 1_000_003  # beyond the run's own: a landing is not measured on the numbers that it was found on
+UNUSED = {
+    "steps": "because the steps ran out: raise run.steps, or write run.until: target to go on until it is met",
+    "reward": "because the reward pulls no further: a nat costs as little as it may, and the KL no longer grows",
+}
 NEARER = "Train for fewer steps, or with a lower optim.lr"      # where no budget is held
 
 
@@ -64,10 +68,12 @@ def budget_result(job: Job, learner: Learner, found: Final) -> dict[str, Any]:
     """What result.json says of the budget and of what it bought; whether some of it is left is said."""
     budget, metrics = learner.budget, found.metrics
     unused = found.alpha == 1.0 and budget.is_unused(found.kl)
+    because = None
     if unused:
+        because = "reward" if budget.is_spent() else "steps"
         job.report.say(
             f"final is {budget.describe(found.kl)} from its reference, below the target {budget.target:g}: the rest of "
-            "the budget is not used."
+            f"the budget is not used, {UNUSED[because]}."
         )
     return {
         "final_step": found.step,
@@ -75,6 +81,7 @@ def budget_result(job: Job, learner: Learner, found: Final) -> dict[str, Any]:
         "stopped_early": learner.alarms.stopped,
         "target": budget.target,
         "target_unused": unused,
+        "unused_because": because,
         "hard_cap": budget.cap,
         "cap_rollbacks": None if budget.cap is None else budget.rollbacks,
         "unit": budget.section.unit,

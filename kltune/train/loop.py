@@ -1,6 +1,7 @@
 """What every trainer does around its own updates: begin, repeat, undo a step cut short, hold the cap, record, save."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
 from kltune.recipe import PPOSection, TRPOSection
 from kltune.run.checkpoint import latest_checkpoint, save_checkpoint, saved_step
-from kltune.run.optimizer import make_optimizer
+from kltune.run.optimizer import learning_rate_share, make_optimizer
 from kltune.run.recorder import Clock
 from kltune.run.session import Run
 from kltune.train.batch import UNMEASURED, Batch, batch_metrics, response_kl, sample_rows, standardize
@@ -20,6 +21,8 @@ from kltune.train.evaluation import HeldOut, load_held_out
 from kltune.train.finish import finish, stop, watch_over
 from kltune.train.learner import ALARMS, SCORER, VALUES, BudgetRecipe, Job, Learner
 from kltune.train.value_function import ValueFunction
+
+UNTIL_MOST = 5      # times run.steps: a run until its target takes no more
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def take_steps(
         for line in dict.fromkeys(notes):  # one file may serve two purposes
             job.report.say(line)
         step = job.run.start_step
-        while step < job.steps and not has_stopped(learner):
+        while goes_on(job, learner, step):
             step += 1
             with whole_step(job, learner, step, evaluates(job, step)):
                 close_step(job, learner, step, take_step(job, learner, step))
@@ -122,9 +125,38 @@ def take_steps(
             return finish(job, learner, step)
 
 
-def has_stopped(learner: Learner) -> bool:
-    """Whether an evaluation has ended the run early."""
-    return learner.alarms is not None and learner.alarms.stopped is not None
+def goes_on(job: Job, learner: Learner, step: int) -> bool:
+    """Whether there is a step after this one: the recipe's, or one more until the target has been held.
+
+    It is not where an evaluation has ended the run early, or where the reward pulls no further.
+    """
+    if learner.alarms is not None and learner.alarms.stopped is not None:
+        return False
+    if step < job.steps or job.recipe.run.until == "steps":
+        return step < job.steps
+    return step < UNTIL_MOST * job.steps and not (learner.budget.holds() or learner.budget.is_spent())
+
+
+def schedule_share(job: Job, step: int) -> float:
+    """Share of the recipe's learning rate at a step; it does not fall in a run that ends when its target is held."""
+    optim = job.recipe.optim
+    if job.recipe.run.until == "target":
+        optim = optim.model_copy(update={"schedule": "constant"})
+    return learning_rate_share(optim, step, job.steps)
+
+
+def step_size(job: Job, learner: Learner, step: int, batch: Batch | None) -> tuple[float, float]:
+    """The learning rate of a step, and how far it may move the policy, KL(old ‖ new) in nats per response; ∞: any.
+
+    The schedule shortens the steps of a policy that has come to its target, or near its cap; on the way there they are
+    as long as the room allows, however late it is.
+    """
+    optim, share = job.recipe.optim, schedule_share(job, step)
+    room = math.inf if batch is None else learner.budget.room(batch.rollout, batch.kl, share)
+    if math.isinf(room):
+        return share * optim.lr, room
+    most = optim.lr * (share if step <= optim.warmup_steps else 1.0)
+    return learner.budget.size.learning_rate(most, room), room
 
 
 @contextlib.contextmanager
@@ -159,7 +191,8 @@ def evaluates(job: Job, step: int) -> bool:
     After the last one ``finish`` evaluates what is final, and where that may be gold's peak it has to know before.
     """
     recipe = job.recipe
-    return recipe.eval.stop_at_gold_peak if step == job.steps else step % recipe.run.eval_every == 0
+    last = step == job.steps and recipe.run.until == "steps"
+    return recipe.eval.stop_at_gold_peak if last else step % recipe.run.eval_every == 0
 
 
 def judges_of(job: Job, learner: Learner, evaluates: bool) -> tuple[Judge, ...]:
@@ -229,7 +262,7 @@ def close_step(job: Job, learner: Learner, step: int, taken: Taken) -> None:
         metrics |= UNMEASURED | {"kl/beta": budget.price}
     metrics |= taken.update
     metrics |= {} if budget is None else budget.counts()
-    last, looks = step == job.steps, evaluates(job, step)
+    looks = evaluates(job, step)
     if looks:
         found, _ = job.held_out.measured(learner.model, learner.scorer)
         watch_over(job, learner, step, found)
@@ -239,10 +272,10 @@ def close_step(job: Job, learner: Learner, step: int, taken: Taken) -> None:
         metrics |= judge.reported()
     counted = (len(batch.rollout.lengths),) if taken.examples is None else (taken.examples, "examples")
     job.report.step(step, metrics | clock.metrics(*counted))
-    if batch is not None and (looks or step in (1, job.steps)):
+    ends = not goes_on(job, learner, step)
+    if batch is not None and (looks or ends or step == 1):
         kl = response_kl(batch.rollout)
         job.report.samples(step, sample_rows(batch.rollout, batch.scores, kl, learner.policy.tokenizer))
-    ends = last or has_stopped(learner)
     if step % recipe.run.save_every == 0 or ends or job.run.stop_signal:
         # A batch measures the policy before the step's update; one that went back was measured when it was remembered.
         kl = budget.last_within.kl if taken.went_back else None if batch is None else asdict(batch.kl)

@@ -210,13 +210,25 @@ def test_the_gradients_of_micro_batches_add_up(ppo_recipe, monkeypatch):
 
 def test_a_step_is_left_early_once_it_has_gone_far_enough(ppo_recipe):
     for row in ran(ppo_recipe("ppo.epochs=10", "ppo.stop_step_kl=0.01", "optim.lr=0.05", "run.steps=2"))[1]:
-        assert 1 < row["ppo/minibatches"] < 20
+        assert 1 <= row["ppo/minibatches"] < 20
         assert row["kl/step_nats_per_response"] > 0.015
 
 
-def test_without_a_limit_every_epoch_is_walked(ppo_recipe):
-    _, (row,) = ran(ppo_recipe("ppo.epochs=3", "run.steps=1"))
+def test_a_step_goes_no_further_than_the_target_leaves_room_for(ppo_recipe):
+    _, rows = ran(ppo_recipe("ppo.epochs=4", "optim.lr=0.05", "run.steps=8", "kl.target=0.5"))
+    for row in rows:
+        assert row["kl/step_limit_nats_per_response"] <= 0.1 * 0.5 + 1e-12
+        assert row["kl/step_nats_per_response"] <= row["kl/step_limit_nats_per_response"] or row["ppo/minibatches"] < 8
+    assert rows[-1]["optim/lr"] < 0.2 * 0.05 / 8    # its schedule alone leaves an eighth
+    assert max(row["kl/ref_nats_per_response"] for row in rows) < 1.0
+
+
+@pytest.mark.parametrize("setting", ["kl.control=fixed", "kl.target=1e9"])
+def test_without_a_limit_every_epoch_is_walked(ppo_recipe, setting):
+    price = ("kl.beta=0.1",) if setting == "kl.control=fixed" else ()
+    _, (row,) = ran(ppo_recipe("ppo.epochs=3", "run.steps=1", setting, *price))
     assert row["ppo/minibatches"] == 6
+    assert (row["kl/step_limit_nats_per_response"] is None) == (setting == "kl.control=fixed")
 
 
 def test_log_probs_that_are_not_the_policys_own_are_refused(ppo_recipe, monkeypatch):
@@ -271,8 +283,8 @@ def test_a_gradient_that_is_no_number_stops_the_run_and_nothing_of_it_is_saved(p
 def test_weights_that_stop_being_numbers_are_never_saved(ppo_recipe, monkeypatch):
     improve = ppo.improve
 
-    def broken(recipe, learner, experience, rng):
-        stats = improve(recipe, learner, experience, rng)
+    def broken(recipe, learner, experience, **rest):
+        stats = improve(recipe, learner, experience, **rest)
         next(iter(learner.policy.trainable_parameters().values())).data[0, 0] = math.nan
         return stats
 

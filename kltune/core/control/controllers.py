@@ -14,6 +14,7 @@ ARRIVED = 0.9   # of the target: from here on the integral corrects what is left
 FIRST_STEPS = 4     # before as many, the course of the KL says nothing
 ARRIVAL_GAIN = 2.5  # by the steps that the KL took to arrive: the most that the integral's gain may be
 PLAN_GAIN = 10.0    # by the steps that the KL may take to arrive: the same before it has
+INTEGRAL_LIMIT = 3.0    # either way: 20 times the feed-forward, or a twentieth
 
 
 class Controller(Protocol):
@@ -37,6 +38,10 @@ class Controller(Protocol):
         """
         ...
 
+    def at_bottom(self) -> bool:
+        """Whether the price cannot come down any further."""
+        ...
+
     def raised(self, factor: float, least: float) -> Self:
         """The controller once a cap on the KL has been met: the price times ``factor``, and at least ``least``.
 
@@ -54,6 +59,10 @@ class FixedBeta:
     def updated(self, ref_kl: float, target: float, *, pull: float, responses: int) -> "FixedBeta":
         """See ``Controller.updated``; the price stays."""
         return self
+
+    def at_bottom(self) -> bool:
+        """See ``Controller.at_bottom``."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,10 @@ class Ziegler:
         error = min(max(ref_kl / target - 1.0, -0.2), 0.2)
         return replace(self, beta=_bounded(self.beta * max(0.1, 1.0 + error * responses / self.horizon), self))
 
+    def at_bottom(self) -> bool:
+        """See ``Controller.at_bottom``."""
+        return self.beta is not None and self.beta <= self.beta_min
+
     def raised(self, factor: float, least: float) -> "Ziegler":
         """See ``Controller.raised``."""
         return replace(self, beta=_bounded(max(factor * (self.beta or 0.0), least), self), waiting=False)
@@ -110,6 +123,10 @@ class Dual:
             return _started(self, pull, target)
         error = min(max(ref_kl / target - 1.0, -1.0), 1.0)
         return replace(self, beta=_bounded(self.beta * math.exp(self.lr * error), self))
+
+    def at_bottom(self) -> bool:
+        """See ``Controller.at_bottom``."""
+        return self.beta is not None and self.beta <= self.beta_min
 
     def raised(self, factor: float, least: float) -> "Dual":
         """See ``Controller.raised``."""
@@ -184,7 +201,7 @@ class LogPI:
             gain = self.ki
         elif steps > FIRST_STEPS and _arrival(recent, before, steps, target) > max(self.plan, steps + FIRST_STEPS):
             gain = min(self.ki, PLAN_GAIN / self.plan)
-        integral = min(max(self.integral + gain * distance, -3.0), 3.0)
+        integral = min(max(self.integral + gain * distance, -INTEGRAL_LIMIT), INTEGRAL_LIMIT)
         base = self.fixed_feed_forward or feed_forward(smoothed / (1.0 - 0.9**steps), target)
         beta = _bounded(base * math.exp(self.kp * error + integral), self)
         return replace(
@@ -192,11 +209,15 @@ class LogPI:
             integral=integral, steps=steps,
         )
 
+    def at_bottom(self) -> bool:
+        """See ``Controller.at_bottom``."""
+        return self.integral <= -INTEGRAL_LIMIT or (self.beta is not None and self.beta <= self.beta_min)
+
     def raised(self, factor: float, least: float) -> "LogPI":
         """See ``Controller.raised``; it is the integral that goes up, so that the next batches keep the height."""
         before = max(self.beta or 0.0, self.beta_min)
         beta = _bounded(max(factor * before, least), self)
-        return replace(self, beta=beta, integral=min(self.integral + math.log(beta / before), 3.0))
+        return replace(self, beta=beta, integral=min(self.integral + math.log(beta / before), INTEGRAL_LIMIT))
 
 
 def feed_forward(pull: float, target: float) -> float:

@@ -21,19 +21,20 @@ MEMORY = 0.5        # share of the running mean of log KL that a new observation
 def step_limit(ref_kl: float, aim: float, share: float) -> float:
     """How far one step may move a policy, KL(old ‖ new) in nats per response.
 
-        (√aim − √KL)² / 4, but at least 0.005 share² and at most 0.1 of the aim
+        (√aim − √KL)² / 2, but at least 0.005 share and at most 0.1 of the aim;    from beyond  (√aim − √KL)²
 
     Of a tilted Gaussian √KL is the tilt, and a step that goes along it moves √KL by √KL(old ‖ new). So a step covers
-    half of the distance at most, and once there none moves √KL by more than 7 % of the aim's, however wrong its price
-    is; less towards the end, so that what the noise of batches did averages out.
+    seven tenths of the distance at most, and once there none moves √KL by more than 7 % of the aim's, however wrong its
+    price is; less towards the end, so that what the noise of batches did averages out. The way back may be as long as
+    it is.
 
     Args:
         ref_kl: KL(policy ‖ reference), nats per response.
         aim: where it should be.
         share: of the learning rate that its schedule leaves.
     """
-    room = 0.25 * (math.sqrt(aim) - math.sqrt(max(ref_kl, 0.0))) ** 2
-    return min(max(room, NEAR * share**2 * aim), FAR * aim)
+    room = (math.sqrt(aim) - math.sqrt(max(ref_kl, 0.0))) ** 2 * (0.5 if ref_kl < aim else 1.0)
+    return min(max(room, NEAR * share * aim), FAR * aim)
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,9 @@ class StepSize:
         """The learning rate of the next step.
 
         Args:
-            most: never more than this: the recipe's, by its schedule.
-            limit: nats per response that the step may move the policy; ∞ allows ``most``.
+            most: never more than this.
+            limit: nats per response that the step may move the policy.
         """
-        if math.isinf(limit):
-            return most
         if self.log_reach is None:
             return FIRST_SHARE * most
         return min(most, math.sqrt(USED * limit) * math.exp(-0.5 * self.log_reach))
