@@ -23,7 +23,7 @@ from kltune.recipe import KLSection
 ROLLBACK_RAISE = 1.25   # of the price, when the policy was found beyond the cap
 REFUSAL_RAISE = 1.1     # of the price, when a line search met the cap: at no loss, and again at the next step
 BELOW_CAP = 0.9         # of the cap: where a price that was fixed is steered once the cap was met
-PLAN = 0.7              # of the steps: by then the KL should have arrived at its target
+PLAN = 0.5              # of the steps: by then the KL should have arrived at its target
 BAND = 0.15             # of the target: within it the KL counts as held
 HELD = 0.9              # share of the last third of the steps that is within the band once the target is met
 GROWTH = 1.05           # of the KL's mean from the middle third of the steps to the last: less is none

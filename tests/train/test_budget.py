@@ -108,7 +108,8 @@ def test_a_refused_step_makes_a_nat_a_tenth_dearer():
 def test_a_step_has_the_room_that_target_or_cap_leave_it():
     kl = measured(0.8, 1.0, 1.2)
     assert Budget.of(KLSection(target=4.0), steps=50).room(ROLLOUT, kl, 1.0) == 0.4
-    assert Budget.of(KLSection(target=0.8, unit="nats_per_token"), steps=50).room(ROLLOUT, kl, 1.0) == pytest.approx(0.4)
+    per_token = Budget.of(KLSection(target=0.8, unit="nats_per_token"), steps=50)
+    assert per_token.room(ROLLOUT, kl, 1.0) == pytest.approx(0.4)
     assert budget(hard_cap=4.0 / 0.9).room(ROLLOUT, kl, 1.0) == pytest.approx(0.4)
     assert budget().room(ROLLOUT, kl, 1.0) == math.inf
 
@@ -128,7 +129,8 @@ def test_what_it_says_of_itself_gives_it_back():
     section = KLSection(hard_cap=2.0)
     fresh = Budget.of(section, steps=100).guarded({"model": {"a/b": torch.tensor([0.0])}})
     kl = measured(0.5, 1.0, 1.5)
-    lived = replace(fresh, size=StepSize(1.5)).priced(ROLLOUT, kl, pull=1.0).refused().rolled_back(ROLLOUT, 1.0).remembered(3, kl, TENSORS)
+    lived = replace(fresh, size=StepSize(1.5)).priced(ROLLOUT, kl, pull=1.0).refused().rolled_back(ROLLOUT, 1.0)
+    lived = lived.remembered(3, kl, TENSORS)
     assert lived.tensors().keys() == {"model/a/b", "policy_optimizer/0/step"}
     assert fresh.restored(lived.state(), lived.tensors()) == lived != fresh
     fixed = budget(hard_cap=2.0)

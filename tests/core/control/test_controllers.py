@@ -211,7 +211,7 @@ def test_a_kl_that_stops_far_below_lowers_the_price_in_time_and_one_on_its_way_d
     stuck = Budget.of(KLSection(target=4.0), steps=30).controller
     stopped = seen(stuck, [4.0 * min(n / 36, 0.25) for n in range(30)], target=4.0)
     assert stopped.integral < -0.4
-    on_its_way = seen(Budget.of(KLSection(target=4.0), steps=30).controller, [4.0 * n / 20 for n in range(18)], 4.0)
+    on_its_way = seen(Budget.of(KLSection(target=4.0), steps=30).controller, [4.0 * n / 14 for n in range(13)], 4.0)
     assert on_its_way.integral > -0.05
 
 

@@ -7,7 +7,7 @@ import pytest
 from kltune.core.control.step_size import FIRST_SHARE, USED, StepSize, step_limit
 
 
-@pytest.mark.parametrize("ref_kl,share,limit", [
+@pytest.mark.parametrize(("ref_kl", "share", "limit"), [
     (0.0, 1.0, 0.4),                        # far: a tenth of the aim
     (1.44, 1.0, 0.5 * 0.8**2),              # seven tenths of the way in √KL
     (4.0, 1.0, 0.02),                       # there: 7 % of √aim
