@@ -275,6 +275,8 @@ def completed(recipe: Recipe, file: Path, output: str | None) -> Recipe:
     chosen = output or (recipe.run.output if "output" in recipe.run.model_fields_set else f"runs/{file.stem}")
     start = Path.cwd() if output or packaged else folder
     whole["run"]["output"] = os.path.abspath(start / os.path.expanduser(chosen))
+    if recipe.stage == "ppo" and "baseline" not in recipe.ppo.model_fields_set:
+        whole["ppo"]["baseline"] = "rloo" if recipe.sampling.responses_per_prompt > 1 else "value"
     if recipe.stage == "ppo" and "minibatch_size" not in recipe.ppo.model_fields_set:
         responses = responses_per_step(recipe)
         whole["ppo"]["minibatch_size"] = next(size for size in range(64, 0, -1) if responses % size == 0)

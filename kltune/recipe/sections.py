@@ -154,7 +154,9 @@ ValueFunctionKind = Annotated[Literal["lora", "head"], Field(
 class PPOSection(Section):
     """Clipped policy steps."""
 
-    baseline: Literal["value", "rloo", "grpo"] = Field("value", description="what a response is compared with")
+    baseline: Literal["value", "rloo", "grpo"] = Field(
+        "value", description="what a response is compared with; default: rloo where a prompt has several responses"
+    )
     value_function: ValueFunctionKind = "lora"
     epochs: Count = Field(4, description="passes over one step's responses")
     minibatch_size: Count = Field(

@@ -141,13 +141,15 @@ def plots_for(limits: KLLimits) -> dict[str, tuple[Plot, ...]]:
             Plot("Held-out perplexity", "perplexity", ("eval/perplexity",)),
         ),
         "Updates and trust region": (
-            Plot("KL of one update", "nats per response", ("kl/step_nats_per_response", "trpo/radius*"),
-                 log=True, limited="step"),
+            Plot("KL of one update", "nats per response",
+                 ("kl/step_nats_per_response", "kl/step_limit*", "trpo/radius*"), log=True, limited="step"),
             Plot("Gain of the surrogate", "score", ("trpo/predicted_gain", "trpo/gain", "trpo/last_gain*")),
             Plot("Damping", "× mean curvature", ("trpo/damping",), log=True),
             Plot("Residual of conjugate gradients", "share of the gradient", ("trpo/cg_residual",), log=True),
             Plot("Tries of the line search", "number", ("trpo/line_search_tries", "trpo/accepted")),
             Plot("Clipped tokens", "share", ("ppo/clip_fraction",)),
+            Plot("Learning rate", "of the policy", ("optim/lr",), log=True),
+            Plot("Returns foretold by the value function", "share of their variance", ("*/value_explained",)),
         ),
     }
 

@@ -32,6 +32,7 @@ from kltune.report.samples import (
     shortened,
     tokens_of_most_kl,
 )
+from kltune.report.updates import updates_of
 from kltune.run.files import visible, write_whole
 from kltune.run.screen import ABSENT, duration, interval, number, with_error
 
@@ -73,6 +74,7 @@ def write_page(folder: Path, path: Path | None = None) -> Path:
         pairs=pairs[:SIDE_BY_SIDE],
         more_pairs=pairs[SIDE_BY_SIDE:],
         during=samples_while_training(files.samples),
+        updates=updates_of(files),
         timings=timings_of(files.metrics),
         measured=first_and_last(files.metrics),
         recipe_text=files.recipe_text,

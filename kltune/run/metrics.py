@@ -49,6 +49,8 @@ METRICS = (
            "and within its error of the exact one"),
     Metric("kl/beta", "score per nat; dpo: loss ÷ dpo.beta per nat", ABOVE_0, BUDGETED, 0.15,
            "price of one nat of KL(policy‖reference) in this step"),
+    Metric("kl/beta_feed_forward", "score per nat", ABOVE_0, ("ppo", "trpo"), 0.17,
+           "the price at which scores as far apart as this step's would hold an ideal policy at the target"),
     Metric("kl/step_nats_per_response", "nats per response", ABOVE_0, BUDGETED, 0.08,
            "KL(old‖new): how far the step's updates moved the policy (ppo: k3, before the last minibatch's update; "
            "trpo: exact, 0 if no step was accepted; dpo: k3, where there is a target or a cap)"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from kltune.core.control.controllers import feed_forward
 from kltune.errors import Interrupted, JudgeError, RecipeError, ScorerError
 from kltune.lm.data.examples import Prompt, RowRules, counts_line, distinct_prompts, load_prompts
 from kltune.lm.model.opening import check_fresh_policy
@@ -258,6 +259,8 @@ def close_step(job: Job, learner: Learner, step: int, taken: Taken) -> None:
     metrics: dict[str, float | None] = {}
     if batch is not None:
         metrics |= batch_metrics(batch, budget.price)
+        if budget.target is not None and batch.spread is not None:
+            metrics["kl/beta_feed_forward"] = feed_forward(batch.spread, budget.aim(batch.rollout))
     elif budget is not None:
         metrics |= UNMEASURED | {"kl/beta": budget.price}
     metrics |= taken.update

@@ -9,10 +9,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
+FAR_BELOW = math.log(0.7)    # of the target: on the way up the price is steeper below
+CLIMB = 3.0         # times as steep, in addition
 FAR_ABOVE = 1.3     # times the target: no noise, so that the integral may answer at once
 ARRIVED = 0.9   # of the target: from here on the integral corrects what is left
 FIRST_STEPS = 4     # before as many, the course of the KL says nothing
-ARRIVAL_GAIN = 2.5  # by the steps that the KL took to arrive: the most that the integral's gain may be
+ARRIVAL_GAIN = 1.9  # by the steps that the KL took to arrive: the most that the integral's gain may be
 PLAN_GAIN = 10.0    # by the steps that the KL may take to arrive: the same before it has
 INTEGRAL_LIMIT = 3.0    # either way: 20 times the feed-forward, or a twentieth
 
@@ -137,7 +139,7 @@ class Dual:
 class LogPI:
     """Proportional-integral control of log β around a running feed-forward, with look-ahead.
 
-        β = σ / √(2·target) · exp(kp · e + I),     e = clip(log(ahead / target), −1, 1.5)
+        β = σ / √(2·target) · exp(kp · e + I),     e = log(ahead / target), −3 … 1.5; on the way up steeper
         ahead = KL + look_ahead · slope,           I ← I + gain · min(KL / target − 1, 1.5)
 
     σ, the spread of the score among answers to one prompt, is measured under the policy *as it is* and smoothed: when
@@ -153,7 +155,7 @@ class LogPI:
     The integral removes what offset the feed-forward leaves. On the way up there is none to remove, only a distance:
     until the KL has arrived (0.9 of the target) the integral moves only where the KL would come too late, after
     ``plan`` steps, if it went on as it has so far, with a gain of ki, or 10 by the plan where that is less. A KL that
-    is then far above takes that back. Once it has arrived, the gain is ki, or 2.5 by the steps that the arrival took
+    is then far above takes that back. Once it has arrived, the gain is ki, or 1.9 by the steps that the arrival took
     where that is less: what took long to come up takes long to answer. Far above the target it is twice that.
     With ``fixed_feed_forward`` the recipe's own β takes the place of σ / √(2·target).
 
@@ -188,7 +190,10 @@ class LogPI:
         smoothed = 0.9 * self.pull + 0.1 * pull
         slope = 0.7 * self.slope + 0.3 * (ref_kl - self.level)  # before step 1 the KL is 0: the policy is the reference
         ahead = max(ref_kl + self.look_ahead * slope, 1e-6 * target)
-        error = min(max(math.log(ahead / target), -1.0), 1.5)
+        error = math.log(ahead / target)
+        if not self.arrived:
+            error += CLIMB * min(error - FAR_BELOW, 0.0)
+        error = min(max(error, -3.0), 1.5)
         # Of the KL itself, and no logarithm: that of a noisy number is too low on average, and it would add up.
         distance = min(ref_kl / target - 1.0, 1.5)
         recent = self.recent + (ref_kl - self.recent) * min(1.0, 8.0 / steps)
