@@ -243,7 +243,7 @@ def typed_prompts(policy: Policy, settings: Settings, texts: Sequence[str]) -> l
 
 def _row_rules(policy: Policy, settings: Settings) -> RowRules:
     limit = policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens)
-    return RowRules.of(settings.data, policy.tokenizer.eos_token_id, limit)
+    return policy.row_rules(settings.data, limit)
 
 
 def measured_texts(policy: Policy, settings: Settings) -> list[Example]:

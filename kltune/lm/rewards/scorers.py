@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kltune.errors import KltuneError, ScorerError
+from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import Samples
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.classifiers import ScoreFunction, load_classifier
@@ -34,7 +35,8 @@ class ScoreSource:
     """One source of scores. identity: what run.json records; shift, scale: standardisation on reference samples.
 
     tokens: scores the same responses as they were sampled, where more is known of them than their text. note: a line
-    for the start of a run. judge: who is asked, where that may take long or fail.
+    for the start of a run. example: a line on what is read of a prompt, likewise. judge: who is asked, where that may
+    take long or fail.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ScoreSource:
     scale: float = 1.0
     tokens: TokenFunction | None = None
     note: str = ""
+    example: Callable[[Prompt], str] | None = None
     judge: Judge | None = None
 
 
@@ -113,6 +116,11 @@ class Scorer:
     def notes(self) -> tuple[str, ...]:
         """What there is to say of the sources at the start of a run."""
         return tuple(source.note for source in self.sources if source.note)
+
+    def examples(self, prompts: Sequence[Prompt]) -> tuple[str, ...]:
+        """What classifiers among the sources read of the first of some prompts, to be said at the start of a run."""
+        examples = [source.example for source in self.sources if source.example is not None]
+        return tuple(example(prompt) for prompt in prompts[:1] for example in examples)
 
     @property
     def judges(self) -> tuple[Judge, ...]:
@@ -230,7 +238,8 @@ def load_scorer(
         elif entry.kind == "model" and is_reward_model(Path(entry.path)):
             function, identity, more = _load_reward_model(entry, device, policy)
         else:
-            function, identity = load_classifier(entry, device)
+            function = load_classifier(entry, device, None if policy is None else policy.day)
+            identity, more = {"path": entry.path}, {"tokens": function.read, "example": function.example}
         identity = {"kind": entry.kind, **identity}
         sources.append(ScoreSource(name, function, entry.weight, entry.normalize, identity, **more))
     return Scorer(sources)
