@@ -6,6 +6,7 @@ A rule that concerns a key which is already faulty keeps quiet: it would judge a
 import os
 import re
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,10 @@ def unread(recipe: Recipe) -> Iterator[Clash]:
     if recipe.eval.stop_at_gold_peak and recipe.eval.gold is None:
         yield (("eval.stop_at_gold_peak", "eval.gold"),
                "found true without eval.gold: write the scorer whose peak is meant, or remove it")
+    try:
+        date.fromisoformat(recipe.data.date or "2000-01-01")
+    except ValueError:
+        yield ("data.date",), f"found {recipe.data.date}, which is no day; wanted one as 2026-01-31"
     if is_changed(recipe.data, "turns") and recipe.data.texts is None and recipe.eval.texts is None:
         yield ("data.turns",), "read only for conversations in data.texts or eval.texts; remove it"
     if recipe.stage == "reward" and recipe.eval.pairs is not None and is_changed(recipe.eval, "pairs_share"):

@@ -61,6 +61,10 @@ class DataSection(Section):
         "auto", description="what spells a control token, as </s>, is text in messages and the token in plain rows; "
         "text or tokens: everywhere"
     )
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
+        None, description="the day that a chat template is told if it asks for one; null: the day the run began",
+        examples=["2026-01-31"],
+    )
     max_prompt_tokens: Count | None = Field(
         None, description="tokens of a prompt; null leaves what the model's context has beside the response",
         examples=[512],

@@ -1,9 +1,11 @@
 """A tokenizer's chat template: messages become text, at a date that stays, and a turn ends with one of its tokens."""
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
+from functools import cache
 from typing import TYPE_CHECKING
 
 import jinja2
@@ -15,6 +17,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 CLOCK = "strftime_now"      # by which templates ask for the time
 PROBE = "kltune"            # an answer that no template knows anything of
+
+
+def today() -> date:
+    """The day by the clock that transformers gives to templates."""
+    return datetime.now().date()
 
 
 def template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -48,14 +55,15 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", day: date | None = None):
         """day: what a template is told that asks for the time; None: today."""
-        self._tokenizer, self.day = tokenizer, day or date.today()
+        self._tokenizer, self.day = tokenizer, day or today()
         self.source = template_of(tokenizer)
         self.asked_for_time = False
 
     def render(self, messages: Sequence[Message], *, to_answer: bool) -> str:
         """The messages as the template writes them, to be answered or not; RowFault if it refuses them."""
-        more = {CLOCK: self._strftime} if CLOCK in self.source else {}
+        self.asked_for_time |= CLOCK in self.source
         try:
+            more = {"chat_template": with_date(self.source, self.day)} if CLOCK in self.source else {}
             return self._tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=to_answer, **more
             )
@@ -72,9 +80,20 @@ class ChatTemplate:
         _, found, behind = text.rpartition(PROBE)
         return behind if found else None
 
-    def _strftime(self, form: str) -> str:
-        self.asked_for_time = True
-        return datetime.combine(self.day, time()).strftime(form)
+@cache
+def with_date(source: str, day: date) -> str:
+    """A chat template for which it is always the same day, at midnight.
+
+    transformers gives templates the clock, and lets nothing but text be given in its place: so the template gets a
+    macro of the clock's name, which knows the forms that are written out in it.
+    """
+    forms = {text[1:-1] for _, kind, text in jinja2.Environment().lex(source) if kind == "string" and "%" in text}
+    known = json.dumps({form: datetime.combine(day, time()).strftime(form) for form in sorted(forms)})
+    unknown = "raise_exception('asks for the time in a form that is not written out in the template')"
+    macro = (
+        f"{{%- macro {CLOCK}(format) %}}{{{{ {known}[format] if format in {known} else {unknown} }}}}{{% endmacro %}}"
+    )
+    return macro + ("\n" if source.startswith("\n") else "") + source      # the first one behind a macro is left out
 
 
 @dataclass(frozen=True)

@@ -274,7 +274,8 @@ class Encoder:
             found.append(f"{where}{more} spell control tokens, as {token}, and they are read as such "
                          "(data.control_tokens: text reads their letters)")
         if self.chat.asked_for_time:
-            found.append(f"the chat template writes the date, which for this stays {self.chat.day:%Y-%m-%d}")
+            found.append(f"the chat template writes the date, and here it is always {self.chat.day:%Y-%m-%d} "
+                         "(data.date, --date)")
         return tuple(found)
 
 

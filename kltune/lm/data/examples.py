@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 LISTED_FAULTS = 20
 SKIPPED_SHARE = 0.01        # of the rows, or one row in a small file
+WHOLE = "one JSON document, which is held in memory as a whole (of a list, `jq -c '.[]'` makes one row a line)"
 Item = TypeVar("Item")
 Build = Callable[[Row, Encoder], tuple[Item, bool]]      # the item, and whether it was truncated
 
@@ -267,9 +268,11 @@ def collect_rows(
     kept: list[Item] = []
     faults: list[str] = []
     read = truncated = dropped = 0
+    notes: tuple[str, ...] = ()
     for row in read_rows(source) if rows is None else rows:
         read += 1
         encoder.where = row.where
+        notes = (WHOLE,) if row.whole else ()
         try:
             if row.fault:
                 raise RowFault(row.fault)
@@ -290,7 +293,7 @@ def collect_rows(
         raise _refusal(source, faults, read, f"{advice}; these are more." if too_many else f"{advice}.")
     if not kept:
         raise DataError(f"{source}: no row is left of {read} ({dropped} too long and dropped, {len(faults)} faulty).")
-    return kept, Counts(read, len(kept), truncated, dropped, len(faults), encoder.notes())
+    return kept, Counts(read, len(kept), truncated, dropped, len(faults), (*notes, *encoder.notes()))
 
 
 def _refusal(source: str, faults: list[str], read: int, advice: str) -> DataError:

@@ -66,14 +66,17 @@ class Fingerprint:
         """Plain values for run.json and kltune.json."""
         return asdict(self)
 
-    def differences(self, other: dict[str, Any]) -> list[str]:
-        """What of another fingerprint, as saved, is not the same: one line each, both sides named."""
+    def differences(self, other: dict[str, Any], *, tokenizer: bool = True) -> list[str]:
+        """What of another fingerprint, as saved, is not the same: one line each, both sides named.
+
+        tokenizer: False where the tokenizers themselves are at hand, and held against every row.
+        """
         mine = asdict(self)
         return [
             f"{what}: found {str(mine[key])[:12]} ({self.path}), "
             f"wanted {str(other.get(key))[:12]} ({other.get('path')})"
             for key, what in COMPARED.items()
-            if mine[key] != other.get(key)
+            if mine[key] != other.get(key) and (tokenizer or key in ("sha256", "dtype"))
         ]
 
     def describe(self) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kltune.core.kl.divergence import TokenMeasures, VocabularySums, measure_sampled, measure_tokens
 from kltune.core.kl.fused_head import read_logprobs, read_logprobs_and_kl
 from kltune.errors import ModelError, RecipeError
-from kltune.lm.data.chat import template_of
+from kltune.lm.data.chat import reads_clock, template_of, today
 from kltune.lm.data.encoding import OtherTokenizer
 from kltune.lm.data.examples import RowRules
 from kltune.lm.model.adapters import POLICY, VALUE, AdapterSwitch, config_to_fill, fill, load_compatible, wrap
@@ -48,7 +48,7 @@ class Policy:
         self.model = model
         self.network = Network(model)
         self.ends = end_tokens(model, tokenizer, self.network.vocabulary)
-        self.day = date.today()  # what a chat template is told that asks for the date
+        self.day = today()  # what a chat template is told that asks for the date
         self.other_tokenizers: tuple[OtherTokenizer, ...] = ()  # that have to make the same of every row
         self._reference_network = Network(frozen) if self.full else self.network
         self._switch = AdapterSwitch(model)
@@ -135,6 +135,11 @@ class Policy:
     def end_ids(self) -> tuple[int, ...]:
         """Every token that ends a response."""
         return self.ends.ids
+
+    @property
+    def template_day(self) -> date | None:
+        """The day that the chat template is told; None if it does not ask."""
+        return self.day if reads_clock(self.tokenizer) else None
 
     def row_rules(self, data: DataSection, max_prompt: int, max_response: int | None = None) -> RowRules:
         """What rows may be, by a recipe's section and limits that fit the model, to become this policy's tokens."""

@@ -5,12 +5,9 @@ weights, and so its tokenizer, reads the tokens that were sampled. Whatever they
 finite number per response; anything else names the row and stops the run.
 """
 
-import hashlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +18,7 @@ from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import Samples
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.classifiers import ScoreFunction, load_classifier
+from kltune.lm.rewards.functions import load_function
 from kltune.lm.rewards.judge import Answers, Judge
 from kltune.lm.rewards.reward_model import is_reward_model, open_reward_model
 from kltune.recipe import ClassifierReward, FunctionReward, JudgeReward, ModelReward
@@ -231,7 +229,7 @@ def load_scorer(
             name = f"{name}-{number}"
         more: dict[str, Any] = {}
         if entry.kind == "function":
-            function, identity = _load_function(entry, folder)
+            function, identity = load_function(entry, folder)
         elif entry.kind == "judge":
             judge = Judge(entry, name, answers)
             function, identity, more = judge.scores, judge.identity, {"judge": judge, "note": judge.note}
@@ -263,24 +261,3 @@ def _load_reward_model(
         )
     reader, digest, note = open_reward_model(Path(entry.path), policy, device)
     return reader, {"path": entry.path, "sha256": digest}, {"tokens": reader.read, "note": note}
-
-
-def _load_function(entry: FunctionReward, folder: Path) -> tuple[ScoreFunction, dict[str, str]]:
-    file, _, attribute = entry.path.rpartition(":")
-    path = folder / file
-    try:
-        code = path.read_bytes()
-    except OSError as error:
-        raise ScorerError(f"reward {entry.path}: {path} cannot be read ({error.strerror}).") from None
-    digest = hashlib.sha256(code).hexdigest()
-    module = ModuleType(f"{path.stem}_{digest[:12]}")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # dataclasses and pickle look a class's module up by name
-    try:
-        exec(compile(code, str(path), "exec"), module.__dict__)  # what was hashed is what runs
-    except Exception as error:
-        raise ScorerError(f"reward {entry.path}: importing {path} raised {type(error).__name__}: {error}") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ScorerError(f"reward {entry.path}: {path} has no function {attribute!r}.")
-    return function, {"path": entry.path, "sha256": digest}

@@ -91,7 +91,8 @@ def test_a_tokenizer_that_makes_the_same_of_every_row_is_noted(pair, rows_of, ch
     change(mine)
     ids, note = rows_of(mine, {"prompt": "w5 w6"}, {"prompt": "w8"}, own_template="{{ messages[0].content }}")
     assert ids == [(5, 6), (8,)]
-    assert note.startswith("checkpoint ") and "its tokenizer is another than the reference's" in note
+    assert note.startswith("checkpoint ")
+    assert "its tokenizer is another than the reference's" in note
 
 
 def test_the_refusal_names_the_folder_the_row_and_every_difference(pair, rows_of, tmp_path: Path):
