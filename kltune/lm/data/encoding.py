@@ -140,8 +140,11 @@ class Encoder:
             raise RowFault(f"the tokenizer makes no token of the response {text[:40]!r}")
         if self.joins_exactly:
             return ids
-        before, both = (self._encode(part, literal=literal) for part in (LINE_BREAK, LINE_BREAK + text))
-        return both[len(before) :] if both[: len(before)] == before else ids
+        for behind in (LINE_BREAK, "a"):        # a line break may become one token with the next
+            before, both = (self._encode(part, literal=literal) for part in (behind, behind + text))
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return ids
 
     def uses_chat(self, *, messages: bool) -> bool:
         """Whether rows that are messages, or are not, go through the chat template; DataError if there is none."""

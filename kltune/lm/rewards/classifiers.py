@@ -1,6 +1,7 @@
 """Text classifiers of transformers as scorers: reward models with one output, and the log-odds of one label."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from itertools import groupby
@@ -152,7 +153,7 @@ def load_classifier(
     Raises:
         ScorerError: it cannot be loaded, is no trained classifier, or does not have the output that is wanted.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     folder = Path(entry.path)
     if is_reward_model(folder / "final"):
@@ -164,8 +165,12 @@ def load_classifier(
     precise = {"dtype": torch.float32} if device.type == "cpu" else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(entry.path, **local)
+        config = AutoConfig.from_pretrained(entry.path, **local)
+        for part in (config, config.get_text_config()):
+            if (getattr(part, "pad_token_id", None) or 0) >= getattr(part, "vocab_size", math.inf):
+                part.pad_token_id = None        # no embedding can be made with it
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            entry.path, use_safetensors=True, output_loading_info=True, **precise, **local
+            entry.path, config=config, use_safetensors=True, output_loading_info=True, **precise, **local
         )
     except (OSError, ValueError, KeyError) as error:
         raise ScorerError(f"reward {entry.path}: could not be loaded as a sequence classifier: {error}") from error
@@ -179,10 +184,12 @@ def load_classifier(
 
 def _longest(model: torch.nn.Module) -> int | None:
     """How many tokens a classifier reads; None: no limit is known."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config, "max_position_embeddings", None) or 0
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
-    return limit - (padding[0] + 1) if limit and padding else limit  # RoBERTa's positions start behind the padding id
+    if limit < 1:       # XLNet says −1
+        return None
+    return limit - (padding[0] + 1) if padding else limit  # RoBERTa's positions start behind the padding id
 
 
 def _chosen_logit(entry: ModelReward | ClassifierReward, model: torch.nn.Module) -> Callable[[Tensor], Tensor]:

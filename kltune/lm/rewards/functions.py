@@ -100,10 +100,11 @@ class _Neighbours(MetaPathFinder, Loader):
         """From now on import these files by their names."""
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
-        for path, code in sources.items():
-            if self._sources.get(path.stem) != (path, code):        # of another folder, or an earlier state of this one
-                sys.modules.pop(path.stem, None)
-            self._sources[path.stem] = (path, code)
+        named = {path.stem: (path, code) for path, code in sources.items()}
+        if any(self._sources.get(name) != source for name, source in named.items()):
+            for name in named:      # of another folder, or an earlier state of this one; each may hold the others
+                sys.modules.pop(name, None)
+        self._sources |= named
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         """See ``MetaPathFinder``."""
