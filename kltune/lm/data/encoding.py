@@ -196,15 +196,27 @@ class Encoder:
         place, content = len(messages) - 1, messages[-1]["content"]
         before = self._chat_text(messages[:-1], to_answer=True)
         whole = self._chat_text(messages, to_answer=False)
-        if not whole.startswith(before) or whole == before:
-            raise RowFault(
-                f'field "messages[{place}]": before this answer the chat template writes something else than it does '
-                "before an answer that is still to come, so that its tokens cannot be told from the prompt's"
-            )
+        said = whole[len(before) :] if whole.startswith(before) else self._goes_on(before, whole, content, place)
         self._refuse_end_within(self._encode(content, literal=self.control != "tokens"), f"messages[{place}].content")
-        turn = self._ids(whole[len(before) :], following=True)
+        turn = self._ids(said, following=True)
         end = next((place for place, token in enumerate(turn) if token in self.ends), len(turn))
         return self._ids(before), turn[: end + 1]
+
+    def _goes_on(self, before: str, whole: str, content: str, place: int) -> str:
+        """An answer and its end behind what the template writes before one, where it writes that of no answer given.
+
+        Templates of thinking models begin an answer with a tag, and take the thoughts out of answers given: what the
+        policy says is then the answer as it stands in the row, from behind that tag.
+        """
+        letters = enumerate(zip(before, whole, strict=False))
+        begun = before[next((at for at, (mine, others) in letters if mine != others), len(whole)) :]
+        behind = self.chat.behind_answer()
+        if not content.startswith(begun) or behind is None:
+            raise RowFault(
+                f'field "messages[{place}]": before this answer the chat template writes something else than before an '
+                f"answer that is still to come, which it begins with {begun!r}; an answer that begins so can be learnt"
+            )
+        return self._marked(content.removeprefix(begun)) + behind
 
     def _chat_text(self, messages: Sequence[Message], *, to_answer: bool) -> str:
         """What the template writes; a control token that a message spells has a MARK in it."""
@@ -214,9 +226,13 @@ class Encoder:
             return text
         if any(MARK in content for content in contents):
             raise RowFault(f"found the character U+{ord(MARK):04X}, which is none in any text")
-        marked = [message | {"content": self._spelling.sub(_mark, message["content"])} for message in messages]
+        marked = [message | {"content": self._marked(message["content"])} for message in messages]
         apart = self._render(marked, to_answer=to_answer)
         return apart if apart.replace(MARK, "") == text else text       # else the template itself looks for the token
+
+    def _marked(self, content: str) -> str:
+        spelling = None if self.control == "tokens" else self._spelling
+        return content if spelling is None else spelling.sub(lambda found: found[0][0] + MARK + found[0][1:], content)
 
     def _render(self, messages: Sequence[Message], *, to_answer: bool) -> str:
         text = self.chat.render(messages, to_answer=to_answer)
@@ -298,10 +314,6 @@ def _head(tokenizer: "PreTrainedTokenizerBase") -> Ids:
     alone = _encoded(tokenizer, "a", literal=False)
     starts = [at for at in range(len(probe)) if probe[at : at + len(alone)] == alone]
     return probe[: starts[0]] if starts else ()
-
-
-def _mark(match: re.Match[str]) -> str:
-    return match[0][0] + MARK + match[0][1:]
 
 
 def spelled(encoder: Encoder, prompt: str, response: str, ended: bool, limit: int | None) -> Ids:

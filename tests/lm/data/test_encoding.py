@@ -185,3 +185,22 @@ def test_what_was_said_has_nothing_of_the_template(tmp_path):
     (one, several), _ = prompts_of(write(tmp_path, rows), CHAT_TOKENIZER)
     assert (one.text, several.text) == ("a", "user: a\n\nassistant: b\n\nuser: c")
     assert one.ids == (BOS, USER, *ids_of("a"), END, *ids_of("\n"), ASSISTANT)
+
+
+THINKING = (        # as DeepSeek-R1's: an answer begins with a tag, and of answers given the thoughts are left out
+    "{% for m in messages %}<|im_start|>{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|><think>\n{% endif %}"
+)
+
+
+def test_an_answer_goes_on_from_what_the_template_begins_it_with():
+    tokenizer = byte_tokenizer(template=THINKING)
+    encoder = Encoder(tokenizer, "auto", end_token=1, end_ids=[3])
+    asked = {"role": "user", "content": "put"}
+    before, turn = encoder.answer([asked, {"role": "assistant", "content": "<think>\nold</think>new </s>"}])
+    assert before == encoder.chat_ids([asked], to_answer=True)
+    spelled = tokenizer.encode("old</think>new </s>", add_special_tokens=False, split_special_tokens=True)
+    assert turn == (*spelled, 3)
+    with pytest.raises(RowFault, match=r"which it begins with '<think>\\n'; an answer that begins so can be learnt"):
+        encoder.answer([asked, {"role": "assistant", "content": "new"}])
