@@ -57,11 +57,11 @@ class ChatTemplate:
         """day: what a template is told that asks for the time; None: today."""
         self._tokenizer, self.day = tokenizer, day or today()
         self.source = template_of(tokenizer)
-        self.asked_for_time = False
+        self.used = False
 
     def render(self, messages: Sequence[Message], *, to_answer: bool) -> str:
         """The messages as the template writes them, to be answered or not; RowFault if it refuses them."""
-        self.asked_for_time |= CLOCK in self.source
+        self.used = True
         try:
             more = {"chat_template": with_date(self.source, self.day)} if CLOCK in self.source else {}
             return self._tokenizer.apply_chat_template(

@@ -11,7 +11,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Literal
 
 from kltune.errors import DataError, ModelError
-from kltune.lm.data.chat import ChatTemplate, control_tokens, said, without_template
+from kltune.lm.data.chat import CLOCK, ChatTemplate, control_tokens, said, without_template
 from kltune.lm.data.forms import Asked, Message, as_messages
 from kltune.lm.data.rows import RowFault
 
@@ -292,9 +292,13 @@ class Encoder:
             more = f" and {len(self.spelled) - 1} more rows" if len(self.spelled) > 1 else ""
             found.append(f"{where}{more} spell control tokens, as {token}, and they are read as such "
                          "(data.control_tokens: text reads their letters)")
-        if self.chat.asked_for_time:
+        if self.chat.used and CLOCK in self.chat.source:
             found.append(f"the chat template writes the date, and here it is always {self.chat.day:%Y-%m-%d} "
                          "(data.date, --date)")
+        behind = self.chat.behind_answer() if self.chat.used and self.ends else None
+        if behind is not None and not self.ends & set(self.plain(behind)):
+            found.append(f"warning: the chat template writes {behind!r} behind an answer, and no token that ends a "
+                         "response: a policy that learns or speaks by it goes on to the length limit")
         return tuple(found)
 
 

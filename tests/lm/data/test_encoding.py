@@ -156,7 +156,7 @@ def test_a_template_that_asks_for_the_day_is_told_the_one_it_is_given(tmp_path):
     now = ChatTemplate(tokenizer, datetime.now().date()).render(messages, to_answer=True)
     assert now == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     (prompt,), counts = prompts_of(
-        write(tmp_path, [{"messages": messages}]), tokenizer, day=date(2020, 1, 2)
+        write(tmp_path, [{"messages": messages}]), tokenizer, day=date(2020, 1, 2), end_ids=(3,)
     )
     assert tokenizer.decode(prompt.ids) == told
     assert counts.notes == ("the chat template writes the date, and here it is always 2020-01-02 (data.date, --date)",)
@@ -204,3 +204,13 @@ def test_an_answer_goes_on_from_what_the_template_begins_it_with():
     assert turn == (*spelled, 3)
     with pytest.raises(RowFault, match=r"which it begins with '<think>\\n'; an answer that begins so can be learnt"):
         encoder.answer([asked, {"role": "assistant", "content": "new"}])
+
+
+def test_a_template_that_ends_no_answer_is_warned_of(tmp_path):
+    told = conversation("user: q", "assistant: yes")
+    endless = letter_tokenizer(template="{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+                                        "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    (example,), counts = examples_of(write(tmp_path, [told]), endless)
+    assert example.ids[-1] == ids_of("\n")[0]
+    assert counts.notes[0].startswith("warning: the chat template writes '\\n' behind an answer, and no token")
+    assert examples_of(write(tmp_path, [told]), CHAT_TOKENIZER)[1].notes == ()
