@@ -64,11 +64,12 @@ def sample_row(model: str, responses: int, new_tokens: int, repeat: int, prompt_
     """Sampling alone: full length, ragged, and on a GPU full length without the captured graph, in turns; the floor."""
     import numpy as np
 
+    from kltune.lm.data.chat import EndTokens
     from kltune.lm.model.sampler import sample, uniform_numbers
 
     policy, prompts = open_policy(model, responses, prompt_tokens)
     uniforms = uniform_numbers(np.random.default_rng(0), responses, new_tokens)
-    policy.end_ids = (-1,)
+    policy.ends = EndTokens((-1,), None)
     whole = sample(policy, prompts, uniforms, temperature=1.0)
     ends = {"full": (-1,), "ragged": ends_for(whole.ids[whole.scored].view(responses, -1).tolist(), new_tokens / 4)}
     captures = policy.network.fast.captures
@@ -78,7 +79,8 @@ def sample_row(model: str, responses: int, new_tokens: int, repeat: int, prompt_
     held = memory_mb("VmRSS")
     reset_peak()
     for _ in range(repeat):
-        for kind, policy.end_ids in ends.items():
+        for kind, ids in ends.items():
+            policy.ends = EndTokens(ids, None)
             policy.network.fast.captures = captures and kind != "uncaptured"
             began = time.perf_counter()
             tokens[kind] = int(sample(policy, prompts, uniforms, temperature=1.0).lengths.sum())

@@ -23,7 +23,8 @@ from peers_watch import SETTINGS, Watch
 from safetensors.torch import save_file
 
 from kltune.core.objectives import preferences as losses
-from kltune.lm.data.examples import RowRules, load_prompts, shuffled_positions
+from kltune.lm.data.chat import EndTokens
+from kltune.lm.data.examples import load_prompts, shuffled_positions
 from kltune.lm.model.likelihood import example_batch
 from kltune.lm.model.opening import load_policy
 from kltune.lm.model.policy import Policy
@@ -106,8 +107,7 @@ def prepare(folder: Path, *, gate: bool) -> None:
             whole = load_preferences(recipe.data.pairs, policy, uncut)[0]
             (folder / "whole.json").write_text(json.dumps([pair_ids(whole, at) for at in order]))
         return
-    rules = RowRules.of(recipe.data, policy.tokenizer.eos_token_id, 256)
-    prompts = load_prompts(recipe.data.prompts, policy.tokenizer, rules)[0]
+    prompts = load_prompts(recipe.data.prompts, policy.tokenizer, policy.row_rules(recipe.data, 256))[0]
     chosen = [prompts[at] for at in order_of(len(prompts), work.batch // work.group, recipe)]
     (folder / "prompts.json").write_text(json.dumps([prompt.ids for prompt in chosen]))
     (folder / "texts.json").write_text(json.dumps([prompt.text for prompt in chosen]))
@@ -209,7 +209,7 @@ def run(folder: Path, output: Path, settings: str, changes: list[str]) -> None:
     def watched_load(*arguments, **options) -> Policy:
         policy = load(*arguments, **options)
         if work.stage != "dpo":
-            policy.end_ids = NO_TOKEN
+            policy.ends = EndTokens(NO_TOKEN, None)
         watch.loaded()
         return policy
 

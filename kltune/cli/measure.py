@@ -24,6 +24,9 @@ TemperatureOption = Annotated[float | None, typer.Option(min=0.1, max=10, callba
 SeedOption = Annotated[int, typer.Option(min=0, help="Same seed, same machine: same numbers.")]
 UnitOption = Annotated[Literal["nats_per_response", "nats_per_token"], typer.Option(help="Unit of --max-kl.")]
 ConfidenceOption = Annotated[float, typer.Option(callback=confidence_level, help="Of intervals and of the verdict.")]
+DateOption = Annotated[
+    str | None, typer.Option(metavar="YYYY-MM-DD", help="The day a chat template is told that asks for it.")
+]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python that ships with the models; off unless you read it.")
 ]
@@ -57,6 +60,7 @@ def eval_kl_command(
     top: Annotated[int, typer.Option(min=0, help="How many tokens and prompts of largest KL to list.")] = 10,
     show: Annotated[int, typer.Option(min=0, help="How many responses to show token by token.")] = 3,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML.")] = None,
+    date: DateOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JSONOption = False,
 ) -> None:
@@ -73,7 +77,7 @@ def eval_kl_command(
             recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
             temperature=temperature, seed=seed, max_kl=max_kl, unit=unit, confidence=confidence, direction=direction,
             texts=texts, top=top, show=show, auto=auto, max_responses=max_responses, top_p=top_p, top_k=top_k,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, date=date,
         )
         document, code = eval_kl(checkpoints, options)
     except KltuneError as error:
@@ -111,6 +115,7 @@ def project_command(
     seed: SeedOption = 0,
     unit: UnitOption = "nats_per_response",
     confidence: ConfidenceOption = 0.95,
+    date: DateOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JSONOption = False,
 ) -> None:
@@ -122,6 +127,6 @@ def project_command(
     options = ProjectOptions(
         recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
         temperature=temperature, seed=seed, max_kl=max_kl, unit=unit, confidence=confidence, output=output,
-        curve=curve, max_responses=max_responses, trust_remote_code=trust_remote_code,
+        curve=curve, max_responses=max_responses, trust_remote_code=trust_remote_code, date=date,
     )
     emit_document(project(checkpoint, options), as_json, project_text)

@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from kltune.cli.measure import LengthOption, ReferenceOption, SeedOption, SourceOption, TemperatureOption, TrustOption
+from kltune.cli.measure import (
+    DateOption,
+    LengthOption,
+    ReferenceOption,
+    SeedOption,
+    SourceOption,
+    TemperatureOption,
+    TrustOption,
+)
 from kltune.cli.options import JSONOption
 from kltune.cli.output import emit, emit_document, wants_colour
 from kltune.recipe import load_recipe
@@ -26,6 +34,7 @@ def sample_command(
     max_new_tokens: LengthOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = 0,
+    date: DateOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JSONOption = False,
 ) -> None:
@@ -42,7 +51,7 @@ def sample_command(
     options = SampleOptions(
         recipe=recipe, reference=reference, prompts=prompts, max_new_tokens=max_new_tokens, temperature=temperature,
         seed=seed, per_prompt=responses, template=None if template == "auto" else template,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust_remote_code, date=date,
     )
     colour = wants_colour(sys.stdout)
     if not prompt and prompts is None and sys.stdin.isatty():

@@ -6,12 +6,13 @@ A rule that concerns a key which is already faulty keeps quiet: it would judge a
 import os
 import re
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from kltune.recipe.faults import Clash
 from kltune.recipe.fields import is_changed
-from kltune.recipe.rewards import asks_for_pairs, judges
+from kltune.recipe.rewards import asks_for_pairs, judges, templates
 from kltune.recipe.sections import DPOKLSection, KLSection
 from kltune.recipe.stages import PATH_KEYS, Recipe
 
@@ -64,6 +65,7 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False) -> Iterator[Cla
     yield from lengths(recipe)
     yield from unread(recipe)
     yield from judges(recipe)
+    yield from templates(recipe)
     if recipe.stage == "trpo":
         yield from natural_gradient_clashes(recipe)
     if recipe.stage == "dpo":
@@ -122,6 +124,12 @@ def unread(recipe: Recipe) -> Iterator[Clash]:
     if recipe.eval.stop_at_gold_peak and recipe.eval.gold is None:
         yield (("eval.stop_at_gold_peak", "eval.gold"),
                "found true without eval.gold: write the scorer whose peak is meant, or remove it")
+    try:
+        date.fromisoformat(recipe.data.date or "2000-01-01")
+    except ValueError:
+        yield ("data.date",), f"found {recipe.data.date}, which is no day; wanted one as 2026-01-31"
+    if is_changed(recipe.data, "turns") and recipe.data.texts is None and recipe.eval.texts is None:
+        yield ("data.turns",), "read only for conversations in data.texts or eval.texts; remove it"
     if recipe.stage == "reward" and recipe.eval.pairs is not None and is_changed(recipe.eval, "pairs_share"):
         yield ("eval.pairs_share", "eval.pairs"), "read only without eval.pairs, which are held out; remove it"
 

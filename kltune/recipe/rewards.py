@@ -66,6 +66,15 @@ class JudgeReward(Section):
     name: Text | None = Field(None, description="its name in the metrics", examples=["helpful"])
 
 
+def templates(recipe: Any) -> Iterator[Clash]:
+    """A chat template is for a prompt and its response."""
+    entries = {f"reward.{place}": entry for place, entry in enumerate(getattr(recipe, "reward", ()))}
+    for key, entry in (entries | {"eval.gold": recipe.eval.gold}).items():
+        if getattr(entry, "template", None) == "chat" and entry.input == "response":
+            yield ((f"{key}.template", f"{key}.input"),
+                   "found chat, but it reads the response alone; write input: prompt_response, or template: none")
+
+
 def address(key: str, entry: JudgeReward) -> Iterator[Clash]:
     """A plain web address; with a key, one on which nobody can listen."""
     try:
@@ -112,6 +121,12 @@ class FunctionReward(Section):
     name: Text | None = Field(None, description="its name in the metrics", examples=["helpful"])
 
 
+ReadTemplate = Annotated[Literal["auto", "chat", "none"], Field(
+    description="how a sequence classifier reads prompt and response: in its own chat template (chat), as plain text "
+    "(none), or auto: rows of messages in its template if it has one",
+)]
+
+
 class ModelReward(Section):
     """A reward model: a kltune reward adapter, or a sequence classifier with one output."""
 
@@ -123,6 +138,7 @@ class ModelReward(Section):
     normalize: bool = Field(False, description="standardise on responses of the reference")
     name: Text | None = Field(None, description="its name in the metrics", examples=["helpful"])
     input: Literal["prompt_response", "response"] = Field("prompt_response", description="what the model reads")
+    template: ReadTemplate = "auto"
 
 
 class ClassifierReward(Section):
@@ -138,6 +154,7 @@ class ClassifierReward(Section):
     normalize: bool = Field(False, description="standardise on responses of the reference")
     name: Text | None = Field(None, description="its name in the metrics", examples=["helpful"])
     input: Literal["prompt_response", "response"] = Field("response", description="what the classifier reads")
+    template: ReadTemplate = "auto"
 
 
 def asks_for_pairs(entry: Section) -> bool:

@@ -54,6 +54,17 @@ class DataSection(Section):
     template: Literal["auto", "none", "chat"] = Field(
         "auto", description="auto uses the chat template if the rows are messages"
     )
+    turns: Literal["all", "last"] = Field(
+        "all", description="which answers of a conversation are learnt from (sft); each with what was asked before it"
+    )
+    control_tokens: Literal["auto", "text", "tokens"] = Field(
+        "auto", description="what spells a control token, as </s>, is text in messages and the token in plain rows; "
+        "text or tokens: everywhere"
+    )
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
+        None, description="the day that a chat template is told if it asks for one; null: the day the run began",
+        examples=["2026-01-31"],
+    )
     max_prompt_tokens: Count | None = Field(
         None, description="tokens of a prompt; null leaves what the model's context has beside the response",
         examples=[512],

@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,19 @@ MANIFEST_SCHEMA = "kltune.manifest/1"
 
 
 def measure_settings(
-    prompts: str | None, data: DataSection, max_new_tokens: int, temperature: float
+    prompts: str | None, data: DataSection, max_new_tokens: int, temperature: float, day: date | None = None
 ) -> dict[str, Any]:
-    """How the KL of a checkpoint is measured unless asked otherwise; kltune.json keeps it for ``kltune eval-kl``."""
+    """How the KL of a checkpoint is measured unless asked otherwise; kltune.json keeps it for ``kltune eval-kl``.
+
+    day: that the chat template is told; None if it does not ask.
+    """
     return {
         "prompts": prompts,
         "template": data.template,
         "max_prompt_tokens": data.max_prompt_tokens,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
+        "template_date": None if day is None else day.isoformat(),
     }
 
 

@@ -8,11 +8,13 @@ opens it: only safetensors and JSON, and nothing that names code.
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from kltune.errors import CheckpointError, ModelError, RecipeError
+from kltune.lm.data.chat import today
 from kltune.lm.data.examples import Example, Prompt, RowRules, counts_line, load_examples, load_prompts
 from kltune.lm.data.rows import Row
 from kltune.lm.model.adapters import read_adapter_config
@@ -77,7 +79,10 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """What these commands can be asked; None takes the checkpoint's own settings, then the defaults of ``Settings``."""
+    """What these commands can be asked; None takes the checkpoint's own settings, then the defaults of ``Settings``.
+
+    date: the day that a chat template is told, as 2026-01-31.
+    """
 
     recipe: str | None = None
     reference: str | None = None
@@ -90,6 +95,7 @@ class MeasureOptions:
     unit: str = "nats_per_response"
     confidence: float = 0.95
     trust_remote_code: bool = False
+    date: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ class Settings:
     max_new_tokens: int = 128
     temperature: float = 1.0
     texts: str | None = None
+    day: date = field(default_factory=today, compare=False)     # that a chat template is told
 
     def draw(self, seed: int) -> Draw:
         """How responses are drawn."""
@@ -154,11 +161,15 @@ def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
         if place is not None:
             refuse_code(Path(place), "reference", trusted=options.trust_remote_code)
     policy = load_saved_policy(folder, section, device=pick_device("auto"), is_adapter=is_adapter)
-    if info is not None and (differences := policy.fingerprint.differences(info["reference"])):
+    if info is not None and (differences := policy.fingerprint.differences(info["reference"], tokenizer=False)):
         raise CheckpointError(
             f"{folder}: this is not the reference it was trained against.\n  " + "\n  ".join(differences)
         )
-    print(f"{subject.path}: {policy.fingerprint.describe()}", file=sys.stderr)
+    recorded = None if info is None else info["measure"].get("template_date")
+    if options.date or recorded:
+        policy.day = parsed_day(options.date or recorded)
+    print(f"{subject.path}: {policy.fingerprint.describe()}", *filter(None, [policy.ends.note]), sep="\n",
+          file=sys.stderr)
     return policy
 
 
@@ -192,6 +203,8 @@ def resolve_settings(subjects: Sequence[Subject], options: MeasureOptions, *, ne
     for name in ("prompts", "responses", "max_new_tokens", "temperature", "texts"):
         if (asked := getattr(options, name, None)) is not None:
             known[name] = asked
+    if options.date is not None:
+        known["day"] = parsed_day(options.date)
     if known["prompts"] is None and needs_prompts:
         where = ", ".join(str(subject.folder) for subject in subjects)
         raise RecipeError(f"{where}: no prompts to measure on; give --prompts FILE or --recipe R.yaml.")
@@ -212,7 +225,16 @@ def resolve_settings(subjects: Sequence[Subject], options: MeasureOptions, *, ne
 def _recorded(info: dict[str, Any]) -> dict[str, Any]:
     own = info["measure"]
     data = DataSection(template=own["template"], max_prompt_tokens=own["max_prompt_tokens"])
-    return {"data": data} | {name: own[name] for name in ("prompts", "max_new_tokens", "temperature")}
+    day = {"day": parsed_day(own["template_date"])} if own.get("template_date") else {}
+    return {"data": data} | day | {name: own[name] for name in ("prompts", "max_new_tokens", "temperature")}
+
+
+def parsed_day(text: str) -> date:
+    """A date as it was typed; RecipeError if it is none."""
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise RecipeError(f"--date: found {text!r}, wanted a day as 2026-01-31.") from None
 
 
 def _of_recipe(path: str) -> dict[str, Any]:
@@ -223,6 +245,8 @@ def _of_recipe(path: str) -> dict[str, Any]:
         "responses": recipe.eval.responses,
         "texts": recipe.eval.texts,
     }
+    if recipe.data.date is not None:
+        known["day"] = parsed_day(recipe.data.date)
     if hasattr(recipe, "sampling"):
         known |= {"max_new_tokens": recipe.sampling.max_new_tokens, "temperature": recipe.sampling.temperature}
     return known
@@ -243,7 +267,8 @@ def typed_prompts(policy: Policy, settings: Settings, texts: Sequence[str]) -> l
 
 def _row_rules(policy: Policy, settings: Settings) -> RowRules:
     limit = policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens)
-    return RowRules.of(settings.data, policy.tokenizer.eos_token_id, limit)
+    policy.day = settings.day
+    return policy.row_rules(settings.data, limit)
 
 
 def measured_texts(policy: Policy, settings: Settings) -> list[Example]:

@@ -10,7 +10,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,9 +20,11 @@ import torch
 
 import kltune
 from kltune.errors import CheckpointError, Interrupted, JudgeError, RecipeError, StorageError
+from kltune.lm.data.chat import today
 from kltune.lm.model.loading import pick_device
 from kltune.lm.model.opening import load_policy
 from kltune.lm.model.policy import Policy
+from kltune.lm.rewards.inputs import inputs_of, refuse_changed
 from kltune.recipe import Recipe, differing_keys, dump_recipe, load_recipe, recipe_digest
 from kltune.run.caches import StoredAnswers, StoredLogprobs
 from kltune.run.checkpoint import clear_leftovers, latest_checkpoint, saved_step
@@ -88,6 +90,17 @@ class Run:
                 )
         self.record(reference=reference)
 
+    def set_inputs(self, inputs: dict[str, Any]) -> None:
+        """Record what this run reads; raises as ``refuse_changed`` if it was started on other rows or scorers."""
+        if self.resume_from:
+            refuse_changed(self._record["inputs"] or {}, inputs, self.folder)
+        self.record(inputs=inputs)
+
+    @property
+    def day(self) -> date:
+        """The day that chat templates are told, for as long as the run goes on."""
+        return date.fromisoformat(self._record["template_date"])
+
     def record(self, **facts: Any) -> None:
         """Put facts in run.json, as where the scores came from."""
         self._record = {**self._record, **facts}
@@ -127,9 +140,11 @@ def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
         return done
     wanted_loggers(recipe.run.loggers)      # what is not installed is said before anything slow
     with open_run(recipe, resume=resume) as run:
+        run.set_inputs(inputs_of(recipe))
         torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
         policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))
         run.set_reference(policy.fingerprint.as_dict())
+        policy.day = run.day
         return train(recipe, policy, run)
 
 
@@ -167,11 +182,17 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
 
 
 def finished_result(recipe: Recipe) -> dict[str, Any] | None:
-    """The result that this recipe's run has left in its folder, or None; RecipeError if it is of another recipe."""
+    """The result that this recipe's run has left in its folder, or None.
+
+    Raises:
+        RecipeError: it is of another recipe. DataError, ScorerError: of other rows or scorers than are there now.
+    """
     folder = Path(recipe.run.output)
     if not is_finished(folder):
         return None
-    _refuse_another_recipe(recipe, read_json(folder / "run.json"))
+    record = read_json(folder / "run.json")
+    _refuse_another_recipe(recipe, record)
+    refuse_changed(record.get("inputs") or {}, inputs_of(recipe, present=True), folder)
     return read_json(folder / "result.json")
 
 
@@ -220,6 +241,8 @@ def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Pa
         "status": "running",
         "seed": recipe.run.seed,
         "reference": continued.get("reference"),
+        "inputs": continued.get("inputs"),
+        "template_date": continued.get("template_date") or recipe.data.date or today().isoformat(),
         "versions": versions,
         "started": continued.get("started", _now()),
         "ended": None,

@@ -37,7 +37,7 @@ from kltune.core.control.controllers import pull_at
 from kltune.core.objectives.bradley_terry import win_share
 from kltune.core.objectives.losses import exact_kl_loss
 from kltune.core.objectives.preferences import dynamic_beta, mismatch_point
-from kltune.errors import CheckpointError, DivergedError
+from kltune.errors import DivergedError
 from kltune.lm.data.examples import shuffled_positions
 from kltune.lm.model.batches import Rollout, response_scatter
 from kltune.lm.model.policy import Policy
@@ -70,7 +70,7 @@ from kltune.train.preferences import (
 LABEL_LOSSES = ("kto", "bco")  # losses of responses judged one by one
 MEAN_MEMORY = 0.9  # share of a running mean that a step leaves
 BALANCE_SHARE = {"file": 0.4, "online": 1.0}  # of the price that balances the gradients of pairs and KL
-LOSS_REFERENCE, MEANS, PAIRS = "loss_reference", "means", "pairs"  # the stage's own parts of a learner
+LOSS_REFERENCE, MEANS = "loss_reference", "means"  # the stage's own parts of a learner
 
 
 @dataclass(frozen=True)
@@ -124,35 +124,6 @@ class RunningMeans:
         return RunningMeans(**state)
 
 
-@dataclass(frozen=True)
-class LearntPairs:
-    """Which pairs a run learns from, so that it does not go on with others."""
-
-    sha256: str
-    moves: ClassVar[bool] = False
-
-    def state(self) -> dict[str, str]:
-        """See ``Part.state``."""
-        return asdict(self)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """See ``Part.tensors``."""
-        return {}
-
-    def restored(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """See ``Part.restored``.
-
-        Raises:
-            CheckpointError: the checkpoint was learnt from other pairs.
-        """
-        if state["sha256"] != self.sha256:
-            raise CheckpointError(
-                f"the checkpoint was learnt from other data than the recipe's file holds now: sha256 {state['sha256']},"
-                f" now {self.sha256}. Put the file back, or choose another --output."
-            )
-        return self
-
-
 def run_dpo(recipe: DPORecipe, resume: bool) -> dict[str, Any]:
     """``kltune dpo``: learn from preferences within a KL budget, save the policy, and measure what was saved.
 
@@ -173,7 +144,7 @@ def train(recipe: DPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
         )
         steps = total_steps(recipe.run, len(pairs), recipe.optim.batch_size)
         pairs = pairs.measured(policy, positions(recipe, pairs, 1, steps), run.ref_logprobs)
-    learner = make_learner(recipe, policy, pairs, steps)
+    learner = make_learner(recipe, policy, steps)
     pair_judge = None
     if recipe.reward and asks_for_pairs(recipe.reward[0]):
         pair_judge = Judge(recipe.reward[0], name_of(recipe.reward[0]), run.answers)
@@ -183,12 +154,10 @@ def train(recipe: DPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
     return take_steps(job, learner, partial(take_step, pairs=pairs), notes)
 
 
-def make_learner(recipe: DPORecipe, policy: Policy, pairs: Preferences | None, steps: int) -> Learner:
+def make_learner(recipe: DPORecipe, policy: Policy, steps: int) -> Learner:
     """The policy with its optimizer and budget, and what the loss needs to know of the steps before."""
     dpo, parameters = recipe.dpo, policy.trainable_parameters()
     parts: dict[str, Part] = {ALARMS: Alarms()}
-    if pairs is not None:
-        parts[PAIRS] = LearntPairs(pairs.sha256())
     if dpo.loss == "bco" or dpo.dynamic_beta > 0.0:
         parts[MEANS] = RunningMeans()
     if dpo.reference_alpha is not None:

@@ -130,6 +130,7 @@ def measure_checkpoint(
         "top_p": options.top_p,
         "top_k": options.top_k,
         "seed": options.seed,
+        "template_date": None if policy.template_day is None else policy.template_day.isoformat(),
         "confidence": options.confidence,
         **described_kl(measured, policy, confidence=options.confidence, top=options.top, show=options.show),
     }

@@ -162,7 +162,10 @@ def save_projection(
         "reference": policy.fingerprint.as_dict(),
         "kl": document["kl"]["exact"],
         "projected": {"from": subject.path, "alpha": document["alpha"], "max_kl": document["max_kl"]},
-        "measure": measure_settings(settings.prompts, settings.data, settings.max_new_tokens, settings.temperature),
+        "measure": measure_settings(
+            settings.prompts, settings.data, settings.max_new_tokens, settings.temperature,
+            policy.template_day,
+        ),
     }
 
     def write(hidden: Path) -> None:

@@ -49,7 +49,8 @@ def train(recipe: RewardRecipe, policy: Policy, run: Run) -> dict[str, Any]:
     rows, held_out = load_data(recipe, policy)
     learner = make_learner(recipe, policy)
     steps = total_steps(recipe.run, len(rows), recipe.optim.batch_size)
-    about = partial(about_model, reads_text(rows, policy.tokenizer))
+    encoder = replace(text_rules(policy, recipe.data), template="none", others=()).encoder(policy.tokenizer)
+    about = partial(about_model, reads_text(rows, encoder))
     job = make_job(recipe, run, held_out, steps, about=about)
     return take_steps(job, learner, partial(take_step, rows=rows), finish=partial(finish, rows=rows))
 

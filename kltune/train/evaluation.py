@@ -177,7 +177,7 @@ def load_held_out(
     gold = None
     if section.gold is not None:
         gold = load_scorer([section.gold], recipe.folder, policy.device, policy, run.answers)
-        notes += gold.notes
+        notes += (*gold.notes, *gold.examples(prompts))
     return HeldOut(
         prompts, texts, gold, section.responses, recipe.sampling, recipe.run.seed, notes=tuple(notes), pairs=pairs
     )

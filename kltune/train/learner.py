@@ -75,7 +75,9 @@ def make_job(recipe: Recipe, run: Run, held_out: HeldOut | Evaluation, steps: in
 def about_policy(recipe: Recipe, policy: Policy, kl: dict[str, Any] | None) -> dict[str, Any]:
     """What kltune.json says of a policy: its reference, its KL, and how that is measured again."""
     sampling = recipe.sampling
-    settings = measure_settings(prompts_source(recipe), recipe.data, sampling.max_new_tokens, sampling.temperature)
+    settings = measure_settings(
+        prompts_source(recipe), recipe.data, sampling.max_new_tokens, sampling.temperature, policy.template_day
+    )
     kind, reference = "full" if policy.full else "adapter", policy.fingerprint.as_dict()
     return {"stage": recipe.stage, "kind": kind, "reference": reference, "kl": kl, "measure": settings}
 

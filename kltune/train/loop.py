@@ -8,7 +8,7 @@ from typing import Any
 
 from kltune.core.control.controllers import feed_forward
 from kltune.errors import Interrupted, JudgeError, RecipeError, ScorerError
-from kltune.lm.data.examples import Prompt, RowRules, counts_line, distinct_prompts, load_prompts
+from kltune.lm.data.examples import Prompt, counts_line, distinct_prompts, load_prompts
 from kltune.lm.model.opening import check_fresh_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
@@ -54,7 +54,7 @@ def load_data(recipe: BudgetRecipe, policy: Policy, run: Run) -> tuple[list[Prom
     data = recipe.data
     limit = policy.prompt_limit(data.max_prompt_tokens, recipe.sampling.max_new_tokens)
     source = data.prompts or data.pairs
-    rules = RowRules.of(data, policy.tokenizer.eos_token_id, limit)
+    rules = policy.row_rules(data, limit)
     prompts, counts = load_prompts(source, policy.tokenizer, rules)
     prompts = prompts if data.prompts else distinct_prompts(prompts)
     held_out = load_held_out(recipe, policy, run, prompts, rules, counts_line(source, counts))
@@ -111,11 +111,11 @@ def take_steps(
         The object of ``result.json``.
     """
     begin(job, learner)
-    notes = [learner.policy.fingerprint.describe(), *notes, *job.held_out.notes]
-    notes += () if learner.scorer is None else learner.scorer.notes
+    notes = [learner.policy.fingerprint.describe(), learner.policy.ends.note, *notes, *job.held_out.notes]
+    notes += () if learner.scorer is None else (*learner.scorer.notes, *learner.scorer.examples(job.prompts))
     notes += () if job.pair_judge is None else [job.pair_judge.note]
     with job.report:
-        for line in dict.fromkeys(notes):  # one file may serve two purposes
+        for line in dict.fromkeys(filter(None, notes)):  # one file may serve two purposes
             job.report.say(line)
         step = job.run.start_step
         while goes_on(job, learner, step):

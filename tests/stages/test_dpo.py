@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from kltune.core.control.controllers import pull_at
-from kltune.errors import CheckpointError, DataError, DivergedError
+from kltune.errors import DataError, DivergedError
 from kltune.recipe import DataSection, DPOSection
 from kltune.report.pages import write_page
 from kltune.stages import dpo
@@ -249,7 +249,7 @@ def test_after_going_back_the_optimizer_no_longer_moves_outward(dpo_recipe, monk
 
 def test_a_run_does_not_go_on_with_other_pairs(dpo_recipe, monkeypatch, tmp_path):
     recipe = dpo_recipe("run.steps=4")
-    with pytest.raises(CheckpointError, match="learnt from other data"):
+    with pytest.raises(DataError, match=r"data\.pairs: .* has changed"):
         run_with_stops(_changing_pairs(tmp_path / "dpo" / "pairs.jsonl"), recipe, (2,))
 
 

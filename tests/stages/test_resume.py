@@ -166,7 +166,7 @@ def test_a_run_does_not_go_on_with_another_reward_function(ppo_recipe):
     known = json.loads((Path(recipe.run.output) / "run.json").read_text())["rewards"]
     assert known[0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     file.write_text(file.read_text() + "\n# changed\n")
-    with pytest.raises(ScorerError, match="but the run was started with"):
+    with pytest.raises(ScorerError, match=r"reward.0: .*rewards.py:score has changed: it is not what the run in"):
         run_ppo(recipe, resume=True)
 
 

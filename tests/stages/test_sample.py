@@ -108,7 +108,7 @@ def test_a_full_model_and_the_chat_template_of_what_is_typed(sample, chat_model)
     code, document, err = sample(*ask)
     assert code == 0
     assert "note: prompts go through the chat template" in err
-    assert (document["template"], document["prompts"][0]["prompt"]) == ("chat", "u hi.a ")
+    assert (document["template"], document["prompts"][0]["prompt"]) == ("chat", "hi")
     assert said(document, "policy") == said(document, "reference")
     assert document["prompts"][0]["responses"][0]["policy"]["kl"] == 0.0
     code, document, _ = sample(*ask, "--template", "none")

@@ -120,6 +120,16 @@ def test_a_sweep_killed_in_the_middle_goes_on_and_finishes(sweep, recipe, tmp_pa
     assert [first["kl_ci95"], first["seconds"], first["exit_code"]] == [result["kl"]["ci95"], result["seconds"], 0]
 
 
+def test_a_sweep_does_not_go_on_with_other_rows(sweep, recipe, tmp_path):
+    assert sweep("--over", "run.seed=0")[0] == 0
+    rows = recipe.parent / "prompts.jsonl"
+    rows.write_text(rows.read_text() + '{"prompt": "one more"}\n')
+    code, _, err = sweep("--over", "run.seed=0,1")
+    assert code == 5
+    assert f"data.prompts: {rows} has changed" in err
+    assert not (tmp_path / "out" / "run.seed=1").exists()
+
+
 def test_points_that_outlive_a_killed_sweep_are_waited_for(sweep, recipe, tmp_path):
     out = tmp_path / "out"
     over = ("--over", "run.seed=0,1", "-s", "run.steps=8")

@@ -21,7 +21,7 @@ from kltune.recipe import KLSection, LoraSection, ModelSection, OptimSection
 from kltune.run import files
 from kltune.run.checkpoint import save_checkpoint
 from kltune.run.optimizer import guarded_step, make_optimizer
-from kltune.stages.dpo import LearntPairs, LossReference, RunningMeans
+from kltune.stages.dpo import LossReference, RunningMeans
 from kltune.stages.trpo import TrustRegion
 from kltune.train.alarms import Alarms
 from kltune.train.budget import Budget
@@ -37,7 +37,7 @@ BUDGETS = [f"budget {name}{cap}" for name in SECTIONS for cap in ("", " capped")
 OPTIMIZERS = ("policy optimizer", "value optimizer")
 EVERYTHING = (
     *BUDGETS, "alarms", "trust_region at rest", "alarms with a peak", "scorer", "value", "trust_region",
-    "loss_reference", "means", "pairs", *OPTIMIZERS,
+    "loss_reference", "means", *OPTIMIZERS,
 )
 SLOTS = ("budget", *EVERYTHING[len(BUDGETS) + 2 :])
 
@@ -82,8 +82,6 @@ def drawn(name: str, policy: Policy, seed: int, now: Part | None) -> Part:
         return TrustRegion(Damping(100.0 * x(), seed % 2 > 0), AdaptiveRadius(x(), seed, x()), step)
     if name == "means":
         return RunningMeans(x(), x())
-    if name == "pairs":
-        return LearntPairs("ab" * 32)
     alarms = Alarms(peak=Learner(policy).model_copied() if "peak" in name else None)
     for step in range(1, 4):
         metrics = {"eval/gold_mean": x(), "eval/gold_stderr": 0.01 * x(), "eval/reference_gold_mean": x(),

@@ -1,19 +1,27 @@
-"""Text into token ids: where a prompt begins, where a response joins it, and which tokens are scored."""
+"""Text into token ids: where a prompt begins, where a response joins it, and where it ends.
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+What a tokenizer calls special is a control token where a template writes it. Where a message spells it, it stays text:
+an answer about `</s>` would otherwise end there.
+"""
 
-import jinja2
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import TYPE_CHECKING, Literal
 
 from kltune.errors import DataError, ModelError
-from kltune.lm.data.forms import Message
+from kltune.lm.data.chat import CLOCK, ChatTemplate, control_tokens, said, without_template
+from kltune.lm.data.forms import Asked, Message, as_messages
 from kltune.lm.data.rows import RowFault
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 Ids = tuple[int, ...]
+Scored = tuple[Ids, tuple[bool, ...]]       # tokens, and which of them the assistant says
 # Tokenizers of the SentencePiece kind put a space before every text; behind a line break they leave it out.
 LINE_BREAK = "\n"
+MARK = "\ufdd0"     # stands within a spelling that is to stay text; Unicode keeps this one out of texts
 
 
 def last_tokens(ids: Ids, limit: int, bos: int | None) -> Ids:
@@ -24,33 +32,71 @@ def last_tokens(ids: Ids, limit: int, bos: int | None) -> Ids:
     return head + ids[len(ids) - limit + len(head) :]
 
 
+@dataclass(frozen=True)
+class OtherTokenizer:
+    """A tokenizer that is not the reference's, and has to make the same of every row.
+
+    source: where it lies, with its owner's name. differences: from the reference's, in words.
+    """
+
+    source: str
+    tokenizer: "PreTrainedTokenizerBase"
+    differences: tuple[str, ...]
+
+    def refuse(self, text: str, what: str) -> ModelError:
+        """The error for a text of which the two make something else."""
+        return ModelError(
+            f"{self.source}: its tokenizer is not that of the reference, and makes other {what} of {text[:60]!r}:\n  "
+            + "\n  ".join(self.differences)
+        )
+
+
 class Encoder:
     """Encodes prompts and responses: no end token behind a prompt, no second bos, responses that join exactly.
 
     template: none (text as it is), chat (the tokenizer's chat template), or auto (chat if rows are messages).
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str):
-        self.tokenizer, self.template = tokenizer, template
-        probe, alone = self._encode("a", add_special_tokens=True), self.plain("a")
-        starts = [at for at in range(len(probe)) if probe[at : at + len(alone)] == alone]
-        self.head = probe[: starts[0]] if starts else ()        # bos, for most; what follows the text is left out
-        self.joins_exactly = tokenizer.decode(alone + self.plain("b")) == "ab"
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> Ids:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        template: str = "none",
+        *,
+        end_token: int | None = None,
+        end_ids: Sequence[int] = (),
+        day: date | None = None,
+        control: Literal["auto", "text", "tokens"] = "auto",
+        others: Sequence[OtherTokenizer] = (),
+    ):
+        """Arguments as in ``RowRules``."""
+        self.tokenizer, self.template, self.end_token, self.control = tokenizer, template, end_token, control
+        self.ends = frozenset({end_token, *end_ids} - {None})
+        self.chat = ChatTemplate(tokenizer, day)
+        self._others = [(other, ChatTemplate(other.tokenizer, day)) for other in others]
+        self._spelling = control_tokens(tokenizer)
+        self.spelled: dict[str, str] = {}       # place of a row: a control token that its plain text spells
+        self.where = ""                         # of the row that is being read
+        self.head = _head(tokenizer)
+        for other in others:
+            if _head(other.tokenizer) != self.head:
+                raise other.refuse("", "tokens before every text than the begin token")
+        self.joins_exactly = tokenizer.decode(self.plain("a") + self.plain("b")) == "ab"
 
     def plain(self, text: str) -> Ids:
-        """The tokens of the text alone."""
-        return self._encode(text, add_special_tokens=False)
+        """The tokens of the text alone; control tokens that it spells are control tokens."""
+        return self._encode(text, literal=False)
 
-    def readable(self, ids: Ids) -> str:
-        """The text of the tokens, without special tokens: what a scorer reads."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _encode(self, text: str, *, literal: bool) -> Ids:
+        ids = _encoded(self.tokenizer, text, literal)
+        for other, _ in self._others:
+            if _encoded(other.tokenizer, text, literal) != ids:
+                raise other.refuse(text, "tokens")
+        return ids
 
     def first_ids(self, text: str) -> Ids:
         """Tokens of a text at the start: bos if there is one, never two, no end token; RowFault if there are none."""
-        ids = self.plain(text)
+        self._note(text)
+        ids = self._encode(text, literal=self.control == "text")
         if not ids:
             raise RowFault(f"the tokenizer makes no token of {text[:40]!r}")
         return ids if ids[: len(self.head)] == self.head else self.head + ids
@@ -58,83 +104,225 @@ class Encoder:
     def following_ids(self, text: str) -> Ids:
         """The tokens of a text that continues another one, so that both together spell the two texts joined.
 
-        A tokenizer that puts a space before every text would put one between prompt and response as well, where the
-        sampled responses have none.
-
         Raises:
             RowFault: the tokenizer makes nothing of the text.
         """
-        ids = self.plain(text)
+        self._note(text)
+        return self._following(text, literal=self.control == "text")
+
+    def response_ids(self, text: str) -> Ids:
+        """The tokens of a plain response and, behind it, its end token.
+
+        Raises:
+            RowFault: the tokenizer makes nothing of the text, or it goes on behind an end token.
+        """
+        ids = self.ended(self.following_ids(text))
+        self._refuse_end_within(ids[:-1], "the response")
+        return ids
+
+    def ended(self, ids: Ids) -> Ids:
+        """Tokens with an end token behind them: their own, where no more than white space follows it, or another."""
+        last = next((place for place in reversed(range(len(ids))) if ids[place] in self.ends), None)
+        if last is not None and not self.tokenizer.decode(ids[last + 1 :]).strip():
+            return ids[: last + 1]
+        if self.end_token is None:
+            return ids
+        for other, _ in self._others:
+            if other.tokenizer.eos_token_id not in (None, self.end_token):
+                raise other.refuse("the end of a text", "tokens")
+        return (*ids, self.end_token)
+
+    def _following(self, text: str, *, literal: bool) -> Ids:
+        # A tokenizer that puts a space before every text would put one between prompt and response as well, where the
+        # sampled responses have none.
+        ids = self._encode(text, literal=literal)
         if not ids:
             raise RowFault(f"the tokenizer makes no token of the response {text[:40]!r}")
         if self.joins_exactly:
             return ids
-        before, both = self.plain(LINE_BREAK), self.plain(LINE_BREAK + text)
-        return both[len(before) :] if both[: len(before)] == before else ids
+        for behind in (LINE_BREAK, "a"):        # a line break may become one token with the next
+            before, both = (self._encode(part, literal=literal) for part in (behind, behind + text))
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return ids
 
     def uses_chat(self, *, messages: bool) -> bool:
         """Whether rows that are messages, or are not, go through the chat template; DataError if there is none."""
         if self.template == "none" and messages:
             raise DataError('data.template: none cannot be used with rows of "messages"; wanted auto or chat.')
         chat = self.template == "chat" or messages
-        if chat and not self.tokenizer.chat_template:
+        if chat and not self.chat.source:
             wish = 'rows of "messages" need one' if messages else "data.template: chat needs one"
-            raise DataError(f"the model's tokenizer has no chat template, and {wish}; wanted a model with a chat "
-                            "template, or plain rows and data.template: none.")
+            raise DataError(f"the model's tokenizer {without_template(self.tokenizer)}, and {wish}; wanted a model "
+                            "with a chat template, or plain rows and data.template: none.")
         return chat
 
-    def chat_text(self, messages: list[Message], *, to_answer: bool) -> str:
-        """The messages as the chat template writes them, to be answered or not; RowFault if it refuses them."""
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_answer)
-        except jinja2.TemplateError as error:
-            raise RowFault(f"the tokenizer's chat template refuses the messages: {error}") from error
+    def prompt(self, asked: Asked) -> tuple[Ids, str, tuple[Message, ...]]:
+        """A prompt's tokens, what was said in it, and its messages if it goes through the chat template, else ()."""
+        if not self.uses_chat(messages=not isinstance(asked, str)):
+            return self.first_ids(asked), asked, ()
+        messages = as_messages(asked)
+        return self.chat_ids(messages, to_answer=True), said(messages), tuple(messages)
 
-    def conversation(self, messages: list[Message], end_token: int | None) -> tuple[Ids, tuple[bool, ...]]:
-        """The tokens of a conversation, and which of them the assistant says.
+    def chat_ids(self, messages: Sequence[Message], *, to_answer: bool) -> Ids:
+        """The tokens of messages as the chat template writes them; RowFault if it refuses them."""
+        return self._ids(self._chat_text(messages, to_answer=to_answer))
+
+    def conversation(self, messages: Sequence[Message], turns: str = "all") -> list[Scored]:
+        """The tokens of a conversation up to its last answer, and which of them the assistant says.
 
         A turn is scored from behind what the template writes before an answer to its first end token; without an end
-        token, to the end of what the template writes for it. bos is the template's business.
+        token, to the end of what the template writes for it. A template that writes earlier turns in another way once
+        later ones follow gives several texts: of each answer, with what is really asked before it.
+
+        turns: "all" answers of the assistant are scored, or the "last" alone.
+        """
+        places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        found: list[Scored] = []
+        for place in places if turns == "all" else places[-1:]:
+            before, turn = self.answer(messages[: place + 1])
+            ids, scored = found.pop() if found and before[: len(found[-1][0])] == found[-1][0] else ((), ())
+            scored += (False,) * (len(before) - len(ids)) + (True,) * len(turn)
+            found.append((before + turn, scored))
+        return found
+
+    def answer(self, messages: Sequence[Message]) -> tuple[Ids, Ids]:
+        """What the assistant reads before the last message, and what it says in it; the two become tokens apart.
 
         Raises:
-            RowFault: the template writes earlier messages in another way once later ones follow, so that no place
-                divides what the policy reads from what it says.
+            RowFault: the answer spells an end token that cannot be kept as text, or the template writes something else
+                before it than before an answer that is still to come.
         """
-        ids = self.plain(self.chat_text(messages, to_answer=False))
-        scored = [False] * len(ids)
-        for index in (index for index, message in enumerate(messages) if message["role"] == "assistant"):
-            before, turn = self._last_turn(messages[: index + 1])
-            if ids[: len(before) + len(turn)] != before + turn:
-                raise _ambiguous(index)
-            spoken = len(_to_end(turn, end_token))
-            scored[len(before) : len(before) + spoken] = [True] * spoken
-        return ids, tuple(scored)
+        place, content = len(messages) - 1, messages[-1]["content"]
+        before = self._chat_text(messages[:-1], to_answer=True)
+        whole = self._chat_text(messages, to_answer=False)
+        said = whole[len(before) :] if whole.startswith(before) else self._goes_on(before, whole, content, place)
+        self._refuse_end_within(self._encode(content, literal=self.control != "tokens"), f"messages[{place}].content")
+        turn = self._ids(said, following=True)
+        end = next((place for place, token in enumerate(turn) if token in self.ends), len(turn))
+        return self._ids(before), turn[: end + 1]
 
-    def answer(self, messages: list[Message], end_token: int | None) -> tuple[Ids, Ids]:
-        """What the assistant reads before the last message, and what it says in it; raises as `conversation`."""
-        before, turn = self._last_turn(messages)
-        return before, _to_end(turn, end_token)
+    def _goes_on(self, before: str, whole: str, content: str, place: int) -> str:
+        """An answer and its end behind what the template writes before one, where it writes that of no answer given.
 
-    def _last_turn(self, messages: list[Message]) -> tuple[Ids, Ids]:
-        before = self.plain(self.chat_text(messages[:-1], to_answer=True))
-        after = self.plain(self.chat_text(messages, to_answer=False))
-        if after[: len(before)] != before or len(after) == len(before):
-            raise _ambiguous(len(messages) - 1)
-        return before, after[len(before) :]
+        Templates of thinking models begin an answer with a tag, and take the thoughts out of answers given: what the
+        policy says is then the answer as it stands in the row, from behind that tag.
+        """
+        letters = enumerate(zip(before, whole, strict=False))
+        begun = before[next((at for at, (mine, others) in letters if mine != others), len(whole)) :]
+        behind = self.chat.behind_answer()
+        if not content.startswith(begun) or behind is None:
+            raise RowFault(
+                f'field "messages[{place}]": before this answer the chat template writes something else than before an '
+                f"answer that is still to come, which it begins with {begun!r}; an answer that begins so can be learnt"
+            )
+        return self._marked(content.removeprefix(begun)) + behind
+
+    def _chat_text(self, messages: Sequence[Message], *, to_answer: bool) -> str:
+        """What the template writes; a control token that a message spells has a MARK in it."""
+        text = self._render(messages, to_answer=to_answer)
+        contents = [message["content"] for message in messages]
+        if self.control == "tokens" or self._spelling is None or not any(map(self._spelling.search, contents)):
+            return text
+        if any(MARK in content for content in contents):
+            raise RowFault(f"found the character U+{ord(MARK):04X}, which is none in any text")
+        marked = [message | {"content": self._marked(message["content"])} for message in messages]
+        apart = self._render(marked, to_answer=to_answer)
+        return apart if apart.replace(MARK, "") == text else text       # else the template itself looks for the token
+
+    def _marked(self, content: str) -> str:
+        spelling = None if self.control == "tokens" else self._spelling
+        return content if spelling is None else spelling.sub(lambda found: found[0][0] + MARK + found[0][1:], content)
+
+    def _render(self, messages: Sequence[Message], *, to_answer: bool) -> str:
+        text = self.chat.render(messages, to_answer=to_answer)
+        for other, chat in self._others:
+            if chat.source and chat.render(messages, to_answer=to_answer) != text:
+                raise other.refuse(said(messages), "text by its chat template")
+        return text
+
+    def _ids(self, text: str, *, following: bool = False) -> Ids:
+        """The tokens of what a template wrote; what has a MARK in it is text."""
+        if MARK not in text:
+            return self._following(text, literal=False) if following else self.plain(text)
+        # Whether parts can be encoded apart is tried on a text that spells no control token, but is cut as this one.
+        alike = text.replace(MARK, "a")
+        for encode in (self._encode, self._following):
+            first = self._following if following else self._encode
+            if self._apart(text, "a", first, encode) == self._ids(alike, following=following):
+                return self._apart(text, "", first, encode)
+        raise RowFault("spells a control token, which this tokenizer cannot keep as text")
+
+    def _apart(self, text: str, mark: str, first: Callable[..., Ids], encode: Callable[..., Ids]) -> Ids:
+        """The tokens of a text, part by part between its control tokens; ``mark`` in place of each MARK."""
+        ids: Ids = ()
+        for number, part in enumerate(re.split(f"({self._spelling.pattern})", text)):
+            if number % 2:
+                ids += self.plain(part)
+            elif part:
+                ids += (first if number == 0 else encode)(part.replace(MARK, mark), literal=True)
+        return ids
+
+    def _refuse_end_within(self, ids: Ids, where: str) -> None:
+        end = next((token for token in ids if token in self.ends), None)
+        if end is not None:
+            raise RowFault(
+                f"{where}: spells {self.tokenizer.convert_ids_to_tokens(end)!r}, which ends a response, before its "
+                "end; nothing behind it could ever be said. Take it out, or write data.control_tokens: text"
+            )
+
+    def _note(self, text: str) -> None:
+        """Keep in mind which row spells a control token elsewhere than bos at its start and an end token at its end."""
+        if self.control != "auto" or self._spelling is None:
+            return
+        for match in self._spelling.finditer(text):
+            (token,) = self.tokenizer.convert_tokens_to_ids([match[0]])
+            begins, ends = match.start() == 0 and (token,) == self.head, match.end() == len(text) and token in self.ends
+            if not begins and not ends:
+                self.spelled.setdefault(self.where, match[0])
+
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say of the rows that were encoded."""
+        found = [
+            f"{other.source}: its tokenizer is another than the reference's, and makes the same of these rows ("
+            + "; ".join(other.differences) + ")" for other, _ in self._others
+        ]
+        if self.spelled:
+            where, token = next(iter(self.spelled.items()))
+            more = f" and {len(self.spelled) - 1} more rows" if len(self.spelled) > 1 else ""
+            found.append(f"{where}{more} spell control tokens, as {token}, and they are read as such "
+                         "(data.control_tokens: text reads their letters)")
+        if self.chat.used and CLOCK in self.chat.source:
+            found.append(f"the chat template writes the date, and here it is always {self.chat.day:%Y-%m-%d} "
+                         "(data.date, --date)")
+        behind = self.chat.behind_answer() if self.chat.used and self.ends else None
+        if behind is not None and not self.ends & set(self.plain(behind)):
+            found.append(f"warning: the chat template writes {behind!r} behind an answer, and no token that ends a "
+                         "response: a policy that learns or speaks by it goes on to the length limit")
+        return tuple(found)
 
 
-def _to_end(turn: Ids, end_token: int | None) -> Ids:
-    return turn[: turn.index(end_token) + 1] if end_token in turn else turn
+def readable(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+    """The text of the tokens as it is, without special tokens."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _ambiguous(index: int) -> RowFault:
-    return RowFault(f'field "messages[{index}]": the chat template does not write the messages before it in the same '
-                    "way with and without it; its tokens cannot be told from the prompt's")
+def _encoded(tokenizer: "PreTrainedTokenizerBase", text: str, literal: bool) -> Ids:
+    more = {"split_special_tokens": True} if literal else {}
+    return tuple(tokenizer.encode(text, add_special_tokens=False, verbose=False, **more))
+
+
+def _head(tokenizer: "PreTrainedTokenizerBase") -> Ids:
+    """What the tokenizer puts before a text: bos, for most; what follows the text is left out."""
+    probe = tuple(tokenizer.encode("a", add_special_tokens=True, verbose=False))
+    alone = _encoded(tokenizer, "a", literal=False)
+    starts = [at for at in range(len(probe)) if probe[at : at + len(alone)] == alone]
+    return probe[: starts[0]] if starts else ()
 
 
 def spelled(encoder: Encoder, prompt: str, response: str, ended: bool, limit: int | None) -> Ids:
     """The tokens of a prompt and a response as in training data, cut from the left to ``limit``; ModelError if none."""
-    end = encoder.tokenizer.eos_token_id
+    end = encoder.end_token
     ids = (_tokens(encoder.first_ids, prompt) or encoder.head) + _tokens(encoder.following_ids, response)
     if ended and end is not None and ids[-1:] != (end,):
         ids += (end,)

@@ -7,21 +7,24 @@ disappears. The forms of the rows are in forms.py, the reading of files in rows.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, replace
+from datetime import date
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
 from kltune.errors import DataError
-from kltune.lm.data.encoding import Encoder, Ids, last_tokens
+from kltune.lm.data.chat import EndTokens
+from kltune.lm.data.encoding import Encoder, Ids, OtherTokenizer, Scored, last_tokens
 from kltune.lm.data.forms import (
     PROMPT_FORMS,
     TEXT_FORMS,
+    Asked,
     Form,
     FormOfFile,
+    Message,
     MixedForms,
     answered_messages,
-    as_messages,
     prompt_of,
     text_field,
 )
@@ -32,8 +35,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 LISTED_FAULTS = 20
 SKIPPED_SHARE = 0.01        # of the rows, or one row in a small file
+WHOLE = "one JSON document, which is held in memory as a whole (of a list, `jq -c '.[]'` makes one row a line)"
 Item = TypeVar("Item")
-Build = Callable[[Row], tuple[Item, bool]]      # the item, and whether it was truncated
+Build = Callable[[Row, Encoder], tuple[Item, bool]]      # the item, and whether it was truncated
 
 
 class DroppedRow(Exception):
@@ -45,11 +49,16 @@ class RowRules:
     """What the rows of a file may be, and what becomes of the others.
 
     max_prompt_tokens, max_response_tokens: bos and end token included. end_token: id of the token that ends a text or
-    a response, appended to both (in messages the chat template has to write it); None appends none. template: auto
+    a response, appended to both (in messages the chat template has to write one); None appends none. template: auto
     (the chat template if the rows are messages), none, or chat (a prompt is one message of the user, a response one of
-    the assistant). on_overlong: truncate (prompts from the left, keeping bos; responses from the right, then without
-    the end token, because the text does not end there), drop, or error (the row is faulty). on_bad_row: error, or skip
-    (at most 1 % of the rows, or one row).
+    the assistant). end_ids: further tokens that end a response. turns: all answers of a conversation are learnt from,
+    or the last. control: a control token that is spelled out is text in messages and a control token in plain rows
+    (auto), or one of the two everywhere. day: what a chat template is told that asks for the date. others: tokenizers
+    that have to make the same of every row.
+
+    on_overlong: truncate (prompts from the left, keeping bos; responses from the right, then without the end token,
+    because the text does not end there), drop, or error (the row is faulty). on_bad_row: error, or skip (at most 1 % of
+    the rows, or one row).
     """
 
     max_prompt_tokens: int
@@ -58,14 +67,29 @@ class RowRules:
     template: str = "auto"
     on_overlong: str = "truncate"
     on_bad_row: str = "error"
+    end_ids: tuple[int, ...] = ()
+    turns: str = "all"
+    control: Literal["auto", "text", "tokens"] = "auto"
+    day: date | None = None
+    others: tuple[OtherTokenizer, ...] = ()
 
     @classmethod
     def of(
-        cls, data: DataSection, end_token: int | None, max_prompt_tokens: int, max_response_tokens: int | None = None
+        cls, data: DataSection, ends: EndTokens, max_prompt_tokens: int, max_response_tokens: int | None = None
     ) -> "RowRules":
         """The rules of a recipe's section, with limits that fit the model (for responses its own by default)."""
         response = data.max_response_tokens if max_response_tokens is None else max_response_tokens
-        return cls(max_prompt_tokens, response, end_token, data.template, data.on_overlong, data.on_bad_row)
+        return cls(
+            max_prompt_tokens, response, ends.appended, data.template, data.on_overlong, data.on_bad_row, ends.ids,
+            data.turns, data.control_tokens,
+        )
+
+    def encoder(self, tokenizer: "PreTrainedTokenizerBase") -> Encoder:
+        """What makes tokens of rows by these rules."""
+        return Encoder(
+            tokenizer, self.template, end_token=self.end_token, end_ids=self.end_ids, day=self.day,
+            control=self.control, others=self.others,
+        )
 
     def must_cut(self, prompt: int, *responses: int) -> bool:
         """Whether a row has to be truncated, by the tokens of its prompt and responses.
@@ -89,11 +113,12 @@ class RowRules:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: its tokens, its text and its place in the file."""
+    """A prompt: its tokens, what was said in it and its place in the file. messages: () where it is plain text."""
 
     ids: Ids
-    text: str       # as written, or as the chat template writes it but for special tokens; whole where ids are cut
+    text: str       # as written, without what a chat template adds; whole where ids are cut
     where: str      # "prompts.jsonl:12"
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,20 +132,25 @@ class Example:
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the rows: read = kept + dropped + skipped, and truncated rows are among the kept."""
+    """What became of the rows: read = kept + dropped + skipped, and truncated rows are among the kept.
+
+    notes: what else there is to say of them.
+    """
 
     read: int
     kept: int
     truncated: int
     dropped: int
     skipped: int
+    notes: tuple[str, ...] = ()
 
 
 def counts_line(source: str, counts: Counts) -> str:
     """One line on a file that was read: every row accounted for."""
     other = {"truncated": counts.truncated, "dropped as over-long": counts.dropped, "skipped as faulty": counts.skipped}
     rest = [f"{number} {what}" for what, number in other.items() if number]
-    return f"{source}: {counts.kept} of {counts.read} rows" + (f" ({', '.join(rest)})" if rest else "")
+    line = f"{source}: {counts.kept} of {counts.read} rows" + (f" ({', '.join(rest)})" if rest else "")
+    return "; ".join((line, *counts.notes))
 
 
 def distinct_prompts(prompts: list[Prompt]) -> list[Prompt]:
@@ -138,20 +168,22 @@ def load_prompts(
     Raises:
         DataError: faulty rows, each named with its place; no row left; or a source that cannot be read.
     """
-    encoder, forms = Encoder(tokenizer, rules.template), FormOfFile(PROMPT_FORMS)
+    forms = FormOfFile(PROMPT_FORMS)
 
-    def build(row: Row) -> tuple[Prompt, bool]:
-        form = forms.of(row.fields)
-        asked = prompt_of(row.fields, form)
-        if encoder.uses_chat(messages=not isinstance(asked, str)):
-            ids = encoder.plain(encoder.chat_text(as_messages(asked), to_answer=True))
-            text = encoder.readable(ids)
-        else:
-            ids, text = encoder.first_ids(asked), asked
-        truncated = rules.must_cut(len(ids))
-        return Prompt(last_tokens(ids, rules.max_prompt_tokens, tokenizer.bos_token_id), text, row.where), truncated
+    def build(row: Row, encoder: Encoder) -> tuple[Prompt, bool]:
+        return fitted_prompt(encoder, rules, row.where, prompt_of(row.fields, forms.of(row.fields)))
 
-    return collect_rows(source, build, rules.on_bad_row, rows)
+    return collect_rows(source, build, rules.encoder(tokenizer), rules.on_bad_row, rows)
+
+
+def fitted_prompt(
+    encoder: Encoder, rules: RowRules, where: str, asked: Asked, responses: Iterable[Ids] = ()
+) -> tuple[Prompt, bool]:
+    """A prompt in tokens, within the limits, and whether it or a response to it has to be cut for that."""
+    ids, text, messages = encoder.prompt(asked)
+    truncated = rules.must_cut(len(ids), *map(len, responses))
+    ids = last_tokens(ids, rules.max_prompt_tokens, encoder.tokenizer.bos_token_id)
+    return Prompt(ids, text, where, messages), truncated
 
 
 def load_examples(
@@ -159,39 +191,47 @@ def load_examples(
 ) -> tuple[list[Example], Counts]:
     """Read texts to learn from: rows of ``{"text"}``, ``{"prompt", "response"}`` or ``{"messages"}``.
 
-    Scored are all tokens of a text but the first; the response and its end token; every turn of the assistant.
+    Scored are all tokens of a text but the first; the response and its end token; every turn of the assistant. A
+    conversation is one example, or one for each answer where the chat template rewrites earlier turns.
     For the limits the prompt is what comes before the first scored token, the response all the rest. Errors as
     ``load_prompts``; each example has at least one scored token.
     """
-    encoder, forms = Encoder(tokenizer, rules.template), FormOfFile(TEXT_FORMS)
+    forms = FormOfFile(TEXT_FORMS)
 
-    def build(row: Row) -> tuple[Example, bool]:
+    def build(row: Row, encoder: Encoder) -> tuple[list[Example], bool]:
         form = forms.of(row.fields)
         if encoder.uses_chat(messages=form == ("messages",)):
-            ids, scored = encoder.conversation(answered_messages(row.fields, form), rules.end_token)
+            found = encoder.conversation(answered_messages(row.fields, form), rules.turns)
         else:
-            ids, scored = _plain_example(row, form, encoder, rules.end_token)
-        start = scored.index(True)
-        prompt, response = ids[:start], ids[start:]
-        truncated = rules.must_cut(len(prompt), len(response))
-        prompt = last_tokens(prompt, rules.max_prompt_tokens, tokenizer.bos_token_id)
-        end = start + rules.max_response_tokens
-        return Example(prompt + ids[start:end], (False,) * len(prompt) + scored[start:end], row.where), truncated
+            found = [_plain_example(row, form, encoder)]
+        fitted = [_fitted_example(rules, tokenizer.bos_token_id, row.where, *one) for one in found]
+        return [example for example, _ in fitted], any(truncated for _, truncated in fitted)
 
-    return collect_rows(source, build, rules.on_bad_row)
+    rows, counts = collect_rows(source, build, rules.encoder(tokenizer), rules.on_bad_row)
+    examples = [example for row in rows for example in row]
+    if len(examples) > len(rows):
+        split = f"{len(examples)} examples of them, because the chat template writes earlier answers in another way"
+        counts = replace(counts, notes=(split, *counts.notes))
+    return examples, counts
 
 
-def _plain_example(
-    row: Row, form: Form, encoder: Encoder, end_token: int | None
-) -> tuple[Ids, tuple[bool, ...]]:
+def _fitted_example(
+    rules: RowRules, bos: int | None, where: str, ids: Ids, scored: tuple[bool, ...]
+) -> tuple[Example, bool]:
+    start = scored.index(True)
+    truncated = rules.must_cut(start, len(ids) - start)
+    prompt = last_tokens(ids[:start], rules.max_prompt_tokens, bos)
+    end = start + rules.max_response_tokens
+    return Example(prompt + ids[start:end], (False,) * len(prompt) + scored[start:end], where), truncated
+
+
+def _plain_example(row: Row, form: Form, encoder: Encoder) -> Scored:
     if form == ("text",):
-        ids = encoder.first_ids(text_field(row.fields, "text"))
+        ids = encoder.ended(encoder.first_ids(text_field(row.fields, "text")))
         unscored = 1        # nothing comes before the first token that it could be predicted from
     else:
         prompt = encoder.first_ids(text_field(row.fields, "prompt"))
-        ids, unscored = prompt + encoder.following_ids(text_field(row.fields, "response")), len(prompt)
-    if end_token is not None and ids[-1] != end_token:
-        ids += (end_token,)
+        ids, unscored = prompt + encoder.response_ids(text_field(row.fields, "response")), len(prompt)
     if len(ids) == unscored:
         raise RowFault(f'field "text": only {unscored} token, wanted at least one more that can be scored')
     return ids, (False,) * unscored + (True,) * (len(ids) - unscored)
@@ -218,7 +258,7 @@ def shuffled_positions(count: int, start: int, size: int, seed: int) -> list[int
 
 
 def collect_rows(
-    source: str, build: Build[Item], on_bad_row: str, rows: Iterable[Row] | None = None
+    source: str, build: Build[Item], encoder: Encoder, on_bad_row: str, rows: Iterable[Row] | None = None
 ) -> tuple[list[Item], Counts]:
     """Build every row of a source, or of ``rows`` in its place, and count what becomes of it.
 
@@ -228,12 +268,15 @@ def collect_rows(
     kept: list[Item] = []
     faults: list[str] = []
     read = truncated = dropped = 0
+    notes: tuple[str, ...] = ()
     for row in read_rows(source) if rows is None else rows:
         read += 1
+        encoder.where = row.where
+        notes = (WHOLE,) if row.whole else ()
         try:
             if row.fault:
                 raise RowFault(row.fault)
-            item, cut = build(row)
+            item, cut = build(row, encoder)
         except DroppedRow:
             dropped += 1
             continue
@@ -250,7 +293,7 @@ def collect_rows(
         raise _refusal(source, faults, read, f"{advice}; these are more." if too_many else f"{advice}.")
     if not kept:
         raise DataError(f"{source}: no row is left of {read} ({dropped} too long and dropped, {len(faults)} faulty).")
-    return kept, Counts(read=read, kept=len(kept), truncated=truncated, dropped=dropped, skipped=len(faults))
+    return kept, Counts(read, len(kept), truncated, dropped, len(faults), (*notes, *encoder.notes()))
 
 
 def _refusal(source: str, faults: list[str], read: int, advice: str) -> DataError:

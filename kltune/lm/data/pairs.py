@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kltune.errors import DataError
-from kltune.lm.data.encoding import Encoder, Ids, last_tokens, spelled
-from kltune.lm.data.examples import Counts, DroppedRow, Prompt, RowRules, collect_rows
+from kltune.lm.data.encoding import Encoder, Ids, spelled
+from kltune.lm.data.examples import Counts, DroppedRow, Prompt, RowRules, collect_rows, fitted_prompt
 from kltune.lm.data.forms import (
     LABELLED_FORM,
     PAIR_FORMS,
@@ -104,14 +104,14 @@ def hold_out(
     return [r for r in rows if r.prompt.ids not in chosen], [r for r in rows if r.prompt.ids in chosen]
 
 
-def reads_text(rows: Sequence[Comparison], tokenizer: "PreTrainedTokenizerBase") -> bool:
+def reads_text(rows: Sequence[Comparison], encoder: Encoder) -> bool:
     """Whether prompt and response as text give their tokens again; those that a chat template wrote do not.
 
     One row that does will tell: rows that were truncated do not either.
     """
-    encoder, end = Encoder(tokenizer, "none"), tokenizer.eos_token_id
     return any(
-        spelled(encoder, row.prompt.text, answer.text, answer.ids[-1] == end, None) == row.prompt.ids + answer.ids
+        spelled(encoder, row.prompt.text, answer.text, answer.ids[-1] in encoder.ends, None)
+        == row.prompt.ids + answer.ids
         for row in rows[:READ_AGAIN] for answer in answers(row)
     )
 
@@ -130,9 +130,9 @@ def load_pairs(
     equal is dropped. With ``margins`` the field "margin" is read, else it is an extra field. The rest as
     ``examples.load_prompts``.
     """
-    encoder, forms = Encoder(tokenizer, rules.template), FormOfFile(PAIR_FORMS)
+    forms = FormOfFile(PAIR_FORMS)
 
-    def build(row: Row) -> tuple[Pair, bool]:
+    def build(row: Row, encoder: Encoder) -> tuple[Pair, bool]:
         asked, *sides = sides_of(row.fields, forms.of(row.fields))
         prompt, (chosen, rejected), truncated = _fitted(encoder, rules, row.where, asked, sides)
         if chosen.ids != rejected.ids:
@@ -141,7 +141,7 @@ def load_pairs(
             raise DroppedRow
         raise RowFault('"chosen" and "rejected" are the same tokens, wanted two different responses')
 
-    return collect_rows(source, build, rules.on_bad_row)
+    return collect_rows(source, build, rules.encoder(tokenizer), rules.on_bad_row)
 
 
 def load_labelled(
@@ -153,9 +153,9 @@ def load_labelled(
     pairs, in any form of `load_pairs`, will do as well: what was chosen is wanted, what was rejected is not. The rest
     as there; the counts are of rows.
     """
-    encoder, forms = Encoder(tokenizer, rules.template), FormOfFile((LABELLED_FORM, *PAIR_FORMS))
+    forms = FormOfFile((LABELLED_FORM, *PAIR_FORMS))
 
-    def build(row: Row) -> tuple[list[Labelled], bool]:
+    def build(row: Row, encoder: Encoder) -> tuple[list[Labelled], bool]:
         form = forms.of(row.fields)
         if form == LABELLED_FORM:
             asked, *responses = prompt_and(row.fields, "prompt", ("response",))
@@ -166,7 +166,7 @@ def load_labelled(
         prompt, answers, truncated = _fitted(encoder, rules, row.where, asked, responses)
         return [Labelled(prompt, *labelled) for labelled in zip(answers, wanted, strict=True)], truncated
 
-    rows, counts = collect_rows(source, build, rules.on_bad_row)
+    rows, counts = collect_rows(source, build, rules.encoder(tokenizer), rules.on_bad_row)
     return [labelled for row in rows for labelled in row], counts
 
 
@@ -174,22 +174,11 @@ def _fitted(
     encoder: Encoder, rules: RowRules, where: str, asked: Asked, responses: Sequence[str]
 ) -> tuple[Prompt, list[Answer], bool]:
     """Prompt and responses in tokens, within the limits, and whether that took truncation."""
-    ids, text, spoken = _encoded(encoder, asked, responses, rules.end_token)
-    truncated = rules.must_cut(len(ids), *map(len, spoken))
-    prompt = Prompt(last_tokens(ids, rules.max_prompt_tokens, encoder.tokenizer.bos_token_id), text, where)
-    answers = [Answer(s[: rules.max_response_tokens], r) for s, r in zip(spoken, responses, strict=True)]
-    return prompt, answers, truncated
-
-
-def _encoded(
-    encoder: Encoder, asked: Asked, responses: Sequence[str], end_token: int | None
-) -> tuple[Ids, str, list[Ids]]:
     if encoder.uses_chat(messages=not isinstance(asked, str)):
         messages = as_messages(asked)
-        turns = [encoder.answer([*messages, {"role": "assistant", "content": text}], end_token) for text in responses]
-        ids = turns[0][0]
-        return ids, encoder.readable(ids), [spoken for _, spoken in turns]
-    spoken = [encoder.following_ids(text) for text in responses]
-    if end_token is not None:
-        spoken = [ids if ids[-1] == end_token else (*ids, end_token) for ids in spoken]
-    return encoder.first_ids(asked), asked, spoken
+        spoken = [encoder.answer([*messages, {"role": "assistant", "content": text}])[1] for text in responses]
+    else:
+        spoken = [encoder.response_ids(text) for text in responses]
+    prompt, truncated = fitted_prompt(encoder, rules, where, asked, spoken)
+    answers = [Answer(s[: rules.max_response_tokens], r) for s, r in zip(spoken, responses, strict=True)]
+    return prompt, answers, truncated

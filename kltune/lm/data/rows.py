@@ -27,11 +27,12 @@ class RowFault(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source: its fields, or the reason why it has none."""
+    """One row of a source: its fields, or the reason why it has none. whole: the file is one JSON document."""
 
     where: str                  # "prompts.jsonl:12", "prompts.parquet:row 12", "org/name:train:row 12"
     fields: dict[str, Any]
     fault: str = ""             # not empty: the row could not be read, and fields is empty
+    whole: bool = False
 
 
 def read_rows(source: str) -> Iterator[Row]:
@@ -40,9 +41,9 @@ def read_rows(source: str) -> Iterator[Row]:
     A path never touches the network: only a source that is no file here, and does not look like one, is a name.
     A row that cannot be read comes back with its fault, so that the caller can list all of them.
 
-    The source is the path of a ``.jsonl``, ``.json`` (one object a line), ``.csv`` (each also ``.gz``) or ``.parquet``
-    file, or ``name``, ``name:split`` or ``name:config:split`` of a dataset (split ``train`` by default). Blank lines
-    are not rows.
+    The source is the path of a ``.jsonl``, ``.json`` (one object a line, or a JSON list of them), ``.csv`` (each also
+    ``.gz``) or ``.parquet`` file, or ``name``, ``name:split`` or ``name:config:split`` of a dataset (split ``train`` by
+    default). Blank lines are not rows.
 
     Raises:
         DataError: no such file or dataset, a kind of file that is not read here, or a damaged file.
@@ -84,13 +85,69 @@ def _lines(path: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _json_rows(path: str) -> Iterator[Row]:
+    document = _json_document(path)
+    if document is not None:
+        yield from document
+        return
     for where, line in _lines(path):
-        if not line.strip():
-            continue
+        if line.strip():
+            yield _json_row(where, line)
+
+
+def _json_row(where: str, text: bytes, *, whole: bool = False) -> Row:
+    try:
+        return Row(where, _parse_object(text), whole=whole)
+    except RowFault as fault:
+        return Row(where, {}, str(fault), whole)
+
+
+def _json_document(path: str) -> list[Row] | None:
+    """The rows of a file that is one JSON list, or of objects over several lines, each with the line it begins on.
+
+    None where the first line is a row, or the file is no such document: then each line is a row, or at fault.
+    """
+    first = next((line for _, line in _lines(path) if line.strip()), b"").lstrip()
+    if not first.startswith((b"[", b"{")) or (first.startswith(b"{") and _is_json(first)):
+        return None
+    try:
+        text = b"".join(line for _, line in _lines(path)).decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    name, decoder, rows, line, before = os.path.basename(path), json.JSONDecoder(), [], 1, 0
+    at = _skip(text, 0)
+    listed = text[at] == "["
+    at = _skip(text, at + listed)
+    while at < len(text) and not (listed and text[at] == "]"):
+        line, before = line + text.count("\n", before, at), at
         try:
-            yield Row(where, _parse_object(line))
-        except RowFault as fault:
-            yield Row(where, {}, str(fault))
+            _, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            return [*rows, Row(f"{name}:{line}", {}, f"not JSON: {error}", whole=True)] if listed or rows else None
+        rows.append(_json_row(f"{name}:{line}", text[at:end].encode("utf-8"), whole=True))
+        at = _skip(text, end)
+        if not listed and at < len(text) and "\n" not in text[end:at]:
+            return None
+        if listed and text[at : at + 1] == ",":
+            at = _skip(text, at + 1)
+        elif listed and text[at : at + 1] != "]":
+            fault = "not JSON: wanted a comma, or the list's end, behind it"
+            return [*rows, Row(f"{name}:{line}", {}, fault, whole=True)]
+    return rows if not listed or not text[at + 1 :].strip() else None
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _skip(text: str, at: int) -> int:
+    """The next place at which something else than white space stands."""
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
 
 
 def _parse_object(line: bytes) -> dict[str, Any]:

@@ -12,12 +12,13 @@ log-probability of response token t under the distribution it was sampled from: 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
 from kltune.core.kl.divergence import VocabularySums
+from kltune.lm.data.forms import Message
 
 ROWS = 16       # that go through a model at once where nothing says how many fit
 
@@ -44,7 +45,7 @@ class Samples:
     prompt_index: which prompt of the batch a response answers. [B] int64.
     truncated: True where the response reached the length limit before an end token. [B] bool.
     logprobs: as the sampler saw them, to hold against teacher forcing. [B, T].
-    prompts, responses: text, special tokens left out.
+    prompts, responses: what was said, as text. messages: of each prompt, () where it is plain text.
     """
 
     ids: Tensor
@@ -55,6 +56,7 @@ class Samples:
     logprobs: Tensor
     prompts: tuple[str, ...]
     responses: tuple[str, ...]
+    messages: tuple[tuple[Message, ...], ...] = field(default=(), kw_only=True)
 
     @property
     def lengths(self) -> Tensor:
@@ -90,13 +92,13 @@ class Rollout(Samples):
         longest = int(self.lengths[rows].max())
         cut = {"ids": seq, "scored": seq}
         chosen = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for one in fields(self):
+            value = getattr(self, one.name)
             if isinstance(value, Tensor):
                 value = value[rows]
-                chosen[field.name] = value[:, : cut.get(field.name, longest)] if value.dim() > 1 else value
+                chosen[one.name] = value[:, : cut.get(one.name, longest)] if value.dim() > 1 else value
             elif isinstance(value, tuple):
-                chosen[field.name] = tuple(value[i] for i in rows.tolist())
+                chosen[one.name] = tuple(value[i] for i in rows.tolist()) if value else value
         return replace(self, **chosen)
 
 

@@ -61,4 +61,4 @@ def text_rules(policy: Policy, data: DataSection) -> RowRules:
     context = policy.max_context
     limit = policy.prompt_limit(data.max_prompt_tokens, min(data.max_response_tokens, (context or 1024) // 2))
     room = data.max_response_tokens if context is None else min(data.max_response_tokens, context - limit)
-    return RowRules.of(data, policy.tokenizer.eos_token_id, limit, room)
+    return policy.row_rules(data, limit, room)

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kltune.errors import ModelError, RecipeError
+from kltune.lm.data.chat import EndTokens, template_of
 from kltune.recipe import ModelSection
 
 COMPARED = {
     "sha256": "weights", "tokenizer_sha256": "tokenizer", "template_sha256": "chat template", "dtype": "dtype",
 }
+LISTED = "special tokens listed"        # a difference between tokenizers that changes the ids of no text
 
 
 def pick_device(name: str) -> torch.device:
@@ -56,7 +58,7 @@ class Fingerprint:
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             sha256=weights_sha256(dict(model.state_dict())),
             tokenizer_sha256=tokenizer_sha256(tokenizer),
-            template_sha256=sha256_text(tokenizer.chat_template or ""),
+            template_sha256=sha256_text(template_of(tokenizer)),
             merge_survived=merge_survived,
         )
 
@@ -64,14 +66,17 @@ class Fingerprint:
         """Plain values for run.json and kltune.json."""
         return asdict(self)
 
-    def differences(self, other: dict[str, Any]) -> list[str]:
-        """What of another fingerprint, as saved, is not the same: one line each, both sides named."""
+    def differences(self, other: dict[str, Any], *, tokenizer: bool = True) -> list[str]:
+        """What of another fingerprint, as saved, is not the same: one line each, both sides named.
+
+        tokenizer: False where the tokenizers themselves are at hand, and held against every row.
+        """
         mine = asdict(self)
         return [
             f"{what}: found {str(mine[key])[:12]} ({self.path}), "
             f"wanted {str(other.get(key))[:12]} ({other.get('path')})"
             for key, what in COMPARED.items()
-            if mine[key] != other.get(key)
+            if mine[key] != other.get(key) and (tokenizer or key in ("sha256", "dtype"))
         ]
 
     def describe(self) -> str:
@@ -131,14 +136,18 @@ def tokenizer_sha256(tokenizer) -> str:
     return sha256_text(json.dumps(parts, sort_keys=True))
 
 
-def end_token_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
-    """Every token that ends a text, of the generation config and the tokenizer; ModelError without any."""
+def end_tokens(model: nn.Module, tokenizer, vocabulary: int) -> EndTokens:
+    """Every token that ends a response, of the generation config, the tokenizer and its chat template.
+
+    Raises:
+        ModelError: none of them names one.
+    """
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = listed if listed is not None else getattr(model.config, "eos_token_id", None)
-    ids = {*(listed if isinstance(listed, list | tuple) else [listed]), tokenizer.eos_token_id} - {None}
-    if not ids:
+    ends = EndTokens.of(tokenizer, listed if isinstance(listed, list | tuple) else [listed], vocabulary)
+    if not ends.ids and not ends.unreachable:
         raise ModelError("Neither generation_config.json nor the tokenizer names an end token (eos_token_id).")
-    return tuple(sorted(ids))
+    return ends
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False):
@@ -197,20 +206,18 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
     return model.to(device)
 
 
-def check_same_tokenizer(folder: Path, tokenizer, what: str, trust_remote_code: bool = False) -> None:
-    """Raise ModelError if a folder brings a tokenizer other than the reference's; a folder without one is fine."""
+def own_tokenizer(folder: Path, trust_remote_code: bool = False):
+    """The tokenizer that a checkpoint's folder brings; None without one."""
     if not (folder / "tokenizer_config.json").exists():
-        return
-    faults = tokenizer_differences(load_tokenizer(str(folder), trust_remote_code), tokenizer)
-    if faults:
-        raise ModelError(
-            f"{what}: the tokenizer in {folder} is not that of the reference, {tokenizer.name_or_path}, so the same "
-            "text would be other ids:\n  " + "\n  ".join(faults)
-        )
+        return None
+    return load_tokenizer(str(folder), trust_remote_code)
 
 
 def tokenizer_differences(mine, others) -> list[str]:
-    """What two tokenizers do not have in common: one line each, both sides named; [] if text is the same ids to both.
+    """What two tokenizers do not have in common: one line each, both sides named; [] if nothing.
+
+    Whether that matters is for the rows to say. Special tokens that one lists and the other does not, as another
+    padding token, change no row's ids.
 
     A chat template counts where both have one: a tokenizer without says nothing about how messages become text.
     """
@@ -226,15 +233,16 @@ def tokenizer_differences(mine, others) -> list[str]:
     for name in ("bos_token_id", "eos_token_id"):
         if getattr(mine, name) != getattr(others, name):
             faults.append(f"special tokens: {name} is {getattr(mine, name)}, wanted {getattr(others, name)}")
-    if mine.chat_template and others.chat_template and mine.chat_template != others.chat_template:
-        digests = [sha256_text(one.chat_template)[:12] for one in (mine, others)]
+    templates = [template_of(one) for one in (mine, others)]
+    if all(templates) and templates[0] != templates[1]:
+        digests = [sha256_text(template)[:12] for template in templates]
         faults.append(f"chat template: found sha256 {digests[0]}, wanted {digests[1]}")
     if not faults and tokenizer_sha256(mine) != tokenizer_sha256(others):
         specials = [sorted(one.all_special_ids) for one in (mine, others)]
         same = specials[0] == specials[1]
         faults.append(
             "how text is cut into tokens (normalizer, pre-tokenizer or model)" if same
-            else f"special tokens: found ids {specials[0]}, wanted {specials[1]}"
+            else f"{LISTED}: found ids {specials[0]}, wanted {specials[1]}"
         )
     return faults
 

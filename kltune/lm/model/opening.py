@@ -19,7 +19,7 @@ from kltune.lm.model.adapters import (
     wrap,
 )
 from kltune.lm.model.batches import Rollout, pad_right
-from kltune.lm.model.loading import Fingerprint, check_made_for, check_same_tokenizer, load_base, load_tokenizer
+from kltune.lm.model.loading import Fingerprint, check_made_for, load_base, load_tokenizer
 from kltune.lm.model.policy import Policy
 from kltune.recipe import LoraSection, ModelSection
 
@@ -57,15 +57,17 @@ def load_reference(
     survived = 1.0
     if section.sft_adapter is not None:
         adapter = Path(section.sft_adapter)
-        check_same_tokenizer(adapter, tokenizer, what="model.sft_adapter")
         check_made_for(adapter, model, section.path)
         model, survived = merge_adapter(model, adapter)
     fingerprint = Fingerprint.of(section, model, tokenizer, merge_survived=survived)
-    if not full:
-        return Policy(model, tokenizer, fingerprint)
-    trained = load_base(section, device, where)
-    trained.load_state_dict(model.state_dict())
-    return Policy(trained, tokenizer, fingerprint, frozen=model)
+    frozen, trained = None, model
+    if full:
+        frozen, trained = model, load_base(section, device, where)
+        trained.load_state_dict(model.state_dict())
+    policy = Policy(trained, tokenizer, fingerprint, frozen=frozen)
+    if section.sft_adapter is not None:
+        policy.hold_against(Path(section.sft_adapter), "model.sft_adapter", section.trust_remote_code)
+    return policy
 
 
 def load_saved_policy(folder: Path, section: ModelSection, *, device: torch.device, is_adapter: bool) -> Policy:
@@ -77,7 +79,7 @@ def load_saved_policy(folder: Path, section: ModelSection, *, device: torch.devi
         ModelError: it cannot be loaded, or is a model with another vocabulary or tokenizer than the reference.
     """
     policy = load_reference(section, device=device, where="reference")
-    check_same_tokenizer(folder, policy.tokenizer, "checkpoint", section.trust_remote_code)
+    policy.hold_against(folder, "checkpoint", section.trust_remote_code)
     second = section.model_copy(update={"dtype": policy.fingerprint.dtype})
     if is_adapter:
         config, weights = read_adapter_config(folder), load_weights(folder)
@@ -88,6 +90,7 @@ def load_saved_policy(folder: Path, section: ModelSection, *, device: torch.devi
     else:
         trained = load_base(second.model_copy(update={"path": str(folder)}), device, "checkpoint")
     saved = Policy(trained, policy.tokenizer, policy.fingerprint, frozen=policy.model)
+    saved.other_tokenizers = policy.other_tokenizers
     if saved.network.vocabulary != policy.network.vocabulary:
         raise ModelError(
             f"{folder}: it gives logits for {saved.network.vocabulary} tokens, the reference {section.path} for "

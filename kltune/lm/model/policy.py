@@ -8,6 +8,8 @@ fine-tuning (``kltune sft`` with ``lora: null``) holds a second, frozen copy of 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +20,14 @@ from torch import Tensor, nn
 from kltune.core.kl.divergence import TokenMeasures, VocabularySums, measure_sampled, measure_tokens
 from kltune.core.kl.fused_head import read_logprobs, read_logprobs_and_kl
 from kltune.errors import ModelError, RecipeError
+from kltune.lm.data.chat import reads_clock, template_of, today
+from kltune.lm.data.encoding import OtherTokenizer
+from kltune.lm.data.examples import RowRules
 from kltune.lm.model.adapters import POLICY, VALUE, AdapterSwitch, config_to_fill, fill, load_compatible, wrap
 from kltune.lm.model.batches import Rollout
-from kltune.lm.model.loading import Fingerprint, end_token_ids, weights_sha256
+from kltune.lm.model.loading import Fingerprint, end_tokens, own_tokenizer, tokenizer_differences, weights_sha256
 from kltune.lm.model.network import Network, ScalarHead
-from kltune.recipe import LoraSection
+from kltune.recipe import DataSection, LoraSection
 
 
 class Policy:
@@ -33,7 +38,6 @@ class Policy:
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.device = next(model.parameters()).device
-        self.end_ids = end_token_ids(model, tokenizer)
         self.max_context = getattr(model.config, "max_position_embeddings", None)
         self.value_head: ScalarHead | None = None
         self.untrained: dict[str, Tensor] = {}
@@ -43,6 +47,9 @@ class Policy:
         (frozen or model).requires_grad_(False)
         self.model = model
         self.network = Network(model)
+        self.ends = end_tokens(model, tokenizer, self.network.vocabulary)
+        self.day = today()  # what a chat template is told that asks for the date
+        self.other_tokenizers: tuple[OtherTokenizer, ...] = ()  # that have to make the same of every row
         self._reference_network = Network(frozen) if self.full else self.network
         self._switch = AdapterSwitch(model)
         model.eval()  # dropout anywhere would make old, new and reference log-probs disagree
@@ -123,6 +130,41 @@ class Policy:
     def dtype(self) -> torch.dtype:
         """The dtype of the frozen weights; adapters and heads are float32."""
         return getattr(torch, self.fingerprint.dtype)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Every token that ends a response."""
+        return self.ends.ids
+
+    @property
+    def template_day(self) -> date | None:
+        """The day that the chat template is told; None if it does not ask."""
+        return self.day if reads_clock(self.tokenizer) else None
+
+    def row_rules(self, data: DataSection, max_prompt: int, max_response: int | None = None) -> RowRules:
+        """What rows may be, by a recipe's section and limits that fit the model, to become this policy's tokens."""
+        rules = RowRules.of(data, self.ends, max_prompt, max_response)
+        return replace(rules, day=self.day, others=self.other_tokenizers)
+
+    def hold_against(self, folder: Path, what: str, trust_remote_code: bool = False) -> None:
+        """Let the tokenizer that a folder brings, if it is another, make the same of every row, or the row is refused.
+
+        A reference without a chat template takes that of the folder.
+
+        Raises:
+            ModelError: it ends responses with another token.
+        """
+        mine = own_tokenizer(folder, trust_remote_code)
+        if mine is None:
+            return
+        if template_of(mine) and not template_of(self.tokenizer):
+            self.tokenizer.chat_template = mine.chat_template
+            self.ends = end_tokens(self.model, self.tokenizer, self.network.vocabulary)
+        if differences := tokenizer_differences(mine, self.tokenizer):
+            other = OtherTokenizer(f"{what} {folder}", mine, tuple(differences))
+            if mine.eos_token_id not in {None, *self.ends.ids}:
+                raise other.refuse("the end of a response", "tokens")
+            self.other_tokenizers += (other,)
 
     def prompt_limit(self, wanted: int | None, max_new_tokens: int) -> int:
         """The longest prompt: what is wanted, or what leaves room for a response; RecipeError if it does not fit."""

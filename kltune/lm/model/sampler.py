@@ -21,6 +21,7 @@ from kltune.core.kl.divergence import VocabularySums
 from kltune.core.kl.truncation import Cut, renormalized
 from kltune.core.tensors import log_distribution, per_response
 from kltune.errors import DivergedError, ModelError
+from kltune.lm.data.encoding import LINE_BREAK, readable
 from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import Rollout, Samples, pad_right, response_scatter
 from kltune.lm.model.policy import Policy
@@ -226,5 +227,19 @@ def _assemble(
         truncated=truncated.to(device),
         logprobs=response_scatter(flat, response_mask).to(device),
         prompts=tuple(prompts[index].text for index in owner),
-        responses=tuple(policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)),
+        responses=tuple(response_text(policy, prompts[i], row) for i, row in zip(owner, tokens, strict=True)),
+        messages=tuple(prompts[index].messages for index in owner),
     )
+
+
+def response_text(policy: Policy, prompt: Prompt, tokens: list[int]) -> str:
+    """What a response says, without special tokens and what a chat template ends a turn with.
+
+    Behind plain text the space that it begins with is part of it, also where a tokenizer drops that of every text.
+    """
+    said = tokens[:-1] if tokens[-1] == policy.ends.turn else tokens
+    if prompt.messages:
+        return readable(policy.tokenizer, said)
+    before = policy.tokenizer.encode(LINE_BREAK, add_special_tokens=False)
+    alone, both = (readable(policy.tokenizer, ids) for ids in (before, [*before, *said]))
+    return both.removeprefix(alone) if both.startswith(alone) else readable(policy.tokenizer, said)

@@ -1,28 +1,159 @@
 """Text classifiers of transformers as scorers: reward models with one output, and the log-odds of one label."""
 
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kltune.errors import ScorerError
+from kltune.lm.data.chat import without_template
+from kltune.lm.data.encoding import Encoder, Ids, last_tokens
+from kltune.lm.data.examples import Prompt
+from kltune.lm.data.forms import Message
+from kltune.lm.data.rows import RowFault
+from kltune.lm.model.batches import Samples, pad_right
 from kltune.lm.rewards.reward_model import is_reward_model
 from kltune.recipe import ClassifierReward, ModelReward
 
 ScoreFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+ROWS = 32       # that are read at once
+SHOWN = 400     # characters of the example at the start of a run
+ALONE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}     # of 1 + |score|: rounding in a batch
+
+
+class Classifier:
+    """A sequence classifier that reads a conversation in its own chat template and tokens, or plain text.
+
+    A row's score is that of the row alone, whatever else is read with it.
+    """
+
+    def __init__(self, entry: ModelReward | ClassifierReward, model: nn.Module, tokenizer, day: date | None = None):
+        """Take a loaded classifier and its tokenizer. day: what its template is told that asks for the date.
+
+        Raises:
+            ScorerError: it does not have the output, or the chat template, that the entry wants.
+        """
+        self.entry, self.model, self.tokenizer = entry, model, tokenizer
+        self._choose = _chosen_logit(entry, model)
+        self._limit = _longest(model)
+        self._encoder = Encoder(tokenizer, "chat", day=day)
+        self._accepted = inspect.signature(model.forward).parameters  # not all know the token types that some are given
+        if entry.template == "chat" and not self._encoder.chat.source:
+            raise ScorerError(
+                f"reward {entry.path}: template: chat, but its tokenizer {without_template(tokenizer)}; write none."
+            )
+        tokenizer.truncation_side = "left"  # of a long prompt and its response, the response is what is scored
+        self._named_padding = model.config.get_text_config().pad_token_id
+        self._pads = self._padding_changes_nothing()
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """Scores of responses to prompts that are plain text."""
+        return self._scores(prompts, responses, [()] * len(prompts))
+
+    def read(self, samples: Samples) -> list[float]:
+        """Scores of sampled responses."""
+        return self._scores(samples.prompts, samples.responses, samples.messages or [()] * len(samples.prompts))
+
+    def example(self, prompt: Prompt) -> str:
+        """A line on what is read of a prompt and its response."""
+        chat = self._reads_chat(prompt.messages)
+        ids = self._row(prompt.text, "RESPONSE", prompt.messages)
+        shown = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        how = "in its own chat template" if chat else "as plain text"
+        how += "" if self._pads else ", rows of one length at a time, because padding would change its scores"
+        cut = f"...{shown[-SHOWN:]}" if len(shown) > SHOWN else shown
+        return f"reward {self.entry.path}: reads {how}, as {cut!r}"
+
+    def _reads_chat(self, messages: Sequence[Message]) -> bool:
+        if self.entry.input == "response" or self.entry.template == "none":
+            return False
+        return self.entry.template == "chat" or (bool(messages) and bool(self._encoder.chat.source))
+
+    def _row(self, prompt: str, response: str, messages: Sequence[Message]) -> Ids:
+        """The tokens of a prompt and its response, or of the response alone."""
+        if self._reads_chat(messages):
+            asked = messages or [{"role": "user", "content": prompt}]
+            try:
+                ids = self._encoder.chat_ids([*asked, {"role": "assistant", "content": response}], to_answer=False)
+            except RowFault as fault:
+                raise ScorerError(f"reward {self.entry.path}: prompt {prompt[-60:]!r}: {fault}") from None
+            return ids if self._limit is None else last_tokens(ids, self._limit, self.tokenizer.bos_token_id)
+        between = "\n\n" if messages else ""
+        text = prompt + between + response if self.entry.input == "prompt_response" else response
+        cut = {"truncation": True, "max_length": self._limit} if self._limit is not None else {}
+        ids = tuple(self.tokenizer(text, **cut)["input_ids"])
+        if not ids:
+            raise ScorerError(f"reward {self.entry.path}: its tokenizer makes no token of {text[:60]!r}.")
+        return ids
+
+    def _scores(
+        self, prompts: Sequence[str], responses: Sequence[str], messages: Sequence[Sequence[Message]]
+    ) -> list[float]:
+        rows = [self._row(*row) for row in zip(prompts, responses, messages, strict=True)]
+        scores = torch.empty(len(rows))
+        for places in self._batches(rows):
+            scores[places] = self._choose(self._logits([rows[place] for place in places]).float()).cpu()
+        return scores.tolist()
+
+    def _batches(self, rows: Sequence[Ids]) -> Iterator[list[int]]:
+        """Places of rows that are read together: of similar length, or of one length where padding is not harmless."""
+        order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+        for _, alike in groupby(order, key=lambda place: 0 if self._pads else len(rows[place])):
+            places = list(alike)
+            yield from (places[start : start + ROWS] for start in range(0, len(places), ROWS))
+
+    @torch.no_grad()
+    def _logits(self, rows: Sequence[Ids]) -> Tensor:
+        """Logits of rows, padded on the right. [B, K]"""
+        ids = pad_right(rows, self._padding(rows)).to(self.model.device)
+        inputs = {"input_ids": ids}
+        if "attention_mask" in self._accepted:
+            inputs["attention_mask"] = pad_right([[1] * len(row) for row in rows], 0).to(self.model.device)
+        return self.model(**inputs).logits
+
+    def _padding(self, rows: Sequence[Ids]) -> int:
+        """What rows are padded with: the id that the model's configuration names, by which decoders find a row's end.
+
+        Where it names none, or one without an embedding, a row alone is read to its last token: so it is in a batch if
+        the configuration names an id that no row has.
+        """
+        table = self.model.get_input_embeddings().num_embeddings
+        named = self._named_padding
+        if named is not None and 0 <= named < table:
+            return named
+        used = {token for row in rows for token in row}
+        free = next((token for token in range(table) if token not in used), 0)
+        for config in (self.model.config, self.model.config.get_text_config()):
+            config.pad_token_id = free
+        return free
+
+    @torch.no_grad()
+    def _padding_changes_nothing(self) -> bool:
+        """Whether a short row that is read beside a long one has the score that transformers gives it alone."""
+        short, long = (self._row(text, text, ()) for text in ("a", "a b c d e f g"))
+        alone = self._choose(self.model(input_ids=torch.tensor([short], device=self.model.device)).logits.float())
+        try:
+            beside = self._choose(self._logits([short, long]).float())[:1]
+        except ValueError:      # a model that cannot find the end of a padded row says so
+            return False
+        allowed = ALONE.get(self.model.dtype, ALONE[torch.bfloat16]) * (1.0 + alone.abs())
+        return len(short) < len(long) and bool(((beside - alone).abs() <= allowed).all())
 
 
 def load_classifier(
-    entry: ModelReward | ClassifierReward, device: torch.device
-) -> tuple[ScoreFunction, dict[str, str]]:
-    """The scores of a sequence classifier, and its identity.
+    entry: ModelReward | ClassifierReward, device: torch.device, day: date | None = None
+) -> Classifier:
+    """A sequence classifier that transformers can load. day: what its chat template is told that asks for the date.
 
     Raises:
         ScorerError: it cannot be loaded, is no trained classifier, or does not have the output that is wanted.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     folder = Path(entry.path)
     if is_reward_model(folder / "final"):
@@ -31,10 +162,15 @@ def load_classifier(
         wanted = "write kind: model" if is_reward_model(folder) else "merge it into its base, and give that"
         raise ScorerError(f"reward {entry.path}: is an adapter, and no classifier by itself; {wanted}.")
     local = {"local_files_only": True} if folder.exists() else {}
+    precise = {"dtype": torch.float32} if device.type == "cpu" else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(entry.path, **local)
+        config = AutoConfig.from_pretrained(entry.path, **local)
+        for part in (config, config.get_text_config()):
+            if (getattr(part, "pad_token_id", None) or 0) >= getattr(part, "vocab_size", math.inf):
+                part.pad_token_id = None        # no embedding can be made with it
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            entry.path, use_safetensors=True, output_loading_info=True, **local
+            entry.path, config=config, use_safetensors=True, output_loading_info=True, **precise, **local
         )
     except (OSError, ValueError, KeyError) as error:
         raise ScorerError(f"reward {entry.path}: could not be loaded as a sequence classifier: {error}") from error
@@ -43,38 +179,17 @@ def load_classifier(
             f"reward {entry.path}: its files hold no {', '.join(sorted(report['missing_keys']))}, and random numbers "
             "in their place would make every score noise; is it a trained classifier?"
         )
-    model = model.to(device).eval().requires_grad_(False)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id  # decoder classifiers read the last token before padding
-    choose = _chosen_logit(entry, model)
-    limit = _longest(model)
-    tokenizer.truncation_side = "left"  # of a long prompt and its response, the response is what is scored
-    accepted = inspect.signature(model.forward).parameters  # some tokenizers give token_type_ids to models without
-
-    @torch.no_grad()
-    def score(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        texts = [p + r if entry.input == "prompt_response" else r for p, r in zip(prompts, responses, strict=True)]
-        scores: list[float] = []
-        for start in range(0, len(texts), 32):
-            encoded = tokenizer(
-                texts[start : start + 32], padding=True, truncation=limit is not None, max_length=limit,
-                return_tensors="pt",
-            ).to(device)
-            inputs = {name: tensor for name, tensor in encoded.items() if name in accepted}
-            scores += choose(model(**inputs).logits.float()).tolist()
-        return scores
-
-    return score, {"path": entry.path}
+    return Classifier(entry, model.to(device).eval().requires_grad_(False), tokenizer, day)
 
 
 def _longest(model: torch.nn.Module) -> int | None:
     """How many tokens a classifier reads; None: no limit is known."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config, "max_position_embeddings", None) or 0
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
-    return limit - (padding[0] + 1) if limit and padding else limit  # RoBERTa's positions start behind the padding id
+    if limit < 1:       # XLNet says −1
+        return None
+    return limit - (padding[0] + 1) if padding else limit  # RoBERTa's positions start behind the padding id
 
 
 def _chosen_logit(entry: ModelReward | ClassifierReward, model: torch.nn.Module) -> Callable[[Tensor], Tensor]:

@@ -157,7 +157,8 @@ class RewardReader:
 
     def _read_texts(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> list[float]:
         policy = self.model.policy
-        encoder, rows = Encoder(policy.tokenizer, "none"), zip(prompts, responses, ended, strict=True)
+        encoder = Encoder(policy.tokenizer, end_token=policy.ends.appended, end_ids=policy.end_ids)
+        rows = zip(prompts, responses, ended, strict=True)
         return self.model.measure_rows([spelled(encoder, *row, limit=policy.max_context) for row in rows]).tolist()
 
 

@@ -5,21 +5,20 @@ weights, and so its tokenizer, reads the tokens that were sampled. Whatever they
 finite number per response; anything else names the row and stops the run.
 """
 
-import hashlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kltune.errors import KltuneError, ScorerError
+from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import Samples
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.classifiers import ScoreFunction, load_classifier
+from kltune.lm.rewards.functions import load_function
 from kltune.lm.rewards.judge import Answers, Judge
 from kltune.lm.rewards.reward_model import is_reward_model, open_reward_model
 from kltune.recipe import ClassifierReward, FunctionReward, JudgeReward, ModelReward
@@ -34,7 +33,8 @@ class ScoreSource:
     """One source of scores. identity: what run.json records; shift, scale: standardisation on reference samples.
 
     tokens: scores the same responses as they were sampled, where more is known of them than their text. note: a line
-    for the start of a run. judge: who is asked, where that may take long or fail.
+    for the start of a run. example: a line on what is read of a prompt, likewise. judge: who is asked, where that may
+    take long or fail.
     """
 
     name: str
@@ -46,6 +46,7 @@ class ScoreSource:
     scale: float = 1.0
     tokens: TokenFunction | None = None
     note: str = ""
+    example: Callable[[Prompt], str] | None = None
     judge: Judge | None = None
 
 
@@ -113,6 +114,11 @@ class Scorer:
     def notes(self) -> tuple[str, ...]:
         """What there is to say of the sources at the start of a run."""
         return tuple(source.note for source in self.sources if source.note)
+
+    def examples(self, prompts: Sequence[Prompt]) -> tuple[str, ...]:
+        """What classifiers among the sources read of the first of some prompts, to be said at the start of a run."""
+        examples = [source.example for source in self.sources if source.example is not None]
+        return tuple(example(prompt) for prompt in prompts[:1] for example in examples)
 
     @property
     def judges(self) -> tuple[Judge, ...]:
@@ -223,14 +229,15 @@ def load_scorer(
             name = f"{name}-{number}"
         more: dict[str, Any] = {}
         if entry.kind == "function":
-            function, identity = _load_function(entry, folder)
+            function, identity = load_function(entry, folder)
         elif entry.kind == "judge":
             judge = Judge(entry, name, answers)
             function, identity, more = judge.scores, judge.identity, {"judge": judge, "note": judge.note}
         elif entry.kind == "model" and is_reward_model(Path(entry.path)):
             function, identity, more = _load_reward_model(entry, device, policy)
         else:
-            function, identity = load_classifier(entry, device)
+            function = load_classifier(entry, device, None if policy is None else policy.day)
+            identity, more = {"path": entry.path}, {"tokens": function.read, "example": function.example}
         identity = {"kind": entry.kind, **identity}
         sources.append(ScoreSource(name, function, entry.weight, entry.normalize, identity, **more))
     return Scorer(sources)
@@ -254,24 +261,3 @@ def _load_reward_model(
         )
     reader, digest, note = open_reward_model(Path(entry.path), policy, device)
     return reader, {"path": entry.path, "sha256": digest}, {"tokens": reader.read, "note": note}
-
-
-def _load_function(entry: FunctionReward, folder: Path) -> tuple[ScoreFunction, dict[str, str]]:
-    file, _, attribute = entry.path.rpartition(":")
-    path = folder / file
-    try:
-        code = path.read_bytes()
-    except OSError as error:
-        raise ScorerError(f"reward {entry.path}: {path} cannot be read ({error.strerror}).") from None
-    digest = hashlib.sha256(code).hexdigest()
-    module = ModuleType(f"{path.stem}_{digest[:12]}")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # dataclasses and pickle look a class's module up by name
-    try:
-        exec(compile(code, str(path), "exec"), module.__dict__)  # what was hashed is what runs
-    except Exception as error:
-        raise ScorerError(f"reward {entry.path}: importing {path} raised {type(error).__name__}: {error}") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ScorerError(f"reward {entry.path}: {path} has no function {attribute!r}.")
-    return function, {"path": entry.path, "sha256": digest}

@@ -257,7 +257,7 @@ def test_messages_go_through_the_chat_template(tmp_path):
     system, tool, line_end = 2, 5, ids_of("\n")[0]
     assert first.ids == (BOS, system, *ids_of("s"), END, line_end, USER, *ids_of("hi"), END, line_end, ASSISTANT)
     assert second.ids[-5:] == (tool, *ids_of("c"), END, line_end, ASSISTANT)
-    assert first.text == "s\nhi\n"
+    assert (first.text, first.messages) == ("system: s\n\nuser: hi", tuple(rows[0]["messages"]))     # as it was said
     assert first.ids.count(BOS) == 1
 
 
@@ -275,7 +275,8 @@ def test_every_turn_of_the_assistant_is_scored_to_its_end_token(tmp_path):
     spoken = [token for token, scored in zip(example.ids, example.scored, strict=True) if scored]
     assert spoken == [*ids_of("yes"), END, *ids_of("no"), END]
     whole = CHAT_TOKENIZER.apply_chat_template(rows[0]["messages"], return_dict=False)
-    assert example.ids == tuple(whole)
+    assert example.ids == tuple(whole)[: len(example.ids)]
+    assert example.ids[-1] == END       # what follows the last answer is of no use
 
 
 def test_prompt_and_response_are_user_and_assistant_under_template_chat(tmp_path):
@@ -286,16 +287,31 @@ def test_prompt_and_response_are_user_and_assistant_under_template_chat(tmp_path
     assert (from_plain.ids, from_plain.scored) == (from_messages.ids, from_messages.scored)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_a_fault_of_the_row(tmp_path):
+def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each_answer(tmp_path):
     # As reasoning models do: only the last answer keeps what stands before the dot.
     forgetful = letter_tokenizer(template=(
         "<s>{% for m in messages %}<|{{ m.role }}|>"
         "{{ m.content if loop.last else m.content.split('.')[-1] }}</s>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     ))
-    rows = [conversation("user: a", "assistant: b.c"), conversation("user: a", "assistant: b.c", "user: d")]
-    message = refusal(examples_of, write(tmp_path, rows), tokenizer=forgetful)
-    assert '1 faulty row in 2 read\n  rows.jsonl:2: field "messages[1]": the chat template does not write' in message
+    path = write(tmp_path, [conversation("user: a", "assistant: b.c", "user: d", "assistant: e.f")])
+    (first, second), counts = examples_of(path, forgetful)
+    asked = (BOS, USER, *ids_of("a"), END, ASSISTANT)
+    again = (*asked, *ids_of("c"), END, USER, *ids_of("d"), END, ASSISTANT)
+    assert first == Example((*asked, *ids_of("b.c"), END), (False,) * 5 + (True,) * 4, "rows.jsonl:1")
+    assert second == Example((*again, *ids_of("e.f"), END), (False,) * len(again) + (True,) * 4, "rows.jsonl:1")
+    assert (counts.read, counts.kept, counts.notes) == (1, 1, counts.notes)
+    assert counts.notes[0].startswith("2 examples of them")
+    (last,), _ = examples_of(path, forgetful, turns="last")
+    assert last == second
+
+
+def test_the_last_turn_alone_can_be_learnt_from(tmp_path):
+    path = write(tmp_path, [conversation("user: q", "assistant: yes", "user: r", "assistant: no")])
+    (both,), _ = examples_of(path, CHAT_TOKENIZER)
+    (last,), _ = examples_of(path, CHAT_TOKENIZER, turns="last")
+    assert last.ids == both.ids
+    assert (sum(both.scored), sum(last.scored)) == (4 + 3, 3)
 
 
 def test_messages_that_the_template_refuses_are_a_fault_of_the_row(tmp_path):

@@ -227,7 +227,7 @@ def test_messages_need_a_template(tmp_path):
 
 def test_a_template_that_rewrites_what_came_before_is_refused(tmp_path):
     tokenizer = letter_tokenizer(template=TEMPLATE.replace("<s>", "<s>{{ 'xx' if messages|length == 1 else '' }}"))
-    assert 'field "messages[1]": the chat template does not write' in refusal(
+    assert 'field "messages[1]": before this answer the chat template writes something else than before' in refusal(
         pairs_of, write(tmp_path, [SAME_CONVERSATION["explicit"]]), tokenizer=tokenizer
     )
 

@@ -43,7 +43,12 @@ WRONG_JSON = {
     "malformed": (GOOD + '{"prompt": "a"\n' + GOOD, "rows.jsonl:2: not JSON: "),
     "two on a line": ('{"prompt": "a"}{"prompt": "b"}\n', "rows.jsonl:1: not JSON: Extra data at column 16"),
     "not an object": (GOOD + '"a"\n', "rows.jsonl:2: found the text 'a', wanted an object"),
-    "a list of rows": ('[{"prompt": "a"}]\n', "rows.jsonl:1: found a list, wanted one object a line"),
+    "a list on a line": (GOOD + '[{"prompt": "a"}]\n', "rows.jsonl:2: found a list, wanted one object a line"),
+    "a list and more": ('[{"prompt": "a"}]\n' + GOOD, "rows.jsonl:1: found a list, wanted one object a line"),
+    "a list that ends early": ('[\n {"prompt": "a"},\n {"prom', "rows.jsonl:3: not JSON: "),
+    "a list without a comma": ('[\n {"prompt": "a"}\n {"prompt": "b"}]', "rows.jsonl:2: not JSON: wanted a comma"),
+    "a number in a list": ('[{"prompt": "a"}, 7]', "rows.jsonl:1: found the number 7, wanted an object"),
+    "field twice in a list": ('[\n{"prompt": "a",\n"prompt": "b"}]', 'rows.jsonl:2: field "prompt": found twice'),
     "field twice": ('{"prompt": "a", "prompt": "b"}\n', 'rows.jsonl:1: field "prompt": found twice'),
     "after blank lines": ("\n \n" + GOOD + "\nnull\n", "rows.jsonl:5: found null, wanted an object"),
     "latin-1": (GOOD.encode() + '{"prompt": "é"}\n'.encode("latin-1"), "rows.jsonl:2: not UTF-8: found byte 0xe9 at"),
@@ -68,6 +73,20 @@ def test_a_byte_order_mark_line_ends_and_blank_lines_change_nothing(tmp_path):
 
 def test_a_json_file_is_read_one_object_a_line(tmp_path):
     assert len(texts_of(write(tmp_path, GOOD * 3, "rows.json"))) == 3
+
+
+@pytest.mark.parametrize("indent", [None, 1, 4])
+def test_a_json_list_is_read_row_by_row_however_it_is_written(tmp_path, indent):
+    path = write(tmp_path, json.dumps([{"prompt": "a"}, {"prompt": "b"}], indent=indent), "rows.json")
+    step = 0 if indent is None else 3
+    assert [(row.where, row.fields["prompt"]) for row in read_rows(path)] == [
+        (f"rows.json:{1 + (step > 0)}", "a"), (f"rows.json:{1 + (step > 0) + step}", "b"),
+    ]
+
+
+def test_objects_over_several_lines_are_rows(tmp_path):
+    objects = "\n".join(json.dumps({"prompt": text}, indent=2) for text in "ab")
+    assert texts_of(write(tmp_path, objects)) == {"rows.jsonl:1": "a", "rows.jsonl:4": "b"}
 
 
 def test_a_line_of_ten_megabytes_is_a_row(tmp_path):

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2ForSequenceClassification
 
 from kltune.errors import ModelError, RecipeError
+from kltune.lm.data.examples import load_prompts
 from kltune.lm.model.loading import (
     Fingerprint,
     load_base,
@@ -25,7 +26,7 @@ from kltune.lm.model.loading import (
 )
 from kltune.lm.model.opening import load_reference, load_saved_policy
 from kltune.lm.model.policy import Policy
-from kltune.recipe import LoraSection, ModelSection
+from kltune.recipe import DataSection, LoraSection, ModelSection
 from tests.tiny_policies import (
     EOS,
     VOCABULARY,
@@ -265,10 +266,21 @@ def test_an_sft_adapter_that_kltune_made_on_other_weights_is_refused(open_policy
     open_policy(sft_adapter=str(adapter))
 
 
-def test_an_sft_adapter_with_another_tokenizer_is_refused(open_policy, adapter):
+def read_row(policy, folder, text):
+    """The ids that a policy makes of a prompt in a file."""
+    (folder / "p.jsonl").write_text(json.dumps({"prompt": text}) + "\n")
+    (prompt,), _ = load_prompts(str(folder / "p.jsonl"), policy.tokenizer, policy.row_rules(DataSection(), 20))
+    return prompt.ids
+
+
+def test_an_sft_adapter_with_another_tokenizer_is_refused_at_the_first_row_that_it_reads_otherwise(
+    open_policy, adapter, tmp_path
+):
     word_tokenizer(words=30).save_pretrained(adapter)
-    with pytest.raises(ModelError, match=r"^model\.sft_adapter: .*\n  vocabulary: found 33 tokens, wanted 40"):
-        open_policy(sft_adapter=str(adapter))
+    policy = open_policy(sft_adapter=str(adapter))
+    assert read_row(policy, tmp_path, "w5 w6") == (5, 6)
+    with pytest.raises(ModelError, match=r"^model\.sft_adapter .*\n  vocabulary: found 33 tokens, wanted 40"):
+        read_row(policy, tmp_path, "w5 w39")
 
 
 # --- models --------------------------------------------------------------------------------------------------------
@@ -420,11 +432,14 @@ def test_a_saved_policy_with_another_tokenizer_or_vocabulary_is_refused(tiny_mod
     with pytest.raises(ModelError, match=r"logits for 50 tokens, the reference .* for 40"):
         load_saved_policy(tmp_path / "wider", section, device=CPU, is_adapter=False)
     word_tokenizer(words=30).save_pretrained(adapter)
-    with pytest.raises(ModelError, match=r"checkpoint: the tokenizer in .* is not that of the reference"):
-        load_saved_policy(adapter, section, device=CPU, is_adapter=True)
-    word_tokenizer(words=30).save_pretrained(tmp_path / "wider")
-    with pytest.raises(ModelError, match=r"checkpoint: the tokenizer in .* is not that of the reference"):
-        load_saved_policy(tmp_path / "wider", section, device=CPU, is_adapter=False)
+    policy = load_saved_policy(adapter, section, device=CPU, is_adapter=True)
+    with pytest.raises(ModelError, match=r"checkpoint .*: its tokenizer is not that of the reference"):
+        read_row(policy, tmp_path, "w39")
+    save_tiny_model(tmp_path / "same", seed=3)
+    word_tokenizer(words=30).save_pretrained(tmp_path / "same")
+    policy = load_saved_policy(tmp_path / "same", section, device=CPU, is_adapter=False)
+    with pytest.raises(ModelError, match=r"checkpoint .*: its tokenizer is not that of the reference"):
+        read_row(policy, tmp_path, "w39")
 
 
 # --- fingerprints --------------------------------------------------------------------------------------------------

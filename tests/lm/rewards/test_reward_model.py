@@ -257,7 +257,7 @@ def test_another_base_or_tokenizer_gets_weights_of_its_own_and_a_note(open_polic
     reader, _, note = open_reward_model(saved_reward, policy, CPU)
     assert not reader.shared
     assert {"model": "weights: found", "tokenizer": "tokenizer: found", "template": "chat template"}[other] in note
-    own = Encoder(reader.model.policy.tokenizer, "none")
+    own = Encoder(reader.model.policy.tokenizer, end_token=EOS)
     row = spelled(own, "w3 w4 ", "w5", True, None)
     assert row == (3, 4, 5, EOS)
     samples = drawn(policy)

@@ -1,7 +1,9 @@
 """Scores are one finite number per response from a known source, and everything else names the row and stops."""
 
 import hashlib
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +18,12 @@ from transformers import (
     LlamaConfig,
     PreTrainedConfig,
     RobertaConfig,
+    XLNetConfig,
 )
 
 from kltune.errors import DataError, ScorerError
+from kltune.lm.data.examples import Prompt
+from kltune.lm.model.batches import Samples
 from kltune.lm.rewards.scorers import Scorer, ScoreSource, load_scorer, run_source
 from kltune.recipe import ClassifierReward, FunctionReward, ModelReward
 from tests.tiny_policies import EOS, VOCABULARY, save_tiny_model, word_tokenizer
@@ -50,6 +55,38 @@ def write_function(folder: Path, code: str, file: str = "rewards.py") -> bytes:
 
 def load_function(folder: Path, path: str = "rewards.py:score", **keys) -> Scorer:
     return load_scorer([FunctionReward(kind="function", path=path, **keys)], folder, CPU)
+
+
+def test_files_beside_a_function_are_imported_as_they_were_hashed(tmp_path):
+    write_function(tmp_path, "def score(p, r):\n    from words import count\n    return [count(t) for t in r]\n")
+    write_function(tmp_path, "import letters\n\ndef count(text):\n    return letters.of(text)\n", "words.py")
+    write_function(tmp_path, "def of(text):\n    return float(text.count('e'))\n", "letters.py")
+    first = load_function(tmp_path)
+    assert first(PROMPTS, RESPONSES).tolist() == [1.0, 2.0, 3.0]
+    identity = first.sources[0].identity
+    assert identity["imports"] == "letters.py, words.py"
+    write_function(tmp_path, "def of(text):\n    return float(text.count('l'))\n", "letters.py")
+    second = load_function(tmp_path)
+    assert second(PROMPTS, RESPONSES).tolist() == [0.0, 0.0, 1.0]
+    assert second.sources[0].identity["sha256"] != identity["sha256"]
+
+
+def test_files_of_one_name_beside_two_functions_are_two(tmp_path):
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_function(folder, "from words import WEIGHT\ndef score(p, r):\n    return [WEIGHT for _ in r]\n")
+        write_function(folder, f"WEIGHT = {number}.0\n", "words.py")
+        assert load_function(folder)(PROMPTS, RESPONSES).tolist() == [number] * 3
+
+
+def test_what_cannot_be_imported_comes_with_the_way_on(tmp_path):
+    (tmp_path / "package").mkdir()
+    write_function(tmp_path, "from package import count\n")
+    (tmp_path / "package" / "__init__.py").write_text("")
+    with pytest.raises(ScorerError, match=r"ImportError|ModuleNotFoundError") as caught:
+        load_function(tmp_path)
+    assert f"files that lie beside it in {tmp_path}, by their own names" in str(caught.value)
 
 
 def test_a_function_beside_the_recipe_gets_prompts_and_responses_as_lists_of_text(tmp_path):
@@ -259,6 +296,9 @@ def classifier_config(architecture: str, labels: list[str], longest: int = 32) -
         return RobertaConfig(**SIZES, max_position_embeddings=longest, pad_token_id=EOS, **named)
     if architecture == "llama":
         return LlamaConfig(**SIZES, max_position_embeddings=longest, bos_token_id=0, eos_token_id=EOS, **named)
+    if architecture == "xlnet":  # it reads the last token, which padding on the right would be
+        sizes = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
+        return XLNetConfig(vocab_size=VOCABULARY, **sizes, pad_token_id=EOS, **named)
     return GPT2Config(
         vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=longest, initializer_range=0.3,
         bos_token_id=0, eos_token_id=EOS, **named,
@@ -374,6 +414,73 @@ def test_a_text_longer_than_the_classifier_reads_is_scored_and_nothing_crashes(t
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(ScorerError, match="could not be loaded as a sequence classifier"):
         load_classifier(tmp_path, label="good")
+
+
+@pytest.mark.parametrize("named", [None, -1, VOCABULARY + 9, EOS, 3], ids=["none", "-1", "beyond", "eos", "a word"])
+@pytest.mark.parametrize("architecture", ["bert", "llama", "gpt2", "xlnet"])
+def test_whatever_padding_config_and_tokenizer_name_a_text_scores_as_it_does_alone(tmp_path, architecture, named):
+    if architecture in ("bert", "xlnet") and named not in (EOS, 3):
+        pytest.skip("its embedding wants a padding id that it has")
+    folder = save_classifier(tmp_path / "given", architecture, padding_side="left", pad_token="w7")
+    config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": named}
+    (folder / "config.json").write_text(json.dumps(config))
+    texts = [*TEXTS, "w3 w7 w7", "w4 </s>"]        # the tokenizer's padding token and the end token as text's last ones
+    plain = shutil.copytree(folder, tmp_path / "plain")     # transformers opens nothing whose id has no embedding
+    if named == VOCABULARY + 9:
+        (plain / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    by_hand = [plain_logits(plain, text) for text in texts]
+    odds = [(row[1] - row[[0, 2]].logsumexp(0)).item() for row in by_hand]
+    scorer = load_classifier(folder, label="good")
+    assert scorer([""] * len(texts), texts).tolist() == pytest.approx(odds, abs=1e-4)
+
+
+RM_TEMPLATE = (
+    "{% for m in messages %}<s> {{ 'w8' if m.role == 'user' else 'w9' }} {{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> w9 {% endif %}"
+)
+MESSAGES = ({"role": "user", "content": "w20 w21"},)
+
+
+def sampled(prompts, responses, messages) -> Samples:
+    """Samples as a scorer sees them, whose tokens are nobody's business."""
+    count = len(prompts)
+    none = torch.zeros(count, 1)
+    return Samples(
+        none.long(), none.bool(), none.bool(), torch.arange(count), torch.zeros(count, dtype=torch.bool), none,
+        tuple(prompts), tuple(responses), messages=tuple(messages),
+    )
+
+
+def with_template(folder: Path, template: str = RM_TEMPLATE) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("keys", "messages", "read"), [
+    ({}, MESSAGES, "<s> w8 w20 w21 </s> <s> w9 w5 </s>"),
+    ({}, (), "w20 w21w5"),
+    ({"template": "chat"}, (), "<s> w8 w20 w21 </s> <s> w9 w5 </s>"),
+    ({"template": "none"}, MESSAGES, "w20 w21 w5"),
+    ({"input": "response"}, MESSAGES, "w5"),
+])
+def test_a_reward_model_reads_a_conversation_in_its_own_template(tmp_path, keys, messages, read):
+    folder = with_template(save_classifier(tmp_path, "llama", labels=["reward"]))
+    scorer = load_model(folder, **keys)
+    found = scorer(["w20 w21"], ["w5"], [sampled(["w20 w21"], ["w5"], [messages])])
+    assert found.tolist() == pytest.approx(plain_logits(folder, read).tolist(), abs=1e-5)
+    (example,) = scorer.examples([Prompt((3,), "w20 w21", "", messages)])
+    assert ("its own chat template" in example) == read.startswith("<s>")
+    assert "RESPONSE" in example or "<unk>" in example      # a word that this tokenizer does not know
+
+
+def test_a_reward_model_without_a_template_reads_messages_as_text_and_none_is_made_up(tmp_path):
+    folder = save_classifier(tmp_path, "llama", labels=["reward"])
+    found = load_model(folder)(["w20 w21"], ["w5"], [sampled(["w20 w21"], ["w5"], [MESSAGES])])
+    assert found.tolist() == pytest.approx(plain_logits(folder, "w20 w21 w5").tolist(), abs=1e-5)
+    with pytest.raises(ScorerError, match="template: chat, but its tokenizer has no chat template"):
+        load_model(folder, template="chat")
 
 
 def test_a_classifier_trains_nothing_and_draws_nothing(tmp_path):

@@ -1,0 +1,122 @@
+"""A user's reward function: a Python file beside the recipe and the files beside it that it imports, hashed as run."""
+
+import ast
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+from kltune.errors import ScorerError
+from kltune.recipe import FunctionReward
+
+
+def load_function(entry: FunctionReward, folder: Path) -> tuple[Callable, dict[str, str]]:
+    """The function that an entry names, and its identity.
+
+    Raises:
+        ScorerError: the file cannot be read or raised, or has no such function.
+    """
+    file, _, attribute = entry.path.rpartition(":")
+    path = folder / file
+    sources = read_sources(entry, folder)
+    digest = sources_sha256(sources)
+    neighbours = {name: code for name, code in sources.items() if name != path}
+    NEIGHBOURS.know(neighbours)
+    module = ModuleType(f"{path.stem}_{digest[:12]}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses and pickle look a class's module up by name
+    try:
+        exec(compile(sources[path], str(path), "exec"), module.__dict__)  # what was hashed is what runs
+    except Exception as error:
+        raise ScorerError(
+            f"reward {entry.path}: importing {path} raised {type(error).__name__}: {error}{_hint(error, folder)}"
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ScorerError(f"reward {entry.path}: {path} has no function {attribute!r}.")
+    identity = {"path": entry.path, "sha256": digest}
+    return function, identity | ({"imports": ", ".join(sorted(p.name for p in neighbours))} if neighbours else {})
+
+
+def read_sources(entry: FunctionReward, folder: Path) -> dict[Path, bytes]:
+    """The file of a function, and those of its folder that it imports, directly or through one another.
+
+    Raises:
+        ScorerError: a file cannot be read.
+    """
+    found: dict[Path, bytes] = {}
+    left = [folder / entry.path.rpartition(":")[0]]
+    while left:
+        path = left.pop()
+        try:
+            found[path] = path.read_bytes()
+        except OSError as error:
+            raise ScorerError(f"reward {entry.path}: {path} cannot be read ({error.strerror}).") from None
+        beside = (folder / f"{name}.py" for name in _imported(found[path]) if name not in sys.stdlib_module_names)
+        left += [neighbour for neighbour in beside if neighbour.is_file() and neighbour not in found]
+    return found
+
+
+def sources_sha256(sources: Mapping[Path, bytes]) -> str:
+    """Hex digest of the files of a function: of a single one that of its bytes."""
+    parts = [code for _, code in sorted(sources.items())]
+    if len(parts) > 1:
+        parts = [hashlib.sha256(code).digest() for code in parts]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _imported(code: bytes) -> set[str]:
+    """The modules that a file imports anywhere in it, by their first name; none of a file that is no Python."""
+    try:
+        tree = ast.parse(code)
+    except (SyntaxError, ValueError):       # said when it is run
+        return set()
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.partition(".")[0] for name in names}
+
+
+def _hint(error: Exception, folder: Path) -> str:
+    """The way on where a module was not found."""
+    if not isinstance(error, ImportError):
+        return ""
+    return (
+        f". A reward function may import what is installed, and files that lie beside it in {folder}, by their own "
+        "names (import helpers, from helpers import x); packages and relative imports it may not."
+    )
+
+
+class _Neighbours(MetaPathFinder, Loader):
+    """Imports the files beside reward functions, as they were hashed, and no others; also while a function runs."""
+
+    def __init__(self):
+        self._sources: dict[str, tuple[Path, bytes]] = {}
+
+    def know(self, sources: Mapping[Path, bytes]) -> None:
+        """From now on import these files by their names."""
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+        named = {path.stem: (path, code) for path, code in sources.items()}
+        if any(self._sources.get(name) != source for name, source in named.items()):
+            for name in named:      # of another folder, or an earlier state of this one; each may hold the others
+                sys.modules.pop(name, None)
+        self._sources |= named
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """See ``MetaPathFinder``."""
+        if name not in self._sources:
+            return None
+        return importlib.util.spec_from_loader(name, self, origin=str(self._sources[name][0]))
+
+    def exec_module(self, module: ModuleType) -> None:
+        """See ``Loader``."""
+        path, code = self._sources[module.__name__]
+        module.__file__ = str(path)
+        exec(compile(code, str(path), "exec"), module.__dict__)
+
+
+NEIGHBOURS = _Neighbours()

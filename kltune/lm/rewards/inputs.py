@@ -1,0 +1,83 @@
+"""What a run reads besides its model: the rows of each data file and each scorer's own files, as sha256."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from kltune.errors import DataError, ScorerError
+from kltune.lm.data.rows import read_rows
+from kltune.lm.rewards.functions import read_sources, sources_sha256
+from kltune.recipe import ClassifierReward, FunctionReward, ModelReward, Recipe
+
+ROWS = {"data": ("prompts", "texts", "pairs"), "eval": ("prompts", "texts", "pairs")}
+MODEL_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}       # of what a scorer is loaded from
+Inputs = Mapping[str, Mapping[str, str]]
+
+
+def inputs_of(recipe: Recipe, *, present: bool = False) -> dict[str, dict[str, str]]:
+    """By recipe key, the path of what is read and the sha256 of its rows or files; of a model on the hub nothing.
+
+    present: only of files and folders that are here.
+
+    Raises:
+        DataError: rows cannot be read. ScorerError: a function's file cannot be.
+    """
+    found = {
+        f"{section}.{name}": source for section, names in ROWS.items() for name in names
+        if (source := getattr(getattr(recipe, section), name)) is not None
+    }
+    inputs = {
+        key: {"path": source, "sha256": rows_sha256(source)} for key, source in found.items()
+        if not present or Path(source).exists()
+    }
+    entries = {f"reward.{place}": entry for place, entry in enumerate(getattr(recipe, "reward", ()))}
+    for key, entry in (entries | {"eval.gold": recipe.eval.gold}).items():
+        if isinstance(entry, FunctionReward):
+            if not present or (recipe.folder / entry.path.rpartition(":")[0]).exists():
+                inputs[key] = {"path": entry.path, "sha256": sources_sha256(read_sources(entry, recipe.folder))}
+        elif isinstance(entry, ModelReward | ClassifierReward) and Path(entry.path).is_dir():
+            inputs[key] = {"path": entry.path, "sha256": folder_sha256(Path(entry.path))}
+    return inputs
+
+
+def refuse_changed(before: Inputs, now: Inputs, where: Path) -> None:
+    """Refuse inputs that are not those a run was started with; one that is known on one side only says nothing.
+
+    Raises:
+        DataError: the rows of a file. ScorerError: a scorer's files.
+    """
+    for key in before.keys() & now.keys():
+        if before[key]["sha256"] != now[key]["sha256"]:
+            rows = key.partition(".")[2] in ROWS["data"]
+            kind, what = (DataError, "its rows are") if rows else (ScorerError, "it is")
+            raise kind(
+                f"{key}: {now[key]['path']} has changed: {what} not what the run in {where} was started with (sha256 "
+                f"{before[key]['sha256'][:12]}, now {now[key]['sha256'][:12]}); put the file back, or start a new run "
+                "with another --output."
+            )
+
+
+def rows_sha256(source: str) -> str:
+    """Hex digest of the rows of a source, in order, whatever kind of file they are in; DataError if it is none."""
+    stamp = Path(source).stat() if Path(source).is_file() else None
+    return _rows_sha256(source, stamp and (stamp.st_mtime_ns, stamp.st_size))
+
+
+@cache
+def _rows_sha256(source: str, stamp: tuple[int, int] | None) -> str:
+    """The same, once for a file at a time: the points of a sweep share theirs."""
+    digest = hashlib.sha256()
+    for row in read_rows(source):
+        digest.update(json.dumps([row.fields, row.fault], sort_keys=True, default=str).encode("ascii") + b"\n")
+    return digest.hexdigest()
+
+
+def folder_sha256(folder: Path) -> str:
+    """Hex digest of what a model in a folder is loaded from, names included."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES and path.is_file()):
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
