@@ -1,5 +1,6 @@
 """What an update of the policy went through, from gradient to step, by the metrics of a run's second half."""
 
+import math
 from typing import Any
 
 from kltune.report.outcome import Files
@@ -23,7 +24,7 @@ def updates_of(files: Files) -> list[tuple[str, str, str]]:
             "of what it might move the policy, KL(old‖new)",
         ),
         (
-            "gradient", _percent(_mean(rows, "ppo/policy_grad_norm", optim.get("max_grad_norm")), 1.0),
+            "gradient", _percent(_mean(rows, "ppo/policy_grad_norm", optim.get("max_grad_norm", math.inf)), 1.0),
             "of its length: what optim.max_grad_norm leaves",
         ),
         (

@@ -24,7 +24,8 @@ from kltune.lm.model.policy import Policy
 from kltune.recipe import LoraSection, ModelSection
 
 PROMPTS, TOKENS = 8, 64  # of each as many: over a large vocabulary, all of long prompts would take longer than a step
-# Largest |change of a log-prob| when nothing was updated yet: rounding that depends on the batch's shape.
+# Of a log-prob when nothing was updated yet: rounding that depends on the batch's shape. In float32 the largest change,
+# in narrower dtypes the mean: of 1,500 tokens of a chat model in bfloat16 one was 0.22 nats off and their mean 0.01.
 FIRST_RATIO_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
@@ -154,10 +155,12 @@ def check_frozen(policy: Policy) -> None:
 
 def check_first_ratio(logprobs: Tensor, old: Rollout, policy: Policy) -> None:
     """Raise ModelError unless, before the first update of a step, the policy is the one that sampled: ratios are 1."""
-    gap = (logprobs.detach() - old.logprobs).abs().max().item()
-    allowed = FIRST_RATIO_GAP[policy.dtype]
-    if gap > allowed:
+    gaps = (logprobs.detach() - old.logprobs).abs()[old.response_mask]
+    narrow = policy.dtype != torch.float32
+    gap, allowed = (gaps.mean() if narrow else gaps.max()).item(), FIRST_RATIO_GAP[policy.dtype]
+    if not gap <= allowed:
         raise ModelError(
-            f"Before any update, a log-probability differs by {gap:.3g} nats from the rollout's (allowed: {allowed}): "
+            f"Before any update, {'the average' if narrow else 'a'} log-probability differs by {gap:.3g} nats from the "
+            f"rollout's (allowed: {allowed}): "
             "the model's output depends on the batch it is in. kltune cannot train it."
         )
