@@ -46,6 +46,10 @@ def none(prompts, responses):
     """An a is bad."""
     return [-float(response.count("a")) for response in responses]
 
+def flat(prompts, responses):
+    """All alike."""
+    return [1.0 for _ in responses]
+
 def shifted(prompts, responses):
     """The same, and 50."""
     return [row + 50.0 for row in score(prompts, responses)]

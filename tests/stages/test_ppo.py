@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -310,3 +311,30 @@ def test_a_constant_on_all_scores_and_their_unit_change_nothing(ppo_recipe, tmp_
         for mine, plain in zip(rows[name], rows["score"], strict=True):
             assert mine["kl/beta"] == pytest.approx(price * plain["kl/beta"], rel=1e-2)
             assert mine["kl/ref_nats_per_response"] == pytest.approx(plain["kl/ref_nats_per_response"], rel=2e-2)
+
+
+def test_a_run_until_its_target_goes_on_and_resumes_where_it_was(ppo_recipe):
+    settings = ("run.until=target", "run.steps=4", "kl.target=0.3", "optim.lr=0.02", "run.save_every=5")
+    recipe = ppo_recipe(*settings)
+    result = run_ppo(recipe, resume=False)
+    assert 9 <= result["steps"] <= 20
+    whole = adapter(Path(result["final"]))
+
+    again = ppo_recipe(*settings, output=f"{recipe.run.output}-again")
+    run_ppo(again, resume=False)
+    folder = Path(again.run.output)
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "final")
+    for checkpoint in sorted((folder / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(checkpoint)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    resumed = run_ppo(again, resume=True)
+    assert resumed["steps"] == result["steps"]
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in adapter(Path(resumed["final"])).items())
+
+
+def test_a_reward_that_pulls_nowhere_ends_a_run_until_its_target_and_is_named(ppo_recipe, capsys):
+    result = run_ppo(ppo_recipe("run.until=target", "run.steps=9", "reward.0.path=rewards.py:flat"), resume=False)
+    assert (result["steps"], result["target_unused"], result["unused_because"]) == (9, True, "reward")
+    assert "because the reward pulls no further" in capsys.readouterr().err
