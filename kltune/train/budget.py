@@ -20,8 +20,7 @@ from kltune.core.kl.intervals import KLSummary
 from kltune.lm.model.batches import Rollout
 from kltune.recipe import KLSection
 
-ROLLBACK_RAISE = 1.25   # of the price, when the policy was found beyond the cap
-REFUSAL_RAISE = 1.1     # of the price, when a line search met the cap: at no loss, and again at the next step
+RAISE = 1.1             # of the price, when the policy was found beyond the cap, or a line search met it
 BELOW_CAP = 0.9         # of the cap: where a price that was fixed is steered once the cap was met
 PLAN = 0.5              # of the steps: by then the KL should have arrived at its target
 BAND = 0.15             # of the target: within it the KL counts as held
@@ -75,8 +74,9 @@ class Budget:
         if section.control == "fixed":
             least = max(beta, section.beta_min)
             # Nothing to look ahead for: where it begins is the cap, and what the KL did before was at another price.
-            below_cap = gains | {"look_ahead": 0.0, "beta_min": least, "beta_max": max(least, section.beta_max)}
-            return cls(section, FixedBeta(beta), LogPI(beta, **below_cap, arrived=1))
+            gains |= {"ki": 2.0 * section.ki, "look_ahead": 0.0}
+            bounds = {"beta_min": least, "beta_max": max(least, section.beta_max)}
+            return cls(section, FixedBeta(beta), LogPI(beta, **gains, **bounds, arrived=1))
         if section.controller == "ziegler":
             return cls(section, Ziegler(beta, horizon=section.horizon, **bounds))
         if section.controller == "dual":
@@ -137,17 +137,17 @@ class Budget:
         return replace(self, last_within=LastWithinCap(step, asdict(kl), tensors))
 
     def rolled_back(self, rollout: Rollout, pull: float) -> Self:
-        """After a batch beyond the cap: a nat costs a quarter more.
+        """After a batch beyond the cap: a nat costs a tenth more.
 
         It costs no less than what would hold an ideal policy at the cap: a price near 0 would take many raises. A price
         that was fixed is steered from then on.
         """
         least = feed_forward(pull, self.cap * self._tokens(rollout))
-        return replace(self, controller=self._raised(ROLLBACK_RAISE, least), rollbacks=self.rollbacks + 1)
+        return replace(self, controller=self._raised(RAISE, least), rollbacks=self.rollbacks + 1)
 
     def refused(self) -> Self:
         """After a step that a line search cut or left out because of the cap: a nat costs a tenth more."""
-        return replace(self, controller=self._raised(REFUSAL_RAISE, 0.0), refusals=self.refusals + 1)
+        return replace(self, controller=self._raised(RAISE, 0.0), refusals=self.refusals + 1)
 
     def is_unused(self, kl: KLSummary) -> bool:
         """Whether a measured KL lies below the target with its whole interval."""

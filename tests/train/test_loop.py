@@ -62,8 +62,8 @@ def test_on_the_way_to_a_target_a_step_is_as_long_as_it_may_be_however_late_it_i
     known.budget = replace(known.budget, size=StepSize(math.log(0.1 / 1e-3**2)))    # a step at 1e-3: 0.1 nats
     batch = SimpleNamespace(rollout=ROLLOUT, kl=measured(0.4, 0.5, 0.6))
     late, room = step_size(job("steps", lr=1e-3), known, 12, batch)
-    assert room == pytest.approx(0.2)      # a tenth of the target
-    assert late == 1e-3
+    assert room == pytest.approx(0.06 * 2.0)
+    assert late == pytest.approx(1e-3 * math.sqrt(0.7 * 0.12 / 0.1))
     there = SimpleNamespace(rollout=ROLLOUT, kl=measured(1.9, 2.0, 2.1))
     held, room = step_size(job("steps", lr=1e-3), known, 7, there)
     assert room == pytest.approx(0.005 * 2.0 * 0.5)
