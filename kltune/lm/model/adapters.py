@@ -21,18 +21,18 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kltune.errors import ModelError
+from kltune.lm.model.files import reading
 
 POLICY = "default"  # PEFT saves an adapter of this name at the root of the folder, where every loader looks
 VALUE = "value"
 # These rewrite the base weights when the adapter is made, so "adapter off" is no longer the model that was loaded.
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # These put virtual tokens in front of a prompt; there is no layer to switch off.
 PROMPT_LEARNING = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
 SwitchState = list[tuple[bool, list[str]]]  # by layer: whether adapters are off, and which is on otherwise
@@ -158,7 +158,8 @@ def load_compatible(folder: Path, model: nn.Module) -> dict[str, Tensor]:
 
 def config_to_fill(folder: Path) -> PeftConfig:
     """The configuration of a saved adapter whose tensors are about to be loaded: it starts as one that does nothing."""
-    config = PeftConfig.from_pretrained(folder)
+    with reading(folder, "adapter"):
+        config = PeftConfig.from_pretrained(folder)
     config.inference_mode = False
     for name in ("init_lora_weights", "init_ia3_weights"):
         if hasattr(config, name):
@@ -173,10 +174,8 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
         pickled = (folder / "adapter_model.bin").exists()
         advice = " adapter_model.bin is a pickle, which kltune never opens." if pickled else ""
         raise ModelError(f"{path}: no such file.{advice}")
-    try:
+    with reading(path, "adapter"):
         return load_file(path)
-    except SafetensorError as error:
-        raise ModelError(f"{path}: damaged ({error}).") from None
 
 
 def wrap(model: nn.Module, config: PeftConfig, what: str) -> PeftModel:
@@ -186,10 +185,8 @@ def wrap(model: nn.Module, config: PeftConfig, what: str) -> PeftModel:
         ModelError: no layer has one of the names, which come from ``what``, or one is of a kind that cannot serve.
     """
     config.base_model_name_or_path = None  # PEFT would warn of another path; hashes tell bases apart
-    try:
+    with reading(what, "adapter", failed=f"does not fit {model.name_or_path}"):
         return get_peft_model(model, config, adapter_name=POLICY)
-    except ValueError as error:
-        raise ModelError(f"{what} does not fit {model.name_or_path}: {error}") from error
 
 
 def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path, name: str = POLICY) -> None:
@@ -197,19 +194,14 @@ def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path, name: str =
     for key, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise ModelError(f"{folder}: {key} holds NaN or infinity.")
-    misfit = f"{folder}: the adapter does not fit {model.name_or_path}"
-    try:
+    with reading(folder, "adapter", failed=f"does not fit {model.name_or_path}"):
         outcome = set_peft_model_state_dict(model, weights, adapter_name=name)
-    except KeyError as error:
-        raise ModelError(f"{misfit}: its file has no tensor {error}.") from error
-    except RuntimeError as error:  # load_state_dict lists each wrong shape on a line of its own
-        raise ModelError(f"{misfit}: {str(error).splitlines()[-1].strip()}") from error
     prefix = f".{PEFT_TYPE_TO_PREFIX_MAPPING[model.peft_config[name].peft_type]}"
     missing = [key for key in outcome.missing_keys if name in key.partition(prefix)[2].split(".")]
     if missing or outcome.unexpected_keys:
         raise ModelError(
-            f"{misfit}: {len(missing)} of its layers have no tensor in the file, {len(outcome.unexpected_keys)} "
-            "tensors in the file have no layer; was it made for another model?"
+            f"{folder}: the adapter does not fit {model.name_or_path}: {len(missing)} of its layers have no tensor in "
+            f"its file, {len(outcome.unexpected_keys)} tensors there have no layer; was it made for another model?"
         )
 
 
@@ -226,7 +218,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float]:
     weights = load_compatible(folder, model)
     dtype = next(model.parameters()).dtype
     before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-    adapted = wrap(model.float(), PeftConfig.from_pretrained(folder), str(folder))
+    adapted = wrap(model.float(), config_to_fill(folder), str(folder))
     fill(adapted, weights, folder)
     merged = adapted.merge_and_unload()
     asked = arrived = 0.0

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kltune.errors import ModelError, RecipeError
+from kltune.lm.model.files import check_all_read, reading, refuse_other_heads, refuse_quantised
 from kltune.recipe import ModelSection
 
+NO_CAUSAL = "could not be loaded as a causal language model"
 COMPARED = {
     "sha256": "weights", "tokenizer_sha256": "tokenizer", "template_sha256": "chat template", "dtype": "dtype",
 }
@@ -141,18 +142,16 @@ def end_token_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False):
-    """The tokenizer of a model folder or hub name, with a padding token.
+def load_tokenizer(path: str, trust_remote_code: bool = False, where: str = "model.path"):
+    """The tokenizer of a model folder or hub name, with a padding token; ``where`` names the key it came from.
 
     Raises:
         ModelError: there is none that transformers can read, or it has neither a padding nor an end token.
     """
-    try:
+    with reading(path, where, failed="no tokenizer could be loaded from it"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **_locality(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.path: no tokenizer could be loaded from {path}: {_first_line(error)}") from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise ModelError(f"model.path: the tokenizer of {path} names no end token; set eos_token in its config.")
+        raise ModelError(f"{where}: the tokenizer of {path} names no end token; set eos_token in its config.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # harmless: masks come from lengths, never from ids
     return tokenizer
@@ -170,8 +169,11 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
         _refuse_adapter(Path(path), where)
     elif Path(path).is_absolute():  # recipes make the paths they know absolute; hub names never are
         raise ModelError(f"{where}: {path} is no folder here; give the folder of a model, or a name on the hub.")
-    try:
+    with reading(path, where, failed=NO_CAUSAL):
         config = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code, **_locality(path))
+    refuse_quantised(config, path, where)
+    refuse_other_heads(config, path, where)
+    with reading(path, where, failed=NO_CAUSAL):
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -182,18 +184,9 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
             ignore_mismatched_sizes=True,  # reported, and refused below
             **_locality(path),
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(
-            f"{where}: found {path}, which could not be loaded as a causal language model: {_first_line(error)}"
-        ) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(f"{where}: {path} is an adapter, not a model; give its base as model.path.")
-    made_up = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
-    if made_up:
-        raise ModelError(
-            f"{where}: the files of {path} lack {', '.join(made_up[:3])}{', …' if len(made_up) > 3 else ''} or hold it "
-            "in another shape than config.json says; transformers would put random numbers there."
-        )
+    check_all_read(model, report, path, where)
     return model.to(device)
 
 
@@ -247,7 +240,8 @@ def check_made_for(folder: Path, model: nn.Module, path: str) -> None:
     record = folder / "kltune.json"
     if not record.exists():
         return
-    made = json.loads(record.read_text(encoding="utf-8"))["reference"]
+    with reading(folder, "model.sft_adapter"):
+        made = json.loads(record.read_text(encoding="utf-8"))["reference"]
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     digest = weights_sha256(dict(model.state_dict()))
     if made["sft_adapter"] is None and made["dtype"] == dtype and made["sha256"] != digest:
@@ -259,7 +253,8 @@ def check_made_for(folder: Path, model: nn.Module, path: str) -> None:
 
 def _refuse_adapter(path: Path, where: str) -> None:
     if (path / "adapter_config.json").exists():
-        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        with reading(path, where):
+            base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         raise ModelError(
             f"{where}: {path} is a LoRA adapter, and which model is the reference is not said. For KL against base "
             f"+ this adapter write  model: {{path: {base}, sft_adapter: {path}}};  for KL against the bare base write  "
@@ -281,7 +276,3 @@ def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
 def _locality(path: str) -> dict[str, bool]:
     """A local folder never touches the network."""
     return {"local_files_only": True} if Path(path).exists() else {}
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

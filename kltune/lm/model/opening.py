@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
 from torch import Tensor
 
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
 from kltune.lm.model.adapters import (
+    config_to_fill,
     fill,
     load_weights,
     merge_adapter,
@@ -53,7 +53,7 @@ def load_reference(
             )
         section = section.model_copy(update={"dtype": "float32"})
     model = load_base(section, device, where)
-    tokenizer = load_tokenizer(section.path, section.trust_remote_code)
+    tokenizer = load_tokenizer(section.path, section.trust_remote_code, where)
     survived = 1.0
     if section.sft_adapter is not None:
         adapter = Path(section.sft_adapter)
@@ -84,7 +84,7 @@ def load_saved_policy(folder: Path, section: ModelSection, *, device: torch.devi
         if rewritten_base(config) or not trained_base(config, weights, policy.model):
             return _with_adapter(policy, folder)
         trained = load_base(second, device, "checkpoint")
-        fill(wrap(trained, PeftConfig.from_pretrained(folder), str(folder)), weights, folder)  # in place
+        fill(wrap(trained, config_to_fill(folder), str(folder)), weights, folder)  # in place
     else:
         trained = load_base(second.model_copy(update={"path": str(folder)}), device, "checkpoint")
     saved = Policy(trained, policy.tokenizer, policy.fingerprint, frozen=policy.model)

@@ -20,6 +20,7 @@ from kltune.core.kl.fused_head import read_logprobs, read_logprobs_and_kl
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.model.adapters import POLICY, VALUE, AdapterSwitch, config_to_fill, fill, load_compatible, wrap
 from kltune.lm.model.batches import Rollout
+from kltune.lm.model.files import reading
 from kltune.lm.model.loading import Fingerprint, end_token_ids, weights_sha256
 from kltune.lm.model.network import Network, ScalarHead
 from kltune.recipe import LoraSection
@@ -72,7 +73,10 @@ class Policy:
         if not self.full:
             self.load_adapter(folder)
             return
-        saved = type(self.model).from_pretrained(folder, dtype=self.dtype, use_safetensors=True, local_files_only=True)
+        with reading(folder, "checkpoint"):
+            saved = type(self.model).from_pretrained(
+                folder, dtype=self.dtype, use_safetensors=True, local_files_only=True
+            )
         self.model.load_state_dict(saved.state_dict())
 
     def _wrap(self, config: PeftConfig, what: str) -> None:

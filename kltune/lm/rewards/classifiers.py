@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kltune.errors import ScorerError
+from kltune.lm.model.files import check_all_read, reading, refuse_quantised
 from kltune.lm.rewards.reward_model import is_reward_model
 from kltune.recipe import ClassifierReward, ModelReward
 
@@ -22,7 +23,7 @@ def load_classifier(
     Raises:
         ScorerError: it cannot be loaded, is no trained classifier, or does not have the output that is wanted.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     folder = Path(entry.path)
     if is_reward_model(folder / "final"):
@@ -31,18 +32,16 @@ def load_classifier(
         wanted = "write kind: model" if is_reward_model(folder) else "merge it into its base, and give that"
         raise ScorerError(f"reward {entry.path}: is an adapter, and no classifier by itself; {wanted}.")
     local = {"local_files_only": True} if folder.exists() else {}
-    try:
+    with reading(entry.path, "reward", ScorerError, "could not be loaded as a sequence classifier"):
+        config = AutoConfig.from_pretrained(entry.path, **local)
+    refuse_quantised(config, entry.path, "reward", ScorerError)
+    with reading(entry.path, "reward", ScorerError, "could not be loaded as a sequence classifier"):
         tokenizer = AutoTokenizer.from_pretrained(entry.path, **local)
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            entry.path, use_safetensors=True, output_loading_info=True, **local
+            entry.path, config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            **local,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ScorerError(f"reward {entry.path}: could not be loaded as a sequence classifier: {error}") from error
-    if report["missing_keys"]:
-        raise ScorerError(
-            f"reward {entry.path}: its files hold no {', '.join(sorted(report['missing_keys']))}, and random numbers "
-            "in their place would make every score noise; is it a trained classifier?"
-        )
+    check_all_read(model, report, entry.path, "reward", ScorerError)
     model = model.to(device).eval().requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

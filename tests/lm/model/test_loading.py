@@ -296,7 +296,7 @@ def test_a_folder_that_is_not_there_is_named(open_policy, tmp_path):
 def test_a_folder_without_a_tokenizer_is_named(open_policy, tiny_model, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny_model() / name, tmp_path)
-    with pytest.raises(ModelError, match="no tokenizer could be loaded from"):
+    with pytest.raises(ModelError, match="no tokenizer could be loaded"):
         open_policy(path=tmp_path)
 
 
@@ -337,7 +337,7 @@ def test_a_classifier_given_as_a_causal_model_is_refused(open_policy, tmp_path):
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, tie_word_embeddings=False)
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"lm_head\.weight"):
+    with pytest.raises(ModelError, match=r"GPT2ForSequenceClassification, which labels texts.*kind: classifier"):
         open_policy(path=tmp_path)
 
 
