@@ -70,7 +70,7 @@ class CapturedDecoder:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
-        self._cache.batch_select_indices(rows)
+        self._cache.reorder_cache(rows)
         self._mask, self._next, self._ids = self._mask[rows], self._next[rows], self._ids[rows]
         self._record()
 

@@ -52,7 +52,7 @@ class GrowingDecoder:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
-        self._cache.batch_select_indices(rows)
+        self._cache.reorder_cache(rows)
         self._mask, self._next = self._mask[rows], self._next[rows]
 
 
@@ -188,6 +188,11 @@ class GrowingLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         super().batch_select_indices(indices)
+        self._buffers = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take these rows, some of them left out or several times."""
+        super().reorder_cache(beam_idx)
         self._buffers = None
 
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.config import PromptLearningConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kltune.errors import ModelError
+from kltune.lm.fast.shared_prefix import close
 from kltune.lm.model.files import reading
 
 POLICY = "default"  # PEFT saves an adapter of this name at the root of the folder, where every loader looks
@@ -34,7 +36,10 @@ VALUE = "value"
 # These rewrite the base weights when the adapter is made, so "adapter off" is no longer the model that was loaded.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # These put virtual tokens in front of a prompt; there is no layer to switch off.
-PROMPT_LEARNING = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
+PROMPT_LEARNING = {"ADAPTION_PROMPT"} | {
+    kind.value for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(config, PromptLearningConfig)
+}
+PROBED = 16             # tokens on which a model is tried when it is opened
 SwitchState = list[tuple[bool, list[str]]]  # by layer: whether adapters are off, and which is on otherwise
 
 
@@ -106,6 +111,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             f"{folder}: an adapter of type {kind}; kltune reads those that change a model's layers, as LORA and IA3, "
             "and none that puts tokens before the prompt."
         )
+    routed = "XLORA" if kind == "XLORA" else "LORA with arrow_config" if config.get("arrow_config") else None
+    if routed is not None:      # opening it would open those, wherever they are
+        raise ModelError(f"{folder}: an adapter of type {routed} mixes adapters of other folders; kltune reads one.")
     return config
 
 
@@ -197,7 +205,12 @@ def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path, name: str =
     with reading(folder, "adapter", failed=f"does not fit {model.name_or_path}"):
         outcome = set_peft_model_state_dict(model, weights, adapter_name=name)
     prefix = f".{PEFT_TYPE_TO_PREFIX_MAPPING[model.peft_config[name].peft_type]}"
-    missing = [key for key in outcome.missing_keys if name in key.partition(prefix)[2].split(".")]
+    held, lacking = model.state_dict(), set(outcome.missing_keys)
+    filled = {held[key].data_ptr() for key in held.keys() - lacking}    # what layers share is in the file once
+    missing = [
+        key for key in lacking
+        if name in key.partition(prefix)[2].split(".") and held[key].data_ptr() not in filled
+    ]
     if missing or outcome.unexpected_keys:
         raise ModelError(
             f"{folder}: the adapter does not fit {model.name_or_path}: {len(missing)} of its layers have no tensor in "
@@ -205,22 +218,58 @@ def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path, name: str =
         )
 
 
-def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float]:
+def probe_ids(model: nn.Module, config: PeftConfig | None = None) -> Tensor:
+    """A few tokens to try a model on; among them those that an adapter waits for. [1, S] int64"""
+    words = model.config.get_text_config().vocab_size
+    few = [token % words for token in range(PROBED)]
+    trigger = getattr(config, "alora_invocation_tokens", None) or ()    # without them, an aLoRA does nothing
+    more = [*(token for token in trigger if token < words), *few] if trigger else []
+    return torch.tensor([[*few, *more]], device=next(model.parameters()).device)
+
+
+def _untie(model: nn.Module) -> bool:
+    """Give the head a matrix of its own where an adapter acts on it or on the embedding, and they are one; if so, True.
+
+    Merged into the one matrix, what changes one of the two would change the other too.
+    """
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    words, head = (end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends)
+    tied = None not in ends and getattr(words, "weight", None) is getattr(head, "weight", model)
+    if not tied or not any(isinstance(end, BaseTunerLayer) for end in ends):
+        return False
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    return True
+
+
+def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float, bool]:
     """Add an SFT adapter into the weights of its base; the result is the reference from then on.
 
     Done once, before anything is frozen or hashed, in float32, and rounded to the model's dtype at the end: in
     bfloat16 small updates are partly lost to that rounding, so the share that survived is returned too, as a projection
-    on what was asked for; 1 in float32.
+    on what was asked for; 1 in float32. The last says whether head and embedding were one matrix and are two now.
 
     Raises:
-        ModelError: it changes the base in other ways, does not fit it one to one, or changes nothing.
+        ModelError: it changes the base in other ways, does not fit it one to one, changes nothing, or changes more
+            merged than on its base.
     """
     weights = load_compatible(folder, model)
     dtype = next(model.parameters()).dtype
-    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters(remove_duplicate=False)}
     adapted = wrap(model.float(), config_to_fill(folder), str(folder))
     fill(adapted, weights, folder)
-    merged = adapted.merge_and_unload()
+    untied = _untie(model)
+    with torch.no_grad(), reading(folder, "model.sft_adapter", failed="cannot be merged into its base"):
+        ids = probe_ids(model, adapted.peft_config[POLICY])
+        wanted = adapted.eval()(input_ids=ids).logits
+        merged = adapted.merge_and_unload()
+        found = merged(input_ids=ids).logits
+    if not close(found, wanted):
+        raise ModelError(
+            f"{folder}: merged into its base, this adapter gives another model than on it: a logit differs by "
+            f"{(found - wanted).abs().max().item():.3g}. Layers that share a matrix would take its update twice; "
+            "leave them out of lora.targets."
+        )
     asked = arrived = 0.0
     for name, tensor in merged.named_parameters():
         delta = tensor.detach() - before[name].float()
@@ -229,7 +278,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float]:
         arrived += ((tensor.detach().float() - before[name].float()) * delta).sum().item()
     if asked == 0.0:
         raise ModelError(f"{folder}: this adapter changes nothing (every merged update is 0); is it the trained one?")
-    return merged, arrived / asked
+    return merged, arrived / asked, untied
 
 
 class CheckpointedLayers:

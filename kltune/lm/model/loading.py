@@ -15,6 +15,11 @@ from kltune.lm.model.files import check_all_read, reading, refuse_other_heads, r
 from kltune.recipe import ModelSection
 
 NO_CAUSAL = "could not be loaded as a causal language model"
+# Lines of a README: what the SFT adapter changes in one of two tied layers must not reach the other when it is merged.
+UNTIE = """head = base.get_output_embeddings()
+head.weight = torch.nn.Parameter(head.weight.detach().clone())
+base.config.tie_word_embeddings = False
+"""
 COMPARED = {
     "sha256": "weights", "tokenizer_sha256": "tokenizer", "template_sha256": "chat template", "dtype": "dtype",
 }
@@ -37,7 +42,8 @@ class Fingerprint:
     """Which reference this is: hashes of the frozen weights, the tokenizer and the chat template.
 
     path, sft_adapter: where the weights came from. dtype: of the weights that were hashed. merge_survived: share of
-    the SFT adapter's update that survived rounding to that dtype (1 in float32).
+    the SFT adapter's update that survived rounding to that dtype (1 in float32). untied: the base's head and embedding
+    are one matrix, and have one each since the SFT adapter was merged, which acts on one of them.
     """
 
     path: str
@@ -47,9 +53,12 @@ class Fingerprint:
     tokenizer_sha256: str
     template_sha256: str
     merge_survived: float = 1.0
+    untied: bool = False
 
     @classmethod
-    def of(cls, section: ModelSection, model: nn.Module, tokenizer, merge_survived: float) -> "Fingerprint":
+    def of(
+        cls, section: ModelSection, model: nn.Module, tokenizer, merge_survived: float, untied: bool = False
+    ) -> "Fingerprint":
         """Hash what was loaded for a recipe's ``model`` section."""
         return cls(
             path=section.path,
@@ -59,6 +68,7 @@ class Fingerprint:
             tokenizer_sha256=tokenizer_sha256(tokenizer),
             template_sha256=sha256_text(tokenizer.chat_template or ""),
             merge_survived=merge_survived,
+            untied=untied,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -85,7 +95,8 @@ class Fingerprint:
 
     def how_to_load(self, what: str = "LoRA adapter", imports: str = "", use: str = "") -> str:
         """README of a saved adapter: the lines that load it without kltune, ``use`` after them."""
-        merged = f'base = PeftModel.from_pretrained(base, "{self.sft_adapter}").merge_and_unload()   # the reference\n'
+        merged = UNTIE if self.untied else ""
+        merged += f'base = PeftModel.from_pretrained(base, "{self.sft_adapter}").merge_and_unload()   # the reference\n'
         return (
             f"# {what} made by kltune\n\n"
             f"Its reference (adapter off) has weights sha256 `{self.sha256[:16]}…`, dtype {self.dtype}.\n\n"

@@ -1,28 +1,38 @@
 """Open a policy with its reference, and try on the real model what must hold before and after training."""
 
+import copy
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
+from kltune.lm.fast.shared_prefix import close
 from kltune.lm.model.adapters import (
+    POLICY,
     config_to_fill,
     fill,
     load_weights,
     merge_adapter,
+    probe_ids,
     read_adapter_config,
     rewritten_base,
     trained_base,
     wrap,
 )
 from kltune.lm.model.batches import Rollout, pad_right
+from kltune.lm.model.files import reading
 from kltune.lm.model.loading import Fingerprint, check_made_for, check_same_tokenizer, load_base, load_tokenizer
+from kltune.lm.model.network import Network
 from kltune.lm.model.policy import Policy
 from kltune.recipe import LoraSection, ModelSection
 
+# Of the largest logit, what the tokens after a position may move it by: kernels may round another way. 5e-3 in narrower
+# dtypes.
+LEAK = {torch.float32: 1e-5, torch.float64: 1e-10}
 PROMPTS, TOKENS = 8, 64  # of each as many: over a large vocabulary, all of long prompts would take longer than a step
 # Largest |change of a log-prob| when nothing was updated yet: rounding that depends on the batch's shape.
 FIRST_RATIO_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
@@ -39,6 +49,7 @@ def load_policy(section: ModelSection, lora: LoraSection | None, *, device: torc
     policy = load_reference(section, device=device, full=lora is None)
     if lora is not None:
         policy.add_adapter(lora)
+        check_adapter(policy.network, policy.model, "lora")
     return policy
 
 
@@ -54,18 +65,17 @@ def load_reference(
         section = section.model_copy(update={"dtype": "float32"})
     model = load_base(section, device, where)
     tokenizer = load_tokenizer(section.path, section.trust_remote_code, where)
-    survived = 1.0
+    survived, untied = 1.0, False
     if section.sft_adapter is not None:
         adapter = Path(section.sft_adapter)
         check_same_tokenizer(adapter, tokenizer, what="model.sft_adapter")
         check_made_for(adapter, model, section.path)
-        model, survived = merge_adapter(model, adapter)
-    fingerprint = Fingerprint.of(section, model, tokenizer, merge_survived=survived)
-    if not full:
-        return Policy(model, tokenizer, fingerprint)
-    trained = load_base(section, device, where)
-    trained.load_state_dict(model.state_dict())
-    return Policy(trained, tokenizer, fingerprint, frozen=model)
+        model, survived, untied = merge_adapter(model, adapter)
+    fingerprint = Fingerprint.of(section, model, tokenizer, merge_survived=survived, untied=untied)
+    trained, frozen = (copy.deepcopy(model), model) if full else (model, None)
+    policy = Policy(trained, tokenizer, fingerprint, frozen=frozen)
+    check_causal(policy.network, f"{where}: {section.path}")
+    return policy
 
 
 def load_saved_policy(folder: Path, section: ModelSection, *, device: torch.device, is_adapter: bool) -> Policy:
@@ -84,10 +94,15 @@ def load_saved_policy(folder: Path, section: ModelSection, *, device: torch.devi
         if rewritten_base(config) or not trained_base(config, weights, policy.model):
             return _with_adapter(policy, folder)
         trained = load_base(second, device, "checkpoint")
-        fill(wrap(trained, config_to_fill(folder), str(folder)), weights, folder)  # in place
+        wrapped = wrap(trained, config_to_fill(folder), str(folder))
+        fill(wrapped, weights, folder)  # in place
     else:
-        trained = load_base(second.model_copy(update={"path": str(folder)}), device, "checkpoint")
+        trained = wrapped = load_base(second.model_copy(update={"path": str(folder)}), device, "checkpoint")
     saved = Policy(trained, policy.tokenizer, policy.fingerprint, frozen=policy.model)
+    if is_adapter:
+        check_adapter(saved.network, wrapped.eval(), str(folder))
+    else:
+        check_causal(saved.network, str(folder))
     if saved.network.vocabulary != policy.network.vocabulary:
         raise ModelError(
             f"{folder}: it gives logits for {saved.network.vocabulary} tokens, the reference {section.path} for "
@@ -108,21 +123,63 @@ def _with_adapter(policy: Policy, folder: Path) -> Policy:
             f"{(before - after).abs().max().item():.3g}); a {read_adapter_config(folder)['peft_type']} adapter of this "
             "form cannot be measured on one set of weights. Merge it into a model and give that, with --reference."
         )
+    check_adapter(policy.network, policy.model, str(folder))
+    policy.network.try_ways()
     return policy
 
 
 @torch.no_grad()
-def probe_logits(policy: Policy) -> torch.Tensor:
+def probe_logits(policy: Policy) -> Tensor:
     """Logits on a few tokens. [1, S, V]"""
-    probe = torch.tensor([[*range(min(16, policy.network.vocabulary))]], device=policy.device)
-    return policy.network.logits(policy.network.hidden(probe))
+    return policy.network.logits(policy.network.hidden(probe_ids(policy.model)))
+
+
+@torch.no_grad()
+def check_adapter(network: Network, wrapped: nn.Module, what: str) -> None:
+    """Raise ModelError unless an adapter that is on acts through layers alone: a causal model runs them as PEFT does.
+
+    Some act through arguments or hooks of PEFT's own forward pass, by what they find in the whole text. ``wrapped`` is
+    PEFT's model of the network's.
+    """
+    config = wrapped.peft_config[POLICY]
+    kind = f"an adapter of type {config.peft_type.value}" + "".join(
+        f" with {field.name}" for field in fields(config)
+        if field.metadata.get("is_lora_variant") and getattr(config, field.name)
+    )
+    ids = probe_ids(network.causal, config)
+    alone = "acts through PEFT's own forward pass and not through the model's layers alone"
+    with reading(what, "adapter", failed=f"{kind} {alone}"):    # first: hooks can leave in layers what they need
+        mine = network.logits(network.hidden(ids))
+    with reading(what, "adapter", failed=f"PEFT cannot run {kind} on token ids alone"):
+        theirs = wrapped(input_ids=ids).logits
+    if not close(mine, theirs):
+        raise ModelError(
+            f"{what}: {kind} {alone}, so what it does to a token can depend on those after it; kltune cannot measure "
+            "or train it. Where PEFT can merge it into a model, give that."
+        )
+    check_causal(network, f"{what}: {kind}")
+
+
+@torch.no_grad()
+def check_causal(network: Network, what: str) -> None:
+    """Raise ModelError unless the tokens to come leave every logit before them as it was."""
+    ids = probe_ids(network.causal).repeat(2, 2)
+    cut = ids.shape[1] // 2
+    ids[1, cut:] = (ids[1, cut:] + 1) % network.vocabulary
+    logits = network.logits(network.hidden(ids))[:, :cut].float()
+    moved = ((logits[0] - logits[1]).abs().max() / logits.abs().max()).item()
+    if not moved <= LEAK.get(next(network.causal.parameters()).dtype, 5e-3):
+        raise ModelError(
+            f"{what} reads the tokens it is to predict: other tokens at the end move the logits before them, by "
+            f"{moved:.3g} of the largest. Wanted a causal language model."
+        )
 
 
 @torch.no_grad()
 def check_fresh_policy(policy: Policy, prompts: Sequence[Prompt]) -> None:
     """Raise ModelError unless, before training, exact KL is 0 on a few prompts and two passes agree bit for bit."""
     rows = [prompt.ids[:TOKENS] for prompt in prompts[:PROMPTS] if len(prompt.ids) > 1] or [prompts[0].ids * 2]
-    ids = pad_right(rows, policy.tokenizer.pad_token_id).to(policy.device)
+    ids = policy.padded(rows)
     scored = pad_right([[False] + [True] * (len(row) - 1) for row in rows], False, torch.bool).to(policy.device)
     once, again = policy.measure(ids, scored), policy.measure(ids, scored, exact=False)
     if not torch.equal(once.logprobs, again.logprobs):

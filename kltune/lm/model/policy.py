@@ -6,7 +6,7 @@ fine-tuning (``kltune sft`` with ``lora: null``) holds a second, frozen copy of 
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from kltune.core.kl.divergence import TokenMeasures, VocabularySums, measure_sam
 from kltune.core.kl.fused_head import read_logprobs, read_logprobs_and_kl
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.model.adapters import POLICY, VALUE, AdapterSwitch, config_to_fill, fill, load_compatible, wrap
-from kltune.lm.model.batches import Rollout
+from kltune.lm.model.batches import Rollout, pad_right
 from kltune.lm.model.files import reading
 from kltune.lm.model.loading import Fingerprint, end_token_ids, weights_sha256
 from kltune.lm.model.network import Network, ScalarHead
@@ -39,6 +39,8 @@ class Policy:
         self.value_head: ScalarHead | None = None
         self.untrained: dict[str, Tensor] = {}
         self.full = frozen is not None
+        held = [part.get_input_embeddings().weight for part in (model, frozen) if part is not None]
+        self._words = min(weight.shape[0] for weight in held)
         # state_dict tensors share storage with the parameters, so hashing them later sees what they hold then.
         self._reference_tensors = dict((frozen or model).state_dict())
         (frozen or model).requires_grad_(False)
@@ -127,6 +129,24 @@ class Policy:
     def dtype(self) -> torch.dtype:
         """The dtype of the frozen weights; adapters and heads are float32."""
         return getattr(torch, self.fingerprint.dtype)
+
+    def padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Token ids as the model reads them: right-padded, on its device. [B, S] int64.
+
+        What stands on padding is never read, so a padding token of which the model knows nothing does no harm.
+
+        Raises:
+            ModelError: another token has no row in the embedding.
+        """
+        pad = self.tokenizer.pad_token_id
+        ids = pad_right(rows, pad if pad < self._words else 0)
+        if (largest := int(ids.max())) >= self._words:
+            raise ModelError(
+                f"{self.fingerprint.path}: its embedding has {self._words} rows and none for token {largest}, "
+                f"{self.tokenizer.convert_ids_to_tokens(largest)!r} of the tokenizer {self.tokenizer.name_or_path}; "
+                "give the tokenizer it was trained with, or resize its embedding and save it."
+            )
+        return ids.to(self.device)
 
     def prompt_limit(self, wanted: int | None, max_new_tokens: int) -> int:
         """The longest prompt: what is wanted, or what leaves room for a response; RecipeError if it does not fit."""

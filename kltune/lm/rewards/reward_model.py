@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kltune.errors import ModelError
 from kltune.lm.data.encoding import Encoder, Ids, spelled
 from kltune.lm.model.adapters import POLICY, config_to_fill, fill, load_compatible
-from kltune.lm.model.batches import Samples, pad_right
+from kltune.lm.model.batches import Samples
 from kltune.lm.model.files import reading
 from kltune.lm.model.network import ScalarHead
 from kltune.lm.model.opening import load_reference, probe_logits
@@ -83,9 +83,9 @@ class RewardModel:
 
     def batch(self, rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         """Sequences as ``scores`` takes them: ids and last, [B, S] each, on the device."""
-        ids = pad_right(rows, self.policy.tokenizer.pad_token_id)
+        ids = self.policy.padded(rows)
         last = torch.arange(ids.shape[1]) == torch.tensor([len(row) - 1 for row in rows])[:, None]
-        return ids.to(self.policy.device), last.to(self.policy.device)
+        return ids, last.to(self.policy.device)
 
     def centre(self, rows: Sequence[Ids]) -> float:
         """Shift the scores so that their mean over these sequences is 0; what was taken away, unit of score."""
