@@ -261,9 +261,9 @@ def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float, boo
     untied = _untie(model)
     with torch.no_grad(), reading(folder, "model.sft_adapter", failed="cannot be merged into its base"):
         ids = probe_ids(model, adapted.peft_config[POLICY])
-        wanted = adapted.eval()(input_ids=ids).logits
+        wanted = adapted.eval()(input_ids=ids, use_cache=False).logits
         merged = adapted.merge_and_unload()
-        found = merged(input_ids=ids).logits
+        found = merged(input_ids=ids, use_cache=False).logits
     if not close(found, wanted):
         raise ModelError(
             f"{folder}: merged into its base, this adapter gives another model than on it: a logit differs by "

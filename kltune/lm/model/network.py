@@ -80,7 +80,7 @@ class Network:
         with reading(self.causal.name_or_path, "model", failed="cannot read token ids alone"):
             whole = self._whole(self.causal, probe).logits
         states = None if self._trunk is None else self.trunk(probe)
-        cut = None if states is None or self.head in (None, self.causal) else self.head(states)
+        cut = None if states is None else self._cut(states)
         self._width = None if states is None else states.shape[-1]
         # Equal, not close: a soft cap that small logits do not feel would be felt after training.
         self.split = cut is not None and cut.shape == whole.shape and torch.equal(cut.float(), whole.float())
@@ -88,6 +88,13 @@ class Network:
         step = self.step if self.caches else None
         self.fast = ways.FastWays(self.causal, step, split=self.split) if ways.wanted else None
         self.batching = FixedRows() if self.fast is None else self.fast.batching
+
+    def _cut(self, states: Tensor) -> Tensor | None:
+        """What the head alone makes of hidden states; None where there is no such head, or one of another width."""
+        try:
+            return None if self.head in (None, self.causal) else self.head(states)
+        except (RuntimeError, TypeError):
+            return None
 
     def _can_cache(self) -> bool:
         """Whether padded prompts, repeated and with rows dropped, decode from a cache to what whole sequences give."""

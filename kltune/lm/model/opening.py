@@ -151,7 +151,7 @@ def check_adapter(network: Network, wrapped: nn.Module, what: str) -> None:
     with reading(what, "adapter", failed=f"{kind} {alone}"):    # first: hooks can leave in layers what they need
         mine = network.logits(network.hidden(ids))
     with reading(what, "adapter", failed=f"PEFT cannot run {kind} on token ids alone"):
-        theirs = wrapped(input_ids=ids).logits
+        theirs = wrapped(input_ids=ids, use_cache=False).logits
     if not close(mine, theirs):
         raise ModelError(
             f"{what}: {kind} {alone}, so what it does to a token can depend on those after it; kltune cannot measure "
@@ -162,17 +162,20 @@ def check_adapter(network: Network, wrapped: nn.Module, what: str) -> None:
 
 @torch.no_grad()
 def check_causal(network: Network, what: str) -> None:
-    """Raise ModelError unless the tokens to come leave every logit before them as it was."""
-    ids = probe_ids(network.causal).repeat(2, 2)
-    cut = ids.shape[1] // 2
-    ids[1, cut:] = (ids[1, cut:] + 1) % network.vocabulary
-    logits = network.logits(network.hidden(ids))[:, :cut].float()
-    moved = ((logits[0] - logits[1]).abs().max() / logits.abs().max()).item()
+    """Raise ModelError unless a logit depends on the tokens before it alone: on none to come, on no other row."""
+    one = probe_ids(network.causal).repeat(1, 2)
+    cut = one.shape[1] // 2
+    other = torch.cat([one[:, :cut], (one[:, cut:] + 1) % network.vocabulary], dim=1)
+    # Each in a pass of its own: in one batch, what is averaged over it would be the same for both.
+    first, second, both = (network.logits(network.hidden(ids)).float() for ids in (one, other, torch.cat([one, other])))
+    moved = ((first - second)[:, :cut].abs().max() / first.abs().max()).item()
     if not moved <= LEAK.get(next(network.causal.parameters()).dtype, 5e-3):
         raise ModelError(
             f"{what} reads the tokens it is to predict: other tokens at the end move the logits before them, by "
             f"{moved:.3g} of the largest. Wanted a causal language model."
         )
+    if not close(both, torch.cat([first, second])):
+        raise ModelError(f"{what} says other things of a text beside another than of it alone; no number would hold.")
 
 
 @torch.no_grad()

@@ -85,7 +85,9 @@ class Policy:
         self.model = wrap(self.model, config, what)
         self._switch = AdapterSwitch(self.model)
         self.model.eval()
-        self.network.refresh()
+        kind = f"an adapter of type {config.peft_type.value}"
+        with reading(what, "adapter", failed=f"PEFT cannot run {kind} on token ids alone"):
+            self.network.refresh()
         # B is 0 and a magnitude is the base's own: what the adapter's tensors hold where it does nothing.
         self.untrained = {name: tensor.detach().clone() for name, tensor in self.trainable_parameters().items()}
 
