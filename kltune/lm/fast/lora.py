@@ -39,9 +39,9 @@ class LoraLinear(Linear):
         positions = x.numel() // x.shape[-1]
         if x.dtype in EXACT and _adds_first(*base.weight.shape, len(a), positions, torch.is_grad_enabled()):
             return nn.functional.linear(x, torch.addmm(base.weight, b, a, alpha=scaling), base.bias)
-        flat = x.reshape(-1, x.shape[-1])
-        out = nn.functional.linear(flat, base.weight, base.bias)
-        return torch.addmm(out, nn.functional.linear(flat, a), b.t(), alpha=scaling).view(*x.shape[:-1], -1)
+        out = nn.functional.linear(x, base.weight, base.bias)   # not of x made flat: that may round another way
+        flat = nn.functional.linear(x.reshape(-1, x.shape[-1]), a)
+        return torch.addmm(out.reshape(len(flat), -1), flat, b.t(), alpha=scaling).view(out.shape)
 
     def _plain(self, name: str, x: Tensor) -> bool:
         """Whether the adapter is nothing but two matrices now, of the same dtype as the base."""
