@@ -39,6 +39,7 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PROMPT_LEARNING = {"ADAPTION_PROMPT"} | {
     kind.value for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(config, PromptLearningConfig)
 }
+OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")    # as PEFT calls them
 PROBED = 16             # tokens on which a model is tried when it is opened
 SwitchState = list[tuple[bool, list[str]]]  # by layer: whether adapters are off, and which is on otherwise
 
@@ -111,6 +112,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             f"{folder}: an adapter of type {kind}; kltune reads those that change a model's layers, as LORA and IA3, "
             "and none that puts tokens before the prompt."
         )
+    if config.get("task_type") in OTHER_TASKS:
+        raise ModelError(f"{folder}: an adapter made for the task {config['task_type']}; wanted one of a causal LM.")
     routed = "XLORA" if kind == "XLORA" else "LORA with arrow_config" if config.get("arrow_config") else None
     if routed is not None:      # opening it would open those, wherever they are
         raise ModelError(f"{folder}: an adapter of type {routed} mixes adapters of other folders; kltune reads one.")

@@ -252,12 +252,16 @@ def check_made_for(folder: Path, model: nn.Module, path: str) -> None:
     if not record.exists():
         return
     with reading(folder, "model.sft_adapter"):
-        made = json.loads(record.read_text(encoding="utf-8"))["reference"]
+        content = json.loads(record.read_text(encoding="utf-8"))
+        made = content["reference"]
+    if content.get("stage") == "reward":
+        raise ModelError(f"model.sft_adapter: {folder} is a reward model, which says nothing; give one of kltune sft.")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     digest = weights_sha256(dict(model.state_dict()))
-    if made["sft_adapter"] is None and made["dtype"] == dtype and made["sha256"] != digest:
+    beneath = "" if made["sft_adapter"] is None else f" with {made['sft_adapter']} merged"
+    if made["sha256"] != digest and (beneath or made["dtype"] == dtype):
         raise ModelError(
-            f"model.sft_adapter: {folder} was trained on {made['path']} (weights {made['sha256'][:12]}), but "
+            f"model.sft_adapter: {folder} was trained on {made['path']}{beneath} (weights {made['sha256'][:12]}), but "
             f"model.path is {path} (weights {digest[:12]}); give the model it was trained on."
         )
 

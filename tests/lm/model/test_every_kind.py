@@ -12,10 +12,10 @@ from peft import LoraConfig
 
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
-from kltune.lm.model.opening import load_saved_policy
+from kltune.lm.model.opening import check_fresh_policy, load_policy, load_saved_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import sample, uniform_numbers
-from kltune.recipe import ModelSection
+from kltune.recipe import LoraSection, ModelSection
 from tests.foreign_models import ADAPTERS, ENCODERS, MODELS, REFUSED, TARGETS, plain_pair, save_adapter, save_model
 from tests.tiny_policies import plain_distributions, plain_logprobs, random_batch
 
@@ -62,6 +62,14 @@ def test_a_model_of_any_architecture_gives_the_numbers_of_plain_transformers(kin
     base = saved_model(kind, tmp_path / "base")
     config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS.get(kind, "all-linear"), task_type="CAUSAL_LM")
     assert_as_plain(base, save_adapter(base, config, tmp_path / "adapter"))
+    targets = TARGETS.get(kind, "all-linear")
+    lora = LoraSection(rank=2, targets=targets if isinstance(targets, str) else tuple(targets))
+    fresh = load_policy(ModelSection(path=str(base)), lora, device=torch.device("cpu"))
+    check_fresh_policy(fresh, PROMPTS)
+    fresh.logprobs(IDS, SCORED).sum().backward()
+    gradients = [tensor.grad for tensor in fresh.trainable_parameters().values() if tensor.grad is not None]
+    assert any(gradient.any() for gradient in gradients)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("kind", kinds(ENCODERS))

@@ -265,6 +265,31 @@ def test_an_sft_adapter_that_kltune_made_on_other_weights_is_refused(open_policy
     open_policy(sft_adapter=str(adapter))
 
 
+def test_an_sft_adapter_that_lies_on_another_is_not_merged_into_the_bare_base(open_policy, adapter, trained_policy):
+    made = trained_policy.fingerprint.as_dict() | {"sft_adapter": "runs/sft/final", "sha256": "0" * 64}
+    for dtype in ("float32", "bfloat16"):
+        (adapter / "kltune.json").write_text(json.dumps({"reference": made | {"dtype": dtype}}))
+        with pytest.raises(ModelError, match=r"was trained on .* with runs/sft/final merged"):
+            open_policy(sft_adapter=str(adapter))
+    merged = made | {"sha256": trained_policy.fingerprint.sha256}      # model.path is the merged model itself
+    (adapter / "kltune.json").write_text(json.dumps({"reference": merged}))
+    open_policy(sft_adapter=str(adapter))
+
+
+def test_a_reward_model_is_no_sft_adapter(open_policy, adapter, trained_policy):
+    record = {"stage": "reward", "reference": trained_policy.fingerprint.as_dict()}
+    (adapter / "kltune.json").write_text(json.dumps(record))
+    with pytest.raises(ModelError, match="is a reward model, which says nothing"):
+        open_policy(sft_adapter=str(adapter))
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"])
+def test_an_adapter_for_another_task_is_told_so(reference, adapter, task):
+    change_config(adapter, task_type=task)
+    with pytest.raises(ModelError, match=f"made for the task {task}"):
+        reference.load_adapter(adapter)
+
+
 def test_an_sft_adapter_with_another_tokenizer_is_refused(open_policy, adapter):
     word_tokenizer(words=30).save_pretrained(adapter)
     with pytest.raises(ModelError, match=r"^model\.sft_adapter: .*\n  vocabulary: found 33 tokens, wanted 40"):
