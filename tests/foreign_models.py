@@ -144,7 +144,7 @@ def arrow() -> ArrowConfig:
 # What kltune refuses, and a word by which it names it.
 REFUSED: dict[str, tuple[Callable[[], PeftConfig], str]] = {
     "alora": (lambda: LoraConfig(**LORA, alora_invocation_tokens=[5, 9]), "LORA with alora_invocation_tokens acts thr"),
-    "arrow": (lambda: LoraConfig(**LORA, arrow_config=arrow()), "LORA with arrow_config mixes adapters"),
+    "arrow": (lambda: LoraConfig(**LORA, arrow_config=arrow()), "LORA with arrow_config works with"),
     "cartridge": (lambda: peft.CartridgeConfig(num_virtual_tokens=4, **SHARED), "type CARTRIDGE"),
     "cpt": (
         lambda: peft.CPTConfig(cpt_token_ids=[3, 4], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 1], **SHARED),
@@ -159,7 +159,7 @@ REFUSED: dict[str, tuple[Callable[[], PeftConfig], str]] = {
     "poly": (lambda: peft.PolyConfig(r=4, **ONE), "type POLY"),
     "prefix_tuning": (lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, **SHARED), "type PREFIX_TUNING"),
     "prompt_tuning": (lambda: peft.PromptTuningConfig(num_virtual_tokens=3, **SHARED), "type PROMPT_TUNING"),
-    "shadow": (lambda: peft.ShadowConfig(**SHARED), "type SHADOW acts through"),
+    "shadow": (lambda: peft.ShadowConfig(**SHARED), "type SHADOW works with models or adapters of other folders"),
 }
 
 

@@ -39,6 +39,8 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PROMPT_LEARNING = {"ADAPTION_PROMPT"} | {
     kind.value for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(config, PromptLearningConfig)
 }
+# These open others that their configuration names, wherever they are, when they are put on a model.
+WANT_OTHERS = ("XLORA", "SHADOW")
 OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")    # as PEFT calls them
 PROBED = 16             # tokens on which a model is tried when it is opened
 SwitchState = list[tuple[bool, list[str]]]  # by layer: whether adapters are off, and which is on otherwise
@@ -102,6 +104,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not folder.exists():
+            raise ModelError(f"{folder}: there is no such folder.") from None
         hint = f" Did you mean {folder / 'final'}?" if (folder / "final" / "adapter_config.json").exists() else ""
         raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing).{hint}") from None
     except ValueError as error:
@@ -114,9 +118,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         )
     if config.get("task_type") in OTHER_TASKS:
         raise ModelError(f"{folder}: an adapter made for the task {config['task_type']}; wanted one of a causal LM.")
-    routed = "XLORA" if kind == "XLORA" else "LORA with arrow_config" if config.get("arrow_config") else None
-    if routed is not None:      # opening it would open those, wherever they are
-        raise ModelError(f"{folder}: an adapter of type {routed} mixes adapters of other folders; kltune reads one.")
+    wanting = kind if kind in WANT_OTHERS else "LORA with arrow_config" if config.get("arrow_config") else None
+    if wanting is not None:
+        raise ModelError(f"{folder}: an adapter of type {wanting} works with models or adapters of other folders.")
     return config
 
 

@@ -55,7 +55,7 @@ def _reason(path: str, failed: str, cause: Exception) -> str:
     if not Path(path).exists() and isinstance(cause, OSError):
         if not HUB_NAME.fullmatch(path):
             return "there is no such folder here, and it is no name on the hub."
-        return f"there is no such folder here ({Path.cwd()}), and as a name on the hub it gave: {first_line(cause)}"
+        return f"there is no such folder here, and as a name on the hub it gave: {first_line(cause)}"
     kinds = " ".join(kind.__name__ for kind in type(cause).__mro__)
     advice = next((f" ({way})" for sign, way in WAYS_ON.items() if sign in kinds or sign in str(cause)), "")
     named = "" if isinstance(cause, OSError | ValueError) else f"{type(cause).__name__}: "

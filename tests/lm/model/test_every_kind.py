@@ -3,6 +3,7 @@
 A few of each are tried here always; all of them by ``make stress``.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -91,3 +92,10 @@ def test_an_adapter_that_acts_beside_the_layers_is_refused_by_name(kind, tmp_pat
     with pytest.raises(ModelError, match=words) as error:
         opened(tiny_model("llama"), tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+def test_an_adapter_that_names_other_folders_is_refused_before_they_are_opened(tmp_path, tiny_model):
+    mixed = {"peft_type": "XLORA", "adapters": {"a": "somebody/adapter"}, "hidden_size": 32, "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(mixed))
+    with pytest.raises(ModelError, match="type XLORA works with models or adapters of other folders"):
+        opened(tiny_model("llama"), tmp_path)
