@@ -118,6 +118,15 @@ def test_a_model_that_averages_over_a_batch_reads_ahead(policy):
         check_causal(policy.network, "it")
 
 
+def test_a_model_of_nan_is_refused_and_one_that_says_nothing_yet_is_not(policy):
+    with torch.no_grad():
+        policy.network.head.weight.zero_()
+        check_causal(policy.network, "it")
+        policy.network.head.weight[3, 0] = torch.nan
+    with pytest.raises(ModelError, match="it: its logits are not finite"):
+        check_causal(policy.network, "it")
+
+
 def test_a_fresh_adapter_on_a_layer_that_reads_its_input_crosswise_leaves_every_bit(tmp_path):
     # recurrent_gemma's linear layers are given transposed views, which a product made flat would round another way
     for kind in ("recurrent_gemma", "jamba"):
