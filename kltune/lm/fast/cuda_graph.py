@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from kltune.core.tensors import close
 from kltune.lm.fast.decoding import GrowingDecoder, Step
-from kltune.lm.fast.shared_prefix import close
 
 ALIGNED = 8  # attention kernels want widths in multiples of it, and copy the mask where they are not
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from kltune.core.tensors import close
 from kltune.lm.fast.lora import EXACT
-from kltune.lm.fast.shared_prefix import attends_to_all, close
+from kltune.lm.fast.shared_prefix import attends_to_all
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # pre-norm layers of plain attention with rotary positions
 MOVING_ANGLES = ("dynamic", "longrope")  # of rotary positions that depend on how long the longest row is by now

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from kltune.core.tensors import close
 from kltune.errors import ModelError
-from kltune.lm.fast.shared_prefix import close
 from kltune.lm.model.files import reading
 
 POLICY = "default"  # PEFT saves an adapter of this name at the root of the folder, where every loader looks

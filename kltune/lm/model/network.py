@@ -18,9 +18,9 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from kltune.core.kl.fused_head import Reader, through_head
+from kltune.core.tensors import close
 from kltune.errors import ModelError
 from kltune.lm.fast import ways
-from kltune.lm.fast.shared_prefix import close
 from kltune.lm.model.adapters import CheckpointedLayers
 from kltune.lm.model.batches import FixedRows, Parts
 from kltune.lm.model.files import reading

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kltune.core.tensors import close
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
-from kltune.lm.fast.shared_prefix import close
 from kltune.lm.model.adapters import (
     POLICY,
     config_to_fill,
