@@ -1,5 +1,6 @@
 # make demo   everything from nothing: environment, tiny model, SFT -> PPO with a target KL -> eval-kl
 # make test   the tests
+# make stress every architecture of transformers and every kind of adapter of PEFT, held against plain transformers
 # A python of another name: make demo PYTHON=python3.12
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ DEMO   ?= kltune-demo
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint bench-peers clean
+.PHONY: demo test stress lint bench-peers clean
 
 demo: $(READY)
 	$(BIN)/kltune demo --output $(DEMO)
@@ -16,6 +17,9 @@ demo: $(READY)
 # One thread per worker: two workers that use both cores each are slower than one.
 test: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+stress: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m stress
 
 lint: $(READY)
 	$(BIN)/ruff check .

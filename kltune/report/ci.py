@@ -21,6 +21,8 @@ def write_junit(path: Path, document: dict[str, Any]) -> None:
         gate, exact, properties = one["gate"], one["kl"]["exact"], ET.SubElement(case, "properties")
         for name in ("nats_per_response", "stderr", "nats_per_token"):
             ET.SubElement(properties, "property", name=name, value=str(exact[name]))
+        for warning in one.get("warnings", ()):
+            ET.SubElement(properties, "property", name="warning", value=warning)
         if gate is not None and gate["verdict"] != "pass":
             ET.SubElement(case, "failure", type=gate["verdict"], message=_verdict_and_kl(one))
         cases.append(case)
@@ -84,4 +86,5 @@ def escaped(text: str, more: str = "") -> str:
 def _verdict_and_kl(document: dict[str, Any]) -> str:
     exact = document["kl"]["exact"]
     kl = with_error(exact["nats_per_response"], exact["stderr"])
-    return f"{visible(document['checkpoint'])}: {verdict_line(document['gate'])}; KL {kl} nats per response"
+    said = "".join(f"; warning: {warning}" for warning in document.get("warnings", ()))
+    return f"{visible(document['checkpoint'])}: {verdict_line(document['gate'])}; KL {kl} nats per response{said}"

@@ -30,7 +30,9 @@ def eval_kl_text(document: dict[str, Any], *, colour: bool = False) -> str:
         texts = [eval_kl_text(one, colour=colour) for one in document["checkpoints"]]
         return "\n\n".join([*texts, "\n".join(_differences(document["differences"]))])
     lines = [*_estimates(document), *_checks_and_spread(document), *_where_the_kl_is(document, colour)]
-    return "\n".join([*lines, *([f"  {verdict_line(document['gate'])}"] if document["gate"] is not None else [])])
+    if document["gate"] is not None:
+        lines.append(f"  {verdict_line(document['gate'])}")
+    return "\n".join([*lines, *(f"  warning: {warning}" for warning in document.get("warnings", ()))])
 
 
 def _estimates(document: dict[str, Any]) -> Iterator[str]:

@@ -140,6 +140,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
         CheckpointError: there is nothing to load, it is damaged, or its weights are pickled.
     """
     folder = Path(path)
+    if not folder.exists():
+        raise CheckpointError(f"{path}: there is no such folder here; a checkpoint is never a hub name.")
     if (folder / "run.json").exists():
         final = folder / "final"
         checkpoint = final if final.exists() else latest_checkpoint(folder)

@@ -178,6 +178,8 @@ def _named_base(folder: Path, is_adapter: bool) -> str:
     path = config.get("base_model_name_or_path")
     if path is None:
         raise CheckpointError(f"{folder}: which model is the reference? Give it as --reference MODEL.")
+    if Path(path).is_absolute() and not Path(path).exists():
+        raise CheckpointError(f"{folder}: its base is {path}, which is no folder here; give it as --reference MODEL.")
     if config.get("revision") and not Path(path).exists():
         raise CheckpointError(
             f"{folder}: its base is revision {config['revision']} of {path}; download that one and give its folder as "

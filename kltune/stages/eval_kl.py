@@ -6,6 +6,7 @@ very distribution that was measured, and a checkpoint where it does not is refus
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,8 +134,24 @@ def measure_checkpoint(
         "template_date": None if policy.template_day is None else policy.template_day.isoformat(),
         "confidence": options.confidence,
         **described_kl(measured, policy, confidence=options.confidence, top=options.top, show=options.show),
+        "warnings": does_nothing(subject, policy, measured.reverse),
     }
+    for warning in document["warnings"]:
+        print(f"warning: {subject.path}: {warning}", file=sys.stderr)
     return document, (measured.reverse.exact, measured.reverse.prompt_index)
+
+
+def does_nothing(subject: Subject, policy: Policy, measured: Measurement) -> list[str]:
+    """What there is to say of an adapter that has tensors, and a KL of exactly 0; [] of any other."""
+    trained = (subject.folder / "adapter_config.json").exists() and any(
+        tensor.any() for tensor in policy.trainable_parameters().values()
+    )
+    if not trained or measured.exact.any():
+        return []
+    return [
+        f"the KL is exactly 0 on all {len(measured.exact)} responses though the adapter's tensors are not all 0: it "
+        "changes nothing here. Was it trained, and does it act on these prompts?"
+    ]
 
 
 def measure(opened: OpenCheckpoint) -> CheckpointKL:

@@ -7,6 +7,7 @@ import torch
 
 from kltune.core.tensors import (
     at_least_float32,
+    close,
     expect_leading_mask,
     expect_same_shape,
     log_distribution,
@@ -139,3 +140,12 @@ def test_the_floor_keeps_a_tiny_spread_tiny():
     torch.testing.assert_close(white, torch.tensor([[1e-2, -1e-2]]))
     with pytest.raises(ValueError, match="floor"):
         masked_whiten(torch.ones(1, 2), mask, floor=0.0)
+
+
+@pytest.mark.parametrize(("dtype", "gap", "same"), [
+    (torch.float32, 0.9e-4, True), (torch.float32, 1.1e-4, False), (torch.bfloat16, 0.04, True),
+    (torch.bfloat16, 0.07, False), (torch.float32, torch.nan, False),
+])
+def test_close_is_measured_by_the_largest_in_the_dtype_of_what_is_wanted(dtype, gap, same):
+    wanted = torch.tensor([1.0, -4.0], dtype=dtype)
+    assert close(wanted + torch.tensor([4.0 * gap, 0.0], dtype=dtype), wanted) is same

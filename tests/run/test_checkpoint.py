@@ -167,6 +167,8 @@ def test_resolve_prefers_final_then_the_newest_checkpoint(tmp_path):
 def test_resolve_takes_foreign_adapters_but_no_pickles(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         resolve_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="nowhere: there is no such folder"):
+        resolve_checkpoint(tmp_path / "nowhere")
     (tmp_path / "adapter_config.json").write_text("{}")
     assert resolve_checkpoint(str(tmp_path)) == tmp_path
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04")

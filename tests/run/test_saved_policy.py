@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from kltune.errors import ModelError
-from kltune.run.saved_policy import refuse_code
+from kltune.errors import CheckpointError, ModelError
+from kltune.run.saved_policy import MeasureOptions, find_checkpoint, open_subject, refuse_code
 
 NAMING_CODE = [
     ("config.json", {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "modeling.Model"}}),
@@ -61,3 +61,10 @@ def test_broken_json_is_a_fault_of_the_folder(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="not JSON"):
         refuse_code(tmp_path, "checkpoint")
+
+
+def test_a_base_that_is_not_here_is_named_with_the_way_on(tmp_path):
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"its base is .*base, which is no folder here; give it as --reference"):
+        open_subject(find_checkpoint(str(tmp_path), MeasureOptions()), MeasureOptions())

@@ -159,3 +159,19 @@ def test_weights_that_are_no_numbers_are_never_a_pass_not_even_in_junit(eval_kl,
     assert document == ""
     assert "NaN" in err
     assert ET.parse(tmp_path / "kl.xml").getroot().get("errors") == "1"
+
+
+def test_an_adapter_that_does_nothing_passes_a_gate_only_with_a_word(eval_kl, tiny, tmp_path):
+    adapter = tmp_path / "foreign" / "adapter_model.safetensors"
+    tensors = load_file(adapter)
+    silent = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    save_file(silent, adapter, metadata={"format": "pt"})
+    code, document, err = eval_kl(*tiny, "--responses", 60, "--max-kl", 1, "--junit", tmp_path / "kl.xml")
+    assert (code, document["gate"]["verdict"], document["kl"]["exact"]["nats_per_response"]) == (0, "pass", 0.0)
+    (warning,) = document["warnings"]
+    assert "exactly 0 on all 60 responses though the adapter's tensors are not all 0" in warning
+    assert warning in err
+    assert warning in eval_kl(*tiny, "--responses", 60, as_json=False)[1]
+    assert warning in {found.get("value") for found in ET.parse(tmp_path / "kl.xml").iter("property")}
+    save_file(tensors, adapter, metadata={"format": "pt"})
+    assert eval_kl(*tiny, "--responses", 60, "--max-kl", 1)[1]["warnings"] == []

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from kltune.core.tensors import close
 from kltune.lm.fast.decoding import GrowingDecoder, Step
-from kltune.lm.fast.shared_prefix import close
 
 ALIGNED = 8  # attention kernels want widths in multiples of it, and copy the mask where they are not
 
@@ -70,7 +70,7 @@ class CapturedDecoder:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
-        self._cache.batch_select_indices(rows)
+        self._cache.reorder_cache(rows)
         self._mask, self._next, self._ids = self._mask[rows], self._next[rows], self._ids[rows]
         self._record()
 

@@ -13,7 +13,7 @@ and on the CPU: in bfloat16 the sum rounds away 78 % of an update of a thousandt
 products wait for their launch, not for arithmetic.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -39,9 +39,9 @@ class LoraLinear(Linear):
         positions = x.numel() // x.shape[-1]
         if x.dtype in EXACT and _adds_first(*base.weight.shape, len(a), positions, torch.is_grad_enabled()):
             return nn.functional.linear(x, torch.addmm(base.weight, b, a, alpha=scaling), base.bias)
-        flat = x.reshape(-1, x.shape[-1])
-        out = nn.functional.linear(flat, base.weight, base.bias)
-        return torch.addmm(out, nn.functional.linear(flat, a), b.t(), alpha=scaling).view(*x.shape[:-1], -1)
+        out = nn.functional.linear(x, base.weight, base.bias)   # not of x made flat: that may round another way
+        flat = nn.functional.linear(x.reshape(-1, x.shape[-1]), a)
+        return torch.addmm(out.reshape(len(flat), -1), flat, b.t(), alpha=scaling).view(out.shape)
 
     def _plain(self, name: str, x: Tensor) -> bool:
         """Whether the adapter is nothing but two matrices now, of the same dtype as the base."""
@@ -79,12 +79,14 @@ class MergedTrunk:
     """Puts merged layers in the place of a trunk's LoRA layers and takes them out again; their buffers are kept."""
 
     def __init__(self, trunk: nn.Module):
-        self._places = [
+        places = [
             (parent, name, layer)
             for parent in trunk.modules()
             for name, layer in parent.named_children()
             if type(layer) in (Linear, LoraLinear)
         ]
+        called = _called(trunk, [layer for *_, layer in places])
+        self._places = [place for place in places if place[2] in called]
         self._merged: dict[Linear, nn.Linear] = {}
 
     @contextmanager
@@ -116,6 +118,18 @@ class MergedTrunk:
         up, down = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
         torch.addmm(weight, up, down, alpha=layer.scaling[adapter], out=merged.weight)
         return merged
+
+
+@torch.no_grad()
+def _called(trunk: nn.Module, layers: Sequence[Linear]) -> set[nn.Module]:
+    """The layers that a forward pass calls. Where a model reads the base's weight instead, an adapter does nothing."""
+    called: set[nn.Module] = set()
+    if layers:
+        hooks = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in layers]
+        trunk(input_ids=torch.zeros(1, 2, dtype=torch.long, device=next(trunk.parameters()).device), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+    return called
 
 
 def _can_merge(layer: Linear) -> bool:

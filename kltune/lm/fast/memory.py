@@ -61,9 +61,10 @@ def micro_batches(lengths: Sequence[int], most: Callable[[int], int], cost: floa
 class Batching:
     """Cuts batches into parts that fit in memory and hold little padding."""
 
-    def __init__(self, causal: nn.Module, step: Step, *, split: bool, shares_prefixes: bool):
+    def __init__(self, causal: nn.Module, step: Step | None, *, split: bool, shares_prefixes: bool):
         """Take a model, with its adapters as they are on whenever this is asked.
 
+        step: None for a model without a cache, which reads all of a row again for each token.
         split: its trunk runs alone, without making logits of all positions. shares_prefixes: neighbouring rows read the
         prompt they share once.
         """
@@ -120,6 +121,8 @@ class Batching:
 
     def sampled_rows(self, tokens: int) -> int:
         """How many responses may be sampled side by side, with so many tokens each, the prompt's included."""
+        if self._step is None:
+            return max(1, self.tokens_per_pass // tokens)
         free = free_bytes(self._causal, _device(self._causal))
         fit = int(free / (CACHE * max(1.0, bytes_held(self._token_cache)) * tokens))
         return max(1, min(ROWS_PER_PASS, fit))

@@ -33,11 +33,15 @@ def off() -> Iterator[None]:
 class FastWays:
     """What a model does faster than by its own forward pass, PEFT's layers and transformers' cache."""
 
-    def __init__(self, causal: nn.Module, step: Step, *, split: bool):
-        """Try which ways fit a model, before any adapter; ``step`` and ``split`` are those of its ``Network``."""
+    def __init__(self, causal: nn.Module, step: Step | None, *, split: bool):
+        """Try which ways fit a model with its adapters as they are on; ``step`` and ``split`` as of its ``Network``.
+
+        step: None for a model without a cache that serves.
+        """
         self.causal, self.step = causal, step
-        self.shares_prefixes = split and can_share(causal)
-        self.decodes = split and can_decode(causal)
+        cut = split and step is not None
+        self.shares_prefixes = cut and can_share(causal)
+        self.decodes = cut and can_decode(causal)
         self.captures = self.decodes and can_capture(step, self.next_step, next(causal.parameters()).device)
         self.batching = Batching(causal, step, split=split, shares_prefixes=self.shares_prefixes)
         self.refresh()

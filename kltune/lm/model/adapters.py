@@ -19,22 +19,30 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.config import PromptLearningConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from kltune.core.tensors import close
 from kltune.errors import ModelError
+from kltune.lm.model.files import reading
 
 POLICY = "default"  # PEFT saves an adapter of this name at the root of the folder, where every loader looks
 VALUE = "value"
 # These rewrite the base weights when the adapter is made, so "adapter off" is no longer the model that was loaded.
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # These put virtual tokens in front of a prompt; there is no layer to switch off.
-PROMPT_LEARNING = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
+PROMPT_LEARNING = {"ADAPTION_PROMPT"} | {
+    kind.value for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(config, PromptLearningConfig)
+}
+# These open others that their configuration names, wherever they are, when they are put on a model.
+WANT_OTHERS = ("XLORA", "SHADOW")
+OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")    # as PEFT calls them
+PROBED = 16             # tokens on which a model is tried when it is opened
 SwitchState = list[tuple[bool, list[str]]]  # by layer: whether adapters are off, and which is on otherwise
 
 
@@ -96,6 +104,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not folder.exists():
+            raise ModelError(f"{folder}: there is no such folder.") from None
         hint = f" Did you mean {folder / 'final'}?" if (folder / "final" / "adapter_config.json").exists() else ""
         raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing).{hint}") from None
     except ValueError as error:
@@ -106,6 +116,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             f"{folder}: an adapter of type {kind}; kltune reads those that change a model's layers, as LORA and IA3, "
             "and none that puts tokens before the prompt."
         )
+    if config.get("task_type") in OTHER_TASKS:
+        raise ModelError(f"{folder}: an adapter made for the task {config['task_type']}; wanted one of a causal LM.")
+    wanting = kind if kind in WANT_OTHERS else "LORA with arrow_config" if config.get("arrow_config") else None
+    if wanting is not None:
+        raise ModelError(f"{folder}: an adapter of type {wanting} works with models or adapters of other folders.")
     return config
 
 
@@ -158,7 +173,8 @@ def load_compatible(folder: Path, model: nn.Module) -> dict[str, Tensor]:
 
 def config_to_fill(folder: Path) -> PeftConfig:
     """The configuration of a saved adapter whose tensors are about to be loaded: it starts as one that does nothing."""
-    config = PeftConfig.from_pretrained(folder)
+    with reading(folder, "adapter"):
+        config = PeftConfig.from_pretrained(folder)
     config.inference_mode = False
     for name in ("init_lora_weights", "init_ia3_weights"):
         if hasattr(config, name):
@@ -173,10 +189,8 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
         pickled = (folder / "adapter_model.bin").exists()
         advice = " adapter_model.bin is a pickle, which kltune never opens." if pickled else ""
         raise ModelError(f"{path}: no such file.{advice}")
-    try:
+    with reading(path, "adapter"):
         return load_file(path)
-    except SafetensorError as error:
-        raise ModelError(f"{path}: damaged ({error}).") from None
 
 
 def wrap(model: nn.Module, config: PeftConfig, what: str) -> PeftModel:
@@ -186,10 +200,8 @@ def wrap(model: nn.Module, config: PeftConfig, what: str) -> PeftModel:
         ModelError: no layer has one of the names, which come from ``what``, or one is of a kind that cannot serve.
     """
     config.base_model_name_or_path = None  # PEFT would warn of another path; hashes tell bases apart
-    try:
+    with reading(what, "adapter", failed=f"does not fit {model.name_or_path}"):
         return get_peft_model(model, config, adapter_name=POLICY)
-    except ValueError as error:
-        raise ModelError(f"{what} does not fit {model.name_or_path}: {error}") from error
 
 
 def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path, name: str = POLICY) -> None:
@@ -197,38 +209,74 @@ def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path, name: str =
     for key, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise ModelError(f"{folder}: {key} holds NaN or infinity.")
-    misfit = f"{folder}: the adapter does not fit {model.name_or_path}"
-    try:
+    with reading(folder, "adapter", failed=f"does not fit {model.name_or_path}"):
         outcome = set_peft_model_state_dict(model, weights, adapter_name=name)
-    except KeyError as error:
-        raise ModelError(f"{misfit}: its file has no tensor {error}.") from error
-    except RuntimeError as error:  # load_state_dict lists each wrong shape on a line of its own
-        raise ModelError(f"{misfit}: {str(error).splitlines()[-1].strip()}") from error
     prefix = f".{PEFT_TYPE_TO_PREFIX_MAPPING[model.peft_config[name].peft_type]}"
-    missing = [key for key in outcome.missing_keys if name in key.partition(prefix)[2].split(".")]
+    held, lacking = model.state_dict(), set(outcome.missing_keys)
+    filled = {held[key].data_ptr() for key in held.keys() - lacking}    # what layers share is in the file once
+    missing = [
+        key for key in lacking
+        if name in key.partition(prefix)[2].split(".") and held[key].data_ptr() not in filled
+    ]
     if missing or outcome.unexpected_keys:
         raise ModelError(
-            f"{misfit}: {len(missing)} of its layers have no tensor in the file, {len(outcome.unexpected_keys)} "
-            "tensors in the file have no layer; was it made for another model?"
+            f"{folder}: the adapter does not fit {model.name_or_path}: {len(missing)} of its layers have no tensor in "
+            f"its file, {len(outcome.unexpected_keys)} tensors there have no layer; was it made for another model?"
         )
 
 
-def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float]:
+def probe_ids(model: nn.Module, config: PeftConfig | None = None) -> Tensor:
+    """A few tokens to try a model on; among them those that an adapter waits for. [1, S] int64"""
+    words = model.config.get_text_config().vocab_size
+    few = [token % words for token in range(PROBED)]
+    trigger = getattr(config, "alora_invocation_tokens", None) or ()    # without them, an aLoRA does nothing
+    more = [*(token for token in trigger if token < words), *few] if trigger else []
+    return torch.tensor([[*few, *more]], device=next(model.parameters()).device)
+
+
+def _untie(model: nn.Module) -> bool:
+    """Give the head a matrix of its own where an adapter acts on it or on the embedding, and they are one; if so, True.
+
+    Merged into the one matrix, what changes one of the two would change the other too.
+    """
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    words, head = (end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends)
+    tied = None not in ends and getattr(words, "weight", None) is getattr(head, "weight", model)
+    if not tied or not any(isinstance(end, BaseTunerLayer) for end in ends):
+        return False
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    return True
+
+
+def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float, bool]:
     """Add an SFT adapter into the weights of its base; the result is the reference from then on.
 
     Done once, before anything is frozen or hashed, in float32, and rounded to the model's dtype at the end: in
     bfloat16 small updates are partly lost to that rounding, so the share that survived is returned too, as a projection
-    on what was asked for; 1 in float32.
+    on what was asked for; 1 in float32. The last says whether head and embedding were one matrix and are two now.
 
     Raises:
-        ModelError: it changes the base in other ways, does not fit it one to one, or changes nothing.
+        ModelError: it changes the base in other ways, does not fit it one to one, changes nothing, or changes more
+            merged than on its base.
     """
     weights = load_compatible(folder, model)
     dtype = next(model.parameters()).dtype
-    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-    adapted = wrap(model.float(), PeftConfig.from_pretrained(folder), str(folder))
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters(remove_duplicate=False)}
+    adapted = wrap(model.float(), config_to_fill(folder), str(folder))
     fill(adapted, weights, folder)
-    merged = adapted.merge_and_unload()
+    untied = _untie(model)
+    with torch.no_grad(), reading(folder, "model.sft_adapter", failed="cannot be merged into its base"):
+        ids = probe_ids(model, adapted.peft_config[POLICY])
+        wanted = adapted.eval()(input_ids=ids, use_cache=False).logits
+        merged = adapted.merge_and_unload()
+        found = merged(input_ids=ids, use_cache=False).logits
+    if not close(found, wanted):
+        raise ModelError(
+            f"{folder}: merged into its base, this adapter gives another model than on it: a logit differs by "
+            f"{(found - wanted).abs().max().item():.3g}. Layers that share a matrix would take its update twice; "
+            "leave them out of lora.targets."
+        )
     asked = arrived = 0.0
     for name, tensor in merged.named_parameters():
         delta = tensor.detach() - before[name].float()
@@ -237,7 +285,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float]:
         arrived += ((tensor.detach().float() - before[name].float()) * delta).sum().item()
     if asked == 0.0:
         raise ModelError(f"{folder}: this adapter changes nothing (every merged update is 0); is it the trained one?")
-    return merged, arrived / asked
+    return merged, arrived / asked, untied
 
 
 class CheckpointedLayers:

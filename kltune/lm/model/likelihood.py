@@ -51,9 +51,8 @@ def alignment_tax(nats: Tensor, ref_nats: Tensor, tokens: Tensor, confidence: fl
 
 def example_batch(examples: Sequence[Example], policy: Policy) -> tuple[Tensor, Tensor]:
     """Examples as right-padded ids and scored marks, [B, S] each, on the policy's device."""
-    ids = pad_right([example.ids for example in examples], policy.tokenizer.pad_token_id)
     scored = pad_right([example.scored for example in examples], False, torch.bool)
-    return ids.to(policy.device), scored.to(policy.device)
+    return policy.padded([example.ids for example in examples]), scored.to(policy.device)
 
 
 def text_rules(policy: Policy, data: DataSection) -> RowRules:

@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.chat import EndTokens, template_of
+from kltune.lm.model.files import check_all_read, reading, refuse_other_heads, refuse_quantised
 from kltune.recipe import ModelSection
 
+NO_CAUSAL = "could not be loaded as a causal language model"
+# Lines of a README: what the SFT adapter changes in one of two tied layers must not reach the other when it is merged.
+UNTIE = """head = base.get_output_embeddings()
+head.weight = torch.nn.Parameter(head.weight.detach().clone())
+base.config.tie_word_embeddings = False
+"""
 COMPARED = {
     "sha256": "weights", "tokenizer_sha256": "tokenizer", "template_sha256": "chat template", "dtype": "dtype",
 }
@@ -38,7 +44,8 @@ class Fingerprint:
     """Which reference this is: hashes of the frozen weights, the tokenizer and the chat template.
 
     path, sft_adapter: where the weights came from. dtype: of the weights that were hashed. merge_survived: share of
-    the SFT adapter's update that survived rounding to that dtype (1 in float32).
+    the SFT adapter's update that survived rounding to that dtype (1 in float32). untied: the base's head and embedding
+    are one matrix, and have one each since the SFT adapter was merged, which acts on one of them.
     """
 
     path: str
@@ -48,9 +55,12 @@ class Fingerprint:
     tokenizer_sha256: str
     template_sha256: str
     merge_survived: float = 1.0
+    untied: bool = False
 
     @classmethod
-    def of(cls, section: ModelSection, model: nn.Module, tokenizer, merge_survived: float) -> "Fingerprint":
+    def of(
+        cls, section: ModelSection, model: nn.Module, tokenizer, merge_survived: float, untied: bool = False
+    ) -> "Fingerprint":
         """Hash what was loaded for a recipe's ``model`` section."""
         return cls(
             path=section.path,
@@ -60,6 +70,7 @@ class Fingerprint:
             tokenizer_sha256=tokenizer_sha256(tokenizer),
             template_sha256=sha256_text(template_of(tokenizer)),
             merge_survived=merge_survived,
+            untied=untied,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -89,7 +100,8 @@ class Fingerprint:
 
     def how_to_load(self, what: str = "LoRA adapter", imports: str = "", use: str = "") -> str:
         """README of a saved adapter: the lines that load it without kltune, ``use`` after them."""
-        merged = f'base = PeftModel.from_pretrained(base, "{self.sft_adapter}").merge_and_unload()   # the reference\n'
+        merged = UNTIE if self.untied else ""
+        merged += f'base = PeftModel.from_pretrained(base, "{self.sft_adapter}").merge_and_unload()   # the reference\n'
         return (
             f"# {what} made by kltune\n\n"
             f"Its reference (adapter off) has weights sha256 `{self.sha256[:16]}…`, dtype {self.dtype}.\n\n"
@@ -150,18 +162,16 @@ def end_tokens(model: nn.Module, tokenizer, vocabulary: int) -> EndTokens:
     return ends
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False):
-    """The tokenizer of a model folder or hub name, with a padding token.
+def load_tokenizer(path: str, trust_remote_code: bool = False, where: str = "model.path"):
+    """The tokenizer of a model folder or hub name, with a padding token; ``where`` names the key it came from.
 
     Raises:
         ModelError: there is none that transformers can read, or it has neither a padding nor an end token.
     """
-    try:
+    with reading(path, where, failed="no tokenizer could be loaded from it"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **_locality(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.path: no tokenizer could be loaded from {path}: {_first_line(error)}") from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise ModelError(f"model.path: the tokenizer of {path} names no end token; set eos_token in its config.")
+        raise ModelError(f"{where}: the tokenizer of {path} names no end token; set eos_token in its config.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # harmless: masks come from lengths, never from ids
     return tokenizer
@@ -179,8 +189,11 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
         _refuse_adapter(Path(path), where)
     elif Path(path).is_absolute():  # recipes make the paths they know absolute; hub names never are
         raise ModelError(f"{where}: {path} is no folder here; give the folder of a model, or a name on the hub.")
-    try:
+    with reading(path, where, failed=NO_CAUSAL):
         config = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code, **_locality(path))
+    refuse_quantised(config, path, where)
+    refuse_other_heads(config, path, where)
+    with reading(path, where, failed=NO_CAUSAL):
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -191,18 +204,9 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
             ignore_mismatched_sizes=True,  # reported, and refused below
             **_locality(path),
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(
-            f"{where}: found {path}, which could not be loaded as a causal language model: {_first_line(error)}"
-        ) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(f"{where}: {path} is an adapter, not a model; give its base as model.path.")
-    made_up = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
-    if made_up:
-        raise ModelError(
-            f"{where}: the files of {path} lack {', '.join(made_up[:3])}{', …' if len(made_up) > 3 else ''} or hold it "
-            "in another shape than config.json says; transformers would put random numbers there."
-        )
+    check_all_read(model, report, path, where)
     return model.to(device)
 
 
@@ -255,19 +259,25 @@ def check_made_for(folder: Path, model: nn.Module, path: str) -> None:
     record = folder / "kltune.json"
     if not record.exists():
         return
-    made = json.loads(record.read_text(encoding="utf-8"))["reference"]
+    with reading(folder, "model.sft_adapter"):
+        content = json.loads(record.read_text(encoding="utf-8"))
+        made = content["reference"]
+    if content.get("stage") == "reward":
+        raise ModelError(f"model.sft_adapter: {folder} is a reward model, which says nothing; give one of kltune sft.")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     digest = weights_sha256(dict(model.state_dict()))
-    if made["sft_adapter"] is None and made["dtype"] == dtype and made["sha256"] != digest:
+    beneath = "" if made["sft_adapter"] is None else f" with {made['sft_adapter']} merged"
+    if made["sha256"] != digest and (beneath or made["dtype"] == dtype):
         raise ModelError(
-            f"model.sft_adapter: {folder} was trained on {made['path']} (weights {made['sha256'][:12]}), but "
+            f"model.sft_adapter: {folder} was trained on {made['path']}{beneath} (weights {made['sha256'][:12]}), but "
             f"model.path is {path} (weights {digest[:12]}); give the model it was trained on."
         )
 
 
 def _refuse_adapter(path: Path, where: str) -> None:
     if (path / "adapter_config.json").exists():
-        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        with reading(path, where):
+            base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         raise ModelError(
             f"{where}: {path} is a LoRA adapter, and which model is the reference is not said. For KL against base "
             f"+ this adapter write  model: {{path: {base}, sft_adapter: {path}}};  for KL against the bare base write  "
@@ -289,7 +299,3 @@ def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
 def _locality(path: str) -> dict[str, bool]:
     """A local folder never touches the network."""
     return {"local_files_only": True} if Path(path).exists() else {}
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -2,7 +2,9 @@
 
 Cutting there lets the head run on response positions only, a chunk at a time. Whether a model can be cut (its logits
 are just head(trunk), with no scaling or soft cap behind it) is found out by trying; where not, the logits themselves
-take the place of the hidden states, and everything else works the same with less of it at once.
+take the place of the hidden states, and everything else works the same with less of it at once. So is what its cache
+can do: where it cannot be repeated, or does not give what the whole sequence gives, every token is sampled by reading
+all before it again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,17 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from kltune.core.kl.fused_head import Reader, through_head
+from kltune.core.tensors import close
+from kltune.errors import ModelError
 from kltune.lm.fast import ways
 from kltune.lm.model.adapters import CheckpointedLayers
 from kltune.lm.model.batches import FixedRows, Parts
+from kltune.lm.model.files import reading
 
 # float32 logits that may exist at once, per model. On a CPU more are slower: what is made of them is fresh memory each
 # time; 64 MB took 1.6 times as long as 8 to measure KL at V = 8,192, 1.7 at 32,000. A GPU wants large launches.
 CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
+# What models raise whose cache is missing, of another kind, or cannot be repeated.
+NO_CACHE = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class ScalarHead(nn.Module):
@@ -52,24 +59,78 @@ class Network:
         self._recomputes = True     # layers, where a backward pass would not fit otherwise
         self.refresh()
         self.vocabulary = self.causal.config.get_text_config().vocab_size
-        probe = torch.tensor([[0, 1, 0]], device=next(causal.parameters()).device)
-        with torch.no_grad():
-            hidden = self.trunk(probe)
-            whole = causal(input_ids=probe, use_cache=False).logits
-            cut = self.head(hidden) if self.head is not None and self.head is not causal else None
-        self.hidden_size = hidden.shape[-1]
-        # Equal, not close: a soft cap that small logits do not feel would be felt after training.
-        self.split = cut is not None and cut.shape == whole.shape and torch.equal(cut.float(), whole.float())
-        self.fast = ways.FastWays(causal, self.step, split=self.split) if ways.wanted else None
-        self.batching = FixedRows() if self.fast is None else self.fast.batching
+        self.try_ways()
 
     def refresh(self) -> None:
         """Find trunk and head again, after an adapter may have wrapped them."""
-        self._trunk = self.causal.base_model
+        self._trunk = _trunk_of(self.causal)
         self.head = self.causal.get_output_embeddings()
-        self._layers = CheckpointedLayers(self._trunk)
+        self._layers = CheckpointedLayers(self.causal if self._trunk is None else self._trunk)
         if self.fast is not None:
             self.fast.refresh()
+
+    @torch.no_grad()
+    def try_ways(self) -> None:
+        """Find out by trying what the model can do, with its adapters as they are on now.
+
+        Raises:
+            ModelError: it gives no logits for token ids alone.
+        """
+        probe = torch.tensor([[0, 1, 0]], device=self.device)
+        with reading(self.causal.name_or_path, "model", failed="cannot read token ids alone"):
+            whole = self._whole(self.causal, probe).logits
+        states = None if self._trunk is None else self.trunk(probe)
+        cut = None if states is None else self._cut(states)
+        self._width = None if states is None else states.shape[-1]
+        # Equal, not close: a soft cap that small logits do not feel would be felt after training.
+        self.split = cut is not None and cut.shape == whole.shape and torch.equal(cut.float(), whole.float())
+        self.caches = self._can_cache()
+        step = self.step if self.caches else None
+        self.fast = ways.FastWays(self.causal, step, split=self.split) if ways.wanted else None
+        self.batching = FixedRows() if self.fast is None else self.fast.batching
+
+    def _cut(self, states: Tensor) -> Tensor | None:
+        """What the head alone makes of hidden states; None where there is no such head, or one of another width."""
+        try:
+            return None if self.head in (None, self.causal) else self.head(states)
+        except (RuntimeError, TypeError):
+            return None
+
+    def _can_cache(self) -> bool:
+        """Whether padded prompts, repeated and with rows dropped, decode from a cache to what whole sequences give."""
+        ids = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 1, 1, 0]], device=self.device)
+        mask = torch.ones_like(ids)
+        mask[0, 0] = 0
+        rows = torch.tensor([0, 0, 1, 1], device=self.device)
+        try:
+            _, cache = self.step(ids[:, :3], mask[:, :3], (mask.cumsum(1) - 1).clamp(min=0)[:, :3], None)
+            cache.reorder_cache(rows)
+            decoder = Decoder(self.step, cache, mask[rows, :3])
+            decoder.feed(ids[rows, 3])
+            decoder.keep(rows.new_tensor([1, 2]))
+            last = decoder.feed(ids[:, 4])
+        except NO_CACHE:
+            return False
+        return close(last, torch.cat([self._last(ids[:1, 1:]), self._last(ids[1:])]))
+
+    def _last(self, ids: Tensor) -> Tensor:
+        """Logits after whole sequences. [B, S] -> [B, V]."""
+        return self.logits(self.hidden(ids)[:, -1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.causal.parameters()).device
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states; ModelError where a model gives none."""
+        if self._width is None:
+            raise ModelError(
+                f"{self.causal.name_or_path}: a {type(self.causal).__name__} gives no hidden states that a value "
+                "function or a reward model could read; choose baseline rloo or grpo, or another model."
+            )
+        return self._width
 
     def trunk(self, ids: Tensor) -> Tensor:
         """Last hidden states. [B, S] -> [B, S, H]. No mask: rows are right-padded and the model is causal."""
@@ -125,7 +186,7 @@ class Network:
         return tuple(torch.cat(column) for column in zip(*readings, strict=True))
 
     def step(
-        self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache | None
+        self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache | None = None
     ) -> tuple[Tensor, Cache]:
         """Feed left-padded prompts, or one more token each: the logits after the last [B, V], and the cache."""
         model = self._trunk if self.split else self.causal
@@ -136,14 +197,22 @@ class Network:
         logits = self.head(output.last_hidden_state[:, -1]) if self.split else output.logits[:, -1]
         return logits, output.past_key_values
 
-    def read_prompts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Cache]:
-        """Feed left-padded prompts, with a mask that is 0 on their padding: logits after the last [B, V], and cache."""
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        return self.step(ids, mask, places, None) if self.fast is None else self.fast.read_prompts(ids, mask, places)
+    def start(self, ids: Tensor, mask: Tensor, repeats: int, limit: int) -> tuple[Tensor, Any]:
+        """Read left-padded prompts, each for so many rows: logits after the last [R, V], and a decoder of the rows.
 
-    def decoder(self, cache: Cache, mask: Tensor, limit: int) -> Any:
-        """A decoder that feeds the rows of a cache one token at a time, at most ``limit`` each. See ``Decoder``."""
-        return Decoder(self.step, cache, mask) if self.fast is None else self.fast.decoder(cache, mask, limit)
+        mask: 0 on padding. [P, S] each. limit: tokens that each row may be fed. See ``Decoder``.
+        """
+        rows = torch.arange(len(ids), device=ids.device).repeat_interleave(repeats)
+        if not self.caches:
+            decoder = Rereader(self, ids[rows], mask[rows], limit)
+            return decoder.logits(), decoder
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        read = self.step if self.fast is None else self.fast.read_prompts
+        logits, cache = read(ids, mask, places)
+        if repeats > 1:     # not batch_repeat_interleave: caches of states have none
+            cache.reorder_cache(rows)
+            logits, mask = logits[rows], mask[rows]
+        return logits, Decoder(self.step, cache, mask) if self.fast is None else self.fast.decoder(cache, mask, limit)
 
     def merged(self) -> AbstractContextManager[None]:
         """Within: the adapter may be added into the weights that are read; for sampling, it must not be switched."""
@@ -172,8 +241,7 @@ class Network:
     @property
     def chunk_rows(self) -> int:
         """Positions whose float32 logits may exist at once."""
-        device = next(self.causal.parameters()).device.type
-        return max(64, CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (4 * self.vocabulary))
+        return max(64, CHUNK_BYTES.get(self.device.type, CHUNK_BYTES["cpu"]) // (4 * self.vocabulary))
 
 
 class Decoder:
@@ -191,3 +259,43 @@ class Decoder:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(ids), 1)], dim=1)
         logits, self._cache = self._step(ids[:, None], self._mask, places, self._cache)
         return logits
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these."""
+        self._cache.reorder_cache(rows)
+        self._mask = self._mask[rows]
+
+
+class Rereader:
+    """Decoder of the same interface for models without a cache that serves: every token reads the whole row again."""
+
+    compact_below = 1.0
+
+    def __init__(self, network: Network, ids: Tensor, mask: Tensor, limit: int):
+        """Take left-padded prompts, and their mask: 0 on padding. [R, width] each. Rows get at most ``limit`` more."""
+        self._network, self._lengths = network, mask.sum(dim=1)
+        places = torch.arange(ids.shape[1] + limit, device=ids.device) + (ids.shape[1] - self._lengths)[:, None]
+        self._ids = nn.functional.pad(ids, (0, limit)).gather(1, places % (ids.shape[1] + limit))  # padded right
+
+    def logits(self) -> Tensor:
+        """After each row so far. [R, V]."""
+        states = self._network.hidden(self._ids[:, : int(self._lengths.max())])
+        return self._network.logits(states[torch.arange(len(states), device=states.device), self._lengths - 1])
+
+    def feed(self, ids: Tensor) -> Tensor:
+        """One more token for each row: the logits after it. [R] -> [R, V]."""
+        self._ids[torch.arange(len(ids), device=ids.device), self._lengths] = ids
+        self._lengths = self._lengths + 1
+        return self.logits()
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these."""
+        self._ids, self._lengths = self._ids[rows], self._lengths[rows]
+
+
+def _trunk_of(causal: nn.Module) -> nn.Module | None:
+    """The part that gives hidden states: what a model names as its base, else the one model inside it; None without."""
+    if causal.base_model is not causal:
+        return causal.base_model
+    inner = [child for child in causal.children() if isinstance(child, PreTrainedModel)]
+    return inner[0] if len(inner) == 1 else None

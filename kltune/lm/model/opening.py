@@ -1,28 +1,40 @@
 """Open a policy with its reference, and try on the real model what must hold before and after training."""
 
+import copy
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
-from torch import Tensor
+from torch import Tensor, nn
 
+from kltune.core.tensors import close
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
 from kltune.lm.model.adapters import (
+    POLICY,
+    config_to_fill,
     fill,
     load_weights,
     merge_adapter,
+    probe_ids,
     read_adapter_config,
     rewritten_base,
     trained_base,
     wrap,
 )
 from kltune.lm.model.batches import Rollout, pad_right
+from kltune.lm.model.files import reading
 from kltune.lm.model.loading import Fingerprint, check_made_for, load_base, load_tokenizer
+from kltune.lm.model.network import Network
 from kltune.lm.model.policy import Policy
 from kltune.recipe import LoraSection, ModelSection
 
+# Shares of the logits' size that rounding may move them by: what comes after a position, and what is beside a text. In
+# narrow dtypes a token can be sent to another expert by that; an encoder's logits move by far more.
+LEAK = {torch.float32: 1e-5, torch.float64: 1e-10}
+MIXED = {torch.float32: 1e-4, torch.float64: 1e-8}
+NARROW = 0.03
 PROMPTS, TOKENS = 8, 64  # of each as many: over a large vocabulary, all of long prompts would take longer than a step
 # Of a log-prob when nothing was updated yet: rounding that depends on the batch's shape. In float32 the largest change,
 # in narrower dtypes the mean: of 1,500 tokens of a chat model in bfloat16 one was 0.22 nats off and their mean 0.01.
@@ -40,6 +52,7 @@ def load_policy(section: ModelSection, lora: LoraSection | None, *, device: torc
     policy = load_reference(section, device=device, full=lora is None)
     if lora is not None:
         policy.add_adapter(lora)
+        check_adapter(policy.network, policy.model, "lora")
     return policy
 
 
@@ -54,20 +67,18 @@ def load_reference(
             )
         section = section.model_copy(update={"dtype": "float32"})
     model = load_base(section, device, where)
-    tokenizer = load_tokenizer(section.path, section.trust_remote_code)
-    survived = 1.0
+    tokenizer = load_tokenizer(section.path, section.trust_remote_code, where)
+    survived, untied = 1.0, False
     if section.sft_adapter is not None:
         adapter = Path(section.sft_adapter)
         check_made_for(adapter, model, section.path)
-        model, survived = merge_adapter(model, adapter)
-    fingerprint = Fingerprint.of(section, model, tokenizer, merge_survived=survived)
-    frozen, trained = None, model
-    if full:
-        frozen, trained = model, load_base(section, device, where)
-        trained.load_state_dict(model.state_dict())
+        model, survived, untied = merge_adapter(model, adapter)
+    fingerprint = Fingerprint.of(section, model, tokenizer, merge_survived=survived, untied=untied)
+    trained, frozen = (copy.deepcopy(model), model) if full else (model, None)
     policy = Policy(trained, tokenizer, fingerprint, frozen=frozen)
     if section.sft_adapter is not None:
         policy.hold_against(Path(section.sft_adapter), "model.sft_adapter", section.trust_remote_code)
+    check_causal(policy.network, f"{where}: {section.path}")
     return policy
 
 
@@ -87,11 +98,16 @@ def load_saved_policy(folder: Path, section: ModelSection, *, device: torch.devi
         if rewritten_base(config) or not trained_base(config, weights, policy.model):
             return _with_adapter(policy, folder)
         trained = load_base(second, device, "checkpoint")
-        fill(wrap(trained, PeftConfig.from_pretrained(folder), str(folder)), weights, folder)  # in place
+        wrapped = wrap(trained, config_to_fill(folder), str(folder))
+        fill(wrapped, weights, folder)  # in place
     else:
-        trained = load_base(second.model_copy(update={"path": str(folder)}), device, "checkpoint")
+        trained = wrapped = load_base(second.model_copy(update={"path": str(folder)}), device, "checkpoint")
     saved = Policy(trained, policy.tokenizer, policy.fingerprint, frozen=policy.model)
     saved.other_tokenizers = policy.other_tokenizers
+    if is_adapter:
+        check_adapter(saved.network, wrapped.eval(), str(folder))
+    else:
+        check_causal(saved.network, str(folder))
     if saved.network.vocabulary != policy.network.vocabulary:
         raise ModelError(
             f"{folder}: it gives logits for {saved.network.vocabulary} tokens, the reference {section.path} for "
@@ -112,21 +128,76 @@ def _with_adapter(policy: Policy, folder: Path) -> Policy:
             f"{(before - after).abs().max().item():.3g}); a {read_adapter_config(folder)['peft_type']} adapter of this "
             "form cannot be measured on one set of weights. Merge it into a model and give that, with --reference."
         )
+    check_adapter(policy.network, policy.model, str(folder))
+    policy.network.try_ways()
     return policy
 
 
 @torch.no_grad()
-def probe_logits(policy: Policy) -> torch.Tensor:
+def probe_logits(policy: Policy) -> Tensor:
     """Logits on a few tokens. [1, S, V]"""
-    probe = torch.tensor([[*range(min(16, policy.network.vocabulary))]], device=policy.device)
-    return policy.network.logits(policy.network.hidden(probe))
+    return policy.network.logits(policy.network.hidden(probe_ids(policy.model)))
+
+
+@torch.no_grad()
+def check_adapter(network: Network, wrapped: nn.Module, what: str) -> None:
+    """Raise ModelError unless an adapter that is on acts through layers alone: a causal model runs them as PEFT does.
+
+    Some act through arguments or hooks of PEFT's own forward pass, by what they find in the whole text. ``wrapped`` is
+    PEFT's model of the network's.
+    """
+    config = wrapped.peft_config[POLICY]
+    kind = f"an adapter of type {config.peft_type.value}" + "".join(
+        f" with {field.name}" for field in fields(config)
+        if field.metadata.get("is_lora_variant") and getattr(config, field.name)
+    )
+    ids = probe_ids(network.causal, config)
+    alone = "acts through PEFT's own forward pass and not through the model's layers alone"
+    with reading(what, "adapter", failed=f"{kind} {alone}"):    # first: hooks can leave in layers what they need
+        mine = network.logits(network.hidden(ids))
+    with reading(what, "adapter", failed=f"PEFT cannot run {kind} on token ids alone"):
+        theirs = wrapped(input_ids=ids, use_cache=False).logits
+    if not close(mine, theirs):
+        raise ModelError(
+            f"{what}: {kind} {alone}, so what it does to a token can depend on those after it; kltune cannot measure "
+            "or train it. Where PEFT can merge it into a model, give that."
+        )
+    check_causal(network, f"{what}: {kind}")
+
+
+@torch.no_grad()
+def check_causal(network: Network, what: str) -> None:
+    """Raise ModelError unless a logit depends on the tokens before it alone: on none to come, on no other row."""
+    one = probe_ids(network.causal).repeat(1, 2)
+    cut = one.shape[1] // 2
+    other = torch.cat([one[:, :cut], (one[:, cut:] + 1) % network.vocabulary], dim=1)
+    # Each in a pass of its own: in one batch, what is averaged over it would be the same for both.
+    first, second, both = (network.logits(network.hidden(ids)).float() for ids in (one, other, torch.cat([one, other])))
+    if not torch.isfinite(both).all():
+        raise ModelError(f"{what}: its logits are not finite; are its files whole?")
+    dtype = next(network.causal.parameters()).dtype
+    if (moved := _moved(first[:, :cut], second[:, :cut])) > LEAK.get(dtype, NARROW):
+        raise ModelError(
+            f"{what} reads the tokens it is to predict: other tokens at the end move the logits before them, by "
+            f"{moved:.3g} of their size. Wanted a causal language model."
+        )
+    if (moved := _moved(torch.cat([first, second]), both)) > MIXED.get(dtype, NARROW):
+        raise ModelError(
+            f"{what} says other things of a text beside another than of it alone, by {moved:.3g} of the logits' size; "
+            "no number would hold."
+        )
+
+
+def _moved(before: Tensor, after: Tensor) -> float:
+    """The mean change, as a share of the mean size."""
+    return ((before - after).abs().mean() / before.abs().mean().clamp(min=1e-30)).item()
 
 
 @torch.no_grad()
 def check_fresh_policy(policy: Policy, prompts: Sequence[Prompt]) -> None:
     """Raise ModelError unless, before training, exact KL is 0 on a few prompts and two passes agree bit for bit."""
     rows = [prompt.ids[:TOKENS] for prompt in prompts[:PROMPTS] if len(prompt.ids) > 1] or [prompts[0].ids * 2]
-    ids = pad_right(rows, policy.tokenizer.pad_token_id).to(policy.device)
+    ids = policy.padded(rows)
     scored = pad_right([[False] + [True] * (len(row) - 1) for row in rows], False, torch.bool).to(policy.device)
     once, again = policy.measure(ids, scored), policy.measure(ids, scored, exact=False)
     if not torch.equal(once.logprobs, again.logprobs):

@@ -6,7 +6,7 @@ fine-tuning (``kltune sft`` with ``lora: null``) holds a second, frozen copy of 
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
@@ -24,7 +24,8 @@ from kltune.lm.data.chat import reads_clock, template_of, today
 from kltune.lm.data.encoding import OtherTokenizer
 from kltune.lm.data.examples import RowRules
 from kltune.lm.model.adapters import POLICY, VALUE, AdapterSwitch, config_to_fill, fill, load_compatible, wrap
-from kltune.lm.model.batches import Rollout
+from kltune.lm.model.batches import Rollout, pad_right
+from kltune.lm.model.files import reading
 from kltune.lm.model.loading import Fingerprint, end_tokens, own_tokenizer, tokenizer_differences, weights_sha256
 from kltune.lm.model.network import Network, ScalarHead
 from kltune.recipe import DataSection, LoraSection
@@ -42,6 +43,8 @@ class Policy:
         self.value_head: ScalarHead | None = None
         self.untrained: dict[str, Tensor] = {}
         self.full = frozen is not None
+        held = [part.get_input_embeddings().weight for part in (model, frozen) if part is not None]
+        self._words = min(weight.shape[0] for weight in held)
         # state_dict tensors share storage with the parameters, so hashing them later sees what they hold then.
         self._reference_tensors = dict((frozen or model).state_dict())
         (frozen or model).requires_grad_(False)
@@ -79,14 +82,19 @@ class Policy:
         if not self.full:
             self.load_adapter(folder)
             return
-        saved = type(self.model).from_pretrained(folder, dtype=self.dtype, use_safetensors=True, local_files_only=True)
+        with reading(folder, "checkpoint"):
+            saved = type(self.model).from_pretrained(
+                folder, dtype=self.dtype, use_safetensors=True, local_files_only=True
+            )
         self.model.load_state_dict(saved.state_dict())
 
     def _wrap(self, config: PeftConfig, what: str) -> None:
         self.model = wrap(self.model, config, what)
         self._switch = AdapterSwitch(self.model)
         self.model.eval()
-        self.network.refresh()
+        kind = f"an adapter of type {config.peft_type.value}"
+        with reading(what, "adapter", failed=f"PEFT cannot run {kind} on token ids alone"):
+            self.network.refresh()
         # B is 0 and a magnitude is the base's own: what the adapter's tensors hold where it does nothing.
         self.untrained = {name: tensor.detach().clone() for name, tensor in self.trainable_parameters().items()}
 
@@ -165,6 +173,24 @@ class Policy:
             if mine.eos_token_id not in {None, *self.ends.ids}:
                 raise other.refuse("the end of a response", "tokens")
             self.other_tokenizers += (other,)
+
+    def padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Token ids as the model reads them: right-padded, on its device. [B, S] int64.
+
+        What stands on padding is never read, so a padding token of which the model knows nothing does no harm.
+
+        Raises:
+            ModelError: another token has no row in the embedding.
+        """
+        pad = self.tokenizer.pad_token_id
+        ids = pad_right(rows, pad if pad < self._words else 0)
+        if (largest := int(ids.max())) >= self._words:
+            raise ModelError(
+                f"{self.fingerprint.path}: its embedding has {self._words} rows and none for token {largest}, "
+                f"{self.tokenizer.convert_ids_to_tokens(largest)!r} of the tokenizer {self.tokenizer.name_or_path}; "
+                "give the tokenizer it was trained with, or resize its embedding and save it."
+            )
+        return ids.to(self.device)
 
     def prompt_limit(self, wanted: int | None, max_new_tokens: int) -> int:
         """The longest prompt: what is wanted, or what leaves room for a response; RecipeError if it does not fit."""

@@ -142,13 +142,9 @@ def _decode(
     device, limit, per_prompt = policy.device, uniforms.shape[1], len(uniforms) // len(prompts)
     ends = torch.tensor(policy.end_ids, device=device)
     # Prompts end in the same column, as decoding wants them: right-padded backwards. [P, width] each.
-    ids = pad_right([prompt.ids[::-1] for prompt in prompts], policy.tokenizer.pad_token_id).flip(1).to(device)
+    ids = policy.padded([prompt.ids[::-1] for prompt in prompts]).flip(1)
     mask = pad_right([[1] * len(prompt.ids) for prompt in prompts], 0).flip(1).to(device)
-    logits, cache = policy.network.read_prompts(ids, mask)
-    if per_prompt > 1:  # each prompt went through the model once; its cache serves all its responses
-        cache.batch_repeat_interleave(per_prompt)
-        logits, mask = (tensor.repeat_interleave(per_prompt, dim=0) for tensor in (logits, mask))
-    rows = policy.network.decoder(cache, mask, limit)
+    logits, rows = policy.network.start(ids, mask, per_prompt, limit)
 
     count = len(uniforms)
     tokens = torch.zeros(count, limit, dtype=torch.long, device=device)
@@ -213,14 +209,14 @@ def _assemble(
     owner = [row * len(prompts) // len(tokens) for row in range(len(tokens))]
     asked = [list(prompts[index].ids) for index in owner]
     both = list(zip(asked, tokens, strict=True))
-    ids = pad_right([p + r for p, r in both], policy.tokenizer.pad_token_id)
+    ids = policy.padded([p + r for p, r in both])
     scored = pad_right([[False] * len(p) + [True] * len(r) for p, r in both], False, torch.bool)
     response_mask = pad_right([[True] * len(row) for row in tokens], False, torch.bool)
     truncated = torch.tensor([len(row) == limit and row[-1] not in policy.end_ids for row in tokens])
     flat = torch.tensor([value for row in logprobs for value in row])
     device = policy.device
     return Samples(
-        ids=ids.to(device),
+        ids=ids,
         scored=scored.to(device),
         response_mask=response_mask.to(device),
         prompt_index=torch.tensor(owner, device=device),

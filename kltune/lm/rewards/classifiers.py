@@ -17,6 +17,7 @@ from kltune.lm.data.examples import Prompt
 from kltune.lm.data.forms import Message
 from kltune.lm.data.rows import RowFault
 from kltune.lm.model.batches import Samples, pad_right
+from kltune.lm.model.files import check_all_read, reading, refuse_quantised
 from kltune.lm.rewards.reward_model import is_reward_model
 from kltune.recipe import ClassifierReward, ModelReward
 
@@ -163,22 +164,19 @@ def load_classifier(
         raise ScorerError(f"reward {entry.path}: is an adapter, and no classifier by itself; {wanted}.")
     local = {"local_files_only": True} if folder.exists() else {}
     precise = {"dtype": torch.float32} if device.type == "cpu" else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(entry.path, **local)
+    with reading(entry.path, "reward", ScorerError, "could not be loaded as a sequence classifier"):
         config = AutoConfig.from_pretrained(entry.path, **local)
-        for part in (config, config.get_text_config()):
-            if (getattr(part, "pad_token_id", None) or 0) >= getattr(part, "vocab_size", math.inf):
-                part.pad_token_id = None        # no embedding can be made with it
+    refuse_quantised(config, entry.path, "reward", ScorerError)
+    for part in (config, config.get_text_config()):
+        if (getattr(part, "pad_token_id", None) or 0) >= getattr(part, "vocab_size", math.inf):
+            part.pad_token_id = None        # no embedding can be made with it
+    with reading(entry.path, "reward", ScorerError, "could not be loaded as a sequence classifier"):
+        tokenizer = AutoTokenizer.from_pretrained(entry.path, **local)
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            entry.path, config=config, use_safetensors=True, output_loading_info=True, **precise, **local
+            entry.path, config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            **precise, **local,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ScorerError(f"reward {entry.path}: could not be loaded as a sequence classifier: {error}") from error
-    if report["missing_keys"]:
-        raise ScorerError(
-            f"reward {entry.path}: its files hold no {', '.join(sorted(report['missing_keys']))}, and random numbers "
-            "in their place would make every score noise; is it a trained classifier?"
-        )
+    check_all_read(model, report, entry.path, "reward", ScorerError)
     return Classifier(entry, model.to(device).eval().requires_grad_(False), tokenizer, day)
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kltune.errors import ModelError
 from kltune.lm.data.encoding import Encoder, Ids, spelled
 from kltune.lm.model.adapters import POLICY, config_to_fill, fill, load_compatible
-from kltune.lm.model.batches import Samples, pad_right
+from kltune.lm.model.batches import Samples
+from kltune.lm.model.files import reading
 from kltune.lm.model.network import ScalarHead
 from kltune.lm.model.opening import load_reference, probe_logits
 from kltune.lm.model.policy import Policy
@@ -83,9 +83,9 @@ class RewardModel:
 
     def batch(self, rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         """Sequences as ``scores`` takes them: ids and last, [B, S] each, on the device."""
-        ids = pad_right(rows, self.policy.tokenizer.pad_token_id)
+        ids = self.policy.padded(rows)
         last = torch.arange(ids.shape[1]) == torch.tensor([len(row) - 1 for row in rows])[:, None]
-        return ids.to(self.policy.device), last.to(self.policy.device)
+        return ids, last.to(self.policy.device)
 
     def centre(self, rows: Sequence[Ids]) -> float:
         """Shift the scores so that their mean over these sequences is 0; what was taken away, unit of score."""
@@ -109,10 +109,8 @@ class RewardModel:
     def load_head(self, folder: Path) -> None:
         """Put a saved head in place; ModelError unless it is a whole one of this width."""
         path = folder / HEAD
-        try:
+        with reading(path, "reward", failed="cannot be read"):
             held = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: cannot be read ({error}).") from None
         wanted = self.head.linear.state_dict()
         shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
         if shapes != {name: tuple(tensor.shape) for name, tensor in wanted.items()}:
@@ -202,10 +200,8 @@ def open_reward_model(folder: Path, policy: Policy | None, device: torch.device)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    try:
+    with reading(folder, "reward", failed="its kltune.json cannot be read"):
         record = json.loads((folder / "kltune.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"reward {folder}: its kltune.json cannot be read ({error}).") from None
     known = isinstance(record, dict) and record.get("stage") == "reward"
     if not known or not {"probe", "reads_text"} <= record.get("reward", {}).keys() or not record.get("reference"):
         raise ModelError(f"reward {folder}: its kltune.json is not one that kltune reward wrote.")
@@ -227,10 +223,8 @@ def _beside(folder: Path, policy: Policy) -> RewardModel:
     number = sum(name.startswith(ADAPTER) for name in policy.model.peft_config)
     name = f"{ADAPTER}{number or ''}"
     weights, probe = load_compatible(folder, policy.model), probe_logits(policy)
-    try:
+    with reading(folder, "reward", failed=f"does not fit {policy.fingerprint.path}"):
         policy.add_beside(name, config_to_fill(folder))
-    except ValueError as error:
-        raise ModelError(f"reward {folder}: does not fit {policy.fingerprint.path}: {error}") from error
     fill(policy.model, weights, folder, name)
     if not torch.equal(probe, probe_logits(policy)):
         raise ModelError(f"reward {folder}: beside the policy's adapter it changes the policy; nothing was trained.")

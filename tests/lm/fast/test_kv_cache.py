@@ -35,6 +35,10 @@ def test_keys_and_values_are_those_of_the_copied_cache_through_every_change():
             rows *= 4
             plain.batch_repeat_interleave(4)
             growing.batch_repeat_interleave(4)
+        if token == 5:
+            swapped = torch.arange(rows).flip(0)
+            plain.reorder_cache(swapped)
+            growing.reorder_cache(swapped)
         if token in (7, 8, GROWTH + 5):
             keep = torch.arange(0, rows, 2)
             rows = len(keep)

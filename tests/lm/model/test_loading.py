@@ -266,6 +266,31 @@ def test_an_sft_adapter_that_kltune_made_on_other_weights_is_refused(open_policy
     open_policy(sft_adapter=str(adapter))
 
 
+def test_an_sft_adapter_that_lies_on_another_is_not_merged_into_the_bare_base(open_policy, adapter, trained_policy):
+    made = trained_policy.fingerprint.as_dict() | {"sft_adapter": "runs/sft/final", "sha256": "0" * 64}
+    for dtype in ("float32", "bfloat16"):
+        (adapter / "kltune.json").write_text(json.dumps({"reference": made | {"dtype": dtype}}))
+        with pytest.raises(ModelError, match=r"was trained on .* with runs/sft/final merged"):
+            open_policy(sft_adapter=str(adapter))
+    merged = made | {"sha256": trained_policy.fingerprint.sha256}      # model.path is the merged model itself
+    (adapter / "kltune.json").write_text(json.dumps({"reference": merged}))
+    open_policy(sft_adapter=str(adapter))
+
+
+def test_a_reward_model_is_no_sft_adapter(open_policy, adapter, trained_policy):
+    record = {"stage": "reward", "reference": trained_policy.fingerprint.as_dict()}
+    (adapter / "kltune.json").write_text(json.dumps(record))
+    with pytest.raises(ModelError, match="is a reward model, which says nothing"):
+        open_policy(sft_adapter=str(adapter))
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"])
+def test_an_adapter_for_another_task_is_told_so(reference, adapter, task):
+    change_config(adapter, task_type=task)
+    with pytest.raises(ModelError, match=f"made for the task {task}"):
+        reference.load_adapter(adapter)
+
+
 def read_row(policy, folder, text):
     """The ids that a policy makes of a prompt in a file."""
     (folder / "p.jsonl").write_text(json.dumps({"prompt": text}) + "\n")
@@ -308,7 +333,7 @@ def test_a_folder_that_is_not_there_is_named(open_policy, tmp_path):
 def test_a_folder_without_a_tokenizer_is_named(open_policy, tiny_model, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny_model() / name, tmp_path)
-    with pytest.raises(ModelError, match="no tokenizer could be loaded from"):
+    with pytest.raises(ModelError, match="no tokenizer could be loaded"):
         open_policy(path=tmp_path)
 
 
@@ -349,7 +374,7 @@ def test_a_classifier_given_as_a_causal_model_is_refused(open_policy, tmp_path):
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, tie_word_embeddings=False)
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"lm_head\.weight"):
+    with pytest.raises(ModelError, match=r"GPT2ForSequenceClassification, which labels texts.*kind: classifier"):
         open_policy(path=tmp_path)
 
 
