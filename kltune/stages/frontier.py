@@ -133,7 +133,7 @@ def measured_afresh(
     for number, (source, subject) in enumerate(zip(trained, subjects, strict=True)):
         policy = open_subject(subject, options)
         prompts = measured_prompts(policy, settings)
-        draw, answered = settings.draw(options.seed), Round.of(prompts, settings.responses)
+        draw, answered = settings.draw(options.seed), Round.of(prompts, settings.responses, options.seed)
         if scorers is None:
             scorers = open_scorers(trained, policy, options)
             if options.afresh or scorers.want_reference_samples:
@@ -141,9 +141,9 @@ def measured_afresh(
                     sampled = measure_kl(policy, answered, draw, from_reference=True, progress=progress)
                 scorers = scorers.standardized(sampled)
                 if options.afresh:
-                    reference = dict.fromkeys(reference) | scorers.means(sampled, answered)
+                    reference = dict.fromkeys(reference) | scorers.means(sampled)
             if options.best_of and (scorers.score or scorers.gold):
-                several = best_of_n_round(prompts, options.best_of)
+                several = best_of_n_round(prompts, options.best_of, options.seed)
                 with counting("best of n: sampling the reference", several.responses) as progress:
                     best_of_n = measure_best_of_n(policy, several, scorers, draw, progress)
         if not options.afresh:
@@ -153,7 +153,7 @@ def measured_afresh(
         kl = measurement.summary("exact", options.confidence)
         fresh[source.path] = {
             "kl": kl.nats_per_response, "kl_stderr": kl.stderr, "kl_ci95": kl.ci,
-            **dict.fromkeys(("score", "score_stderr", "gold", "gold_stderr")), **scorers.means(measurement, answered),
+            **dict.fromkeys(("score", "score_stderr", "gold", "gold_stderr")), **scorers.means(measurement),
         }
     if options.afresh:
         others = sorted({point.curve for point in points if point.run not in fresh})

@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kltune.core.hacking.overoptimization import best_of, best_of_n_kl, best_of_n_kl_of_levels, within_prompt_spread
+from kltune.core.kl.intervals import clustered_mean
 from kltune.lm.data.examples import Prompt
 from kltune.lm.measure.measurement import Measurement, Progress, Round
 from kltune.lm.model.batches import Samples
@@ -49,11 +51,11 @@ class Scorers:
             for name, scorer in self._present().items()
         }
 
-    def means(self, measured: Measurement, answered: Round) -> dict[str, float | None]:
+    def means(self, measured: Measurement) -> dict[str, float | None]:
         """Mean of each scorer's scores and its standard error, responses to one prompt counting as one."""
         figures: dict[str, float | None] = {}
         for name, values in self.scores(measured.texts(), measured.rollouts, measured.truncated).items():
-            mean, stderr = over_prompts(values.reshape(answered.count, answered.per_prompt).mean(1))
+            mean, stderr = clustered_mean(torch.from_numpy(values), measured.prompt_index)
             figures |= {name: mean, f"{name}_stderr": stderr}
         return figures
 
@@ -62,15 +64,9 @@ class Scorers:
         return {name: scorer for name, scorer in named.items() if scorer is not None}
 
 
-def over_prompts(values: np.ndarray) -> tuple[float, float | None]:
-    """Mean and standard error of independent values. [P]"""
-    stderr = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return float(values.mean()), stderr
-
-
-def best_of_n_round(prompts: Sequence[Prompt], per_prompt: int) -> Round:
+def best_of_n_round(prompts: Sequence[Prompt], per_prompt: int, seed: int) -> Round:
     """Which prompts are answered for best of n, and how often each."""
-    return Round(prompts, 0, min(len(prompts), MOST_PROMPTS), per_prompt)
+    return replace(Round.of(prompts, min(len(prompts), MOST_PROMPTS), seed), per_prompt=per_prompt)
 
 
 def measure_best_of_n(
@@ -93,13 +89,16 @@ def measure_best_of_n(
     ranked = scores.get("score", scores.get("gold"))
     sizes = [2**power for power in range(per_prompt.bit_length()) if 2**power <= per_prompt]
     estimates = {name: [best_of(ranked, n, values) for n in sizes] for name, values in scores.items()}
+    lines = answered.prompt_index()[::per_prompt]
     points = []
     for place, n in enumerate(sizes):
         levels = [np.unique(row, return_counts=True)[1] / per_prompt for row in ranked]
         ties = float(np.mean([best_of_n_kl_of_levels(shares, n) for shares in levels]))
         point: dict[str, Any] = {"n": n, "kl_bound": best_of_n_kl(n), "kl_with_ties": min(ties, best_of_n_kl(n))}
         for name in ("score", "gold"):
-            mean, stderr = over_prompts(estimates[name][place]) if name in estimates else (None, None)
+            mean, stderr = (None, None)
+            if name in estimates:
+                mean, stderr = clustered_mean(torch.from_numpy(estimates[name][place]), lines)
             point |= {name: mean, f"{name}_stderr": stderr}
         points.append(point)
     return {
