@@ -65,7 +65,8 @@ def of_prompts(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
 def cases() -> list[Case]:
     """What an interval is tried on."""
     lognormal = alike(lambda rng, size: rng.lognormal(0.0, 1.5, size))
-    gamma, normal = alike(lambda rng, size: rng.gamma(1.5, 1.0, size)), alike(lambda rng, size: rng.normal(3.0, 1.0, size))
+    gamma = alike(lambda rng, size: rng.gamma(1.5, 1.0, size))
+    normal = alike(lambda rng, size: rng.normal(3.0, 1.0, size))
     tokens, several = (1.0 - 0.95**64) / 0.05, ((8, 32), (16, 16), (32, 8), (64, 8))
     return [
         *(Case("lognormal(1.5)", m, 1, math.exp(1.125), lognormal) for m in (16, 64, 200)),

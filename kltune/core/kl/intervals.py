@@ -64,8 +64,8 @@ def summarize(
 
     over the m prompts j, with N the nats of a prompt's responses and D their number (or their tokens). The ends of the
     interval are those of a mean with random weights and one prompt more that was not drawn (bounds.py); or R ± t_{m−1}
-    se where that is further, for the lower end below 16 prompts only: with more, a KL's lower end is nearer. KL is skewed, and R ± t se
-    holds a lognormal one .75 to .86 of the time (docs/maths.md 8).
+    se where that is further, for the lower end below 16 prompts only: with more, a KL's lower end is nearer. KL is
+    skewed, and R ± t se holds a lognormal one .75 to .86 of the time (docs/maths.md 8).
 
     Args:
         estimator: the name of the estimator, carried along.

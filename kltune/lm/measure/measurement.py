@@ -92,8 +92,8 @@ def kl_result(measured: Measurement) -> dict[str, Any]:
 class Round:
     """Which prompts are answered, and how often each.
 
-    prompts: all there are, in the order in which they are answered. first, count: those that are answered now. per_prompt: responses to each. number: of the
-    round, from 0; each has random numbers of its own.
+    prompts: all there are, in the order in which they are answered. first, count: those that are answered now.
+    per_prompt: responses to each. number: of the round, from 0; each has random numbers of its own.
     """
 
     prompts: Sequence[Prompt]

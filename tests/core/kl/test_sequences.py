@@ -48,7 +48,7 @@ def test_standard_errors_are_by_prompt():
 
 
 def test_two_sides_that_answer_the_same_prompts_are_not_independent():
-    # TV of the policy's side 0 and ½ on prompts 0 and 1, of the reference's the same: mean ¼, and se √(1/8)/√2 as of one
+    # 0 and ½ on prompts 0 and 1 on either side: mean ¼, and se √(1/8)/√2 as of one side alone
     u, prompts = torch.tensor([0.0, math.log(2.0)]), torch.arange(2)
     assert total_variation(u, prompts, -u, prompts).stderr == pytest.approx(math.sqrt(0.125 / 2))
     assert total_variation(u, prompts, -u, prompts + 2).stderr == pytest.approx(math.sqrt(4 / 3 * 4 * 0.0625**2))
