@@ -148,15 +148,27 @@ def mean_of_sides(*sides: tuple[Tensor, Tensor]) -> tuple[float, float | None]:
     Returns:
         (mean, standard error); None for the error of a single response.
     """
+    mean = float(np.mean([_as_numbers(values).mean() for values, _ in sides]))
+    return mean, error_of_shares(prompt_shares(*sides))
+
+
+def prompt_shares(*sides: tuple[Tensor, Tensor]) -> np.ndarray:
+    """d_j of ``mean_of_sides``: what each prompt adds to the mean's deviation; of each response where all answer one.
+
+    Shares of several means over the same prompts can be averaged before ``error_of_shares``. [m]
+    """
     numbers = [_as_numbers(values) for values, _ in sides]
     prompts = np.concatenate([torch.as_tensor(index).cpu().numpy() for _, index in sides])
     if np.unique(prompts).size == 1:
         prompts = np.arange(prompts.size)       # given the prompt, responses are independent
     parts = np.concatenate([(values - values.mean()) / (values.size * len(sides)) for values in numbers])
-    shares = _sums_by_prompt(prompts, parts)[0]
+    return _sums_by_prompt(prompts, parts)[0]
+
+
+def error_of_shares(shares: np.ndarray) -> float | None:
+    """The standard error of a mean from the shares d_j of its prompts, [m]; None where there is one."""
     count = shares.size
-    stderr = math.sqrt(float((shares**2).sum()) * count / (count - 1)) if count > 1 else None
-    return float(np.mean([values.mean() for values in numbers])), stderr
+    return math.sqrt(float((shares**2).sum()) * count / (count - 1)) if count > 1 else None
 
 
 def agreement_z(

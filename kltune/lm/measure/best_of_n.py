@@ -1,6 +1,6 @@
 """What the reference's own responses say without any training: the best of n of them, and how their scores spread."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kltune.core.hacking.overoptimization import best_of, best_of_n_kl, best_of_n_kl_of_levels, within_prompt_spread
-from kltune.core.kl.intervals import clustered_mean
+from kltune.core.kl.intervals import clustered_mean, prompt_shares
 from kltune.lm.data.examples import Prompt
 from kltune.lm.measure.measurement import Measurement, Progress, Round
 from kltune.lm.model.batches import Samples
@@ -51,13 +51,16 @@ class Scorers:
             for name, scorer in self._present().items()
         }
 
-    def means(self, measured: Measurement) -> dict[str, float | None]:
-        """Mean of each scorer's scores and its standard error, responses to one prompt counting as one."""
+    def means(self, measured: Measurement) -> tuple[dict[str, float | None], dict[str, np.ndarray]]:
+        """Mean of each scorer's scores and its standard error by prompt; and the ``prompt_shares`` of each."""
         figures: dict[str, float | None] = {}
+        shares = {}
         for name, values in self.scores(measured.texts(), measured.rollouts, measured.truncated).items():
-            mean, stderr = clustered_mean(torch.from_numpy(values), measured.prompt_index)
+            side = torch.from_numpy(values), measured.prompt_index
+            mean, stderr = clustered_mean(*side)
             figures |= {name: mean, f"{name}_stderr": stderr}
-        return figures
+            shares[name] = prompt_shares(side)
+        return figures, shares
 
     def _present(self) -> dict[str, Scorer]:
         named = {"score": self.score, "gold": self.gold}
@@ -75,7 +78,7 @@ def measure_best_of_n(
     """Best of n by the score (by gold where there is no score), for n = 1, 2, 4, ... of the reference's responses.
 
     answered: from ``best_of_n_round``; at least 2 responses to each prompt. Returned is the document's best_of_n;
-    by_prompt: the estimates of each scorer for each n, [P] each.
+    by_prompt: the estimates of each scorer for each n, [P] each; prompt_numbers: which prompts are the same, [P].
     """
     count, per_prompt = answered.count, answered.per_prompt
     parts: list[dict[str, np.ndarray]] = []
@@ -89,12 +92,13 @@ def measure_best_of_n(
     ranked = scores.get("score", scores.get("gold"))
     sizes = [2**power for power in range(per_prompt.bit_length()) if 2**power <= per_prompt]
     estimates = {name: [best_of(ranked, n, values) for n in sizes] for name, values in scores.items()}
+    levels = list(_levels(ranked))
     lines = answered.prompt_index()[::per_prompt]
     points = []
     for place, n in enumerate(sizes):
-        levels = [np.unique(row, return_counts=True)[1] / per_prompt for row in ranked]
-        ties = float(np.mean([best_of_n_kl_of_levels(shares, n) for shares in levels]))
-        point: dict[str, Any] = {"n": n, "kl_bound": best_of_n_kl(n), "kl_with_ties": min(ties, best_of_n_kl(n))}
+        bound = best_of_n_kl(n)
+        ties = float(np.mean([best_of_n_kl_of_levels(shares, n, tied) for shares, tied in levels]))
+        point: dict[str, Any] = {"n": n, "kl_bound": bound, "kl_with_ties": min(ties, bound)}
         for name in ("score", "gold"):
             mean, stderr = (None, None)
             if name in estimates:
@@ -108,4 +112,14 @@ def measure_best_of_n(
         "sigma": {name: within_prompt_spread(values) for name, values in scores.items()},
         "points": points,
         "by_prompt": estimates,
+        "prompt_numbers": lines.tolist(),
     }
+
+
+def _levels(scores: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each prompt's scores, [P, N]: the levels' shares, and which are of scores that repeat anywhere. [L] each"""
+    values, counts = np.unique(scores, return_counts=True)
+    repeated = values[counts > 1]
+    for row in scores:
+        level, count = np.unique(row, return_counts=True)
+        yield count / row.size, np.isin(level, repeated)

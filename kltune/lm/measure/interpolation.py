@@ -102,7 +102,7 @@ class Interpolation:
     def measure(self, alpha: float, responses: int, purpose: str, seed: int) -> Look:
         """Set the adapter to α and measure it there."""
         self.scale.set(alpha)
-        measured = measure_kl(self.policy, Round.of(self.prompts, responses), replace(self.draw, seed=seed))
+        measured = measure_kl(self.policy, self._answered(responses), replace(self.draw, seed=seed))
         score = score_error = None
         if self._scorer is not None:
             scores = measured_scores({"score": self._scorer}, measured, self._penalty)["score"]
@@ -119,11 +119,15 @@ class Interpolation:
         )
         return look
 
+    def _answered(self, responses: int) -> Round:
+        """The same prompts in the search and in the checks, whatever the random numbers of the responses."""
+        return Round.of(self.prompts, responses, self.draw.seed)
+
     def standardize(self, responses: int) -> None:
         """Give sources marked ``normalize`` their scale, on responses of the reference."""
         if self._scorer is not None and self._scorer.wants_reference_samples:
             self.scale.set(0.0)
-            sampled = measure_kl(self.policy, Round.of(self.prompts, responses), self.draw)
+            sampled = measure_kl(self.policy, self._answered(responses), self.draw)
             self._scorer = self._scorer.standardized(*sampled.texts(), sampled.rollouts)
 
     def land(self, budget: float, responses: int, most: int) -> tuple[Search, Look | None]:
