@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kltune.core.hacking.diversity import diversity
+from kltune.core.hacking.diversity import distinct_stderr, diversity
 from kltune.core.kl.intervals import clustered_mean
 from kltune.lm.data.examples import (
     Example,
@@ -104,6 +104,7 @@ class HeldOut:
                 "eval/kl_ref_nats_per_response": kl.nats_per_response,
                 "eval/kl_ref_stderr": kl.stderr,
                 "eval/kl_ref_nats_per_token": kl.nats_per_token,
+                "eval/prompts": kl.prompts,
                 "eval/agreement_z": measured.z,
                 "eval/truncated_fraction": measured.truncated.float().mean().item(),
             }
@@ -264,9 +265,12 @@ def score_metrics(prefix: str, scores: Mapping[str, Tensor], prompt_index: Tenso
 
 def text_metrics(prefix: str, measured: Measurement, vocabulary: int) -> Metrics:
     """How much the responses repeat each other, how sure they were, how long they are and whether they end."""
-    found = diversity(response_tokens(measured), measured.prompt_index.tolist(), vocabulary)
+    said, prompts = response_tokens(measured), measured.prompt_index.tolist()
+    found = diversity(said, prompts, vocabulary)
     tokens = measured.tokens.sum().item()
     return {
+        f"{prefix}distinct_2_adjusted_stderr": distinct_stderr(said, prompts, vocabulary),
+        f"{prefix}response_tokens_stderr": clustered_mean(measured.tokens, measured.prompt_index)[1],
         f"{prefix}distinct_1": found.distinct_1,
         f"{prefix}distinct_2": found.distinct_2,
         f"{prefix}distinct_2_adjusted": found.distinct_2_adjusted,

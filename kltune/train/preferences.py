@@ -188,7 +188,7 @@ def preference_losses(
 
     Args:
         dpo: which one.
-        ratio: log π(y|x) − log ρ(y|x) of each response. [R], nats.
+        ratio: log π(y|x) − log ρ(y|x) of each response; with average_logprobs per token. [R], nats.
         mean: log π(y|x) per token. [R], nats per token.
         wanted: True where a response was chosen. [R], bool.
         beta: of the loss; a batch may have one of its own.

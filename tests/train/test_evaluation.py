@@ -105,7 +105,7 @@ def test_the_reference_is_drawn_once_and_is_its_own_scale(trained_policy, monkey
 def test_a_policy_that_is_its_reference_is_measured_like_it(policy):
     found, _ = held_out(seed=0).measured(policy, scorer("score", len))
     names = [name for name in found if name.startswith("eval/reference_")]
-    assert len(names) == 14
+    assert len(names) == 16
     for name in names:
         assert found[name.replace("reference_", "")] == pytest.approx(found[name], abs=1e-5), name
 

@@ -13,7 +13,7 @@ import numpy as np
 REACH_ABOVE = 7.0       # of the member not drawn, in largest deviations, times the members that make up the spread
 REACH_BELOW = 4.0       # a KL's tail is above it
 LEAST_REACH = 0.25
-MOST_REACH = 6.0
+MOST_REACH = 4.0
 TAIL_REACH = 0.125      # more for each unit of kurtosis
 FEW = 16                # members: below, a quarter of a unit of reach more for each that is missing
 MOST_STEPS = 60         # of either search; a handful are taken
@@ -33,7 +33,7 @@ def effective_number(residuals: np.ndarray) -> float:
 def upper_reach(residuals: np.ndarray) -> float:
     """How far above its mean the member not drawn is placed, in units of the largest deviation.
 
-        ¼ + (7 + max(0, 16 − n)/4 + kurtosis/8) / n_eff,  at most 6;    n_eff: ``effective_number``, kurtosis n/n_eff
+        ¼ + (7 + max(0, 16 − n)/4 + kurtosis/8) / n_eff,  at most 4;    n_eff: ``effective_number``, kurtosis n/n_eff
 
     Many that share the spread leave little to fear; one that carries it may have larger ones behind it. The constants
     are those with which 97.5 % ends hold for normal, gamma and lognormal samples, and for rare spikes that were seen

@@ -36,7 +36,7 @@ def test_the_fewer_share_the_spread_the_further_the_one_not_drawn():
     assert effective_number(one) == pytest.approx(1.0, abs=0.05)
     assert effective_number(np.zeros(7)) == 7.0
     assert upper_reach(even) == pytest.approx(0.25 + 7.125 / 100)       # kurtosis 1
-    assert upper_reach(one) == 6.0
+    assert upper_reach(one) == 4.0
     assert upper_reach(np.resize([-1.0, 1.0], 8)) == pytest.approx(0.25 + (7 + 2 + 0.125) / 8)
 
 
