@@ -318,7 +318,7 @@ def _as_numbers(x: Tensor) -> np.ndarray:
     return torch.as_tensor(x).detach().cpu().double().numpy()
 
 
-def wilson(share: float, count: int, confidence: float = 0.95) -> Interval:
+def wilson(share: float, count: float, confidence: float = 0.95) -> Interval:
     """Interval of a share of independent trials, which never leaves 0 to 1.
 
         (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n)
@@ -334,3 +334,23 @@ def wilson(share: float, count: int, confidence: float = 0.95) -> Interval:
     middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     scale = 1 + z * z / count
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def clustered_share(outcomes: Tensor, prompt_index: Tensor, confidence: float = 0.95) -> tuple[float, float, float]:
+    """A share of outcomes with Wilson's interval for as many independent ones as they are worth.
+
+        n = p(1 − p) / se²,  between 1 and B,    se by prompt;    the number of prompts where p is 0 or 1
+
+    Args:
+        outcomes: from 0 to 1, ½ for a tie. [B].
+        prompt_index: which prompt each is of; where all differ n is B. [B].
+        confidence: of the interval, two-sided.
+
+    Returns:
+        (share, low, high).
+    """
+    share, stderr = clustered_mean(outcomes, prompt_index)
+    prompts, count = torch.as_tensor(prompt_index).unique().numel(), float(len(outcomes))
+    if prompts < count:
+        count = min(count, max(1.0, share * (1.0 - share) / stderr**2)) if stderr else float(prompts)
+    return share, *wilson(share, count, confidence)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kltune.core.kl.divergence import kl_exact, kl_k1
-from kltune.core.kl.intervals import KLSummary, agreement_z, student_t_quantile, summarize, wilson
+from kltune.core.kl.intervals import KLSummary, agreement_z, clustered_share, student_t_quantile, summarize, wilson
 from kltune.core.tensors import per_response, token_logprobs
 from tests.oracles import Responses, tiny_policy_logits, tiny_reference_logits
 
@@ -265,3 +265,12 @@ def test_wilsons_interval_covers_what_it_says(p):
     # Exactly, over all outcomes of 40 trials; Wilson's coverage swings around its level.
     held = [k for k in range(41) if wilson(k / 40, 40)[0] <= p <= wilson(k / 40, 40)[1]]
     assert 0.92 < sum(math.comb(40, k) * p**k * (1 - p) ** (40 - k) for k in held) < 0.98
+
+
+def test_a_share_of_pairs_that_repeat_their_prompts_is_worth_fewer_pairs():
+    outcomes = torch.tensor([1.0] * 30 + [0.0] * 10)
+    each = clustered_share(outcomes, torch.arange(40))
+    assert each == pytest.approx((0.75, *wilson(0.75, 40)))
+    # four pairs of each prompt that all come out alike are ten outcomes: p(1 − p)/se² = 9, as of sd²/10 with n − 1
+    assert clustered_share(outcomes, torch.arange(40) // 4)[1] < wilson(0.75, 12)[0]
+    assert clustered_share(torch.ones(40), torch.arange(40) // 4) == pytest.approx((1.0, *wilson(1.0, 10)))
