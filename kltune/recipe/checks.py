@@ -50,7 +50,7 @@ VALUE_KEYS = (
 LOSS_KEYS = {
     "label_smoothing": ("sigmoid", "robust"), "divergence": ("f_dpo",), "alpha": ("f_dpo",),
     "reward_limit": ("chi_po",), "gap": ("simpo",), "wanted_weight": ("kto",), "unwanted_weight": ("kto",),
-    "dynamic_beta": ("sigmoid",),
+    "dynamic_beta": ("sigmoid",), "average_logprobs": ("ipo",),
 }
 
 

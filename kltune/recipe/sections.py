@@ -213,7 +213,8 @@ class DPOSection(Section):
     loss: Literal["sigmoid", "robust", "ipo", "hinge", "kto", "bco", "f_dpo", "chi_po", "orpo", "simpo"] = Field(
         "sigmoid",
         description="which preference loss; kto and bco also take rows of prompt, response and label; orpo and simpo "
-        "know no reference, whose KL is measured all the same",
+        "know no reference, whose KL is measured all the same; ipo sums log-probabilities over tokens as its paper "
+        "does, where TRL averages them (average_logprobs)",
     )
     beta: Positive = Field(
         default_factory=lambda section: 2.0 if section.get("loss") == "simpo" else 0.1,
@@ -222,6 +223,10 @@ class DPOSection(Section):
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="share of pairs assumed to be the wrong way round (sigmoid, robust)"
+    )
+    average_logprobs: bool = Field(
+        False, description="log-probabilities of a response are averaged over its tokens, as in TRL, and not summed as "
+        "in the paper: the margin and 1/(2 x beta) are then nats per token (ipo)"
     )
     source: Literal["file", "online"] = Field("file", description="pairs from data.pairs, or sampled and scored")
     divergence: Literal["forward_kl", "js", "alpha"] = Field(

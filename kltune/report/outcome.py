@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kltune.core.hacking.detector import errors_of
+from kltune.core.hacking.detector import errors_of, pairs_of
 from kltune.errors import CheckpointError
 from kltune.recipe import RecipeFaults
 from kltune.recipe.yaml_tree import read_nodes
@@ -197,7 +197,8 @@ def best_gold(files: Files) -> tuple[float, int] | None:
         return None
     best = max(rows, key=lambda row: row["eval/gold_mean"])
     spread = ((best.get("eval/gold_stderr") or 0.0) ** 2 + error**2) ** 0.5
-    fell = best["eval/gold_mean"] - final > errors_of(len(rows) + 1) * spread
+    prompts = int(files.evaluated.get("eval/prompts") or 0)
+    fell = prompts > 1 and best["eval/gold_mean"] - final > errors_of(pairs_of(len(rows) + 1), prompts) * spread
     rose = (best.get("eval/score_mean") or 0.0) < (files.evaluated.get("eval/score_mean") or 0.0)
     return (best["eval/gold_mean"], best["step"]) if fell and rose else None
 

@@ -138,15 +138,17 @@ def verdict_line(gate: dict[str, Any]) -> str:
             f" (look {len(gate['looks'])} of at most {gate['planned_looks']}, {look['responses']} responses; each "
             f"interval at {100 * look['confidence']:.3g} %)"
         )
+    reason = gate.get("reason")
+    note = "" if reason is None else f"; {reason}"
     if gate["verdict"] == "pass":
-        return f"PASS: within {budget} {sure}"
+        return f"PASS: within {budget} {sure}{note}"
     if gate["verdict"] == "fail":
-        return f"FAIL: over {budget} {sure}"
+        return f"FAIL: over {budget} {sure}{note}"
+    why = f"INCONCLUSIVE against {budget}: {reason or 'the interval straddles the budget'}"
     if gate["wants_prompts"]:
-        return f"INCONCLUSIVE: the interval straddles {budget}; only more prompts would decide it, not more responses"
+        return f"{why}; only more prompts would decide it, not more responses"
     more = gate["more_responses"]
-    advice = "" if more is None else f"; about {more} more responses would decide it (--responses, or --auto)"
-    return f"INCONCLUSIVE: the interval straddles {budget}{advice}"
+    return why if more is None else f"{why}; about {more} more responses would decide it (--responses, or --auto)"
 
 
 def _bars(rows: list[dict[str, Any]]) -> tuple[str, float]:

@@ -171,6 +171,8 @@ METRICS = (
            "standard error of eval/kl_ref_nats_per_response"),
     Metric("eval/kl_ref_nats_per_token", "nats per token", ABOVE_0, POLICIES, 0.12,
            "exact KL(policy‖reference) on answers to held-out prompts: nats of all ÷ tokens of all"),
+    Metric("eval/prompts", "prompts", "1 to eval.responses", POLICIES, 128,
+           "different held-out prompts that were answered"),
     Metric("eval/agreement_z", "standard errors", ANY, POLICIES, 0.4,
            "sampled KL (k1) less the exact one, in standard errors; beyond ±4 the sampler drew from another "
            "distribution"),
@@ -201,6 +203,8 @@ METRICS = (
     Metric("eval/distinct_2_adjusted", "share", ABOVE_0, POLICIES, 0.46,
            "different pairs of tokens as a share of those that chance would give: longer answers are not worse off",
            of_reference=True),
+    Metric("eval/distinct_2_adjusted_stderr", "share", ABOVE_0, POLICIES, 0.02,
+           "standard error of eval/distinct_2_adjusted, by prompt; null below 10 prompts", of_reference=True),
     Metric("eval/distinct_2_per_input", "share", SHARE, POLICIES, 0.7,
            "eval/distinct_2 within the answers to one prompt, mean over prompts; null with one answer each",
            of_reference=True),
@@ -214,6 +218,8 @@ METRICS = (
            "mean entropy of the policy's next-token distributions on its answers", of_reference=True),
     Metric("eval/response_tokens", "tokens per response", "1 to sampling.max_new_tokens", POLICIES, 44.0,
            "mean length of the answers, end token included", of_reference=True),
+    Metric("eval/response_tokens_stderr", "tokens per response", ABOVE_0, POLICIES, 1.1,
+           "standard error of eval/response_tokens, by prompt", of_reference=True),
     Metric("eval/end_fraction", "share", SHARE, POLICIES, 0.9,
            "share of the answers that end by themselves", of_reference=True),
     # held-out texts, pairs and rows

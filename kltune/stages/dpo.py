@@ -292,9 +292,8 @@ def add_loss_gradient(
         ratio = logprobs - micro.ref_logprobs
         if first:
             check_first_log_ratios(ratio, lengths, policy)
-        each = preference_losses(
-            dpo, ratio, logprobs / lengths, micro.wanted, beta=beta, point=point
-        )
+        told = ratio / lengths if dpo.average_logprobs else ratio
+        each = preference_losses(dpo, told, logprobs / lengths, micro.wanted, beta=beta, point=point)
         (each.sum() / len(part)).backward()
         values.append(each.detach())
         nats[[part.group * at + side for at in groups for side in range(part.group)]] = logprobs.detach()

@@ -115,6 +115,11 @@ class OpenCheckpoint:
     settings: Settings
     options: EvalKLOptions
 
+    @property
+    def first_round(self) -> Round:
+        """The prompts that are answered, the same for every checkpoint and both sides."""
+        return Round.of(self.prompts, self.settings.responses, self.options.seed)
+
 
 def measure_checkpoint(
     subject: Subject, settings: Settings, options: EvalKLOptions
@@ -122,6 +127,8 @@ def measure_checkpoint(
     """The document of one checkpoint; and exact KL [B] and prompt [B] of its responses, to compare it with others."""
     policy = open_subject(subject, options)
     opened = OpenCheckpoint(subject.path, policy, measured_prompts(policy, settings), settings, options)
+    if note := opened.first_round.drawn_note(options.seed):
+        print(f"{subject.path}: {note}", file=sys.stderr)
     measured = measure(opened)
     document = {
         "schema": "kltune.eval_kl/1",
@@ -171,6 +178,7 @@ def measure(opened: OpenCheckpoint) -> CheckpointKL:
         deployed=None if options.cut is None else deploy(opened),
         tax=tax_document(opened.policy, texts, options.confidence) if texts else None,
         gate=gate,
+        prompts_in_file=len(opened.prompts),
     )
 
 
@@ -200,7 +208,7 @@ def sample_and_gate(
                 from_reference=from_reference, by_token=not from_reference,
             )
 
-    answered = Round.of(opened.prompts, counts[0])
+    answered = Round.of(opened.prompts, counts[0], options.seed)
     measured = measure_round(answered)
     seen: list[dict[str, Any]] = []
     for count in counts:
@@ -222,6 +230,7 @@ def sample_and_gate(
         "confidence": options.confidence,
         "direction": DIRECTIONS["forward" if from_reference else "reverse"],
         "verdict": gate.verdict,
+        "reason": gate.reason,
         "more_responses": gate.more_responses,
         "wants_prompts": gate.wants_prompts,
         "planned_looks": len(counts),
@@ -231,7 +240,7 @@ def sample_and_gate(
 
 def deploy(opened: OpenCheckpoint) -> Deployed:
     """The policy as it is deployed, on responses of its own."""
-    answered, draw = Round.of(opened.prompts, opened.settings.responses), opened.settings.draw(opened.options.seed)
+    answered, draw = opened.first_round, opened.settings.draw(opened.options.seed)
     with counting("sampling the deployed policy", answered.responses) as progress:
         deployed = measure_deployed(opened.policy, answered, draw, opened.options.cut, progress)
     for name in ("vs_base", "both"):
@@ -251,7 +260,7 @@ def check_agreement(path: str, who: str, z: float) -> None:
 def tax_document(policy: Policy, examples: list[Example], confidence: float) -> dict[str, Any]:
     """The alignment tax on held-out texts, for the document."""
     nats, tokens = document_nats(policy, examples)
-    tax = alignment_tax(nats, reference_nats(policy, examples), tokens, confidence)
+    tax = alignment_tax(nats, reference_nats(policy, examples), tokens, examples, confidence)
     return {
         "nats_per_token": tax.nats_per_token,
         "stderr": tax.token_stderr,

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kltune.core.kl.intervals import prompt_shares
 from kltune.errors import RecipeError, ScorerError
 from kltune.lm.measure.best_of_n import Scorers, best_of_n_round, measure_best_of_n
 from kltune.lm.measure.measurement import Round, measure_kl
@@ -27,7 +28,7 @@ from kltune.report.frontier.points import (
     find_sources,
     points_of,
 )
-from kltune.report.frontier.pooling import curves_at, efficiency, fits, pick, pooled
+from kltune.report.frontier.pooling import PromptShares, curves_at, efficiency, fits, pick, pooled
 from kltune.report.outcome import final_figures
 from kltune.run.recorder import counting
 from kltune.run.saved_policy import MeasureOptions, find_checkpoint, measured_prompts, open_subject, resolve_settings
@@ -71,17 +72,18 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
     points = points_of(sources)
     trained = [source for source in sources if source.folder is not None]
     reference = recorded_reference(sources)
-    best_of_n = None
+    best_of_n, shares = None, {}
     if trained and (options.afresh or options.best_of):
-        points, reference, best_of_n, more = measured_afresh(trained, points, reference, options)
-        notes += more
+        measured = measured_afresh(trained, points, reference, options)
+        points, reference, best_of_n, shares = measured.points, measured.reference, measured.best_of_n, measured.shares
+        notes += measured.notes
     elif options.afresh:
         raise RecipeError("--gold, --recipe and --responses measure runs again; found none among what was given.")
     name = "gold" if options.gold is not None or all(point.gold is not None for point in points) else "score"
     unscored = sorted({point.curve for point in points if getattr(point, name) is None})
     if unscored:
         notes.append(f"no {name} is known of: {'; '.join(unscored)}. --gold or --recipe score runs afresh.")
-    settings = pooled(points)
+    settings = pooled(points, shares)
     document = {
         "schema": "kltune.frontier/1",
         "direction": "KL(policy||reference)",
@@ -99,10 +101,21 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
         "output": options.output,
     }
     if best_of_n is not None:
-        del best_of_n["by_prompt"]      # only the fits need it
+        del best_of_n["by_prompt"], best_of_n["prompt_numbers"]     # only the fits need them
     if options.output is not None:
         write_frontier(Path(options.output), document)
     return document
+
+
+@dataclass(frozen=True)
+class Afresh:
+    """What was measured anew: points, the reference's own scores, best of n, notes, and each run's prompt shares."""
+
+    points: list[FrontierPoint]
+    reference: dict[str, Any]
+    best_of_n: dict[str, Any] | None
+    notes: list[str]
+    shares: dict[str, PromptShares]
 
 
 def recorded_reference(sources: Sequence[FrontierSource]) -> dict[str, Any]:
@@ -122,18 +135,19 @@ def recorded_reference(sources: Sequence[FrontierSource]) -> dict[str, Any]:
 
 def measured_afresh(
     trained: Sequence[FrontierSource], points: list[FrontierPoint], reference: dict[str, Any], options: FrontierOptions
-) -> tuple[list[FrontierPoint], dict[str, Any], dict[str, Any] | None, list[str]]:
-    """Every run measured afresh where that was asked for, the reference, best of n on the first run's, and notes."""
+) -> Afresh:
+    """Every run measured afresh where that was asked for, the reference, and best of n on the first run's."""
     subjects = [find_checkpoint(source.path, options) for source in trained]
     settings = resolve_settings(subjects, options)
     notes: list[str] = []
     best_of_n = None
     scorers: Scorers | None = None
     fresh: dict[str, dict[str, Any]] = {}
+    shares: dict[str, PromptShares] = {}
     for number, (source, subject) in enumerate(zip(trained, subjects, strict=True)):
         policy = open_subject(subject, options)
         prompts = measured_prompts(policy, settings)
-        draw, answered = settings.draw(options.seed), Round.of(prompts, settings.responses)
+        draw, answered = settings.draw(options.seed), Round.of(prompts, settings.responses, options.seed)
         if scorers is None:
             scorers = open_scorers(trained, policy, options)
             if options.afresh or scorers.want_reference_samples:
@@ -141,26 +155,30 @@ def measured_afresh(
                     sampled = measure_kl(policy, answered, draw, from_reference=True, progress=progress)
                 scorers = scorers.standardized(sampled)
                 if options.afresh:
-                    reference = dict.fromkeys(reference) | scorers.means(sampled, answered)
+                    reference = dict.fromkeys(reference) | scorers.means(sampled)[0]
             if options.best_of and (scorers.score or scorers.gold):
-                several = best_of_n_round(prompts, options.best_of)
+                several = best_of_n_round(prompts, options.best_of, options.seed)
                 with counting("best of n: sampling the reference", several.responses) as progress:
                     best_of_n = measure_best_of_n(policy, several, scorers, draw, progress)
+            if options.afresh and (note := answered.drawn_note(options.seed)):
+                notes.append(f"every run {note}")
         if not options.afresh:
             break
         with counting(f"measuring {source.path} ({number + 1}/{len(trained)})", answered.responses) as progress:
             measurement = measure_kl(policy, answered, draw, progress=progress)
         kl = measurement.summary("exact", options.confidence)
+        means, shares[source.path] = scorers.means(measurement)
+        shares[source.path]["kl"] = prompt_shares((measurement.exact, measurement.prompt_index))
         fresh[source.path] = {
             "kl": kl.nats_per_response, "kl_stderr": kl.stderr, "kl_ci95": kl.ci,
-            **dict.fromkeys(("score", "score_stderr", "gold", "gold_stderr")), **scorers.means(measurement, answered),
+            **dict.fromkeys(("score", "score_stderr", "gold", "gold_stderr")), **means,
         }
     if options.afresh:
         others = sorted({point.curve for point in points if point.run not in fresh})
         if others:
             notes.append(f"not measured afresh, but as they were: {', '.join(others)}")
         points = [replace(point, **fresh.get(point.run, {})) for point in points]
-    return points, reference, best_of_n, notes
+    return Afresh(points, reference, best_of_n, notes, shares)
 
 
 def open_scorers(trained: Sequence[FrontierSource], policy: Policy, options: FrontierOptions) -> Scorers:

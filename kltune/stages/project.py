@@ -17,6 +17,7 @@ from typing import Any
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.measure.interpolation import Interpolation, Look
 from kltune.lm.measure.kl_document import kl_figures
+from kltune.lm.measure.measurement import Round
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import asks_for_pairs, load_recipe
@@ -119,6 +120,8 @@ def make_interpolation(policy: Policy, settings: Settings, options: ProjectOptio
         unit=options.unit, scorer=scorer, missing_end_penalty=penalty, say=lambda text: print(text, file=sys.stderr),
     )
     interpolation.standardize(settings.responses)
+    if note := Round.of(interpolation.prompts, settings.responses, options.seed).drawn_note(options.seed):
+        print(f"each measurement {note}", file=sys.stderr)
     return interpolation
 
 

@@ -32,7 +32,7 @@ from kltune.core.control.trust_region import (
     step_scale,
     surrogate,
 )
-from kltune.core.kl.intervals import summarize
+from kltune.core.kl.intervals import cluster_numbers, summarize
 from kltune.core.tensors import per_response
 from kltune.errors import DivergedError
 from kltune.lm.model.batches import response_scatter
@@ -279,7 +279,7 @@ def effect(learner: Learner, batch: Batch, experience: Experience, move: StepKL)
     if budget.cap is None or not math.isfinite(size):
         return Trial(size, gain)
     carried = carried_ref_kl(ref_kl, logprobs, rollout.logprobs, mask)
-    after = summarize("exact", carried, rollout.lengths, rollout.prompt_index)
+    after = summarize("exact", carried, rollout.lengths, cluster_numbers(rollout.prompts))
     nearer = after.nats_per_response <= batch.kl.nats_per_response
     return Trial(size, gain, within_cap=nearer or budget.standing(after) == "within")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kltune.core.kl.divergence import kl_k1, kl_k3
-from kltune.core.kl.intervals import KLSummary, summarize
+from kltune.core.kl.intervals import KLSummary, cluster_numbers, summarize
 from kltune.core.objectives.advantages import spread_within_groups
 from kltune.core.objectives.bradley_terry import correlation
 from kltune.core.tensors import masked_mean, per_response
@@ -106,7 +106,7 @@ def standardize(scorer: Scorer, policy: Policy, job: Job) -> Scorer:
 def kl_of(rollout: Rollout) -> KLSummary:
     """KL(policy ‖ reference) of a batch with its standard error: exact where measured, else k1."""
     name = "k1" if rollout.ref_kl is None else "exact"
-    return summarize(name, response_kl(rollout), rollout.lengths, rollout.prompt_index)
+    return summarize(name, response_kl(rollout), rollout.lengths, cluster_numbers(rollout.prompts))
 
 
 @torch.no_grad()

@@ -151,7 +151,7 @@ class Budget:
 
     def is_unused(self, kl: KLSummary) -> bool:
         """Whether a measured KL lies below the target with its whole interval."""
-        return self.target is not None and verdict(kl, self.target, self.section.unit).verdict == "pass"
+        return self.target is not None and standing(kl, self.target, self.section.unit) == "within"
 
     def holds(self) -> bool:
         """Whether the last third of the steps held the target."""

@@ -6,12 +6,12 @@ the responses that the KL was measured on; nothing more is sampled for it.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from kltune.core.hacking.diversity import diversity
+from kltune.core.hacking.diversity import distinct_stderr, diversity
 from kltune.core.kl.intervals import clustered_mean
 from kltune.lm.data.examples import (
     Example,
@@ -104,6 +104,7 @@ class HeldOut:
                 "eval/kl_ref_nats_per_response": kl.nats_per_response,
                 "eval/kl_ref_stderr": kl.stderr,
                 "eval/kl_ref_nats_per_token": kl.nats_per_token,
+                "eval/prompts": kl.prompts,
                 "eval/agreement_z": measured.z,
                 "eval/truncated_fraction": measured.truncated.float().mean().item(),
             }
@@ -118,12 +119,16 @@ class HeldOut:
 
     def _answered(self, policy: Policy, count: int, *, from_reference: bool = False) -> Measurement:
         """So many answers to the prompts, measured; with the same random numbers whoever gives them."""
-        return measure_kl(policy, Round.of(self.prompts, count), self.draw, from_reference=from_reference)
+        return measure_kl(policy, self.answered(count), self.draw, from_reference=from_reference)
+
+    def answered(self, count: int) -> Round:
+        """Which prompts get so many answers; the same ones at every evaluation."""
+        return Round.of(self.prompts, count, self.seed)
 
     def _tax(self, policy: Policy, reference: Reference) -> Metrics:
         """How well the held-out texts are predicted, and how much worse than by the reference."""
         nats, tokens = document_nats(policy, self.texts)
-        tax = alignment_tax(nats, reference.text_nats, tokens)
+        tax = alignment_tax(nats, reference.text_nats, tokens, self.texts)
         mean = (nats.sum() / tokens.sum()).item()
         return {
             "eval/texts_nats_per_token": mean,
@@ -178,9 +183,9 @@ def load_held_out(
     if section.gold is not None:
         gold = load_scorer([section.gold], recipe.folder, policy.device, policy, run.answers)
         notes += (*gold.notes, *gold.examples(prompts))
-    return HeldOut(
-        prompts, texts, gold, section.responses, recipe.sampling, recipe.run.seed, notes=tuple(notes), pairs=pairs
-    )
+    held_out = HeldOut(prompts, texts, gold, section.responses, recipe.sampling, recipe.run.seed, pairs=pairs)
+    drawn = held_out.answered(section.responses).drawn_note(recipe.run.seed) if prompts else None
+    return replace(held_out, notes=(*notes, *([f"an evaluation {drawn}"] if drawn else [])))
 
 
 def gold_result(metrics: Metrics) -> Metrics:
@@ -197,7 +202,8 @@ def before_and_after(policy: Policy, held_out: HeldOut, scorer: Scorer | None) -
     prompts, sampling = held_out.prompts, held_out.sampling
     if not prompts:
         return []
-    answered = Round(prompts, 0, min(SHOWN_PROMPTS, len(prompts)), per_prompt=1)
+    usual = held_out.answered(held_out.responses)
+    answered = replace(usual, count=min(SHOWN_PROMPTS, usual.count), per_prompt=1)
     sides = answer_both(policy, answered, held_out.draw)
     after, before = sides
     scores = [scores_of(scorer, side, sampling.missing_end_penalty) for side in sides]
@@ -259,9 +265,12 @@ def score_metrics(prefix: str, scores: Mapping[str, Tensor], prompt_index: Tenso
 
 def text_metrics(prefix: str, measured: Measurement, vocabulary: int) -> Metrics:
     """How much the responses repeat each other, how sure they were, how long they are and whether they end."""
-    found = diversity(response_tokens(measured), measured.prompt_index.tolist(), vocabulary)
+    said, prompts = response_tokens(measured), measured.prompt_index.tolist()
+    found = diversity(said, prompts, vocabulary)
     tokens = measured.tokens.sum().item()
     return {
+        f"{prefix}distinct_2_adjusted_stderr": distinct_stderr(said, prompts, vocabulary),
+        f"{prefix}response_tokens_stderr": clustered_mean(measured.tokens, measured.prompt_index)[1],
         f"{prefix}distinct_1": found.distinct_1,
         f"{prefix}distinct_2": found.distinct_2,
         f"{prefix}distinct_2_adjusted": found.distinct_2_adjusted,

@@ -18,6 +18,7 @@ from kltune.train.evaluation import Metrics, before_and_after, gold_result
 from kltune.train.learner import ALARMS, Job, Learner
 
 MORE_RESPONSES = 4  # times as many, where the first measurement of a final state leaves it open, and in a landing
+LANDINGS = 1.0, 0.95, 0.9     # of the cap: where an evaluation does not confirm a landing, the next is aimed lower
 LANDING_SEED = 1_000_003  # beyond the run's own: a landing is not measured on the numbers that it was found on
 UNUSED = {
     "steps": "because the steps ran out: raise run.steps, or write run.until: target to go on until it is met",
@@ -207,8 +208,10 @@ def land_within_cap(job: Job, learner: Learner, step: int) -> Final | None:
         Its evaluation; None, and the policy as it was, if that could not be shown.
     """
     count, interpolation = job.held_out.responses, make_interpolation(job, learner)
-    search, check = interpolation.land(learner.budget.cap, count, MORE_RESPONSES * count)
-    if check is not None:
+    for share in LANDINGS:
+        search, check = interpolation.land(share * learner.budget.cap, count, MORE_RESPONSES * count)
+        if check is None:
+            break
         found = decided(job, learner, evaluate_final(job, learner, step))
         if learner.budget.standing(found.kl) == "within":
             job.report.say(f"landing: final is {search.alpha:.4f} times the adapter after step {step}.")

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kltune.core.kl.intervals import wilson
+from kltune.core.kl.intervals import cluster_numbers, clustered_mean, clustered_share
 from kltune.core.objectives import preferences as losses
-from kltune.core.objectives.bradley_terry import win_share
+from kltune.core.objectives.bradley_terry import wins
 from kltune.core.tensors import per_response
 from kltune.errors import ModelError
 from kltune.lm.data.encoding import Ids
@@ -188,7 +188,7 @@ def preference_losses(
 
     Args:
         dpo: which one.
-        ratio: log π(y|x) − log ρ(y|x) of each response. [R], nats.
+        ratio: log π(y|x) − log ρ(y|x) of each response; with average_logprobs per token. [R], nats.
         mean: log π(y|x) per token. [R], nats per token.
         wanted: True where a response was chosen. [R], bool.
         beta: of the loss; a batch may have one of its own.
@@ -291,14 +291,14 @@ def pair_metrics(policy: Policy, pairs: Preferences) -> dict[str, float | None]:
     """
     log_ratio = response_log_ratios(policy, pairs)
     margin = margins(log_ratio)
-    share, count = win_share(margin), len(margin)
-    low, high = wilson(share, count)
+    prompts = cluster_numbers([_prompt(example) for example in pairs.examples[0::2]])
+    share, low, high = clustered_share(wins(margin), prompts)
     return {
         "eval/accuracy": share,
         "eval/accuracy_low": low,
         "eval/accuracy_high": high,
         "eval/margin_nats": margin.mean().item(),
-        "eval/margin_stderr": margin.std().item() / count**0.5 if count > 1 else None,
+        "eval/margin_stderr": clustered_mean(margin, prompts)[1],
         "eval/chosen_log_ratio_nats": log_ratio[0::2].mean().item(),
         "eval/rejected_log_ratio_nats": log_ratio[1::2].mean().item(),
     }

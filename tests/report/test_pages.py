@@ -151,8 +151,9 @@ def test_times_by_phase(run_folder):
 
 
 WATCHED = [
-    {"step": step, "eval/score_mean": 0.5 * step, "eval/score_stderr": 0.05, "eval/gold_mean": 1.0 - 0.2 * step,
-     "eval/gold_stderr": 0.05, "eval/reference_gold_mean": 0.9, "eval/score_z": 0.5 * step, "eval/gold_z": -0.2 * step,
+    {"step": step, "eval/prompts": 128, "eval/score_mean": 0.5 * step, "eval/score_stderr": 0.05,
+     "eval/gold_mean": 1.0 - 0.2 * step, "eval/gold_stderr": 0.05, "eval/reference_gold_mean": 0.9,
+     "eval/score_z": 0.5 * step, "eval/gold_z": -0.2 * step,
      "eval/score_z_stderr": 0.05, "eval/gold_z_stderr": 0.05, "eval/distinct_2_adjusted": 0.8 - 0.1 * step,
      "eval/reference_distinct_2_adjusted": 0.82, "eval/distinct_2_per_input": None, "eval/response_tokens": 20.0 + step,
      "eval/tax_nats_per_token": 0.01 * step, "eval/tax_stderr": 0.002}

@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from kltune.core.control.controllers import pull_at
-from kltune.errors import DataError, DivergedError
+from kltune.errors import DataError, DivergedError, RecipeError
 from kltune.recipe import DataSection, DPOSection
 from kltune.report.pages import write_page
 from kltune.stages import dpo
 from kltune.stages.dpo import MEANS, RunningMeans, run_dpo
 from kltune.train import loop as training
 from kltune.train.learner import Learner
-from kltune.train.preferences import load_preferences, preference_losses, scale_of
+from kltune.train.preferences import load_preferences, margins, preference_losses, response_log_ratios, scale_of
 from tests.stages.conftest import HELD_OUT, PROMPTS, ran, read_jsonl, rows_of, write_rows
 from tests.stages.test_resume import run_with_stops
 from tests.tiny_policies import plain_logprobs, randomize
@@ -77,6 +77,24 @@ def test_the_gradient_is_that_of_the_loss_on_one_response_at_a_time(trained_poli
     largest = max(tensor.abs().max().item() for tensor in wanted)
     for mine, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, other, atol=2e-5 * largest, rtol=1e-3)
+
+
+def test_ipo_averages_over_tokens_where_trl_is_compared_with(trained_policy, tmp_path, dpo_recipe):
+    part, losses = small_preferences(trained_policy, tmp_path, "ipo"), {}
+    for average in ("false", "true"):
+        recipe = dpo_recipe("dpo.loss=ipo", "dpo.beta=0.5", f"dpo.average_logprobs={average}")
+        stats = dpo.add_loss_gradient(recipe, Learner(trained_policy), part, 0.5, first=False, held=part)
+        losses[average] = stats["loss/mean"]
+    ratio = response_log_ratios(trained_policy, part)
+    for average, lengths in (("false", torch.ones(6)), ("true", torch.tensor([sum(e.scored) for e in part.examples]))):
+        h = margins(ratio / lengths)
+        assert losses[average] == pytest.approx((h - 1.0).square().mean().item(), rel=1e-4)
+    assert losses["true"] != pytest.approx(losses["false"], rel=0.01)
+
+
+def test_only_ipo_averages(dpo_recipe):
+    with pytest.raises(RecipeError, match="read only by loss ipo"):
+        dpo_recipe("dpo.average_logprobs=true")
 
 
 def test_kto_is_held_against_responses_of_other_prompts(trained_policy, tmp_path):

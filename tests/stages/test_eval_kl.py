@@ -142,27 +142,58 @@ def test_a_base_that_is_its_own_reference_says_so(eval_kl, run_folder, llama):
 
 @pytest.mark.parametrize("unit", ["nats_per_response", "nats_per_token"])
 def test_the_gate_passes_fails_or_leaves_it_open(eval_kl, run_folder, unit):
-    _, document, _ = eval_kl(run_folder, "--responses", 40)
+    _, document, _ = eval_kl(run_folder, "--responses", 200)
     exact = document["kl"]["exact"]
     low, high = exact["ci"] if unit == "nats_per_response" else exact["token_ci"]
     estimate = exact[unit]
     cases = {1.001 * high: (0, "pass"), 0.999 * low: (3, "fail"), 0.5 * (estimate + high): (4, "inconclusive")}
     for budget, (wanted, verdict) in cases.items():
-        code, document, _ = eval_kl(run_folder, "--responses", 40, "--max-kl", budget, "--unit", unit)
+        code, document, _ = eval_kl(run_folder, "--responses", 200, "--max-kl", budget, "--unit", unit)
         assert code == wanted
         assert (document["gate"]["verdict"], document["gate"]["unit"]) == (verdict, unit)
         advice = document["gate"]["more_responses"] is not None or document["gate"]["wants_prompts"]
         assert advice == (verdict == "inconclusive")
     _, document, _ = eval_kl(
-        run_folder, "--responses", 40, "--max-kl", 0.5 * (estimate + high), "--unit", unit, as_json=False
+        run_folder, "--responses", 200, "--max-kl", 0.5 * (estimate + high), "--unit", unit, as_json=False
     )
     assert "would decide it" in document
 
 
+def test_few_responses_pass_a_far_budget_only_and_the_gate_says_why(eval_kl, run_folder):
+    _, document, _ = eval_kl(run_folder, "--responses", 40)
+    high, most = document["kl"]["exact"]["ci"][1], document["distribution"]["maximum"]
+    unseen = (1 - 0.025 ** (1 / 40)) * 10 * most
+    for budget, wanted in ((1.001 * high, 4), (high + 0.999 * unseen, 4), (high + 1.001 * unseen, 0)):
+        code, document, _ = eval_kl(run_folder, "--responses", 40, "--max-kl", budget)
+        assert code == wanted
+        assert ("40 responses cannot show" in document["gate"]["reason"]) == (code == 4)
+        assert "10 prompts say little of others" in document["gate"]["reason"]
+    assert document["gate"]["more_responses"] is None
+    text = eval_kl(run_folder, "--responses", 40, "--max-kl", 1.001 * high, as_json=False)[1]
+    assert "INCONCLUSIVE against" in text
+    assert "about 143 more responses would decide it" in text
+
+
+def test_a_long_file_is_measured_on_a_draw_that_is_said(eval_kl, run_folder, tmp_path):
+    # a sorted file: its first rows are not like the others
+    rows = [{"prompt": word} for word in ("the cat", "a dog ran") for _ in range(100)]
+    write_rows(tmp_path / "sorted.jsonl", rows)
+    arguments = (run_folder, "--prompts", tmp_path / "sorted.jsonl", "--responses", 40)
+    _, document, err = eval_kl(*arguments)
+    assert "answers 40 of 200 prompts, drawn at random with seed 0" in err
+    assert (document["prompts"], document["prompts_in_file"], document["responses"]) == (2, 200, 40)
+    answered = [row["responses"] for row in document["top_prompts"]]
+    assert min(answered) > 8
+    _, again, _ = eval_kl(*arguments)
+    _, other, _ = eval_kl(*arguments, "--seed", 1)
+    assert again["top_prompts"] == document["top_prompts"]
+    assert other["top_prompts"] != document["top_prompts"]
+
+
 def test_several_checkpoints_are_a_list_and_the_worst_decides(eval_kl, run_folder, llama):
-    _, document, _ = eval_kl(run_folder, "--responses", 20)
+    _, document, _ = eval_kl(run_folder, "--responses", 200)
     low, high = document["kl"]["exact"]["ci"]
-    arguments = (run_folder, run_folder / "final", "--responses", 20)
+    arguments = (run_folder, run_folder / "final", "--responses", 200)
     code, document, _ = eval_kl(*arguments, "--max-kl", 0.5 * low)
     assert code == 3
     assert document["schema"] == "kltune.eval_kl_list/1"

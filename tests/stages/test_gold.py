@@ -19,7 +19,8 @@ from tests.stages.test_resume import assert_same_run
 SAID = ("distinct_1", "distinct_2", "distinct_2_adjusted", "self_bleu", "distinct_2_per_input",
         "distinct_2_across_input", "duplicate_fraction", "entropy_nats_per_token", "response_tokens", "end_fraction")
 SCORED = ("mean", "stderr", "z", "z_stderr")
-GREEDY = ("kl.control=fixed", "kl.beta=0", "run.steps=16", "run.eval_every=3", "eval.responses=60", "ppo.baseline=rloo",
+GREEDY = ("kl.control=fixed", "kl.beta=0", "run.steps=16", "run.eval_every=3", "eval.prompts=many.jsonl",
+          "eval.responses=130", "ppo.baseline=rloo",
           'eval.gold={kind: function, path: "rewards.py:few"}')
 
 

@@ -94,7 +94,8 @@ def run_with_stops(run_stage: Callable[..., dict], recipe: Recipe, cuts: tuple[i
 FIXED, TARGET = ("kl.control=fixed", "kl.beta=0.2"), ("kl.control=target", "kl.beta=auto", "kl.target=0.3")
 NORMALIZED, ALONE = "reward.0.normalize=true", ("optim.lr=1e-4", "trpo.value_minibatch_size=64")
 MODEL = "reward=[{{kind: model, path: {reward_model}, normalize: true}}]"
-PEAK = (*FIXED, "kl.beta=0", "run.steps=16", "run.eval_every=3", "eval.responses=60", "eval.stop_at_gold_peak=true",
+PEAK = (*FIXED, "kl.beta=0", "run.steps=16", "run.eval_every=3", "eval.prompts=many.jsonl",
+        "eval.responses=130", "eval.stop_at_gold_peak=true",
         'eval.gold={{kind: function, path: "rewards.py:few"}}')
 MANY = ("eval.prompts=many.jsonl", "eval.responses=130")
 PULL = ("kl.control=fixed", "kl.beta=0.05", "sampling.prompts_per_step=32", "optim.lr=0.1", *MANY)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kltune.core.hacking.diversity import diversity
-from kltune.lm.data.examples import Prompt
+from kltune.lm.data.examples import Example, Prompt
 from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model.likelihood import alignment_tax
 from kltune.lm.model.sampler import Draw
@@ -105,16 +105,21 @@ def test_the_reference_is_drawn_once_and_is_its_own_scale(trained_policy, monkey
 def test_a_policy_that_is_its_reference_is_measured_like_it(policy):
     found, _ = held_out(seed=0).measured(policy, scorer("score", len))
     names = [name for name in found if name.startswith("eval/reference_")]
-    assert len(names) == 14
+    assert len(names) == 16
     for name in names:
         assert found[name.replace("reference_", "")] == pytest.approx(found[name], abs=1e-5), name
 
 
 def test_the_alignment_tax_by_hand():
     # two documents of 10 and 30 tokens, 1 and 5 nats worse: 6 / 40 per token; residuals −0.5 and 0.5
-    found = alignment_tax(torch.tensor([21.0, 65.0]), torch.tensor([20.0, 60.0]), torch.tensor([10, 30]))
+    nats, ref_nats, tokens = torch.tensor([21.0, 65.0]), torch.tensor([20.0, 60.0]), torch.tensor([10, 30])
+    texts = [Example((place,), (True,), "texts.jsonl") for place in range(2)]
+    found = alignment_tax(nats, ref_nats, tokens, texts)
     assert found.nats_per_token == pytest.approx(0.15)
     assert found.token_stderr == pytest.approx((2 / 1 * 2 * 0.5**2) ** 0.5 / 40)
+    # a document that is on nine lines is one
+    again = alignment_tax(nats.repeat(9), ref_nats.repeat(9), tokens.repeat(9), texts * 9)
+    assert again.token_stderr == pytest.approx(found.token_stderr)
 
 
 def test_before_is_what_the_reference_alone_says_with_the_same_numbers(trained_policy, tiny_model):

@@ -78,11 +78,11 @@ def test_it_raises_the_score_and_its_kl_is_measured(best_recipe):
 
 
 def test_stopped_by_a_signal_it_goes_on_bit_for_bit_within_its_cap(best_recipe, tmp_path):
-    keys = (f"run.steps={STEPS}", "kl.hard_cap=0.3", "optim.lr=0.1", "sampling.prompts_per_step=32",
+    keys = (f"run.steps={STEPS}", "kl.hard_cap=0.4", "optim.lr=0.1", "sampling.prompts_per_step=32",
             "data.prompts=many.jsonl", "eval.prompts=many.jsonl", "eval.responses=65")
     broken, unbroken = (best_recipe(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
     result = best_of_n(unbroken, resume=False)
     run_with_stops(best_of_n, broken, CUTS)
     assert_same_run(tmp_path / "broken", tmp_path / "unbroken", STEPS)
     assert result["cap_rollbacks"] > 0
-    assert result["kl"]["ci95"][1] <= 0.3
+    assert result["kl"]["ci95"][1] <= 0.4

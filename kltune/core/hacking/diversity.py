@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FIRST_TOKENS = 50       # of a response: each of these figures depends on the length
+PARTS = 10              # of the prompts, for a standard error
 LONGEST_NGRAM = 4       # of BLEU
 NO_MATCH = 0.1          # matches that an n-gram order without any counts as
 Tokens = Sequence[int]
@@ -89,6 +90,34 @@ def distinct_adjusted(responses: Sequence[Tokens], n: int, vocabulary: int) -> f
     kinds = float(vocabulary) ** n
     expected = 1.0 if kinds == 1.0 else -kinds * math.expm1(len(found) * math.log1p(-1.0 / kinds))
     return len(set(found)) / expected
+
+
+def distinct_stderr(responses: Sequence[Tokens], prompts: Sequence[int], vocabulary: int) -> float | None:
+    """Standard error of ``distinct_adjusted`` of bigrams: a jackknife that leaves out a tenth of the prompts at a time.
+
+        se = √((G − 1)/G Σ_g (EAD_g − mean)²)
+
+    EAD depends on how much is read, so what is left in all G parts alike is compared, and not with the whole.
+
+    Args:
+        responses, prompts, vocabulary: as of ``diversity``.
+
+    Returns:
+        None where there are fewer than ``PARTS`` prompts, or a part has no bigrams.
+    """
+    place = {prompt: at for at, prompt in enumerate(dict.fromkeys(prompts))}
+    if len(place) < PARTS:
+        return None
+    parts = [place[prompt] % PARTS for prompt in prompts]
+    left = [
+        distinct_adjusted([row[:FIRST_TOKENS] for row, own in zip(responses, parts, strict=True) if own != part], 2,
+                          vocabulary)
+        for part in range(PARTS)
+    ]
+    if None in left:
+        return None
+    mean = sum(left) / PARTS
+    return math.sqrt((PARTS - 1) / PARTS * sum((value - mean) ** 2 for value in left))
 
 
 def self_bleu(responses: Sequence[Tokens]) -> float | None:

@@ -6,12 +6,13 @@ d = √KL(policy ‖ reference) in √nat; a gain is a mean score less the refer
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from kltune.core.kl.intervals import Interval
+from kltune.core.kl.intervals import Interval, student_t_quantile
 
 GainForm = Literal["rl", "best_of_n"]
 NEAREST = 0.3           # √nat: below it the RL form, whose slope is infinite at 0, is not fitted (docs/maths.md 20)
@@ -64,7 +65,7 @@ class GainFit:
 
 def fit_gain(
     kl: Sequence[float], gain: Sequence[float], stderr: Sequence[float], runs: Sequence[object], *,
-    form: GainForm = "rl",
+    form: GainForm = "rl", reference_stderr: float = 0.0,
 ) -> GainFit | str:
     """Fit Gao's law of over-optimisation by least squares, weighted by 1/stderr², and ask the data for its peak.
 
@@ -72,7 +73,9 @@ def fit_gain(
         best_of_n:   R = d (α − β d),        peak d* = α/(2β),          R* = α²/(4β)
 
     Intervals are percentiles of a cluster bootstrap: whole runs are drawn with replacement, so that several points of
-    one run do not count as several runs. Seeded: the same numbers give the same interval.
+    one run do not count as several runs. All gains share the error of the reference's own score, so each resample also
+    draws that. Of few runs a resample is too narrow: deviations are widened by √(n/(n−1)) · t_{n−2}/1.96. Seeded: the
+    same numbers give the same interval.
 
     Source: Gao, Schulman and Hilton 2022, arXiv 2210.10760; docs/maths.md 20.
 
@@ -82,6 +85,7 @@ def fit_gain(
         stderr: standard error of the score, above 0.
         runs: which run a point is of; any values.
         form: which law.
+        reference_stderr: standard error of the reference's own score, where it is not drawn with the runs.
 
     Returns:
         The fit; or in words why nothing can be fitted, as too few points.
@@ -106,11 +110,17 @@ def fit_gain(
         return f"all points lie within {np.ptp(d):.2g} √nat of each other"
 
     x, weight = _design(d, form), error**-2
-    moments = np.zeros((count, 2, 3))          # of each run: XᵀWX beside XᵀWy
-    np.add.at(moments, cluster, weight[:, None, None] * x[:, :, None] * np.concatenate([x, y[:, None]], 1)[:, None, :])
-    alpha, beta = _solved(moments.sum(0, keepdims=True))[0]
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=FIT_RESAMPLES)
-    resampled = _solved(np.tensordot(drawn, moments, 1))
+    columns = np.concatenate([x, y[:, None], np.ones_like(y)[:, None]], 1)
+    moments = np.zeros((count, 2, 4))          # of each run: XᵀWX beside XᵀWy and XᵀW1
+    np.add.at(moments, cluster, weight[:, None, None] * x[:, :, None] * columns[:, None, :])
+    whole = moments.sum(0, keepdims=True)[..., :3]
+    alpha, beta = _solved(whole)[0]
+    rng = np.random.default_rng(0)
+    drawn = np.tensordot(rng.multinomial(count, np.full(count, 1 / count), size=FIT_RESAMPLES), moments, 1)
+    wider = math.sqrt(count / (count - 1)) * student_t_quantile(0.95, count - 2) / NormalDist().inv_cdf(0.975)
+    shift = reference_stderr / wider * rng.standard_normal(FIT_RESAMPLES)
+    drawn[..., 2] -= shift[:, None] * drawn[..., 3]
+    resampled = np.array([alpha, beta]) + wider * (_solved(drawn[..., :3]) - np.array([alpha, beta]))
     if np.isnan(resampled[:, 0]).mean() > 0.05:
         return "the runs lie at too few different KLs to tell the two parameters apart"
     resampled = resampled[~np.isnan(resampled[:, 0])]
@@ -231,23 +241,31 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def best_of_n_kl_of_levels(shares: ArrayLike, n: int) -> float:
+def best_of_n_kl_of_levels(shares: ArrayLike, n: int, tied: ArrayLike | None = None) -> float:
     """KL(best of n ‖ reference), nats, where scores come in levels: equal scores make it less than the bound.
 
         Σ_l p_l log(p_l / q_l),    p_l = F_l^n − F_{l−1}^n
 
-    with q_l the reference's share of level l and F the sum up to it: within a level the winner is drawn at random.
+    with q_l the reference's share of level l and F the sum up to it: within a level the winner is drawn at random. A
+    level that is not tied stands for scores that never repeat, and adds what they do:
+
+        ∫ n F^{n−1} log(n F^{n−1}) dF = [G log n + (n−1)/n · G (log G − 1)],    G = F^n, from F_{l−1} to F_l
 
     Args:
         shares: q of the levels from the lowest score to the highest, above 0; they add up to 1. [L]
         n: at least 1.
+        tied: True for the levels whose scores repeat; None for all. [L]
     """
     q = np.asarray(shares, dtype=float)
     if n < 1 or q.ndim != 1 or not (q > 0).all() or abs(q.sum() - 1.0) > 1e-9:
         raise ValueError("wanted n at least 1, and shares above 0 that add up to 1")
-    p = np.diff(np.minimum(np.cumsum(q), 1.0) ** n, prepend=0.0)
-    won = p > 0.0      # a rare lowest level never wins, as far as float64 can tell
-    return float((p[won] * np.log(p[won] / q[won])).sum())
+    tied = np.ones(q.size, dtype=bool) if tied is None else np.asarray(tied, dtype=bool)
+    below = np.concatenate([[0.0], np.minimum(np.cumsum(q), 1.0)]) ** n
+    p = np.diff(below)
+    with np.errstate(divide="ignore", invalid="ignore"):    # a rare lowest level never wins, as far as float64 can tell
+        levels = np.where(p > 0.0, p * np.log(p / q), 0.0)
+        inside = below * math.log(n) + (n - 1) / n * np.where(below > 0.0, below * (np.log(below) - 1.0), 0.0)
+    return float(np.where(tied, levels, np.diff(inside)).sum())
 
 
 def within_prompt_spread(scores: ArrayLike) -> float:

@@ -7,7 +7,7 @@ says so where it does not.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
@@ -17,6 +17,10 @@ Unit = Literal["nats_per_response", "nats_per_token"]
 Standing = Literal["within", "open", "beyond"]
 GRID = (1.0, 0.75, 0.5, 0.25)
 NARROWEST = 1e-3        # of its upper end: a bracket that is not worth another measurement
+RARE = 0.02             # share of the responses that must have shown itself before a near budget is passed
+UNSEEN_SIZE = 10.0      # times the largest response: what responses that were not seen are charged with until then
+LEAST_EFFECTIVE = 12.0  # responses that make up the spread: with fewer, the interval rests on whether these were drawn
+FEW_PROMPTS = 16        # below, a verdict says little of other prompts
 FALL = 3.0              # standard errors by which a KL must fall with growing α before that is called a fall
 
 
@@ -24,12 +28,38 @@ FALL = 3.0              # standard errors by which a KL must fall with growing �
 class Verdict:
     """Whether a KL budget is held. more_responses: about how many more would tell, None when decided or unknown.
 
-    wants_prompts: no number of further answers to these prompts would tell; other prompts might.
+    wants_prompts: no number of further answers to these prompts would tell; other prompts might. reason: why it is
+    inconclusive, and whether it rests on few prompts; None where there is nothing to say.
     """
 
     verdict: Literal["pass", "fail", "inconclusive"]
     more_responses: int | None = None
     wants_prompts: bool = False
+    reason: str | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A measured KL in one unit: the estimate, its standard error and floor, its interval; see ``KLSummary``.
+
+    largest: the most nats of one response, in the unit.
+    """
+
+    estimate: float
+    stderr: float | None
+    floor: float | None
+    ci: Interval | None
+    largest: float
+
+
+def figures_in(summary: KLSummary, unit: Unit) -> Figures:
+    """The figures of a summary that a budget in this unit is about; ValueError for another unit."""
+    if unit == "nats_per_response":
+        return Figures(summary.nats_per_response, summary.stderr, summary.floor, summary.ci, summary.largest)
+    if unit == "nats_per_token":
+        largest = summary.largest * summary.responses / summary.tokens
+        return Figures(summary.nats_per_token, summary.token_stderr, summary.token_floor, summary.token_ci, largest)
+    raise ValueError(f"unit is {unit!r}, must be nats_per_response or nats_per_token")
 
 
 def verdict(
@@ -42,8 +72,13 @@ def verdict(
 ) -> Verdict:
     """Whether the measured KL(policy ‖ reference) is within a budget, at the confidence of its interval.
 
-        pass: upper end ≤ max_kl      fail: lower end > max_kl      else inconclusive, and the interval decides once
-        its half h that faces the budget has shrunk to |max_kl − estimate|
+        pass: upper end + unseen ≤ max_kl      fail: lower end > max_kl      else inconclusive, and the interval decides
+        once its half h that faces the budget has shrunk to |max_kl − estimate|
+
+    No interval knows of what was never drawn. Until ``RARE`` of the responses would have shown themselves at this
+    confidence (183 responses at 95 %), or where the spread sits in fewer than ``LEAST_EFFECTIVE`` of them, the share
+    that may have stayed away is charged with ten times the largest KL seen (unseen): a far budget is passed all the
+    same, and a near one is not.
 
     The standard error falls with the root of the number of responses if further ones answer further prompts. If they
     answer the same prompts again, only the part falls that is due to the answers: the prompts' own differences stay
@@ -64,31 +99,68 @@ def verdict(
         ValueError: the estimate, its interval or ``max_kl`` is not finite (what was not measured passes no gate), the
             unit is unknown, or ``summary`` was made at another confidence.
     """
-    figures = {
-        "nats_per_response": (summary.nats_per_response, summary.stderr, summary.floor, summary.ci),
-        "nats_per_token": (summary.nats_per_token, summary.token_stderr, summary.token_floor, summary.token_ci),
-    }
-    if unit not in figures:
-        raise ValueError(f"unit is {unit!r}, must be one of {', '.join(figures)}")
+    figures = figures_in(summary, unit)
+    estimate, ci = figures.estimate, figures.ci
     if confidence != summary.confidence:
         raise ValueError(f"the interval was made at confidence {summary.confidence}, not {confidence}")
-    estimate, stderr, floor, ci = figures[unit]
     if not all(map(math.isfinite, (estimate, max_kl, *(ci or ())))):
         raise ValueError(f"no verdict on a KL of {estimate} with interval {ci} against a budget of {max_kl} {unit}")
-    if ci is None or stderr is None:
-        return Verdict("inconclusive", wants_prompts=True)
-    if ci[1] <= max_kl:
-        return Verdict("pass")
+    if ci is None or figures.stderr is None:
+        return Verdict("inconclusive", wants_prompts=True, reason="one prompt says nothing of others")
+    few = f"{summary.prompts} prompts say little of others" if summary.prompts < FEW_PROMPTS else None
+    wanted, doubt = _wanted_for_tails(summary, confidence)
+    charge = _unseen(summary.responses, figures.largest, confidence) if doubt else 0.0
+    if ci[1] + charge <= max_kl:
+        return Verdict("pass", reason=few)
     if ci[0] > max_kl:
-        return Verdict("fail")
-    needed = _needed_stderr(estimate, stderr, ci, max_kl)
-    floor = 0.0 if fresh_prompts or floor is None else floor
+        return Verdict("fail", reason=few)
+    if ci[1] <= max_kl:
+        return Verdict("inconclusive", max(1, wanted - summary.responses), reason=_joined(doubt, few))
+    open_one = _straddling(summary, figures, max_kl, fresh_prompts)
+    more = open_one.more_responses
+    if more is not None and doubt and estimate < max_kl:
+        more = max(more, wanted - summary.responses)
+    return Verdict("inconclusive", more, open_one.wants_prompts, _joined("the interval straddles the budget", few))
+
+
+def _straddling(summary: KLSummary, figures: Figures, max_kl: float, fresh_prompts: bool) -> Verdict:
+    """What would settle an interval that holds the budget."""
+    needed = _needed_stderr(figures.estimate, figures.stderr, figures.ci, max_kl)
+    floor = 0.0 if fresh_prompts or figures.floor is None else figures.floor
     if needed == 0.0:
         return Verdict("inconclusive")
     if needed <= floor:
         return Verdict("inconclusive", wants_prompts=True)
-    responses = summary.responses * (stderr**2 - floor**2) / (needed**2 - floor**2)
+    responses = summary.responses * (figures.stderr**2 - floor**2) / (needed**2 - floor**2)
     return Verdict("inconclusive", max(1, math.ceil(responses - summary.responses)))
+
+
+def _wanted_for_tails(summary: KLSummary, confidence: float) -> tuple[int, str | None]:
+    """Responses with which the tail is known well enough for a near budget, and why there are too few; None: enough."""
+    tail, effective = 0.5 * (1.0 - confidence), summary.effective_responses
+    seen = math.ceil(math.log(tail) / math.log1p(-RARE))
+    if summary.responses < seen:
+        return seen, (
+            f"{summary.responses} responses cannot show what {RARE:.0%} of them may do, {seen} can: so few pass only a "
+            "budget further away"
+        )
+    if effective is not None and effective < LEAST_EFFECTIVE:
+        wanted = math.ceil(summary.responses * LEAST_EFFECTIVE / effective)
+        return wanted, (
+            f"the spread sits in about {effective:.0f} of the {summary.responses} responses, and the interval rests on "
+            "whether these were drawn"
+        )
+    return summary.responses, None
+
+
+def _unseen(responses: int, largest: float, confidence: float) -> float:
+    """What responses that were not seen may add: the share that may have stayed away, at ten times the largest seen."""
+    share = 1.0 - (0.5 * (1.0 - confidence)) ** (1.0 / responses)
+    return share * UNSEEN_SIZE * largest
+
+
+def _joined(*reasons: str | None) -> str:
+    return "; ".join(reason for reason in reasons if reason)
 
 
 def standing(summary: KLSummary, cap: float, unit: Unit = "nats_per_response") -> Standing:
@@ -96,17 +168,19 @@ def standing(summary: KLSummary, cap: float, unit: Unit = "nats_per_response") -
 
         within: upper end of the interval ≤ cap     beyond: estimate > cap, or not finite     else open
 
-    Within is what can be claimed; beyond does not wait until chance is ruled out, for then it would be far beyond.
+    Within is what the interval says, without what ``verdict`` charges for responses that were not seen: a run that is
+    held to its cap is measured again and again. Beyond does not wait until chance is ruled out, for then it would be
+    far beyond.
 
     Args:
         summary: from ``summarize``.
         cap: in ``unit``, finite.
         unit: which of the two figures the cap is about.
     """
-    estimate = summary.nats_per_response if unit == "nats_per_response" else summary.nats_per_token
-    if not estimate <= cap:
+    figures = figures_in(summary, unit)
+    if not figures.estimate <= cap:
         return "beyond"
-    return "within" if verdict(summary, cap, unit, summary.confidence).verdict == "pass" else "open"
+    return "within" if figures.ci is not None and figures.ci[1] <= cap else "open"
 
 
 def _needed_stderr(estimate: float, stderr: float, ci: Interval, max_kl: float) -> float:

@@ -1,12 +1,14 @@
 """How sure a measured KL is: standard errors by prompt and confidence intervals.
 
-Responses to one prompt are alike, so the prompt is the unit that counts (a cluster). Both figures are ratios of sums,
+Responses to one prompt are alike, so the prompt is the unit that counts (a cluster), however many lines of a file
+it is on. Both figures are ratios of sums,
 nats / responses and nats / tokens, and both get the standard error of a ratio; with equally many responses per prompt
 the first is the plain sd(prompt means) / √m. Never the mean of each response's own nats per token: length and
 divergence are correlated, and that mean can even have the wrong sign (docs/maths.md 2).
 """
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -14,12 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kltune.core.kl.bounds import FEW, REACH_BELOW, effective_number, upper_reach, weighted_end
+
 Interval = tuple[float, float]
-NORMAL_FROM = 200           # prompts: from here on Student's t covers as well as the bootstrap (docs/maths.md 8)
-BOOTSTRAP_FROM = 5          # prompts: below, too many resamples are one prompt over and over, and the tails are those
-RESAMPLES = 2000            # at least; more where fewer than TAIL_RESAMPLES of them would lie in a tail
-TAIL_RESAMPLES = 25
-LEAST_RESAMPLED = 0.1          # of the sample's standard error, for a resample's: equal prompts have none to divide by
+NO_SPREAD = 1e-12           # of the mean, for its standard error: prompts that differ by rounding alone
 ROUNDING = 1e-4             # nats per response: what float32 log-probabilities of a response may be off by
 
 
@@ -30,6 +30,8 @@ class KLSummary:
     ``stderr``, ``ci`` and their per-token twins are None where they cannot be known: one prompt, or a value that is
     not finite. The intervals are two-sided at ``confidence``. ``floor`` and ``token_floor`` are the standard errors
     that would be left if these same prompts were answered without end, None where no prompt was answered twice.
+    largest: the most nats of a single response. effective_responses: how many make up the spread, None where that
+    cannot be known.
     """
 
     estimator: str                  # exact | k1 | k2 | k3
@@ -45,6 +47,8 @@ class KLSummary:
     tokens: int
     prompts: int
     confidence: float
+    largest: float = 0.0
+    effective_responses: float | None = None
 
 
 def summarize(
@@ -58,10 +62,10 @@ def summarize(
 
         R = Σ_j N_j / Σ_j D_j,    se = √(m/(m−1) Σ_j (N_j − R D_j)²) / Σ_j D_j
 
-    over the m prompts j, with N the nats of a prompt's responses and D their number (or their tokens). Interval:
-    R ± t_{m−1} se from 200 prompts on; bootstrap-t below (KL is skewed, and ± t covers 90 % of the time where it says
-    95 %: docs/maths.md 8); ± t again below 5 prompts, where resampling has nothing to resample. The bootstrap is
-    seeded: the same numbers give the same interval.
+    over the m prompts j, with N the nats of a prompt's responses and D their number (or their tokens). The ends of the
+    interval are those of a mean with random weights and one prompt more that was not drawn (bounds.py); or R ± t_{m−1}
+    se where that is further, for the lower end below 16 prompts only: with more, a KL's lower end is nearer. KL is
+    skewed, and R ± t se holds a lognormal one .75 to .86 of the time (docs/maths.md 8).
 
     Args:
         estimator: the name of the estimator, carried along.
@@ -88,6 +92,7 @@ def summarize(
     sums = _sums_by_prompt(prompt_index, nats, np.ones_like(nats), tokens)
     per_response, stderr, ci = _ratio_interval(sums[0], sums[1], confidence)
     per_token, token_stderr, token_ci = _ratio_interval(sums[0], sums[2], confidence)
+    known = math.isfinite(per_response)
     return KLSummary(
         estimator=estimator,
         nats_per_response=per_response,
@@ -102,7 +107,19 @@ def summarize(
         tokens=int(tokens.sum()),
         prompts=sums.shape[1],
         confidence=confidence,
+        largest=float(nats.max()) if known else math.inf,
+        effective_responses=effective_number(nats - per_response) if known else None,
     )
+
+
+def cluster_numbers(items: Sequence[Hashable]) -> Tensor:
+    """Which items are the same: the place of the first that equals each. [B] int64.
+
+    Where all are the same they say nothing of any other, and given that one they are independent: each its own.
+    """
+    first: dict[Hashable, int] = {}
+    places = [first.setdefault(item, place) for place, item in enumerate(items)]
+    return torch.tensor(places) if len(first) > 1 else torch.arange(len(places))
 
 
 def clustered_mean(values: Tensor, prompt_index: Tensor) -> tuple[float, float | None]:
@@ -115,12 +132,43 @@ def clustered_mean(values: Tensor, prompt_index: Tensor) -> tuple[float, float |
     Returns:
         (mean, standard error); None for the error of a single response.
     """
-    numbers, prompts = _as_numbers(values), torch.as_tensor(prompt_index)
-    if prompts.unique().numel() == 1:
-        prompts = torch.arange(numbers.size)        # given the prompt, responses are independent
-    sums = _sums_by_prompt(prompts, numbers, np.ones_like(numbers))
-    stderr = float(_ratio_stderr(sums[0], sums[1])) if numbers.size > 1 else None
-    return float(numbers.mean()), stderr
+    return mean_of_sides((values, prompt_index))
+
+
+def mean_of_sides(*sides: tuple[Tensor, Tensor]) -> tuple[float, float | None]:
+    """The mean of several means over responses to the same prompts, and its standard error by prompt.
+
+        ½ (Ā + B̄):    se = √(m/(m−1) Σ_j d_j²),    d_j = ½ (Σ_{i∈j} (A_i − Ā) / n_A + Σ_{i∈j} (B_i − B̄) / n_B)
+
+    over the m prompts j: what the sides share is counted once. By response where all answer one prompt.
+
+    Args:
+        sides: of each, one finite number per response, and which prompt it answers, by any integers. [B] both.
+
+    Returns:
+        (mean, standard error); None for the error of a single response.
+    """
+    mean = float(np.mean([_as_numbers(values).mean() for values, _ in sides]))
+    return mean, error_of_shares(prompt_shares(*sides))
+
+
+def prompt_shares(*sides: tuple[Tensor, Tensor]) -> np.ndarray:
+    """d_j of ``mean_of_sides``: what each prompt adds to the mean's deviation; of each response where all answer one.
+
+    Shares of several means over the same prompts can be averaged before ``error_of_shares``. [m]
+    """
+    numbers = [_as_numbers(values) for values, _ in sides]
+    prompts = np.concatenate([torch.as_tensor(index).cpu().numpy() for _, index in sides])
+    if np.unique(prompts).size == 1:
+        prompts = np.arange(prompts.size)       # given the prompt, responses are independent
+    parts = np.concatenate([(values - values.mean()) / (values.size * len(sides)) for values in numbers])
+    return _sums_by_prompt(prompts, parts)[0]
+
+
+def error_of_shares(shares: np.ndarray) -> float | None:
+    """The standard error of a mean from the shares d_j of its prompts, [m]; None where there is one."""
+    count = shares.size
+    return math.sqrt(float((shares**2).sum()) * count / (count - 1)) if count > 1 else None
 
 
 def agreement_z(
@@ -222,29 +270,13 @@ def _ratio_interval(
     if prompts == 1 or not math.isfinite(ratio):
         return ratio, None, None
     stderr = float(_ratio_stderr(numerators, denominators))
-    if BOOTSTRAP_FROM <= prompts < NORMAL_FROM and stderr > 0.0:
-        below, above = _bootstrap_t(numerators, denominators, confidence)
-    else:
-        below = above = student_t_quantile(confidence, prompts - 1)
-    return ratio, stderr, (ratio - below * stderr, ratio + above * stderr)
-
-
-def _bootstrap_t(numerators: np.ndarray, denominators: np.ndarray, confidence: float) -> Interval:
-    """How many standard errors the interval reaches below and above the ratio, from resampled prompts.
-
-    A resample's t = (R* − R) / se*. Its upper tail says how far the estimate can lie *above* the truth, and so sets
-    the lower end.
-    """
-    prompts = numerators.size
-    tail = 0.5 * (1.0 - confidence)
-    resamples = max(RESAMPLES, math.ceil(TAIL_RESAMPLES / tail))
-    drawn = np.random.default_rng(0).integers(prompts, size=(resamples, prompts))
-    tops, bottoms = numerators[drawn], denominators[drawn]                      # [resamples, m]
-    ratio = numerators.sum() / denominators.sum()
-    shift = tops.sum(-1) / bottoms.sum(-1) - ratio
-    stderr = np.maximum(_ratio_stderr(tops, bottoms), LEAST_RESAMPLED * _ratio_stderr(numerators, denominators))
-    low, high = np.quantile(shift / stderr, [tail, 1.0 - tail])
-    return float(high), float(-low)
+    if stderr <= NO_SPREAD * abs(ratio):
+        return ratio, stderr, (ratio, ratio)
+    residuals, tail = numerators - ratio * denominators, 0.5 * (1.0 - confidence)
+    student = student_t_quantile(confidence, prompts - 1) * stderr
+    high = max(weighted_end(numerators, denominators, upper_reach(residuals), tail), ratio + student)
+    low = -weighted_end(-numerators, denominators, REACH_BELOW / effective_number(residuals), tail)
+    return ratio, stderr, (min(low, ratio - student) if prompts < FEW else low, high)
 
 
 def _floor(nats: np.ndarray, weights: np.ndarray, prompt_index: Tensor, stderr: float | None) -> float | None:
@@ -286,7 +318,7 @@ def _as_numbers(x: Tensor) -> np.ndarray:
     return torch.as_tensor(x).detach().cpu().double().numpy()
 
 
-def wilson(share: float, count: int, confidence: float = 0.95) -> Interval:
+def wilson(share: float, count: float, confidence: float = 0.95) -> Interval:
     """Interval of a share of independent trials, which never leaves 0 to 1.
 
         (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n)
@@ -302,3 +334,23 @@ def wilson(share: float, count: int, confidence: float = 0.95) -> Interval:
     middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     scale = 1 + z * z / count
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def clustered_share(outcomes: Tensor, prompt_index: Tensor, confidence: float = 0.95) -> tuple[float, float, float]:
+    """A share of outcomes with Wilson's interval for as many independent ones as they are worth.
+
+        n = p(1 − p) / se²,  between 1 and B,    se by prompt;    the number of prompts where p is 0 or 1
+
+    Args:
+        outcomes: from 0 to 1, ½ for a tie. [B].
+        prompt_index: which prompt each is of; where all differ n is B. [B].
+        confidence: of the interval, two-sided.
+
+    Returns:
+        (share, low, high).
+    """
+    share, stderr = clustered_mean(outcomes, prompt_index)
+    prompts, count = torch.as_tensor(prompt_index).unique().numel(), float(len(outcomes))
+    if prompts < count:
+        count = min(count, max(1.0, share * (1.0 - share) / stderr**2)) if stderr else float(prompts)
+    return share, *wilson(share, count, confidence)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from kltune.core.kl.intervals import mean_of_sides
 from kltune.core.tensors import expect_same_shape
 
 FOLDS = 5               # of prompts, for the coefficient of the control variate
@@ -21,13 +22,15 @@ LARGE_SHARE = 0.1       # of all the KL, in one response: beyond it the interval
 
 
 class Estimate(NamedTuple):
-    """A mean over independent responses and its standard error; None where there is only one response."""
+    """A mean over responses and its standard error by prompt; None where there is only one response."""
 
     value: float
     stderr: float | None
 
 
-def jensen_shannon(policy_log_ratio: Tensor, ref_log_ratio: Tensor) -> Estimate:
+def jensen_shannon(
+    policy_log_ratio: Tensor, ref_log_ratio: Tensor, prompt_index: Tensor, ref_prompt_index: Tensor
+) -> Estimate:
     """Jensen-Shannon divergence of whole responses, in [0, log 2].
 
         JS = ½ E_π[log 2 − softplus(−U)] + ½ E_ρ[log 2 − softplus(U)],    U = log π(y) − log ρ(y)
@@ -35,30 +38,36 @@ def jensen_shannon(policy_log_ratio: Tensor, ref_log_ratio: Tensor) -> Estimate:
     Args:
         policy_log_ratio: U of responses that the policy π sampled. [B], nats.
         ref_log_ratio: U, the same way round, of responses that the reference ρ sampled. [B'], nats.
+        prompt_index, ref_prompt_index: which prompt each of them answers, numbered alike. [B], [B'].
 
     Returns:
         The estimate, nats.
     """
-    halves = [_mean(math.log(2.0) - softplus(-u)) for u in (policy_log_ratio.double(), -ref_log_ratio.double())]
-    return _halved(halves)
+    sides = (policy_log_ratio.double(), prompt_index), (-ref_log_ratio.double(), ref_prompt_index)
+    return Estimate(*mean_of_sides(*((math.log(2.0) - softplus(-u), prompts) for u, prompts in sides)))
 
 
-def total_variation(policy_log_ratio: Tensor, ref_log_ratio: Tensor | None = None) -> Estimate:
+def total_variation(
+    policy_log_ratio: Tensor, prompt_index: Tensor,
+    ref_log_ratio: Tensor | None = None, ref_prompt_index: Tensor | None = None,
+) -> Estimate:
     """Total variation distance of whole responses, in [0, 1].
 
         TV = E_π[(1 − e^{−U})₊] = E_ρ[(1 − e^U)₊],    U = log π(y) − log ρ(y)
 
     Args:
         policy_log_ratio: U of responses that the policy π sampled. [B], nats.
-        ref_log_ratio: U, the same way round, of responses that the reference ρ sampled, if there are any: then the
-            estimate is the mean of the two expectations. [B'], nats.
+        prompt_index: which prompt each answers. [B].
+        ref_log_ratio, ref_prompt_index: U, the same way round, of responses that the reference ρ sampled, and their
+            prompts, numbered alike, if there are any: then the estimate is the mean of the two expectations. [B'].
 
     Returns:
         The estimate, no unit.
     """
-    sides = [policy_log_ratio.double()] + ([] if ref_log_ratio is None else [-ref_log_ratio.double()])
-    means = [_mean(-torch.expm1(-u).clamp(max=0.0)) for u in sides]
-    return means[0] if len(means) == 1 else _halved(means)
+    sides = [(policy_log_ratio.double(), prompt_index)]
+    if ref_log_ratio is not None:
+        sides.append((-ref_log_ratio.double(), ref_prompt_index))
+    return Estimate(*mean_of_sides(*((-torch.expm1(-u).clamp(max=0.0), prompts) for u, prompts in sides)))
 
 
 def control_variate(exact: Tensor, k1: Tensor, prompt_index: Tensor) -> Tensor:
@@ -98,17 +107,6 @@ def _coefficient(c: Tensor, m: Tensor) -> float:
     spread = m - m.mean()
     variance = spread.square().sum().item()
     return -((c - c.mean()) * spread).sum().item() / variance if variance > 0.0 else 0.0
-
-
-def _mean(x: Tensor) -> Estimate:
-    return Estimate(x.mean().item(), x.std().item() / math.sqrt(len(x)) if len(x) > 1 else None)
-
-
-def _halved(pair: list[Estimate]) -> Estimate:
-    """The mean of two independent estimates."""
-    errors = [part.stderr for part in pair]
-    stderr = None if None in errors else 0.5 * math.hypot(*errors)
-    return Estimate(0.5 * (pair[0].value + pair[1].value), stderr)
 
 
 @dataclass(frozen=True)

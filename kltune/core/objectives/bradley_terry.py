@@ -116,7 +116,12 @@ def win_share(gaps: Tensor) -> float:
     """
     if not gaps.numel():
         raise ValueError("no gaps: there is no share of none")
-    return ((gaps > 0).double() + 0.5 * (gaps == 0).double()).mean().item()
+    return wins(gaps).mean().item()
+
+
+def wins(gaps: Tensor) -> Tensor:
+    """1 where a gap is above 0, ½ where it is 0, else 0. [N] float64"""
+    return (gaps > 0).double() + 0.5 * (gaps == 0).double()
 
 
 def reliability(predicted: Tensor, came_true: Tensor, bins: int, low: float = 0.0) -> list[Bin]:

@@ -86,7 +86,7 @@ def ipo_loss(margin: Tensor, tau: float) -> Tensor:
 
         (h − 1/(2τ))²,    d/dh = 2 (h − 1/(2τ))
 
-    Source: Azar et al. 2023, arXiv 2310.12036, equation 17; h is of sums over tokens, not of means.
+    Source: Azar et al. 2023, arXiv 2310.12036, equation 17; h is of sums over tokens. TRL has means, and τ per token.
 
     Args:
         margin: h. [N], nats.

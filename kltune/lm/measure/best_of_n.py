@@ -1,13 +1,15 @@
 """What the reference's own responses say without any training: the best of n of them, and how their scores spread."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kltune.core.hacking.overoptimization import best_of, best_of_n_kl, best_of_n_kl_of_levels, within_prompt_spread
+from kltune.core.kl.intervals import clustered_mean, prompt_shares
 from kltune.lm.data.examples import Prompt
 from kltune.lm.measure.measurement import Measurement, Progress, Round
 from kltune.lm.model.batches import Samples
@@ -49,28 +51,25 @@ class Scorers:
             for name, scorer in self._present().items()
         }
 
-    def means(self, measured: Measurement, answered: Round) -> dict[str, float | None]:
-        """Mean of each scorer's scores and its standard error, responses to one prompt counting as one."""
+    def means(self, measured: Measurement) -> tuple[dict[str, float | None], dict[str, np.ndarray]]:
+        """Mean of each scorer's scores and its standard error by prompt; and the ``prompt_shares`` of each."""
         figures: dict[str, float | None] = {}
+        shares = {}
         for name, values in self.scores(measured.texts(), measured.rollouts, measured.truncated).items():
-            mean, stderr = over_prompts(values.reshape(answered.count, answered.per_prompt).mean(1))
+            side = torch.from_numpy(values), measured.prompt_index
+            mean, stderr = clustered_mean(*side)
             figures |= {name: mean, f"{name}_stderr": stderr}
-        return figures
+            shares[name] = prompt_shares(side)
+        return figures, shares
 
     def _present(self) -> dict[str, Scorer]:
         named = {"score": self.score, "gold": self.gold}
         return {name: scorer for name, scorer in named.items() if scorer is not None}
 
 
-def over_prompts(values: np.ndarray) -> tuple[float, float | None]:
-    """Mean and standard error of independent values. [P]"""
-    stderr = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return float(values.mean()), stderr
-
-
-def best_of_n_round(prompts: Sequence[Prompt], per_prompt: int) -> Round:
+def best_of_n_round(prompts: Sequence[Prompt], per_prompt: int, seed: int) -> Round:
     """Which prompts are answered for best of n, and how often each."""
-    return Round(prompts, 0, min(len(prompts), MOST_PROMPTS), per_prompt)
+    return replace(Round.of(prompts, min(len(prompts), MOST_PROMPTS), seed), per_prompt=per_prompt)
 
 
 def measure_best_of_n(
@@ -79,7 +78,7 @@ def measure_best_of_n(
     """Best of n by the score (by gold where there is no score), for n = 1, 2, 4, ... of the reference's responses.
 
     answered: from ``best_of_n_round``; at least 2 responses to each prompt. Returned is the document's best_of_n;
-    by_prompt: the estimates of each scorer for each n, [P] each.
+    by_prompt: the estimates of each scorer for each n, [P] each; prompt_numbers: which prompts are the same, [P].
     """
     count, per_prompt = answered.count, answered.per_prompt
     parts: list[dict[str, np.ndarray]] = []
@@ -93,13 +92,17 @@ def measure_best_of_n(
     ranked = scores.get("score", scores.get("gold"))
     sizes = [2**power for power in range(per_prompt.bit_length()) if 2**power <= per_prompt]
     estimates = {name: [best_of(ranked, n, values) for n in sizes] for name, values in scores.items()}
+    levels = list(_levels(ranked))
+    lines = answered.prompt_index()[::per_prompt]
     points = []
     for place, n in enumerate(sizes):
-        levels = [np.unique(row, return_counts=True)[1] / per_prompt for row in ranked]
-        ties = float(np.mean([best_of_n_kl_of_levels(shares, n) for shares in levels]))
-        point: dict[str, Any] = {"n": n, "kl_bound": best_of_n_kl(n), "kl_with_ties": min(ties, best_of_n_kl(n))}
+        bound = best_of_n_kl(n)
+        ties = float(np.mean([best_of_n_kl_of_levels(shares, n, tied) for shares, tied in levels]))
+        point: dict[str, Any] = {"n": n, "kl_bound": bound, "kl_with_ties": min(ties, bound)}
         for name in ("score", "gold"):
-            mean, stderr = over_prompts(estimates[name][place]) if name in estimates else (None, None)
+            mean, stderr = (None, None)
+            if name in estimates:
+                mean, stderr = clustered_mean(torch.from_numpy(estimates[name][place]), lines)
             point |= {name: mean, f"{name}_stderr": stderr}
         points.append(point)
     return {
@@ -109,4 +112,14 @@ def measure_best_of_n(
         "sigma": {name: within_prompt_spread(values) for name, values in scores.items()},
         "points": points,
         "by_prompt": estimates,
+        "prompt_numbers": lines.tolist(),
     }
+
+
+def _levels(scores: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each prompt's scores, [P, N]: the levels' shares, and which are of scores that repeat anywhere. [L] each"""
+    values, counts = np.unique(scores, return_counts=True)
+    repeated = values[counts > 1]
+    for row in scores:
+        level, count = np.unique(row, return_counts=True)
+        yield count / row.size, np.isin(level, repeated)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kltune.core.kl.gate import GRID, AlphaPoint, Search, Unit, confidence_per_look, largest_alpha, verdict
+from kltune.core.kl.gate import AlphaPoint, Figures, Search, Unit, figures_in, largest_alpha, looks
 from kltune.core.kl.intervals import KLSummary, clustered_mean
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
@@ -19,10 +19,11 @@ from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import Draw
 from kltune.lm.rewards.scorers import Scorer
 
-AGAIN = math.sqrt(2.0) * 1.645      # standard errors by which two measurements alike differ, once in twenty times
-MARGIN = 0.08                         # of the budget: as many responses are drawn as keep the bound's distance below it
-CHECKS = 3                          # with fresh random numbers, of what the search found
-AROUND = (1.15, 1.0, 0.85)          # of the first search's α, where the second begins
+AGAIN = math.sqrt(2.0)      # standard errors of the answers by which two measurements of the same prompts differ
+MARGIN = 0.05               # of the budget: as many responses are drawn as keep the aim's distance from it below
+NEAR_FLOOR = 1.1            # times the distance that the prompts' own differences leave: more answers buy no more
+CHECKS = 4                  # with fresh random numbers, of what the search found
+UNUSED = 0.03               # of the budget: a check that leaves no more is the last
 # By the kind of tensor: what α acts on, and what is left as it is. Of A and B, that is the one which starts at 0: in
 # PEFT it is B in linear layers and A in embeddings.
 SCALED = {"lora_B", "lora_embedding_A", "lora_magnitude_vector", "ia3_l"}
@@ -42,13 +43,28 @@ class Look:
     score: float | None
     score_stderr: float | None
 
-    def figures(self, unit: Unit) -> tuple[float, float, float]:
-        """KL, its standard error and the upper end of its interval, in a unit; ∞ where they cannot be known."""
-        if unit == "nats_per_token":
-            nats, stderr, ci = self.kl.nats_per_token, self.kl.token_stderr, self.kl.token_ci
-        else:
-            nats, stderr, ci = self.kl.nats_per_response, self.kl.stderr, self.kl.ci
-        return nats, math.inf if stderr is None else stderr, math.inf if ci is None else ci[1]
+    def figures(self, unit: Unit) -> Figures:
+        """KL, its standard errors and interval in a unit."""
+        return figures_in(self.kl, unit)
+
+    def upper(self, unit: Unit) -> float:
+        """The upper end of its interval, ∞ where that cannot be known."""
+        ci = self.figures(unit).ci
+        return math.inf if ci is None else ci[1]
+
+    def distance(self, unit: Unit, responses: int) -> tuple[float, float]:
+        """How far the upper end of so many responses would lie above the KL, and how far another measurement of as many
+        answers to the same prompts from this one; ∞ where that cannot be known.
+
+        Of the standard error, the part falls that the answers have; see ``KLSummary.floor``.
+        """
+        figures = self.figures(unit)
+        if not figures.stderr:
+            return (math.inf, math.inf) if figures.stderr is None else (0.0, 0.0)
+        floor = figures.floor or 0.0
+        answers = math.sqrt(max(0.0, figures.stderr**2 - floor**2) * self.kl.responses / responses)
+        reach = (figures.ci[1] - figures.estimate) / figures.stderr
+        return reach * math.hypot(floor, answers), AGAIN * answers
 
 
 class Interpolation:
@@ -83,81 +99,97 @@ class Interpolation:
         """Where the scores come from; [] where nothing is scored."""
         return [] if self._scorer is None else self._scorer.identity
 
-    def measure(
-        self, alpha: float, responses: int, purpose: str, seed: int, confidence: float | None = None
-    ) -> Look:
+    def measure(self, alpha: float, responses: int, purpose: str, seed: int) -> Look:
         """Set the adapter to α and measure it there."""
         self.scale.set(alpha)
-        measured = measure_kl(self.policy, Round.of(self.prompts, responses), replace(self.draw, seed=seed))
-        score = error = None
+        measured = measure_kl(self.policy, self._answered(responses), replace(self.draw, seed=seed))
+        score = score_error = None
         if self._scorer is not None:
             scores = measured_scores({"score": self._scorer}, measured, self._penalty)["score"]
-            score, error = clustered_mean(scores, measured.prompt_index)
-        kl = measured.summary("exact", confidence or self.confidence)
-        look = Look(alpha, purpose, kl, score, error)
+            score, score_error = clustered_mean(scores, measured.prompt_index)
+        kl = measured.summary("exact", self.confidence)
+        look = Look(alpha, purpose, kl, score, score_error)
         self.looks.append(look)
-        nats, stderr, _ = look.figures(self.unit)
+        figures = look.figures(self.unit)
+        error = "" if figures.stderr is None else f" ± {figures.stderr:.2g}"
         scored = "" if score is None else f", score {score:.3f}"
         self._say(
-            f"alpha {alpha:.4f}: KL {nats:.4g} ± {stderr:.2g} {self.unit.replace('_', ' ')}{scored} "
+            f"alpha {alpha:.4f}: KL {figures.estimate:.4g}{error} {self.unit.replace('_', ' ')}{scored} "
             f"({kl.responses} responses, {purpose})"
         )
         return look
+
+    def _answered(self, responses: int) -> Round:
+        """The same prompts in the search and in the checks, whatever the random numbers of the responses."""
+        return Round.of(self.prompts, responses, self.draw.seed)
 
     def standardize(self, responses: int) -> None:
         """Give sources marked ``normalize`` their scale, on responses of the reference."""
         if self._scorer is not None and self._scorer.wants_reference_samples:
             self.scale.set(0.0)
-            sampled = measure_kl(self.policy, Round.of(self.prompts, responses), self.draw)
+            sampled = measure_kl(self.policy, self._answered(responses), self.draw)
             self._scorer = self._scorer.standardized(*sampled.texts(), sampled.rollouts)
 
     def land(self, budget: float, responses: int, most: int) -> tuple[Search, Look | None]:
         """Find the largest α whose KL meets a budget, and leave the adapter there.
 
-        Met means: so far below it that a later measurement of as many responses will pass the gate too. The interval's
-        upper end must keep its distance, and so must the next measurement's, which differs from this one by chance: in
-        all about 4.3 standard errors. Where that would give away more than ``MARGIN`` of the budget, more responses are
-        drawn. What was found is then checked on random numbers that it was not chosen by.
+        Met means that the upper end of the interval is within the budget, on random numbers that the search never saw.
+        The search aims at that end: at each α, as ``responses`` answers show it, it foretells where the end of a check
+        of many more will lie. A check that fails, or leaves more than ``UNUSED`` of the budget, corrects the aim; there
+        are at most ``CHECKS``. For the α that comes out to be beyond the budget, the aim must err as well as the check:
+        of 800 simulated searches none to 2 % end there (docs/project.md), so the checks' intervals are no wider.
 
-        responses: for a measurement; ``most`` where the budget calls for more. Returned are the search, and the check
-        that passed; None where none did.
+        responses: for a measurement of the search; ``most`` for a check. Returned are the search, and the check of the
+        largest α that passed; None where none did.
         """
-        search = largest_alpha(lambda alpha: self._point(alpha, responses), budget, grid=GRID, tolerance=0.05)
+        search = largest_alpha(
+            lambda alpha: self._point(self.measure(alpha, responses, "search", self.draw.seed), budget, most),
+            budget, tolerance=UNUSED,
+        )
         if search.alpha == 0.0:
             return search, None
-        wanted = min(most, self._wanted(search, budget, responses))
-        if search.alpha < 1.0 and wanted > responses:
-            grid = sorted({min(1.0, factor * search.alpha) for factor in AROUND})
-            closer = largest_alpha(lambda alpha: self._point(alpha, wanted), budget, grid=grid, tolerance=0.01)
-            search = replace(closer, falls=(*search.falls, *closer.falls))
-            responses = wanted
-        confidence, alpha = confidence_per_look(self.confidence, CHECKS), search.alpha
+        aim = next(look for look in self.looks if look.purpose == "search" and look.alpha == search.alpha)
+        alpha, count, passed = search.alpha, self._count(aim, budget, most), None
         for number in range(1, CHECKS + 1):
-            look = self.measure(alpha, responses, "check", self.draw.seed + number, confidence)
-            if verdict(look.kl, budget, self.unit, confidence).verdict == "pass":
-                return replace(search, alpha=alpha), look
-            alpha *= 0.99 * math.sqrt(budget / look.figures(self.unit)[2])
-        return replace(search, alpha=alpha), None
+            look = self.measure(alpha, count, "check", self.draw.seed + number)
+            upper = look.upper(self.unit)
+            if upper <= budget and (passed is None or alpha > passed.alpha):
+                passed = look
+            if upper <= budget and (alpha == 1.0 or upper >= (1.0 - UNUSED) * budget):
+                break
+            _, again = look.distance(self.unit, count)
+            alpha = min(1.0, alpha * math.sqrt(max(0.25, (budget - number * again) / upper)))
+        if passed is not None:
+            self.scale.set(passed.alpha)
+            alpha = passed.alpha
+        return replace(search, alpha=alpha), passed
 
     def meet(self, target: float, responses: int) -> float:
         """Find the α, at most 1, whose measured KL is a target, and leave the adapter there."""
 
         def point(alpha: float) -> AlphaPoint:
-            nats, stderr, _ = self.measure(alpha, responses, "search", self.draw.seed).figures(self.unit)
-            return AlphaPoint(alpha, nats, stderr, nats)
+            figures = self.measure(alpha, responses, "search", self.draw.seed).figures(self.unit)
+            return AlphaPoint(alpha, figures.estimate, figures.stderr or 0.0, figures.estimate)
 
         alpha = largest_alpha(point, target, grid=(1.0, 0.9), tolerance=0.01).alpha
         self.scale.set(alpha)
         return alpha
 
-    def _point(self, alpha: float, responses: int) -> AlphaPoint:
-        nats, stderr, upper = self.measure(alpha, responses, "search", self.draw.seed).figures(self.unit)
-        return AlphaPoint(alpha, nats, stderr, upper + AGAIN * stderr)
+    def _point(self, look: Look, budget: float, most: int) -> AlphaPoint:
+        """The look with the end that a check would have there, and the chance of a check that comes out higher."""
+        figures = look.figures(self.unit)
+        stderr = math.inf if figures.stderr is None else figures.stderr
+        ahead = sum(look.distance(self.unit, self._count(look, budget, most)))
+        return AlphaPoint(look.alpha, figures.estimate, stderr, figures.estimate + ahead)
 
-    def _wanted(self, search: Search, budget: float, responses: int) -> int:
-        """Responses with which the bound is no more than ``MARGIN`` of the budget above the KL measured there."""
-        point = next(point for point in search.points if point.alpha == search.alpha)
-        return math.ceil(responses * ((point.bound - point.nats) / (MARGIN * budget)) ** 2)
+    def _count(self, look: Look, budget: float, most: int) -> int:
+        """Responses of a check: until its distances are small beside the budget, or beside what the prompts leave."""
+        figures, count = look.figures(self.unit), look.kl.responses
+        if not figures.stderr:
+            return count
+        reach = (figures.ci[1] - figures.estimate) / figures.stderr
+        enough = max(MARGIN * budget, NEAR_FLOOR * reach * (figures.floor or 0.0))
+        return next((n for n in looks(count, most) if sum(look.distance(self.unit, n)) <= enough), max(count, most))
 
 
 class AdapterScale:

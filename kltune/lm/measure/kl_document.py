@@ -24,7 +24,8 @@ class CheckpointKL:
     """All that was measured of one checkpoint; None for what was not asked for.
 
     reverse: on the policy's responses, also by token of the vocabulary. forward: on the reference's. deployed: with
-    top-p and top-k. tax: log-perplexity on held-out texts. gate: the budget's part.
+    top-p and top-k. tax: log-perplexity on held-out texts. gate: the budget's part. prompts_in_file: lines that
+    prompts were drawn from.
     """
 
     reverse: Measurement
@@ -32,6 +33,7 @@ class CheckpointKL:
     deployed: Deployed | None
     tax: dict[str, Any] | None
     gate: dict[str, Any] | None
+    prompts_in_file: int
 
 
 def described_kl(measured: CheckpointKL, policy: Policy, *, confidence: float, top: int, show: int) -> dict[str, Any]:
@@ -43,12 +45,14 @@ def described_kl(measured: CheckpointKL, policy: Policy, *, confidence: float, t
     reverse, forward, sums = measured.reverse, measured.forward, measured.reverse.sums
     count = len(reverse.exact)
     other = None if forward is None else -forward.k1      # k1 of the reference's responses is log ρ − log π
-    js = None if other is None else jensen_shannon(reverse.k1, other)
-    tv, spread = total_variation(reverse.k1, other), tails(reverse.exact)
+    prompts, others = reverse.prompt_index, None if forward is None else forward.prompt_index
+    js = None if other is None else jensen_shannon(reverse.k1, other, prompts, others)
+    tv, spread = total_variation(reverse.k1, prompts, other, others), tails(reverse.exact)
     return {
         "reference": policy.fingerprint.as_dict(),
         "direction": DIRECTIONS["reverse"],
         "prompts": reverse.summary().prompts,
+        "prompts_in_file": measured.prompts_in_file,
         "responses": count,
         "tokens": int(reverse.tokens.sum()),
         "truncated_fraction": reverse.truncated.double().mean().item(),

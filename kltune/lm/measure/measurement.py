@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kltune.core.kl.divergence import VocabularySums, kl_k1, kl_k3
-from kltune.core.kl.intervals import KLSummary, agreement_z, summarize
+from kltune.core.kl.intervals import KLSummary, agreement_z, cluster_numbers, summarize
 from kltune.core.kl.sequences import control_variate
 from kltune.core.tensors import per_response
 from kltune.lm.data.examples import Prompt
@@ -91,8 +92,8 @@ def kl_result(measured: Measurement) -> dict[str, Any]:
 class Round:
     """Which prompts are answered, and how often each.
 
-    prompts: all there are. first, count: those that are answered now. per_prompt: responses to each. number: of the
-    round, from 0; each has random numbers of its own.
+    prompts: all there are, in the order in which they are answered. first, count: those that are answered now.
+    per_prompt: responses to each. number: of the round, from 0; each has random numbers of its own.
     """
 
     prompts: Sequence[Prompt]
@@ -102,12 +103,16 @@ class Round:
     number: int = 0
 
     @classmethod
-    def of(cls, prompts: Sequence[Prompt], responses: int) -> "Round":
+    def of(cls, prompts: Sequence[Prompt], responses: int, seed: int = 0) -> "Round":
         """The first round, of about so many responses.
 
-        Few prompts are answered several times, the same number each (rounded up); of many, the first are answered.
+        Few prompts are answered several times, the same number each (rounded up). Of many, some are drawn: files are
+        often sorted, and their first rows are like each other. The same seed draws the same, and more responses draw
+        more beside them.
         """
         count = min(len(prompts), responses)
+        if count < len(prompts):
+            prompts = [prompts[place] for place in np.random.default_rng([STREAM, seed]).permutation(len(prompts))]
         return cls(prompts, 0, count, -(-responses // count))
 
     def following(self, responses: int) -> "Round":
@@ -145,8 +150,15 @@ class Round:
         return draw.uniforms(self.responses, STREAM, *([self.number] if self.number else []))
 
     def prompt_index(self) -> Tensor:
-        """Which of all the prompts each response answers. [B]"""
-        return torch.arange(self.first, self.first + self.count).repeat_interleave(self.per_prompt)
+        """Which of all the prompts each response answers; a prompt on several lines is one. [B]"""
+        lines = cluster_numbers([prompt.ids for prompt in self.prompts])[self.first : self.first + self.count]
+        return lines.repeat_interleave(self.per_prompt)
+
+    def drawn_note(self, seed: int) -> str | None:
+        """That prompts were left out, and how the others were chosen; None where all are answered."""
+        if not self.leaves_prompts:
+            return None
+        return f"answers {self.count} of {len(self.prompts)} prompts, drawn at random with seed {seed}"
 
 
 def measure_kl(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kltune.core.kl.intervals import KLSummary, summarize
+from kltune.core.kl.intervals import KLSummary, cluster_numbers, summarize
 from kltune.errors import DivergedError
 from kltune.lm.data.examples import Example, RowRules
 from kltune.lm.model.batches import pad_right, response_scatter
@@ -40,13 +40,16 @@ def reference_nats(policy: Policy, examples: Sequence[Example]) -> Tensor:
         return document_nats(policy, examples)[0]
 
 
-def alignment_tax(nats: Tensor, ref_nats: Tensor, tokens: Tensor, confidence: float = 0.95) -> KLSummary:
+def alignment_tax(
+    nats: Tensor, ref_nats: Tensor, tokens: Tensor, examples: Sequence[Example], confidence: float = 0.95
+) -> KLSummary:
     """How much worse the policy predicts held-out human text than its reference does, paired by document.
 
-    nats, ref_nats: of each document under the two. tokens: how many of each are scored. [D]. The tax is a summary of
-    that many nats per token and per document.
+    nats, ref_nats: of each document under the two. tokens: how many of each are scored. examples: the documents; one on
+    several lines is one. [D]. The tax is a summary of that many nats per token and per document.
     """
-    return summarize("tax", nats - ref_nats, tokens, torch.arange(len(tokens)), confidence)
+    documents = cluster_numbers([example.ids for example in examples])
+    return summarize("tax", nats - ref_nats, tokens, documents, confidence)
 
 
 def example_batch(examples: Sequence[Example], policy: Policy) -> tuple[Tensor, Tensor]:

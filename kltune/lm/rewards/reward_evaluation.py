@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kltune.core.kl.intervals import wilson
+from kltune.core.kl.intervals import cluster_numbers, clustered_share
 from kltune.core.objectives.bradley_terry import (
     Bin,
     bradley_terry_loss,
@@ -17,6 +17,7 @@ from kltune.core.objectives.bradley_terry import (
     rank_correlation,
     reliability,
     win_share,
+    wins,
 )
 from kltune.errors import DivergedError
 from kltune.lm.data.pairs import Comparison, Pair, answers, sequences
@@ -33,7 +34,7 @@ class RewardEvaluation:
     scores: of every response, for pairs the chosen ones' and then the rejected ones'. lengths: their tokens. [R].
     gaps: for pairs r_chosen − r_rejected; for labelled responses the score, its sign turned where the response is not
     wanted: above 0 the model is right. loss: without margin and smoothing, nats. wanted: the labels; None for pairs.
-    All [N].
+    prompts: which rows have the same. All [N].
     """
 
     scores: Tensor
@@ -41,6 +42,7 @@ class RewardEvaluation:
     gaps: Tensor
     loss: Tensor
     wanted: Tensor | None
+    prompts: Tensor
 
     @property
     def table(self) -> list[Bin]:
@@ -51,8 +53,7 @@ class RewardEvaluation:
 
     def metrics(self) -> dict[str, float | None]:
         """The numbers of an evaluation."""
-        share = win_share(self.gaps)
-        low, high = wilson(share, len(self.gaps))
+        share, low, high = clustered_share(wins(self.gaps), self.prompts)
         return {
             "eval/loss": self.loss.double().mean().item(),
             "eval/accuracy": share,
@@ -90,13 +91,15 @@ def evaluate_rewards(model: RewardModel, rows: Sequence[Comparison]) -> RewardEv
     scores = model.measure_rows(sequences(rows))
     if not torch.isfinite(scores).all():
         raise DivergedError("the score of a held-out response is not finite; lower optim.lr.")
+    prompts = cluster_numbers([row.prompt.ids for row in rows])
     lengths = torch.tensor([len(answer.ids) for side in zip(*map(answers, rows), strict=True) for answer in side])
     if isinstance(rows[0], Pair):
         chosen, rejected = scores.chunk(2)
         loss = bradley_terry_loss(chosen, rejected, torch.zeros_like(chosen))
-        return RewardEvaluation(scores, lengths, chosen - rejected, loss, None)
+        return RewardEvaluation(scores, lengths, chosen - rejected, loss, None, prompts)
     wanted = torch.tensor([row.wanted for row in rows])
-    return RewardEvaluation(scores, lengths, torch.where(wanted, scores, -scores), label_loss(scores, wanted), wanted)
+    right = torch.where(wanted, scores, -scores)
+    return RewardEvaluation(scores, lengths, right, label_loss(scores, wanted), wanted, prompts)
 
 
 @dataclass(frozen=True)

@@ -69,13 +69,19 @@ def _curves_of_settings(document: dict[str, Any], name: str) -> Iterator[Curve]:
     for style, curve in enumerate(dict.fromkeys(row["curve"] for row in document["settings"])):
         points = [
             CurvePoint(
-                row["kl"], row[name], Z95 * (row["kl_stderr"] or 0.0), Z95 * (row[f"{name}_stderr"] or 0.0),
+                row["kl"], row[name], Z95 * (row["kl_stderr"] or 0.0), _half(row, name),
                 row["setting"].rpartition("=")[2] if labelled else "",
             )
             for row in known if row["curve"] == curve
         ]
         if points:
             yield Curve(curve, points, style, joined=len(points) > 1)
+
+
+def _half(row: dict[str, Any], name: str) -> float:
+    """Half of a figure's 95 % interval; 0 where it is not known."""
+    ci = row[f"{name}_ci95"]
+    return 0.0 if ci is None else 0.5 * (ci[1] - ci[0])
 
 
 def _curves_of_best_of_n(document: dict[str, Any], name: str) -> Iterator[Curve]:

@@ -4,23 +4,28 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from kltune.core.hacking.overoptimization import GainFit, best_of_n_kl, fit_gain, score_at, tilt_gain
+from kltune.core.hacking.overoptimization import GainFit, fit_gain, score_at, tilt_gain
+from kltune.core.kl.intervals import error_of_shares, student_t_quantile
 from kltune.report.frontier.points import FrontierPoint
 from kltune.report.plots import Z95
+
+PromptShares = dict[str, np.ndarray]    # of a run's kl, score and gold: ``intervals.prompt_shares``, [m] each
 
 
 @dataclass(frozen=True)
 class Setting:
     """The seeds of one setting together: means over seeds.
 
-    The standard errors are those between seeds, or what the measurements' own leave of a mean where that is larger; of
-    one seed, its own. kl_ci95 holds the intervals of all seeds.
+    The standard errors are those between seeds and those of the measurements together. Measurements of the same prompts
+    do not become surer by their number: measured afresh, their error is that of the prompts' means over the seeds, and
+    else that of one of them. kl_ci95 holds the intervals of all seeds; the others' are at 95 %, with Student's t for
+    the few seeds.
     """
 
     curve: str
@@ -35,10 +40,20 @@ class Setting:
     gold_stderr: float | None
     steps_to_target: tuple[int | None, ...]
     runs: tuple[str, ...]
+    score_ci95: tuple[float, float] | None = None
+    gold_ci95: tuple[float, float] | None = None
+
+    def half(self, name: str) -> float:
+        """Half of a figure's 95 % interval; 0 where its error is not known."""
+        ci = getattr(self, f"{name}_ci95", None)
+        return Z95 * (getattr(self, f"{name}_stderr") or 0.0) if ci is None else 0.5 * (ci[1] - ci[0])
 
 
-def pooled(points: Sequence[FrontierPoint]) -> list[Setting]:
-    """The settings of all points, each once, by curve and KL."""
+def pooled(points: Sequence[FrontierPoint], shares: Mapping[str, PromptShares] | None = None) -> list[Setting]:
+    """The settings of all points, each once, by curve and KL.
+
+    shares: of each run that was measured on the same prompts as the others, what each prompt adds to a figure's error.
+    """
     groups: dict[tuple[str, str], list[FrontierPoint]] = {}
     for point in points:
         groups.setdefault((point.curve, point.setting), []).append(point)
@@ -49,25 +64,40 @@ def pooled(points: Sequence[FrontierPoint]) -> list[Setting]:
             None if None in intervals
             else (min(low for low, _ in intervals), max(high for _, high in intervals))
         )
+        kl, score, gold = (_mean(members, name, shares or {}) for name in ("kl", "score", "gold"))
         settings.append(Setting(
             curve, setting, len(members),
-            *_mean(members, "kl"), envelope, *_mean(members, "score"), *_mean(members, "gold"),
+            *kl[:2], envelope, *score[:2], *gold[:2],
             tuple(point.steps_to_target for point in members), tuple(point.run for point in members),
+            score[2], gold[2],
         ))
     order = list(dict.fromkeys(setting.curve for setting in settings))
     return sorted(settings, key=lambda setting: (order.index(setting.curve), setting.kl))
 
 
-def _mean(points: Sequence[FrontierPoint], name: str) -> tuple[float | None, float | None]:
+def _mean(
+    points: Sequence[FrontierPoint], name: str, shares: Mapping[str, PromptShares]
+) -> tuple[float | None, float | None, tuple[float, float] | None]:
+    """Mean over seeds, its standard error and its 95 % interval."""
     values = [getattr(point, name) for point in points]
-    errors = [getattr(point, f"{name}_stderr") for point in points]
     if None in values:
-        return None, None
+        return None, None, None
     mean, count = float(np.mean(values)), len(values)
-    own = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / count
+    own = _own_error(points, name, shares)
     between = float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else None
-    known = [error for error in (own, between) if error is not None]
-    return mean, max(known, default=None)
+    if own is None and between is None:
+        return mean, None, None
+    half = math.hypot(Z95 * (own or 0.0), student_t_quantile(0.95, count - 1) * between if count > 1 else 0.0)
+    return mean, math.hypot(own or 0.0, between or 0.0), (mean - half, mean + half)
+
+
+def _own_error(points: Sequence[FrontierPoint], name: str, shares: Mapping[str, PromptShares]) -> float | None:
+    """What is left of the measurements' own errors in the mean over seeds: what is due to the prompts they share."""
+    parts = [shares.get(point.run, {}).get(name) for point in points]
+    if all(part is not None for part in parts):
+        return error_of_shares(np.mean(parts, axis=0))
+    errors = [getattr(point, f"{name}_stderr") for point in points]
+    return None if None in errors else math.sqrt(float(np.mean(np.square(errors))))
 
 
 def pick(settings: Sequence[Setting], budget: float, name: str, reference: dict[str, Any]) -> dict[str, Any]:
@@ -87,20 +117,20 @@ def pick(settings: Sequence[Setting], budget: float, name: str, reference: dict[
     best = max(within, key=lambda setting: getattr(setting, name))
     most = getattr(best, name)
 
-    def enough(other_error: float | None) -> float:
+    def enough(other_half: float) -> float:
         """By how much the best must differ from another to be better than it, at 95 %."""
-        return Z95 * math.hypot(getattr(best, f"{name}_stderr") or 0.0, other_error or 0.0)
+        return math.hypot(best.half(name), other_half)
 
     tied = [
         {"curve": setting.curve, "setting": setting.setting, "kl": setting.kl} for setting in within
-        if setting is not best and most - getattr(setting, name) <= enough(getattr(setting, f"{name}_stderr"))
+        if setting is not best and most - getattr(setting, name) <= enough(setting.half(name))
     ]
     base = reference[name]
     return {
         "budget": budget,
         "judge": name,
         "reference": base,
-        "better_than_reference": base is None or most - base > enough(reference[f"{name}_stderr"]),
+        "better_than_reference": base is None or most - base > enough(Z95 * (reference[f"{name}_stderr"] or 0.0)),
         "curve": best.curve,
         "setting": best.setting,
         "kl": best.kl,
@@ -137,15 +167,18 @@ def fits(
         else:
             gains = [getattr(point, name) - base for point in known]
             errors = [getattr(point, f"{name}_stderr") for point in known]
-            fit = fit_gain([point.kl for point in known], gains, errors, [point.cluster for point in known])
+            fit = fit_gain(
+                [point.kl for point in known], gains, errors, [point.cluster for point in known],
+                reference_stderr=reference.get(f"{name}_stderr") or 0.0,
+            )
         documents.append(_fit_document(curve, "rl", name, fit))
     if best_of_n is not None and name in best_of_n["by_prompt"]:
         rows = best_of_n["by_prompt"][name]
         gains = [
-            (best_of_n_kl(point["n"]), gain, point[f"{name}_stderr"], prompt)
+            (point["kl_with_ties"], gain, point[f"{name}_stderr"], prompt)
             for row, point in zip(rows, best_of_n["points"], strict=True)
             if point["n"] > 1 and point[f"{name}_stderr"]
-            for prompt, gain in enumerate(row - rows[0])
+            for prompt, gain in zip(best_of_n["prompt_numbers"], row - rows[0], strict=True)
         ]
         fit = fit_gain(*zip(*gains, strict=True), form="best_of_n") if gains else "its responses all score the same"
         documents.append(_fit_document("best of n", "best_of_n", name, fit))

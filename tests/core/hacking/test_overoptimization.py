@@ -214,3 +214,27 @@ def test_nothing_is_read_off_where_no_curve_is():
     assert score_at([1.0, 1.5], [1.0, 1.2], [0.1, 0.1], 1.2) is None
     assert score_at([2.0, 2.01, 2.02], [1.0, 1.0, 1.0], errors, 2.0) is None
     assert score_at([2.0, 2.5, 3.0], [1.0, 1.1, 1.2], errors, 5.0) is None
+
+
+@pytest.mark.parametrize("runs", [5, 12])
+def test_a_fits_intervals_hold_its_law_though_all_gains_share_the_references_error(runs):
+    # Without it they held .43 and .28 of the time.
+    rng, held = np.random.default_rng(runs), [0, 0]
+    d = np.linspace(0.5, 3.0, runs)
+    for _ in range(150):
+        gain = d * (0.6 - 0.35 * np.log(d)) + rng.normal(0.0, 0.03, runs) - rng.normal(0.0, 0.06)
+        fit = fit_gain(d**2, gain, np.full(runs, 0.03), range(runs), reference_stderr=0.06)
+        for place, (ends, truth) in enumerate(((fit.alpha_ci, 0.6), (fit.beta_ci, 0.35))):
+            held[place] += ends[0] <= truth <= ends[1]
+    assert min(held) >= 0.87 * 150
+
+
+def test_scores_that_never_repeat_have_the_bound_and_those_that_do_less():
+    even = np.full(16, 1 / 16)
+    assert best_of_n_kl_of_levels(even, 8, np.zeros(16, bool)) == pytest.approx(best_of_n_kl(8))
+    # a share ½ of zeros, and above them scores that never repeat: p₀ = 2^−n, and ∫ from ½ to 1 by a fine sum
+    n, cut = 4, 1_000_000
+    middle = (np.arange(cut // 2, cut) + 0.5) / cut
+    density = n * middle ** (n - 1)
+    listed = 0.5**n * math.log(0.5**n / 0.5) + (density * np.log(density)).mean() / 2
+    assert best_of_n_kl_of_levels([0.5, 0.25, 0.25], n, [True, False, False]) == pytest.approx(listed, abs=1e-6)

@@ -24,24 +24,37 @@ def test_js_and_tv_of_tiny_lm_are_those_of_its_list():
     responses = Responses()
     u = (responses.logprobs(POLICY) - responses.logprobs(REFERENCE)).sum(-1)
     mine, theirs = (u[every_response_as_often_as_it_is_said(logits)] for logits in (POLICY, REFERENCE))
-    assert jensen_shannon(mine, theirs).value == pytest.approx(0.02929738, abs=1e-6)
-    assert total_variation(mine).value == pytest.approx(0.20037558, abs=1e-6)
-    assert total_variation(mine, theirs).value == pytest.approx(0.20037558, abs=1e-6)
+    prompts = [torch.arange(len(side)) % 2 for side in (mine, theirs)]
+    assert jensen_shannon(mine, theirs, *prompts).value == pytest.approx(0.02929738, abs=1e-6)
+    assert total_variation(mine, prompts[0]).value == pytest.approx(0.20037558, abs=1e-6)
+    assert total_variation(mine, prompts[0], theirs, prompts[1]).value == pytest.approx(0.20037558, abs=1e-6)
 
 
 def test_bounds_at_the_ends():
-    far = torch.full((10,), 200.0)
-    assert jensen_shannon(far, -far).value == pytest.approx(math.log(2.0))
-    assert total_variation(far, -far).value == pytest.approx(1.0)
+    far, prompts = torch.full((10,), 200.0), torch.arange(10)
+    assert jensen_shannon(far, -far, prompts, prompts).value == pytest.approx(math.log(2.0))
+    assert total_variation(far, prompts, -far, prompts).value == pytest.approx(1.0)
     same = torch.zeros(10)
-    assert jensen_shannon(same, same) == (0.0, 0.0)
-    assert total_variation(same) == (0.0, 0.0)
+    assert jensen_shannon(same, same, prompts, prompts) == (0.0, 0.0)
+    assert total_variation(same, prompts) == (0.0, 0.0)
 
 
-def test_standard_errors_are_those_of_independent_means():
-    u = torch.tensor([0.0, math.log(2.0)])           # 1 − e^{−u}: 0 and ½; mean ¼, sd √(1/8)
-    assert total_variation(u) == (pytest.approx(0.25), pytest.approx(math.sqrt(0.125 / 2)))
-    assert total_variation(u[:1]).stderr is None
+def test_standard_errors_are_by_prompt():
+    u, prompts = torch.tensor([0.0, math.log(2.0)]), torch.arange(2)    # 1 − e^{−u}: 0 and ½; mean ¼, sd √(1/8)
+    assert total_variation(u, prompts) == (pytest.approx(0.25), pytest.approx(math.sqrt(0.125 / 2)))
+    assert total_variation(u[:1], prompts[:1]).stderr is None
+    copies = total_variation(u.repeat(50), prompts.repeat(50))          # fifty answers alike to each make nothing surer
+    assert copies == (pytest.approx(0.25), pytest.approx(math.sqrt(0.125 / 2)))
+
+
+def test_two_sides_that_answer_the_same_prompts_are_not_independent():
+    # 0 and ½ on prompts 0 and 1 on either side: mean ¼, and se √(1/8)/√2 as of one side alone
+    u, prompts = torch.tensor([0.0, math.log(2.0)]), torch.arange(2)
+    assert total_variation(u, prompts, -u, prompts).stderr == pytest.approx(math.sqrt(0.125 / 2))
+    assert total_variation(u, prompts, -u, prompts + 2).stderr == pytest.approx(math.sqrt(4 / 3 * 4 * 0.0625**2))
+    assert jensen_shannon(u, -u, prompts, prompts).stderr == pytest.approx(
+        jensen_shannon(u.repeat(9), -u.repeat(9), prompts.repeat(9), prompts.repeat(9)).stderr
+    )
 
 
 def test_the_control_variate_beats_both_where_the_exact_sum_is_the_noisier():

@@ -27,13 +27,37 @@ def starts(count: int) -> list[Prompt]:
 # --- the plan of a drawing -------------------------------------------------------------------------------------------
 
 
-def test_few_prompts_are_answered_equally_often_and_of_many_the_first():
+def test_few_prompts_are_answered_equally_often_and_of_many_some():
     prompts = starts(10)
     assert [(d.count, d.per_prompt) for d in (Round.of(prompts, n) for n in (4, 10, 11, 40))] == [
         (4, 1), (10, 1), (10, 2), (10, 4),
     ]  # fmt: skip
     assert Round.of(prompts, 4).leaves_prompts
     assert not Round.of(prompts, 11).leaves_prompts
+
+
+def lines(*starts: int) -> list[Prompt]:
+    """Prompts that differ where the numbers do."""
+    return [Prompt((BOS, start), f"{start}", f"prompts.jsonl:{place}") for place, start in enumerate(starts)]
+
+
+def test_of_a_long_file_a_seeded_draw_is_answered_and_not_its_first_rows():
+    prompts = lines(*range(1000))
+    drawn = Round.of(prompts, 100, seed=3)
+    chosen = [prompt.ids[1] for prompt in drawn.prompts[:100]]
+    assert sorted(prompt.ids[1] for prompt in drawn.prompts) == list(range(1000))
+    assert abs(np.mean(chosen) - 499.5) < 4 * 289 / 10
+    assert [prompt.ids[1] for prompt in Round.of(prompts, 400, seed=3).prompts[:100]] == chosen    # more beside them
+    assert Round.of(prompts, 100, seed=4).prompts[:100] != drawn.prompts[:100]
+    assert drawn.drawn_note(3) == "answers 100 of 1000 prompts, drawn at random with seed 3"
+    assert Round.of(prompts, 1000, seed=3).prompts is prompts
+    assert Round.of(prompts, 1000, seed=3).drawn_note(3) is None
+
+
+def test_a_prompt_on_many_lines_is_one_prompt():
+    answered = Round.of(lines(7, 8, 7, 9, 8), 10)
+    assert answered.prompt_index().tolist() == [0, 0, 1, 1, 0, 0, 3, 3, 1, 1]
+    assert Round.of(starts(4), 4).prompt_index().tolist() == [0, 1, 2, 3]       # one prompt alone: its own answers
 
 
 def test_further_rounds_answer_what_was_not_answered_and_then_all_again():
