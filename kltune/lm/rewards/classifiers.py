@@ -17,12 +17,14 @@ from kltune.lm.data.examples import Prompt
 from kltune.lm.data.forms import Message
 from kltune.lm.data.rows import RowFault
 from kltune.lm.model.batches import Samples, pad_right
+from kltune.lm.model.loading import as_in_file
 from kltune.lm.rewards.reward_model import is_reward_model
 from kltune.recipe import ClassifierReward, ModelReward
 
 ScoreFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 ROWS = 32       # that are read at once
 SHOWN = 400     # characters of the example at the start of a run
+REGRESSION, MULTI_LABEL = "regression", "multi_label_classification"     # problem_type of a configuration
 ALONE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}     # of 1 + |score|: rounding in a batch
 
 
@@ -86,7 +88,9 @@ class Classifier:
         between = "\n\n" if messages else ""
         text = prompt + between + response if self.entry.input == "prompt_response" else response
         cut = {"truncation": True, "max_length": self._limit} if self._limit is not None else {}
-        ids = tuple(self.tokenizer(text, **cut)["input_ids"])
+        ids, head = tuple(self.tokenizer(text, **cut)["input_ids"]), self._encoder.head
+        if head and ids[: 2 * len(head)] == head * 2:     # a prompt that a template was applied to spells it already
+            ids = ids[len(head) :]
         if not ids:
             raise ScorerError(f"reward {self.entry.path}: its tokenizer makes no token of {text[:60]!r}.")
         return ids
@@ -164,7 +168,7 @@ def load_classifier(
     local = {"local_files_only": True} if folder.exists() else {}
     precise = {"dtype": torch.float32} if device.type == "cpu" else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(entry.path, **local)
+        tokenizer = as_in_file(AutoTokenizer.from_pretrained(entry.path, **local), entry.path)
         config = AutoConfig.from_pretrained(entry.path, **local)
         for part in (config, config.get_text_config()):
             if (getattr(part, "pad_token_id", None) or 0) >= getattr(part, "vocab_size", math.inf):
@@ -201,12 +205,15 @@ def _chosen_logit(entry: ModelReward | ClassifierReward, model: torch.nn.Module)
                 f"({', '.join(model.config.label2id)}); use kind: classifier and name a label."
             )
         return lambda logits: logits[:, 0]
+    kind = getattr(model.config, "problem_type", None)
     single = model.config.num_labels == 1
     if entry.label not in model.config.label2id and not (single and entry.label is None):
         raise ScorerError(f"reward {entry.path}: no label {entry.label!r}; it has {', '.join(model.config.label2id)}.")
-    if single:  # there is no other label to hold it against: the output is the log-odds itself
-        return lambda logits: logits[:, 0].sigmoid() if entry.output == "probability" else logits[:, 0]
-    index = model.config.label2id[entry.label]
+    if kind == REGRESSION and entry.output == "probability":
+        raise ScorerError(f"reward {entry.path}: output: probability, but its problem_type is {kind}: it has none.")
+    index = 0 if single else model.config.label2id[entry.label]
+    if single or kind in (REGRESSION, MULTI_LABEL):     # no label excludes another: an output is its own log-odds
+        return lambda logits: logits[:, index].sigmoid() if entry.output == "probability" else logits[:, index]
     if entry.output == "probability":
         return lambda logits: logits.softmax(-1)[:, index]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     RobertaConfig,
     XLNetConfig,
+    pipeline,
 )
 
 from kltune.errors import DataError, ScorerError
@@ -396,6 +398,48 @@ def test_a_reward_model_has_one_output(tmp_path):
     folder = save_classifier(tmp_path, labels=["bad", "good"])
     with pytest.raises(ScorerError, match=r"wants one output, found 2 labels \(bad, good\); use kind: classifier"):
         load_model(folder)
+
+
+def of_kind(folder: Path, problem_type: str) -> Path:
+    """A classifier whose configuration says how its labels are related."""
+    config = json.loads((folder / "config.json").read_text()) | {"problem_type": problem_type}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "single_label_classification"])
+def test_a_labels_probability_is_that_of_transformers_own_pipeline(tmp_path, problem_type):
+    folder = of_kind(save_classifier(tmp_path), problem_type)
+    scorer = load_classifier(folder, label="good", output="probability")
+    classify = pipeline("text-classification", str(folder), top_k=None)
+    wanted = [one["score"] for row in classify(TEXTS) for one in row if one["label"] == "good"]
+    assert scorer(NO_PROMPTS, TEXTS).tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_labels_that_do_not_exclude_each_other_have_log_odds_of_their_own(tmp_path):
+    folder = of_kind(save_classifier(tmp_path), "multi_label_classification")
+    by_hand = [plain_logits(folder, text)[1].item() for text in TEXTS]     # log σ(x) − log(1 − σ(x)) = x
+    assert load_classifier(folder, label="good")(NO_PROMPTS, TEXTS).tolist() == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_one_of_several_fitted_numbers_is_the_score_and_no_probability(tmp_path):
+    folder = of_kind(save_classifier(tmp_path), "regression")
+    by_hand = [plain_logits(folder, text)[1].item() for text in TEXTS]
+    assert load_classifier(folder, label="good")(NO_PROMPTS, TEXTS).tolist() == pytest.approx(by_hand, abs=1e-5)
+    with pytest.raises(ScorerError, match="its problem_type is regression: it has none"):
+        load_classifier(folder, label="good", output="probability")
+
+
+def test_a_begin_token_that_a_prompt_spells_is_not_read_twice(tmp_path):
+    # As in prompts that a chat template was applied to beforehand, by the Llama 3 family's templates.
+    folder = save_classifier(tmp_path, "llama", labels=["score"])
+    own = AutoTokenizer.from_pretrained(folder)
+    begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    own.backend_tokenizer.post_processor = begin
+    own.save_pretrained(folder)
+    by_hand = plain_logits(folder, "w3 w4 w5").item()
+    scores = load_model(folder)(["<s> w3", "w3"], [" w4 w5", " w4 w5"])
+    assert scores.tolist() == pytest.approx([by_hand, by_hand], abs=1e-5)
 
 
 def test_a_model_without_a_trained_head_is_no_classifier(tmp_path):
