@@ -13,13 +13,15 @@ So a layer remembers how its adapters were switched.
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -105,6 +107,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder}: an adapter of type {kind}; kltune reads those that change a model's layers, as LORA and IA3, "
             "and none that puts tokens before the prompt."
+        )
+    known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    new = [name for name, value in config.items() if name not in known and (value is True or (value and isinstance(
+        value, dict | list)))]
+    if new:
+        raise ModelError(
+            f"{path}: {new[0]} is {json.dumps(config[new[0]])[:80]}, of which PEFT {peft.__version__} knows "
+            "nothing: it would leave it out, and load another adapter than this one. Update peft, or take the key out "
+            "if it changes nothing."
         )
     return config
 
