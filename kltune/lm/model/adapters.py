@@ -220,8 +220,13 @@ def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path, name: str =
     if missing or outcome.unexpected_keys:
         raise ModelError(
             f"{misfit}: {len(missing)} of its layers have no tensor in the file, {len(outcome.unexpected_keys)} "
-            "tensors in the file have no layer; was it made for another model?"
+            f"tensors in the file have no layer{_example(missing, outcome.unexpected_keys)}; was it made for another "
+            "model, or saved under other names?"
         )
+
+
+def _example(missing: list[str], unexpected: list[str]) -> str:
+    return f" (found {unexpected[0]}, wanted {missing[0]})" if missing and unexpected else ""
 
 
 def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float]:

@@ -42,6 +42,7 @@ class Classifier:
         """
         self.entry, self.model, self.tokenizer = entry, model, tokenizer
         self._choose = _chosen_logit(entry, model)
+        _widen_head(model)
         self._limit = _longest(model)
         self._encoder = Encoder(tokenizer, "chat", day=day)
         self._accepted = inspect.signature(model.forward).parameters  # not all know the token types that some are given
@@ -184,6 +185,14 @@ def load_classifier(
             "in their place would make every score noise; is it a trained classifier?"
         )
     return Classifier(entry, model.to(device).eval().requires_grad_(False), tokenizer, day)
+
+
+def _widen_head(model: nn.Module) -> None:
+    """Let the layer that makes the scores make them in float32: in bfloat16, those from 4 to 8 are steps of 1/32."""
+    heads = [layer for layer in model.modules() if isinstance(layer, nn.Linear)
+             and layer.out_features == model.config.num_labels]
+    if heads and heads[-1].weight.dtype != torch.float32:
+        heads[-1].float().register_forward_pre_hook(lambda _, inputs: tuple(one.float() for one in inputs))
 
 
 def _longest(model: torch.nn.Module) -> int | None:

@@ -599,3 +599,11 @@ def test_what_a_newer_peft_switched_on_in_an_adapter_is_not_left_out(adapter, va
 def test_what_a_newer_peft_has_switched_off_in_an_adapter_does_not_matter(adapter, value):
     change_config(adapter, brand_new=value)
     assert read_adapter_config(adapter)["brand_new"] == value
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_an_adapter_saved_under_other_names_is_refused_with_both(adapter, reference, prefix):
+    path = adapter / "adapter_model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(ModelError, match=rf"found {prefix}base_model\S+, wanted base_model\S+\); was it made"):
+        reference.load_adapter(adapter)

@@ -26,6 +26,7 @@ from transformers import (
 from kltune.errors import DataError, ScorerError
 from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import Samples
+from kltune.lm.rewards.classifiers import Classifier
 from kltune.lm.rewards.scorers import Scorer, ScoreSource, load_scorer, run_source
 from kltune.recipe import ClassifierReward, FunctionReward, ModelReward
 from tests.tiny_policies import EOS, VOCABULARY, save_tiny_model, word_tokenizer
@@ -428,6 +429,25 @@ def test_one_of_several_fitted_numbers_is_the_score_and_no_probability(tmp_path)
     assert load_classifier(folder, label="good")(NO_PROMPTS, TEXTS).tolist() == pytest.approx(by_hand, abs=1e-5)
     with pytest.raises(ScorerError, match="its problem_type is regression: it has none"):
         load_classifier(folder, label="good", output="probability")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
+def test_scores_of_a_model_in_bfloat16_are_not_rounded_to_it(tmp_path, architecture):
+    folder = save_classifier(tmp_path, architecture, labels=["score"])
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    head = model.classifier if architecture == "bert" else model.score
+    read = []
+    head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].float()))
+    own, texts = AutoTokenizer.from_pretrained(folder), [f"w{3 + i} w{9 + i}" for i in range(20)]
+    by_hand = []
+    for text in texts:
+        with torch.no_grad():
+            model(input_ids=own(text, return_tensors="pt")["input_ids"])
+        states = read.pop().reshape(-1, head.in_features)[-1]       # of the last token; BERT's are pooled already
+        by_hand.append((states @ head.weight[0].float() + (0 if head.bias is None else head.bias[0].float())).item())
+    scores = Classifier(ModelReward(kind="model", path=str(folder)), model, own)([""] * len(texts), texts)
+    assert scores == pytest.approx(by_hand, abs=1e-5)
+    assert torch.tensor(scores).bfloat16().tolist() != scores
 
 
 def test_a_begin_token_that_a_prompt_spells_is_not_read_twice(tmp_path):
