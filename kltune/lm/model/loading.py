@@ -22,6 +22,7 @@ COMPARED = {
     "sha256": "weights", "tokenizer_sha256": "tokenizer", "template_sha256": "chat template", "dtype": "dtype",
 }
 CUTS = "The  Ferry's 2,024 lamps — don't\twait...\n\n  naïve cafe\u0301 日本語 Привет שלום 🙂 a_b(c) HTTPServer"
+PIPELINE = ("normalizer", "pre_tokenizer", "model", "decoder")
 LISTED = "special tokens listed"        # a difference between tokenizers that changes the ids of no text
 
 
@@ -201,11 +202,21 @@ def as_in_file(tokenizer, path: str):
         plain = PreTrainedTokenizerFast.from_pretrained(path, **_locality(path))
     except (OSError, ValueError, KeyError, TypeError):      # there is no such file: the class is all there is
         return tokenizer
-    ids = [one.encode(CUTS, add_special_tokens=False) for one in (tokenizer, plain)]
-    if ids[0] == ids[1]:
+    parts = [[repr(getattr(one.backend_tokenizer, part)) for part in PIPELINE] for one in (tokenizer, plain)]
+    if parts[0] == parts[1]:
         return tokenizer
-    _say_once(f"note: {path}: transformers' {type(tokenizer).__name__} makes {len(ids[0])} tokens of a text of which "
-              f"its tokenizer.json makes {len(ids[1])}, or others; the file is followed.")
+    try:
+        mine, files = (one.encode(CUTS, add_special_tokens=False) for one in (tokenizer, plain))
+    except Exception as error:      # the Rust library raises nothing narrower
+        raise ModelError(
+            f"{path}: transformers' {type(tokenizer).__name__} does not cut texts as its tokenizer.json does, and one "
+            f'of the two cannot cut any text ({error}); write "tokenizer_class": "TokenizersBackend" in its '
+            "tokenizer_config.json to have the file followed."
+        ) from error
+    if mine == files:
+        return tokenizer
+    _say_once(f"note: {path}: transformers' {type(tokenizer).__name__} does not cut texts into tokens as its "
+              "tokenizer.json does; the file is followed.")
     return plain
 
 
