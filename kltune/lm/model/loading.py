@@ -210,8 +210,8 @@ def as_in_file(tokenizer, path: str):
     except Exception as error:      # the Rust library raises nothing narrower
         raise ModelError(
             f"{path}: transformers' {type(tokenizer).__name__} does not cut texts as its tokenizer.json does, and one "
-            f'of the two cannot cut any text ({error}); write "tokenizer_class": "TokenizersBackend" in its '
-            "tokenizer_config.json to have the file followed."
+            f"of the two cannot cut any text ({error}); tokenizer_class in tokenizer_config.json, or model_type in "
+            "config.json, asks for that class: is it the one that the file was made for?"
         ) from error
     if mine == files:
         return tokenizer
