@@ -5,14 +5,14 @@ an answer about `</s>` would otherwise end there.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kltune.errors import DataError, ModelError
 from kltune.lm.data.chat import CLOCK, ChatTemplate, control_tokens, said, without_template
-from kltune.lm.data.forms import Asked, Message, as_messages
+from kltune.lm.data.forms import CALLS, THOUGHTS, Asked, Message, as_messages
 from kltune.lm.data.rows import RowFault
 
 if TYPE_CHECKING:
@@ -196,13 +196,27 @@ class Encoder:
         place, content = len(messages) - 1, messages[-1]["content"]
         before = self._chat_text(messages[:-1], to_answer=True)
         whole = self._chat_text(messages, to_answer=False)
-        said = whole[len(before) :] if whole.startswith(before) else self._goes_on(before, whole, content, place)
+        said = whole[len(before) :] if whole.startswith(before) else self._goes_on(before, whole, messages[-1], place)
         self._refuse_end_within(self._encode(content, literal=self.control != "tokens"), f"messages[{place}].content")
         turn = self._ids(said, following=True)
+        self._refuse_unwritten(messages, whole)
         end = next((place for place, token in enumerate(turn) if token in self.ends), len(turn))
+        rest = readable(self.tokenizer, turn[end + 1 :]).strip()
+        if rest and not readable(self.tokenizer, self.plain(self.chat.behind_answer() or "")).strip().endswith(rest):
+            self._refuse_end_within(turn[: end + 1], f"messages[{place}]")
         return self._ids(before), turn[: end + 1]
 
-    def _goes_on(self, before: str, whole: str, content: str, place: int) -> str:
+    def _refuse_unwritten(self, messages: Sequence[Message], whole: str) -> None:
+        """Raise RowFault if the template writes nothing of the tool calls, or of the thoughts, of the last message."""
+        *before, last = messages
+        for names in ((CALLS,), THOUGHTS):
+            held = [name for name in names if last.get(name)]
+            bare = {name: value for name, value in last.items() if name not in held}
+            if held and self._chat_text([*before, bare], to_answer=False) == whole:
+                raise RowFault(f'field "messages[{len(before)}].{held[0]}": the chat template writes nothing of it, so '
+                               "that it would not be learnt; write it into the content, or take the field out")
+
+    def _goes_on(self, before: str, whole: str, message: Message, place: int) -> str:
         """An answer and its end behind what the template writes before one, where it writes that of no answer given.
 
         Templates of thinking models begin an answer with a tag, and take the thoughts out of answers given: what the
@@ -210,8 +224,9 @@ class Encoder:
         """
         letters = enumerate(zip(before, whole, strict=False))
         begun = before[next((at for at, (mine, others) in letters if mine != others), len(whole)) :]
-        behind = self.chat.behind_answer()
-        if not content.startswith(begun) or behind is None:
+        behind, content = self.chat.behind_answer(), message["content"]
+        more = any(message.get(name) for name in (CALLS, *THOUGHTS))
+        if not content.startswith(begun) or behind is None or more:
             raise RowFault(
                 f'field "messages[{place}]": before this answer the chat template writes something else than before an '
                 f"answer that is still to come, which it begins with {begun!r}; an answer that begins so can be learnt"
@@ -221,18 +236,25 @@ class Encoder:
     def _chat_text(self, messages: Sequence[Message], *, to_answer: bool) -> str:
         """What the template writes; a control token that a message spells has a MARK in it."""
         text = self._render(messages, to_answer=to_answer)
-        contents = [message["content"] for message in messages]
+        contents = [*_texts([_without_role(message) for message in messages])]
         if self.control == "tokens" or self._spelling is None or not any(map(self._spelling.search, contents)):
             return text
         if any(MARK in content for content in contents):
             raise RowFault(f"found the character U+{ord(MARK):04X}, which is none in any text")
-        marked = [message | {"content": self._marked(message["content"])} for message in messages]
+        marked = [message | self._marked(_without_role(message)) for message in messages]
         apart = self._render(marked, to_answer=to_answer)
         return apart if apart.replace(MARK, "") == text else text       # else the template itself looks for the token
 
-    def _marked(self, content: str) -> str:
+    def _marked(self, value: Any) -> Any:
+        """A text, or all texts in a value, with a MARK in every control token that is spelled out."""
+        if isinstance(value, dict):
+            return {name: self._marked(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [self._marked(part) for part in value]
         spelling = None if self.control == "tokens" else self._spelling
-        return content if spelling is None else spelling.sub(lambda found: found[0][0] + MARK + found[0][1:], content)
+        if spelling is None or not isinstance(value, str):
+            return value
+        return spelling.sub(lambda found: found[0][0] + MARK + found[0][1:], value)
 
     def _render(self, messages: Sequence[Message], *, to_answer: bool) -> str:
         text = self.chat.render(messages, to_answer=to_answer)
@@ -300,6 +322,19 @@ class Encoder:
             found.append(f"warning: the chat template writes {behind!r} behind an answer, and no token that ends a "
                          "response: a policy that learns or speaks by it goes on to the length limit")
         return tuple(found)
+
+
+def _without_role(message: Message) -> Message:
+    return {name: value for name, value in message.items() if name != "role"}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def readable(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:

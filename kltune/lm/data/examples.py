@@ -54,7 +54,7 @@ class RowRules:
     the assistant). end_ids: further tokens that end a response. turns: all answers of a conversation are learnt from,
     or the last. control: a control token that is spelled out is text in messages and a control token in plain rows
     (auto), or one of the two everywhere. day: what a chat template is told that asks for the date. others: tokenizers
-    that have to make the same of every row.
+    that have to make the same of every row. max_tokens: of a prompt and its response together, as the context has them.
 
     on_overlong: truncate (prompts from the left, keeping bos; responses from the right, then without the end token,
     because the text does not end there), drop, or error (the row is faulty). on_bad_row: error, or skip (at most 1 % of
@@ -72,6 +72,7 @@ class RowRules:
     control: Literal["auto", "text", "tokens"] = "auto"
     day: date | None = None
     others: tuple[OtherTokenizer, ...] = ()
+    max_tokens: int | None = None
 
     @classmethod
     def of(
@@ -98,7 +99,7 @@ class RowRules:
             RowFault: it is too long, and that is an error. DroppedRow: it is too long, and such rows are dropped.
         """
         response = max(responses, default=0)
-        if prompt <= self.max_prompt_tokens and response <= self.max_response_tokens:
+        if prompt <= self.max_prompt_tokens and response <= self.response_room(prompt):
             return False
         if self.on_overlong == "drop":
             raise DroppedRow
@@ -106,9 +107,15 @@ class RowRules:
             said = f"the prompt has {prompt} tokens, wanted at most {self.max_prompt_tokens} (data.max_prompt_tokens)"
             if responses:
                 said += f"; the {'longest ' if len(responses) > 1 else ''}response has {response}, wanted at most "
-                said += f"{self.max_response_tokens} (data.max_response_tokens)"
+                said += f"{self.response_room(prompt)} (data.max_response_tokens, and the model's context)"
             raise RowFault(said)
         return True
+
+    def response_room(self, prompt: int) -> int:
+        """How many tokens a response may have behind a prompt of so many, of which the first ones are cut off."""
+        kept = min(prompt, self.max_prompt_tokens)
+        return self.max_response_tokens if self.max_tokens is None else min(
+            self.max_response_tokens, max(1, self.max_tokens - kept))
 
 
 @dataclass(frozen=True)
@@ -221,7 +228,7 @@ def _fitted_example(
     start = scored.index(True)
     truncated = rules.must_cut(start, len(ids) - start)
     prompt = last_tokens(ids[:start], rules.max_prompt_tokens, bos)
-    end = start + rules.max_response_tokens
+    end = start + rules.response_room(start)
     return Example(prompt + ids[start:end], (False,) * len(prompt) + scored[start:end], where), truncated
 
 

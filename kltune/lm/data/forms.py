@@ -8,7 +8,7 @@ from kltune.errors import DataError
 from kltune.lm.data.rows import RowFault, describe, has_surrogate
 
 Form = tuple[str, ...]
-Message = dict[str, str]            # {"role": ..., "content": ...}
+Message = dict[str, Any]            # {"role": ..., "content": ...}: texts; what else a chat template may read is kept
 Asked = str | list[Message]         # a prompt as text, or as messages that the assistant has still to answer
 SIDES = ("chosen", "rejected")
 TEXT_FORMS: tuple[Form, ...] = (("text",), ("prompt", "response"), ("messages",))
@@ -26,6 +26,9 @@ NEXT_ROLES: dict[str | None, tuple[str, ...]] = {
     "tool": ("assistant", "tool"),
 }
 ROLES = ("system", "user", "assistant", "tool")
+MAY_BE_EMPTY = ("system", "tool")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+CALLS = "tool_calls"
 
 
 class MixedForms(RowFault):
@@ -72,8 +75,8 @@ def _names(names: Any) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-def text_field(fields: dict[str, Any], name: str, label: str = "") -> str:
-    """The text of a field of a row or message; a fault names it by its label.
+def text_field(fields: dict[str, Any], name: str, label: str = "", *, empty: bool = False) -> str:
+    """The text of a field of a row or message, which may be ``empty``; a fault names it by its label.
 
     Raises:
         RowFault: missing, null, no text, empty, only white space, or text with a NUL or half a surrogate pair.
@@ -82,7 +85,7 @@ def text_field(fields: dict[str, Any], name: str, label: str = "") -> str:
     if name not in fields:
         raise RowFault(f"{label}: missing, wanted non-empty text")
     value = fields[name]
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not (empty or value.strip()):
         raise RowFault(f"{label}: found {describe(value)}, wanted non-empty text")
     if "\0" in value:
         raise RowFault(f"{label}: found a NUL character at character {value.index(chr(0)) + 1}, wanted text")
@@ -104,6 +107,9 @@ def message_list(fields: dict[str, Any], name: str = "messages", before: str | N
         found = "found an empty list" if isinstance(value, list) else f"found {describe(value)}"
         here = found if name in fields else "missing"
         raise RowFault(f'field "{name}": {here}, wanted a list of {{"role", "content"}}')
+    if fields.get("tools"):
+        raise RowFault('field "tools": descriptions of tools, which kltune does not give to the chat template, so that '
+                       "the policy would be asked without them; write them into a system message, and take it out")
     messages: list[Message] = []
     for index, message in enumerate(value):
         messages.append(_checked_message(message, f"{name}[{index}]", messages[-1]["role"] if messages else before))
@@ -119,7 +125,42 @@ def _checked_message(message: Any, label: str, before: str | None) -> Message:
     if role not in NEXT_ROLES[before]:
         after = f"after {before}" if before else "as the first role"
         raise RowFault(f'field "{label}.role": found {role} {after}, wanted {" or ".join(NEXT_ROLES[before])}')
-    return {"role": role, "content": text_field(message, "content", f'field "{label}.content"')}
+    more = {name: _without_nulls(value) for name, value in message.items() if value is not None}
+    calls = role == "assistant" and bool(more.get(CALLS))
+    content = _content(message.get("content", "" if calls else None), label)
+    if calls and content is None:
+        content = ""
+    text = text_field({"content": content}, "content", f'field "{label}.content"', empty=calls or role in MAY_BE_EMPTY)
+    return more | {"role": role, "content": text}
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without what is null in it: Parquet and ``datasets`` give every object the fields of all."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def _content(value: Any, label: str) -> Any:
+    """The text of a message whose content is a list of text parts; anything else as it is."""
+    if not isinstance(value, list):
+        return value
+    for number, part in enumerate(value):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else None
+            found = f"a part of type {json.dumps(kind)}" if isinstance(kind, str) else describe(part)
+            raise RowFault(f'field "{label}.content[{number}]": found {found}, wanted {{"type": "text", "text": ...}}: '
+                           "kltune trains on text alone")
+    return "".join(part["text"] for part in value)
+
+
+def spoken_text(message: Message, label: str) -> str:
+    """The content of an answer that has to be text alone; RowFault if it also calls tools, or thinks apart."""
+    more = next((name for name in (CALLS, *THOUGHTS) if message.get(name)), None)
+    if more is not None:
+        raise RowFault(f'field "{label}.{more}": an answer that is compared is its content alone; write what the '
+                       "assistant says there, or take the field out")
+    return message["content"]
 
 
 def answered_messages(fields: dict[str, Any], form: Form) -> list[Message]:
@@ -223,7 +264,9 @@ def _conversations(fields: dict[str, Any]) -> tuple[list[Message], str, str]:
     chosen, rejected = both
     if chosen[:-1] != rejected[:-1]:
         raise RowFault('"chosen" and "rejected" differ before their last message, wanted one prompt for both')
-    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+    place = len(chosen) - 1
+    said = [spoken_text(messages[-1], f"{side}[{place}]") for side, messages in zip(SIDES, both, strict=True)]
+    return chosen[:-1], *said
 
 
 def prompt_and(fields: dict[str, Any], name: str, sides: tuple[str, ...]) -> tuple[Any, ...]:
@@ -249,7 +292,7 @@ def _answer(fields: dict[str, Any], side: str) -> str:
     messages = message_list(fields, side, before="user")
     if len(messages) > 1:
         raise RowFault(f'field "{side}": found {len(messages)} messages, wanted one of the assistant')
-    return messages[0]["content"]
+    return spoken_text(messages[0], f"{side}[0]")
 
 
 def as_messages(asked: Asked) -> list[Message]:

@@ -13,10 +13,12 @@ So a layer remembers how its adapters were switched.
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.config import PromptLearningConfig
@@ -121,6 +123,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     wanting = kind if kind in WANT_OTHERS else "LORA with arrow_config" if config.get("arrow_config") else None
     if wanting is not None:
         raise ModelError(f"{folder}: an adapter of type {wanting} works with models or adapters of other folders.")
+    known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    new = [name for name, value in config.items() if name not in known and (value is True or (value and isinstance(
+        value, dict | list)))]
+    if new:
+        raise ModelError(
+            f"{path}: {new[0]} is {json.dumps(config[new[0]])[:80]}, of which PEFT {peft.__version__} knows "
+            "nothing: it would leave it out, and load another adapter than this one. Update peft, or take the key out "
+            "if it changes nothing."
+        )
     return config
 
 
@@ -221,8 +232,13 @@ def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path, name: str =
     if missing or outcome.unexpected_keys:
         raise ModelError(
             f"{folder}: the adapter does not fit {model.name_or_path}: {len(missing)} of its layers have no tensor in "
-            f"its file, {len(outcome.unexpected_keys)} tensors there have no layer; was it made for another model?"
+            f"the file, {len(outcome.unexpected_keys)} tensors in the file have no layer"
+            f"{_example(missing, outcome.unexpected_keys)}; was it made for another model, or saved under other names?"
         )
+
+
+def _example(missing: list[str], unexpected: list[str]) -> str:
+    return f" (found {unexpected[0]}, wanted {missing[0]})" if missing and unexpected else ""
 
 
 def probe_ids(model: nn.Module, config: PeftConfig | None = None) -> Tensor:

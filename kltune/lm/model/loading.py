@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.chat import EndTokens, template_of
@@ -24,6 +26,8 @@ base.config.tie_word_embeddings = False
 COMPARED = {
     "sha256": "weights", "tokenizer_sha256": "tokenizer", "template_sha256": "chat template", "dtype": "dtype",
 }
+CUTS = "The  Ferry's 2,024 lamps — don't\twait...\n\n  naïve cafe\u0301 日本語 Привет שלום 🙂 a_b(c) HTTPServer"
+PIPELINE = ("normalizer", "pre_tokenizer", "model", "decoder")
 LISTED = "special tokens listed"        # a difference between tokenizers that changes the ids of no text
 
 
@@ -162,6 +166,22 @@ def end_tokens(model: nn.Module, tokenizer, vocabulary: int) -> EndTokens:
     return ends
 
 
+def context_of(model: nn.Module) -> int | None:
+    """How many tokens a row may have, by the model's configuration; None: no limit is known.
+
+    Rotary angles of the kinds ``dynamic`` and ``longrope`` become others for a whole batch as soon as one of its rows
+    is longer than the model was first trained for, and do not for what a cache holds: there a row ends.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = [getattr(config, "max_position_embeddings", None)]
+    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if one.get("rope_type") in ("dynamic", "longrope"):
+            limits.append(one.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None))
+    return min((limit for limit in limits if limit), default=None)
+
+
 def load_tokenizer(path: str, trust_remote_code: bool = False, where: str = "model.path"):
     """The tokenizer of a model folder or hub name, with a padding token; ``where`` names the key it came from.
 
@@ -170,11 +190,48 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, where: str = "mod
     """
     with reading(path, where, failed="no tokenizer could be loaded from it"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **_locality(path))
+    tokenizer = as_in_file(tokenizer, path)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise ModelError(f"{where}: the tokenizer of {path} names no end token; set eos_token in its config.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # harmless: masks come from lengths, never from ids
     return tokenizer
+
+
+def as_in_file(tokenizer, path: str):
+    """The tokenizer as its tokenizer.json has it, where the class that transformers takes cuts texts in another way.
+
+    Some classes put a pre-tokenizer of their own in the place of the file's, by the name of the model's type: it is
+    the file that the model was trained with. A class that makes up its normalizer from options of its own, as BERT's,
+    is left as it is.
+    """
+    if not tokenizer.is_fast or hasattr(tokenizer, "do_lower_case"):
+        return tokenizer
+    try:
+        plain = PreTrainedTokenizerFast.from_pretrained(path, **_locality(path))
+    except (OSError, ValueError, KeyError, TypeError):      # there is no such file: the class is all there is
+        return tokenizer
+    parts = [[repr(getattr(one.backend_tokenizer, part)) for part in PIPELINE] for one in (tokenizer, plain)]
+    if parts[0] == parts[1]:
+        return tokenizer
+    try:
+        mine, files = (one.encode(CUTS, add_special_tokens=False) for one in (tokenizer, plain))
+    except Exception as error:      # the Rust library raises nothing narrower
+        raise ModelError(
+            f"{path}: transformers' {type(tokenizer).__name__} does not cut texts as its tokenizer.json does, and one "
+            f"of the two cannot cut any text ({error}); tokenizer_class in tokenizer_config.json, or model_type in "
+            "config.json, asks for that class: is it the one that the file was made for?"
+        ) from error
+    if mine == files:
+        return tokenizer
+    _say_once(f"note: {path}: transformers' {type(tokenizer).__name__} does not cut texts into tokens as its "
+              "tokenizer.json does; the file is followed.")
+    return plain
+
+
+@cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def load_base(section: ModelSection, device: torch.device, where: str = "model.path") -> nn.Module:

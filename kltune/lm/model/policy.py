@@ -26,7 +26,14 @@ from kltune.lm.data.examples import RowRules
 from kltune.lm.model.adapters import POLICY, VALUE, AdapterSwitch, config_to_fill, fill, load_compatible, wrap
 from kltune.lm.model.batches import Rollout, pad_right
 from kltune.lm.model.files import reading
-from kltune.lm.model.loading import Fingerprint, end_tokens, own_tokenizer, tokenizer_differences, weights_sha256
+from kltune.lm.model.loading import (
+    Fingerprint,
+    context_of,
+    end_tokens,
+    own_tokenizer,
+    tokenizer_differences,
+    weights_sha256,
+)
 from kltune.lm.model.network import Network, ScalarHead
 from kltune.recipe import DataSection, LoraSection
 
@@ -39,7 +46,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.device = next(model.parameters()).device
-        self.max_context = getattr(model.config, "max_position_embeddings", None)
+        self.max_context = context_of(model)
         self.value_head: ScalarHead | None = None
         self.untrained: dict[str, Tensor] = {}
         self.full = frozen is not None
@@ -152,7 +159,7 @@ class Policy:
     def row_rules(self, data: DataSection, max_prompt: int, max_response: int | None = None) -> RowRules:
         """What rows may be, by a recipe's section and limits that fit the model, to become this policy's tokens."""
         rules = RowRules.of(data, self.ends, max_prompt, max_response)
-        return replace(rules, day=self.day, others=self.other_tokenizers)
+        return replace(rules, day=self.day, others=self.other_tokenizers, max_tokens=self.max_context)
 
     def hold_against(self, folder: Path, what: str, trust_remote_code: bool = False) -> None:
         """Let the tokenizer that a folder brings, if it is another, make the same of every row, or the row is refused.

@@ -18,12 +18,14 @@ from kltune.lm.data.forms import Message
 from kltune.lm.data.rows import RowFault
 from kltune.lm.model.batches import Samples, pad_right
 from kltune.lm.model.files import check_all_read, reading, refuse_quantised
+from kltune.lm.model.loading import as_in_file
 from kltune.lm.rewards.reward_model import is_reward_model
 from kltune.recipe import ClassifierReward, ModelReward
 
 ScoreFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 ROWS = 32       # that are read at once
 SHOWN = 400     # characters of the example at the start of a run
+REGRESSION, MULTI_LABEL = "regression", "multi_label_classification"     # problem_type of a configuration
 ALONE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}     # of 1 + |score|: rounding in a batch
 
 
@@ -41,6 +43,7 @@ class Classifier:
         """
         self.entry, self.model, self.tokenizer = entry, model, tokenizer
         self._choose = _chosen_logit(entry, model)
+        _widen_head(model)
         self._limit = _longest(model)
         self._encoder = Encoder(tokenizer, "chat", day=day)
         self._accepted = inspect.signature(model.forward).parameters  # not all know the token types that some are given
@@ -87,7 +90,9 @@ class Classifier:
         between = "\n\n" if messages else ""
         text = prompt + between + response if self.entry.input == "prompt_response" else response
         cut = {"truncation": True, "max_length": self._limit} if self._limit is not None else {}
-        ids = tuple(self.tokenizer(text, **cut)["input_ids"])
+        ids, head = tuple(self.tokenizer(text, **cut)["input_ids"]), self._encoder.head
+        if head and ids[: 2 * len(head)] == head * 2:     # a prompt that a template was applied to spells it already
+            ids = ids[len(head) :]
         if not ids:
             raise ScorerError(f"reward {self.entry.path}: its tokenizer makes no token of {text[:60]!r}.")
         return ids
@@ -171,13 +176,21 @@ def load_classifier(
         if (getattr(part, "pad_token_id", None) or 0) >= getattr(part, "vocab_size", math.inf):
             part.pad_token_id = None        # no embedding can be made with it
     with reading(entry.path, "reward", ScorerError, "could not be loaded as a sequence classifier"):
-        tokenizer = AutoTokenizer.from_pretrained(entry.path, **local)
+        tokenizer = as_in_file(AutoTokenizer.from_pretrained(entry.path, **local), entry.path)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             entry.path, config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
             **precise, **local,
         )
     check_all_read(model, report, entry.path, "reward", ScorerError)
     return Classifier(entry, model.to(device).eval().requires_grad_(False), tokenizer, day)
+
+
+def _widen_head(model: nn.Module) -> None:
+    """Let the layer that makes the scores make them in float32: in bfloat16, those from 4 to 8 are steps of 1/32."""
+    heads = [layer for layer in model.modules() if isinstance(layer, nn.Linear)
+             and layer.out_features == model.config.num_labels]
+    if heads and heads[-1].weight.dtype != torch.float32:
+        heads[-1].float().register_forward_pre_hook(lambda _, inputs: tuple(one.float() for one in inputs))
 
 
 def _longest(model: torch.nn.Module) -> int | None:
@@ -199,12 +212,15 @@ def _chosen_logit(entry: ModelReward | ClassifierReward, model: torch.nn.Module)
                 f"({', '.join(model.config.label2id)}); use kind: classifier and name a label."
             )
         return lambda logits: logits[:, 0]
+    kind = getattr(model.config, "problem_type", None)
     single = model.config.num_labels == 1
     if entry.label not in model.config.label2id and not (single and entry.label is None):
         raise ScorerError(f"reward {entry.path}: no label {entry.label!r}; it has {', '.join(model.config.label2id)}.")
-    if single:  # there is no other label to hold it against: the output is the log-odds itself
-        return lambda logits: logits[:, 0].sigmoid() if entry.output == "probability" else logits[:, 0]
-    index = model.config.label2id[entry.label]
+    if kind == REGRESSION and entry.output == "probability":
+        raise ScorerError(f"reward {entry.path}: output: probability, but its problem_type is {kind}: it has none.")
+    index = 0 if single else model.config.label2id[entry.label]
+    if single or kind in (REGRESSION, MULTI_LABEL):     # no label excludes another: an output is its own log-odds
+        return lambda logits: logits[:, index].sigmoid() if entry.output == "probability" else logits[:, index]
     if entry.output == "probability":
         return lambda logits: logits.softmax(-1)[:, index]
 

@@ -214,3 +214,90 @@ def test_a_template_that_ends_no_answer_is_warned_of(tmp_path):
     assert example.ids[-1] == ids_of("\n")[0]
     assert counts.notes[0].startswith("warning: the chat template writes '\\n' behind an answer, and no token")
     assert examples_of(write(tmp_path, [told]), CHAT_TOKENIZER)[1].notes == ()
+
+
+AGENT = (       # writes calls and thoughts as Qwen3's template does, with apply_chat_template as the judge of them
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL = [{"type": "function", "function": {"name": "sum", "arguments": {"a": 1, "b": [2]}}}]
+ASKED = {"role": "user", "content": "put old and new"}
+
+
+def answered(answer: dict) -> list[dict]:
+    """Rows with one conversation: the assistant answers so."""
+    return [{"messages": [ASKED, {"role": "assistant"} | answer]}]
+
+
+@pytest.mark.parametrize("content", [{"content": ""}, {"content": None}, {}, {"content": "new"}])
+def test_what_an_answer_thinks_and_calls_is_learnt_as_the_template_writes_it(tmp_path, content):
+    tokenizer = byte_tokenizer(template=AGENT)
+    last = {"role": "assistant", "reasoning_content": "add them", "tool_calls": CALL, **content}
+    path = write(tmp_path, [{"messages": [ASKED, last | {"tool_call_id": None}]}])
+    ((example,), _) = examples_of(path, tokenizer, end_token=1, end_ids=(3,))
+    text = tokenizer.apply_chat_template([ASKED, last | {"content": content.get("content") or ""}], tokenize=False)
+    assert tokenizer.decode(example.ids) == text.removesuffix("\n")
+    said = [token for token, scored in zip(example.ids, example.scored, strict=True) if scored]
+    assert tokenizer.decode(said).startswith("<think>add them</think>")
+
+
+def test_nulls_that_parquet_puts_into_every_call_are_not_arguments(tmp_path):
+    tokenizer = byte_tokenizer(template=AGENT)
+    filled = [{"type": "function", "function": {"name": "sum", "arguments": {"a": 1, "b": [2], "city": None}}}]
+    texts = [
+        examples_of(write(tmp_path, answered({"tool_calls": calls}), f"{name}.jsonl"),
+                    tokenizer, end_token=1, end_ids=(3,))[0][0].ids
+        for name, calls in (("plain", CALL), ("filled", filled))
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [
+        ({"reasoning_content": "add them"}, '"messages[1].reasoning_content": the chat template writes nothing of it'),
+        ({"tool_calls": CALL}, '"messages[1].tool_calls": the chat template writes nothing of it'),
+    ],
+)
+def test_what_a_template_would_leave_out_of_an_answer_is_named(tmp_path, more, fault):
+    path = write(tmp_path, answered({"content": "new"} | more))
+    assert fault in refusal(examples_of, path, tokenizer=byte_tokenizer(), end_token=1, end_ids=(3,))
+
+
+def test_descriptions_of_tools_are_not_left_out_without_a_word(tmp_path):
+    row = {"messages": [ASKED, {"role": "assistant", "content": "new"}]}
+    tools = [{"type": "function", "function": {"name": "sum"}}]
+    path = write(tmp_path, [row | {"tools": tools}])
+    tokenizer = byte_tokenizer(template=AGENT)
+    assert 'field "tools": descriptions of tools' in refusal(examples_of, path, tokenizer=tokenizer)
+    empty = write(tmp_path, [row | {"tools": []}], "empty.jsonl")
+    assert len(examples_of(empty, tokenizer, end_token=1, end_ids=(3,))[0]) == 1
+
+
+def test_an_end_token_in_the_arguments_of_a_call_cuts_no_answer_short(tmp_path):
+    calls = [{"function": {"name": "sum", "arguments": {"a": "old <|im_end|> new"}}}]
+    path = write(tmp_path, answered({"tool_calls": calls}))
+    how = {"tokenizer": byte_tokenizer(template=AGENT), "end_token": 1, "end_ids": (3,)}
+    ((example,), _) = examples_of(path, **how)      # its letters, as in any content
+    assert how["tokenizer"].decode(example.ids).endswith('{"a": "old <|im_end|> new"}}</call><|im_end|>')
+    fault = refusal(examples_of, path, control="tokens", **how)
+    assert "spells '<|im_end|>', which ends a response, before its end" in fault
+
+
+def test_text_parts_are_one_text_and_other_parts_are_named(tmp_path):
+    tokenizer = byte_tokenizer()
+    parts = [{"type": "text", "text": "put old", "image": None}, {"type": "text", "text": " and new"}]
+    listed = write(tmp_path, [{"messages": [{"role": "user", "content": parts}]}], "listed.jsonl")
+    plain = write(tmp_path, [{"messages": [ASKED]}], "plain.jsonl")
+    assert prompts_of(listed, tokenizer)[0][0].ids == prompts_of(plain, tokenizer)[0][0].ids
+    seen = write(tmp_path, [{"messages": [{"role": "user", "content": [*parts, {"type": "image"}]}]}], "seen.jsonl")
+    assert 'messages[0].content[2]": found a part of type "image"' in refusal(prompts_of, seen, tokenizer=tokenizer)
+
+
+def test_a_system_message_and_what_a_tool_says_may_be_empty(tmp_path):
+    tokenizer = byte_tokenizer()
+    path = write(tmp_path, [{"messages": [{"role": "system", "content": ""}, ASKED]}])
+    ((prompt,), _) = prompts_of(path, tokenizer)
+    assert tokenizer.decode(prompt.ids).startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user")

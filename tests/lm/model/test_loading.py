@@ -11,11 +11,25 @@ import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2ForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from kltune.errors import ModelError, RecipeError
-from kltune.lm.data.examples import load_prompts
+from kltune.lm.data.examples import load_examples, load_prompts
+from kltune.lm.model.adapters import read_adapter_config
+from kltune.lm.model.likelihood import document_nats
 from kltune.lm.model.loading import (
     Fingerprint,
     load_base,
@@ -28,10 +42,14 @@ from kltune.lm.model.opening import load_reference, load_saved_policy
 from kltune.lm.model.policy import Policy
 from kltune.recipe import DataSection, LoraSection, ModelSection
 from tests.tiny_policies import (
+    CONTEXT,
     EOS,
+    SIZES,
     VOCABULARY,
     plain_logits,
+    plain_logprobs,
     random_batch,
+    random_model,
     randomize,
     save_tiny_model,
     tiny_config,
@@ -528,3 +546,89 @@ def test_a_chat_template_is_part_of_the_fingerprint(open_policy, tiny_model, tmp
 def test_plain_logits_of_the_models_here_differ(tiny_model):
     one, other = (AutoModelForCausalLM.from_pretrained(tiny_model(a)).eval() for a in ("llama", "qwen3"))
     assert (plain_logits(one, IDS) - plain_logits(other, IDS)).abs().max() > 0.1
+
+
+LONG_ROPE = {"rope_type": "longrope", "factor": 8.0, "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+             "long_factor": [1.0, 2.0, 6.0, 8.0]}
+MOVING = {
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+                "max_position_embeddings": 16},
+    "longrope": {"rope_parameters": LONG_ROPE | {"original_max_position_embeddings": 16}},
+}
+
+
+@pytest.mark.parametrize("kind", MOVING)
+def test_angles_that_depend_on_the_longest_row_never_get_one_so_long(tmp_path, open_policy, kind):
+    policy = open_policy(path=save_tiny_model(tmp_path, **MOVING[kind]))
+    randomize(policy.trainable_parameters())
+    texts = ["w3 w4 w5", "w6 w7 w8 w9 " * 6, "w10 w11 w12 w13"]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    examples, counts = load_examples(str(path), policy.tokenizer, policy.row_rules(DataSection(), 12))
+    assert [len(example.ids) for example in examples] == [4, 16, 5]
+    assert counts.truncated == 1
+    together, _ = document_nats(policy, examples)
+    with policy.reference():
+        of_reference, _ = document_nats(policy, examples)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for nats, ref_nats, example in zip(together.tolist(), of_reference.tolist(), examples, strict=True):
+        ids, scored = torch.tensor([example.ids]), torch.tensor([example.scored])
+        assert ref_nats == pytest.approx(-plain_logprobs(plain, ids, scored).sum().item(), abs=1e-4)
+        assert nats == pytest.approx(document_nats(policy, [example])[0].item(), abs=1e-4)
+
+
+def test_a_held_out_text_longer_than_learned_positions_is_cut_and_counted(open_policy, tmp_path):
+    policy = open_policy("gpt2")
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"text": "w3 " * 200}) + "\n")
+    (example,), counts = load_examples(str(path), policy.tokenizer, policy.row_rules(DataSection(), 40))
+    assert len(example.ids) == CONTEXT
+    assert counts.truncated == 1
+    assert torch.isfinite(document_nats(policy, [example])[0]).all()
+
+
+@pytest.mark.parametrize("named", ["Qwen2Tokenizer", "GPT2Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_cuts_text_as_its_file_has_it(tmp_path, named, capsys):
+    # transformers takes classes by their names, or the model's type, that bring a pre-tokenizer of their own.
+    file = Tokenizer(BPE())
+    file.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=False)])
+    file.decoder = decoders.ByteLevel()
+    file.train_from_iterator(["one 2024 two 2024"] * 9, BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=ByteLevel.alphabet(), show_progress=False))
+    PreTrainedTokenizerFast(tokenizer_object=file, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    random_model(Qwen2Config(**SIZES)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": named}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(str(tmp_path))
+    text = "two one 2024"
+    assert tokenizer.encode(text, add_special_tokens=False) == file.encode(text, add_special_tokens=False).ids
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    assert "the file is followed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["stories", "words"])
+def test_a_tokenizer_that_agrees_with_its_file_is_taken_as_transformers_has_it(request, tiny_model, kind, capsys):
+    folder = request.getfixturevalue("stories_model") if kind == "stories" else tiny_model()
+    assert type(load_tokenizer(str(folder))) is type(AutoTokenizer.from_pretrained(folder))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("value", [True, {"r": 2}])
+def test_what_a_newer_peft_switched_on_in_an_adapter_is_not_left_out(adapter, value):
+    change_config(adapter, brand_new=value)     # PEFT would leave out any key that it does not know
+    with pytest.raises(ModelError, match=r"brand_new is .* of which PEFT .* knows nothing"):
+        read_adapter_config(adapter)
+
+
+@pytest.mark.parametrize("value", [False, None, {}, 16])
+def test_what_a_newer_peft_has_switched_off_in_an_adapter_does_not_matter(adapter, value):
+    change_config(adapter, brand_new=value)
+    assert read_adapter_config(adapter)["brand_new"] == value
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_an_adapter_saved_under_other_names_is_refused_with_both(adapter, reference, prefix):
+    path = adapter / "adapter_model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(ModelError, match=rf"found {prefix}base_model\S+, wanted base_model\S+\); was it made"):
+        reference.load_adapter(adapter)

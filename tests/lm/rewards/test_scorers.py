@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -19,11 +20,13 @@ from transformers import (
     PreTrainedConfig,
     RobertaConfig,
     XLNetConfig,
+    pipeline,
 )
 
 from kltune.errors import DataError, ScorerError
 from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import Samples
+from kltune.lm.rewards.classifiers import Classifier
 from kltune.lm.rewards.scorers import Scorer, ScoreSource, load_scorer, run_source
 from kltune.recipe import ClassifierReward, FunctionReward, ModelReward
 from tests.tiny_policies import EOS, VOCABULARY, save_tiny_model, word_tokenizer
@@ -396,6 +399,67 @@ def test_a_reward_model_has_one_output(tmp_path):
     folder = save_classifier(tmp_path, labels=["bad", "good"])
     with pytest.raises(ScorerError, match=r"wants one output, found 2 labels \(bad, good\); use kind: classifier"):
         load_model(folder)
+
+
+def of_kind(folder: Path, problem_type: str) -> Path:
+    """A classifier whose configuration says how its labels are related."""
+    config = json.loads((folder / "config.json").read_text()) | {"problem_type": problem_type}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "single_label_classification"])
+def test_a_labels_probability_is_that_of_transformers_own_pipeline(tmp_path, problem_type):
+    folder = of_kind(save_classifier(tmp_path), problem_type)
+    scorer = load_classifier(folder, label="good", output="probability")
+    classify = pipeline("text-classification", str(folder), top_k=None)
+    wanted = [one["score"] for row in classify(TEXTS) for one in row if one["label"] == "good"]
+    assert scorer(NO_PROMPTS, TEXTS).tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_labels_that_do_not_exclude_each_other_have_log_odds_of_their_own(tmp_path):
+    folder = of_kind(save_classifier(tmp_path), "multi_label_classification")
+    by_hand = [plain_logits(folder, text)[1].item() for text in TEXTS]     # log σ(x) − log(1 − σ(x)) = x
+    assert load_classifier(folder, label="good")(NO_PROMPTS, TEXTS).tolist() == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_one_of_several_fitted_numbers_is_the_score_and_no_probability(tmp_path):
+    folder = of_kind(save_classifier(tmp_path), "regression")
+    by_hand = [plain_logits(folder, text)[1].item() for text in TEXTS]
+    assert load_classifier(folder, label="good")(NO_PROMPTS, TEXTS).tolist() == pytest.approx(by_hand, abs=1e-5)
+    with pytest.raises(ScorerError, match="its problem_type is regression: it has none"):
+        load_classifier(folder, label="good", output="probability")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
+def test_scores_of_a_model_in_bfloat16_are_not_rounded_to_it(tmp_path, architecture):
+    folder = save_classifier(tmp_path, architecture, labels=["score"])
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    head = model.classifier if architecture == "bert" else model.score
+    read = []
+    head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].float()))
+    own, texts = AutoTokenizer.from_pretrained(folder), [f"w{3 + i} w{9 + i}" for i in range(20)]
+    by_hand = []
+    for text in texts:
+        with torch.no_grad():
+            model(input_ids=own(text, return_tensors="pt")["input_ids"])
+        states = read.pop().reshape(-1, head.in_features)[-1]       # of the last token; BERT's are pooled already
+        by_hand.append((states @ head.weight[0].float() + (0 if head.bias is None else head.bias[0].float())).item())
+    scores = Classifier(ModelReward(kind="model", path=str(folder)), model, own)([""] * len(texts), texts)
+    assert scores == pytest.approx(by_hand, abs=1e-5)
+    assert torch.tensor(scores).bfloat16().tolist() != scores
+
+
+def test_a_begin_token_that_a_prompt_spells_is_not_read_twice(tmp_path):
+    # As in prompts that a chat template was applied to beforehand, by the Llama 3 family's templates.
+    folder = save_classifier(tmp_path, "llama", labels=["score"])
+    own = AutoTokenizer.from_pretrained(folder)
+    begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    own.backend_tokenizer.post_processor = begin
+    own.save_pretrained(folder)
+    by_hand = plain_logits(folder, "w3 w4 w5").item()
+    scores = load_model(folder)(["<s> w3", "w3"], [" w4 w5", " w4 w5"])
+    assert scores.tolist() == pytest.approx([by_hand, by_hand], abs=1e-5)
 
 
 def test_a_model_without_a_trained_head_is_no_classifier(tmp_path):
