@@ -48,14 +48,15 @@ class LastWithinCap:
 class Budget:
     """A recipe's ``kl`` section at work; whatever happens to it gives a new one.
 
-    below_cap: the controller once the cap was met, where the price is fixed until then: a nat costs no less than the
-    recipe says, and as much as keeps the policy within. size: how far a learning rate moves the policy. last_within:
-    None without a cap. rollbacks: how often the run went back to it. refusals: steps that a line search cut or left
-    out because of the cap. course: the KL of each batch that was priced, in the section's unit.
+    steps: of the recipe. below_cap: the controller once the cap was met, where the price is fixed until then: a nat
+    costs no less than the recipe says, and as much as keeps the policy within. size: how far a learning rate moves the
+    policy. last_within: None without a cap. rollbacks: how often the run went back to it. refusals: steps that a line
+    search cut or left out because of the cap. course: the KL of each batch that was priced, in the section's unit.
     """
 
     section: KLSection
     controller: Controller
+    steps: int
     below_cap: LogPI | None = None
     size: StepSize = field(default_factory=StepSize)
     last_within: LastWithinCap | None = None
@@ -76,12 +77,12 @@ class Budget:
             # Nothing to look ahead for: where it begins is the cap, and what the KL did before was at another price.
             gains |= {"ki": 2.0 * section.ki, "look_ahead": 0.0}
             bounds = {"beta_min": least, "beta_max": max(least, section.beta_max)}
-            return cls(section, FixedBeta(beta), LogPI(beta, **gains, **bounds, arrived=1))
+            return cls(section, FixedBeta(beta), steps, LogPI(beta, **gains, **bounds, arrived=1))
         if section.controller == "ziegler":
-            return cls(section, Ziegler(beta, horizon=section.horizon, **bounds))
+            return cls(section, Ziegler(beta, horizon=section.horizon, **bounds), steps)
         if section.controller == "dual":
-            return cls(section, Dual(beta, lr=section.dual_lr, **bounds))
-        return cls(section, LogPI(beta, fixed_feed_forward=beta, **gains, **bounds))
+            return cls(section, Dual(beta, lr=section.dual_lr, **bounds), steps)
+        return cls(section, LogPI(beta, fixed_feed_forward=beta, **gains, **bounds), steps)
 
     @property
     def price(self) -> float:
@@ -118,8 +119,10 @@ class Budget:
 
     def room(self, rollout: Rollout, kl: KLSummary, share: float) -> float:
         """How far one step may move the policy that sampled a batch; see ``step_limit``."""
-        aim = self.aim(rollout)
-        return aim if math.isinf(aim) else step_limit(kl.nats_per_response, aim, share)
+        aim, late = self.aim(rollout), 0.0
+        if self.target is not None:
+            late = min(1.0, len(self.course) / (PLAN * self.steps))
+        return aim if math.isinf(aim) else step_limit(kl.nats_per_response, aim, share, late)
 
     def standing(self, kl: KLSummary) -> Standing:
         """Where a measured KL lies: "within" the cap with its whole 95 % interval, "beyond" it, or "open"."""

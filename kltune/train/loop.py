@@ -259,7 +259,7 @@ def close_step(job: Job, learner: Learner, step: int, taken: Taken) -> None:
     metrics: dict[str, float | None] = {}
     if batch is not None:
         metrics |= batch_metrics(batch, budget.price)
-        if budget.target is not None and batch.spread is not None:
+        if budget.target is not None and job.baseline is not None:      # a price of scores, not of a loss
             metrics["kl/beta_feed_forward"] = feed_forward(batch.spread, budget.aim(batch.rollout))
     elif budget is not None:
         metrics |= UNMEASURED | {"kl/beta": budget.price}

@@ -110,9 +110,9 @@ eval-kl --max-kl: over the budget at the stated confidence, the whole interval l
 # of the keys that a stage's recipe has, those that it refuses (`kltune recipe check` says why)
 REFUSED = {
     "sft": {"data.prompts", "data.pairs", "sampling.prompts_per_step", "eval.pairs", "eval.pairs_share",
-            "eval.stop_at_gold_peak"},
+            "eval.stop_at_gold_peak", "run.until"},
     "reward": {"data.prompts", "data.texts", "eval.prompts", "eval.responses", "eval.texts", "eval.gold",
-               "eval.stop_at_gold_peak"},
+               "eval.stop_at_gold_peak", "run.until"},
     "ppo": {"data.texts", "data.pairs", "optim.batch_size", "eval.pairs", "eval.pairs_share"},
     "trpo": {"data.texts", "data.pairs", "optim.batch_size", "eval.pairs", "eval.pairs_share"},
     "dpo": {"data.texts", "eval.pairs_share"},

@@ -1,6 +1,7 @@
 """Whole stages in a second: on a random Llama that speaks letters, and on the listed models of docs/maths.md 22."""
 
 import json
+import math
 import string
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from kltune.stages.reward import run_reward
 from kltune.stages.sft import run_sft
 from kltune.stages.trpo import run_trpo
 from kltune.train import finish as finishing
+from kltune.train.budget import Budget
 from tests.known_metrics import known_only
 from tests.oracles import BANDIT_REFERENCE, save_tiny_lm
 
@@ -80,7 +82,7 @@ PPO = {
     "sampling": {"prompts_per_step": 8, "responses_per_prompt": 2, "max_new_tokens": 6},
     "reward": [{"kind": "function", "path": "rewards.py:score"}],
     "kl": {"target": 0.5},
-    "ppo": {"epochs": 2, "minibatch_size": 8},
+    "ppo": {"baseline": "value", "epochs": 2, "minibatch_size": 8},
     "optim": {"lr": 0.02},
     "run": {"steps": 4, "save_every": 100, "eval_every": 100},
     "eval": {"prompts": "held_out.jsonl", "responses": 10},
@@ -308,6 +310,12 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
     path = write_recipe(tmp_path_factory.mktemp("trained"), PPO, llama)
     with without_page():
         return Path(run_ppo(load_recipe(path, ["kl.target=2", "run.steps=8"]), resume=False)["output"])
+
+
+@pytest.fixture
+def unlimited(monkeypatch):
+    """Steps are as long as their learning rate makes them, so that a few of them pass a cap."""
+    monkeypatch.setattr(Budget, "room", lambda *_, **__: math.inf)
 
 
 @pytest.fixture

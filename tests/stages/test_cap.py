@@ -50,7 +50,7 @@ def test_without_a_cap_the_policy_is_pulled_far_beyond(pulled):
     assert ran(pulled())[0]["kl"]["nats_per_response"] > 2.0
 
 
-def test_final_is_within_the_cap_at_its_confidence(pulled):
+def test_final_is_within_the_cap_at_its_confidence(pulled, unlimited):
     recipe = pulled("kl.hard_cap=1")
     result, rows = ran(recipe)
     assert result["hard_cap"] == 1.0
@@ -81,7 +81,7 @@ def test_a_cap_that_is_never_met_changes_nothing(ppo_recipe, tmp_path):
     (ppo, (), {"model", "policy_optimizer", "value", "value_optimizer"}),
     (dpo, ("dpo.reference_alpha=1.0",), {"model", "policy_optimizer", "loss_reference"}),
 ], ids=["ppo", "dpo"])
-def test_going_back_restores_every_tensor_and_doubles_the_price(request, monkeypatch, stage, keys, groups):
+def test_going_back_restores_every_tensor_and_raises_the_price(request, monkeypatch, unlimited, stage, keys, groups):
     seen, enforce, name = [], stage.enforce_cap, stage.__name__.rpartition(".")[2]
 
     def spy(job, learner, step, batch, pull):
@@ -91,7 +91,7 @@ def test_going_back_restores_every_tensor_and_doubles_the_price(request, monkeyp
             held = learner.moving()
             assert held.keys() == last.tensors.keys() == groups
             assert all(torch.equal(held[g][n], t) for g, named in last.tensors.items() for n, t in named.items())
-            assert learner.budget.price >= 2.0 * price
+            assert learner.budget.price >= 1.09 * price
             seen.append(step)
         return back
 
@@ -102,6 +102,14 @@ def test_going_back_restores_every_tensor_and_doubles_the_price(request, monkeyp
     assert all(name not in row for row in beyond for name in ("ppo/policy_loss", "loss/mean"))    # they train nothing
 
 
+@pytest.mark.parametrize("stage", ["ppo", "dpo"])
+def test_steps_that_the_cap_leaves_room_for_seldom_meet_it(request, stage):
+    recipe = request.getfixturevalue(f"{stage}_recipe")(*PULLED[stage], "kl.hard_cap=1", "run.steps=40")
+    result, rows = ran(recipe)
+    assert rows[-1]["kl/cap_rollbacks"] <= 8
+    assert 0.5 < result["kl"]["nats_per_response"] <= result["kl"]["ci95"][1] <= 1.0
+
+
 def test_trust_region_steps_do_not_pass_the_cap(trpo_recipe):
     _, rows = ran(trpo_recipe(*PULLED["trpo"], "kl.hard_cap=1", "run.steps=16"))
     assert rows[-1]["kl/cap_refusals"] >= 1
@@ -110,7 +118,7 @@ def test_trust_region_steps_do_not_pass_the_cap(trpo_recipe):
 
 
 @pytest.mark.parametrize("stage", ["ppo", "dpo"])
-def test_on_cap_stop_ends_with_6_and_final_is_the_last_state_within(request, stage):
+def test_on_cap_stop_ends_with_6_and_final_is_the_last_state_within(request, unlimited, stage):
     recipe = request.getfixturevalue(f"{stage}_recipe")(*PULLED[stage], "kl.hard_cap=1", "kl.on_cap=stop")
     said = r"beyond kl\.hard_cap, 1.*kl\.on_cap is stop.*Raise kl\.beta.*lower optim\.lr"
     with pytest.raises(DivergedError, match=said) as caught:
@@ -150,12 +158,12 @@ def test_a_final_beyond_its_target_lands_on_it(ppo_recipe, monkeypatch, tmp_path
     monkeypatch.setattr(ppo, "take_steps", pushed_away(0.1))
     results = {}
     for land in ("true", "false"):
-        recipe = ppo_recipe(f"kl.land={land}", "kl.target=0.6", "run.steps=4", *HELD_OUT, output=str(tmp_path / land))
+        recipe = ppo_recipe(f"kl.land={land}", "kl.target=0.3", "run.steps=4", *HELD_OUT, output=str(tmp_path / land))
         results[land] = run_ppo(recipe, resume=False)
-    assert results["false"]["kl"]["ci95"][0] > 0.6
+    assert results["false"]["kl"]["ci95"][0] > 0.3
     assert results["false"]["alpha"] == 1.0
     low, high = results["true"]["kl"]["ci95"]
-    assert low <= 0.6 <= high
+    assert low <= 0.3 <= high
     assert 0.0 < results["true"]["alpha"] < 1.0
     assert results["true"]["target_unused"] is False
     whole, landed = (load_file(Path(results[k]["final"]) / "adapter_model.safetensors") for k in ("false", "true"))

@@ -135,6 +135,8 @@ RESUMED = {
 @pytest.mark.parametrize(("base", "keys", "groups"), RESUMED.values(), ids=RESUMED.keys())
 def test_a_stopped_run_goes_on_bit_for_bit(request, tmp_path, llama, base, keys, groups):
     shared = request.getfixturevalue("reward_model") if MODEL in keys else None
+    if "budget" in groups:      # the cap is to be met
+        request.getfixturevalue("unlimited")
     file = write_recipe(tmp_path, base | {"run": base["run"] | {"steps": STEPS, "eval_every": 2}}, llama)
     keys = [key.format(reward_model=shared) for key in keys]
     broken, unbroken = (load_recipe(file, keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))

@@ -11,7 +11,8 @@ Source: derived and measured for this project; docs/kl-control.md.
 import math
 from dataclasses import dataclass, replace
 
-FAR = 0.06          # of the KL aimed at: the most that a step may move, KL(old ‖ new)
+FAR = 0.06          # of the KL aimed at: the most that a step may move, KL(old ‖ new), of a run that is not late
+MOST_HASTE = 2.0
 NEAR = 0.005        # of the KL aimed at: what a step may move even where the policy is there already
 LEAST_SHARE = 0.2   # of that: shorter steps could not bring a KL back that is beyond it
 USED = 0.7          # of what a step may move, on average: a batch's own KL(old ‖ new) scatters
@@ -19,10 +20,11 @@ FIRST_SHARE = 0.3   # of the learning rate, in a first step of which nothing is 
 MEMORY = 0.5        # share of the running mean of log KL that a new observation leaves
 
 
-def step_limit(ref_kl: float, aim: float, share: float) -> float:
+def step_limit(ref_kl: float, aim: float, share: float, late: float = 0.0) -> float:
     """How far one step may move a policy, KL(old ‖ new) in nats per response.
 
-        (√aim − √KL)² / 4 below the aim, but at least 0.005 share and at most 0.06 of the aim
+        haste² (√aim − √KL)² / 4 below the aim, but at least 0.005 share and at most 0.06 haste² of the aim
+        haste = late √aim / √KL, from 1 to 2
 
     Of a tilted Gaussian √KL is the tilt, and a step that goes along it moves √KL by √KL(old ‖ new). So a step covers
     half of the distance at most, and once there none moves √KL by more than 7 % of the aim's, however wrong its price
@@ -34,9 +36,12 @@ def step_limit(ref_kl: float, aim: float, share: float) -> float:
         ref_kl: KL(policy ‖ reference), nats per response.
         aim: where it should be.
         share: of the learning rate that its schedule leaves.
+        late: share of the way, in √KL, that should have been made by now; 0 where nothing is planned. With few
+            responses most of a step is noise, and a short run that took no longer steps would not arrive.
     """
-    room = 0.25 * max(math.sqrt(aim) - math.sqrt(max(ref_kl, 0.0)), 0.0) ** 2
-    return min(max(room, NEAR * max(share, LEAST_SHARE) * aim), FAR * aim)
+    haste = min(max(late * math.sqrt(aim / max(ref_kl, 1e-9 * aim)), 1.0), MOST_HASTE)
+    room = 0.25 * (haste * max(math.sqrt(aim) - math.sqrt(max(ref_kl, 0.0)), 0.0)) ** 2
+    return min(max(room, NEAR * max(share, LEAST_SHARE) * aim), FAR * haste**2 * aim)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,14 @@ def test_a_step_covers_half_of_the_way_and_little_once_there(ref_kl, share, limi
     assert step_limit(ref_kl, 4.0, share) == pytest.approx(limit)
 
 
+def test_a_run_that_is_late_takes_longer_steps_on_the_way_and_none_once_there():
+    assert step_limit(1.0, 4.0, 1.0, late=0.5) == pytest.approx(0.24)           # half of the way at half of the time
+    assert step_limit(1.0, 4.0, 1.0, late=0.75) == pytest.approx(1.5**2 * 0.24)
+    assert step_limit(0.1, 4.0, 1.0, late=1.0) == pytest.approx(4 * 0.24)
+    assert step_limit(2.56, 4.0, 1.0, late=1.0) == pytest.approx(0.25 * (1.25 * 0.4) ** 2)
+    assert step_limit(4.0, 4.0, 1.0, late=1.0) == pytest.approx(0.02)
+
+
 def test_a_tilt_pushed_with_the_wrong_sign_at_every_step_stays_near_its_aim():
     tilt = 2.0
     for _ in range(50):     # the worst there is: every step goes on outwards, its price too low

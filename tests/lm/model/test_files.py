@@ -174,5 +174,5 @@ def test_a_classifier_that_kept_a_pooler_it_does_not_use_still_scores(tmp_path):
     RobertaForSequenceClassification(config).save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
     add_tensors(tmp_path, **{"roberta.pooler.dense.weight": torch.ones(32, 32)})
-    score, _ = load_classifier(ModelReward(kind="model", path=str(tmp_path)), CPU)
+    score = load_classifier(ModelReward(kind="model", path=str(tmp_path)), CPU)
     assert len(score(["w3"], ["w4"])) == 1
