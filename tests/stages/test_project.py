@@ -37,7 +37,7 @@ def test_the_adapter_that_comes_out_keeps_its_budget_everywhere(project, eval_kl
     # on numbers of its own the gate agrees, and knows the reference from the folder itself
     code, measured, _ = eval_kl(tmp_path / "out", "--responses", 400, "--seed", 9, "--max-kl", budget)
     assert code == 0
-    assert measured["kl"]["exact"]["nats_per_response"] > 0.5 * budget     # ten prompts are not sure of more
+    assert measured["kl"]["exact"]["nats_per_response"] > 0.4 * budget     # ten prompts are not sure of more
     # and in plain PEFT it is the same model
     policy = load_saved_policy(
         tmp_path / "out", ModelSection(path=str(llama)), device=torch.device("cpu"), is_adapter=True
