@@ -25,7 +25,7 @@ from kltune.lm.model.adapters import (
 )
 from kltune.lm.model.batches import Rollout, pad_right
 from kltune.lm.model.files import reading
-from kltune.lm.model.loading import Fingerprint, check_made_for, load_base, load_tokenizer
+from kltune.lm.model.loading import Fingerprint, check_made_for, context_of, load_base, load_tokenizer
 from kltune.lm.model.network import Network
 from kltune.lm.model.policy import Policy
 from kltune.recipe import LoraSection, ModelSection
@@ -168,7 +168,7 @@ def check_adapter(network: Network, wrapped: nn.Module, what: str) -> None:
 @torch.no_grad()
 def check_causal(network: Network, what: str) -> None:
     """Raise ModelError unless a logit depends on the tokens before it alone: on none to come, on no other row."""
-    one = probe_ids(network.causal).repeat(1, 2)
+    one = probe_ids(network.causal).repeat(1, 2)[:, : context_of(network.causal)]     # longer, some angles stay others
     cut = one.shape[1] // 2
     other = torch.cat([one[:, :cut], (one[:, cut:] + 1) % network.vocabulary], dim=1)
     # Each in a pass of its own: in one batch, what is averaged over it would be the same for both.

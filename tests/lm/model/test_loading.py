@@ -573,8 +573,8 @@ def test_angles_that_depend_on_the_longest_row_never_get_one_so_long(tmp_path, o
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     for nats, ref_nats, example in zip(together.tolist(), of_reference.tolist(), examples, strict=True):
         ids, scored = torch.tensor([example.ids]), torch.tensor([example.scored])
-        assert ref_nats == pytest.approx(-plain_logprobs(plain, ids, scored).sum().item(), rel=5e-5)
-        assert nats == pytest.approx(document_nats(policy, [example])[0].item(), rel=5e-5)
+        assert ref_nats == pytest.approx(-plain_logprobs(plain, ids, scored).sum().item(), abs=1e-4)
+        assert nats == pytest.approx(document_nats(policy, [example])[0].item(), abs=1e-4)
 
 
 def test_a_held_out_text_longer_than_learned_positions_is_cut_and_counted(open_policy, tmp_path):
