@@ -200,9 +200,11 @@ def take_step(job: Job, learner: Learner, step: int, pairs: Preferences | None) 
     else:
         part = pairs.select(positions(recipe, pairs, step))
     if part is not None:
+        limited = not math.isinf(room)
+        rounding = moved_since(learner.policy, batch.rollout, recipe) if limited else 0.0
         update |= improve(job, learner, part, batch if priced else None, step)
-        if not math.isinf(room):
-            moved = moved_since(learner.policy, batch.rollout, recipe)
+        if limited:
+            moved = max(moved_since(learner.policy, batch.rollout, recipe) - rounding, 0.0)
             learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, share=1.0))
             update |= {"kl/step_nats_per_response": moved, "kl/step_limit_nats_per_response": room}
     if moving is not None and step % recipe.dpo.reference_every == 0:

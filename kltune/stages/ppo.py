@@ -112,11 +112,13 @@ def improve(
     parts = (part for _ in range(ppo.epochs) for part in experience.minibatches(ppo.minibatch_size, rng))
     steps: list[dict[str, float]] = []
     fits: list[dict[str, float]] = []
-    moved, rests = 0.0, False
+    moved, rounding, rests = 0.0, 0.0, False
     for part in parts:
         if not rests:
-            moved, stats = policy_step(recipe, learner, part, first=not steps, limit=limit)
-            rests = stats is None
+            most = limit + rounding if steps else math.inf
+            measured, stats = policy_step(recipe, learner, part, first=not steps, limit=most)
+            rounding = rounding if steps else measured      # before any update; in bfloat16 it is as much as a step
+            moved, rests = max(measured - rounding, 0.0), stats is None
             steps += [] if rests else [stats]
         if VALUES in learner.parts:
             fits.append(value_step(recipe, learner, part))
@@ -124,7 +126,7 @@ def improve(
             break
     made = len(steps) if rests else len(steps) - 1      # updates that the last measurement saw
     if planned == 1:
-        made, moved = 1, moved_since(learner.policy, part.rollout, recipe)
+        made, moved = 1, max(moved_since(learner.policy, part.rollout, recipe) - rounding, 0.0)
     learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, made / planned))
     return averaged(steps) | averaged(fits) | {
         "kl/step_nats_per_response": moved,

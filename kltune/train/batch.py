@@ -113,7 +113,8 @@ def kl_of(rollout: Rollout) -> KLSummary:
 def moved_since(policy: Policy, rollout: Rollout, recipe: BudgetRecipe) -> float:
     """How far updates have moved a policy since it sampled a batch: KL(old ‖ new) by k3, nats per response.
 
-    On the first few responses: it is read for its order of magnitude.
+    On the first few responses: it is read for its order of magnitude. Before any update it is what rounding makes of
+    it, which in bfloat16 is as much as a short step.
     """
     moved, rows = 0.0, min(MOVED_RESPONSES, len(rollout.lengths))
     some = rollout.select(torch.arange(rows, device=rollout.lengths.device))

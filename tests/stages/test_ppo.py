@@ -338,3 +338,13 @@ def test_a_reward_that_pulls_nowhere_ends_a_run_until_its_target_and_is_named(pp
     result = run_ppo(ppo_recipe("run.until=target", "run.steps=9", "reward.0.path=rewards.py:flat"), resume=False)
     assert (result["steps"], result["target_unused"], result["unused_because"]) == (9, True, "reward")
     assert "because the reward pulls no further" in capsys.readouterr().err
+
+
+def test_what_rounding_makes_of_a_step_ends_none(ppo_recipe, monkeypatch, tmp_path):
+    # As in bfloat16, where the same policy gives other log-probs in another batch: more than a step may move it.
+    exact, plain = ppo.kl_k3, ran(ppo_recipe())[1]
+    monkeypatch.setattr(ppo, "kl_k3", lambda old, new, mask: exact(old, new, mask) + 0.05 * mask)
+    rounded = ran(ppo_recipe(output=str(tmp_path / "rounded")))[1]
+    for row, other in zip(plain, rounded, strict=True):
+        assert other["kl/step_nats_per_response"] == pytest.approx(row["kl/step_nats_per_response"], abs=0.05)
+        assert other["ppo/minibatches"] >= 1

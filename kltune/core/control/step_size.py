@@ -72,7 +72,7 @@ class StepSize:
             step_kl: KL(old ‖ new) that was measured, nats per response.
             share: of its updates that had been made by then; KL grows with their square.
         """
-        if not (lr > 0.0 and step_kl > 0.0):
+        if not (lr > 0.0 and step_kl > 0.0 and share > 0.0):
             return self
         reach = math.log(step_kl) - 2.0 * math.log(lr * share)
         known = self.log_reach
