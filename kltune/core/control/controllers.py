@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
-FAR_BELOW = math.log(0.7)    # of the target: on the way up the price is steeper below
+FAR_BELOW = 0.7     # of the target: on the way up the price is steeper below
 CLIMB = 3.0         # times as steep, in addition
 FAR_ABOVE = 1.3     # times the target: no noise, so that the integral may answer at once
 ARRIVED = 0.9   # of the target: from here on the integral corrects what is left
@@ -154,14 +154,17 @@ class LogPI:
 
     The integral removes what offset the feed-forward leaves. On the way up there is none to remove, only a distance:
     until the KL has arrived (0.9 of the target) the integral moves only where the KL would come too late, after
-    ``plan`` steps, if it went on as it has so far, with a gain of ki, or 10 by the plan where that is less. A KL that
-    is then far above takes that back. Once it has arrived, the gain is ki, or 1.9 by the steps that the arrival took
-    where that is less: what took long to come up takes long to answer. Far above the target it is twice that.
+    ``plan`` steps, if it went on as it has so far, with a gain of ki, or 10 by the plan where that is less. A price
+    that made it hurry is not the one that holds it: over the last 0.3 of the target the integral is let go with what
+    is left of the way. (Kept whole, it took a small model from 4 nats to 6 before the price was back.) A KL far above,
+    not yet arrived on average, takes it back too. Once it has arrived, the gain is ki, or 1.9 by the steps that the
+    arrival took where that is less: what took long to come up takes long to answer. Far above the target it is twice
+    that.
     With ``fixed_feed_forward`` the recipe's own β takes the place of σ / √(2·target).
 
     State: pull (smoothed σ), level (last KL), slope (smoothed, nats per step), recent and before (means of the KL over
-    about the last eighth and the last half of the steps), arrived (after so many steps; 0: not yet), integral, steps
-    seen.
+    about the last eighth and the last half of the steps), arrived (after so many steps; 0: not yet), left (of the
+    last 0.3 of the way, the least so far), integral, steps seen.
 
     Source: derived and measured for this project; see docs/kl-control.md.
     """
@@ -180,6 +183,7 @@ class LogPI:
     recent: float = 0.0
     before: float = 0.0
     arrived: int = 0
+    left: float = 1.0
     integral: float = 0.0
     steps: int = 0
 
@@ -192,13 +196,17 @@ class LogPI:
         ahead = max(ref_kl + self.look_ahead * slope, 1e-6 * target)
         error = math.log(ahead / target)
         if not self.arrived:
-            error += CLIMB * min(error - FAR_BELOW, 0.0)
+            error += CLIMB * min(error - math.log(FAR_BELOW), 0.0)
         error = min(max(error, -3.0), 1.5)
         # Of the KL itself, and no logarithm: that of a noisy number is too low on average, and it would add up.
         distance = min(ref_kl / target - 1.0, 1.5)
         recent = self.recent + (ref_kl - self.recent) * min(1.0, 8.0 / steps)
         before = self.before + (ref_kl - self.before) * min(1.0, 2.0 / steps)
         arrived = self.arrived or (steps if recent > ARRIVED * target else 0)
+        left, kept = self.left, self.integral
+        if not self.arrived and left > 0.0:
+            left = min(left, max(1.0 - recent / target, 0.0) / (1.0 - FAR_BELOW))
+            kept *= left / self.left
         gain = 0.0
         if arrived:
             gain = min(self.ki, ARRIVAL_GAIN / arrived) * (2.0 if ref_kl > FAR_ABOVE * target else 1.0)
@@ -206,12 +214,12 @@ class LogPI:
             gain = self.ki
         elif steps > FIRST_STEPS and _arrival(recent, before, steps, target) > max(self.plan, steps + FIRST_STEPS):
             gain = min(self.ki, PLAN_GAIN / self.plan)
-        integral = min(max(self.integral + gain * distance, -INTEGRAL_LIMIT), INTEGRAL_LIMIT)
+        integral = min(max(kept + gain * distance, -INTEGRAL_LIMIT), INTEGRAL_LIMIT)
         base = self.fixed_feed_forward or feed_forward(smoothed / (1.0 - 0.9**steps), target)
         beta = _bounded(base * math.exp(self.kp * error + integral), self)
         return replace(
             self, beta=beta, pull=smoothed, level=ref_kl, slope=slope, recent=recent, before=before, arrived=arrived,
-            integral=integral, steps=steps,
+            left=left, integral=integral, steps=steps,
         )
 
     def at_bottom(self) -> bool:
