@@ -217,13 +217,13 @@ def test_a_kl_that_stops_far_below_lowers_the_price_in_time_and_one_on_its_way_d
 
 def test_a_price_that_made_the_kl_hurry_is_let_go_before_it_arrives():
     # of 50 steps: a KL that step limits and noise hold up, half of the way after 25 and there after 36
-    slow = [4.0 * (n / 36) ** 2 for n in range(1, 37)]
+    slow = [4.0 * (n / 36) ** 2 for n in range(1, 37)] + [4.0] * 4
     controller = Budget.of(KLSection(target=4.0), steps=50).controller
     hurried, arrived = seen(controller, slow[:25], target=4.0), seen(controller, slow, target=4.0)
     assert hurried.integral < -1.0
     assert arrived.arrived
     assert arrived.integral > 0.5 * hurried.integral
-    assert arrived.beta > 0.5 * feed_forward(1.0, 4.0)
+    assert arrived.beta > 0.35 * feed_forward(1.0, 4.0)
 
 
 def test_log_pi_overshoots_less_than_the_published_controller():
