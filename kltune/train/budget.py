@@ -77,7 +77,7 @@ class Budget:
             # Nothing to look ahead for: where it begins is the cap, and what the KL did before was at another price.
             gains |= {"ki": 2.0 * section.ki, "look_ahead": 0.0}
             bounds = {"beta_min": least, "beta_max": max(least, section.beta_max)}
-            return cls(section, FixedBeta(beta), steps, LogPI(beta, **gains, **bounds, arrived=1))
+            return cls(section, FixedBeta(beta), steps, LogPI(beta, **gains, **bounds, near=1, arrived=True))
         if section.controller == "ziegler":
             return cls(section, Ziegler(beta, horizon=section.horizon, **bounds), steps)
         if section.controller == "dual":

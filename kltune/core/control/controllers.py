@@ -9,12 +9,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
-FAR_BELOW = 0.7     # of the target: on the way up the price is steeper below
+NEAR = 0.7     # of the target: on the way up the price is steeper below
 CLIMB = 3.0         # times as steep, in addition
 FAR_ABOVE = 1.3     # times the target: no noise, so that the integral may answer at once
 ARRIVED = 0.9   # of the target: from here on the integral corrects what is left
 FIRST_STEPS = 4     # before as many, the course of the KL says nothing
-ARRIVAL_GAIN = 1.9  # by the steps that the KL took to arrive: the most that the integral's gain may be
+NEAR_GAIN = 1.4     # by the steps that the KL took to come near: the most that the integral's gain may be
 PLAN_GAIN = 10.0    # by the steps that the KL may take to arrive: the same before it has
 INTEGRAL_LIMIT = 3.0    # either way: 20 times the feed-forward, or a twentieth
 
@@ -154,17 +154,16 @@ class LogPI:
 
     The integral removes what offset the feed-forward leaves. On the way up there is none to remove, only a distance:
     until the KL has arrived (0.9 of the target) the integral moves only where the KL would come too late, after
-    ``plan`` steps, if it went on as it has so far, with a gain of ki, or 10 by the plan where that is less. A price
-    that made it hurry is not the one that holds it: over the last 0.3 of the target the integral is let go with what
-    is left of the way. (Kept whole, it took a small model from 4 nats to 6 before the price was back.) A KL far above,
-    not yet arrived on average, takes it back too. Once it has arrived, the gain is ki, or 1.9 by the steps that the
-    arrival took where that is less: what took long to come up takes long to answer. Far above the target it is twice
-    that.
+    ``plan`` steps, if it went on as it has so far, with a gain of ki, or 10 by the plan where that is less. What it
+    gathers until the KL is near (0.7) is hurry: a price that makes a KL hurry is not the one that holds it, so hurry
+    counts for no more than is left of the last 0.3. (Kept whole, it took a small model from 4 nats to 6 before the
+    price was back.) Once arrived, the gain is ki, or 1.4 by the steps that it took to come near where that is less:
+    what took long to come up takes long to answer. Far above the target it is twice that.
     With ``fixed_feed_forward`` the recipe's own β takes the place of σ / √(2·target).
 
     State: pull (smoothed σ), level (last KL), slope (smoothed, nats per step), recent and before (means of the KL over
-    about the last eighth and the last half of the steps), arrived (after so many steps; 0: not yet), left (of the
-    last 0.3 of the way, the least so far), integral, steps seen.
+    about the last eighth and the last half of the steps), near (after so many steps; 0: not yet), arrived, left (of the
+    last 0.3 of the way, the least so far), hurry, integral, steps seen.
 
     Source: derived and measured for this project; see docs/kl-control.md.
     """
@@ -182,8 +181,10 @@ class LogPI:
     slope: float = 0.0
     recent: float = 0.0
     before: float = 0.0
-    arrived: int = 0
+    near: int = 0
+    arrived: bool = False
     left: float = 1.0
+    hurry: float = 0.0
     integral: float = 0.0
     steps: int = 0
 
@@ -196,41 +197,44 @@ class LogPI:
         ahead = max(ref_kl + self.look_ahead * slope, 1e-6 * target)
         error = math.log(ahead / target)
         if not self.arrived:
-            error += CLIMB * min(error - math.log(FAR_BELOW), 0.0)
+            error += CLIMB * min(error - math.log(NEAR), 0.0)
         error = min(max(error, -3.0), 1.5)
         # Of the KL itself, and no logarithm: that of a noisy number is too low on average, and it would add up.
         distance = min(ref_kl / target - 1.0, 1.5)
         recent = self.recent + (ref_kl - self.recent) * min(1.0, 8.0 / steps)
         before = self.before + (ref_kl - self.before) * min(1.0, 2.0 / steps)
-        arrived = self.arrived or (steps if recent > ARRIVED * target else 0)
-        left, kept = self.left, self.integral
-        if not self.arrived and left > 0.0:
-            left = min(left, max(1.0 - recent / target, 0.0) / (1.0 - FAR_BELOW))
-            kept *= left / self.left
-        gain = 0.0
+        arrived = self.arrived or bool(recent > ARRIVED * target)
+        near = self.near or (steps if recent > NEAR * target else 0)
+        hurry, left, integral = self.hurry, self.left, self.integral
+        late = steps > FIRST_STEPS and _arrival(recent, before, steps, target) > max(self.plan, steps + FIRST_STEPS)
         if arrived:
-            gain = min(self.ki, ARRIVAL_GAIN / arrived) * (2.0 if ref_kl > FAR_ABOVE * target else 1.0)
-        elif ref_kl > FAR_ABOVE * target and self.integral < 0.0:
-            gain = self.ki
-        elif steps > FIRST_STEPS and _arrival(recent, before, steps, target) > max(self.plan, steps + FIRST_STEPS):
-            gain = min(self.ki, PLAN_GAIN / self.plan)
-        integral = min(max(kept + gain * distance, -INTEGRAL_LIMIT), INTEGRAL_LIMIT)
+            gain = min(self.ki, NEAR_GAIN / near) * (2.0 if ref_kl > FAR_ABOVE * target else 1.0)
+            integral = _within(integral + gain * distance)
+        else:
+            left = min(left, max(1.0 - recent / target, 0.0) / (1.0 - NEAR))
+            more = min(self.ki, PLAN_GAIN / self.plan) * distance if late else 0.0
+            hurry, integral = (hurry, _within(integral + more)) if near else (_within(hurry + more), integral)
         base = self.fixed_feed_forward or feed_forward(smoothed / (1.0 - 0.9**steps), target)
-        beta = _bounded(base * math.exp(self.kp * error + integral), self)
-        return replace(
-            self, beta=beta, pull=smoothed, level=ref_kl, slope=slope, recent=recent, before=before, arrived=arrived,
-            left=left, integral=integral, steps=steps,
+        after = replace(
+            self, pull=smoothed, level=ref_kl, slope=slope, recent=recent, before=before, near=near, arrived=arrived,
+            left=left, hurry=hurry, integral=integral, steps=steps,
         )
+        return replace(after, beta=_bounded(base * math.exp(self.kp * error + after.offset), self))
+
+    @property
+    def offset(self) -> float:
+        """Of log β from the feed-forward at the target, as the integral has it."""
+        return _within(self.integral + self.hurry * self.left)
 
     def at_bottom(self) -> bool:
         """See ``Controller.at_bottom``."""
-        return self.integral <= -INTEGRAL_LIMIT or (self.beta is not None and self.beta <= self.beta_min)
+        return self.offset <= -INTEGRAL_LIMIT or (self.beta is not None and self.beta <= self.beta_min)
 
     def raised(self, factor: float, least: float) -> "LogPI":
         """See ``Controller.raised``; it is the integral that goes up, so that the next batches keep the height."""
         before = max(self.beta or 0.0, self.beta_min)
         beta = _bounded(max(factor * before, least), self)
-        return replace(self, beta=beta, integral=min(self.integral + math.log(beta / before), INTEGRAL_LIMIT))
+        return replace(self, beta=beta, integral=_within(self.integral + math.log(beta / before)))
 
 
 def feed_forward(pull: float, target: float) -> float:
@@ -257,6 +261,10 @@ def _arrival(recent: float, before: float, steps: int, target: float) -> float:
     """
     power = 4.5 * (recent - before) / recent if recent > 0.0 else 0.0
     return steps * (1.0 + math.log(target / recent) / power) if power > 0.0 else math.inf
+
+
+def _within(integral: float) -> float:
+    return min(max(integral, -INTEGRAL_LIMIT), INTEGRAL_LIMIT)
 
 
 def _started(controller: Any, pull: float, target: float) -> Any:
