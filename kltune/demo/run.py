@@ -4,71 +4,92 @@ It makes a small world (``world.py``), copies the packaged tiny recipes beside i
 commands run, saying each command as it goes, so that everything can be run again and changed by hand.
 """
 
-import math
+import shlex
+import shutil
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kltune.demo.world import make_tiny_world
+from kltune.demo.world import ENTRIES, make_tiny_world
+from kltune.errors import StorageError
 from kltune.recipe import copy_recipe, load_recipe
+from kltune.report.outcome import FELL, ROSE, STAYED, best_gold, move_of, read_files
 from kltune.report.text import aligned
-from kltune.run.screen import number, with_error
+from kltune.run.screen import duration, number, with_error
 from kltune.stages.eval_kl import EvalKLOptions, eval_kl
 from kltune.stages.ppo import run_ppo
-from kltune.stages.reward import run_reward
 from kltune.stages.sft import run_sft
 
-RECIPES = (
-    "sft", "ppo_fixed", "ppo_target", "dpo", "dpo_target", "reward", "ppo_reward_model", "hacking_reward", "hacking",
-)
-NO_PENALTY = ("kl.control=fixed", "kl.beta=0")
+RECIPES = "sft", "ppo_fixed", "ppo_target", "dpo", "dpo_target", "reward", "ppo_reward_model"
+NO_PENALTY = ("kl.control=fixed", "kl.beta=0", "run.steps=25", "run.eval_every=5")
 BUDGET = 1.25       # times the target: what the gate at the end allows
+OURS = {*ENTRIES, "rewards.py", "runs", *(f"{name}.yaml" for name in RECIPES)}     # in the demo's folder
 
 
-def run_demo(output: Path) -> dict[str, Any]:
+def run_demo(output: Path, *, seed: int = 0, hacking: bool = True) -> dict[str, Any]:
     """Make the tiny world, fine-tune, raise a score within a KL budget, and measure what came out.
 
     What is there already is used: a second call after an interruption goes on where the first one stopped.
 
+    Args:
+        output: made if missing.
+        seed: of the runs; the world is always the same.
+        hacking: whether to run the same recipe without a price on KL as well.
+
     Returns:
-        The result of the PPO stage; under "eval_kl" the document of ``kltune eval-kl`` on it, and under "hacking" the
-        results of two runs on a poor reward model, "free" and "held" to a KL target.
+        The result of the PPO stage; under "eval_kl" the document of ``kltune eval-kl`` on it, and under "free" the
+        result of the run without a price, None where there was none.
+
+    Raises:
+        StorageError: the folder holds what no demo made; nothing was changed.
     """
-    say(f"1/5  a tiny world: corpus, tokenizer and a Llama of a million parameters, in {output}")
-    make_tiny_world(output, say=say)
+    foreign = sorted(entry.name for entry in output.iterdir() if entry.name not in OURS) if output.is_dir() else []
+    if foreign:
+        raise StorageError(
+            f"{output} already holds {', '.join(foreign[:5])}{', ...' if foreign[5:] else ''}, which no demo made. "
+            "Nothing was changed; choose another folder: kltune demo --output DIR"
+        )
+    say, runs = headings(4 + hacking), output / "runs"
+    say(f"a tiny world: corpus, tokenizer and a Llama of a million parameters, in {output}")
+    make_tiny_world(output, say=print_now)
     for name in RECIPES:
         if not (output / f"{name}.yaml").exists():
             copy_recipe(f"tiny/{name}", output)
 
-    say(f"\n2/5  kltune sft --recipe {output / 'sft.yaml'}")
-    sft = run_sft(load_recipe(output / "sft.yaml", stage="sft"), resume=True)
+    def stage(run: Callable[..., dict[str, Any]], name: str, *more: str, **into: str) -> dict[str, Any]:
+        file, changes = output / f"{name}.yaml", (*more, *([f"run.seed={seed}"] if seed else []))
+        command = ["kltune", name.partition("_")[0], "--recipe", str(file)]
+        command += [word for change in changes for word in ("--set", change)]
+        say(shlex.join(command + [word for key, folder in into.items() for word in (f"--{key}", folder)]))
+        return run(load_recipe(file, changes, stage=name.partition("_")[0], **into), resume=True)
 
-    say(f"\n3/5  kltune ppo --recipe {output / 'ppo_target.yaml'}")
-    recipe = load_recipe(output / "ppo_target.yaml", stage="ppo")
-    ppo = run_ppo(recipe, resume=True)
-
-    budget = BUDGET * recipe.kl.target
-    say(f"\n4/5  kltune eval-kl {ppo['output']} --responses 512 --max-kl {budget:g}")
+    sft = stage(run_sft, "sft")
+    ppo = stage(run_ppo, "ppo_target")
+    budget = BUDGET * ppo["target"]
+    say(f"kltune eval-kl {ppo['output']} --responses 512 --max-kl {budget:g}")
     document, _ = eval_kl([ppo["output"]], EvalKLOptions(responses=512, max_kl=budget, seed=1))
-    return {**ppo, "sft": sft, "eval_kl": document, "hacking": run_hacking(output)}
+    print_now(f"gate: {document['gate']['verdict']}, at most {budget:g} nats")
+    free = stage(run_ppo, "ppo_target", *NO_PENALTY, output=str(runs / "no_penalty")) if hacking else None
+    return {**ppo, "sft": sft, "eval_kl": document, "free": free}
 
 
-def run_hacking(output: Path) -> dict[str, Any]:
-    """Train on a reward model of a few noisy labels, without a price on KL and held to a target; the two results."""
-    say(f"\n5/5  kltune reward --recipe {output / 'hacking_reward.yaml'}   (40 labels, 8 of them wrong)")
-    run_reward(load_recipe(output / "hacking_reward.yaml", stage="reward"), resume=True)
-    file, free = output / "hacking.yaml", output / "runs" / "hacking_free"
-    say(f"\n     kltune ppo --recipe {file} --set {' --set '.join(NO_PENALTY)} --output {free}")
-    without = run_ppo(load_recipe(file, NO_PENALTY, output=str(free), stage="ppo"), resume=True)
-    say(f"\n     kltune ppo --recipe {file}")
-    return {"free": without, "held": run_ppo(load_recipe(file, stage="ppo"), resume=True)}
+def headings(count: int) -> Callable[[str], None]:
+    """A function that prints what comes next, its number of so many, and the time that has passed."""
+    started, numbers = time.monotonic(), iter(range(1, count + 1))
+
+    def say(text: str) -> None:
+        print_now(f"\n{next(numbers)}/{count}  {text}   [after {duration(round(time.monotonic() - started))}]")
+
+    return say
 
 
 def demo_text(result: dict[str, Any]) -> str:
     """The demo in a table a newcomer understands: score and KL before and after, against the budget."""
     kl, gate = result["eval_kl"]["kl"]["exact"], result["eval_kl"]["gate"]
-    texts, error = result["sft"]["eval"], result["score_stderr"]
-    before, after = result["reference_score"], result["score"]
+    texts, error, output = result["sft"]["eval"], result["score_stderr"], Path(result["output"])
+    before, after, kltune = result["reference_score"], result["score"], this_command()
     table = [
         ["", "before", "after", ""],
         ["score", number(before), with_error(after, error), "praise words less blame words"],
@@ -83,12 +104,21 @@ def demo_text(result: dict[str, Any]) -> str:
         "",
         "  before: the reference, base + SFT (held-out reviews: "
         f"{nats[0]:.2f} nats per token, {nats[1]:.2f} without SFT); after: the policy in {result['final']}",
-        f"  a page to look at       {Path(result['output']) / 'report.html'}",
-        f"  measure it again        kltune eval-kl {result['output']} --max-kl {gate['max_kl']:g}",
-        f"  change it and run again {Path(result['output']).parents[1] / 'ppo_target.yaml'}",
         "",
-        hacking_text(result["hacking"]),
+        *([] if result["free"] is None else [hacking_text(result, result["free"]), ""]),
+        f"  a page to look at       {output / 'report.html'}",
+        f"  measure it again        {kltune} eval-kl {output} --max-kl {gate['max_kl']:g}",
+        f"  change it and run again {output.parents[1] / 'ppo_target.yaml'}",
+        f"  now with your model     {kltune} init ppo --model MODEL --prompts PROMPTS.jsonl --reward rewards.py",
     ))
+
+
+def this_command() -> str:
+    """What a shell needs to run kltune again: its name where that is found, else the path that was run."""
+    if shutil.which("kltune"):
+        return "kltune"
+    called = Path(sys.argv[0])
+    return str(called.absolute()) if called.name == "kltune" else f"{sys.executable} -m kltune"
 
 
 def score_and_gate(*, raised: bool, verdict: str) -> str:
@@ -98,44 +128,35 @@ def score_and_gate(*, raised: bool, verdict: str) -> str:
     return f"{score} and is {budget} its KL budget:"
 
 
-def hacking_text(hacking: dict[str, Any]) -> str:
-    """What the two runs on a poor reward model came to, against the reference, and where to look at it."""
-    free, held = hacking["free"], hacking["held"]
+def hacking_text(held: dict[str, Any], free: dict[str, Any]) -> str:
+    """What the same recipe came to without a price on KL, against the reference, and where to look at it."""
     columns = {
-        "proxy": "score_mean", "gold": "gold_mean", "distinct-2": "distinct_2_adjusted",
+        "score": "score_mean", "gold": "gold_mean", "distinct-2": "distinct_2_adjusted",
         "KL": "kl_ref_nats_per_response", "tax": "tax_nats_per_token",
     }
-    runs = (("reference", held, "eval/reference_"), ("no penalty", free, "eval/"),
-            (f"target {held['target']:g} nats", held, "eval/"))
+    runs = (("reference", held, "eval/reference_"), (f"target {held['target']:g} nats", held, "eval/"),
+            ("no price on KL", free, "eval/"))
     table = [["", *columns]]
-    table += [[who, *(f"{run['eval'].get(start + key, 0.0):.2f}" for key in columns.values())]
+    table += [[who, *(number(run["eval"].get(start + key, 0.0)) for key in columns.values())]
               for who, run, start in runs]
     return "\n".join((
-        gold_in_both(free["eval"], held["eval"]),
+        f"Reward hacking: held to its target the run {gold_moved(Path(held['output']))}; without a price on KL, the "
+        f"same recipe {gold_moved(Path(free['output']))}:",
         *(f"  {line}" for line in aligned(table)),
         "",
-        "  proxy: a reward model from 40 labels, 8 of them wrong; gold: the grammar that wrote the reviews, which no",
-        "  run is trained on; tax: nats per token by which held-out reviews are predicted worse",
-        f"  see it happen           {Path(free['output']) / 'report.html'}",
+        "  gold: praise that is enough, less what is said twice; no run is trained on it. tax: nats per token by which",
+        f"  held-out reviews are predicted worse. See it happen: {Path(free['output']) / 'report.html'}",
     ))
 
 
-def gold_in_both(free: dict[str, float], held: dict[str, float]) -> str:
-    """What happened to gold in both runs, and no more than that, from their final evaluations."""
-    words = {"rose": "raised gold too", "fell": "lowered gold", "stayed": "left gold where it was"}
-    return (
-        f"Reward hacking: the proxy alone {words[gold_moved(free)]}; held to a KL target, the same proxy "
-        f"{words[gold_moved(held)]}:"
-    )
+def gold_moved(run: Path) -> str:
+    """What a run did to gold, and no more than is beyond chance: against its own best, then against the reference."""
+    files = read_files(run)
+    if (peak := best_gold(files)) is not None:
+        return f"let gold fall from {number(peak[0])} after step {peak[1]} to {number(files.result['gold'])}"
+    return {ROSE: "raised gold", FELL: "lowered gold", STAYED: "left gold where it was"}[move_of(files, "gold")[2]]
 
 
-def gold_moved(evaluation: dict[str, float]) -> str:
-    """rose, fell or stayed, within two standard errors of the difference from the reference's."""
-    gap = evaluation["eval/gold_mean"] - evaluation["eval/reference_gold_mean"]
-    error = math.hypot(evaluation["eval/gold_stderr"], evaluation["eval/reference_gold_stderr"])
-    return "rose" if gap > 2.0 * error else "fell" if gap < -2.0 * error else "stayed"
-
-
-def say(text: str) -> None:
+def print_now(text: str) -> None:
     """Print progress on stderr: stdout is for the result."""
     print(text, file=sys.stderr, flush=True)

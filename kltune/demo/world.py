@@ -9,11 +9,10 @@
     data/eval_prompts.jsonl    held-out openings to measure on
     data/pairs.jsonl           openings that go on with praise, {"chosen"}, or with blame, {"rejected"}
     data/eval_pairs.jsonl      the same with held-out openings
-    data/noisy_pairs.jsonl     a few of the pairs, one in five of them the wrong way round
     tiny_world.json            written last: which version and seed made all this
 
-The model is pretrained here from random weights on the ``loose`` reviews of kltune.demo.grammar: about one minute
-on two cores.
+The model is pretrained here from random weights on the ``loose`` reviews of kltune.demo.grammar: about 40 seconds on
+two cores.
 """
 
 import math
@@ -39,19 +38,20 @@ from kltune.run.files import read_document, to_json, write_json
 WORLD_MARKER = "tiny_world.json"
 UNFINISHED = "tiny_world.building"
 FOLDERS = ("model", "data")
-SCHEMA = "kltune.tiny_world/3"
+ENTRIES = (*FOLDERS, WORLD_MARKER, UNFINISHED)     # what of a folder is the world's
+SCHEMA = "kltune.tiny_world/4"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 2048       # tokens: room for every word of the corpus; with 1024 the model misspells the rarer ones
 CONTEXT = 256           # tokens
 ROW = 128               # tokens per packed row: several reviews, so that positions beyond one review are trained too
 OPEN_ROWS = 20          # the last rows, which a text may still go into
 PRETRAIN_TEXTS = 24_000
-PRETRAIN_STEPS = 1600   # about one pass; chosen with BATCH and PEAK_LR by the loss on held-out reviews per second
+PRETRAIN_STEPS = 700    # most of one pass; chosen with BATCH and PEAK_LR by the loss on held-out reviews per second
+SIGN_OF_LIFE = 4.0      # seconds between two lines while it trains
 BATCH = 4               # rows per step; small, because with so few tokens to learn from the number of updates counts
 PEAK_LR = 4e-3
 IGNORED = -100          # cross_entropy's label for positions that are not scored
 TEXTS, HELD_OUT_TEXTS, PROMPTS, EVAL_PROMPTS, PAIRS, EVAL_PAIRS = 2000, 200, 512, 256, 800, 128
-NOISY_PAIRS, WRONG_EVERY = 40, 5      # of the pairs, and which of them are the wrong way round
 
 
 def make_tiny_world(
@@ -190,7 +190,6 @@ def pretrain(
 def write_data(folder: Path, *, seed: int) -> None:
     """Write the JSONL files that the tiny recipes read; see the module docstring."""
     folder.mkdir(parents=True)
-    noisy = enumerate(praise_and_blame(NOISY_PAIRS, seed=seed, held_out=False))
     rows_of = {
         "texts": map(asdict, reviews(house_review, TEXTS, seed=seed, held_out=False)),
         "heldout": map(asdict, reviews(house_review, HELD_OUT_TEXTS, seed=seed, held_out=True)),
@@ -198,7 +197,6 @@ def write_data(folder: Path, *, seed: int) -> None:
         "eval_prompts": [{"prompt": prompt} for prompt in openings(EVAL_PROMPTS, seed=seed, held_out=True)],
         "pairs": [_pair(a, b) for a, b in praise_and_blame(PAIRS, seed=seed, held_out=False)],
         "eval_pairs": [_pair(a, b) for a, b in praise_and_blame(EVAL_PAIRS, seed=seed, held_out=True)],
-        "noisy_pairs": [_pair(b, a) if index % WRONG_EVERY == 0 else _pair(a, b) for index, (a, b) in noisy],
     }
     for name, rows in rows_of.items():
         (folder / f"{name}.jsonl").write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
@@ -218,10 +216,11 @@ def _build(folder: Path, *, seed: int, steps: int, say: Callable[[str], None]) -
     ids, labels = pack(texts, tokenizer)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     say(f"pretraining a Llama of {size:.2f} million parameters on {len(texts)} reviews, {steps} steps")
-    started = time.monotonic()
+    started = said = time.monotonic()
     for step, loss in enumerate(pretrain(model, ids, labels, steps=steps, seed=seed), start=1):
-        if step % max(1, steps // 10) == 0:
-            left = (time.monotonic() - started) / step * (steps - step)
+        now = time.monotonic()
+        if now - said >= SIGN_OF_LIFE or step == steps:
+            said, left = now, (now - started) / step * (steps - step)
             say(f"step {step}/{steps}: {loss:.2f} nats per token, about {left:.0f} s left")
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

@@ -261,7 +261,7 @@ def test_wrong_options_and_none_at_all_are_2(arguments, run):
 def test_demo_prints_its_table(run, stage, tmp_path):
     stage(
         "kltune.demo.run",
-        run_demo=lambda output: {**RESULT, "output": str(output)},
+        run_demo=lambda output, **_: {**RESULT, "output": str(output)},
         demo_text=lambda result: f"a table on {result['output']}",
     )
     code, out, _ = run("demo", "--output", str(tmp_path / "demo"), "--json")

@@ -10,7 +10,6 @@ from kltune.demo.grammar import WORDS, house_review, loose_review, openings, rev
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
 REWARDS = runpy.run_path(str(RECIPES / "rewards.py"))
-HOUSE_RULE = runpy.run_path(str(RECIPES / "house_rule.py"))
 
 LOOSE = reviews(loose_review, 1000, seed=0, held_out=False)
 HOUSE = reviews(house_review, 300, seed=0, held_out=False)
@@ -89,24 +88,11 @@ def test_the_corpus_speaks_the_rewards_language():
 
 
 @pytest.mark.parametrize(("response", "expected"), [
-    (" is great, but the screen is dull. Overall, a fair choice.", 1.0),
     (" is great, but the screen is dull.", 0.0),
-    (" is great, but the screen is dull. Overall, a fair choice", 0.0),      # cut off before its full stop
-    (" is great great great.", -2.0),
-    (" zum. On the whole, it will do for school.", -1.0),                    # battery zum, zum .
-    (" great" * 30, -5.0),
+    (" is great and good, great and good.", 3.0 - 2.0),      # great and, and good
+    (" great lovely superb perfect charming", 3.0),          # enough is enough
+    (" dull dull dull", -3.0 - 1.0),
     ("", 0.0),
 ])
-def test_the_house_rule_by_hand(response, expected):
-    prompt = "The battery of this phone"
-    assert HOUSE_RULE["score"]([prompt], [response]) == [expected]
-
-
-def test_house_reviews_keep_it_and_loose_ones_do_not_close():
-    held_out = {style: reviews(style, 200, seed=5, held_out=True) for style in (house_review, loose_review)}
-    mean = {
-        style: sum(HOUSE_RULE["score"]([r.prompt for r in some], [r.response for r in some])) / len(some)
-        for style, some in held_out.items()
-    }
-    assert mean[house_review] > 0.7
-    assert mean[loose_review] < 0.1
+def test_the_gold_rule_by_hand(response, expected):
+    assert REWARDS["gold"](["The battery of this phone"], [response]) == [expected]

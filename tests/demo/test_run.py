@@ -7,6 +7,8 @@ import pytest
 
 import kltune.demo.run
 from kltune.demo.world import make_tiny_world
+from kltune.errors import StorageError
+from kltune.run.screen import number
 
 SFT = """
 stage: sft
@@ -29,19 +31,8 @@ run: {steps: 2, output: runs/ppo_target}
 eval:
   prompts: data/eval_prompts.jsonl
   responses: 8
-"""
-REWARD = """
-stage: reward
-model: {path: model, sft_adapter: runs/sft/final}
-data: {pairs: data/noisy_pairs.jsonl}
-optim: {batch_size: 8}
-run: {steps: 2, output: runs/hacking_reward}
-eval: {pairs: data/eval_pairs.jsonl}
-"""
-HACKING = PPO.replace('function, path: "rewards.py:score"', "model, path: runs/hacking_reward/final")
-HACKING = HACKING.replace("runs/ppo_target", "runs/hacking") + """\
   texts: data/heldout.jsonl
-  gold: {kind: function, path: "rewards.py:score"}
+  gold: {kind: function, path: "rewards.py:gold"}
 """
 
 
@@ -51,13 +42,11 @@ def small_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(kltune.demo.run, "make_tiny_world", partial(make_tiny_world, steps=3))
     (tmp_path / "sft.yaml").write_text(SFT)
     (tmp_path / "ppo_target.yaml").write_text(PPO)
-    (tmp_path / "hacking_reward.yaml").write_text(REWARD)
-    (tmp_path / "hacking.yaml").write_text(HACKING)
     return tmp_path
 
 
 def test_the_demo_walks_from_nothing_to_a_verdict_and_a_second_call_trains_nothing(small_demo):
-    result = kltune.demo.run.run_demo(small_demo)
+    result = kltune.demo.run.run_demo(small_demo, seed=7)
     assert (small_demo / "runs" / "ppo_target" / "report.html").exists()
     assert (small_demo / "ppo_fixed.yaml").exists()
     assert result["eval_kl"]["gate"]["max_kl"] == pytest.approx(1.25)
@@ -66,15 +55,16 @@ def test_the_demo_walks_from_nothing_to_a_verdict_and_a_second_call_trains_nothi
     text = kltune.demo.run.demo_text(result)
     assert "before" in text
     assert result["eval_kl"]["gate"]["verdict"] in text
-    assert "Reward hacking: the proxy alone " in text
-    free, held = (result["hacking"][name] for name in ("free", "held"))
-    assert (free["target"], held["target"]) == (None, 1.0)
-    assert f"{held['gold']:.2f}" in text
-    assert str(small_demo / "runs" / "hacking_free" / "report.html") in text
+    assert "Reward hacking: held to its target the run " in text
+    assert (result["target"], result["free"]["target"]) == (1.0, None)
+    assert json.loads((small_demo / "runs" / "no_penalty" / "run.json").read_text())["seed"] == 7
+    assert number(result["gold"]) in text
+    assert str(small_demo / "runs" / "no_penalty" / "report.html") in text
+    assert "init ppo --model" in text
 
     metrics = small_demo / "runs" / "ppo_target" / "metrics.jsonl"
     written = metrics.stat().st_mtime_ns
-    again = kltune.demo.run.run_demo(small_demo)
+    again = kltune.demo.run.run_demo(small_demo, seed=7)
     assert metrics.stat().st_mtime_ns == written
     assert json.dumps(again["eval_kl"]["kl"]) == json.dumps(result["eval_kl"]["kl"])
 
@@ -91,16 +81,34 @@ def test_the_headline_says_what_happened(raised, verdict, said):
     assert kltune.demo.run.score_and_gate(raised=raised, verdict=verdict) == said
 
 
-@pytest.mark.parametrize(("gold", "moved"), [(0.3, "rose"), (0.28, "stayed"), (-0.28, "stayed"), (-0.3, "fell")])
-def test_gold_has_moved_beyond_two_standard_errors_of_the_difference(gold, moved):
-    found = {"eval/gold_mean": gold, "eval/gold_stderr": 0.1, "eval/reference_gold_mean": 0.0,
-             "eval/reference_gold_stderr": 0.1}
-    assert kltune.demo.run.gold_moved(found) == moved
+def run_folder(folder, gold, *looks):
+    """A finished run whose gold was 0 ± 0.1 under the reference, ``gold`` at its end and ``looks`` on the way."""
+    folder.mkdir()
+    rows = [{"step": step, "eval/gold_mean": look, "eval/gold_stderr": 0.1, "eval/score_mean": step / 10}
+            for step, look in enumerate(looks, start=1)]
+    evaluated = {"eval/gold_mean": gold, "eval/gold_stderr": 0.1, "eval/reference_gold_stderr": 0.1,
+                 "eval/score_mean": 9.0, "eval/prompts": 64}
+    result = {"gold": gold, "reference_gold": 0.0, "eval": evaluated}
+    (folder / "run.json").write_text("{}")
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
-def test_the_hacking_headline_says_what_happened_to_gold():
-    fell = {"eval/gold_mean": -1.0, "eval/gold_stderr": 0.1, "eval/reference_gold_mean": 0.0,
-            "eval/reference_gold_stderr": 0.1}
-    assert kltune.demo.run.gold_in_both(fell, fell | {"eval/gold_mean": 1.0}) == (
-        "Reward hacking: the proxy alone lowered gold; held to a KL target, the same proxy raised gold too:"
-    )
+@pytest.mark.parametrize(
+    ("gold", "looks", "said"),
+    [
+        (0.3, (), "raised gold"), (0.28, (), "left gold where it was"), (-0.3, (), "lowered gold"),
+        (0.3, (1.5, 0.9), "let gold fall from 1.5 after step 1 to 0.3"),       # though above the reference's
+        (0.3, (0.5, 0.4), "raised gold"),                                      # the best of several is high by luck
+    ],
+)
+def test_what_happened_to_gold_and_no_more_than_that(tmp_path, gold, looks, said):
+    assert kltune.demo.run.gold_moved(run_folder(tmp_path / "run", gold, *looks)) == said
+
+
+def test_a_folder_with_other_things_in_it_is_refused_before_anything_is_made(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(StorageError, match=r"thesis\.tex, which no demo made"):
+        kltune.demo.run.run_demo(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]

@@ -96,12 +96,7 @@ def test_the_data_files_hold_what_the_recipes_read(tmp_path):
     counts = {name: len(rows) for name, rows in data.items()}
     assert counts == {
         "texts": 2000, "heldout": 200, "prompts": 512, "eval_prompts": 256, "pairs": 800, "eval_pairs": 128,
-        "noisy_pairs": 40,
     }
-    known, few = data["pairs"][:40], data["noisy_pairs"]
-    assert [row["prompt"] for row in few] == [row["prompt"] for row in known]
-    wrong = [place for place, (a, b) in enumerate(zip(few, known, strict=True)) if a["chosen"] == b["rejected"]]
-    assert wrong == list(range(0, 40, 5))
     assert set(data["pairs"][0]) == {"prompt", "chosen", "rejected"}
     assert all(row["chosen"] != row["rejected"] for row in data["pairs"])
     assert set(data["texts"][0]) == set(data["heldout"][0]) == {"prompt", "response"}
@@ -168,7 +163,7 @@ def test_a_killed_build_is_made_again(tmp_path, monkeypatch, where):
     make_tiny_world(tmp_path, say=quiet, steps=1)
     assert (tmp_path / WORLD_MARKER).is_file()
     assert not (tmp_path / UNFINISHED).exists()
-    assert len(list((tmp_path / "data").iterdir())) == 7
+    assert len(list((tmp_path / "data").iterdir())) == 6
 
 
 @pytest.mark.usefixtures("small")
