@@ -97,6 +97,14 @@ def test_a_fixed_price_is_steered_below_its_cap_once_that_was_met_and_never_belo
     assert dear.price == 0.9
 
 
+def test_a_cap_met_twice_in_one_step_is_paid_for_once():
+    # a line search refuses a step at a price near 0, and the next batch is found beyond: the price is an ideal policy's
+    met = budget(0.02, hard_cap=2.0).refused().rolled_back(ROLLOUT, pull=1.0)
+    assert met.price == pytest.approx(0.5)
+    after = met.priced(ROLLOUT, measured(1.7, 1.8, 1.9), pull=1.0)
+    assert after.price == pytest.approx(1.0 / math.sqrt(2 * 1.8), rel=0.01)      # at 0.9 of the cap: its feed-forward
+
+
 def test_a_refused_step_makes_a_nat_a_tenth_dearer():
     held = budget(0.5, hard_cap=2.0)
     assert (held.refused().price, held.refused().refusals) == (pytest.approx(0.55), 1)
