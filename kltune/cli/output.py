@@ -1,8 +1,10 @@
 """What leaves the process: results on stdout, troubles on stderr, each kind of trouble with its exit code."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from kltune.errors import Interrupted, KltuneError, StorageError
@@ -11,6 +13,7 @@ from kltune.report.ci import escaped
 from kltune.run.files import CANNOT_WRITE, to_json
 from kltune.run.screen import duration, interval, number, wants_colour, with_error
 
+GATE = 1.25     # times the target: what the command that is suggested allows
 OUT_OF_MEMORY = "out of memory; lower optim.micro_batch_size (results stay the same), or sampling.max_new_tokens"
 
 
@@ -38,25 +41,47 @@ def emit_document(document: dict[str, Any], as_json: bool, as_text: Callable[[di
 
 
 def result_text(result: dict[str, Any]) -> str:
-    """What a stage returns, in a few lines."""
-    kl, lines = result.get("kl") or {}, [f"{result.get('status')}: {result.get('output')}"]
-    if result.get("final"):
-        lines.append(f"  final   {result['final']}")
+    """What a stage returns, in a few lines: how it ended, what it came to, and what to do next."""
+    from kltune.report.outcome import read_files, verdict_of
+
+    kl, output, evaluated = result.get("kl") or {}, Path(str(result.get("output"))), result.get("eval") or {}
+    word = f", {verdict_of(read_files(output)).word}" if (output / "run.json").is_file() else ""
+    rows = {}
     if kl.get("nats_per_response") is not None:
         goal = f", target {result['target']:g}" if result.get("target") is not None else ""
         measured = with_error(kl["nats_per_response"], kl.get("stderr"))
-        lines.append(f"  KL      {measured} nats per response, KL(policy‖reference){goal}")
+        rows["KL"] = f"{measured} nats per response, KL(policy‖reference){goal}"
     elif result.get("stage") != "reward":      # a reward model says nothing, and so has no KL
-        lines.append("  KL      not measured")
-    evaluated = result.get("eval") or {}
+        rows["KL"] = "not measured"
+    for name in ("score", "gold"):
+        if result.get(name) is not None:
+            before = result.get(f"reference_{name}")
+            of_reference = with_error(before, evaluated.get(f"eval/reference_{name}_stderr"))
+            start = "" if before is None else f"{of_reference} → "
+            rows[name] = start + with_error(result[name], evaluated.get(f"eval/{name}_stderr"))
     if evaluated.get("eval/accuracy") is not None:
         bounds = interval((evaluated["eval/accuracy_low"], evaluated["eval/accuracy_high"]))
-        lines.append(f"  right   {number(evaluated['eval/accuracy'])} of the held-out rows (95 %: {bounds})")
-    if result.get("score") is not None:
-        lines.append(f"  score   {with_error(result['score'], evaluated.get('eval/score_stderr'))}")
+        rows["right"] = f"{number(evaluated['eval/accuracy'])} of the held-out rows (95 %: {bounds})"
     if result.get("steps") is not None and result.get("seconds") is not None:
-        lines.append(f"  steps   {result['steps']} in {duration(result['seconds'])}")
-    return "\n".join(lines)
+        rows["steps"] = f"{result['steps']} in {duration(result['seconds'])}"
+    rows |= {"final": result["final"]} if result.get("final") else {}
+    rows |= {"page": output / "report.html"} if (output / "report.html").is_file() else {}
+    rows |= {"next": following(result)} if result.get("final") else {}
+    first = f"{result.get('status')}{word}: {output}"
+    return "\n".join([first, *(f"  {name:<6}  {text}" for name, text in rows.items())])
+
+
+def following(result: dict[str, Any]) -> str:
+    """The command, or the line of a recipe, that what a stage made is for."""
+    if result.get("stage") == "reward":
+        return f"reward: [{{kind: model, path: {result['final']}}}] in the recipe of ppo or trpo"
+    if result.get("stage") == "sft":
+        key = "sft_adapter" if (Path(result["final"]) / "adapter_config.json").is_file() else "path"
+        return f"model: {{{key}: {result['final']}}} in the recipe of what comes after"
+    most = result.get("hard_cap") or (GATE * result["target"] if result.get("target") else None)
+    if result.get("unit") == "nats_per_token" or most is None:
+        return f"kltune eval-kl {shlex.quote(str(result['output']))}"
+    return f"kltune eval-kl {shlex.quote(str(result['output']))} --max-kl {most:g}"
 
 
 def complain(error: KltuneError) -> int:

@@ -166,6 +166,30 @@ def test_without_json_the_result_is_said_in_a_few_lines(recipe, run, stage):
     assert "runs/x/final" in out
 
 
+def test_the_end_of_a_run_says_before_and_after_where_to_look_and_what_is_next(tmp_path):
+    evaluated = {"eval/score_stderr": 0.06, "eval/reference_score_stderr": 0.02}
+    result = RESULT | {"output": str(tmp_path), "reference_score": 0.06, "eval": evaluated}
+    assert "  score   0.060 ± 0.020 → 1.50 ± 0.06\n" in result_text(result)
+    assert result_text(result).endswith(f"\n  next    kltune eval-kl {tmp_path} --max-kl 7.5")
+    assert result_text(result | {"hard_cap": 8.0}).endswith(" --max-kl 8")
+    assert "page" not in result_text(result)
+
+    (tmp_path / "report.html").touch()
+    (tmp_path / "run.json").write_text(json.dumps({"stage": "ppo", "status": "finished"}))
+    (tmp_path / "recipe.yaml").write_text("stage: ppo\nkl: {target: 6.0}\n")
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert result_text(result).startswith(f"finished, on target: {tmp_path}\n")
+    assert f"  page    {tmp_path / 'report.html'}\n" in result_text(result)
+
+
+def test_what_a_stage_made_is_for_the_next(tmp_path):
+    made = {**RESULT, "final": str(tmp_path)}
+    assert "reward: [{kind: model, path: " in result_text({**made, "stage": "reward"})
+    assert f"next    model: {{path: {tmp_path}}}" in result_text({**made, "stage": "sft"})
+    (tmp_path / "adapter_config.json").touch()
+    assert f"next    model: {{sft_adapter: {tmp_path}}}" in result_text({**made, "stage": "sft"})
+
+
 def test_a_kl_that_was_not_measured_is_not_called_zero():
     assert "not measured" in result_text({**RESULT, "kl": None})
     assert "not measured" in result_text({**RESULT, "kl": {"nats_per_response": None}})

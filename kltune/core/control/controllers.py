@@ -234,7 +234,7 @@ class LogPI:
         """See ``Controller.raised``; it is the integral that goes up, so that the next batches keep the height."""
         before = max(self.beta or 0.0, self.beta_min)
         beta = _bounded(max(factor * before, least), self)
-        if not self.steps:      # a price that was given: the next batch is priced from its feed-forward, whatever this is
+        if not self.steps:      # a price that was given; the next batch is priced from its feed-forward, whatever it is
             return replace(self, beta=beta)
         return replace(self, beta=beta, integral=_within(self.integral + math.log(beta / before)))
 
