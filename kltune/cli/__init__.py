@@ -18,7 +18,7 @@ from kltune.cli.explain import explain_command
 from kltune.cli.measure import eval_kl_command, project_command
 from kltune.cli.options import JSONOption, OutputOption, RecipeOption, ResumeOption, SetOption
 from kltune.cli.output import as_user_error, complain, emit, emit_document, result_text
-from kltune.cli.recipes import recipes
+from kltune.cli.recipes import look_at_inputs, recipes
 from kltune.cli.sample import sample_command
 from kltune.cli.sweep import frontier_command, sweep_command
 from kltune.errors import KltuneError
@@ -54,6 +54,7 @@ def add_stage(stage: str, summary: str) -> None:
         as_json: JSONOption = False,
     ) -> None:
         loaded = load_recipe(recipe, overrides or (), stage, output)
+        look_at_inputs(loaded)
         run_stage = getattr(import_module(f"kltune.stages.{stage}"), f"run_{stage}")
         emit_document(run_stage(loaded, resume), as_json, result_text)
 

@@ -8,7 +8,17 @@ import typer
 
 from kltune.cli.options import SetOption
 from kltune.cli.output import emit, emit_json
-from kltune.recipe import copy_recipe, dump_recipe, load_recipe, packaged_recipes, recipe_schema, recipe_text
+from kltune.recipe import (
+    Recipe,
+    copy_recipe,
+    dump_recipe,
+    find_recipe,
+    load_recipe,
+    packaged_recipes,
+    recipe_schema,
+    recipe_text,
+)
+from kltune.run.files import is_finished
 
 recipes = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show, copy and check recipes.")
 
@@ -42,9 +52,31 @@ def copy_command(
 
 
 @recipes.command("check")
-def check_recipe(recipe: Annotated[str, typer.Argument(metavar="R.yaml")], overrides: SetOption = None) -> None:
-    """Print the recipe as it would run, every default written out; all faults at once if it would not."""
-    emit(dump_recipe(load_recipe(recipe, overrides or ())).rstrip("\n"))
+def check_recipe(
+    recipe: Annotated[str, typer.Argument(metavar="R.yaml")],
+    overrides: SetOption = None,
+    alone: Annotated[bool, typer.Option("--recipe-only", help="Look at no file that the recipe names.")] = False,
+) -> None:
+    """Print the recipe as it would run, every default written out; all faults at once if it would not.
+
+    Also looked at are the model's folder, the first rows of each file, and each reward function, which is imported. A
+    packaged recipe is checked alone: its files are yours to bring.
+
+    kltune recipe check my.yaml --set kl.target=4
+    """
+    loaded = load_recipe(recipe, overrides or ())
+    if not alone and find_recipe(recipe) not in packaged_recipes().values():
+        look_at_inputs(loaded)
+    emit(dump_recipe(loaded).rstrip("\n"))
+
+
+def look_at_inputs(recipe: Recipe) -> None:
+    """Refuse a recipe that names what is missing or cannot be read; a run that has finished reads nothing again."""
+    from kltune.lm.rewards.missing import check_inputs
+
+    if not is_finished(Path(recipe.run.output)):
+        for note in check_inputs(recipe):
+            print(f"note: {note}", file=sys.stderr)
 
 
 @recipes.command("schema")

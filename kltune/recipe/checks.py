@@ -17,7 +17,7 @@ from kltune.recipe.sections import DPOKLSection, KLSection
 from kltune.recipe.stages import PATH_KEYS, Recipe
 
 FUNCTION = re.compile(r"(?P<file>[^:]+\.py):(?P<name>[A-Za-z_]\w*)")
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".jsonl.gz")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".jinja")
 SOURCES = {"sft": "texts", "reward": "pairs", "ppo": "prompts", "trpo": "prompts"}
 BAD_PRICES = {
     ("loss", "k1"): "k1 as a loss has an expected gradient of exactly zero: the price would be noise; write exact",
@@ -310,5 +310,3 @@ def function_file(key: str, value: str, folder: Path, trusted: bool) -> Iterator
     inside = os.path.realpath(file).startswith(os.path.join(home, "")) and ".." not in Path(match["file"]).parts
     if not inside and not trusted:
         yield (key,), f"found {match['file']}, wanted a file in the recipe's own folder; copy it beside the recipe"
-    elif not os.path.isfile(file):
-        yield (key,), f"found {match['file']}, but there is no such file in {folder}; create it, or correct the name"

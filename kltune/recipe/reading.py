@@ -90,7 +90,9 @@ def load_recipe(
     faults += more
     if faults or recipe is None:
         raise RecipeFaults(name, faults)
-    return completed(recipe, file, output)
+    complete = completed(recipe, file, output)
+    complete._name, complete._tree = name, root
+    return complete
 
 
 def recipe_text(name: str) -> str:

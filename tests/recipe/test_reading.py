@@ -172,7 +172,6 @@ WRONG = {
     "no kind": (PPO.replace("kind: function, ", ""), 6, ["reward.0.kind", "missing"]),
     "reward not a list": (PPO.replace("  - {kind: function, ", "  {kind: function, "), 6, ["reward", "with a dash"]),
     "dotted path": (PPO.replace("rewards.py:score", "os.system"), 6, ["reward.0.path", "file.py:function"]),
-    "missing function file": (PPO.replace("rewards.py", "reward.py"), 6, ["reward.py", "no such file"]),
     "function above the recipe": (PPO.replace("rewards.py", "../rewards.py"), 6, ["the recipe's own folder"]),
     "function elsewhere": (PPO.replace("rewards.py", "/usr/lib/os.py"), 6, ["the recipe's own folder"]),
     "function behind a link": (PPO.replace("rewards.py", "linked.py"), 6, ["the recipe's own folder"]),

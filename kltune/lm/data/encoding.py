@@ -153,8 +153,8 @@ class Encoder:
         chat = self.template == "chat" or messages
         if chat and not self.chat.source:
             wish = 'rows of "messages" need one' if messages else "data.template: chat needs one"
-            raise DataError(f"the model's tokenizer {without_template(self.tokenizer)}, and {wish}; wanted a model "
-                            "with a chat template, or plain rows and data.template: none.")
+            raise DataError(f"the model's tokenizer {without_template(self.tokenizer)}, and {wish}; wanted "
+                            "data.chat_template: FILE, a model with one, or plain rows and data.template: none.")
         return chat
 
     def prompt(self, asked: Asked) -> tuple[Ids, str, tuple[Message, ...]]:
