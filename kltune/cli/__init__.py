@@ -15,6 +15,7 @@ import typer
 
 from kltune import __version__
 from kltune.cli.explain import explain_command
+from kltune.cli.init import init_command
 from kltune.cli.measure import eval_kl_command, project_command
 from kltune.cli.options import JSONOption, OutputOption, RecipeOption, ResumeOption, SetOption
 from kltune.cli.output import as_user_error, complain, emit, emit_document, result_text
@@ -73,6 +74,7 @@ app.command("sweep")(sweep_command)
 app.command("frontier")(frontier_command)
 app.command("sample")(sample_command)
 app.command("explain")(explain_command)
+app.command("init")(init_command)
 
 
 @app.command()

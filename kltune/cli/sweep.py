@@ -7,7 +7,9 @@ import typer
 
 from kltune.cli.options import JSONOption, RecipeOption, SetOption, finite
 from kltune.cli.output import emit_document
-from kltune.recipe import load_grid, load_recipe, read_scorer
+from kltune.cli.recipes import look_at_inputs
+from kltune.recipe import Recipe, load_grid, load_recipe, read_scorer
+from kltune.recipe.checks import path_values
 
 
 def sweep_command(
@@ -37,11 +39,19 @@ def sweep_command(
     """
     output = output.expanduser().absolute()
     axes, points = load_grid(recipe, over, overrides or (), output=output)
+    unlike = {named_files(point.recipe): point.recipe for point in points}
+    for one in unlike.values():
+        look_at_inputs(one)
     from kltune.stages.sweep import SweepOptions, sweep, sweep_text
 
     document, code = sweep(axes, points, SweepOptions(recipe, output, tuple(overrides or ()), jobs))
     emit_document(document, as_json, sweep_text)
     raise typer.Exit(code)
+
+
+def named_files(recipe: Recipe) -> tuple[object, ...]:
+    """What a recipe reads: points that read the same are looked at once."""
+    return tuple(value for value in path_values(recipe) if value[0] != "run.output")
 
 
 def frontier_command(

@@ -25,7 +25,7 @@ def test_columns_have_the_names_that_a_recipe_gives_them(tmp_path):
     assert example.ids[1:-1] == ids_of("ab")
     plain = write(tmp_path, [{"prompt": "c"}], "held_out.jsonl")       # has our name already
     assert load_prompts(str(plain), LETTER_TOKENIZER, named)[0][0].text == "c"
-    with pytest.raises(DataError, match='data.columns: wanted "query", found "question", "answer"'):
+    with pytest.raises(DataError, match=r'data\.columns: wanted "query", found "question", "answer"'):
         load_prompts(str(source), LETTER_TOKENIZER, rules(columns={"prompt": "query"}))
 
 
