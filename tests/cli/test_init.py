@@ -14,9 +14,9 @@ from kltune.recipe import load_recipe
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }}{{ eos_token }}{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}assistant {% endif %}"
 REWARD = "import helper\n\n\ndef score(prompts, responses):\n    return helper.lengths(responses)\n"
-TURNS = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]
-HH = {"chosen": "\n\nHuman: a\n\nAssistant: b c", "rejected": "\n\nHuman: a\n\nAssistant: c b"}
-PLAIN = {"prompt": "a b"}
+TURNS = [{"role": "user", "content": "w3 w4"}, {"role": "assistant", "content": "w5 w6"}]
+HH = {"chosen": "\n\nHuman: w3\n\nAssistant: w4 w5", "rejected": "\n\nHuman: w3\n\nAssistant: w5 w4"}
+PLAIN = {"prompt": "w3 w4"}
 QUICK = ["run.steps=1", "eval.responses=4", "sampling.max_new_tokens=4"]
 
 
@@ -56,7 +56,7 @@ def init(tmp_path, tiny_model, capsys, monkeypatch):
     (HH, "rows.jsonl", [], False, {"stage": "dpo", "template": "auto"}),
     (HH, "rows.jsonl", [], True, {"stage": "dpo", "template": "auto"}),
     (HH, "rows.jsonl", ["reward"], True, {"stage": "reward"}),
-    ({"id": 1, "question": "a b", "answer": "c"}, "rows.csv", [], True,
+    ({"id": 1, "question": "w3 w4", "answer": "w5"}, "rows.csv", [], True,
      {"stage": "sft", "template": "chat", "columns": {"prompt": "question", "response": "answer"}}),
     ({"messages": json.dumps(TURNS)}, "rows.csv", ["trpo"], False,
      {"stage": "trpo", "chat_template": "chat.jinja"}),
@@ -64,7 +64,7 @@ def init(tmp_path, tiny_model, capsys, monkeypatch):
     ({"messages": TURNS}, "rows.parquet", ["--reward", "rewards.py"], False, {"chat_template": "chat.jinja"}),
 ])
 def test_what_it_writes_runs_as_it_is(init, rows, name, arguments, chat, keys, tmp_path, monkeypatch):
-    other = {key: value.replace("b", "d") if isinstance(value, str) and key != "messages" else value
+    other = {key: value.replace("w3", "w6") if isinstance(value, str) and key != "messages" else value
              for key, value in rows.items()}
     code, out, err = init([rows, other] * 8, *arguments, chat=chat, name=name)
     assert code == 0, err

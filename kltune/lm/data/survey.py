@@ -83,7 +83,10 @@ def survey_of(source: str, tokenizer: "PreTrainedTokenizerBase", kinds: tuple[st
                 encoder = Encoder(tokenizer, found.template, end_token=tokenizer.eos_token_id)
             if found.rows <= ENCODED:
                 found.prompt_tokens.append(len(encoder.prompt(asked)[0]) if asked is not None else 0)
-                found.response_tokens += [len(encoder.following_ids(text)) + 1 for text in responses]
+                said = [encoder.following_ids(text) for text in responses]
+                if len(said) == 2 and said[0] == said[1]:
+                    raise RowFault('"chosen" and "rejected" are the same tokens')
+                found.response_tokens += [len(ids) + 1 for ids in said]
         except RowFault as fault:
             found.faults.append(f"{row.where}: {fault}")
             if found.rows == 1:
