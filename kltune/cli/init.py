@@ -91,7 +91,7 @@ def write_recipe(
     if found.messages and not chat:
         beside[folder / "chat.jinja"] = PLAIN_TEMPLATE.encode()
     prompts = source if found.form == ("prompt", "response") else None
-    if found.answered or found.form == ("messages",) and found.kind == "texts":
+    if found.answered or (found.form == ("messages",) and found.kind == "texts"):
         rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in unanswered(source, found.columns))
         beside[folder / "prompts.jsonl"] = "".join(rows).encode()
         prompts = str((folder / "prompts.jsonl").absolute())

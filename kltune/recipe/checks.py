@@ -54,12 +54,13 @@ LOSS_KEYS = {
 }
 
 
-def clashes(recipe: Recipe, folder: Path, trusted: bool = False) -> Iterator[Clash]:
+def clashes(recipe: Recipe, folder: Path, trusted: bool = False, packaged: bool = False) -> Iterator[Clash]:
     """Every pair of keys that cannot stand together, in a recipe whose sections are sound and paths as written.
 
     Args:
         folder: the recipe's folder.
         trusted: the recipe is the one kltune wrote into a run folder, so absolute paths of functions are its own.
+        packaged: it comes with kltune, and what it names is still to be put beside a copy of it.
     """
     yield from sources(recipe)
     yield from lengths(recipe)
@@ -71,7 +72,10 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False) -> Iterator[Cla
     if recipe.stage == "dpo":
         yield from preference_clashes(recipe)
     for key, value, is_function in path_values(recipe):
-        yield from function_file(key, value, folder, trusted) if is_function else misplaced(key, value, folder)
+        if is_function:
+            yield from function_file(key, value, folder, trusted)
+        elif not packaged:
+            yield from misplaced(key, value, folder)
     if hasattr(recipe, "kl"):
         yield from budget_clashes(recipe.kl)
         yield from control(recipe.kl)

@@ -86,7 +86,8 @@ def load_recipe(
     if chosen is None:
         raise RecipeFaults(name, faults)
     folder = file.parent.absolute()
-    recipe, more = validated(root, chosen, folder, trusted=(folder / "run.json").is_file())
+    packaged = file in packaged_recipes().values()
+    recipe, more = validated(root, chosen, folder, trusted=(folder / "run.json").is_file(), packaged=packaged)
     faults += more
     if faults or recipe is None:
         raise RecipeFaults(name, faults)
@@ -157,7 +158,9 @@ def kind_met(node: Node) -> str:
     return f"the recipe has {value_found(node)} here"
 
 
-def validated(root: Node, stage: str, folder: Path, trusted: bool) -> tuple[Recipe | None, list[Fault]]:
+def validated(
+    root: Node, stage: str, folder: Path, *, trusted: bool, packaged: bool
+) -> tuple[Recipe | None, list[Fault]]:
     """Validate the tree, then the rules between keys on as much of it as is sound."""
     plain = {**root.plain(), "stage": stage}
     faults: dict[KeyPath, Fault] = {}
@@ -171,7 +174,7 @@ def validated(root: Node, stage: str, folder: Path, trusted: bool) -> tuple[Reci
     names = [dotted(path) for path in faults]
     between = [
         Fault(place_of_clash(root, keys), keys[0], text)
-        for keys, text in clashes(recipe, folder, trusted)
+        for keys, text in clashes(recipe, folder, trusted, packaged)
         if not any(overlap(key, name) for key in keys for name in names)
     ]
     return recipe, [*faults.values(), *between]

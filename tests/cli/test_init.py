@@ -32,7 +32,8 @@ def init(tmp_path, tiny_model, capsys, monkeypatch):
         config = json.loads((folder / "tokenizer_config.json").read_text())
         config.pop("chat_template", None)
         (folder / "chat_template.jinja").unlink(missing_ok=True)
-        (folder / "tokenizer_config.json").write_text(json.dumps(config | ({"chat_template": TEMPLATE} if chat else {})))
+        config |= {"chat_template": TEMPLATE} if chat else {}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
         if name.endswith(".csv"):
             with open(name, "w", newline="") as file:
                 writer = csv.DictWriter(file, list(rows[0]), delimiter=";")
