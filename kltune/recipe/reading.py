@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from kltune.errors import RecipeError
@@ -212,6 +212,8 @@ def field_faults(errors: list[ErrorDetails], root: Node, stage: str) -> dict[Key
             what = f"found {value_found(kind)}" if kind else "missing"
             near = get_close_matches(str(kind.value), KINDS, 1) if kind else []
             text = f"{what}, wanted {listed(list(KINDS))}" + (f"; did you mean {near[0]}?" if near else "")
+            if joined := [key for key in root.at(path[:-1]).value if key.startswith("kind:")]:
+                text += f"; write a space behind the colon: {joined[0].replace(':', ': ', 1)}"
             fault = Fault(root.place_of(path), dotted(path), text)
         else:
             assert node is not None, error
@@ -299,8 +301,10 @@ def read_scorer(text: str) -> RewardEntry:
     node, faults = read_nodes(text, "--gold")
     if faults or node is None:
         raise RecipeError(f"--gold: {faults[0].text if faults else 'empty'}; {FORMS}.")
+    root = Node({"reward": Node([node], node.place)}, node.place)
     try:
-        return TypeAdapter(RewardEntry).validate_python(node.plain())
+        return STAGES["ppo"].model_validate(root.plain() | {"stage": "ppo", "model": {"path": "?"}}).reward[0]
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise RecipeError(f"--gold: {'.'.join(map(str, first['loc']))}: {first['msg']}; {FORMS}.") from error
+        found = field_faults(error.errors(include_url=False), root, "ppo").values()
+        told = "; ".join(f"{fault.key.removeprefix('reward.0').lstrip('.')}: {fault.text}" for fault in found)
+        raise RecipeError(f"--gold: {told}; {FORMS}.") from error

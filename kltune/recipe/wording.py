@@ -183,6 +183,11 @@ def advice(node: Node, schema: dict[str, Any]) -> str:
     """What to write instead, if the value shows what was meant."""
     options = schema.get("anyOf", [schema])
     types = {option.get("type") for option in options}
+    if "path" in schema.get("properties", {}) and isinstance(node.value, str):
+        return f"write {{path: {node.value}}}"
+    if isinstance(node.value, str) and "cuda" in schema.get("pattern", ""):
+        meant = re.sub("(?i)^(gpu|nvidia)", "cuda", node.value)
+        return f"did you mean {meant}?" if re.fullmatch(schema["pattern"], meant) else ""
     choices = [str(c) for option in options for c in option.get("enum", [option["const"]] if "const" in option else [])]
     match node.value:
         case str() as text:
@@ -218,14 +223,16 @@ def unknown_key(stage: str, path: KeyPath, root: Node) -> str:
         return f"the {stage} stage does not read this section ({listed(readers)} does); remove it"
     if sentence := FOREIGN.get(dotted(path)) or FOREIGN.get(key):
         return f"unknown key; {sentence}"
-    if near := get_close_matches(key, siblings, 1):
-        return f"unknown key; did you mean {near[0]}?"
+    if ":" in key:
+        return f"unknown key; write a space behind the colon: {key.replace(':', ': ', 1)}"
     homes = [
         f"{name}.{key}" for name, schema in whole["properties"].items()
         if key in section_schema(whole, schema, None).get("properties", {})
     ]
     if homes:
         return f"unknown key here; it belongs to another section: write {listed(homes)}"
+    if near := get_close_matches(key, siblings, 1):
+        return f"unknown key; did you mean {near[0]}?"
     if key in STAGES:
         return f"unknown key; did you mean stage: {key}?"
     return f"unknown key; known here: {', '.join(siblings)}"
