@@ -17,6 +17,11 @@ TYPES = re.compile(r" <(?:list\[\w+\]|\w+)>")        # how typer shows the type 
 class Command(TyperCommand):
     """A command whose help names arguments without the types of Python."""
 
+    def get_usage(self, ctx: Any) -> str:
+        """The line of usage, each argument as it is called."""
+        usage = re.sub(r"[{}]", "", super().get_usage(ctx))
+        return usage.replace("[[", "[").replace("]]", "]").replace("......", "...")
+
     def get_help(self, ctx: Any) -> str:
         """The help, in plain words."""
         usage, rest = super().get_help(ctx).split("\n", 1)

@@ -174,6 +174,8 @@ def wrong_value(path: KeyPath, node: Node, schema: dict[str, Any]) -> str:
     text = f"found {value_found(node)}, wanted {value_wanted(schema, number)}"
     if schema.get("description"):
         text += f" ({schema['description']})"
+    if path == ("model",) and isinstance(node.value, str):
+        return f"{text}; write model: {{path: {node.value}}}, or --set model.path={node.value}"
     reason = None if isinstance(node.value, dict | list | bool) else REFUSED_VALUES.get((dotted(path), node.value))
     way_out = reason or advice(node, schema)
     return f"{text}; {way_out}" if way_out else text
@@ -183,8 +185,6 @@ def advice(node: Node, schema: dict[str, Any]) -> str:
     """What to write instead, if the value shows what was meant."""
     options = schema.get("anyOf", [schema])
     types = {option.get("type") for option in options}
-    if "path" in schema.get("properties", {}) and isinstance(node.value, str):
-        return f"write {{path: {node.value}}}"
     if isinstance(node.value, str) and "cuda" in schema.get("pattern", ""):
         meant = re.sub("(?i)^(gpu|nvidia)", "cuda", node.value)
         return f"did you mean {meant}?" if re.fullmatch(schema["pattern"], meant) else ""

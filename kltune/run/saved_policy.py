@@ -13,10 +13,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from kltune.errors import CheckpointError, ModelError, RecipeError
+from kltune.errors import CheckpointError, DataError, ModelError, RecipeError
 from kltune.lm.data.chat import read_template, template_of, today
 from kltune.lm.data.examples import Example, Prompt, RowRules, counts_line, load_examples, load_prompts
-from kltune.lm.data.rows import Row
+from kltune.lm.data.rows import Row, looks_like_a_path
 from kltune.lm.model.adapters import read_adapter_config
 from kltune.lm.model.loading import own_tokenizer, pick_device
 from kltune.lm.model.opening import load_saved_policy
@@ -223,6 +223,10 @@ def resolve_settings(subjects: Sequence[Subject], options: MeasureOptions, *, ne
     if known["prompts"] is None and needs_prompts:
         where = ", ".join(str(subject.folder) for subject in subjects)
         raise RecipeError(f"{where}: no prompts to measure on; give --prompts FILE or --recipe R.yaml.")
+    kept = options.prompts is None and options.recipe is None and known["prompts"]
+    if needs_prompts and kept and looks_like_a_path(kept) and not Path(kept).exists():
+        raise DataError(f"{kept}, on which {own[0][0]} was measured when it was made, is not here (was the folder "
+                        "moved?); give the file as --prompts FILE, or a recipe as --recipe R.yaml.")
     settings = Settings(**known)
     for path, recorded in own if len(subjects) > 1 else ():
         others = Settings(**(recorded | {"responses": settings.responses, "texts": settings.texts}))

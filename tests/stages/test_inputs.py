@@ -110,6 +110,17 @@ def test_a_chat_template_from_a_file_is_that_of_the_run_and_of_its_measurements(
         RUNS["ppo"](recipe, resume=False)
 
 
+def test_a_run_whose_prompts_are_gone_says_how_to_give_them(sft_recipe, command, tmp_path):
+    recipe = sft_recipe("run.steps=1")
+    ran(recipe)
+    moved = Path(recipe.run.output).rename(tmp_path / "moved")
+    Path(recipe.eval.prompts).rename(tmp_path / "prompts.jsonl")
+    code, _, err = command("eval-kl", moved, "--responses", 4)
+    assert code == 5
+    assert "give the file as --prompts FILE, or a recipe as --recipe R.yaml" in err
+    assert command("eval-kl", moved, "--responses", 4, "--prompts", tmp_path / "prompts.jsonl")[0] == 0
+
+
 DAYS = {date(2026, 1, 1): "a", date(2026, 1, 2): "b"}
 TEMPLATE = (
     "<s>{{ {'01': 'a', '02': 'b'}[strftime_now('%d')] * 5 }} {% for m in messages %}{{ m.content }} {% endfor %}"

@@ -101,6 +101,13 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise RowFault(f"the tokenizer's chat template refuses the messages: {error}") from error
 
+    def before_answer(self) -> str:
+        """What the template writes up to an answer that is still to come; "" if it writes no such conversation."""
+        try:
+            return self.render([{"role": "user", "content": PROBE}], to_answer=True)
+        except RowFault:
+            return ""
+
     def behind_answer(self) -> str | None:
         """What the template writes behind the last answer of a conversation; None if it writes no such conversation."""
         try:

@@ -11,7 +11,15 @@ from kltune.lm.data.examples import load_examples, load_prompts
 from kltune.lm.data.layouts import is_transcript, turns
 from kltune.lm.data.pairs import load_pairs
 from kltune.lm.data.rows import RowFault
-from tests.lm.data.test_data import CHAT_TOKENIZER, LETTER_TOKENIZER, conversation, ids_of, rules, write
+from tests.lm.data.test_data import (
+    CHAT_TOKENIZER,
+    LETTER_TOKENIZER,
+    conversation,
+    ids_of,
+    letter_tokenizer,
+    rules,
+    write,
+)
 
 PAIR = {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
         "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e"}
@@ -125,6 +133,17 @@ def test_a_transcript_out_of_turn_is_a_faulty_row(text, words):
     assert is_transcript(text)
     with pytest.raises(RowFault, match=words):
         turns(text, "chosen")
+
+
+def test_a_generation_prompt_that_ends_in_a_space_is_named(tmp_path):
+    spaced = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    source = str(write(tmp_path, [conversation("user: a", "assistant: b")]))
+    tokenizer = letter_tokenizer(template=spaced + "{% if add_generation_prompt %} {% endif %}")
+    with pytest.raises(DataError, match="the generation prompt of the chat template ends in ' ', which it leaves out"):
+        load_examples(source, tokenizer, rules())
+    asked = str(write(tmp_path, [conversation("user: a")], "asked.jsonl"))
+    assert "ends in a space" in load_prompts(asked, tokenizer, rules())[1].notes[0]
+    assert not any("space" in note for note in load_prompts(asked, CHAT_TOKENIZER, rules())[1].notes)
 
 
 def test_a_text_that_only_mentions_speakers_is_none():
