@@ -29,7 +29,7 @@ from kltune.cli.options import (
     recipe_named,
 )
 from kltune.cli.output import as_user_error, complain, emit, emit_document, result_text
-from kltune.cli.recipes import look_at_inputs, recipes
+from kltune.cli.recipes import look_before_running, recipes
 from kltune.cli.sample import sample_command
 from kltune.cli.sweep import frontier_command, sweep_command
 from kltune.errors import KltuneError
@@ -84,7 +84,7 @@ def add_stage(stage: str, summary: str) -> None:
         output: OutputOption = None, resume: ResumeOption = False, as_json: JSONOption = False,
     ) -> None:
         loaded = load_recipe(recipe_named(positional, recipe, stage), overrides or (), stage, output)
-        look_at_inputs(loaded)
+        look_before_running(loaded)
         run_stage = getattr(import_module(f"kltune.stages.{stage}"), f"run_{stage}")
         emit_document(run_stage(loaded, resume), as_json, result_text)
 

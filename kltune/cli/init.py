@@ -11,6 +11,7 @@ import typer
 
 from kltune.cli.first_recipe import Machine, Start
 from kltune.cli.output import emit
+from kltune.cli.recipes import look_at_inputs
 from kltune.errors import RecipeError, ScorerError, StorageError
 from kltune.recipe import STAGES, FunctionReward, load_recipe
 
@@ -52,10 +53,9 @@ def init_command(
     stage = stage or ("ppo" if reward is not None else None)
     file, notes = write_recipe(stage, model, data, reward, output)
     recipe = load_recipe(file)
-    from kltune.lm.rewards.missing import check_inputs
-
-    for note in [*notes, *check_inputs(recipe)]:
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
+    look_at_inputs(recipe)
     looked_at = [f"  {file}:{recipe.place(key).line}  {key}" for key in FIRST[recipe.stage]]
     emit("\n".join([str(file), "It runs as it is. Look at these lines first:", *looked_at,
                     f"Then: kltune {recipe.stage} {file}"]))

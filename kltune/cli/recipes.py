@@ -80,12 +80,17 @@ def check_recipe(
 
 
 def look_at_inputs(recipe: Recipe) -> None:
-    """Refuse a recipe that names what is missing or cannot be read; a run that has finished reads nothing again."""
+    """Refuse a recipe that names what is missing or cannot be read."""
     from kltune.lm.rewards.missing import check_inputs
 
+    for note in check_inputs(recipe):
+        print(f"note: {note}", file=sys.stderr)
+
+
+def look_before_running(recipe: Recipe) -> None:
+    """The same, unless its run has finished, which reads nothing again."""
     if not is_finished(Path(recipe.run.output)):
-        for note in check_inputs(recipe):
-            print(f"note: {note}", file=sys.stderr)
+        look_at_inputs(recipe)
 
 
 @recipes.command("schema", cls=Command)

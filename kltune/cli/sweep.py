@@ -7,7 +7,7 @@ import typer
 
 from kltune.cli.options import JSONOption, RecipeArgument, RecipeOption, SetOption, real, recipe_named, whole
 from kltune.cli.output import emit_document
-from kltune.cli.recipes import look_at_inputs
+from kltune.cli.recipes import look_before_running
 from kltune.recipe import Recipe, load_grid, load_recipe, read_scorer
 from kltune.recipe.checks import path_values
 
@@ -44,7 +44,7 @@ def sweep_command(
     axes, points = load_grid(recipe, over, overrides or (), output=output)
     unlike = {named_files(point.recipe): point.recipe for point in points}
     for one in unlike.values():
-        look_at_inputs(one)
+        look_before_running(one)
     from kltune.stages.sweep import SweepOptions, sweep, sweep_text
 
     document, code = sweep(axes, points, SweepOptions(recipe, output, tuple(overrides or ()), jobs))

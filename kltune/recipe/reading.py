@@ -16,7 +16,16 @@ from kltune.recipe.checks import FUNCTION, absolute, clashes, path_values, respo
 from kltune.recipe.faults import Fault, Place, RecipeFaults
 from kltune.recipe.rewards import FunctionReward, ModelReward, RewardEntry
 from kltune.recipe.stages import STAGES, Recipe
-from kltune.recipe.wording import dotted, listed, schema_at, unknown_key, value_found, value_wanted, wrong_value
+from kltune.recipe.wording import (
+    dotted,
+    listed,
+    schema_at,
+    unknown_key,
+    unknown_name,
+    value_found,
+    value_wanted,
+    wrong_value,
+)
 from kltune.recipe.yaml_tree import MAX_BYTES, KeyPath, Node, Plain, decode, read_nodes
 
 PACKAGE = Path(__file__).absolute().parents[1]
@@ -200,7 +209,10 @@ def field_faults(errors: list[ErrorDetails], root: Node, stage: str) -> dict[Key
             continue
         path = path_of(error, root)
         node = root.at(path)
-        if error["type"] == "extra_forbidden":
+        if error["loc"][-1] == "[key]":                            # of a mapping whose keys are some names
+            names = schema_at(stage, path[:-1], root)["propertyNames"]["enum"]
+            fault = Fault(root.place_of_key(path), dotted(path), unknown_name(str(path[-1]), names))
+        elif error["type"] == "extra_forbidden":
             fault = Fault(root.place_of_key(path), dotted(path), unknown_key(stage, path, root))
         elif error["type"] == "missing":
             schema = schema_at(stage, path, root)

@@ -98,7 +98,8 @@ def schema_at(stage: str, path: KeyPath, root: Node) -> dict[str, Any]:
     whole = here = schema_of(stage)
     for depth, step in enumerate(path):
         here = section_schema(whole, here, root.at(path[:depth]))
-        here = here.get("items", {}) if isinstance(step, int) else here.get("properties", {}).get(step, {})
+        named = here.get("additionalProperties") or {}      # of a mapping; a section allows no more keys
+        here = here.get("items", {}) if isinstance(step, int) else here.get("properties", {}).get(step, named)
     node = root.at(path)
     target = section_schema(whole, here, node) if node and isinstance(node.value, dict) else here
     return {**target, "description": here.get("description", "")}
@@ -212,6 +213,12 @@ def advice(node: Node, schema: dict[str, Any]) -> str:
             if "array" in types:
                 return "start each entry with a dash"
     return ""
+
+
+def unknown_name(key: str, names: list[str]) -> str:
+    """Why a mapping cannot have a key, where its keys are some names."""
+    near = get_close_matches(key, names, 1)
+    return f"unknown name; wanted {listed(names)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def unknown_key(stage: str, path: KeyPath, root: Node) -> str:

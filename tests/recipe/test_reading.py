@@ -45,6 +45,10 @@ DPO = "stage: dpo\nmodel: {path: base}\ndata: {pairs: pairs.jsonl}\n"
 
 # recipe, line of the fault, words of the message
 WRONG = {
+    "a column that is no field": (PPO.replace("reward:", "  columns: {promt: q}\nreward:"), 5,
+                                  ["data.columns.promt", "unknown name", "did you mean prompt?"]),
+    "a column that is no text": (PPO.replace("reward:", "  columns: {prompt: 3}\nreward:"), 5,
+                                 ["data.columns.prompt", "found 3, wanted text", "put it in quotes"]),
     "misspelt key": (PPO + "kl:\n  targt: 4\n", 8, ["kl.targt", "did you mean target?"]),
     "misspelt section": (PPO + "samplng: {temperature: 1}\n", 7, ["samplng", "did you mean sampling?"]),
     "below its range": (PPO + "kl: {target: -6}\n", 7, ["kl.target", "found -6", "above 0", "nats"]),
