@@ -14,11 +14,23 @@ from typing import Annotated, NoReturn
 import typer
 
 from kltune import __version__
+from kltune.cli.doctor import doctor_command
 from kltune.cli.explain import explain_command
+from kltune.cli.init import init_command
 from kltune.cli.measure import eval_kl_command, project_command
-from kltune.cli.options import JSONOption, OutputOption, RecipeOption, ResumeOption, SetOption
+from kltune.cli.options import (
+    Command,
+    JSONOption,
+    OutputOption,
+    RecipeArgument,
+    RecipeOption,
+    ResumeOption,
+    SetOption,
+    recipe_named,
+    whole,
+)
 from kltune.cli.output import as_user_error, complain, emit, emit_document, result_text
-from kltune.cli.recipes import recipes
+from kltune.cli.recipes import look_before_running, recipes
 from kltune.cli.sample import sample_command
 from kltune.cli.sweep import frontier_command, sweep_command
 from kltune.errors import KltuneError
@@ -34,6 +46,23 @@ QUIET_LIBRARIES = {
 # imported. With two other busy processes on two cores a PPO step of a small model took 17 to 50 s by libgomp's default
 # and 4 to 10 by this; on idle cores 1.17 and 1.13 (medians of three).
 SPINNING = {"GOMP_SPINCOUNT": "5000"}
+SHORT = {       # of a list that is 80 columns wide
+    "sft": "Imitate texts; how far that moved the model is measured.",
+    "reward": "Fit a reward model to preference pairs.",
+    "ppo": "Raise a score with clipped steps, the KL held to a target.",
+    "trpo": "Raise a score with natural-gradient steps inside a KL ball.",
+    "dpo": "Learn from preference pairs, the KL measured and held.",
+    "eval-kl": "How far checkpoints are from their reference; a gate for CI.",
+    "project": "Scale an adapter back to a KL budget.",
+    "sweep": "Run one recipe over a grid of settings.",
+    "frontier": "Show reward against KL, and which setting to pick.",
+    "sample": "Ask a checkpoint and its reference the same prompts.",
+    "explain": "Explain a topic, a key, a metric or an exit code.",
+    "init": "Write a recipe that runs as it is for your model and data.",
+    "doctor": "See whether this machine can run kltune, and what it lacks.",
+    "demo": "The whole walk on a tiny model, in a few minutes.",
+    "report": "Write report.html again, or one page that compares runs.",
+}
 app = typer.Typer(
     name="kltune", pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True,
     help="Fine-tune language models while holding their KL divergence from a reference to a budget.",
@@ -52,12 +81,15 @@ def kltune(version: Annotated[bool, typer.Option("--version", help="Show the ver
 def add_stage(stage: str, summary: str) -> None:
     """Add the command that runs a stage: ``run_STAGE`` of ``kltune.stages.STAGE``."""
 
-    @app.command(stage, help=summary)
+    example = f"kltune {stage} my.yaml --set run.seed=1 --output runs/{stage}-1"
+
+    @app.command(stage, help=f"{summary}\n\n{example}", short_help=SHORT[stage], cls=Command)
     def run(
-        recipe: RecipeOption, overrides: SetOption = None, output: OutputOption = None, resume: ResumeOption = False,
-        as_json: JSONOption = False,
+        positional: RecipeArgument = None, recipe: RecipeOption = None, overrides: SetOption = None,
+        output: OutputOption = None, resume: ResumeOption = False, as_json: JSONOption = False,
     ) -> None:
-        loaded = load_recipe(recipe, overrides or (), stage, output)
+        loaded = load_recipe(recipe_named(positional, recipe, stage), overrides or (), stage, output)
+        look_before_running(loaded)
         run_stage = getattr(import_module(f"kltune.stages.{stage}"), f"run_{stage}")
         emit_document(run_stage(loaded, resume), as_json, result_text)
 
@@ -70,19 +102,18 @@ for name, does in {
     "dpo": "Learn from preference pairs, with a KL to the reference that is measured and can be held.",
 }.items():
     add_stage(name, does)
-app.command("eval-kl")(eval_kl_command)
-app.command("project")(project_command)
-app.command("sweep")(sweep_command)
-app.command("frontier")(frontier_command)
-app.command("sample")(sample_command)
-app.command("explain")(explain_command)
+for name, command in {
+    "eval-kl": eval_kl_command, "project": project_command, "sweep": sweep_command, "frontier": frontier_command,
+    "sample": sample_command, "explain": explain_command, "init": init_command, "doctor": doctor_command,
+}.items():
+    app.command(name, short_help=SHORT[name], cls=Command)(command)
 
 
-@app.command()
+@app.command(short_help=SHORT["demo"], cls=Command)
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to.")] = Path("kltune-demo"),
     hacking: Annotated[bool, typer.Option(help="Run it without a price on KL as well.")] = True,
-    seed: Annotated[int, typer.Option(help="Of its runs.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(**whole(0), help="Of its runs.")] = 0,
     as_json: JSONOption = False,
 ) -> None:
     """The whole walk on a tiny model: no download, no GPU, two to four minutes.
@@ -95,7 +126,7 @@ def demo(
     emit_document(run_demo(output, seed=seed, hacking=hacking), as_json, demo_text)
 
 
-@app.command()
+@app.command(short_help=SHORT["report"], cls=Command)
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
     output: Annotated[

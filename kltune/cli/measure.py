@@ -3,11 +3,11 @@
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from kltune.cli.options import JSONOption, confidence_level, finite
+from kltune.cli.options import JSONOption, one_of, real, whole
 from kltune.cli.output import emit_document, on_github, wants_colour
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
@@ -18,12 +18,21 @@ SourceOption = Annotated[
     str | None, typer.Option("--recipe", "-r", metavar="R.yaml", help="Where prompts and sampling come from.")
 ]
 ReferenceOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Instead of the recorded reference.")]
-PromptsOption = Annotated[str | None, typer.Option(metavar="FILE", help="Prompts to respond to.")]
-LengthOption = Annotated[int | None, typer.Option(min=1, help="Tokens; a longer response is cut.")]
-TemperatureOption = Annotated[float | None, typer.Option(min=0.1, max=10, callback=finite, help="Of both models.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="Same seed, same machine: same numbers.")]
-UnitOption = Annotated[Literal["nats_per_response", "nats_per_token"], typer.Option(help="Unit of --max-kl.")]
-ConfidenceOption = Annotated[float, typer.Option(callback=confidence_level, help="Of intervals and of the verdict.")]
+PromptsOption = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Prompts to respond to.  [default: those of the run]")
+]
+LengthOption = Annotated[
+    int | None, typer.Option(**whole(1), help="Tokens; a longer response is cut.  [default: as in the run, or 128]")
+]
+TemperatureOption = Annotated[float | None, typer.Option(
+    **real("a number from 0.1 to 10", lambda x: 0.1 <= x <= 10), help="Of both models.  [default: as in the run, or 1]",
+)]
+SeedOption = Annotated[int, typer.Option(**whole(0), help="Same seed, same machine: same numbers.")]
+UnitOption = Annotated[str, typer.Option(**one_of("nats_per_response", "nats_per_token"), help="Unit of --max-kl.")]
+ConfidenceOption = Annotated[float, typer.Option(
+    **real("at least 0.5 and below 1; 0.95 is usual", lambda x: 0.5 <= x < 1), help="Of intervals and of the verdict.",
+)]
+BUDGET = real("a number of nats, at least 0", lambda x: x >= 0)
 DateOption = Annotated[
     str | None, typer.Option(metavar="YYYY-MM-DD", help="The day a chat template is told that asks for it.")
 ]
@@ -37,28 +46,29 @@ def eval_kl_command(
     recipe: SourceOption = None,
     reference: ReferenceOption = None,
     prompts: PromptsOption = None,
-    responses: Annotated[int | None, typer.Option(min=2, help="Responses to sample.")] = None,
+    responses: Annotated[
+        int | None, typer.Option(**whole(2), help="Responses to sample.  [default: 256]")
+    ] = None,
     max_new_tokens: LengthOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = 0,
     max_kl: Annotated[
-        float | None, typer.Option("--max-kl", min=0, callback=finite, help="A budget: exit 3 beyond it, 4 undecided.")
+        float | None, typer.Option("--max-kl", **BUDGET, help="A budget: exit 3 beyond it, 4 undecided.")
     ] = None,
     unit: UnitOption = "nats_per_response",
     confidence: ConfidenceOption = 0.95,
     auto: Annotated[bool, typer.Option("--auto", help="Keep sampling until --max-kl is decided.")] = False,
-    max_responses: Annotated[int, typer.Option(min=2, help="Where --auto gives up.")] = 4096,
-    direction: Annotated[
-        Literal["reverse", "forward", "both"],
-        typer.Option(help="Which way round; --max-kl is of forward if only that."),
-    ] = "reverse",
-    top_p: Annotated[
-        float | None, typer.Option(callback=finite, help="Also measure the policy deployed so; 1: temperature alone.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Also measure the policy deployed so.")] = None,
+    max_responses: Annotated[int, typer.Option(**whole(2), help="Where --auto gives up.")] = 4096,
+    direction: Annotated[str, typer.Option(
+        **one_of("reverse", "forward", "both"), help="Which way round; --max-kl is of forward if only that.",
+    )] = "reverse",
+    top_p: Annotated[float | None, typer.Option(
+        **real("a probability, as 0.9"), help="Also measure the policy deployed so; 1: temperature alone.",
+    )] = None,
+    top_k: Annotated[int | None, typer.Option(**whole(1), help="Also measure the policy deployed so.")] = None,
     texts: Annotated[str | None, typer.Option(metavar="FILE", help="Human texts, for the alignment tax.")] = None,
-    top: Annotated[int, typer.Option(min=0, help="How many tokens and prompts of largest KL to list.")] = 10,
-    show: Annotated[int, typer.Option(min=0, help="How many responses to show token by token.")] = 3,
+    top: Annotated[int, typer.Option(**whole(), help="How many tokens and prompts of largest KL to list.")] = 10,
+    show: Annotated[int, typer.Option(**whole(), help="How many responses to show token by token.")] = 3,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML.")] = None,
     date: DateOption = None,
     trust_remote_code: TrustOption = False,
@@ -67,6 +77,8 @@ def eval_kl_command(
     """Measure how far checkpoints are from their reference, with error bars, against a budget.
 
     Exit code 0: within --max-kl (or none given); 3: over it; 4: undecided, more responses are needed.
+
+    kltune eval-kl runs/ppo --max-kl 8 --responses 512
     """
     try:
         if recipe is not None:
@@ -96,7 +108,7 @@ def eval_kl_command(
 def project_command(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A run, checkpoint or adapter.")],
     max_kl: Annotated[
-        float | None, typer.Option("--max-kl", min=0, callback=finite, help="The budget to scale the adapter back to.")
+        float | None, typer.Option("--max-kl", **BUDGET, help="The budget to scale the adapter back to.")
     ] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for the scaled adapter.")
@@ -108,8 +120,10 @@ def project_command(
     ] = None,
     reference: ReferenceOption = None,
     prompts: PromptsOption = None,
-    responses: Annotated[int | None, typer.Option(min=2, help="Responses to sample at each α, at first.")] = None,
-    max_responses: Annotated[int, typer.Option(min=2, help="As many where the budget calls for more.")] = 4096,
+    responses: Annotated[
+        int | None, typer.Option(**whole(2), help="Responses to sample at each α, at first.  [default: 256]")
+    ] = None,
+    max_responses: Annotated[int, typer.Option(**whole(2), help="As many where the budget calls for more.")] = 4096,
     max_new_tokens: LengthOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = 0,
@@ -119,7 +133,10 @@ def project_command(
     trust_remote_code: TrustOption = False,
     as_json: JSONOption = False,
 ) -> None:
-    """Scale an adapter back to the largest share of it that keeps within --max-kl, and save that as a plain adapter."""
+    """Scale an adapter back to the largest share of it that keeps within --max-kl, and save that as a plain adapter.
+
+    kltune project runs/ppo --max-kl 4 --output runs/ppo-4
+    """
     if recipe is not None:
         load_recipe(recipe)
     from kltune.stages.project import ProjectOptions, project, project_text

@@ -1,26 +1,86 @@
-"""Options that several commands have."""
+"""Options that several commands have, and the words in which a value is refused."""
 
 import math
-from typing import Annotated
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+
+from kltune.errors import RecipeError
+from kltune.recipe.wording import listed
+
+TYPES = re.compile(r" <(?:list\[\w+\]|\w+)>")        # how typer shows the type of an argument
 
 
-def finite(value: float | None) -> float | None:
-    """Refuse nan and inf, which no range check catches."""
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number")
-    return value
+class Command(TyperCommand):
+    """A command whose help names arguments without the types of Python."""
+
+    def get_usage(self, ctx: Any) -> str:
+        """The line of usage, each argument as it is called."""
+        usage = re.sub(r"[{}]", "", super().get_usage(ctx))
+        return usage.replace("[[", "[").replace("]]", "]").replace("......", "...")
+
+    def get_help(self, ctx: Any) -> str:
+        """The help, in plain words."""
+        usage, rest = super().get_help(ctx).split("\n", 1)
+        usage = re.sub(r"[{}]", "", usage).replace("[[", "[").replace("]]", "]").replace("......", "...")
+        return f"{usage}\n{TYPES.sub(lambda found: ' ' * len(found[0]), rest)}"
 
 
-def confidence_level(value: float) -> float:
-    """Refuse a number that is no confidence level."""
-    if not 0.5 <= value < 1:
-        raise typer.BadParameter(f"{value} is not between 0.5 and 1; 0.95 is usual")
-    return value
+def whole(least: int = 0) -> dict[str, Any]:
+    """Arguments of an option that takes a whole number."""
+    return {"metavar": "N", "parser": number_parser(int, f"a whole number of at least {least}", lambda n: n >= least)}
 
 
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="A YAML file, or the name of a packaged recipe.")]
+def real(wanted: str, holds: Callable[[float], bool] = lambda _: True) -> dict[str, Any]:
+    """Arguments of an option that takes a finite number, ``wanted`` in words."""
+    return {"metavar": "X", "parser": number_parser(float, wanted, lambda x: math.isfinite(x) and holds(x))}
+
+
+def number_parser(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
+    """Text to a number; anything else is refused with what was found and what was wanted."""
+
+    def parse(text: Any) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise typer.BadParameter(f"found {text}, wanted {wanted}")
+        return value
+
+    parse.__name__ = kind.__name__      # what typer calls the type
+    return parse
+
+
+def one_of(*names: str) -> dict[str, Any]:
+    """Arguments of an option that takes one of some words."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise typer.BadParameter(f"found {text}, wanted {listed(list(names))}")
+        return text
+
+    return {"metavar": "|".join(names), "parser": parse}
+
+
+def recipe_named(positional: str | None, option: str | None, command: str) -> str:
+    """The recipe of a command, given by its place or as --recipe; RecipeError if neither or both are."""
+    if positional is not None and option is not None and positional != option:
+        raise RecipeError(f"found two recipes, {positional} and --recipe {option}; wanted one.")
+    named = positional or option
+    if named is None:
+        raise RecipeError(f"wanted a recipe: kltune {command} R.yaml. kltune init writes one for your model and data, "
+                          "and kltune recipe list shows those that come with kltune.")
+    return named
+
+
+RecipeArgument = Annotated[str | None, typer.Argument(metavar="[R.yaml]", help="The same as --recipe.")]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", "-r", metavar="R.yaml", help="A file, or the name of a packaged recipe.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one key: --set kl.target=4.")
 ]

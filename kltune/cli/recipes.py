@@ -6,16 +6,29 @@ from typing import Annotated
 
 import typer
 
-from kltune.cli.options import SetOption
+from kltune.cli.options import Command, SetOption
 from kltune.cli.output import emit, emit_json
-from kltune.recipe import copy_recipe, dump_recipe, load_recipe, packaged_recipes, recipe_schema, recipe_text
+from kltune.recipe import (
+    Recipe,
+    copy_recipe,
+    dump_recipe,
+    find_recipe,
+    load_recipe,
+    packaged_recipes,
+    recipe_schema,
+    recipe_text,
+)
+from kltune.run.files import is_finished
 
 recipes = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show, copy and check recipes.")
 
 
-@recipes.command("list")
+@recipes.command("list", cls=Command)
 def list_recipes() -> None:
-    """Names of the packaged recipes, each with its first line."""
+    """Names of the packaged recipes, each with its first line.
+
+    kltune recipe list
+    """
     names = packaged_recipes()
     width = max(map(len, names), default=0)
     for name, file in names.items():
@@ -23,31 +36,67 @@ def list_recipes() -> None:
         emit(f"{name:<{width}}  {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
 
 
-@recipes.command("show")
+@recipes.command("show", cls=Command)
 def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
-    """Print a packaged recipe as it was written."""
+    """Print a packaged recipe as it was written.
+
+    kltune recipe show start/ppo
+    """
     emit(recipe_text(name).rstrip("\n"))
 
 
-@recipes.command("copy")
+@recipes.command("copy", cls=Command, short_help="Copy a packaged recipe and its rewards, to change it.")
 def copy_command(
     name: Annotated[str, typer.Argument(metavar="NAME")],
     destination: Annotated[Path, typer.Argument(metavar="[DEST]", help="A folder, or a .yaml file.")] = Path("."),
 ) -> None:
-    """Copy a packaged recipe and its reward functions to start your own; nothing is overwritten."""
+    """Copy a packaged recipe and its reward functions to start your own; nothing is overwritten.
+
+    kltune recipe copy start/ppo my-run
+    """
     copied, notes = copy_recipe(name, destination)
     emit("\n".join(map(str, copied)))
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 
 
-@recipes.command("check")
-def check_recipe(recipe: Annotated[str, typer.Argument(metavar="R.yaml")], overrides: SetOption = None) -> None:
-    """Print the recipe as it would run, every default written out; all faults at once if it would not."""
-    emit(dump_recipe(load_recipe(recipe, overrides or ())).rstrip("\n"))
+@recipes.command("check", cls=Command, short_help="Every fault at once; prints the recipe as it would run.")
+def check_recipe(
+    recipe: Annotated[str, typer.Argument(metavar="R.yaml")],
+    overrides: SetOption = None,
+    alone: Annotated[bool, typer.Option("--recipe-only", help="Look at no file that the recipe names.")] = False,
+) -> None:
+    """Print the recipe as it would run, every default written out; all faults at once if it would not.
+
+    Also looked at are the model's folder, the first rows of each file, and each reward function, which is imported. A
+    packaged recipe is checked alone: its files are yours to bring.
+
+    kltune recipe check my.yaml --set kl.target=4
+    """
+    loaded = load_recipe(recipe, overrides or ())
+    if not alone and find_recipe(recipe) not in packaged_recipes().values():
+        look_at_inputs(loaded)
+    emit(dump_recipe(loaded).rstrip("\n"))
 
 
-@recipes.command("schema")
+def look_at_inputs(recipe: Recipe) -> None:
+    """Refuse a recipe that names what is missing or cannot be read."""
+    from kltune.lm.rewards.missing import check_inputs
+
+    for note in check_inputs(recipe):
+        print(f"note: {note}", file=sys.stderr)
+
+
+def look_before_running(recipe: Recipe) -> None:
+    """The same, unless its run has finished, which reads nothing again."""
+    if not is_finished(Path(recipe.run.output)):
+        look_at_inputs(recipe)
+
+
+@recipes.command("schema", cls=Command)
 def schema(stage: Annotated[str | None, typer.Argument(metavar="[STAGE]")] = None) -> None:
-    """Print the JSON schema of recipes, for editors."""
+    """Print the JSON schema of recipes, for editors.
+
+    kltune recipe schema ppo
+    """
     emit_json(recipe_schema(stage))

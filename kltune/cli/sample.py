@@ -2,7 +2,7 @@
 
 import sys
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -15,7 +15,7 @@ from kltune.cli.measure import (
     TemperatureOption,
     TrustOption,
 )
-from kltune.cli.options import JSONOption
+from kltune.cli.options import JSONOption, one_of, whole
 from kltune.cli.output import emit, emit_document, wants_colour
 from kltune.recipe import load_recipe
 from kltune.report.text import answers_text, sample_heading, sample_text
@@ -25,10 +25,10 @@ def sample_command(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A run, checkpoint, adapter or model.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="May be repeated.")] = None,
     prompts: Annotated[str | None, typer.Option(metavar="FILE", help="Rows of prompts, as in data.prompts.")] = None,
-    responses: Annotated[int, typer.Option(min=1, help="To each prompt.")] = 1,
-    template: Annotated[
-        Literal["auto", "none", "chat"], typer.Option(help="Of prompts typed; auto does as the run's own prompts did.")
-    ] = "auto",
+    responses: Annotated[int, typer.Option(**whole(1), help="To each prompt.")] = 1,
+    template: Annotated[str, typer.Option(
+        **one_of("auto", "none", "chat"), help="Of prompts typed; auto does as the run's own prompts did.",
+    )] = "auto",
     recipe: SourceOption = None,
     reference: ReferenceOption = None,
     max_new_tokens: LengthOption = None,

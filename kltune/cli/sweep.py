@@ -5,13 +5,16 @@ from typing import Annotated
 
 import typer
 
-from kltune.cli.options import JSONOption, RecipeOption, SetOption, finite
+from kltune.cli.options import JSONOption, RecipeArgument, RecipeOption, SetOption, real, recipe_named, whole
 from kltune.cli.output import emit_document
-from kltune.recipe import load_grid, load_recipe, read_scorer
+from kltune.cli.recipes import look_before_running
+from kltune.recipe import Recipe, load_grid, load_recipe, read_scorer
+from kltune.recipe.checks import path_values
+
+BUDGET = real("a number of nats, at least 0", lambda x: x >= 0)
 
 
 def sweep_command(
-    recipe: RecipeOption,
     over: Annotated[
         list[str],
         typer.Option(
@@ -19,8 +22,10 @@ def sweep_command(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the sweep.")],
+    positional: RecipeArgument = None,
+    recipe: RecipeOption = None,
     overrides: SetOption = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Points at a time.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", **whole(1), help="Points at a time.")] = 1,
     as_json: JSONOption = False,
 ) -> None:
     """Run one recipe over a grid of settings, each point a run of its own.
@@ -35,13 +40,21 @@ def sweep_command(
     kltune sweep -r my.yaml --over kl.beta=0.1,0.2,0.4 --set kl.control=fixed -o sweeps/beta --jobs 2
     kltune frontier sweeps/target sweeps/beta --budget 4
     """
-    output = output.expanduser().absolute()
+    recipe, output = recipe_named(positional, recipe, "sweep"), output.expanduser().absolute()
     axes, points = load_grid(recipe, over, overrides or (), output=output)
+    unlike = {named_files(point.recipe): point.recipe for point in points}
+    for one in unlike.values():
+        look_before_running(one)
     from kltune.stages.sweep import SweepOptions, sweep, sweep_text
 
     document, code = sweep(axes, points, SweepOptions(recipe, output, tuple(overrides or ()), jobs))
     emit_document(document, as_json, sweep_text)
     raise typer.Exit(code)
+
+
+def named_files(recipe: Recipe) -> tuple[object, ...]:
+    """What a recipe reads: points that read the same are looked at once."""
+    return tuple(value for value in path_values(recipe) if value[0] != "run.output")
 
 
 def frontier_command(
@@ -59,22 +72,22 @@ def frontier_command(
         str | None, typer.Option("--output", "-o", metavar="DIR", help="For frontier.json, .svg and .html.")
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(min=0, callback=finite, help="Nats per response: say which setting to pick.")
+        float | None, typer.Option(**BUDGET, help="Nats per response: say which setting to pick.")
     ] = None,
     at: Annotated[
-        list[float] | None, typer.Option(metavar="NATS", help="Also read every curve off at this KL; may be repeated.")
+        list[float] | None, typer.Option(**BUDGET, help="Also read every curve off at this KL; may be repeated.")
     ] = None,
     best_of: Annotated[
-        int, typer.Option(min=0, help="Responses of the reference to a prompt for best of n; 0 loads no model.")
+        int, typer.Option(**whole(), help="Responses of the reference to a prompt for best of n; 0 loads no model.")
     ] = 16,
     responses: Annotated[
-        int | None, typer.Option(min=2, help="Measure every run afresh on so many common responses.")
+        int | None, typer.Option(**whole(2), help="Measure every run afresh on so many common responses.")
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option("--recipe", "-r", metavar="R.yaml", help="Measure afresh, with its prompts and rewards."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same machine: same numbers.")] = 0,
+    seed: Annotated[int, typer.Option(**whole(), help="Same seed, same machine: same numbers.")] = 0,
     as_json: JSONOption = False,
 ) -> None:
     """Show reward against KL: runs, sweeps and alpha curves, beside best of n and the law of over-optimisation.

@@ -4,9 +4,17 @@ Nothing here imports torch: a wrong recipe is answered before the first model is
 """
 
 from kltune.recipe.checks import by_dotted_key
-from kltune.recipe.faults import RecipeFaults
+from kltune.recipe.faults import Fault, InputFaults, RecipeFaults
 from kltune.recipe.grid import Axis, GridPoint, load_grid
-from kltune.recipe.reading import load_recipe, overlap, packaged_recipes, read_scorer, recipe_text, recipes_folder
+from kltune.recipe.reading import (
+    find_recipe,
+    load_recipe,
+    overlap,
+    packaged_recipes,
+    read_scorer,
+    recipe_text,
+    recipes_folder,
+)
 from kltune.recipe.rewards import (
     ClassifierReward,
     FunctionReward,

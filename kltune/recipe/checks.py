@@ -17,7 +17,7 @@ from kltune.recipe.sections import DPOKLSection, KLSection
 from kltune.recipe.stages import PATH_KEYS, Recipe
 
 FUNCTION = re.compile(r"(?P<file>[^:]+\.py):(?P<name>[A-Za-z_]\w*)")
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".jsonl.gz")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".jinja")
 SOURCES = {"sft": "texts", "reward": "pairs", "ppo": "prompts", "trpo": "prompts"}
 BAD_PRICES = {
     ("loss", "k1"): "k1 as a loss has an expected gradient of exactly zero: the price would be noise; write exact",
@@ -54,12 +54,13 @@ LOSS_KEYS = {
 }
 
 
-def clashes(recipe: Recipe, folder: Path, trusted: bool = False) -> Iterator[Clash]:
+def clashes(recipe: Recipe, folder: Path, trusted: bool = False, packaged: bool = False) -> Iterator[Clash]:
     """Every pair of keys that cannot stand together, in a recipe whose sections are sound and paths as written.
 
     Args:
         folder: the recipe's folder.
         trusted: the recipe is the one kltune wrote into a run folder, so absolute paths of functions are its own.
+        packaged: it comes with kltune, and what it names is still to be put beside a copy of it.
     """
     yield from sources(recipe)
     yield from lengths(recipe)
@@ -71,7 +72,10 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False) -> Iterator[Cla
     if recipe.stage == "dpo":
         yield from preference_clashes(recipe)
     for key, value, is_function in path_values(recipe):
-        yield from function_file(key, value, folder, trusted) if is_function else misplaced(key, value, folder)
+        if is_function:
+            yield from function_file(key, value, folder, trusted)
+        elif not packaged:
+            yield from misplaced(key, value, folder)
     if hasattr(recipe, "kl"):
         yield from budget_clashes(recipe.kl)
         yield from control(recipe.kl)
@@ -310,5 +314,3 @@ def function_file(key: str, value: str, folder: Path, trusted: bool) -> Iterator
     inside = os.path.realpath(file).startswith(os.path.join(home, "")) and ".." not in Path(match["file"]).parts
     if not inside and not trusted:
         yield (key,), f"found {match['file']}, wanted a file in the recipe's own folder; copy it beside the recipe"
-    elif not os.path.isfile(file):
-        yield (key,), f"found {match['file']}, but there is no such file in {folder}; create it, or correct the name"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from kltune.errors import RecipeError
+from kltune.errors import InputError, RecipeError
 
 Clash = tuple[tuple[str, ...], str]          # the dotted keys concerned, the first of which is where it is shown
 MOST_SHOWN = 50
@@ -44,15 +44,30 @@ class RecipeFaults(RecipeError):
             key=lambda fault: (fault.place.override is not None, fault.place.line, fault.place.column),
         )
         self.file, self.faults = file, ordered
-        count = "1 fault" if len(ordered) == 1 else f"{len(ordered)} faults"
         lines = [f"  {fault}" for fault in ordered[:MOST_SHOWN]]
         if len(ordered) > MOST_SHOWN:
             lines.append(f"  and {len(ordered) - MOST_SHOWN} more")
-        super().__init__("\n".join([f"{printable(file)} has {count}", *lines]))
+        super().__init__("\n".join([f"{printable(file)} {self.summary(len(ordered))}", *lines]))
+
+    @staticmethod
+    def summary(count: int) -> str:
+        """The first line, behind the file's name."""
+        return "has 1 fault" if count == 1 else f"has {count} faults"
 
     def __reduce__(self) -> tuple[type, tuple[str, list[Fault]]]:
         """How it goes from one process to another: an exception is otherwise made again from its message alone."""
         return type(self), (self.file, self.faults)
+
+
+class InputFaults(RecipeFaults):
+    """What a sound recipe names and a run could not read, with the line of each."""
+
+    exit_code = InputError.exit_code
+
+    @staticmethod
+    def summary(count: int) -> str:
+        """The first line, behind the file's name."""
+        return f"names {'something' if count == 1 else f'{count} things'} that a run could not read"
 
 
 def printable(text: str) -> str:

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from kltune.errors import RecipeError
@@ -16,7 +16,16 @@ from kltune.recipe.checks import FUNCTION, absolute, clashes, path_values, respo
 from kltune.recipe.faults import Fault, Place, RecipeFaults
 from kltune.recipe.rewards import FunctionReward, ModelReward, RewardEntry
 from kltune.recipe.stages import STAGES, Recipe
-from kltune.recipe.wording import dotted, listed, schema_at, unknown_key, value_found, value_wanted, wrong_value
+from kltune.recipe.wording import (
+    dotted,
+    listed,
+    schema_at,
+    unknown_key,
+    unknown_name,
+    value_found,
+    value_wanted,
+    wrong_value,
+)
 from kltune.recipe.yaml_tree import MAX_BYTES, KeyPath, Node, Plain, decode, read_nodes
 
 PACKAGE = Path(__file__).absolute().parents[1]
@@ -86,11 +95,14 @@ def load_recipe(
     if chosen is None:
         raise RecipeFaults(name, faults)
     folder = file.parent.absolute()
-    recipe, more = validated(root, chosen, folder, trusted=(folder / "run.json").is_file())
+    packaged = file in packaged_recipes().values()
+    recipe, more = validated(root, chosen, folder, trusted=(folder / "run.json").is_file(), packaged=packaged)
     faults += more
     if faults or recipe is None:
         raise RecipeFaults(name, faults)
-    return completed(recipe, file, output)
+    complete = completed(recipe, file, output)
+    complete._name, complete._tree = name, root
+    return complete
 
 
 def recipe_text(name: str) -> str:
@@ -155,7 +167,9 @@ def kind_met(node: Node) -> str:
     return f"the recipe has {value_found(node)} here"
 
 
-def validated(root: Node, stage: str, folder: Path, trusted: bool) -> tuple[Recipe | None, list[Fault]]:
+def validated(
+    root: Node, stage: str, folder: Path, *, trusted: bool, packaged: bool
+) -> tuple[Recipe | None, list[Fault]]:
     """Validate the tree, then the rules between keys on as much of it as is sound."""
     plain = {**root.plain(), "stage": stage}
     faults: dict[KeyPath, Fault] = {}
@@ -169,7 +183,7 @@ def validated(root: Node, stage: str, folder: Path, trusted: bool) -> tuple[Reci
     names = [dotted(path) for path in faults]
     between = [
         Fault(place_of_clash(root, keys), keys[0], text)
-        for keys, text in clashes(recipe, folder, trusted)
+        for keys, text in clashes(recipe, folder, trusted, packaged)
         if not any(overlap(key, name) for key in keys for name in names)
     ]
     return recipe, [*faults.values(), *between]
@@ -195,7 +209,10 @@ def field_faults(errors: list[ErrorDetails], root: Node, stage: str) -> dict[Key
             continue
         path = path_of(error, root)
         node = root.at(path)
-        if error["type"] == "extra_forbidden":
+        if error["loc"][-1] == "[key]":                            # of a mapping whose keys are some names
+            names = schema_at(stage, path[:-1], root)["propertyNames"]["enum"]
+            fault = Fault(root.place_of_key(path), dotted(path), unknown_name(str(path[-1]), names))
+        elif error["type"] == "extra_forbidden":
             fault = Fault(root.place_of_key(path), dotted(path), unknown_key(stage, path, root))
         elif error["type"] == "missing":
             schema = schema_at(stage, path, root)
@@ -207,6 +224,8 @@ def field_faults(errors: list[ErrorDetails], root: Node, stage: str) -> dict[Key
             what = f"found {value_found(kind)}" if kind else "missing"
             near = get_close_matches(str(kind.value), KINDS, 1) if kind else []
             text = f"{what}, wanted {listed(list(KINDS))}" + (f"; did you mean {near[0]}?" if near else "")
+            if joined := [key for key in root.at(path[:-1]).value if key.startswith("kind:")]:
+                text += f"; write a space behind the colon: {joined[0].replace(':', ': ', 1)}"
             fault = Fault(root.place_of(path), dotted(path), text)
         else:
             assert node is not None, error
@@ -294,8 +313,10 @@ def read_scorer(text: str) -> RewardEntry:
     node, faults = read_nodes(text, "--gold")
     if faults or node is None:
         raise RecipeError(f"--gold: {faults[0].text if faults else 'empty'}; {FORMS}.")
+    root = Node({"reward": Node([node], node.place)}, node.place)
     try:
-        return TypeAdapter(RewardEntry).validate_python(node.plain())
+        return STAGES["ppo"].model_validate(root.plain() | {"stage": "ppo", "model": {"path": "?"}}).reward[0]
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise RecipeError(f"--gold: {'.'.join(map(str, first['loc']))}: {first['msg']}; {FORMS}.") from error
+        found = field_faults(error.errors(include_url=False), root, "ppo").values()
+        told = "; ".join(f"{fault.key.removeprefix('reward.0').lstrip('.')}: {fault.text}" for fault in found)
+        raise RecipeError(f"--gold: {told}; {FORMS}.") from error

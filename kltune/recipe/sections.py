@@ -51,8 +51,20 @@ class DataSection(Section):
     pairs: Text | None = Field(
         None, description="chosen and rejected responses (dpo, reward): file or hub name", examples=["pairs.jsonl"]
     )
+    columns: dict[Literal["prompt", "response", "text", "messages", "chosen", "rejected", "label", "margin"], Text] = (
+        Field(default_factory=dict, description="what the fields of a row are called in the files, by the names they "
+              "have here; a file that has our name needs none", examples=[{"prompt": "question", "response": "answer"}])
+    )
     template: Literal["auto", "none", "chat"] = Field(
         "auto", description="auto uses the chat template if the rows are messages"
+    )
+    chat_template: Text | None = Field(
+        None, description="a file with a chat template (Jinja), in the place of the tokenizer's own or of none",
+        examples=["chat.jinja"],
+    )
+    transcripts: Literal["auto", "messages", "text"] = Field(
+        "auto", description="what a text is that says Human: and Assistant: itself, as in hh-rlhf: messages for the "
+        "chat template, or text as it stands; auto: messages where there is a chat template to write them"
     )
     turns: Literal["all", "last"] = Field(
         "all", description="which answers of a conversation are learnt from (sft); each with what was asked before it"

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, PrivateAttr
 
+from kltune.recipe.faults import Place
 from kltune.recipe.fields import Section
 from kltune.recipe.rewards import RewardList
 from kltune.recipe.sections import (
@@ -23,6 +24,7 @@ from kltune.recipe.sections import (
     TRPOKLSection,
     TRPOSection,
 )
+from kltune.recipe.yaml_tree import Node
 
 
 class Recipe(Section):
@@ -33,11 +35,24 @@ class Recipe(Section):
     lora: LoraSection = Field(default_factory=LoraSection, description="the adapter")
     data: DataSection = Field(default_factory=DataSection, description="rows")
     _folder: Path = PrivateAttr(default=Path("."))
+    _name: str = PrivateAttr(default="recipe")
+    _tree: Node | None = PrivateAttr(default=None)
 
     @property
     def folder(self) -> Path:
         """Folder of the recipe file; relative paths in the file start there."""
         return self._folder
+
+    @property
+    def name(self) -> str:
+        """The recipe as it was named by who asked for it."""
+        return self._name
+
+    def place(self, key: str) -> Place:
+        """Where a dotted key stands in the file, or the section around it."""
+        if self._tree is None:
+            return Place(self._name)
+        return self._tree.place_of(tuple(int(step) if step.isdecimal() else step for step in key.split(".")))
 
     def __eq__(self, other: object) -> bool:
         """Recipes are equal if they say the same, wherever their files are."""
@@ -112,6 +127,6 @@ STAGES: dict[str, type[Recipe]] = {
 }
 # dotted keys whose value may be a path; "*" stands for each entry of a list
 PATH_KEYS = (
-    "model.path", "model.sft_adapter", "data.prompts", "data.texts", "data.pairs", "reward.*.path",
-    "run.output", "eval.prompts", "eval.texts", "eval.pairs", "eval.gold.path",
+    "model.path", "model.sft_adapter", "data.prompts", "data.texts", "data.pairs", "data.chat_template",
+    "reward.*.path", "run.output", "eval.prompts", "eval.texts", "eval.pairs", "eval.gold.path",
 )

@@ -98,7 +98,8 @@ def schema_at(stage: str, path: KeyPath, root: Node) -> dict[str, Any]:
     whole = here = schema_of(stage)
     for depth, step in enumerate(path):
         here = section_schema(whole, here, root.at(path[:depth]))
-        here = here.get("items", {}) if isinstance(step, int) else here.get("properties", {}).get(step, {})
+        named = here.get("additionalProperties") or {}      # of a mapping; a section allows no more keys
+        here = here.get("items", {}) if isinstance(step, int) else here.get("properties", {}).get(step, named)
     node = root.at(path)
     target = section_schema(whole, here, node) if node and isinstance(node.value, dict) else here
     return {**target, "description": here.get("description", "")}
@@ -174,6 +175,8 @@ def wrong_value(path: KeyPath, node: Node, schema: dict[str, Any]) -> str:
     text = f"found {value_found(node)}, wanted {value_wanted(schema, number)}"
     if schema.get("description"):
         text += f" ({schema['description']})"
+    if path == ("model",) and isinstance(node.value, str):
+        return f"{text}; write model: {{path: {node.value}}}, or --set model.path={node.value}"
     reason = None if isinstance(node.value, dict | list | bool) else REFUSED_VALUES.get((dotted(path), node.value))
     way_out = reason or advice(node, schema)
     return f"{text}; {way_out}" if way_out else text
@@ -183,6 +186,9 @@ def advice(node: Node, schema: dict[str, Any]) -> str:
     """What to write instead, if the value shows what was meant."""
     options = schema.get("anyOf", [schema])
     types = {option.get("type") for option in options}
+    if isinstance(node.value, str) and "cuda" in schema.get("pattern", ""):
+        meant = re.sub("(?i)^(gpu|nvidia)", "cuda", node.value)
+        return f"did you mean {meant}?" if re.fullmatch(schema["pattern"], meant) else ""
     choices = [str(c) for option in options for c in option.get("enum", [option["const"]] if "const" in option else [])]
     match node.value:
         case str() as text:
@@ -209,6 +215,12 @@ def advice(node: Node, schema: dict[str, Any]) -> str:
     return ""
 
 
+def unknown_name(key: str, names: list[str]) -> str:
+    """Why a mapping cannot have a key, where its keys are some names."""
+    near = get_close_matches(key, names, 1)
+    return f"unknown name; wanted {listed(names)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
 def unknown_key(stage: str, path: KeyPath, root: Node) -> str:
     """Why a key is not known here: the name it has in kltune, the section it belongs to, or the nearest name."""
     key, whole = str(path[-1]), schema_of(stage)
@@ -218,14 +230,16 @@ def unknown_key(stage: str, path: KeyPath, root: Node) -> str:
         return f"the {stage} stage does not read this section ({listed(readers)} does); remove it"
     if sentence := FOREIGN.get(dotted(path)) or FOREIGN.get(key):
         return f"unknown key; {sentence}"
-    if near := get_close_matches(key, siblings, 1):
-        return f"unknown key; did you mean {near[0]}?"
+    if ":" in key:
+        return f"unknown key; write a space behind the colon: {key.replace(':', ': ', 1)}"
     homes = [
         f"{name}.{key}" for name, schema in whole["properties"].items()
         if key in section_schema(whole, schema, None).get("properties", {})
     ]
     if homes:
         return f"unknown key here; it belongs to another section: write {listed(homes)}"
+    if near := get_close_matches(key, siblings, 1):
+        return f"unknown key; did you mean {near[0]}?"
     if key in STAGES:
         return f"unknown key; did you mean stage: {key}?"
     return f"unknown key; known here: {', '.join(siblings)}"

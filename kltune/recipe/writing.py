@@ -105,7 +105,7 @@ def copy_recipe(name: str, destination: Path) -> tuple[list[Path], list[str]]:
     """Copy a recipe and its reward functions into a folder, made if need be, or a file that ends in .yaml.
 
     Returns:
-        The files written, and notes on paths that mean something else in the new folder.
+        The files written, and a note on the lines that name what is not there.
 
     Raises:
         RecipeError: no such recipe, or a file is already there; then nothing was written.
@@ -134,17 +134,21 @@ def copy_recipe(name: str, destination: Path) -> tuple[list[Path], list[str]]:
                 file.write(contents[to])
     except OSError as error:
         raise StorageError(f"cannot write {error.filename}: {error.strerror}") from error
-    return written, notes_on_paths(name, target, functions)
+    return written, lines_to_edit(target, functions)
 
 
-def notes_on_paths(name: str, target: Path, functions: set[str]) -> list[str]:
-    """Which relative paths name other files now that the recipe lies elsewhere."""
+def lines_to_edit(target: Path, made: set[str]) -> list[str]:
+    """The lines of a copy that name what is not there, in one note; [] if all is. made: keys whose files came along."""
     try:
-        changed = differing_keys(load_recipe(name), load_recipe(target))
+        recipe = load_recipe(target)
     except RecipeError as error:
         return [f"paths in the copy start at {target.parent}; correct them: {error}"]
-    moved = [line for line in changed if line.partition(":")[0] not in functions]
-    return [f"relative paths start at the copy now; correct it if need be: {line}" for line in moved]
+    missing = [
+        f"\n  {target}:{recipe.place(key).line}  {key}: {as_written(value)}"
+        for key, value, _ in path_values(load_recipe(target))
+        if key != "run.output" and key not in made and not Path(value).exists()
+    ]
+    return [f"put your own in these lines; paths start at {target.parent}:{''.join(missing)}"] if missing else []
 
 
 @dataclass(frozen=True)

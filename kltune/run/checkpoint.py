@@ -42,11 +42,14 @@ def measure_settings(
 ) -> dict[str, Any]:
     """How the KL of a checkpoint is measured unless asked otherwise; kltune.json keeps it for ``kltune eval-kl``.
 
-    day: that the chat template is told; None if it does not ask.
+    day: that the chat template is told; None if it does not ask. chat_template: whether it is another than the model's.
     """
     return {
         "prompts": prompts,
         "template": data.template,
+        "columns": data.columns,
+        "transcripts": data.transcripts,
+        "chat_template": data.chat_template is not None,
         "max_prompt_tokens": data.max_prompt_tokens,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

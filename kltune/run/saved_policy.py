@@ -13,12 +13,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from kltune.errors import CheckpointError, ModelError, RecipeError
-from kltune.lm.data.chat import today
+from kltune.errors import CheckpointError, DataError, ModelError, RecipeError
+from kltune.lm.data.chat import read_template, template_of, today
 from kltune.lm.data.examples import Example, Prompt, RowRules, counts_line, load_examples, load_prompts
-from kltune.lm.data.rows import Row
+from kltune.lm.data.rows import Row, looks_like_a_path
 from kltune.lm.model.adapters import read_adapter_config
-from kltune.lm.model.loading import pick_device
+from kltune.lm.model.loading import own_tokenizer, pick_device
 from kltune.lm.model.opening import load_saved_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import Draw
@@ -160,7 +160,10 @@ def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
     for place in (section.path, section.sft_adapter):
         if place is not None:
             refuse_code(Path(place), "reference", trusted=options.trust_remote_code)
-    policy = load_saved_policy(folder, section, device=pick_device("auto"), is_adapter=is_adapter)
+    template = template_made_with(subject, options)
+    policy = load_saved_policy(
+        folder, section, device=pick_device("auto"), is_adapter=is_adapter, chat_template=template
+    )
     if info is not None and (differences := policy.fingerprint.differences(info["reference"], tokenizer=False)):
         raise CheckpointError(
             f"{folder}: this is not the reference it was trained against.\n  " + "\n  ".join(differences)
@@ -171,6 +174,16 @@ def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
     print(f"{subject.path}: {policy.fingerprint.describe()}", *filter(None, [policy.ends.note]), sep="\n",
           file=sys.stderr)
     return policy
+
+
+def template_made_with(subject: Subject, options: MeasureOptions) -> str | None:
+    """A chat template other than the reference's own: of ``--recipe``, or what the checkpoint was made with."""
+    if options.recipe is not None and (template := read_template(load_recipe(options.recipe).data.chat_template)):
+        return template
+    if subject.info is None or not subject.info["measure"].get("chat_template"):
+        return None
+    own = own_tokenizer(subject.folder, options.trust_remote_code)
+    return None if own is None else template_of(own)
 
 
 def _named_base(folder: Path, is_adapter: bool) -> str:
@@ -210,6 +223,10 @@ def resolve_settings(subjects: Sequence[Subject], options: MeasureOptions, *, ne
     if known["prompts"] is None and needs_prompts:
         where = ", ".join(str(subject.folder) for subject in subjects)
         raise RecipeError(f"{where}: no prompts to measure on; give --prompts FILE or --recipe R.yaml.")
+    kept = options.prompts is None and options.recipe is None and known["prompts"]
+    if needs_prompts and kept and looks_like_a_path(kept) and not Path(kept).exists():
+        raise DataError(f"{kept}, on which {own[0][0]} was measured when it was made, is not here (was the folder "
+                        "moved?); give the file as --prompts FILE, or a recipe as --recipe R.yaml.")
     settings = Settings(**known)
     for path, recorded in own if len(subjects) > 1 else ():
         others = Settings(**(recorded | {"responses": settings.responses, "texts": settings.texts}))
@@ -226,7 +243,8 @@ def resolve_settings(subjects: Sequence[Subject], options: MeasureOptions, *, ne
 
 def _recorded(info: dict[str, Any]) -> dict[str, Any]:
     own = info["measure"]
-    data = DataSection(template=own["template"], max_prompt_tokens=own["max_prompt_tokens"])
+    more = {"columns": own.get("columns", {}), "transcripts": own.get("transcripts", "text")}
+    data = DataSection(template=own["template"], max_prompt_tokens=own["max_prompt_tokens"], **more)
     day = {"day": parsed_day(own["template_date"])} if own.get("template_date") else {}
     return {"data": data} | day | {name: own[name] for name in ("prompts", "max_new_tokens", "temperature")}
 

@@ -20,11 +20,11 @@ import torch
 
 import kltune
 from kltune.errors import CheckpointError, Interrupted, JudgeError, RecipeError, StorageError
-from kltune.lm.data.chat import today
+from kltune.lm.data.chat import read_template, today
 from kltune.lm.model.loading import pick_device
 from kltune.lm.model.opening import load_policy
 from kltune.lm.model.policy import Policy
-from kltune.lm.rewards.inputs import inputs_of, refuse_changed
+from kltune.lm.rewards.inputs import base_of, inputs_of, refuse_changed
 from kltune.recipe import Recipe, differing_keys, dump_recipe, load_recipe, recipe_digest
 from kltune.run.caches import StoredAnswers, StoredLogprobs
 from kltune.run.checkpoint import clear_leftovers, latest_checkpoint, saved_step
@@ -142,8 +142,10 @@ def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
     with open_run(recipe, resume=resume) as run:
         run.set_inputs(inputs_of(recipe))
         torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
-        policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))
+        device, template = pick_device(recipe.run.device), read_template(recipe.data.chat_template)
+        policy = load_policy(recipe.model, recipe.lora, device=device, chat_template=template)
         run.set_reference(policy.fingerprint.as_dict())
+        run.record(base=base_of(recipe))
         policy.day = run.day
         return train(recipe, policy, run)
 
@@ -185,7 +187,8 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
     """The result that this recipe's run has left in its folder, or None.
 
     Raises:
-        RecipeError: it is of another recipe. DataError, ScorerError: of other rows or scorers than are there now.
+        RecipeError: it is of another recipe. DataError, ScorerError, ModelError: of other rows, scorers or model than
+            are there now.
     """
     folder = Path(recipe.run.output)
     if not is_finished(folder):
@@ -193,6 +196,8 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
     record = read_json(folder / "run.json")
     _refuse_another_recipe(recipe, record)
     refuse_changed(record.get("inputs") or {}, inputs_of(recipe, present=True), folder)
+    refuse_changed(record.get("base") or {}, base_of(recipe), folder)
+    print(f"{folder}: finished on {record['ended']}; nothing was run.", file=sys.stderr)
     return read_json(folder / "result.json")
 
 
@@ -242,6 +247,7 @@ def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Pa
         "seed": recipe.run.seed,
         "reference": continued.get("reference"),
         "inputs": continued.get("inputs"),
+        "base": continued.get("base"),
         "template_date": continued.get("template_date") or recipe.data.date or today().isoformat(),
         "versions": versions,
         "started": continued.get("started", _now()),

@@ -299,7 +299,9 @@ def add_loss_gradient(
         (each.sum() / len(part)).backward()
         values.append(each.detach())
         nats[[part.group * at + side for at in groups for side in range(part.group)]] = logprobs.detach()
-    metrics = preference_metrics(dpo, torch.cat(values), nats - part.ref_logprobs, part)
+    # Before any update the two are one policy: what is left of a log-ratio is rounding, and its sign wins no pair.
+    ratio = torch.zeros_like(nats) if first else nats - part.ref_logprobs
+    metrics = preference_metrics(dpo, torch.cat(values), ratio, part)
     own = nats - held.ref_logprobs
     if LOSS_REFERENCE in learner.parts:
         metrics["dpo/margin_nats"] = by_side(own, part)[2]

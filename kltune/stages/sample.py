@@ -97,9 +97,10 @@ def template_of_typed(policy: Policy, settings: Settings) -> str:
         return settings.data.template
     messages = bool(policy.tokenizer.chat_template)
     if settings.prompts is not None and os.path.isfile(settings.prompts):
-        row = next(iter(read_rows(settings.prompts)), None)
-        if row is not None and not row.fault:
-            messages = not isinstance(prompt_of(row.fields, FormOfFile(PROMPT_FORMS).of(row.fields)), str)
+        rules = policy.row_rules(settings.data, 1)
+        fields = rules.layout(rules.encoder(policy.tokenizer)).first(read_rows(settings.prompts))
+        if fields:
+            messages = not isinstance(prompt_of(fields, FormOfFile(PROMPT_FORMS).of(fields)), str)
     elif messages:
         print("note: prompts go through the chat template; --template none gives them as they are.", file=sys.stderr)
     return "chat" if messages else "none"

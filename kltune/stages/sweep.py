@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kltune.errors import BusyError, Interrupted, RecipeError
-from kltune.lm.rewards.inputs import inputs_of, refuse_changed
+from kltune.lm.rewards.inputs import base_of, inputs_of, refuse_changed
 from kltune.recipe import (
     Axis,
     GridPoint,
@@ -245,10 +245,13 @@ def refuse_another_recipe(
 
 
 def refuse_another_run(folder: Path, point: GridPoint) -> None:
-    """Refuse a point that was made by another recipe than the one of now, or on other rows or scorers."""
+    """Refuse a point that was made by another recipe than the one of now, or on another model, rows or scorers."""
     record = read_record(folder) or {}
     refuse_changed(record.get("inputs") or {}, inputs_of(point.recipe, present=True), folder)
-    if record.get("status") == "finished" and record.get("recipe_sha256") != recipe_digest(point.recipe):
+    if record.get("status") != "finished":
+        return
+    refuse_changed(record.get("base") or {}, base_of(point.recipe), folder)
+    if record.get("recipe_sha256") != recipe_digest(point.recipe):
         raise another_recipe(folder, differing_keys(load_recipe(folder / "recipe.yaml"), point.recipe))
 
 

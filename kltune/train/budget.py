@@ -27,7 +27,7 @@ BAND = 0.15             # of the target: within it the KL counts as held
 HELD = 0.9              # share of the last third of the steps that is within the band once the target is met
 GROWTH = 1.05           # of the KL's mean from the middle third of the steps to the last: less is none
 LEAST_STEPS = 9         # before as many, a third of them says nothing
-LOSS_PULL = 0.15        # where nothing is scored: of a loss whose slope is about 1 where its data pull most, and noisy
+LOSS_PULL = 0.5         # of a loss whose slope is about 1 where its data pull most; where nothing is scored
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 

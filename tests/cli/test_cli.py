@@ -44,6 +44,10 @@ RESULT = {
 def recipe(tmp_path):
     """A recipe that is right, as the text of its path."""
     (tmp_path / "rewards.py").write_text("def score(prompts, responses):\n    return [0.0] * len(responses)\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "base").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):     # looked for, and not opened
+        (tmp_path / "base" / name).write_text("{}")
     file = tmp_path / "recipe.yaml"
     file.write_text(PPO)
     return str(file)

@@ -45,6 +45,10 @@ DPO = "stage: dpo\nmodel: {path: base}\ndata: {pairs: pairs.jsonl}\n"
 
 # recipe, line of the fault, words of the message
 WRONG = {
+    "a column that is no field": (PPO.replace("reward:", "  columns: {promt: q}\nreward:"), 5,
+                                  ["data.columns.promt", "unknown name", "did you mean prompt?"]),
+    "a column that is no text": (PPO.replace("reward:", "  columns: {prompt: 3}\nreward:"), 5,
+                                 ["data.columns.prompt", "found 3, wanted text", "put it in quotes"]),
     "misspelt key": (PPO + "kl:\n  targt: 4\n", 8, ["kl.targt", "did you mean target?"]),
     "misspelt section": (PPO + "samplng: {temperature: 1}\n", 7, ["samplng", "did you mean sampling?"]),
     "below its range": (PPO + "kl: {target: -6}\n", 7, ["kl.target", "found -6", "above 0", "nats"]),
@@ -172,7 +176,6 @@ WRONG = {
     "no kind": (PPO.replace("kind: function, ", ""), 6, ["reward.0.kind", "missing"]),
     "reward not a list": (PPO.replace("  - {kind: function, ", "  {kind: function, "), 6, ["reward", "with a dash"]),
     "dotted path": (PPO.replace("rewards.py:score", "os.system"), 6, ["reward.0.path", "file.py:function"]),
-    "missing function file": (PPO.replace("rewards.py", "reward.py"), 6, ["reward.py", "no such file"]),
     "function above the recipe": (PPO.replace("rewards.py", "../rewards.py"), 6, ["the recipe's own folder"]),
     "function elsewhere": (PPO.replace("rewards.py", "/usr/lib/os.py"), 6, ["the recipe's own folder"]),
     "function behind a link": (PPO.replace("rewards.py", "linked.py"), 6, ["the recipe's own folder"]),

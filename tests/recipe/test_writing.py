@@ -99,7 +99,10 @@ def test_copying_takes_the_reward_function_along_and_overwrites_nothing(folder, 
     written, notes = copy_recipe(str(file), tmp_path / "mine")
     assert written == [tmp_path / "mine" / "recipe.yaml", tmp_path / "mine" / "rewards.py"]
     assert written[0].read_bytes() == file.read_bytes()
-    assert any("data.prompts" in note for note in notes)
+    lines = [note for note in notes if "data.prompts" in note]
+    assert len(notes) == len(lines) == 1        # said once, with the line of each
+    assert f"{written[0]}:4  data.prompts" in lines[0]
+    assert "reward.0" not in lines[0]
     written[0].write_text("changed")
     with pytest.raises(RecipeError, match="already there"):
         copy_recipe(str(file), tmp_path / "mine")

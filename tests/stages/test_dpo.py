@@ -131,6 +131,7 @@ def test_plain_dpo_learns_and_samples_nothing_but_evaluations(dpo_recipe, monkey
     result, rows = ran(dpo_recipe("run.steps=12", "run.eval_every=5", "eval.pairs=held_out_pairs.jsonl"))
     assert rows[0]["loss/mean"] == pytest.approx(LOG2, abs=1e-6)
     assert rows[-1]["loss/mean"] < 0.5
+    assert rows[0]["accuracy/mean"] == 0.5      # before any update every pair is a tie, whatever rounding says
     assert rows[-1]["accuracy/mean"] == 1.0
     assert rows[-1]["pairs/margin_nats"] == pytest.approx(
         rows[-1]["pairs/chosen_log_ratio_nats"] - rows[-1]["pairs/rejected_log_ratio_nats"]

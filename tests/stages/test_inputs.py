@@ -6,9 +6,10 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from kltune.errors import DataError, Interrupted, ScorerError
+from kltune.errors import DataError, Interrupted, ModelError, ScorerError
 from kltune.lm.data import chat
 from kltune.run import saved_policy, session
 from tests.stages.conftest import RUNS, ran, read_jsonl, write_rows
@@ -70,6 +71,54 @@ def test_the_same_rows_written_in_another_way_are_the_same(sft_recipe):
     assert RUNS["sft"](recipe, resume=False) == result
     path.unlink()           # a finished run does not need its rows any more
     assert RUNS["sft"](recipe, resume=False) == result
+
+
+def test_a_finished_run_is_not_given_for_another_base(sft_recipe, llama, tmp_path, capsys):
+    base = shutil.copytree(llama, tmp_path / "base")
+    recipe = sft_recipe("run.steps=1", f"model.path={base}")
+    result, _ = ran(recipe)
+    capsys.readouterr()
+    assert RUNS["sft"](recipe, resume=False) == result
+    ended = json.loads((Path(recipe.run.output) / "run.json").read_text())["ended"]
+    assert f"finished on {ended}; nothing was run." in capsys.readouterr().err
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: tensor + 0.001 for name, tensor in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    for resume in (False, True):
+        with pytest.raises(ModelError, match=r"model.path: .*base has changed: .* another --output"):
+            RUNS["sft"](recipe, resume=resume)
+    shutil.rmtree(base)         # a finished run does not need its model any more
+    assert RUNS["sft"](recipe, resume=False) == result
+
+
+CHAT = "<s>{% for m in messages %}{{ m.content }}{% if m.role == 'user' %} .{% else %}</s>{% endif %}{% endfor %}"
+
+
+def test_a_chat_template_from_a_file_is_that_of_the_run_and_of_its_measurements(ppo_recipe, command, tmp_path):
+    folder = tmp_path / "ppo"
+    (folder / "chat.jinja").write_text(CHAT)
+    for name in ("prompts", "held_out"):
+        rows = read_jsonl(folder / f"{name}.jsonl")
+        write_rows(folder / f"{name}.jsonl", [{"messages": [{"role": "user", "content": r["prompt"]}]} for r in rows])
+    recipe = ppo_recipe("data.chat_template=chat.jinja", "run.steps=2")
+    result, _ = ran(recipe)
+    assert AutoTokenizer.from_pretrained(result["final"]).chat_template == CHAT
+    code, document, _ = command("eval-kl", recipe.run.output, "--responses", 10)
+    assert code == 0
+    assert document["kl"]["exact"]["nats_per_response"] == pytest.approx(result["kl"]["nats_per_response"], rel=1e-6)
+    (folder / "chat.jinja").write_text(CHAT.replace(" .", " ,"))
+    with pytest.raises(DataError, match=r"data\.chat_template: .* has changed"):
+        RUNS["ppo"](recipe, resume=False)
+
+
+def test_a_run_whose_prompts_are_gone_says_how_to_give_them(sft_recipe, command, tmp_path):
+    recipe = sft_recipe("run.steps=1")
+    ran(recipe)
+    moved = Path(recipe.run.output).rename(tmp_path / "moved")
+    Path(recipe.eval.prompts).rename(tmp_path / "prompts.jsonl")
+    code, _, err = command("eval-kl", moved, "--responses", 4)
+    assert code == 5
+    assert "give the file as --prompts FILE, or a recipe as --recipe R.yaml" in err
+    assert command("eval-kl", moved, "--responses", 4, "--prompts", tmp_path / "prompts.jsonl")[0] == 0
 
 
 DAYS = {date(2026, 1, 1): "a", date(2026, 1, 2): "b"}

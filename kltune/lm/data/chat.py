@@ -6,10 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
+import jinja2.ext
 
+from kltune.errors import DataError
 from kltune.lm.data.forms import Message
 from kltune.lm.data.rows import RowFault
 
@@ -22,6 +25,34 @@ PROBE = "kltune"            # an answer that no template knows anything of
 def today() -> date:
     """The day by the clock that transformers gives to templates."""
     return datetime.now().date()
+
+
+def read_template(file: str | None) -> str | None:
+    """The chat template in a file; None without one. DataError if it cannot be read, is empty, or no Jinja."""
+    if file is None:
+        return None
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse(text)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else "") or "not UTF-8"
+        raise DataError(f"data.chat_template: {file} cannot be read: {reason}.") from None
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"data.chat_template: {file}:{error.lineno}: not a Jinja template: {error.message}.") from None
+    if not text.strip():
+        raise DataError(f"data.chat_template: {file} is empty, wanted a Jinja template that writes messages.")
+    return text
+
+
+class Generation(jinja2.ext.Extension):
+    """Knows the tag by which templates mark what the assistant says, so that they can be parsed."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """The marked part as it is."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -69,6 +100,13 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise RowFault(f"the tokenizer's chat template refuses the messages: {error}") from error
+
+    def before_answer(self) -> str:
+        """What the template writes up to an answer that is still to come; "" if it writes no such conversation."""
+        try:
+            return self.render([{"role": "user", "content": PROBE}], to_answer=True)
+        except RowFault:
+            return ""
 
     def behind_answer(self) -> str | None:
         """What the template writes behind the last answer of a conversation; None if it writes no such conversation."""

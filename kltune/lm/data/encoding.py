@@ -153,8 +153,8 @@ class Encoder:
         chat = self.template == "chat" or messages
         if chat and not self.chat.source:
             wish = 'rows of "messages" need one' if messages else "data.template: chat needs one"
-            raise DataError(f"the model's tokenizer {without_template(self.tokenizer)}, and {wish}; wanted a model "
-                            "with a chat template, or plain rows and data.template: none.")
+            raise DataError(f"the model's tokenizer {without_template(self.tokenizer)}, and {wish}; wanted "
+                            "data.chat_template: FILE, a model with one, or plain rows and data.template: none.")
         return chat
 
     def prompt(self, asked: Asked) -> tuple[Ids, str, tuple[Message, ...]]:
@@ -226,6 +226,10 @@ class Encoder:
         begun = before[next((at for at, (mine, others) in letters if mine != others), len(whole)) :]
         behind, content = self.chat.behind_answer(), message["content"]
         more = any(message.get(name) for name in (CALLS, *THOUGHTS))
+        if begun and not begun.strip() and not content.startswith(begun):
+            raise RowFault(f'field "messages[{place}]": the generation prompt of the chat template ends in {begun!r}, '
+                           "which it leaves out before an answer that is given; take it out of the template, and give "
+                           "that as data.chat_template")
         if not content.startswith(begun) or behind is None or more:
             raise RowFault(
                 f'field "messages[{place}]": before this answer the chat template writes something else than before an '
@@ -317,6 +321,9 @@ class Encoder:
         if self.chat.used and CLOCK in self.chat.source:
             found.append(f"the chat template writes the date, and here it is always {self.chat.day:%Y-%m-%d} "
                          "(data.date, --date)")
+        if self.chat.used and self.chat.before_answer().endswith((" ", "\t")):
+            found.append("warning: the generation prompt of the chat template ends in a space, behind which an answer "
+                         "begins with another token than in texts; take it out of the template (data.chat_template)")
         behind = self.chat.behind_answer() if self.chat.used and self.ends else None
         if behind is not None and not self.ends & set(self.plain(behind)):
             found.append(f"warning: the chat template writes {behind!r} behind an answer, and no token that ends a "

@@ -6,8 +6,8 @@ A row of the file is kept, dropped (too long), skipped (faulty, and the recipe a
 disappears. The forms of the rows are in forms.py, the reading of files in rows.py.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -28,14 +28,15 @@ from kltune.lm.data.forms import (
     prompt_of,
     text_field,
 )
+from kltune.lm.data.layouts import Layout
 from kltune.lm.data.rows import Row, RowFault, read_rows
 from kltune.recipe import DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 LISTED_FAULTS = 20
+SHOWN_LETTERS = 300         # of a rendered example
 SKIPPED_SHARE = 0.01        # of the rows, or one row in a small file
-WHOLE = "one JSON document, which is held in memory as a whole (of a list, `jq -c '.[]'` makes one row a line)"
 Item = TypeVar("Item")
 Build = Callable[[Row, Encoder], tuple[Item, bool]]      # the item, and whether it was truncated
 
@@ -55,6 +56,8 @@ class RowRules:
     or the last. control: a control token that is spelled out is text in messages and a control token in plain rows
     (auto), or one of the two everywhere. day: what a chat template is told that asks for the date. others: tokenizers
     that have to make the same of every row. max_tokens: of a prompt and its response together, as the context has them.
+    columns: our names of fields, and the source's. transcripts: become messages, stay text, or the one that the chat
+    template asks for (auto).
 
     on_overlong: truncate (prompts from the left, keeping bos; responses from the right, then without the end token,
     because the text does not end there), drop, or error (the row is faulty). on_bad_row: error, or skip (at most 1 % of
@@ -73,6 +76,8 @@ class RowRules:
     day: date | None = None
     others: tuple[OtherTokenizer, ...] = ()
     max_tokens: int | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    transcripts: str = "auto"
 
     @classmethod
     def of(
@@ -82,7 +87,7 @@ class RowRules:
         response = data.max_response_tokens if max_response_tokens is None else max_response_tokens
         return cls(
             max_prompt_tokens, response, ends.appended, data.template, data.on_overlong, data.on_bad_row, ends.ids,
-            data.turns, data.control_tokens,
+            data.turns, data.control_tokens, columns=data.columns, transcripts=data.transcripts,
         )
 
     def encoder(self, tokenizer: "PreTrainedTokenizerBase") -> Encoder:
@@ -91,6 +96,12 @@ class RowRules:
             tokenizer, self.template, end_token=self.end_token, end_ids=self.end_ids, day=self.day,
             control=self.control, others=self.others,
         )
+
+    def layout(self, encoder: Encoder) -> Layout:
+        """How rows are read for an encoder: transcripts as messages, where its chat template is what they become."""
+        templated = encoder.template != "none" and bool(encoder.chat.source)
+        return Layout(self.columns, transcripts=self.transcripts == "messages" or (
+            self.transcripts == "auto" and templated))
 
     def must_cut(self, prompt: int, *responses: int) -> bool:
         """Whether a row has to be truncated, by the tokens of its prompt and responses.
@@ -180,7 +191,7 @@ def load_prompts(
     def build(row: Row, encoder: Encoder) -> tuple[Prompt, bool]:
         return fitted_prompt(encoder, rules, row.where, prompt_of(row.fields, forms.of(row.fields)))
 
-    return collect_rows(source, build, rules.encoder(tokenizer), rules.on_bad_row, rows)
+    return collect_rows(source, build, tokenizer, rules, rows)
 
 
 def fitted_prompt(
@@ -214,7 +225,7 @@ def load_examples(
         fitted = [_fitted_example(rules, tokenizer.bos_token_id, row.where, *one) for one in found]
         return [example for example, _ in fitted], any(truncated for _, truncated in fitted)
 
-    rows, counts = collect_rows(source, build, rules.encoder(tokenizer), rules.on_bad_row)
+    rows, counts = collect_rows(source, build, tokenizer, rules)
     examples = [example for row in rows for example in row]
     if len(examples) > len(rows):
         split = f"{len(examples)} examples of them, because the chat template writes earlier answers in another way"
@@ -265,9 +276,10 @@ def shuffled_positions(count: int, start: int, size: int, seed: int) -> list[int
 
 
 def collect_rows(
-    source: str, build: Build[Item], encoder: Encoder, on_bad_row: str, rows: Iterable[Row] | None = None
+    source: str, build: Build[Item], tokenizer: "PreTrainedTokenizerBase", rules: RowRules,
+    rows: Iterable[Row] | None = None,
 ) -> tuple[list[Item], Counts]:
-    """Build every row of a source, or of ``rows`` in its place, and count what becomes of it.
+    """Build every row of a source, or of ``rows`` in its place, by the rules, and count what becomes of it.
 
     Raises:
         DataError: too many rows are faulty, each is named with its place; or none is left.
@@ -275,15 +287,15 @@ def collect_rows(
     kept: list[Item] = []
     faults: list[str] = []
     read = truncated = dropped = 0
-    notes: tuple[str, ...] = ()
+    encoder = rules.encoder(tokenizer)
+    layout = rules.layout(encoder)
     for row in read_rows(source) if rows is None else rows:
         read += 1
         encoder.where = row.where
-        notes = (WHOLE,) if row.whole else ()
+        if row.note:
+            layout.notes[row.note] = None
         try:
-            if row.fault:
-                raise RowFault(row.fault)
-            item, cut = build(row, encoder)
+            item, cut = build(layout.of(row), encoder)
         except DroppedRow:
             dropped += 1
             continue
@@ -295,12 +307,23 @@ def collect_rows(
         kept.append(item)
         truncated += cut
     too_many = len(faults) > max(1, SKIPPED_SHARE * read)
-    if faults and (too_many or on_bad_row == "error"):
+    if faults and (too_many or rules.on_bad_row == "error"):
         advice = "data.on_bad_row: skip leaves out 1 % of the rows at most (or one row)"
         raise _refusal(source, faults, read, f"{advice}; these are more." if too_many else f"{advice}.")
     if not kept:
         raise DataError(f"{source}: no row is left of {read} ({dropped} too long and dropped, {len(faults)} faulty).")
-    return kept, Counts(read, len(kept), truncated, dropped, len(faults), (*notes, *encoder.notes()))
+    notes = (*layout.notes, *transcript_note(layout, encoder), *encoder.notes())
+    return kept, Counts(read, len(kept), truncated, dropped, len(faults), notes)
+
+
+def transcript_note(layout: Layout, encoder: Encoder) -> tuple[str, ...]:
+    """That transcripts became messages, with the first of them as the chat template writes it; () if none did."""
+    if layout.transcript is None:
+        return ()
+    text = encoder.chat.render(layout.transcript, to_answer=False)
+    shown = text if len(text) <= SHOWN_LETTERS else text[:SHOWN_LETTERS] + "..."
+    return (f"transcripts are read as messages, the first of them as {shown!r} (data.transcripts: text reads them as "
+            "they are)",)
 
 
 def _refusal(source: str, faults: list[str], read: int, advice: str) -> DataError:

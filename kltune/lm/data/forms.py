@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from kltune.errors import DataError
@@ -16,6 +17,16 @@ PAIR_FORMS: tuple[Form, ...] = (("prompt", *SIDES), ("messages", *SIDES), SIDES)
 LABELLED_FORM: Form = ("prompt", "response", "label")
 PROMPT_FORMS: tuple[Form, ...] = (*PAIR_FORMS, ("prompt",), ("messages",))      # a file of pairs has prompts in it too
 TRANSCRIPT = "\n\nAssistant:"       # what an answer follows in the transcripts of Anthropic's hh-rlhf
+# what our fields are called in sets of others, lower case
+OTHER_NAMES = {
+    "prompt": ("question", "query", "instruction", "input", "user", "problem", "ask", "request", "user_input"),
+    "response": ("answer", "output", "completion", "reply", "assistant", "solution", "target", "model_output"),
+    "text": ("content", "story", "document", "body", "sentence"),
+    "messages": ("conversation", "conversations", "dialogue", "dialog", "chat", "turns"),
+    "chosen": ("preferred", "accepted", "winner", "good", "response_chosen", "chosen_response", "positive"),
+    "rejected": ("dispreferred", "refused", "loser", "bad", "response_rejected", "rejected_response", "negative"),
+    "label": ("is_good", "thumbs_up", "liked"),
+}
 LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}     # CSV has only text
 # Who may speak after whom; None is the start of the conversation.
 NEXT_ROLES: dict[str | None, tuple[str, ...]] = {
@@ -67,8 +78,29 @@ class FormOfFile:
         if not begun:
             least = [form for form in self.forms if not any(set(other) < set(form) for other in self.forms)]
             wanted = " or ".join(_names(form) for form in sorted(least, key=len))
-            raise RowFault(f"wanted {wanted}, found {_names(fields) if fields else 'an object without fields'}")
+            found = _names(fields) if fields else "an object without fields"
+            raise RowFault(f"wanted {wanted}, found {found}{_columns_advice(fields, least)}")
         return begun[0]
+
+
+def likely_columns(names: Iterable[str], form: Form) -> dict[str, str]:
+    """Which of some columns may be meant by the fields of a form that are not among them, by our names."""
+    known = {name.lower().strip(): name for name in names}
+    guesses = {
+        ours: next((known[other] for other in (ours, *OTHER_NAMES.get(ours, ())) if other in known), None)
+        for ours in form
+    }
+    return {ours: theirs for ours, theirs in guesses.items() if theirs is not None and theirs != ours}
+
+
+def _columns_advice(fields: Iterable[str], forms: Iterable[Form]) -> str:
+    """How to name the columns, of the form of which the most can be guessed."""
+    fields = list(fields)
+    best = max((likely_columns(fields, form) for form in forms), key=len, default={})
+    if not fields:
+        return ""
+    example = ", ".join(f"{ours}: {theirs}" for ours, theirs in (best or {next(iter(forms))[0]: fields[0]}).items())
+    return f"; name the columns, as data.columns: {{{example}}}"
 
 
 def _names(names: Any) -> str:
@@ -302,6 +334,6 @@ def as_messages(asked: Asked) -> list[Message]:
     if asked.endswith(TRANSCRIPT):
         raise DataError(
             f"data.template: chat cannot be used with prompts that end with {TRANSCRIPT!r}: they say already who "
-            "speaks; wanted data.template: none, or rows of messages."
+            "speaks; wanted data.template: none, or data.transcripts: messages, or rows of messages."
         )
     return [{"role": "user", "content": asked}]

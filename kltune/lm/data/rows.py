@@ -16,7 +16,12 @@ from typing import Any
 
 from kltune.errors import DataError
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", ".parquet")
+SUFFIXES = (
+    ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".tsv", ".csv.gz", ".tsv.gz", ".txt", ".txt.gz", ".parquet",
+)
+SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}      # the first where none is
+WHOLE = "one JSON document, which is held in memory as a whole (of a list, `jq -c '.[]'` makes one row a line)"
+LINES = "one prompt or text a line"
 # load_dataset reads these names as "all files below the working folder", which nobody means by `prompts: json`.
 BUILDER_NAMES = frozenset({"arrow", "csv", "json", "pandas", "parquet", "text", "xml", "webdataset"})
 
@@ -27,12 +32,12 @@ class RowFault(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source: its fields, or the reason why it has none. whole: the file is one JSON document."""
+    """One row of a source: its fields, or the reason why it has none. note: what there is to say of the file's kind."""
 
     where: str                  # "prompts.jsonl:12", "prompts.parquet:row 12", "org/name:train:row 12"
     fields: dict[str, Any]
     fault: str = ""             # not empty: the row could not be read, and fields is empty
-    whole: bool = False
+    note: str = ""
 
 
 def read_rows(source: str) -> Iterator[Row]:
@@ -41,9 +46,10 @@ def read_rows(source: str) -> Iterator[Row]:
     A path never touches the network: only a source that is no file here, and does not look like one, is a name.
     A row that cannot be read comes back with its fault, so that the caller can list all of them.
 
-    The source is the path of a ``.jsonl``, ``.json`` (one object a line, or a JSON list of them), ``.csv`` (each also
-    ``.gz``) or ``.parquet`` file, or ``name``, ``name:split`` or ``name:config:split`` of a dataset (split ``train`` by
-    default). Blank lines are not rows.
+    The source is the path of a ``.jsonl``, ``.json`` (one object a line, or a JSON list of them), ``.csv`` or ``.tsv``
+    (the separator is found in the header), ``.txt`` (a line is the prompt, or the text, of a row; each also ``.gz``) or
+    ``.parquet`` file, or ``name``, ``name:split`` or ``name:config:split`` of a dataset (split ``train`` by default).
+    Blank lines are not rows.
 
     Raises:
         DataError: no such file or dataset, a kind of file that is not read here, or a damaged file.
@@ -53,20 +59,23 @@ def read_rows(source: str) -> Iterator[Row]:
     if os.path.isdir(path) or os.path.isdir(path.partition(":")[0]):
         raise DataError(f"{source} is a folder, wanted a file: {', '.join(SUFFIXES)}.")
     if not os.path.exists(path):
-        if _looks_like_a_path(path):
+        if looks_like_a_path(path):
             raise DataError(f"{source} does not exist.")
         yield from _dataset_rows(source)
     elif not path.lower().endswith(SUFFIXES):
         raise DataError(f"{source} is no kind of data file that can be read here: {', '.join(SUFFIXES)}.")
-    elif kind.endswith(".csv"):
+    elif kind.endswith((".csv", ".tsv")):
         yield from _csv_rows(path)
+    elif kind.endswith(".txt"):
+        yield from _text_rows(path)
     elif kind.endswith(".parquet"):
         yield from _parquet_rows(path)
     else:
         yield from _json_rows(path)
 
 
-def _looks_like_a_path(path: str) -> bool:
+def looks_like_a_path(path: str) -> bool:
+    """Whether a source that is no file here was meant as one, and not as the name of a dataset."""
     # One slash alone says nothing: `org/name` is how the hub names a dataset.
     return path.lower().endswith(SUFFIXES) or path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path
 
@@ -94,11 +103,25 @@ def _json_rows(path: str) -> Iterator[Row]:
             yield _json_row(where, line)
 
 
-def _json_row(where: str, text: bytes, *, whole: bool = False) -> Row:
+def _json_row(where: str, text: bytes, note: str = "") -> Row:
     try:
-        return Row(where, _parse_object(text), whole=whole)
+        return Row(where, _parse_object(text), note=note)
     except RowFault as fault:
-        return Row(where, {}, str(fault), whole)
+        return Row(where, {}, str(fault), note)
+
+
+def _text_rows(path: str) -> Iterator[Row]:
+    for where, line in _lines(path):
+        if line.strip():
+            try:
+                text = line.decode("utf-8").rstrip("\r\n")
+                yield Row(where, {"prompt": text, "text": text}, note=LINES)
+            except UnicodeDecodeError as error:
+                yield Row(where, {}, _not_utf8(line, error), LINES)
+
+
+def _not_utf8(line: bytes, error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: found byte 0x{line[error.start]:02x} at byte {error.start + 1}"
 
 
 def _json_document(path: str) -> list[Row] | None:
@@ -122,8 +145,8 @@ def _json_document(path: str) -> list[Row] | None:
         try:
             _, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            return [*rows, Row(f"{name}:{line}", {}, f"not JSON: {error}", whole=True)] if listed or rows else None
-        rows.append(_json_row(f"{name}:{line}", text[at:end].encode("utf-8"), whole=True))
+            return [*rows, Row(f"{name}:{line}", {}, f"not JSON: {error}", WHOLE)] if listed or rows else None
+        rows.append(_json_row(f"{name}:{line}", text[at:end].encode("utf-8"), WHOLE))
         at = _skip(text, end)
         if not listed and at < len(text) and "\n" not in text[end:at]:
             return None
@@ -131,7 +154,7 @@ def _json_document(path: str) -> list[Row] | None:
             at = _skip(text, at + 1)
         elif listed and text[at : at + 1] != "]":
             fault = "not JSON: wanted a comma, or the list's end, behind it"
-            return [*rows, Row(f"{name}:{line}", {}, fault, whole=True)]
+            return [*rows, Row(f"{name}:{line}", {}, fault, WHOLE)]
     return rows if not listed or not text[at + 1 :].strip() else None
 
 
@@ -157,7 +180,7 @@ def _parse_object(line: bytes) -> dict[str, Any]:
             raise RowFault(f"found a NUL byte at byte {line.index(0) + 1}, wanted text")
         value = json.loads(text, object_pairs_hook=_without_repeats)
     except UnicodeDecodeError as error:
-        raise RowFault(f"not UTF-8: found byte 0x{line[error.start]:02x} at byte {error.start + 1}") from error
+        raise RowFault(_not_utf8(line, error)) from error
     except json.JSONDecodeError as error:
         raise RowFault(f"not JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:       # a number of thousands of digits; thousands of open brackets
@@ -183,9 +206,11 @@ def _csv_rows(path: str) -> Iterator[Row]:
     # Bytes that are not UTF-8 go through as lone surrogates: an error here would end the csv reader.
     lines = (line.decode("utf-8", errors="surrogateescape") for _, line in _lines(path))
     name, header = os.path.basename(path), None
+    separator = _separator(path)
+    note = "" if separator == "," else f"columns are separated by {SEPARATORS[separator]}"
     limit = csv.field_size_limit(2**31 - 1)     # the default refuses a cell of more than 128 KiB
     try:
-        reader = csv.reader(lines, strict=True)
+        reader = csv.reader(lines, strict=True, delimiter=separator)
         while True:
             where = f"{name}:{reader.line_num + 1}"
             try:
@@ -200,18 +225,30 @@ def _csv_rows(path: str) -> Iterator[Row]:
                 if repeated := [name for name in cells if cells.count(name) > 1]:
                     raise DataError(f'{where}: column "{repeated[0]}" is found twice in the header.')
             elif cells:                         # a blank line has none
-                yield _csv_row(where, header, cells)
+                yield _csv_row(where, header, cells, note)
     finally:
         csv.field_size_limit(limit)
 
 
-def _csv_row(where: str, header: list[str], cells: list[str]) -> Row:
+def _separator(path: str) -> str:
+    """What stands between the names of the header: a comma, or what cuts a header without one into the most names."""
+    header = next((line for _, line in _lines(path) if line.strip()), b"").decode("utf-8", errors="replace")
+    cells = {}
+    for separator in SEPARATORS:
+        try:
+            cells[separator] = len(next(csv.reader([header], delimiter=separator), []))
+        except csv.Error:       # said when the rows are read
+            cells[separator] = 0
+    return "," if cells[","] > 1 else max(cells, key=cells.get)
+
+
+def _csv_row(where: str, header: list[str], cells: list[str], note: str) -> Row:
     if len(cells) != len(header):
-        return Row(where, {}, f"found {len(cells)} cells, wanted {len(header)} as in the header")
+        return Row(where, {}, f"found {len(cells)} cells, wanted {len(header)} as in the header", note)
     broken = next((name for name, cell in zip(header, cells, strict=True) if has_surrogate(cell)), None)
     if broken is not None:
-        return Row(where, {}, f'field "{broken}": not UTF-8')
-    return Row(where, dict(zip(header, cells, strict=True)))
+        return Row(where, {}, f'field "{broken}": not UTF-8', note)
+    return Row(where, dict(zip(header, cells, strict=True)), note=note)
 
 
 def _parquet_rows(path: str) -> Iterator[Row]:

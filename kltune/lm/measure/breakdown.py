@@ -22,9 +22,15 @@ def top_tokens(sums: VocabularySums, responses: int, policy: Policy, top: int) -
     """
     ids = sums.nats.topk(min(top, len(sums.nats))).indices.tolist()
     return [
-        {"token": policy.tokenizer.decode([token]), "id": token, **token_part(sums, [token], responses)}
+        {"token": token_text(policy.tokenizer, token), "id": token, **token_part(sums, [token], responses)}
         for token in ids if sums.nats[token] > 0.0
     ]
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """What a token writes within a text; decoded alone, one of the SentencePiece kind would lose its space."""
+    text, piece = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)
+    return f" {text}" if piece.startswith("\u2581") and not text.startswith(" ") else text
 
 
 def token_part(sums: VocabularySums, ids: list[int], responses: int) -> dict[str, float]:

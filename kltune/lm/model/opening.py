@@ -41,15 +41,18 @@ PROMPTS, TOKENS = 8, 64  # of each as many: over a large vocabulary, all of long
 FIRST_RATIO_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
-def load_policy(section: ModelSection, lora: LoraSection | None, *, device: torch.device) -> Policy:
+def load_policy(
+    section: ModelSection, lora: LoraSection | None, *, device: torch.device, chat_template: str | None = None
+) -> Policy:
     """Load base and tokenizer, merge the SFT adapter if the recipe names one, and add a fresh adapter.
 
-    Without ``lora`` every weight is trained, and a frozen second copy is the reference.
+    Without ``lora`` every weight is trained, and a frozen second copy is the reference. chat_template: in the place of
+    the tokenizer's own.
 
     Raises:
         ModelError: missing, not a causal LM, an adapter, a tokenizer that differs, or a base-changing SFT adapter.
     """
-    policy = load_reference(section, device=device, full=lora is None)
+    policy = load_reference(section, device=device, full=lora is None, chat_template=chat_template)
     if lora is not None:
         policy.add_adapter(lora)
         check_adapter(policy.network, policy.model, "lora")
@@ -57,9 +60,13 @@ def load_policy(section: ModelSection, lora: LoraSection | None, *, device: torc
 
 
 def load_reference(
-    section: ModelSection, *, device: torch.device, where: str = "model.path", full: bool = False
+    section: ModelSection, *, device: torch.device, where: str = "model.path", full: bool = False,
+    chat_template: str | None = None,
 ) -> Policy:
-    """A Policy without an adapter: policy and reference are still the same weights (two copies if ``full``)."""
+    """A Policy without an adapter: policy and reference are still the same weights (two copies if ``full``).
+
+    chat_template: in the place of the tokenizer's own.
+    """
     if full:
         if section.dtype == "bfloat16":
             raise ModelError(
@@ -68,6 +75,7 @@ def load_reference(
         section = section.model_copy(update={"dtype": "float32"})
     model = load_base(section, device, where)
     tokenizer = load_tokenizer(section.path, section.trust_remote_code, where)
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
     survived, untied = 1.0, False
     if section.sft_adapter is not None:
         adapter = Path(section.sft_adapter)
@@ -82,15 +90,18 @@ def load_reference(
     return policy
 
 
-def load_saved_policy(folder: Path, section: ModelSection, *, device: torch.device, is_adapter: bool) -> Policy:
+def load_saved_policy(
+    folder: Path, section: ModelSection, *, device: torch.device, is_adapter: bool, chat_template: str | None = None
+) -> Policy:
     """What a folder holds over its reference (``section``): a model has weights of its own beside the reference's.
 
-    So has an adapter that also trained parts of the base; any other lies on the reference's own weights.
+    So has an adapter that also trained parts of the base; any other lies on the reference's own weights. chat_template:
+    in the place of the one that the reference's tokenizer has.
 
     Raises:
         ModelError: it cannot be loaded, or is a model with another vocabulary or tokenizer than the reference.
     """
-    policy = load_reference(section, device=device, where="reference")
+    policy = load_reference(section, device=device, where="reference", chat_template=chat_template)
     policy.hold_against(folder, "checkpoint", section.trust_remote_code)
     second = section.model_copy(update={"dtype": policy.fingerprint.dtype})
     if is_adapter:

@@ -1,4 +1,4 @@
-"""What a run reads besides its model: the rows of each data file and each scorer's own files, as sha256."""
+"""What a run reads: the rows of each data file, each scorer's own files and those of its model, as sha256."""
 
 import hashlib
 import json
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from kltune.errors import DataError, ScorerError
+from kltune.errors import DataError, ModelError, ScorerError
+from kltune.lm.data.chat import read_template
 from kltune.lm.data.rows import read_rows
 from kltune.lm.rewards.functions import read_sources, sources_sha256
 from kltune.recipe import ClassifierReward, FunctionReward, ModelReward, Recipe
@@ -32,6 +33,11 @@ def inputs_of(recipe: Recipe, *, present: bool = False) -> dict[str, dict[str, s
         key: {"path": source, "sha256": rows_sha256(source)} for key, source in found.items()
         if not present or Path(source).exists()
     }
+    if recipe.data.chat_template is not None and (not present or Path(recipe.data.chat_template).exists()):
+        template = read_template(recipe.data.chat_template)
+        inputs["data.chat_template"] = {
+            "path": recipe.data.chat_template, "sha256": hashlib.sha256(template.encode()).hexdigest(),
+        }
     entries = {f"reward.{place}": entry for place, entry in enumerate(getattr(recipe, "reward", ()))}
     for key, entry in (entries | {"eval.gold": recipe.eval.gold}).items():
         if isinstance(entry, FunctionReward):
@@ -42,16 +48,30 @@ def inputs_of(recipe: Recipe, *, present: bool = False) -> dict[str, dict[str, s
     return inputs
 
 
+def base_of(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """The same of the folders that the reference is loaded from, of those that are here; of a name on the hub nothing.
+
+    A run that goes on holds the weights themselves against those that it was started with; this is for one that has
+    ended, whose model nobody loads again.
+    """
+    named = {"model.path": recipe.model.path, "model.sft_adapter": recipe.model.sft_adapter}
+    return {
+        key: {"path": path, "sha256": folder_sha256(Path(path))} for key, path in named.items()
+        if path is not None and Path(path).is_dir()
+    }
+
+
 def refuse_changed(before: Inputs, now: Inputs, where: Path) -> None:
     """Refuse inputs that are not those a run was started with; one that is known on one side only says nothing.
 
     Raises:
-        DataError: the rows of a file. ScorerError: a scorer's files.
+        DataError: the rows of a file. ScorerError: a scorer's files. ModelError: those of the model.
     """
     for key in before.keys() & now.keys():
         if before[key]["sha256"] != now[key]["sha256"]:
             rows = key.partition(".")[2] in ROWS["data"]
-            kind, what = (DataError, "its rows are") if rows else (ScorerError, "it is")
+            kind = DataError if rows or key.startswith("data.") else ModelError if key[:6] == "model." else ScorerError
+            what = "its rows are" if rows else "it is"
             raise kind(
                 f"{key}: {now[key]['path']} has changed: {what} not what the run in {where} was started with (sha256 "
                 f"{before[key]['sha256'][:12]}, now {now[key]['sha256'][:12]}); put the file back, or start a new run "

@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kltune.errors import ModelError
+from kltune.lm.data.chat import template_of
 from kltune.lm.data.encoding import Encoder, Ids, spelled
 from kltune.lm.model.adapters import POLICY, config_to_fill, fill, load_compatible
 from kltune.lm.model.batches import Samples
 from kltune.lm.model.files import reading
+from kltune.lm.model.loading import own_tokenizer
 from kltune.lm.model.network import ScalarHead
 from kltune.lm.model.opening import load_reference, probe_logits
 from kltune.lm.model.policy import Policy
@@ -233,7 +235,10 @@ def _beside(folder: Path, policy: Policy) -> RewardModel:
 
 def _alone(folder: Path, reference: dict[str, Any], device: torch.device) -> RewardModel:
     section = ModelSection(**{name: reference[name] for name in ("path", "sft_adapter", "dtype")})
-    policy = load_reference(section, device=device, where=f"reward {folder}")
+    own = own_tokenizer(folder)      # with the chat template that it was trained with
+    policy = load_reference(
+        section, device=device, where=f"reward {folder}", chat_template=None if own is None else template_of(own),
+    )
     if differences := policy.fingerprint.differences(reference):
         raise ModelError(f"reward {folder}: its base is not the one it was trained on.\n  " + "\n  ".join(differences))
     policy.load_adapter(folder)

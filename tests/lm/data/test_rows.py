@@ -179,7 +179,7 @@ def test_a_path_that_does_not_exist_is_named_and_never_looked_up(name):
 @pytest.mark.usefixtures("no_lookup")
 def test_a_folder_and_an_unknown_kind_of_file_are_refused(tmp_path):
     assert "is a folder, wanted a file" in refusal(str(tmp_path))
-    assert "is no kind of data file" in refusal(write(tmp_path, GOOD, "rows.txt"))
+    assert "is no kind of data file" in refusal(write(tmp_path, GOOD, "rows.xlsx"))
 
 
 @pytest.mark.usefixtures("no_lookup")

@@ -6,10 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from kltune.core.tensors import log_distribution
 from kltune.lm.data.examples import Prompt
-from kltune.lm.measure.breakdown import examples, token_part, top_tokens
+from kltune.lm.measure.breakdown import examples, token_part, token_text, top_tokens
 from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model import sampler as rollouts
 from kltune.lm.model.sampler import Draw, uniform_numbers
@@ -155,6 +157,15 @@ def test_shares_by_token_are_those_of_the_listing(tiny_lm_policy):
     assert sum(row["share"] for row in rows) == pytest.approx(1.0)
     end = token_part(sums, list(tiny_lm_policy.end_ids), 20_000)
     assert end["share"] == pytest.approx(nats[EOS].item() / KL, abs=0.02)
+
+
+def test_a_token_that_begins_a_word_is_told_from_one_within_a_word():
+    pieces = {"<unk>": 0, "\u2581a": 1, "a": 2, "\u2581": 3}
+    tokenizer = Tokenizer(models.WordLevel(pieces, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Metaspace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert fast.decode([1]) == fast.decode([2]) == "a"
+    assert [token_text(fast, number) for number in (1, 2, 3)] == [" a", "a", " "]
 
 
 def test_shown_responses_go_from_the_most_to_the_least_and_their_tokens_add_up(tiny_lm_policy):
