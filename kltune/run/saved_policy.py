@@ -161,7 +161,8 @@ def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
         if place is not None:
             refuse_code(Path(place), "reference", trusted=options.trust_remote_code)
     policy = load_saved_policy(folder, section, device=pick_device("auto"), is_adapter=is_adapter)
-    if info is not None and (differences := policy.fingerprint.differences(info["reference"], tokenizer=False)):
+    by_rows = "tokenizer_sha256", "template_sha256"
+    if info is not None and (differences := policy.fingerprint.differences(info["reference"], but=by_rows)):
         raise CheckpointError(
             f"{folder}: this is not the reference it was trained against.\n  " + "\n  ".join(differences)
         )

@@ -21,6 +21,7 @@ import torch
 import kltune
 from kltune.errors import CheckpointError, Interrupted, JudgeError, RecipeError, StorageError
 from kltune.lm.data.chat import today
+from kltune.lm.model.fingerprint import Fingerprint
 from kltune.lm.model.loading import pick_device
 from kltune.lm.model.opening import load_policy
 from kltune.lm.model.policy import Policy
@@ -79,16 +80,18 @@ class Run:
         """Seconds since the run was opened, by wall clock; earlier sessions of a resumed run are not in it."""
         return time.monotonic() - self._opened_at
 
-    def set_reference(self, reference: dict[str, Any]) -> None:
-        """Record the reference of every KL of this run; CheckpointError if it was started against another one."""
+    def set_reference(self, fingerprint: Fingerprint) -> None:
+        """Record the reference of every KL of this run; CheckpointError if it was started against another one.
+
+        The chat template is held against the checkpoint's own over every row: of one that no row needs nothing depends.
+        """
         before = self._record["reference"] if self.resume_from else None
-        for name in ("sha256", "tokenizer_sha256", "template_sha256"):
-            if before and before.get(name) != reference.get(name):
-                raise CheckpointError(
-                    f"{self.folder} was started against another reference: {name} was {before.get(name)}, now "
-                    f"{reference.get(name)}. Put the model's files back, or choose another --output."
-                )
-        self.record(reference=reference)
+        if before and (differences := fingerprint.differences(before, but=("template_sha256",))):
+            raise CheckpointError(
+                f"{self.folder} was started against another reference:\n  " + "\n  ".join(differences)
+                + "\nPut the model's files back, or choose another --output."
+            )
+        self.record(reference=fingerprint.as_dict())
 
     def set_inputs(self, inputs: dict[str, Any]) -> None:
         """Record what this run reads; raises as ``refuse_changed`` if it was started on other rows or scorers."""
@@ -143,7 +146,9 @@ def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
         run.set_inputs(inputs_of(recipe))
         torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
         policy = load_policy(recipe.model, recipe.lora, device=pick_device(recipe.run.device))
-        run.set_reference(policy.fingerprint.as_dict())
+        run.set_reference(policy.fingerprint)
+        if run.resume_from is not None:
+            policy.hold_against(run.resume_from, "checkpoint", recipe.model.trust_remote_code)
         policy.day = run.day
         return train(recipe, policy, run)
 

@@ -7,6 +7,7 @@ import resource
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,14 @@ import torch
 from killing import adapter_of, exit_code, start
 
 from kltune.errors import BusyError, CheckpointError, Interrupted, RecipeError
+from kltune.lm.model.fingerprint import Fingerprint
 from kltune.recipe import load_recipe
 from kltune.run.checkpoint import save_checkpoint
+from kltune.run.files import write_json
 from kltune.run.recorder import Report
 from kltune.run.session import Run, finished_result, open_run
+
+REFERENCE = Fingerprint("some/model", None, "float32", "ab", "ef", "01", config={"model_type": "llama"})
 
 
 def record_of(recipe) -> dict:
@@ -35,7 +40,7 @@ def save(run: Run, step: int) -> None:
 def interrupted_at(recipe, saved: int, reported: int) -> None:
     """Leave an unfinished run with a checkpoint and some later steps."""
     with contextlib.suppress(Interrupted), open_run(recipe, resume=False) as run:
-        run.set_reference({"path": "some/model", "sha256": "ab"})
+        run.set_reference(REFERENCE)
         with Report(run.folder, "ppo", recipe.run.steps) as report:
             for step in range(1, reported + 1):
                 report.step(step, {"score/mean": step / 10})
@@ -60,13 +65,13 @@ def test_a_run_leaves_its_recipe_and_record(make_recipe, monkeypatch):
     with open_run(recipe, resume=False) as run:
         assert record_of(recipe)["status"] == "running"
         assert (run.start_step, run.resume_from, run.stop_signal) == (0, None, None)
-        run.set_reference({"path": "some/model", "sha256": "ab"})
+        run.set_reference(REFERENCE)
         run.finish({"steps": 10})
     assert load_recipe(run.folder / "recipe.yaml") == recipe
     record = record_of(recipe)
     assert record["schema"] == "kltune.run/1"
     assert (record["stage"], record["status"], record["seed"], record["error"]) == ("ppo", "finished", 7, None)
-    assert record["reference"] == {"path": "some/model", "sha256": "ab"}
+    assert record["reference"] == REFERENCE.as_dict()
     assert record["command"] == "kltune ppo --recipe 'a b.yaml'"
     assert {"python", "torch", "transformers", "peft", "kltune"} <= set(record["versions"])
     assert record["started"] <= record["ended"]
@@ -163,8 +168,24 @@ def test_resume_with_another_recipe_names_the_keys(make_recipe):
 
 def test_resume_against_another_reference_is_refused(make_recipe):
     interrupted_at(make_recipe(), saved=4, reported=4)
-    with pytest.raises(CheckpointError, match="sha256 was ab, now cd"), open_run(make_recipe(), resume=True) as run:
-        run.set_reference({"path": "some/model", "sha256": "cd"})
+    with pytest.raises(CheckpointError, match=r"weights: found cd \(some/model\), wanted ab"), \
+            open_run(make_recipe(), resume=True) as run:
+        run.set_reference(replace(REFERENCE, sha256="cd"))
+
+
+def test_resume_asks_for_the_settings_and_ends_of_the_reference_and_not_for_a_template_no_row_needs(make_recipe):
+    interrupted_at(make_recipe(), saved=4, reported=4)
+    for changed in ({"config": {"model_type": "gpt2"}}, {"ends": {"ids": [3]}}):
+        record = REFERENCE.as_dict() | changed
+        write_json(Path(make_recipe().run.output) / "run.json", record_of(make_recipe()) | {"reference": record})
+        with pytest.raises(CheckpointError, match=next(iter(changed)).replace("ends", "end of a response")), \
+                open_run(make_recipe(), resume=True) as run:
+            run.set_reference(REFERENCE)
+    record = REFERENCE.as_dict() | {"template_sha256": "other"}
+    write_json(Path(make_recipe().run.output) / "run.json", record_of(make_recipe()) | {"reference": record})
+    with open_run(make_recipe(), resume=True) as run:
+        run.set_reference(REFERENCE)
+        run.finish({})
 
 
 def test_a_finished_run_gives_its_result_and_changes_nothing(make_recipe, tmp_path):
