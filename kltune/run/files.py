@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-import shutil
+import resource
 import socket
 import sys
 from collections.abc import Iterator
@@ -20,9 +20,20 @@ from kltune.errors import BusyError, CheckpointError, RecipeError, StorageError
 
 RUN_SCHEMA = "kltune.run/1"
 NO_LOCKS_HERE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
-CANNOT_WRITE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
+# What to do about a refusal to write; where it is about none of these, make_room.
+MAKE_ROOM = "make room"
+NO_RIGHT = "give this user the right to write there, or choose another place"
+WAYS_ON = {
+    errno.EROFS: "choose a place that is not read-only",
+    errno.EACCES: NO_RIGHT,
+    errno.EPERM: NO_RIGHT,
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "choose another place",
+    errno.EIO: "look after the disk",
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, *WAYS_ON} - {errno.ENOENT}
 SECRET_SHAPES = re.compile(r"\bhf_\w{16,}|\bsk-[A-Za-z0-9]{16,}|\bsk-[a-z]+-[\w-]{16,}|\bgh[pousr]_\w{16,}")
 USER_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 SECRET_VARIABLE = re.compile(r"(?i)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
@@ -110,32 +121,58 @@ def is_finished(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def storing(path: Path) -> Iterator[None]:
+def storing(path: Path, needed: int = 0) -> Iterator[None]:
     """Within: the system's refusal to write ``path`` becomes an error the user can put right.
 
+    needed: bytes that are to be written at least, where that is known.
+
     Raises:
-        StorageError: the disk, quota or file-size limit is reached, or the folder is read-only. Names the path, the
-            reason and the free bytes.
+        StorageError: the disk, its inodes, a quota or a file-size limit are used up, or nothing can be written there.
+            Names the path, the reason, what was needed and what there is.
     """
     try:
         yield
-    except StorageError:
+    except (StorageError, FileExistsError, NotADirectoryError):
         raise
-    except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else _number_in(error)
-        if number not in CANNOT_WRITE:
+    except Exception as error:      # what is written in Rust raises nothing narrower
+        number = _number_in(error)
+        if number is None:
             raise
-        free = shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.is_dir())).free
-        raise StorageError(
-            f"cannot write {path}: {os.strerror(number)} ({free:,} bytes are free there). "
-            "What was saved before is intact; make room, then start again with --resume."
-        ) from error
+        raise StorageError(refused(str(path), number, needed)) from error
 
 
-def _number_in(error: SafetensorError) -> int | None:
-    """The errno inside safetensors' message, which is no OSError: '... File too large (os error 27)'."""
-    match = re.search(r"os error (\d+)", str(error))
+def _number_in(error: Exception) -> int | None:
+    """The errno of an OSError, or inside the message of a library in Rust: '... File too large (os error 27)'."""
+    if isinstance(error, OSError):
+        return error.errno
+    rust = isinstance(error, SafetensorError) or type(error) is Exception      # the latter is all tokenizers has
+    match = re.search(r"os error (\d+)", str(error)) if rust else None
     return int(match.group(1)) if match else None
+
+
+def refused(path: str, number: int, needed: int = 0) -> str:
+    """In words: the system refused to write a path, why, what was needed, what there is, and what to do."""
+    reason, way = os.strerror(number), WAYS_ON.get(number, MAKE_ROOM)
+    facts = [f"at least {needed:,} bytes were needed"] if needed else []
+    if (there := _room_at(path)) is not None:
+        facts.append(f"{there.f_bavail * there.f_frsize:,} bytes are free there")
+        if number == errno.ENOSPC and there.f_files and not there.f_favail:
+            reason, way = "No inode is left for another file", "remove files there, however small"
+            facts.append(f"0 of {there.f_files:,} inodes are free")
+    if number == errno.EFBIG:
+        facts.append(f"a file may have {resource.getrlimit(resource.RLIMIT_FSIZE)[0]:,} bytes")
+    known = f" ({'; '.join(facts)})" if facts else ""
+    return (
+        f"cannot write {path}: {reason}{known}. What was saved before is intact; {way}, then start again; a run goes on with --resume."
+    )
+
+
+def _room_at(path: str) -> os.statvfs_result | None:
+    """The state of the file system that a path is to lie on; None where it has none."""
+    place = next((place for place in (path, *map(str, Path(path).absolute().parents)) if os.path.isdir(place)), None)
+    with contextlib.suppress(OSError):
+        return None if place is None else os.statvfs(place)
+    return None
 
 
 def sync(path: Path) -> None:
@@ -150,15 +187,17 @@ def sync(path: Path) -> None:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, a kill at any moment, or a StorageError finds the old file or the new one."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    with storing(path):
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with storing(path, len(data)):
         try:
             with open(temporary, "wb") as file:
-                file.write(content.encode("utf-8") if isinstance(content, str) else content)
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):      # of the error that is on its way
+                temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)
 
@@ -166,7 +205,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def append_line(file: BinaryIO, path: Path, line: str) -> None:
     """Add one line to an unbuffered file; if it does not fit (StorageError), take its first half away again."""
     before, data = file.seek(0, os.SEEK_END), memoryview(f"{line}\n".encode())
-    with storing(path):
+    with storing(path, len(data)):
         try:
             while data:
                 data = data[file.write(data):]      # an unbuffered write may take only a part

@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from kltune.errors import CheckpointError, ModelError, RecipeError
+from kltune.errors import CheckpointError, KltuneError, ModelError, RecipeError
 from kltune.lm.data.chat import today
 from kltune.lm.data.examples import Example, Prompt, RowRules, counts_line, load_examples, load_prompts
 from kltune.lm.data.rows import Row
@@ -149,6 +149,16 @@ def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
         CheckpointError: the reference found is not the one the checkpoint was trained against, or none is known.
         ModelError: one of the two cannot be loaded, or they do not fit together.
     """
+    try:
+        return _opened(subject, options)
+    except (KltuneError, OSError):
+        if subject.folder.exists():
+            raise
+    # The run that it belongs to goes on, and has taken it away for a newer one.
+    return _opened(find_checkpoint(subject.path, options), options)
+
+
+def _opened(subject: Subject, options: MeasureOptions) -> Policy:
     folder, info = subject.folder, subject.info
     is_adapter = (folder / "adapter_config.json").exists()
     if info is None:
