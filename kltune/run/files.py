@@ -33,6 +33,7 @@ WAYS_ON = {
     errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
+FEW_INODES = 64     # more than the files of a checkpoint
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, *WAYS_ON} - {errno.ENOENT}
 SECRET_SHAPES = re.compile(r"\bhf_\w{16,}|\bsk-[A-Za-z0-9]{16,}|\bsk-[a-z]+-[\w-]{16,}|\bgh[pousr]_\w{16,}")
 USER_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
@@ -132,13 +133,16 @@ def storing(path: Path, needed: int = 0) -> Iterator[None]:
     """
     try:
         yield
-    except (StorageError, FileExistsError, NotADirectoryError):
+    except (FileExistsError, NotADirectoryError):
         raise
     except Exception as error:      # what is written in Rust raises nothing narrower
         number = _number_in(error)
-        if number is None:
+        said = isinstance(error, StorageError) and not needed      # of a part, by one who knew what that needed
+        if number is None or said:
             raise
-        raise StorageError(refused(str(path), number, needed)) from error
+        refusal = StorageError(refused(str(path), number, needed))
+        refusal.errno = number
+        raise refusal from error
 
 
 def _number_in(error: Exception) -> int | None:
@@ -155,15 +159,19 @@ def refused(path: str, number: int, needed: int = 0) -> str:
     reason, way = os.strerror(number), WAYS_ON.get(number, MAKE_ROOM)
     facts = [f"at least {needed:,} bytes were needed"] if needed else []
     if (there := _room_at(path)) is not None:
-        facts.append(f"{there.f_bavail * there.f_frsize:,} bytes are free there")
-        if number == errno.ENOSPC and there.f_files and not there.f_favail:
+        free = there.f_bavail * there.f_frsize
+        facts.append(f"{free:,} bytes are free there")
+        # Seen after what was written of it has been taken away again.
+        few = there.f_files and there.f_favail < FEW_INODES and (not there.f_favail or 0 < needed <= free)
+        if number == errno.ENOSPC and few:
             reason, way = "No inode is left for another file", "remove files there, however small"
-            facts.append(f"0 of {there.f_files:,} inodes are free")
+            facts.append(f"{there.f_favail:,} of {there.f_files:,} inodes are free")
     if number == errno.EFBIG:
         facts.append(f"a file may have {resource.getrlimit(resource.RLIMIT_FSIZE)[0]:,} bytes")
     known = f" ({'; '.join(facts)})" if facts else ""
     return (
-        f"cannot write {path}: {reason}{known}. What was saved before is intact; {way}, then start again; a run goes on with --resume."
+        f"cannot write {path}: {reason}{known}. What was saved before is intact; {way}, then start again: a run goes "
+        "on with --resume."
     )
 
 

@@ -206,6 +206,7 @@ def judges_of(job: Job, learner: Learner, evaluates: bool) -> tuple[Judge, ...]:
 
 def save(job: Job, learner: Learner, step: int, kl: dict[str, Any] | None) -> None:
     """Save a checkpoint of after a step, its KL as ``asdict`` of a KLSummary where it is known."""
+    job.report.keep()
     save_checkpoint(
         job.run.folder, step, learner.model.save, info=job.about(learner.model, kl),
         tensors=learner.tensors(), state=learner.state(), keep=job.recipe.run.keep,

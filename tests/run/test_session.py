@@ -1,9 +1,11 @@
 """Who may write in a folder, where a run starts, how it is stopped, and what run.json says of it."""
 
 import contextlib
+import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -17,7 +19,7 @@ from killing import adapter_of, exit_code, start
 from kltune.errors import BusyError, CheckpointError, Interrupted, RecipeError
 from kltune.lm.model.fingerprint import Fingerprint
 from kltune.recipe import load_recipe
-from kltune.run.checkpoint import save_checkpoint
+from kltune.run.checkpoint import save_checkpoint, save_final
 from kltune.run.files import write_json
 from kltune.run.recorder import Report
 from kltune.run.session import Run, finished_result, open_run
@@ -153,6 +155,83 @@ def test_resume_with_nothing_saved_starts_from_the_beginning(make_recipe):
     with open_run(recipe, resume=True) as run:
         assert run.start_step == 0
         assert lines_of(recipe) == []
+        run.finish({})
+
+
+def lose_checkpoints(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoints")
+
+
+def truncate_all(folder: Path) -> None:
+    for path in folder.rglob("*.safetensors"):
+        path.write_bytes(b"")
+
+
+def truncate_record(folder: Path) -> None:
+    (folder / "run.json").write_bytes(b"")
+
+
+def lose_all_but_the_record(folder: Path) -> None:
+    write_json(folder / "run.json", json.loads((folder / "run.json").read_text()) | {"saved_step": 20})
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "metrics.jsonl").unlink()
+
+
+@pytest.mark.parametrize("loss", [lose_checkpoints, truncate_all, truncate_record, lose_all_but_the_record])
+def test_resume_that_finds_less_than_there_was_refuses_and_touches_nothing(make_recipe, loss):
+    recipe = make_recipe("run.save_every=4")
+    interrupted_at(recipe, saved=4, reported=6)
+    folder = Path(recipe.run.output)
+    loss(folder)
+    before = files_of(folder)
+    with pytest.raises(CheckpointError, match="Nothing was touched") as caught, open_run(recipe, resume=True):
+        pass
+    assert caught.value.exit_code == 5
+    assert files_of(folder) == before
+
+
+def test_resume_waits_for_a_checkpoint_that_cannot_be_read_for_a_moment(make_recipe, monkeypatch):
+    recipe = make_recipe()
+    interrupted_at(recipe, saved=4, reported=6)
+    before = files_of(Path(recipe.run.output))
+
+    listed = os.listdir
+
+    def unreadable(path: Path) -> list[str]:
+        if Path(path).name == "checkpoints" or Path(path).is_file():
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return listed(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kltune.run.checkpoint._sha256", unreadable)
+        with pytest.raises(CheckpointError, match="Input/output error"), open_run(recipe, resume=True):
+            pass
+        patch.setattr(os, "listdir", unreadable)
+        with pytest.raises(CheckpointError, match=r"checkpoints cannot be read"), open_run(recipe, resume=True):
+            pass
+    assert files_of(Path(recipe.run.output)) == before
+    with open_run(recipe, resume=True) as run:
+        assert run.start_step == 4
+        run.finish({})
+
+
+@pytest.mark.parametrize("damage", [lambda final: shutil.rmtree(final), lambda final: truncate_all(final)])
+def test_a_finished_run_whose_final_is_damaged_is_not_finished(make_recipe, damage):
+    recipe = make_recipe()
+    with open_run(recipe, resume=False) as run, Report(run.folder, "ppo", 10) as report:
+        report.step(1, {})
+        report.samples(1, [{"response": "while it trained"}, {"response": "at the end", "final": True}])
+        save(run, 1)
+        result = run.finish({"final": str(save_final(run.folder, adapter_of(1), info={}))})
+    assert finished_result(recipe) == result
+    damage(run.folder / "final")
+    assert finished_result(recipe) is None
+    with pytest.raises(CheckpointError, match=r"final.*Add --resume to make final again"), \
+            open_run(recipe, resume=False):
+        pass
+    with open_run(recipe, resume=True) as run:
+        assert run.start_step == 1
+        assert [row["response"] for row in lines_of(recipe, "samples.jsonl")] == ["while it trained"]
         run.finish({})
 
 
