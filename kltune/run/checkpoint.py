@@ -274,6 +274,7 @@ def _fill_and_rename(target: Path, write: Callable[[Path], None], needed: int = 
                 target.rename(aside)
             hidden.rename(target)
             sync(target.parent)
+            sync(target.parent.parent)      # of the first checkpoint the folder of all is new, too
         except BaseException:
             shutil.rmtree(hidden, ignore_errors=True)
             raise
