@@ -82,7 +82,8 @@ def locked(folder: Path) -> Iterator[None]:
             print(f"warning: {folder} is on a file system without locks; start no second run there.", file=sys.stderr)
         with storing(path):
             file.truncate(0)
-            print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+            # Past the buffer, which would be written again when the file is closed.
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 
