@@ -94,7 +94,9 @@ def save_checkpoint(
             save_file(whole, folder / "state" / f"{group}.safetensors")
 
     held = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
-    _fill_and_rename(target, write, max(held, *(_bytes_of(folder) for folder in _step_folders(run_folder)), 0))
+    _fill_and_rename(target, write, max([held, *map(_bytes_of, _step_folders(run_folder))]))
+    with storing(run_folder):
+        sync(run_folder)      # with the first checkpoint, the folder of all of them is new
     drop_oldest(target, keep)
     for _, folder in _others(target)[1]:      # numbered beyond: it is damaged, or this run had been resumed before it
         _take_away(folder)
@@ -104,17 +106,23 @@ def save_checkpoint(
 def save_final(run_folder: Path, write_adapter: Callable[[Path], None], *, info: dict[str, Any]) -> Path:
     """Save the adapter to use as ``final/``, in place of one that is there; raises as `save_checkpoint`."""
     clear_leftovers(run_folder)
-    return save_adapter(run_folder / "final", write_adapter, info=info)
+    kept = [_bytes_of(folder) - _bytes_of(folder / "state") for folder in _step_folders(run_folder)]
+    return save_adapter(run_folder / "final", write_adapter, info=info, needed=max(kept, default=0))
 
 
-def save_adapter(folder: Path, write_adapter: Callable[[Path], None], *, info: dict[str, Any]) -> Path:
-    """Save an adapter with its kltune.json, whole or not at all, in place of one that is there; raises likewise."""
+def save_adapter(
+    folder: Path, write_adapter: Callable[[Path], None], *, info: dict[str, Any], needed: int = 0
+) -> Path:
+    """Save an adapter with its kltune.json, whole or not at all, in place of one that is there; raises likewise.
+
+    needed: bytes that it takes at least, where that is known.
+    """
 
     def write(hidden: Path) -> None:
         write_adapter(hidden)
         write_json(hidden / "kltune.json", _stamped(info))
 
-    return _fill_and_rename(folder, write)
+    return _fill_and_rename(folder, write, needed)
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:
@@ -163,14 +171,29 @@ def resolve_checkpoint(path: str | Path) -> Path:
     Raises:
         CheckpointError: there is nothing to load, it is damaged, or its weights are pickled.
     """
+    folder = _folder_of(path)
+    try:
+        return _proven(folder, path)
+    except CheckpointError:
+        if folder.exists():
+            raise
+    return _proven(_folder_of(path), path)      # a run that goes on has taken the first away for a newer one
+
+
+def _folder_of(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.exists():
         raise CheckpointError(f"{path}: there is no such folder here; a checkpoint is never a hub name.")
-    if (folder / "run.json").exists():
-        checkpoint = _final_of(folder) or latest_checkpoint(folder)
-        if checkpoint is None:
-            raise CheckpointError(f"{folder} is a run that has saved nothing yet: no final/ and no checkpoint.")
-        folder = checkpoint
+    if not (folder / "run.json").exists():
+        return folder
+    checkpoint = _final_of(folder) or latest_checkpoint(folder)
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} is a run that has saved nothing yet: no final/ and no checkpoint.")
+    return checkpoint
+
+
+def _proven(folder: Path, path: str | Path) -> Path:
+    """The folder, which ``path`` means, if it can be loaded."""
     if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
         raise CheckpointError(
             f"{path} holds no checkpoint: wanted a run folder, a checkpoint, a PEFT adapter or a model "
@@ -274,7 +297,6 @@ def _fill_and_rename(target: Path, write: Callable[[Path], None], needed: int = 
                 target.rename(aside)
             hidden.rename(target)
             sync(target.parent)
-            sync(target.parent.parent)      # of the first checkpoint the folder of all is new, too
         except BaseException:
             shutil.rmtree(hidden, ignore_errors=True)
             raise

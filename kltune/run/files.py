@@ -51,7 +51,8 @@ def claim(folder: Path, what: str, *, ours: bool) -> None:
     try:
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            sync(folder.parent)
+            with contextlib.suppress(PermissionError):      # a folder that may be entered, and not read
+                sync(folder.parent)
     except (FileExistsError, NotADirectoryError) as error:
         raise RecipeError(f"{folder} cannot be a folder: a file has that name. Choose another --output.") from error
     with storing(folder):

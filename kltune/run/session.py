@@ -253,7 +253,8 @@ def _refuse_lost_record(folder: Path, record: dict[str, Any] | None) -> None:
 
 def _damage_of_final(folder: Path) -> str | None:
     """What is wrong with the final of a finished run; None if nothing, or if it was to have none."""
-    if not (read_json(folder / "result.json") or {}).get("final"):
+    result = read_json(folder / "result.json")
+    if not isinstance(result, dict) or not result.get("final"):
         return None
     try:
         verify(folder / "final")

@@ -305,7 +305,8 @@ def test_a_reader_beside_a_writer_finds_the_newest(tmp_path, capsys, monkeypatch
         return verify(folder, inside)
 
     monkeypatch.setattr(checkpoint_module, "verify", moved_on)
-    assert latest_checkpoint(tmp_path) == moved[0]
+    (tmp_path / "run.json").write_text("{}")
+    assert resolve_checkpoint(tmp_path) == moved[0] == latest_checkpoint(tmp_path)
     assert capsys.readouterr().err == ""
 
 

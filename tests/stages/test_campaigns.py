@@ -129,18 +129,21 @@ def exits(stage: Campaign, folder: Path, points: Sequence[int]) -> int:
 
 
 @pytest.mark.parametrize("stage", ["ppo"])
-def test_an_exit_before_some_changes_to_the_folder_costs_nothing(campaign, tmp_path, stage):
-    assert exits(campaign(stage), tmp_path, (2, 40, 95)) == 3
+def test_an_exit_before_some_changes_to_the_folder_costs_nothing(campaign, tmp_path, stage, record_property):
+    record_property("exits", exits(campaign(stage), tmp_path, (2, 40, 95)))
 
 
 @pytest.mark.stress
 @STAGE
-def test_an_exit_before_each_change_to_the_folder_costs_nothing(campaign, tmp_path, stage):
-    assert exits(campaign(stage), tmp_path, range(1, 10_000)) > 90
+def test_an_exit_before_each_change_to_the_folder_costs_nothing(campaign, tmp_path, stage, record_property):
+    made = exits(campaign(stage), tmp_path, range(1, 10_000))
+    record_property("exits", made)
+    assert made > 90
 
 
-def kills(stage: Campaign, folder: Path, moments: Sequence[float]) -> None:
-    """Kill a run at these shares of the time it takes, and go on."""
+def kills(stage: Campaign, folder: Path, moments: Sequence[float]) -> int:
+    """Kill a run at these shares of the time it takes, and go on; how many were killed before their end."""
+    killed = 0
     for number, moment in enumerate(moments):
 
         def kill(pid: int, moment: float = moment) -> None:
@@ -149,20 +152,24 @@ def kills(stage: Campaign, folder: Path, moments: Sequence[float]) -> None:
                 os.kill(pid, signal.SIGKILL)
 
         output = folder / f"kill-{number}"
-        assert stage.run(output, lambda: None, kill) in (0, -signal.SIGKILL)
+        code = stage.run(output, lambda: None, kill)
+        assert code in (0, -signal.SIGKILL)
+        killed += code != 0
         stage.goes_on(output)
+    return killed
 
 
 @pytest.mark.parametrize("stage", ["trpo"])
-def test_sigkill_at_some_moments_costs_nothing(campaign, tmp_path, stage):
-    kills(campaign(stage), tmp_path, (0.1, 0.6, 0.95))
+def test_sigkill_at_some_moments_costs_nothing(campaign, tmp_path, stage, record_property):
+    record_property("kills", kills(campaign(stage), tmp_path, (0.1, 0.6, 0.95)))
 
 
 @pytest.mark.stress
 @STAGE
-def test_sigkill_at_random_moments_costs_nothing(campaign, tmp_path, stage):
+def test_sigkill_at_random_moments_costs_nothing(campaign, tmp_path, stage, record_property):
     chance = random.Random(stage)
-    kills(campaign(stage), tmp_path, [chance.random() for _ in range(KILLS // len(STAGES))])
+    moments = [chance.random() for _ in range(KILLS // len(STAGES))]
+    record_property("kills", kills(campaign(stage), tmp_path, moments))
 
 
 def out_of_room(stage: Campaign, output: Path, limit: Callable[[], None], lift: Callable[[], None]) -> int:
@@ -184,9 +191,10 @@ SIZE = [round(2 ** (17 * number / (SIZES - 1))) - 1 for number in range(SIZES)] 
 @pytest.mark.parametrize("number", [
     number if number in (0, 20, 30) else pytest.param(number, marks=pytest.mark.stress) for number in range(SIZES)
 ])  # fmt: skip
-def test_no_file_larger_than_a_limit_ends_a_run_with_74_and_costs_nothing(campaign, tmp_path, number):
+def test_no_file_larger_than_a_limit_ends_a_run_with_74_and_costs_nothing(campaign, tmp_path, number, record_property):
     stage = list(STAGES)[number % len(STAGES)]
     code = out_of_room(campaign(stage), tmp_path / "run", lambda: limit_file_size(SIZE[number]), lambda: None)
+    record_property("file-size limits", 1)
     assert code == 74 or SIZE[number] > 4000
 
 
@@ -195,7 +203,9 @@ def test_no_file_larger_than_a_limit_ends_a_run_with_74_and_costs_nothing(campai
     "nr_inodes=20", *(pytest.param(f"nr_inodes={n}", marks=pytest.mark.stress) for n in (3, 6, 9, 12, 16, 24, 28, 34)),
 ])  # fmt: skip
 @pytest.mark.parametrize("stage", ["sft", pytest.param("ppo", marks=pytest.mark.stress)])
-def test_a_file_system_without_bytes_or_inodes_ends_a_run_with_74_and_costs_nothing(campaign, tmp_path, stage, options):
+def test_a_file_system_without_bytes_or_inodes_ends_a_run_with_74_and_costs_nothing(
+    campaign, tmp_path, stage, options, record_property
+):
     one, place = campaign(stage), tmp_path / "small"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", place], capture_output=True, text=True)
@@ -207,5 +217,6 @@ def test_a_file_system_without_bytes_or_inodes_ends_a_run_with_74_and_costs_noth
             one, place / "run", lambda: None,
             lambda: subprocess.run(["mount", "-o", f"remount,{grown}", place], check=True),
         )
+        record_property("full file systems", 1)
     finally:
         subprocess.run(["umount", place], check=True)
