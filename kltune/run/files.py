@@ -33,6 +33,7 @@ WAYS_ON = {
     errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
+DEVICES = Path("/dev")
 FEW_INODES = 64     # more than the files of a checkpoint
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, *WAYS_ON} - {errno.ENOENT}
 SECRET_SHAPES = re.compile(r"\bhf_\w{16,}|\bsk-[A-Za-z0-9]{16,}|\bsk-[a-z]+-[\w-]{16,}|\bgh[pousr]_\w{16,}")
@@ -196,10 +197,16 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, a kill at any moment, or a StorageError finds the old file or the new one."""
+    """Write a file so that a reader, a kill at any moment, or a StorageError finds the old file or the new one.
+
+    What is no file, as /dev/stdout, is written to.
+    """
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     data = content.encode("utf-8") if isinstance(content, str) else content
     with storing(path, len(data)):
+        if path.exists() and (not path.is_file() or path.parent == DEVICES):
+            path.write_bytes(data)      # a device or a pipe: a file in its place would be the end of it
+            return
         try:
             with open(temporary, "wb") as file:
                 file.write(data)

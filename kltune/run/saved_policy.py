@@ -175,6 +175,7 @@ def _opened(subject: Subject, options: MeasureOptions) -> Policy:
     if info is not None and (differences := policy.fingerprint.differences(info["reference"], but=by_rows)):
         raise CheckpointError(
             f"{folder}: this is not the reference it was trained against.\n  " + "\n  ".join(differences)
+            + "\nPut the model's files back, or give the folder of those as --reference."
         )
     recorded = None if info is None else info["measure"].get("template_date")
     if options.date or recorded:

@@ -74,6 +74,19 @@ def test_a_folder_that_cannot_be_made_says_why_and_what_to_do(tmp_path, place, r
         write_whole(tmp_path / place / "file", "text")
 
 
+def test_a_device_is_written_to_and_not_replaced(tmp_path):
+    for device, error in (("/dev/null", None), ("/dev/full", "No space left on device")):
+        before = os.stat(device).st_rdev
+        with pytest.raises(StorageError, match=error) if error else contextlib.nullcontext():
+            write_whole(Path(device), "text")
+        assert os.stat(device).st_rdev == before
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(tmp_path / "pipe", "text")
+    assert os.read(reader, 10) == b"text"
+    os.close(reader)
+
+
 def test_no_room_says_how_much_was_needed_and_keeps_the_checkpoint_before(tmp_path):
     with tmpfs(tmp_path / "small", "size=160k") as folder:
         save(folder, 10)
