@@ -179,7 +179,7 @@ def settings_of(config: PreTrainedConfig) -> dict[str, Any]:
     found = {}
     for name, value in config.to_dict().items():
         if (name in known or not own_class) and not MOVES_NO_LOGIT.search(name):
-            part = getattr(config, name, None)
+            part = vars(config).get(name)
             found[name] = settings_of(part) if isinstance(part, PreTrainedConfig) else value
     return json.loads(json.dumps(found, default=str), parse_constant=str)      # an infinity has no form in JSON
 
