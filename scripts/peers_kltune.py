@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from kltune.core.objectives import preferences as losses
 from kltune.lm.data.chat import EndTokens
 from kltune.lm.data.examples import load_prompts, shuffled_positions
-from kltune.lm.model.likelihood import example_batch
+from kltune.lm.measure.likelihood import example_batch
 from kltune.lm.model.opening import load_policy
 from kltune.lm.model.policy import Policy
 from kltune.recipe import load_recipe

@@ -1,5 +1,6 @@
 """Small models for every room that needs one; heavy imports wait until a test asks."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,15 @@ reward:
   - {kind: function, path: "rewards.py:score"}
 run: {steps: 10, output: out}
 """
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many kills, exits and the like the tests that passed have made, by what they recorded as properties."""
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        counts.update({name: count for name, count in report.user_properties if isinstance(count, int)})
+    if counts:
+        terminalreporter.write_line("survived: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What leaves the process: results on stdout, troubles on stderr, each kind of trouble with its exit code."""
 
+import errno
 import os
 import shlex
 import sys
@@ -10,10 +11,11 @@ from typing import Any
 from kltune.errors import Interrupted, KltuneError, StorageError
 from kltune.recipe import RecipeFaults
 from kltune.report.ci import escaped
-from kltune.run.files import CANNOT_WRITE, to_json
+from kltune.run.files import CANNOT_WRITE, refused, to_json
 from kltune.run.screen import duration, interval, number, wants_colour, with_error
 
 GATE = 1.25     # times the target: what the command that is suggested allows
+MAY_BE_READING = {errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
 OUT_OF_MEMORY = "out of memory; lower optim.micro_batch_size (results stay the same), or sampling.max_new_tokens"
 
 
@@ -24,7 +26,9 @@ def emit(text: str) -> None:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)      # lest the interpreter stumble over what is still buffered
         if not isinstance(error, BrokenPipeError):
-            raise
+            raise StorageError(
+                f"cannot write the result to stdout: {error.strerror}. What the command writes to files is there."
+            ) from error
 
 
 def emit_json(document: dict[str, Any]) -> None:
@@ -106,6 +110,8 @@ def on_github() -> bool:
 
 def as_user_error(error: Exception) -> KltuneError | None:
     """What a user can put right although a library raised it: no room on disk or in memory; else None."""
+    if isinstance(error, OSError) and error.filename and error.errno in CANNOT_WRITE - MAY_BE_READING:
+        return StorageError(refused(str(error.filename), error.errno))
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         name = f" {error.filename}" if error.filename else ""
         return StorageError(f"cannot read or write{name}: {error.strerror}")

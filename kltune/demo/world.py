@@ -33,7 +33,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from kltune import __version__
 from kltune.demo.grammar import Review, house_review, loose_review, openings, praise_and_blame, reviews
 from kltune.errors import StorageError
-from kltune.run.files import read_document, to_json, write_json
+from kltune.run.files import read_document, storing, to_json, write_json
 
 WORLD_MARKER = "tiny_world.json"
 UNFINISHED = "tiny_world.building"
@@ -68,7 +68,8 @@ def make_tiny_world(
         steps: of the pretraining; fewer give a worse model sooner.
 
     Raises:
-        StorageError: ``model`` or ``data`` is there already and was not made by this function.
+        StorageError: ``model`` or ``data`` is there already and was not made by this function, or nothing can be
+            written there.
     """
     identity = {"schema": SCHEMA, "kltune_version": __version__, "seed": seed, "steps": steps}
     if read_document(folder / WORLD_MARKER, SCHEMA) == identity and all((folder / name).is_dir() for name in FOLDERS):
@@ -81,16 +82,17 @@ def make_tiny_world(
             f"{folder} already holds {' and '.join(taken)}, and no {WORLD_MARKER} says that kltune made it. "
             "Nothing was changed; choose another output folder."
         )
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    _build(unfinished, seed=seed, steps=steps, say=say)
-    write_json(unfinished / WORLD_MARKER, identity)
-    (folder / WORLD_MARKER).unlink(missing_ok=True)
-    for name in FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(unfinished / name, folder / name)
-    os.replace(unfinished / WORLD_MARKER, folder / WORLD_MARKER)
-    unfinished.rmdir()
+    with storing(folder):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        _build(unfinished, seed=seed, steps=steps, say=say)
+        write_json(unfinished / WORLD_MARKER, identity)
+        (folder / WORLD_MARKER).unlink(missing_ok=True)
+        for name in FOLDERS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(unfinished / name, folder / name)
+        os.replace(unfinished / WORLD_MARKER, folder / WORLD_MARKER)
+        unfinished.rmdir()
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from inspect import getdoc
@@ -133,7 +134,9 @@ def copy_recipe(name: str, destination: Path) -> tuple[list[Path], list[str]]:
             with open(to, "xb") as file:
                 file.write(contents[to])
     except OSError as error:
-        raise StorageError(f"cannot write {error.filename}: {error.strerror}") from error
+        with suppress(OSError):      # of the error that is on its way
+            to.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {to}: {error.strerror}; choose another place, or make room.") from error
     return written, lines_to_edit(target, functions)
 
 

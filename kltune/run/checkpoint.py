@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import date
 from pathlib import Path
@@ -34,6 +35,8 @@ from kltune.run.files import nonfinite_keys, read_json, storing, sync, write_jso
 
 SCHEMA = "kltune.checkpoint/1"
 STEP_FOLDER = re.compile(r"step-\d{6,}")
+LOOKS, EXCHANGE_SECONDS = 5, 0.02       # of a reader beside a run that saves
+NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)      # faults of a folder, not of the moment
 MANIFEST_SCHEMA = "kltune.manifest/1"
 
 
@@ -93,43 +96,72 @@ def save_checkpoint(
             whole = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
             save_file(whole, folder / "state" / f"{group}.safetensors")
 
-    _fill_and_rename(target, write)
-    _drop_oldest(target, keep)
+    held = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+    _fill_and_rename(target, write, max([held, *map(_bytes_of, _step_folders(run_folder))]))
+    with storing(run_folder):
+        sync(run_folder)      # with the first checkpoint, the folder of all of them is new
+    drop_oldest(target, keep)
+    for _, folder in _others(target)[1]:      # numbered beyond: it is damaged, or this run had been resumed before it
+        _take_away(folder)
     return target
 
 
 def save_final(run_folder: Path, write_adapter: Callable[[Path], None], *, info: dict[str, Any]) -> Path:
     """Save the adapter to use as ``final/``, in place of one that is there; raises as `save_checkpoint`."""
     clear_leftovers(run_folder)
-    return save_adapter(run_folder / "final", write_adapter, info=info)
+    kept = [_bytes_of(folder) - _bytes_of(folder / "state") for folder in _step_folders(run_folder)]
+    return save_adapter(run_folder / "final", write_adapter, info=info, needed=max(kept, default=0))
 
 
-def save_adapter(folder: Path, write_adapter: Callable[[Path], None], *, info: dict[str, Any]) -> Path:
-    """Save an adapter with its kltune.json, whole or not at all, in place of one that is there; raises likewise."""
+def save_adapter(
+    folder: Path, write_adapter: Callable[[Path], None], *, info: dict[str, Any], needed: int = 0
+) -> Path:
+    """Save an adapter with its kltune.json, whole or not at all, in place of one that is there; raises likewise.
+
+    needed: bytes that it takes at least, where that is known.
+    """
 
     def write(hidden: Path) -> None:
         write_adapter(hidden)
         write_json(hidden / "kltune.json", _stamped(info))
 
-    return _fill_and_rename(folder, write)
+    return _fill_and_rename(folder, write, needed)
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest complete and undamaged checkpoint of a run, or None; each damaged one gives a warning on stderr."""
-    return next(whole_checkpoints(run_folder), None)
+    """The newest complete and undamaged checkpoint of a run, or None; each damaged one gives a warning on stderr.
+
+    Beside a run that goes on, one that is looked at may be replaced by a newer one meanwhile: then all are looked at
+    again.
+
+    Raises:
+        CheckpointError: one is there that cannot be read at the moment.
+    """
+    for _ in range(LOOKS):
+        there = _step_folders(run_folder)
+        newest = next(whole_checkpoints(run_folder), None)
+        if _step_folders(run_folder) == there:
+            break
+    return newest
 
 
 def whole_checkpoints(run_folder: Path) -> Iterator[Path]:
     """The complete and undamaged checkpoints of a run, newest first; each damaged one gives a warning on stderr.
 
     The step comes from kltune.json: a folder that was renamed does not become newer.
+
+    Raises:
+        CheckpointError: one is there that cannot be read at the moment, which is no reason to go on without it.
     """
     for _, folder in sorted(((_step_of(folder), folder) for folder in _step_folders(run_folder)), reverse=True):
         try:
             saved_step(folder)
             verify(folder)
         except CheckpointError as error:
-            print(f"warning: {error} Falling back to the checkpoint before it.", file=sys.stderr)
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, NOT_THERE):
+                raise
+            if folder.exists():
+                print(f"warning: {error} Falling back to the checkpoint before it.", file=sys.stderr)
         else:
             yield folder
 
@@ -142,15 +174,29 @@ def resolve_checkpoint(path: str | Path) -> Path:
     Raises:
         CheckpointError: there is nothing to load, it is damaged, or its weights are pickled.
     """
+    folder = _folder_of(path)
+    try:
+        return _proven(folder, path)
+    except CheckpointError:
+        if folder.exists():
+            raise
+    return _proven(_folder_of(path), path)      # a run that goes on has taken the first away for a newer one
+
+
+def _folder_of(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.exists():
         raise CheckpointError(f"{path}: there is no such folder here; a checkpoint is never a hub name.")
-    if (folder / "run.json").exists():
-        final = folder / "final"
-        checkpoint = final if final.exists() else latest_checkpoint(folder)
-        if checkpoint is None:
-            raise CheckpointError(f"{folder} is a run that has saved nothing yet: no final/ and no checkpoint.")
-        folder = checkpoint
+    if not (folder / "run.json").exists():
+        return folder
+    checkpoint = _final_of(folder) or latest_checkpoint(folder)
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} is a run that has saved nothing yet: no final/ and no checkpoint.")
+    return checkpoint
+
+
+def _proven(folder: Path, path: str | Path) -> Path:
+    """The folder, which ``path`` means, if it can be loaded."""
     if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
         raise CheckpointError(
             f"{path} holds no checkpoint: wanted a run folder, a checkpoint, a PEFT adapter or a model "
@@ -163,6 +209,18 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if (folder / "manifest.json").exists():
         verify(folder)
     return folder
+
+
+def _final_of(run_folder: Path) -> Path | None:
+    """The folder of a run's final, also while a writer exchanges it, or where a kill has cut that in two."""
+    final, aside = run_folder / "final", run_folder / ".old-final"
+    for _ in range(LOOKS):
+        if final.exists():
+            return final
+        if not aside.exists():
+            return None
+        time.sleep(EXCHANGE_SECONDS)
+    return aside
 
 
 def read_info(checkpoint: Path) -> dict[str, Any]:
@@ -224,11 +282,11 @@ def clear_leftovers(run_folder: Path) -> None:
             _remove(leftover)
 
 
-def _fill_and_rename(target: Path, write: Callable[[Path], None]) -> Path:
-    """Fill a hidden folder, prove it whole, flush it, and only then give it its name."""
+def _fill_and_rename(target: Path, write: Callable[[Path], None], needed: int = 0) -> Path:
+    """Fill a hidden folder, prove it whole, flush it, and only then give it its name; it takes ``needed`` bytes."""
     hidden = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     aside = target.with_name(f".old-{target.name}")
-    with storing(target):
+    with storing(target, needed):
         try:
             (hidden / "state").mkdir(parents=True)
             write(hidden)
@@ -249,21 +307,40 @@ def _fill_and_rename(target: Path, write: Callable[[Path], None]) -> Path:
     return target
 
 
-def _drop_oldest(newest: Path, keep: int) -> None:
-    """Keep ``newest`` and the ``keep - 1`` before it; what is numbered beyond it is damaged, or it had been resumed."""
-    others = [(_step_of(folder), folder) for folder in _step_folders(newest.parent.parent) if folder != newest]
-    before = sorted(pair for pair in others if pair[0] <= _step_of(newest))
-    beyond = [pair for pair in others if pair[0] > _step_of(newest)]
-    for _, folder in (*before[: max(len(before) - (keep - 1), 0)], *beyond):
-        # Its name goes first: a kill during the deletion must not leave half a checkpoint that looks whole.
-        hidden = folder.with_name(f".tmp-removed-{folder.name}")
-        _remove(hidden)
-        _remove(folder.rename(hidden))
+def drop_oldest(newest: Path, keep: int) -> None:
+    """Keep ``newest``, which must be whole, and the ``keep - 1`` before it."""
+    before, _ = _others(newest)
+    for _, folder in before[: max(len(before) - (keep - 1), 0)]:
+        _take_away(folder)
+
+
+def _others(newest: Path) -> tuple[list[tuple[int, Path]], list[tuple[int, Path]]]:
+    """Step and folder of the other checkpoints, oldest first: those before, and those beyond it."""
+    others = sorted((_step_of(folder), folder) for folder in _step_folders(newest.parent.parent) if folder != newest)
+    step = _step_of(newest)
+    return [pair for pair in others if pair[0] <= step], [pair for pair in others if pair[0] > step]
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _take_away(folder: Path) -> None:
+    """Delete a checkpoint; its name goes first: a kill meanwhile must not leave half a one that looks whole."""
+    hidden = folder.with_name(f".tmp-removed-{folder.name}")
+    _remove(hidden)
+    _remove(folder.rename(hidden))
 
 
 def _step_folders(run_folder: Path) -> list[Path]:
-    found = (run_folder / "checkpoints").glob("step-*")
-    return [folder for folder in found if STEP_FOLDER.fullmatch(folder.name) and folder.is_dir()]
+    parent = run_folder / "checkpoints"
+    try:
+        names = sorted(os.listdir(parent))
+    except NOT_THERE:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{parent} cannot be read: {error.strerror}. Nothing was touched.") from error
+    return [parent / name for name in names if STEP_FOLDER.fullmatch(name) and (parent / name).is_dir()]
 
 
 def _step_of(folder: Path) -> int:
@@ -315,13 +392,16 @@ def verify(folder: Path, inside: str = "") -> list[str]:
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'manifest.json'} is damaged: it lists no files.") from error
     names = [name for name in wanted if name.startswith(inside)]
-    for name in names:
-        path, size = folder / name, wanted[name][0]
-        if not path.is_file() or path.stat().st_size != size:
-            raise CheckpointError(f"{folder} is damaged: {name} is missing or is not {size} bytes long.")
-    for name in names:
-        if _sha256(folder / name) != wanted[name][1]:
-            raise CheckpointError(f"{folder} is damaged: {name} is not what was saved (its sha256 differs).")
+    try:
+        for name in names:
+            path, size = folder / name, wanted[name][0]
+            if not path.is_file() or path.stat().st_size != size:
+                raise CheckpointError(f"{folder} is damaged: {name} is missing or is not {size} bytes long.")
+        for name in names:
+            if _sha256(folder / name) != wanted[name][1]:
+                raise CheckpointError(f"{folder} is damaged: {name} is not what was saved (its sha256 differs).")
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
     return names
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-import shutil
+import resource
 import socket
 import sys
 from collections.abc import Iterator
@@ -20,9 +20,22 @@ from kltune.errors import BusyError, CheckpointError, RecipeError, StorageError
 
 RUN_SCHEMA = "kltune.run/1"
 NO_LOCKS_HERE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
-CANNOT_WRITE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
+# What to do about a refusal to write; where it is about none of these, make_room.
+MAKE_ROOM = "make room"
+NO_RIGHT = "give this user the right to write there, or choose another place"
+WAYS_ON = {
+    errno.EROFS: "choose a place that is not read-only",
+    errno.EACCES: NO_RIGHT,
+    errno.EPERM: NO_RIGHT,
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "choose another place",
+    errno.EIO: "look after the disk",
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
+DEVICES = Path("/dev")
+FEW_INODES = 64     # more than the files of a checkpoint
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, *WAYS_ON} - {errno.ENOENT}
 SECRET_SHAPES = re.compile(r"\bhf_\w{16,}|\bsk-[A-Za-z0-9]{16,}|\bsk-[a-z]+-[\w-]{16,}|\bgh[pousr]_\w{16,}")
 USER_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 SECRET_VARIABLE = re.compile(r"(?i)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
@@ -39,6 +52,8 @@ def claim(folder: Path, what: str, *, ours: bool) -> None:
     try:
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(PermissionError):      # a folder that may be entered, and not read
+                sync(folder.parent)
     except (FileExistsError, NotADirectoryError) as error:
         raise RecipeError(f"{folder} cannot be a folder: a file has that name. Choose another --output.") from error
     with storing(folder):
@@ -69,7 +84,8 @@ def locked(folder: Path) -> Iterator[None]:
             print(f"warning: {folder} is on a file system without locks; start no second run there.", file=sys.stderr)
         with storing(path):
             file.truncate(0)
-            print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+            # Past the buffer, which would be written again when the file is closed.
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 
@@ -110,32 +126,65 @@ def is_finished(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def storing(path: Path) -> Iterator[None]:
+def storing(path: Path, needed: int = 0) -> Iterator[None]:
     """Within: the system's refusal to write ``path`` becomes an error the user can put right.
 
+    needed: bytes that are to be written at least, where that is known.
+
     Raises:
-        StorageError: the disk, quota or file-size limit is reached, or the folder is read-only. Names the path, the
-            reason and the free bytes.
+        StorageError: the disk, its inodes, a quota or a file-size limit are used up, or nothing can be written there.
+            Names the path, the reason, what was needed and what there is.
     """
     try:
         yield
-    except StorageError:
+    except (FileExistsError, NotADirectoryError):
         raise
-    except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else _number_in(error)
-        if number not in CANNOT_WRITE:
+    except Exception as error:      # what is written in Rust raises nothing narrower
+        number = _number_in(error)
+        said = isinstance(error, StorageError) and not needed      # of a part, by one who knew what that needed
+        if number is None or said:
             raise
-        free = shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.is_dir())).free
-        raise StorageError(
-            f"cannot write {path}: {os.strerror(number)} ({free:,} bytes are free there). "
-            "What was saved before is intact; make room, then start again with --resume."
-        ) from error
+        refusal = StorageError(refused(str(path), number, needed))
+        refusal.errno = number
+        raise refusal from error
 
 
-def _number_in(error: SafetensorError) -> int | None:
-    """The errno inside safetensors' message, which is no OSError: '... File too large (os error 27)'."""
-    match = re.search(r"os error (\d+)", str(error))
+def _number_in(error: Exception) -> int | None:
+    """The errno of an OSError, or inside the message of a library in Rust: '... File too large (os error 27)'."""
+    if isinstance(error, OSError):
+        return error.errno
+    rust = isinstance(error, SafetensorError) or type(error) is Exception      # the latter is all tokenizers has
+    match = re.search(r"os error (\d+)", str(error)) if rust else None
     return int(match.group(1)) if match else None
+
+
+def refused(path: str, number: int, needed: int = 0) -> str:
+    """In words: the system refused to write a path, why, what was needed, what there is, and what to do."""
+    reason, way = os.strerror(number), WAYS_ON.get(number, MAKE_ROOM)
+    facts = [f"at least {needed:,} bytes were needed"] if needed else []
+    if (there := _room_at(path)) is not None:
+        free = there.f_bavail * there.f_frsize
+        facts.append(f"{free:,} bytes are free there")
+        # Seen after what was written of it has been taken away again.
+        few = there.f_files and there.f_favail < FEW_INODES and (not there.f_favail or 0 < needed <= free)
+        if number == errno.ENOSPC and few:
+            reason, way = "No inode is left for another file", "remove files there, however small"
+            facts.append(f"{there.f_favail:,} of {there.f_files:,} inodes are free")
+    if number == errno.EFBIG:
+        facts.append(f"a file may have {resource.getrlimit(resource.RLIMIT_FSIZE)[0]:,} bytes")
+    known = f" ({'; '.join(facts)})" if facts else ""
+    return (
+        f"cannot write {path}: {reason}{known}. What was saved before is intact; {way}, then start again: a run goes "
+        "on with --resume."
+    )
+
+
+def _room_at(path: str) -> os.statvfs_result | None:
+    """The state of the file system that a path is to lie on; None where it has none."""
+    place = next((place for place in (path, *map(str, Path(path).absolute().parents)) if os.path.isdir(place)), None)
+    with contextlib.suppress(OSError):
+        return None if place is None else os.statvfs(place)
+    return None
 
 
 def sync(path: Path) -> None:
@@ -148,17 +197,25 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, a kill at any moment, or a StorageError finds the old file or the new one."""
+    """Write a file so that a reader, a kill at any moment, or a StorageError finds the old file or the new one.
+
+    What is no file, as /dev/stdout, is written to.
+    """
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    with storing(path):
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with storing(path, len(data)):
+        if path.exists() and (not path.is_file() or path.parent == DEVICES):
+            path.write_bytes(data)      # a device or a pipe: a file in its place would be the end of it
+            return
         try:
             with open(temporary, "wb") as file:
-                file.write(content.encode("utf-8") if isinstance(content, str) else content)
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):      # of the error that is on its way
+                temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)
 
@@ -166,7 +223,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def append_line(file: BinaryIO, path: Path, line: str) -> None:
     """Add one line to an unbuffered file; if it does not fit (StorageError), take its first half away again."""
     before, data = file.seek(0, os.SEEK_END), memoryview(f"{line}\n".encode())
-    with storing(path):
+    with storing(path, len(data)):
         try:
             while data:
                 data = data[file.write(data):]      # an unbuffered write may take only a part

@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from kltune.errors import CheckpointError, DataError, ModelError, RecipeError
+from kltune.errors import CheckpointError, DataError, KltuneError, ModelError, RecipeError
 from kltune.lm.data.chat import read_template, template_of, today
 from kltune.lm.data.examples import Example, Prompt, RowRules, counts_line, load_examples, load_prompts
 from kltune.lm.data.rows import Row, looks_like_a_path
@@ -149,6 +149,16 @@ def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
         CheckpointError: the reference found is not the one the checkpoint was trained against, or none is known.
         ModelError: one of the two cannot be loaded, or they do not fit together.
     """
+    try:
+        return _opened(subject, options)
+    except (KltuneError, OSError):
+        if subject.folder.exists():
+            raise
+    # The run that it belongs to goes on, and has taken it away for a newer one.
+    return _opened(find_checkpoint(subject.path, options), options)
+
+
+def _opened(subject: Subject, options: MeasureOptions) -> Policy:
     folder, info = subject.folder, subject.info
     is_adapter = (folder / "adapter_config.json").exists()
     if info is None:
@@ -164,9 +174,11 @@ def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
     policy = load_saved_policy(
         folder, section, device=pick_device("auto"), is_adapter=is_adapter, chat_template=template
     )
-    if info is not None and (differences := policy.fingerprint.differences(info["reference"], tokenizer=False)):
+    by_rows = "tokenizer_sha256", "template_sha256"
+    if info is not None and (differences := policy.fingerprint.differences(info["reference"], but=by_rows)):
         raise CheckpointError(
             f"{folder}: this is not the reference it was trained against.\n  " + "\n  ".join(differences)
+            + "\nPut the model's files back, or give the folder of those as --reference."
         )
     recorded = None if info is None else info["measure"].get("template_date")
     if options.date or recorded:

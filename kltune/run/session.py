@@ -21,13 +21,14 @@ import torch
 import kltune
 from kltune.errors import CheckpointError, Interrupted, JudgeError, RecipeError, StorageError
 from kltune.lm.data.chat import read_template, today
+from kltune.lm.model.fingerprint import Fingerprint
 from kltune.lm.model.loading import pick_device
 from kltune.lm.model.opening import load_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.inputs import base_of, inputs_of, refuse_changed
 from kltune.recipe import Recipe, differing_keys, dump_recipe, load_recipe, recipe_digest
 from kltune.run.caches import StoredAnswers, StoredLogprobs
-from kltune.run.checkpoint import clear_leftovers, latest_checkpoint, saved_step
+from kltune.run.checkpoint import clear_leftovers, latest_checkpoint, saved_step, verify
 from kltune.run.files import (
     RUN_SCHEMA,
     claim,
@@ -79,16 +80,18 @@ class Run:
         """Seconds since the run was opened, by wall clock; earlier sessions of a resumed run are not in it."""
         return time.monotonic() - self._opened_at
 
-    def set_reference(self, reference: dict[str, Any]) -> None:
-        """Record the reference of every KL of this run; CheckpointError if it was started against another one."""
+    def set_reference(self, fingerprint: Fingerprint) -> None:
+        """Record the reference of every KL of this run; CheckpointError if it was started against another one.
+
+        The chat template is held against the checkpoint's own over every row: of one that no row needs nothing depends.
+        """
         before = self._record["reference"] if self.resume_from else None
-        for name in ("sha256", "tokenizer_sha256", "template_sha256"):
-            if before and before.get(name) != reference.get(name):
-                raise CheckpointError(
-                    f"{self.folder} was started against another reference: {name} was {before.get(name)}, now "
-                    f"{reference.get(name)}. Put the model's files back, or choose another --output."
-                )
-        self.record(reference=reference)
+        if before and (differences := fingerprint.differences(before, but=("template_sha256",))):
+            raise CheckpointError(
+                f"{self.folder} was started against another reference:\n  " + "\n  ".join(differences)
+                + "\nPut the model's files back, or choose another --output."
+            )
+        self.record(reference=fingerprint.as_dict())
 
     def set_inputs(self, inputs: dict[str, Any]) -> None:
         """Record what this run reads; raises as ``refuse_changed`` if it was started on other rows or scorers."""
@@ -144,8 +147,10 @@ def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
         torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
         device, template = pick_device(recipe.run.device), read_template(recipe.data.chat_template)
         policy = load_policy(recipe.model, recipe.lora, device=device, chat_template=template)
-        run.set_reference(policy.fingerprint.as_dict())
+        run.set_reference(policy.fingerprint)
         run.record(base=base_of(recipe))
+        if run.resume_from is not None:
+            policy.hold_against(run.resume_from, "checkpoint", recipe.model.trust_remote_code)
         policy.day = run.day
         return train(recipe, policy, run)
 
@@ -164,6 +169,8 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
             another recipe. BusyError: another process has it. StorageError: it cannot be written.
     """
     folder = Path(recipe.run.output)
+    if (folder / "run.json").exists():
+        _refuse_lost_record(folder, read_record(folder))
     claim(folder, "run", ours=read_record(folder) is not None)
     with locked(folder):
         clear_leftovers(folder)
@@ -191,7 +198,7 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
             are there now.
     """
     folder = Path(recipe.run.output)
-    if not is_finished(folder):
+    if not is_finished(folder) or _damage_of_final(folder) is not None:
         return None
     record = read_json(folder / "run.json")
     _refuse_another_recipe(recipe, record)
@@ -202,21 +209,63 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _where_to_start(recipe: Recipe, previous: dict[str, Any] | None, *, resume: bool) -> Path | None:
-    """The checkpoint to continue from, or None for the beginning."""
+    """The checkpoint to continue from, or None for the beginning.
+
+    Raises:
+        CheckpointError: there was more than can be found now; nothing was touched.
+    """
     folder = Path(recipe.run.output)
-    if is_finished(folder):
+    damage = _damage_of_final(folder) if is_finished(folder) else None
+    if is_finished(folder) and damage is None:
         raise RecipeError(f"{folder} holds a finished run. Choose another --output.")
-    stepped = any(row.get("step", 0) > 0 for row in read_jsonl(folder / "metrics.jsonl"))
-    if previous is None or not (stepped or any((folder / "checkpoints").glob("step-*"))):
+    _refuse_lost_record(folder, previous)
+    steps, kept = _traces(folder)
+    saved = (previous or {}).get("saved_step")
+    if previous is None or not (steps or kept or saved):
         return None      # a run that failed before its first step has nothing to lose
     checkpoint = latest_checkpoint(folder)
+    if not resume and damage is not None:
+        raise CheckpointError(f"{damage} Add --resume to make final again from the run's newest checkpoint.")
     if not resume:
         step = saved_step(checkpoint) if checkpoint else 0
         raise RecipeError(
             f"{folder} holds an unfinished run (step {step}): add --resume to continue it, or choose another --output."
         )
     _refuse_another_recipe(recipe, previous)
+    # Up to the first save a run has nothing but its metrics, and begins again.
+    if checkpoint is None and (kept or saved or steps > recipe.run.save_every):
+        raise CheckpointError(
+            f"{folder} has taken {steps} steps and saved some, but none of its checkpoints is there and whole: put "
+            "checkpoints/ back, or choose another --output to begin again. Nothing was touched."
+        )
     return checkpoint
+
+
+def _traces(folder: Path) -> tuple[int, bool]:
+    """How many steps metrics.jsonl says were taken, and whether there are folders of checkpoints, whole or not."""
+    steps = max((row.get("step", 0) for row in read_jsonl(folder / "metrics.jsonl")), default=0)
+    return steps, any((folder / "checkpoints").glob("step-*"))
+
+
+def _refuse_lost_record(folder: Path, record: dict[str, Any] | None) -> None:
+    """Raise CheckpointError where a run has left traces and its run.json does not say which run it was."""
+    if record is None and any(_traces(folder)):
+        raise CheckpointError(
+            f"{folder / 'run.json'} is damaged, or cannot be read at the moment: put it back, or choose another "
+            "--output. Nothing was touched."
+        )
+
+
+def _damage_of_final(folder: Path) -> str | None:
+    """What is wrong with the final of a finished run; None if nothing, or if it was to have none."""
+    result = read_json(folder / "result.json")
+    if not isinstance(result, dict) or not result.get("final"):
+        return None
+    try:
+        verify(folder / "final")
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _refuse_another_recipe(recipe: Recipe, record: dict[str, Any]) -> None:
@@ -252,6 +301,7 @@ def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Pa
         "versions": versions,
         "started": continued.get("started", _now()),
         "ended": None,
+        "saved_step": saved_step(resume_from) if resume_from else None,
         "recipe_sha256": recipe_digest(recipe),
         "command": redact(shlex.join(["kltune", *sys.argv[1:]]), arguments=True),
         "resumed_at": continued.get("resumed_at", []) + ([saved_step(resume_from)] if resume_from else []),
@@ -268,9 +318,11 @@ def _versions() -> dict[str, str | None]:
 
 
 def _cut_after(path: Path, step: int) -> None:
-    """Drop the lines of steps that will be done again, and a last line that a kill cut short."""
+    """Drop the lines of steps and of an end that will be done again, and a last line that a kill cut short."""
     if path.exists():
-        kept = [to_json(row) + "\n" for row in read_jsonl(path) if row.get("step", 0) <= step]
+        kept = [
+            to_json(row) + "\n" for row in read_jsonl(path) if row.get("step", 0) <= step and not row.get("final")
+        ]
         write_whole(path, "".join(kept))
 
 

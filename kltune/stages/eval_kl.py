@@ -18,8 +18,8 @@ from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.examples import Example, Prompt
 from kltune.lm.measure.deployed import Deployed, measure_deployed
 from kltune.lm.measure.kl_document import DIRECTIONS, CheckpointKL, described_kl, paired_differences
+from kltune.lm.measure.likelihood import alignment_tax, document_nats, reference_nats
 from kltune.lm.measure.measurement import Measurement, Round, measure_kl
-from kltune.lm.model.likelihood import alignment_tax, document_nats, reference_nats
 from kltune.lm.model.policy import Policy
 from kltune.run.recorder import counting
 from kltune.run.saved_policy import (

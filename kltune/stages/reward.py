@@ -20,7 +20,7 @@ from kltune.core.objectives.bradley_terry import bradley_terry_loss, centring_pe
 from kltune.errors import RecipeError
 from kltune.lm.data.examples import counts_line, shuffled_positions
 from kltune.lm.data.pairs import Comparison, Pair, answers, hold_out, load_comparisons, reads_text, sequences
-from kltune.lm.model.likelihood import text_rules
+from kltune.lm.measure.likelihood import text_rules
 from kltune.lm.model.opening import check_frozen
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.reward_evaluation import HeldOutRows, reward_result, sample_pairs

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kltune.lm.data.examples import Example, counts_line, load_examples, shuffled_positions
-from kltune.lm.model.likelihood import example_batch, text_rules
+from kltune.lm.measure.likelihood import example_batch, text_rules
 from kltune.lm.model.policy import Policy
 from kltune.recipe import SFTRecipe
 from kltune.run.optimizer import guarded_step, learning_rate_share, make_optimizer, set_learning_rate, total_steps

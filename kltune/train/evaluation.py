@@ -23,8 +23,8 @@ from kltune.lm.data.examples import (
     load_prompts,
 )
 from kltune.lm.measure.breakdown import transcript
+from kltune.lm.measure.likelihood import alignment_tax, document_nats, reference_nats
 from kltune.lm.measure.measurement import Measurement, Round, answer_both, measure_kl, measured_scores
-from kltune.lm.model.likelihood import alignment_tax, document_nats, reference_nats
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import Draw
 from kltune.lm.rewards.judge import Judge

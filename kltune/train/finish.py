@@ -107,7 +107,7 @@ def conclude(
         told: what result.json says besides what it says of every run; its ``kl`` goes into kltune.json as well.
     """
     final = save_final(job.run.folder, learner.model.save, info=job.about(learner.model, told["kl"]))
-    job.report.samples(steps, samples)
+    job.report.samples(steps, [{"final": True, **row} for row in samples])
     result = job.run.finish({
         "schema": "kltune.result/1",
         "status": "finished",

@@ -13,7 +13,7 @@ from kltune.lm.model.opening import check_fresh_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
 from kltune.recipe import PPOSection, TRPOSection
-from kltune.run.checkpoint import latest_checkpoint, save_checkpoint, saved_step
+from kltune.run.checkpoint import drop_oldest, latest_checkpoint, save_checkpoint, saved_step
 from kltune.run.optimizer import learning_rate_share, make_optimizer
 from kltune.run.recorder import Clock
 from kltune.run.session import Run
@@ -89,6 +89,7 @@ def begin(job: Job, learner: Learner) -> None:
         learner.budget = learner.budget.guarded(learner.copied())
     if run.resume_from is not None:
         learner.restore(run.resume_from)
+        drop_oldest(run.resume_from, recipe.run.keep)      # a kill may have come between a save and this
         return
     if job.prompts:
         check_fresh_policy(learner.policy, job.prompts)
@@ -205,10 +206,12 @@ def judges_of(job: Job, learner: Learner, evaluates: bool) -> tuple[Judge, ...]:
 
 def save(job: Job, learner: Learner, step: int, kl: dict[str, Any] | None) -> None:
     """Save a checkpoint of after a step, its KL as ``asdict`` of a KLSummary where it is known."""
+    job.report.keep()
     save_checkpoint(
         job.run.folder, step, learner.model.save, info=job.about(learner.model, kl),
         tensors=learner.tensors(), state=learner.state(), keep=job.recipe.run.keep,
     )
+    job.run.record(saved_step=step)
 
 
 def enforce_cap(job: Job, learner: Learner, step: int, batch: Batch, pull: float) -> bool:

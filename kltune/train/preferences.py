@@ -22,8 +22,8 @@ from kltune.errors import ModelError
 from kltune.lm.data.encoding import Ids
 from kltune.lm.data.examples import Example, Prompt, counts_line
 from kltune.lm.data.pairs import Answer, load_labelled, load_pairs
+from kltune.lm.measure.likelihood import document_nats, example_batch, text_rules
 from kltune.lm.model.batches import Rollout, response_scatter
-from kltune.lm.model.likelihood import document_nats, example_batch, text_rules
 from kltune.lm.model.opening import FIRST_RATIO_GAP
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
@@ -93,6 +93,7 @@ class Preferences:
         """All that the reference's log-probabilities of these groups depend on, in words."""
         found = {
             "reference": policy.fingerprint.sha256,
+            "config": policy.fingerprint.config,
             "dtype": policy.fingerprint.dtype,
             "data": self.sha256(),
             "groups": hashlib.sha256(repr(list(groups)).encode()).hexdigest(),

@@ -1,8 +1,10 @@
 """A checkpoint is whole or not there, comes back bit for bit, and nothing poisoned is ever saved."""
 
+import errno
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -16,8 +18,10 @@ from killing import adapter_of, exit_code, start
 from safetensors.torch import load_file
 
 from kltune.errors import CheckpointError, DivergedError, StorageError
+from kltune.run import checkpoint as checkpoint_module
 from kltune.run.checkpoint import (
     clear_leftovers,
+    drop_oldest,
     latest_checkpoint,
     read_info,
     read_state,
@@ -265,13 +269,64 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path):
 
         def save_much(limit: int = limit) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            with pytest.raises(StorageError, match=r"step-000020.*File too large.*bytes are free") as caught:
+            with pytest.raises(StorageError, match=r"step-000020: File too large") as caught:
                 save(tmp_path, 20, size=20_000)
+            assert re.search(r"at least 80,000 bytes were needed; [\d,]+ bytes are free there; a file may have "
+                             f"{limit:,} bytes", str(caught.value))
             raise caught.value
 
         assert exit_code(start(save_much)) == StorageError.exit_code, limit
         assert_all_of_step(latest_checkpoint(tmp_path), 10)
         assert hidden(tmp_path) == []
+
+
+def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_passed_over(tmp_path, monkeypatch):
+    for step in (10, 20):
+        save(tmp_path, step)
+    sha256 = checkpoint_module._sha256
+
+    def unreadable(path: Path) -> str:
+        if "step-000020" in str(path):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return sha256(path)
+
+    monkeypatch.setattr(checkpoint_module, "_sha256", unreadable)
+    with pytest.raises(CheckpointError, match=r"step-000020 cannot be read.*Input/output error"):
+        latest_checkpoint(tmp_path)
+
+
+def test_a_reader_beside_a_writer_finds_the_newest(tmp_path, capsys, monkeypatch):
+    save(tmp_path, 10)
+    verify, moved = checkpoint_module.verify, []
+
+    def moved_on(folder: Path, inside: str = "") -> list[str]:
+        if not moved:
+            moved.append(save(tmp_path, 20, keep=1))
+        return verify(folder, inside)
+
+    monkeypatch.setattr(checkpoint_module, "verify", moved_on)
+    (tmp_path / "run.json").write_text("{}")
+    assert resolve_checkpoint(tmp_path) == moved[0] == latest_checkpoint(tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reader_finds_final_while_it_is_exchanged(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text("{}")
+    save(tmp_path, 10)
+    final = save_final(tmp_path, adapter_of(10), info={})
+    aside = final.rename(tmp_path / ".old-final")
+    assert resolve_checkpoint(tmp_path) == aside        # a kill cut the exchange in two, and no writer has been since
+    monkeypatch.setattr(time, "sleep", lambda _: aside.rename(final))
+    assert resolve_checkpoint(tmp_path) == final
+
+
+def test_what_a_kill_left_beyond_keep_goes_and_the_newest_stays(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step, keep=3)
+    drop_oldest(tmp_path / "checkpoints/step-000030", 2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000020", "step-000030"]
+    drop_oldest(tmp_path / "checkpoints/step-000020", 1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000020", "step-000030"]
 
 
 def test_the_manifest_lists_every_file(tmp_path):

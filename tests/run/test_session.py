@@ -1,12 +1,15 @@
 """Who may write in a folder, where a run starts, how it is stopped, and what run.json says of it."""
 
 import contextlib
+import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,14 @@ import torch
 from killing import adapter_of, exit_code, start
 
 from kltune.errors import BusyError, CheckpointError, Interrupted, RecipeError
+from kltune.lm.model.fingerprint import Fingerprint
 from kltune.recipe import load_recipe
-from kltune.run.checkpoint import save_checkpoint
+from kltune.run.checkpoint import save_checkpoint, save_final
+from kltune.run.files import write_json
 from kltune.run.recorder import Report
 from kltune.run.session import Run, finished_result, open_run
+
+REFERENCE = Fingerprint("some/model", None, "float32", "ab", "ef", "01", config={"model_type": "llama"})
 
 
 def record_of(recipe) -> dict:
@@ -35,7 +42,7 @@ def save(run: Run, step: int) -> None:
 def interrupted_at(recipe, saved: int, reported: int) -> None:
     """Leave an unfinished run with a checkpoint and some later steps."""
     with contextlib.suppress(Interrupted), open_run(recipe, resume=False) as run:
-        run.set_reference({"path": "some/model", "sha256": "ab"})
+        run.set_reference(REFERENCE)
         with Report(run.folder, "ppo", recipe.run.steps) as report:
             for step in range(1, reported + 1):
                 report.step(step, {"score/mean": step / 10})
@@ -60,13 +67,13 @@ def test_a_run_leaves_its_recipe_and_record(make_recipe, monkeypatch):
     with open_run(recipe, resume=False) as run:
         assert record_of(recipe)["status"] == "running"
         assert (run.start_step, run.resume_from, run.stop_signal) == (0, None, None)
-        run.set_reference({"path": "some/model", "sha256": "ab"})
+        run.set_reference(REFERENCE)
         run.finish({"steps": 10})
     assert load_recipe(run.folder / "recipe.yaml") == recipe
     record = record_of(recipe)
     assert record["schema"] == "kltune.run/1"
     assert (record["stage"], record["status"], record["seed"], record["error"]) == ("ppo", "finished", 7, None)
-    assert record["reference"] == {"path": "some/model", "sha256": "ab"}
+    assert record["reference"] == REFERENCE.as_dict()
     assert record["command"] == "kltune ppo --recipe 'a b.yaml'"
     assert {"python", "torch", "transformers", "peft", "kltune"} <= set(record["versions"])
     assert record["started"] <= record["ended"]
@@ -151,6 +158,83 @@ def test_resume_with_nothing_saved_starts_from_the_beginning(make_recipe):
         run.finish({})
 
 
+def lose_checkpoints(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoints")
+
+
+def truncate_all(folder: Path) -> None:
+    for path in folder.rglob("*.safetensors"):
+        path.write_bytes(b"")
+
+
+def truncate_record(folder: Path) -> None:
+    (folder / "run.json").write_bytes(b"")
+
+
+def lose_all_but_the_record(folder: Path) -> None:
+    write_json(folder / "run.json", json.loads((folder / "run.json").read_text()) | {"saved_step": 20})
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "metrics.jsonl").unlink()
+
+
+@pytest.mark.parametrize("loss", [lose_checkpoints, truncate_all, truncate_record, lose_all_but_the_record])
+def test_resume_that_finds_less_than_there_was_refuses_and_touches_nothing(make_recipe, loss):
+    recipe = make_recipe("run.save_every=4")
+    interrupted_at(recipe, saved=4, reported=6)
+    folder = Path(recipe.run.output)
+    loss(folder)
+    before = files_of(folder)
+    with pytest.raises(CheckpointError, match="Nothing was touched") as caught, open_run(recipe, resume=True):
+        pass
+    assert caught.value.exit_code == 5
+    assert files_of(folder) == before
+
+
+def test_resume_waits_for_a_checkpoint_that_cannot_be_read_for_a_moment(make_recipe, monkeypatch):
+    recipe = make_recipe()
+    interrupted_at(recipe, saved=4, reported=6)
+    before = files_of(Path(recipe.run.output))
+
+    listed = os.listdir
+
+    def unreadable(path: Path) -> list[str]:
+        if Path(path).name == "checkpoints" or Path(path).is_file():
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return listed(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kltune.run.checkpoint._sha256", unreadable)
+        with pytest.raises(CheckpointError, match="Input/output error"), open_run(recipe, resume=True):
+            pass
+        patch.setattr(os, "listdir", unreadable)
+        with pytest.raises(CheckpointError, match=r"checkpoints cannot be read"), open_run(recipe, resume=True):
+            pass
+    assert files_of(Path(recipe.run.output)) == before
+    with open_run(recipe, resume=True) as run:
+        assert run.start_step == 4
+        run.finish({})
+
+
+@pytest.mark.parametrize("damage", [lambda final: shutil.rmtree(final), lambda final: truncate_all(final)])
+def test_a_finished_run_whose_final_is_damaged_is_not_finished(make_recipe, damage):
+    recipe = make_recipe()
+    with open_run(recipe, resume=False) as run, Report(run.folder, "ppo", 10) as report:
+        report.step(1, {})
+        report.samples(1, [{"response": "while it trained"}, {"response": "at the end", "final": True}])
+        save(run, 1)
+        result = run.finish({"final": str(save_final(run.folder, adapter_of(1), info={}))})
+    assert finished_result(recipe) == result
+    damage(run.folder / "final")
+    assert finished_result(recipe) is None
+    with pytest.raises(CheckpointError, match=r"final.*Add --resume to make final again"), \
+            open_run(recipe, resume=False):
+        pass
+    with open_run(recipe, resume=True) as run:
+        assert run.start_step == 1
+        assert [row["response"] for row in lines_of(recipe, "samples.jsonl")] == ["while it trained"]
+        run.finish({})
+
+
 def test_resume_with_another_recipe_names_the_keys(make_recipe):
     interrupted_at(make_recipe("kl.target=6", "run.keep=3"), saved=4, reported=4)
     with pytest.raises(RecipeError, match=r"(?s)kl\.target: was 6\.0, now 3\.0.*run\.seed: was 0, now 1"), \
@@ -163,8 +247,24 @@ def test_resume_with_another_recipe_names_the_keys(make_recipe):
 
 def test_resume_against_another_reference_is_refused(make_recipe):
     interrupted_at(make_recipe(), saved=4, reported=4)
-    with pytest.raises(CheckpointError, match="sha256 was ab, now cd"), open_run(make_recipe(), resume=True) as run:
-        run.set_reference({"path": "some/model", "sha256": "cd"})
+    with pytest.raises(CheckpointError, match=r"weights: found cd \(some/model\), wanted ab"), \
+            open_run(make_recipe(), resume=True) as run:
+        run.set_reference(replace(REFERENCE, sha256="cd"))
+
+
+def test_resume_asks_for_the_settings_and_ends_of_the_reference_and_not_for_a_template_no_row_needs(make_recipe):
+    interrupted_at(make_recipe(), saved=4, reported=4)
+    for changed in ({"config": {"model_type": "gpt2"}}, {"ends": {"ids": [3]}}):
+        record = REFERENCE.as_dict() | changed
+        write_json(Path(make_recipe().run.output) / "run.json", record_of(make_recipe()) | {"reference": record})
+        with pytest.raises(CheckpointError, match=next(iter(changed)).replace("ends", "end of a response")), \
+                open_run(make_recipe(), resume=True) as run:
+            run.set_reference(REFERENCE)
+    record = REFERENCE.as_dict() | {"template_sha256": "other"}
+    write_json(Path(make_recipe().run.output) / "run.json", record_of(make_recipe()) | {"reference": record})
+    with open_run(make_recipe(), resume=True) as run:
+        run.set_reference(REFERENCE)
+        run.finish({})
 
 
 def test_a_finished_run_gives_its_result_and_changes_nothing(make_recipe, tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,16 +18,30 @@ import torch
 from safetensors.torch import load_file
 
 from kltune.cli import main
-from kltune.errors import Interrupted, ScorerError
+from kltune.errors import InputError, Interrupted, ScorerError
 from kltune.recipe import Recipe, load_recipe
 from kltune.run.checkpoint import read_state
 from kltune.run.recorder import Report
 from kltune.stages.ppo import run_ppo
-from tests.stages.conftest import DPO, ONLINE, PPO, REWARD, RUNS, SFT, TRPO, ran, read_jsonl, rows_of, write_recipe
+from tests.stages.conftest import (
+    DPO,
+    ONLINE,
+    PPO,
+    REWARD,
+    RUNS,
+    SFT,
+    TRPO,
+    ran,
+    read_jsonl,
+    rows_of,
+    write_recipe,
+    write_rows,
+)
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
 CUTS = (1, 2, 5)  # of 6 steps; an epoch of prompts ends within step 2, of texts after step 2
+ONE_CUTS = (1, 2, 4, 5)
 LONG = 24
 
 
@@ -161,6 +176,30 @@ def test_a_stopped_run_goes_on_bit_for_bit(request, tmp_path, llama, base, keys,
     assert (peak is not None) == ("eval.stop_at_gold_peak=true" in keys)
 
 
+PRICES = {"fixed": FIXED, "target": TARGET}
+ONE_CUT = {"sft": (SFT, ()), "reward": (REWARD, ())} | {
+    f"{name}, {price}": (base, (*keys, *PRICES[price])) for price in PRICES for name, (base, keys) in {
+        "ppo, values": (PPO, ()), "ppo, rloo": (PPO, ("ppo.baseline=rloo",)), "trpo": (TRPO, ()),
+        "dpo": (DPO, ()), "online": (ONLINE, ()),
+    }.items()
+}
+
+
+@pytest.mark.parametrize(("base", "keys"), [
+    pytest.param(*case, id=name, marks=() if name == "trpo, fixed" else pytest.mark.stress)
+    for name, case in ONE_CUT.items()
+])  # fmt: skip
+def test_one_cut_anywhere_changes_no_bit(tmp_path, llama, base, keys, record_property):
+    file = write_recipe(tmp_path, base | {"run": base["run"] | {"steps": STEPS, "eval_every": 2}}, llama)
+    names = ("unbroken", *map(str, ONE_CUTS))
+    unbroken, *broken = (load_recipe(file, keys, output=str(tmp_path / name)) for name in names)
+    RUNS[base["stage"]](unbroken, resume=False)
+    for cut, recipe in zip(ONE_CUTS, broken, strict=True):
+        run_with_stops(RUNS[base["stage"]], recipe, (cut,))
+        assert_same_run(tmp_path / str(cut), tmp_path / "unbroken", STEPS)
+    record_property("cuts", len(ONE_CUTS))
+
+
 def test_a_run_does_not_go_on_with_another_reward_function(ppo_recipe):
     recipe = ppo_recipe("run.steps=3")
     with signalled_in(1), pytest.raises(Interrupted):
@@ -171,6 +210,21 @@ def test_a_run_does_not_go_on_with_another_reward_function(ppo_recipe):
     file.write_text(file.read_text() + "\n# changed\n")
     with pytest.raises(ScorerError, match=r"reward.0: .*rewards.py:score has changed: it is not what the run in"):
         run_ppo(recipe, resume=True)
+
+
+def test_a_run_does_not_go_on_with_a_chat_template_that_makes_other_rows(ppo_recipe, llama, tmp_path):
+    model = shutil.copytree(llama, tmp_path / "model")
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    recipe = ppo_recipe("run.steps=3", f"model.path={model}")
+    write_rows(recipe.folder / "prompts.jsonl", [{"messages": [{"role": "user", "content": "the "}]}] * 3)
+    with signalled_in(1), pytest.raises(Interrupted):
+        run_ppo(recipe, resume=False)
+    (model / "chat_template.jinja").write_text("so " + template)
+    with pytest.raises(InputError, match="chat template: found"):
+        run_ppo(recipe, resume=True)
+    (model / "chat_template.jinja").write_text("{# says the same #}" + template)
+    assert run_ppo(recipe, resume=True)["status"] == "finished"
 
 
 def test_dropout_is_on_in_training_and_off_in_measuring(sft_recipe, tmp_path):

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from kltune.core.hacking.diversity import diversity
 from kltune.lm.data.examples import Example, Prompt
+from kltune.lm.measure.likelihood import alignment_tax
 from kltune.lm.measure.measurement import Round, measure_kl
-from kltune.lm.model.likelihood import alignment_tax
 from kltune.lm.model.sampler import Draw
 from kltune.lm.rewards.scorers import Scorer, ScoreSource
 from kltune.recipe import SamplingSection

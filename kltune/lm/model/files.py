@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,9 @@ def _is_part(name: str, own: set[str]) -> bool:
 
 def _some(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+
+
+@cache
+def say_once(line: str) -> None:
+    """Print a line on stderr, however often it comes up."""
+    print(line, file=sys.stderr)

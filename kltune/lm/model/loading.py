@@ -1,31 +1,26 @@
 """Read models and tokenizers from a folder or the hub, and say exactly which ones they were."""
 
-import hashlib
 import json
-import sys
-from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.chat import EndTokens, template_of
-from kltune.lm.model.files import check_all_read, reading, refuse_other_heads, refuse_quantised
+from kltune.lm.model.files import check_all_read, reading, refuse_other_heads, refuse_quantised, say_once
+from kltune.lm.model.fingerprint import (
+    config_differences,
+    settings_of,
+    sha256_text,
+    tokenizer_sha256,
+    weights_sha256,
+)
 from kltune.recipe import ModelSection
 
 NO_CAUSAL = "could not be loaded as a causal language model"
-# Lines of a README: what the SFT adapter changes in one of two tied layers must not reach the other when it is merged.
-UNTIE = """head = base.get_output_embeddings()
-head.weight = torch.nn.Parameter(head.weight.detach().clone())
-base.config.tie_word_embeddings = False
-"""
-COMPARED = {
-    "sha256": "weights", "tokenizer_sha256": "tokenizer", "template_sha256": "chat template", "dtype": "dtype",
-}
 CUTS = "The  Ferry's 2,024 lamps — don't\twait...\n\n  naïve cafe\u0301 日本語 Привет שלום 🙂 a_b(c) HTTPServer"
 PIPELINE = ("normalizer", "pre_tokenizer", "model", "decoder")
 LISTED = "special tokens listed"        # a difference between tokenizers that changes the ids of no text
@@ -41,115 +36,6 @@ def pick_device(name: str) -> torch.device:
         raise RecipeError(
             f"run.device: found {name!r}, which is not available here ({str(error).splitlines()[0]})."
         ) from None
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """Which reference this is: hashes of the frozen weights, the tokenizer and the chat template.
-
-    path, sft_adapter: where the weights came from. dtype: of the weights that were hashed. merge_survived: share of
-    the SFT adapter's update that survived rounding to that dtype (1 in float32). untied: the base's head and embedding
-    are one matrix, and have one each since the SFT adapter was merged, which acts on one of them.
-    """
-
-    path: str
-    sft_adapter: str | None
-    dtype: str
-    sha256: str
-    tokenizer_sha256: str
-    template_sha256: str
-    merge_survived: float = 1.0
-    untied: bool = False
-
-    @classmethod
-    def of(
-        cls, section: ModelSection, model: nn.Module, tokenizer, merge_survived: float, untied: bool = False
-    ) -> "Fingerprint":
-        """Hash what was loaded for a recipe's ``model`` section."""
-        return cls(
-            path=section.path,
-            sft_adapter=section.sft_adapter,
-            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-            sha256=weights_sha256(dict(model.state_dict())),
-            tokenizer_sha256=tokenizer_sha256(tokenizer),
-            template_sha256=sha256_text(template_of(tokenizer)),
-            merge_survived=merge_survived,
-            untied=untied,
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for run.json and kltune.json."""
-        return asdict(self)
-
-    def differences(self, other: dict[str, Any], *, tokenizer: bool = True) -> list[str]:
-        """What of another fingerprint, as saved, is not the same: one line each, both sides named.
-
-        tokenizer: False where the tokenizers themselves are at hand, and held against every row.
-        """
-        mine = asdict(self)
-        return [
-            f"{what}: found {str(mine[key])[:12]} ({self.path}), "
-            f"wanted {str(other.get(key))[:12]} ({other.get('path')})"
-            for key, what in COMPARED.items()
-            if mine[key] != other.get(key) and (tokenizer or key in ("sha256", "dtype"))
-        ]
-
-    def describe(self) -> str:
-        """One line for the top of a run."""
-        merged = ""
-        if self.sft_adapter:
-            lost = 1.0 - self.merge_survived
-            merged = f" + {self.sft_adapter}" + (f" ({lost:.1%} of its update lost to rounding)" if lost > 0.01 else "")
-        return f"reference = {self.path}{merged}, frozen, {self.dtype}, sha256 {self.sha256[:12]} (adapter off)"
-
-    def how_to_load(self, what: str = "LoRA adapter", imports: str = "", use: str = "") -> str:
-        """README of a saved adapter: the lines that load it without kltune, ``use`` after them."""
-        merged = UNTIE if self.untied else ""
-        merged += f'base = PeftModel.from_pretrained(base, "{self.sft_adapter}").merge_and_unload()   # the reference\n'
-        return (
-            f"# {what} made by kltune\n\n"
-            f"Its reference (adapter off) has weights sha256 `{self.sha256[:16]}…`, dtype {self.dtype}.\n\n"
-            f"```python\nimport torch\nfrom peft import PeftModel\n{imports}from transformers import "
-            "AutoModelForCausalLM\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained("{self.path}", dtype=torch.{self.dtype})\n'
-            f'{merged if self.sft_adapter else ""}model = PeftModel.from_pretrained(base, "this/folder")\n{use}```\n'
-        )
-
-
-def sha256_text(text: str) -> str:
-    """Hex digest of a text."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def weights_sha256(tensors: dict[str, Tensor]) -> str:
-    """Hex digest over names, types, shapes and bytes; tensors that share storage (tied embeddings) count once."""
-    digest, seen = hashlib.sha256(), set()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        if tensor.numel() == 0 or tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def tokenizer_sha256(tokenizer) -> str:
-    """Hex digest of how text becomes ids and back: vocabulary, special ids and, where known, the whole pipeline.
-
-    The padding and truncation that the last call left in a fast tokenizer are not part of it.
-    """
-    parts: dict[str, Any] = {
-        "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "special": sorted(tokenizer.all_special_ids),
-    }
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        pipeline = json.loads(backend.to_str())
-        parts["pipeline"] = {
-            key: pipeline.get(key) for key in ("normalizer", "pre_tokenizer", "model", "post_processor", "decoder")
-        }
-    return sha256_text(json.dumps(parts, sort_keys=True))
 
 
 def end_tokens(model: nn.Module, tokenizer, vocabulary: int) -> EndTokens:
@@ -224,14 +110,9 @@ def as_in_file(tokenizer, path: str):
         ) from error
     if mine == files:
         return tokenizer
-    _say_once(f"note: {path}: transformers' {type(tokenizer).__name__} does not cut texts into tokens as its "
+    say_once(f"note: {path}: transformers' {type(tokenizer).__name__} does not cut texts into tokens as its "
               "tokenizer.json does; the file is followed.")
     return plain
-
-
-@cache
-def _say_once(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def load_base(section: ModelSection, device: torch.device, where: str = "model.path") -> nn.Module:
@@ -329,6 +210,9 @@ def check_made_for(folder: Path, model: nn.Module, path: str) -> None:
             f"model.sft_adapter: {folder} was trained on {made['path']}{beneath} (weights {made['sha256'][:12]}), but "
             f"model.path is {path} (weights {digest[:12]}); give the model it was trained on."
         )
+    mine = settings_of(model.config)
+    if not beneath and made.get("config") and (others := config_differences(mine, made["config"], path, made["path"])):
+        raise ModelError(f"model.sft_adapter: {folder} was trained on another model:\n  " + "\n  ".join(others))
 
 
 def _refuse_adapter(path: Path, where: str) -> None:

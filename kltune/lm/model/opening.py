@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,8 @@ from kltune.lm.model.adapters import (
 )
 from kltune.lm.model.batches import Rollout, pad_right
 from kltune.lm.model.files import reading
-from kltune.lm.model.loading import Fingerprint, check_made_for, context_of, load_base, load_tokenizer
+from kltune.lm.model.fingerprint import Fingerprint, probed
+from kltune.lm.model.loading import check_made_for, context_of, load_base, load_tokenizer
 from kltune.lm.model.network import Network
 from kltune.lm.model.policy import Policy
 from kltune.recipe import LoraSection, ModelSection
@@ -87,6 +88,8 @@ def load_reference(
     if section.sft_adapter is not None:
         policy.hold_against(Path(section.sft_adapter), "model.sft_adapter", section.trust_remote_code)
     check_causal(policy.network, f"{where}: {section.path}")
+    ends = {name: list(ids) if isinstance(ids, tuple) else ids for name, ids in asdict(policy.ends).items()}
+    policy.fingerprint = replace(fingerprint, ends=ends, probe=probed(probe_logits(policy)))
     return policy
 
 

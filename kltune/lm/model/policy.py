@@ -26,14 +26,8 @@ from kltune.lm.data.examples import RowRules
 from kltune.lm.model.adapters import POLICY, VALUE, AdapterSwitch, config_to_fill, fill, load_compatible, wrap
 from kltune.lm.model.batches import Rollout, pad_right
 from kltune.lm.model.files import reading
-from kltune.lm.model.loading import (
-    Fingerprint,
-    context_of,
-    end_tokens,
-    own_tokenizer,
-    tokenizer_differences,
-    weights_sha256,
-)
+from kltune.lm.model.fingerprint import Fingerprint, weights_sha256
+from kltune.lm.model.loading import context_of, end_tokens, own_tokenizer, tokenizer_differences
 from kltune.lm.model.network import Network, ScalarHead
 from kltune.recipe import DataSection, LoraSection
 

@@ -24,6 +24,7 @@ from kltune.lm.data.encoding import Encoder, Ids, spelled
 from kltune.lm.model.adapters import POLICY, config_to_fill, fill, load_compatible
 from kltune.lm.model.batches import Samples
 from kltune.lm.model.files import reading
+from kltune.lm.model.fingerprint import AGREES
 from kltune.lm.model.loading import own_tokenizer
 from kltune.lm.model.network import ScalarHead
 from kltune.lm.model.opening import load_reference, probe_logits
@@ -33,7 +34,6 @@ from kltune.recipe import ModelSection
 HEAD = "reward_head.safetensors"
 ROWS_PER_PAD = 256      # padded together, so that one long response does not make all of them long
 PROBE_TOKENS = 16              # tokens that a saved model is tried on when it is opened again
-AGREES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}      # of 1 + |score|, on another machine
 IMPORTS = "from safetensors.torch import load_file\n"
 USE = f'''head = load_file("this/folder/{HEAD}")
 
@@ -239,7 +239,8 @@ def _alone(folder: Path, reference: dict[str, Any], device: torch.device) -> Rew
     policy = load_reference(
         section, device=device, where=f"reward {folder}", chat_template=None if own is None else template_of(own),
     )
-    if differences := policy.fingerprint.differences(reference):
+    # It reads text: no message is rendered.
+    if differences := policy.fingerprint.differences(reference, but=("template_sha256",)):
         raise ModelError(f"reward {folder}: its base is not the one it was trained on.\n  " + "\n  ".join(differences))
     policy.load_adapter(folder)
     for tensor in policy.trainable_parameters().values():

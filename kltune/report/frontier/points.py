@@ -13,7 +13,7 @@ from kltune.run.files import is_finished, read_json, read_jsonl
 
 SETTING_KEYS = ("kl.target", "kl.beta", "dpo.beta", "kl.hard_cap")      # what sets a run's KL; the rest names its curve
 NO_DIFFERENCE = ("run.seed", "run.save_every", "run.eval_every", "run.device", "optim.micro_batch_size")
-SAME_REFERENCE = ("sha256", "tokenizer_sha256", "template_sha256")
+SAME_REFERENCE = {"sha256": "weights", "tokenizer_sha256": "tokenizer", "template_sha256": "template"}
 
 
 @dataclass(frozen=True)
@@ -111,15 +111,29 @@ def _curve_source(path: str) -> FrontierSource:
 
 def check_one_reference(sources: Sequence[FrontierSource]) -> None:
     """Raise a CheckpointError that names the runs of each reference, where there are several: KLs do not compare."""
-    groups: dict[tuple[str, ...], list[str]] = {}
+    groups: list[list[FrontierSource]] = []
     for source in sources:
-        groups.setdefault(tuple(source.reference[name] for name in SAME_REFERENCE), []).append(source.path)
+        alike = next((group for group in groups if _one_reference(source.reference, group[0].reference)), None)
+        groups.append([source]) if alike is None else alike.append(source)
     if len(groups) > 1:
         lines = "".join(
-            f"\n  weights {weights[:12]}, tokenizer {tokenizer[:12]}, template {template[:12]}: {', '.join(paths)}"
-            for (weights, tokenizer, template), paths in groups.items()
+            "\n  " + ", ".join(f"{what} {group[0].reference[name][:12]}" for name, what in SAME_REFERENCE.items())
+            + f": {', '.join(source.path for source in group)}" for group in groups
         )
+        first = groups[0][0].reference
+        others = dict.fromkeys(name for group in groups[1:] for name in _other_settings(first, group[0].reference))
+        lines += f"\n  and not alike in {', '.join(others)}" if others else ""
         raise CheckpointError(f"These were not measured against one reference, so their KLs do not compare:{lines}")
+
+
+def _one_reference(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[name] == other[name] for name in SAME_REFERENCE) and not _other_settings(one, other)
+
+
+def _other_settings(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Settings of the model, and ends of a response, that both recorded and that are not the same."""
+    pairs = [(one.get(part) or {}, other.get(part) or {}) for part in ("config", "ends")]
+    return [name for a, b in pairs for name in sorted(a.keys() & b.keys()) if a[name] != b[name]]
 
 
 def check_one_reward(sources: Sequence[FrontierSource]) -> None:

@@ -17,7 +17,7 @@ from kltune.lm.data.examples import Prompt
 from kltune.lm.measure.interpolation import AdapterScale
 from kltune.lm.model.adapters import POLICY
 from kltune.lm.model.batches import Samples
-from kltune.lm.model.loading import weights_sha256
+from kltune.lm.model.fingerprint import weights_sha256
 from kltune.lm.model.opening import probe_logits
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import sample
@@ -242,10 +242,11 @@ def test_a_reward_model_on_base_and_sft_shares_with_a_policy_on_the_same(open_po
     assert torch.equal(apart.model.measure_rows(ROWS), model.measure_rows(ROWS))
 
 
-@pytest.mark.parametrize("other", ["model", "tokenizer", "template"])
+@pytest.mark.parametrize("other", ["model", "tokenizer", "template", "settings", "ends"])
 def test_another_base_or_tokenizer_gets_weights_of_its_own_and_a_note(open_policy, saved_reward, tmp_path, other):
-    folder = save_tiny_model(tmp_path / "other", seed=int(other == "model"))
-    if other != "model":
+    changed = {"settings": {"rms_norm_eps": 1e-3}, "ends": {"eos_token_id": [EOS, 5]}}.get(other, {})
+    folder = save_tiny_model(tmp_path / "other", seed=int(other == "model"), **changed)
+    if other in ("tokenizer", "template"):
         tokenizer = json.loads((folder / "tokenizer.json").read_text())
         vocabulary = tokenizer["model"]["vocab"]
         vocabulary["w3"], vocabulary["w4"] = vocabulary["w4"], vocabulary["w3"]
@@ -256,7 +257,8 @@ def test_another_base_or_tokenizer_gets_weights_of_its_own_and_a_note(open_polic
     policy = open_policy(path=folder)
     reader, _, note = open_reward_model(saved_reward, policy, CPU)
     assert not reader.shared
-    assert {"model": "weights: found", "tokenizer": "tokenizer: found", "template": "chat template"}[other] in note
+    assert {"model": "weights: found", "tokenizer": "tokenizer: found", "template": "chat template",
+            "settings": "rms_norm_eps found", "ends": "end of a response: ids found"}[other] in note
     own = Encoder(reader.model.policy.tokenizer, end_token=EOS)
     row = spelled(own, "w3 w4 ", "w5", True, None)
     assert row == (3, 4, 5, EOS)
@@ -359,6 +361,12 @@ def test_its_own_base_must_be_the_one_it_was_trained_on(new_reward, tmp_path):
     save_tiny_model(base, seed=1)
     with pytest.raises(ModelError, match=r"(?s)its base is not the one it was trained on.*weights: found"):
         open_reward_model(folder, None, CPU)
+    save_tiny_model(base, rms_norm_eps=0.1)
+    with pytest.raises(ModelError, match=r"(?s)its base is not the one it was trained on.*rms_norm_eps found 0\.1"):
+        open_reward_model(folder, None, CPU)
+    save_tiny_model(base)
+    (base / "chat_template.jinja").write_text("{{ messages[0].content }}")      # of no use to one that reads text
+    open_reward_model(folder, None, CPU)
 
 
 @pytest.mark.parametrize(("file", "content", "message"), [

@@ -116,6 +116,16 @@ def test_references_that_differ_are_named(make_run):
     check_one_reference(find_sources([paths[0], make_run("c", reference=REFERENCE | {"path": "elsewhere"})]))
 
 
+def test_settings_and_ends_of_the_reference_count_where_both_runs_recorded_them(make_run):
+    recorded = REFERENCE | {"config": {"rms_norm_eps": 1e-6, "hidden_size": 8}, "ends": {"ids": [1]}}
+    paths = [make_run("new", reference=recorded), make_run("old")]
+    check_one_reference(find_sources(paths))
+    for place, changed in enumerate(({"config": {"rms_norm_eps": 1e-3}}, {"ends": {"ids": [1, 2]}})):
+        other = make_run(f"other-{place}", reference=recorded | changed)
+        with pytest.raises(CheckpointError, match=r"not alike in (rms_norm_eps|ids)"):
+            check_one_reference(find_sources([paths[0], other]))
+
+
 def test_rewards_that_differ_are_named_wherever_their_files_are(make_run):
     moved = [REWARDS[0] | {"path": "copy/rewards.py:score"}]
     alike, other = make_run("a", rewards=moved), make_run("b", rewards=[REWARDS[0] | {"sha256": "0" * 64}])
