@@ -7,9 +7,10 @@ code of its kind (``errors.py``); a traceback means a bug in kltune, exit code 1
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -20,9 +21,11 @@ from kltune.cli.options import JSONOption, OutputOption, RecipeOption, ResumeOpt
 from kltune.cli.output import as_user_error, complain, emit, emit_document, result_text
 from kltune.cli.recipes import recipes
 from kltune.cli.sample import sample_command
+from kltune.cli.streams import ResultCommand, guard_streams
 from kltune.cli.sweep import frontier_command, sweep_command
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
+from kltune.run.subprocesses import end_at_once, on_stop_signals
 
 QUIET_LIBRARIES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -30,7 +33,14 @@ QUIET_LIBRARIES = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-app = typer.Typer(
+
+
+class _Commands(typer.Typer):
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Callable], Callable]:
+        return super().command(name, cls=ResultCommand, **options)
+
+
+app = _Commands(
     name="kltune", pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True,
     help="Fine-tune language models while holding their KL divergence from a reference to a budget.",
 )
@@ -109,11 +119,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         os.environ.setdefault(name, value)
     # Libraries warn each other of renamed attributes; no user of kltune can do anything about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b.*")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")     # a terminal without ‖ still gets its answer
+    guard_streams()
     try:
-        app(args=arguments, prog_name="kltune")
+        with on_stop_signals(end_at_once):      # until a run has something to save
+            app(args=arguments, prog_name="kltune")
     except KltuneError as error:
         sys.exit(complain(error))
     except (OSError, MemoryError, RuntimeError) as error:

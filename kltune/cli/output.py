@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from kltune.cli.streams import result_stream
 from kltune.errors import Interrupted, KltuneError, StorageError
 from kltune.recipe import RecipeFaults
 from kltune.report.ci import escaped
@@ -16,10 +17,12 @@ OUT_OF_MEMORY = "out of memory; lower optim.micro_batch_size (results stay the s
 
 def emit(text: str) -> None:
     """Print a result; a reader that has gone away is no error."""
+    stream = result_stream()
     try:
-        print(text, flush=True)
+        print(text, file=stream, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)      # lest the interpreter stumble over what is still buffered
+        # Lest closing it, or the interpreter's end, stumble over what is still buffered.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if not isinstance(error, BrokenPipeError):
             raise
 

@@ -12,8 +12,10 @@ from kltune.lm.data.examples import Prompt, counts_line, distinct_prompts, load_
 from kltune.lm.model.opening import check_fresh_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
+from kltune.lm.rewards.scorers import Scorer
 from kltune.recipe import PPOSection, TRPOSection
 from kltune.run.checkpoint import latest_checkpoint, save_checkpoint, saved_step
+from kltune.run.files import read_jsonl
 from kltune.run.optimizer import learning_rate_share, make_optimizer
 from kltune.run.recorder import Clock
 from kltune.run.session import Run
@@ -23,6 +25,8 @@ from kltune.train.finish import finish, stop, watch_over
 from kltune.train.learner import ALARMS, SCORER, VALUES, BudgetRecipe, Job, Learner, expect_finite_metrics
 from kltune.train.value_function import ValueFunction
 
+FLAT_STEPS = 3      # whose responses all score alike: then something is wrong with the reward
+FLAT = 1e-6         # share of their mean by which equal scores may differ in float32
 UNTIL_MOST = 5      # times run.steps: a run until its target takes no more
 
 
@@ -196,6 +200,18 @@ def evaluates(job: Job, step: int) -> bool:
     return recipe.eval.stop_at_gold_peak if last else step % recipe.run.eval_every == 0
 
 
+def warn_of_flat_scores(job: Job, scorer: Scorer) -> None:
+    """Say so, naming the reward, where all responses of each of the first steps scored alike."""
+    rows = read_jsonl(job.run.folder / "metrics.jsonl")[:FLAT_STEPS]
+    means, spreads = zip(*((row["score/mean"], row["score/sd"]) for row in rows), strict=True)
+    if all(sd is not None and sd <= FLAT * max(1.0, abs(mean)) for mean, sd in zip(means, spreads, strict=True)):
+        names = " + ".join(source.name for source in scorer.sources)
+        job.report.warn(
+            f"in each of the first {len(rows)} steps all responses score alike (the last {means[-1]:.4g}): reward "
+            f"{names} tells them apart by nothing, so that there is nothing to learn. Does it read the responses?"
+        )
+
+
 def judges_of(job: Job, learner: Learner) -> tuple[Judge, ...]:
     """The AI judges that a run may ask, in its evaluations included."""
     scoring = () if learner.scorer is None else learner.scorer.judges
@@ -277,6 +293,8 @@ def close_step(job: Job, learner: Learner, step: int, taken: Taken) -> None:
         metrics |= judge.reported()
     counted = (len(batch.rollout.lengths),) if taken.examples is None else (taken.examples, "examples")
     job.report.step(step, metrics | clock.metrics(*counted))
+    if learner.scorer is not None and step == min(FLAT_STEPS, job.steps):
+        warn_of_flat_scores(job, learner.scorer)
     ends = not goes_on(job, learner, step)
     if batch is not None and (looks or ends or step == 1):
         kl = response_kl(batch.rollout)

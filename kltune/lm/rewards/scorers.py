@@ -171,7 +171,7 @@ def run_source(
         raise
     except BaseException as error:  # noqa: BLE001  a user's function may raise anything, also SystemExit
         row, cause = _failing_row(source, prompts, responses, error)
-        raise ScorerError(f"reward {source.name}: {row} raised {told(cause)}") from cause
+        raise ScorerError(f"reward {source.name}: {row} raised {told(cause)}.") from cause
 
 
 def _failing_row(
