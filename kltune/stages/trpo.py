@@ -268,10 +268,13 @@ def fisher_on_some(recipe: TRPORecipe, policy: Policy, experience: Experience, r
 def effect(learner: Learner, batch: Batch, experience: Experience, move: StepKL) -> Trial:
     """What the step that was just made does, on all responses: exact KL(old ‖ new), gain, and the cap.
 
-    A step that brings the policy nearer to its reference is within the cap wherever it ends.
+    A step that brings the policy nearer to its reference is within the cap wherever it ends. A token that can no longer
+    be said, of log-probability −∞, has a finite part in the gain: such a step has neither KL nor gain.
     """
     rollout, budget, mask = batch.rollout, learner.budget, batch.rollout.response_mask
     logprobs, step_kl, ref_kl = move.measure()
+    if not torch.isfinite(logprobs).all():
+        return Trial(math.nan, math.nan)
     rows = len(mask)
     gain = surrogate(logprobs, rollout.logprobs, experience.advantages, mask, rows).item()
     size = per_response(step_kl, mask).mean().item()

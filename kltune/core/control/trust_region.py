@@ -237,7 +237,8 @@ def line_search(measure: Callable[[float], Trial], scale: float, max_step_kl: fl
     while len(trials) < tries:
         trial = measure(scale)
         trials.append(trial)
-        if trial.step_kl <= max_step_kl and trial.gain > 0.0 and trial.within_cap:
+        finite = math.isfinite(trial.step_kl) and math.isfinite(trial.gain)     # −∞ is below every limit
+        if finite and trial.step_kl <= max_step_kl and trial.gain > 0.0 and trial.within_cap:
             return SearchResult(scale, tuple(trials))
         if not rescaled and math.isfinite(trial.step_kl) and trial.step_kl > max_step_kl:
             scale *= min(0.9, 0.98 * math.sqrt(max_step_kl / trial.step_kl))
