@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from kltune.cli.streams import result_stream
+from kltune.cli.streams import drop_buffered, result_stream
 from kltune.errors import Interrupted, KltuneError, StorageError
 from kltune.recipe import RecipeFaults
 from kltune.report.ci import escaped
@@ -21,8 +21,7 @@ def emit(text: str) -> None:
     try:
         print(text, file=stream, flush=True)
     except OSError as error:
-        # Lest closing it, or the interpreter's end, stumble over what is still buffered.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        drop_buffered(stream)
         if not isinstance(error, BrokenPipeError):
             raise
 

@@ -92,10 +92,23 @@ def results_alone() -> Iterator[None]:
     finally:
         sys.stdout = stdout
         if whole:
-            stdout.flush()      # what was written past sys.stdout, as to sys.__stdout__
+            _flush_or_drop(stdout)      # what was written past sys.stdout, as to sys.__stdout__
             os.dup2(kept, 1)
             _result_stream.close()
         _result_stream = None
+
+
+def drop_buffered(stream: TextIO) -> None:
+    """Let go what a stream could not write: closing it, or the interpreter's end, would stumble over it once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    stream.flush()
+
+
+def _flush_or_drop(stream: TextIO) -> None:
+    try:
+        stream.flush()
+    except OSError:
+        drop_buffered(stream)
 
 
 def _is_process_stdout() -> bool:

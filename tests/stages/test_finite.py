@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kltune.errors import KltuneError
-from kltune.run.recorder import Report
+from kltune.train import loop
 from tests.stages.conftest import RUNS, read_jsonl
 
 BAD = (math.nan, math.inf, -math.inf)
@@ -93,7 +93,7 @@ SITES: dict[str, dict[str, tuple[str, ...]]] = {
         **OPTIMIZER,
     },
     "online": SAMPLED | {
-        f"{ROLLOUT} logprobs": ("KL|loss of|gradient of",),
+        f"{ROLLOUT} logprobs": ("kl/ref_k1_nats_per_response: found|loss of|gradient of",),
         f"{ROLLOUT} ref_logprobs": ("kl/ref_k1|log-probabilities of pairs", *PRICED),
         "kltune.stages.dpo:preference_losses": ("the loss of the pairs: found",),
         "kltune.stages.dpo:response_logprobs 0": ("the loss of the pairs: found",),
@@ -148,19 +148,19 @@ def with_bad(value: Any, bad: float, at: str = "") -> Any:
 
 @contextmanager
 def injected(site: str, bad: float) -> Iterator[None]:
-    """Within: a site gives a bad number once a first step has been recorded."""
+    """Within: a site gives a bad number from the second step on."""
     path, _, at = site.partition(" ")
     module, _, name = path.partition(":")
     owner: Any = import_module(module)
     *outer, name = name.split(".")
     for part in outer:
         owner = getattr(owner, part)
-    whole, record = getattr(owner, name), Report.step
+    whole, whole_step = getattr(owner, name), loop.whole_step
     done: list[int] = []
 
-    def recorded(self: Report, step: int, metrics: dict) -> None:
-        record(self, step, metrics)
-        done.append(step)
+    def next_step(job: loop.Job, learner: loop.Learner, step: int, evaluates: bool) -> AbstractContextManager[None]:
+        done.extend([step - 1] if step > 1 else [])
+        return whole_step(job, learner, step, evaluates)
 
     def optimizer_step(self: Any, *arguments: Any, **options: Any) -> Any:
         found = whole(self, *arguments, **options)
@@ -182,7 +182,7 @@ def injected(site: str, bad: float) -> Iterator[None]:
     stand_in: Callable = {STEP: optimizer_step, GRADIENT: clipped}.get(path, bad_now)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, stand_in)
-        patch.setattr(Report, "step", recorded)
+        patch.setattr(loop, "whole_step", next_step)
         yield
 
 
