@@ -76,6 +76,12 @@ def test_every_guide_is_in_the_table_of_guides():
     assert sorted(re.findall(r"`([\w-]+)`", " ".join(cells))) == [path.stem for path in GUIDES]
 
 
+def test_every_promise_names_a_test_that_is_there():
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TEXTS["reliability.md"])
+    assert len(named) >= 20
+    assert [f"{file}::{test}" for file, test in named if f"def {test}(" not in (ROOT / file).read_text()] == []
+
+
 def test_the_house_map_names_what_is_there_and_all_of_it():
     rooms = {path.name for path in (ROOT / "kltune").iterdir() if not path.name.startswith(("_", "."))}
     assert {name.rstrip("/") for name, _ in MAP} == rooms

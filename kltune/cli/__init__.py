@@ -37,7 +37,7 @@ QUIET_LIBRARIES = {
 
 class _Commands(typer.Typer):
     def command(self, name: str | None = None, **options: Any) -> Callable[[Callable], Callable]:
-        return super().command(name, cls=ResultCommand, **options)
+        return super().command(name, **{"cls": ResultCommand, **options})
 
 
 app = _Commands(

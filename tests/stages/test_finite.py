@@ -209,7 +209,8 @@ def always(stage: str, site: str, bad: float) -> bool:
                  id="-".join((one[0], one[1].rpartition(":")[2].replace(" ", "."), str(one[2]))))
     for one in INJECTIONS
 ])
-def test_a_number_that_is_not_finite_ends_the_run_in_its_step_by_its_name(request, stage, site, bad):
+def test_a_number_that_is_not_finite_ends_the_run_in_its_step_by_its_name(request, record_property, stage, site, bad):
+    record_property("injections of NaN and infinity", 1)
     said, *overrides = SITES[stage][site]
     recipe = request.getfixturevalue(f"{stage}_recipe")("run.save_every=1", *overrides)
     with injected(site, bad), pytest.raises(KltuneError) as caught:

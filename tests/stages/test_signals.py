@@ -103,7 +103,8 @@ def stopped_at_random(whole, output: Path, numbers: tuple[int, int], seed: int, 
     pytest.param(kind, seed, marks=() if seed == number and number < 4 else pytest.mark.stress)
     for number, kind in enumerate(KINDS | DOUBLE) for seed in range(TIMES)
 ])
-def test_a_signal_at_any_moment_ends_a_run_that_can_be_resumed(whole, tmp_path, kind, seed):
+def test_a_signal_at_any_moment_ends_a_run_that_can_be_resumed(whole, tmp_path, record_property, kind, seed):
+    record_property("signals", 1 + (kind in DOUBLE))
     numbers = (KINDS | DOUBLE)[kind]
     moment = 100 * list(KINDS | DOUBLE).index(kind) + seed
     stopped_at_random(whole, tmp_path / "run", numbers, moment, double=kind in DOUBLE)
