@@ -65,7 +65,8 @@ def pulling_spread(job: Job, learner: Learner, rollout: Rollout, scores: Tensor)
     """
     count = job.recipe.sampling.responses_per_prompt
     whole = spread_within_groups(scores, count)
-    expect_finite("the spread of the scores", whole)     # finite scores may have an infinite one
+    # Finite scores may have an infinite spread.
+    expect_finite("the spread of the scores", whole, advice="Scale the reward down, or lower reward.N.weight.")
     if job.baseline == "grpo":
         return 1.0
     if count > 1 or rollout.values is None:

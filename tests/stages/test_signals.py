@@ -25,7 +25,7 @@ from tests.stages.conftest import PPO, write_recipe
 from tests.stages.test_resume import assert_same_run
 
 ROOT = Path(__file__).parents[2]
-STEPS, TIMES = 8, 20
+STEPS, TIMES = 5, 20
 KINDS = {number.name: (number, number) for number in STOP_SIGNALS}      # the signal, and the second one of a double
 DOUBLE = {f"{number.name} twice": (number, second) for number, second in zip(STOP_SIGNALS, STOP_SIGNALS[::-1],
                                                                             strict=True)}
@@ -70,7 +70,7 @@ def ended(pid: int, within: float = 300.0) -> int:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, llama):
     """A recipe whose runs evaluate every other step, the folder of one that nothing stopped, and how long it took."""
-    base = PPO | {"run": {"steps": STEPS, "save_every": 3, "eval_every": 2, "keep": 2}}
+    base = PPO | {"run": {"steps": STEPS, "save_every": 2, "eval_every": 2, "keep": 2}}
     file = write_recipe(tmp_path_factory.mktemp("signals"), base, llama)
     run_ppo(load_recipe(file, output=str(file.parent / "warm")), resume=False)
     began = time.monotonic()
@@ -164,7 +164,7 @@ def process_of(*arguments: object) -> subprocess.Popen:
 
 @pytest.mark.stress
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
-@pytest.mark.parametrize("number", STOP_SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_signal_while_a_process_starts_ends_it(whole, tmp_path, number, share):
     began = time.monotonic()
     assert process_of("recipe", "check", whole[0]).wait(120) == 0
@@ -182,7 +182,7 @@ def test_a_signal_while_a_process_starts_ends_it(whole, tmp_path, number, share)
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize("number", [*STOP_SIGNALS, signal.SIGKILL])
+@pytest.mark.parametrize("number", [*STOP_SIGNALS, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_sweep_takes_its_points_with_it_and_goes_on(whole, tmp_path, number):
     out = tmp_path / "sweep"
     command = ("sweep", "-r", whole[0], "--over", "run.seed=0,1", "--set", "run.steps=400", "-o", out, "-j", 2)

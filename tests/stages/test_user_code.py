@@ -127,6 +127,7 @@ def test_a_total_of_finite_rewards_that_overflows_is_named(ppo_recipe, weight):
     with pytest.raises(DivergedError, match=rf"reward: the score {weight} · score: found -?inf") as caught:
         run_ppo(recipe, resume=False)
     assert caught.value.exit_code == 6
+    assert str(caught.value).endswith("Lower reward.N.weight, or scale the reward down.")
 
 
 def test_finite_scores_whose_spread_is_infinite_are_named(ppo_recipe):

@@ -76,7 +76,8 @@ class Scorer:
             scores = run_source(source, prompts, responses, samples)
             total = total + source.weight * (scores - source.shift) / source.scale
         weighted = " + ".join(f"{source.weight:g} · {source.name}" for source in self.sources)
-        expect_finite(f"reward: the score {weighted}", total)       # finite parts may have an infinite sum
+        # Finite parts may have an infinite sum.
+        expect_finite(f"reward: the score {weighted}", total, advice="Lower reward.N.weight, or scale the reward down.")
         return total
 
     def total(
