@@ -69,7 +69,7 @@ class Interrupted(KltuneError):
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message, signal_number)      # both: it is made again from them in another process
-        self.exit_code = 128 + signal_number      # 130 for SIGINT, 143 for SIGTERM
+        self.exit_code = 128 + signal_number      # 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP, 138 for SIGUSR1
 
     def __str__(self) -> str:
         return self.args[0]
@@ -133,6 +133,11 @@ EXIT_CODES = {entry.code: entry for entry in (
         "kltune ppo judged.yaml --resume",
     ),
     ExitCode(
+        129, "stopped by SIGHUP, as when its terminal closes; a stage finishes its step and saves a checkpoint first",
+        "the same command with --resume goes on from there; nohup lets it go on without a terminal",
+        "kltune ppo --recipe my.yaml --resume",
+    ),
+    ExitCode(
         130, "stopped by Ctrl-C (SIGINT); a stage finishes its step and saves a checkpoint first, a second Ctrl-C ends "
         "it at once", "the same command with --resume goes on from there", "kltune ppo --recipe my.yaml --resume",
     ),
@@ -140,6 +145,10 @@ EXIT_CODES = {entry.code: entry for entry in (
         137, "killed (SIGKILL), most often by the system because memory ran out; of kltune sweep: a point was killed",
         "use less memory, as for 74, or fewer --jobs; the same command with --resume, a sweep without it, goes on from "
         "the newest checkpoint", "kltune sweep --recipe my.yaml --over kl.target=3,6 --output sweeps/a --jobs 4",
+    ),
+    ExitCode(
+        138, "stopped by SIGUSR1, which schedulers send before a time limit; a stage finishes its step and saves a "
+        "checkpoint first", "the same command with --resume goes on from there", "kltune ppo --recipe my.yaml --resume",
     ),
     ExitCode(
         143, "stopped by SIGTERM, which schedulers send; a stage finishes its step and saves a checkpoint first",

@@ -17,7 +17,7 @@ LONGEST_FILE = 300              # lines of code: documentation is no reason to s
 MOST_ENTRIES = 11               # of a folder, its __init__.py not counted
 MAY_RUN_CODE = {"kltune.lm.rewards.functions"}            # a reward function is the user's own code, read and hashed
 # A user's function may raise anything, and the row is found; a logger's trouble, whatever it is, ends no run.
-MAY_OUTLIVE_ANYTHING = {"kltune.lm.rewards.scorers", "kltune.run.loggers"}
+MAY_OUTLIVE_ANYTHING = {"kltune.lm.rewards.functions", "kltune.lm.rewards.scorers", "kltune.run.loggers"}
 FORBIDDEN_CALLS = {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "eval"}
 FORBIDDEN_IMPORTS = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 

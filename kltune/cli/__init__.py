@@ -32,9 +32,11 @@ from kltune.cli.options import (
 from kltune.cli.output import as_user_error, complain, emit, emit_document, result_text
 from kltune.cli.recipes import look_before_running, recipes
 from kltune.cli.sample import sample_command
+from kltune.cli.streams import guard_streams
 from kltune.cli.sweep import frontier_command, sweep_command
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
+from kltune.run.subprocesses import end_at_once, on_stop_signals
 
 QUIET_LIBRARIES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -150,11 +152,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         os.environ.setdefault(name, value)
     # Libraries warn each other of renamed attributes; no user of kltune can do anything about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b.*")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")     # a terminal without ‖ still gets its answer
+    guard_streams()
     try:
-        app(args=arguments, prog_name="kltune")
+        with on_stop_signals(end_at_once):      # until a run has something to save
+            app(args=arguments, prog_name="kltune")
     except KltuneError as error:
         sys.exit(complain(error))
     except (OSError, MemoryError, RuntimeError) as error:

@@ -5,7 +5,6 @@ All of it is Markdown, which a terminal shows laid out and everything else as it
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -16,6 +15,7 @@ import typer
 
 from kltune.cli.options import JSONOption
 from kltune.cli.output import emit, emit_json, wants_colour
+from kltune.cli.streams import result_stream
 from kltune.errors import EXIT_CODES, ExitCode, RecipeError
 from kltune.recipe.wording import FOREIGN, listed
 from kltune.recipe.writing import RecipeKey, keys_named, recipe_keys
@@ -62,7 +62,7 @@ def explain_command(
         emit_json({"schema": "kltune.explain/1", "asked": word, **asdict(answer)})
         return
     text = overview(answer.guides) if word is None else "\n\n".join(texts(answer))
-    emit(laid_out(text) if wants_colour(sys.stdout) else text)
+    emit(laid_out(text) if wants_colour(result_stream()) else text)
 
 
 def answer_to(word: str) -> Explanation:

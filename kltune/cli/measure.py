@@ -9,6 +9,7 @@ import typer
 
 from kltune.cli.options import JSONOption, one_of, real, whole
 from kltune.cli.output import emit_document, on_github, wants_colour
+from kltune.cli.streams import result_stream
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
 from kltune.report.ci import annotations, write_junit, write_junit_error, write_step_summary
@@ -101,7 +102,7 @@ def eval_kl_command(
     if on_github():
         print(*annotations(document), sep="\n", file=sys.stderr)
         write_step_summary(document)
-    emit_document(document, as_json, partial(eval_kl_text, colour=wants_colour(sys.stdout)))
+    emit_document(document, as_json, partial(eval_kl_text, colour=wants_colour(result_stream())))
     raise typer.Exit(code)
 
 

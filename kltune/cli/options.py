@@ -6,16 +6,16 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from kltune.cli.streams import ResultCommand
 from kltune.errors import RecipeError
 from kltune.recipe.wording import listed
 
 TYPES = re.compile(r" <(?:list\[\w+\]|\w+)>")        # how typer shows the type of an argument
 
 
-class Command(TyperCommand):
-    """A command whose help names arguments without the types of Python."""
+class Command(ResultCommand):
+    """A command whose result has stdout to itself, and whose help names arguments without the types of Python."""
 
     def get_usage(self, ctx: Any) -> str:
         """The line of usage, each argument as it is called."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kltune.cli.streams import drop_buffered, result_stream
 from kltune.errors import Interrupted, KltuneError, StorageError
 from kltune.recipe import RecipeFaults
 from kltune.report.ci import escaped
@@ -21,10 +22,11 @@ OUT_OF_MEMORY = "out of memory; lower optim.micro_batch_size (results stay the s
 
 def emit(text: str) -> None:
     """Print a result; a reader that has gone away is no error."""
+    stream = result_stream()
     try:
-        print(text, flush=True)
+        print(text, file=stream, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)      # lest the interpreter stumble over what is still buffered
+        drop_buffered(stream)
         if not isinstance(error, BrokenPipeError):
             raise StorageError(
                 f"cannot write the result to stdout: {error.strerror}. What the command writes to files is there."

@@ -17,6 +17,7 @@ from kltune.cli.measure import (
 )
 from kltune.cli.options import JSONOption, one_of, whole
 from kltune.cli.output import emit, emit_document, wants_colour
+from kltune.cli.streams import result_stream
 from kltune.recipe import load_recipe
 from kltune.report.text import answers_text, sample_heading, sample_text
 
@@ -53,7 +54,7 @@ def sample_command(
         seed=seed, per_prompt=responses, template=None if template == "auto" else template,
         trust_remote_code=trust_remote_code, date=date,
     )
-    colour = wants_colour(sys.stdout)
+    colour = wants_colour(result_stream())
     if not prompt and prompts is None and sys.stdin.isatty():
         if not as_json:
             converse(open_speaker(checkpoint, options), colour)

@@ -1,10 +1,15 @@
 """Log-probabilities from logits, and means and sums over response tokens that padding never reaches."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from kltune.errors import DivergedError
+
 # Share of the largest that rounding may move the numbers of a deep network by; 0.05 in narrower dtypes.
 CLOSE = {torch.float32: 1e-4, torch.float64: 1e-8}
+NEARER = "Lower optim.lr, or raise kl.beta where there is one."
 
 
 def log_distribution(logits: Tensor, temperature: float) -> Tensor:
@@ -170,6 +175,30 @@ def per_response(x: Tensor, mask: Tensor) -> Tensor:
     """
     expect_same_shape(x=x, mask=mask)
     return torch.where(mask, at_least_float32(x), 0.0).sum(-1)
+
+
+def expect_finite(site: str, *values: Tensor | float | None, advice: str = NEARER) -> None:
+    """Stop at a number that is NaN or infinite, where it arises: before anything learns from it or saves it.
+
+    Args:
+        site: what the numbers are, in words; the message begins with it.
+        values: of any shape; None, which was not measured, is fine.
+        advice: what to do about it.
+
+    Raises:
+        DivergedError: one of them is not finite.
+    """
+    for value in values:
+        if isinstance(value, Tensor):
+            finite = torch.isfinite(value.detach())
+            if not finite.all():
+                first = value.detach()[~finite][0].item()
+                raise DivergedError(
+                    f"{site}: found {first} in {int((~finite).sum()):,} of {finite.numel():,} numbers, wanted finite "
+                    f"ones; nothing was saved. {advice}"
+                )
+        elif value is not None and not math.isfinite(value):
+            raise DivergedError(f"{site}: found {value}, wanted a finite number; nothing was saved. {advice}")
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:

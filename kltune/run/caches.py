@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,11 +19,11 @@ REF_LOGPROBS_FILE = "reference_logprobs.safetensors"
 class StoredAnswers(Answers):
     """Answers that are written down as they come, one on a line; a kill may cut the last one short, and no other."""
 
-    def __init__(self, folder: Path):
-        """Read what a run's folder holds; nothing is written before there is an answer."""
+    def __init__(self, folder: Path, stopped: Callable[[], bool] = lambda: False):
+        """Read what a run's folder holds; nothing is written before there is an answer. stopped: see ``Answers``."""
         self.path = Path(folder) / JUDGE_FILE
         rows = (row for row in read_jsonl(self.path) if {"question", "answer"} <= row.keys())
-        super().__init__({row["question"]: float(row["answer"]) for row in rows})
+        super().__init__({row["question"]: float(row["answer"]) for row in rows}, stopped)
         self._cut_short = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
 
     def record(self, question: str, answer: float) -> None:

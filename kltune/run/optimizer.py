@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from kltune.core.tensors import expect_finite
 from kltune.errors import CheckpointError, DivergedError
 from kltune.recipe import OptimSection, RunSection
 
@@ -47,14 +48,36 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def guarded_backward(loss: Tensor, what: str) -> None:
+    """Add the gradient of a part of the loss of a ``what``, as "policy"; DivergedError, and none, if not finite.
+
+    A loss can be NaN while its gradient is finite, as one that is clipped: of that a
+    gradient's own guard hears nothing.
+    """
+    expect_finite(f"the loss of the {what}", loss)
+    loss.backward()
+
+
 def guarded_step(optimizer: Optimizer, max_grad_norm: float, what: str) -> float:
-    """Clip the gradients, step, clear them; their norm before clipping. DivergedError, and no step, if not finite."""
+    """Clip the gradients, step, clear them; their norm before clipping.
+
+    Raises:
+        DivergedError: it is not finite, and no step was made; or what the step left is not: weights, or the optimizer's
+            memory, in which one infinite square would freeze a weight for good without a word.
+    """
     parameters = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     if not math.isfinite(norm):
         raise DivergedError(f"the gradient of the {what} is {norm}; nothing was updated. Lower optim.lr.")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    left = {"weights": parameters}
+    for entries in optimizer.state.values():
+        for name, tensor in entries.items():
+            left.setdefault(name, []).append(tensor)
+    for name, tensors in left.items():
+        # The largest magnitude, in one pass: NaN and infinity are kept by it, and no finite number overflows.
+        expect_finite(f"{name} of the {what} after its step", nn.utils.get_total_norm(tensors, math.inf))
     return norm
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import os
 import platform
 import shlex
 import signal
@@ -44,7 +43,7 @@ from kltune.run.files import (
     write_whole,
 )
 from kltune.run.loggers import wanted_loggers
-from kltune.run.subprocesses import on_stop_signals
+from kltune.run.subprocesses import end_at_once, on_stop_signals, tell_at_once
 
 Train = Callable[[Any, Policy, "Run"], dict[str, Any]]
 SAME_SIGNAL_SECONDS = 0.1      # `timeout` and wrappers that forward send one signal twice, within milliseconds
@@ -66,7 +65,7 @@ class Run:
         self.resume_from = resume_from
         self.start_step = saved_step(resume_from) if resume_from else 0
         self.stop_signal: int | None = None
-        self.answers = StoredAnswers(self.folder)
+        self.answers = StoredAnswers(self.folder, stopped=lambda: self.stop_signal is not None)
         self.ref_logprobs = StoredLogprobs(self.folder)
         self._signalled_at = 0.0
         self._opened_at = time.monotonic()
@@ -126,12 +125,10 @@ class Run:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.stop_signal is None:
             self.stop_signal, self._signalled_at = number, time.monotonic()
-            # Not print: the signal may have come in the middle of one, and buffered writing cannot be entered twice.
             name = signal.Signals(number).name
-            os.write(2, f"{name}: finishing this step, then saving; a second signal ends at once.\n".encode())
+            tell_at_once(f"{name}: finishing this step, then saving; a second signal ends at once.\n")
         elif number != self.stop_signal or time.monotonic() - self._signalled_at > SAME_SIGNAL_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            end_at_once(number)
 
 
 def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
@@ -159,7 +156,7 @@ def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
 def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
     """Take the run's folder, decide where to start, and record how it ended.
 
-    Inside, the first SIGINT or SIGTERM sets ``run.stop_signal`` and the second ends the process. Leaving by
+    Inside, the first of ``STOP_SIGNALS`` sets ``run.stop_signal`` and the second ends the process. Leaving by
     `Interrupted` or `JudgeError` records the status "interrupted", in any other way without `Run.finish` "failed".
 
     resume: continue an unfinished run of the same recipe from its newest checkpoint; in an empty folder, start.
@@ -185,8 +182,10 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
             with on_stop_signals(run._on_signal):
                 yield run
         except BaseException as error:
+            if isinstance(error, JudgeError) and run.stop_signal is not None:       # it was not waited for
+                error = Interrupted(str(error), run.stop_signal)
             run._close(error)
-            raise
+            raise error
         run._close(None)
 
 

@@ -1,12 +1,14 @@
 """Commands as processes of their own, some at a time, and the signals that ask to stop."""
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -14,6 +16,10 @@ from types import FrameType
 from kltune.run.files import storing
 
 POLL_SECONDS = 0.05
+# What asks a process to stop: Ctrl-C, a scheduler, a terminal that closes, and a scheduler's warning of its time limit.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+PR_SET_PDEATHSIG = 1        # of prctl(2)
+STOPPED = frozenset(128 + number for number in STOP_SIGNALS)        # exit codes of processes that did
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,9 @@ def run_commands(
 ) -> int | None:
     """Run all commands, at most ``jobs`` at a time, each whatever became of the others.
 
-    SIGINT and SIGTERM are handed on to those that run, as often as they come, and nothing more is started. Children are
-    sessions of their own: what a terminal sends to everyone would reach them twice, and twice means at once.
+    ``STOP_SIGNALS`` are handed on to those that run, as often as they come, and nothing more is started. Children are
+    sessions of their own: what a terminal sends to everyone would reach them twice, and twice means at once. Should
+    this process be killed, with no chance to hand anything on, the system asks them to stop (on Linux).
 
     ``ended`` is told of each with its exit code (128 + the signal for one that was killed) and its seconds. Returned is
     the signal that ended it early, or None.
@@ -73,11 +80,25 @@ def run_commands(
     return received[0] if received else None
 
 
+def _dying_with_parent() -> Callable[[], None] | None:
+    """What a child calls before it begins; made here, for between fork and exec little is safe to do."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:      # it died in between
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return ask
+
+
 def _start(command: Command, environment: Mapping[str, str]) -> _Child:
     with storing(command.log), open(command.log, "ab") as log:
         process = subprocess.Popen(
             command.arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=_dying_with_parent(),
         )
     return _Child(command, process, time.monotonic())
 
@@ -89,7 +110,7 @@ def _handing_on(running: Sequence[_Child]) -> Iterator[list[int]]:
 
     def hand_on(number: int, _frame: FrameType | None) -> None:
         if not received:
-            os.write(2, f"{signal.Signals(number).name}: the points that run save and stop.\n".encode())
+            tell_at_once(f"{signal.Signals(number).name}: the points that run save and stop.\n")
         received.append(number)
         for child in running:
             child.process.send_signal(number)
@@ -100,16 +121,39 @@ def _handing_on(running: Sequence[_Child]) -> Iterator[list[int]]:
 
 @contextmanager
 def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Within: SIGINT and SIGTERM call the handler; only in the main thread, as Python lets no other install any."""
+    """Within: ``STOP_SIGNALS`` call the handler; only in the main thread, as Python lets no other install any.
+
+    SIGHUP stays ignored where it was, as by nohup.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    hung_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    numbers = [number for number in STOP_SIGNALS if number != signal.SIGHUP or hung_up]
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
         for number, earlier in before.items():
             signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+
+
+def tell_at_once(text: str) -> None:
+    """Say something on stderr from where a signal is handled; if nobody can hear it, so be it.
+
+    Not print: the signal may have come in the middle of one, and buffered writing cannot be entered twice.
+    """
+    with suppress(OSError):
+        os.write(2, text.encode())
+
+
+def end_at_once(number: int, _frame: FrameType | None = None) -> None:
+    """Die of a signal, as if it had never been handled; a cursor that a progress bar hid is shown again."""
+    with suppress(OSError):
+        if os.isatty(2):
+            tell_at_once("\033[?25h\n")
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def thread_share(environment: Mapping[str, str], jobs: int) -> dict[str, str]:

@@ -37,6 +37,7 @@ from kltune.core.control.controllers import pull_at
 from kltune.core.objectives.bradley_terry import win_share
 from kltune.core.objectives.losses import exact_kl_loss
 from kltune.core.objectives.preferences import dynamic_beta, mismatch_point
+from kltune.core.tensors import expect_finite
 from kltune.errors import DivergedError
 from kltune.lm.data.examples import shuffled_positions
 from kltune.lm.model.batches import Rollout, response_scatter
@@ -45,7 +46,7 @@ from kltune.lm.model.snapshot import Snapshot, kl_to
 from kltune.lm.rewards.judge import Judge
 from kltune.lm.rewards.scorers import load_scorer, name_of
 from kltune.recipe import DPORecipe, DPOSection, asks_for_pairs
-from kltune.run.optimizer import guarded_step, make_optimizer, set_learning_rate, total_steps
+from kltune.run.optimizer import guarded_backward, guarded_step, make_optimizer, set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
 from kltune.train.alarms import Alarms
@@ -291,12 +292,13 @@ def add_loss_gradient(
     for groups in policy.network.micro_batches(part.lengths, recipe.optim.micro_batch_size, group=part.group):
         micro = held.select(groups)
         logprobs, lengths = response_logprobs(policy, micro)
+        expect_finite("the reference's log-probabilities of pairs", micro.ref_logprobs)
         ratio = logprobs - micro.ref_logprobs
         if first:
             check_first_log_ratios(ratio, lengths, policy)
         told = ratio / lengths if dpo.average_logprobs else ratio
         each = preference_losses(dpo, told, logprobs / lengths, micro.wanted, beta=beta, point=point)
-        (each.sum() / len(part)).backward()
+        guarded_backward(each.sum() / len(part), "pairs")
         values.append(each.detach())
         nats[[part.group * at + side for at in groups for side in range(part.group)]] = logprobs.detach()
     # Before any update the two are one policy: what is left of a log-ratio is rounding, and its sign wins no pair.
@@ -319,7 +321,7 @@ def add_kl_gradient(recipe: DPORecipe, policy: Policy, rollout: Rollout) -> None
             response_scatter(found, some.response_mask)
             for found in policy.logprobs_and_ref_kl(some.ids, some.scored, recipe.sampling.temperature)
         )
-        exact_kl_loss(exact, logprobs, some.logprobs, some.response_mask, rows).backward()
+        guarded_backward(exact_kl_loss(exact, logprobs, some.logprobs, some.response_mask, rows), "KL")
 
 
 def starting_price(own: Sequence[Tensor], kl: Sequence[Tensor], scale: float, share: float) -> float | None:

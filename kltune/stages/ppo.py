@@ -16,13 +16,13 @@ from torch import Tensor
 
 from kltune.core.kl.divergence import kl_k3
 from kltune.core.objectives.losses import clip_fraction, clipped_policy_loss, exact_kl_loss, k2_kl_loss
-from kltune.core.tensors import per_response
+from kltune.core.tensors import expect_finite, per_response
 from kltune.lm.model.batches import response_scatter
 from kltune.lm.model.opening import check_first_ratio
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import PPORecipe
-from kltune.run.optimizer import guarded_step, make_optimizer, set_learning_rate, total_steps
+from kltune.run.optimizer import guarded_backward, guarded_step, make_optimizer, set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
 from kltune.train.alarms import Alarms
@@ -159,10 +159,11 @@ def policy_step(
             check_first_ratio(logprobs, old, policy)
         loss = clipped_policy_loss(logprobs, old.logprobs, piece.advantages, mask, recipe.ppo.clip_range, tokens)
         # The clipped loss averages over tokens, the KL is per response: rows / tokens puts both on one scale.
-        (loss + piece.kl_weight * kl_loss * len(micro) / tokens).backward()
+        guarded_backward(loss + piece.kl_weight * kl_loss * len(micro) / tokens, "policy")
         moved += per_response(kl_k3(old.logprobs, logprobs.detach(), mask), mask).sum().item() / rows
         sums["ppo/policy_loss"] += loss.item()
         sums["ppo/clip_fraction"] += clip_fraction(logprobs, old.logprobs, mask, recipe.ppo.clip_range, tokens).item()
+    expect_finite("KL(old ‖ new) of a minibatch", moved)
     if moved > limit:
         learner.optimizers["policy"].zero_grad(set_to_none=True)
         return moved, None

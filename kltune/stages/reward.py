@@ -26,7 +26,14 @@ from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.reward_evaluation import HeldOutRows, reward_result, sample_pairs
 from kltune.lm.rewards.reward_model import RewardModel
 from kltune.recipe import RewardRecipe
-from kltune.run.optimizer import guarded_step, learning_rate_share, make_optimizer, set_learning_rate, total_steps
+from kltune.run.optimizer import (
+    guarded_backward,
+    guarded_step,
+    learning_rate_share,
+    make_optimizer,
+    set_learning_rate,
+    total_steps,
+)
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
 from kltune.train.finish import conclude
@@ -118,7 +125,7 @@ def learn(recipe: RewardRecipe, learner: Learner, batch: Sequence[Comparison]) -
             part = [batch[place] for place in places]
             found = model.scores(*model.batch(sequences(part)))
             loss, penalty = objective(recipe, part, found)
-            ((loss.sum() + penalty.sum()) / len(batch)).backward()
+            guarded_backward((loss.sum() + penalty.sum()) / len(batch), "reward model")
             losses.append(loss.detach())
             scores.append(found.detach().reshape(-1, len(part)))       # [sides, rows]
     norm = guarded_step(learner.optimizers["reward"], recipe.optim.max_grad_norm, "reward model")
@@ -164,7 +171,7 @@ def finish(job: Job, learner: Learner, steps: int, rows: Sequence[Comparison]) -
     """Prove the base is untouched, measure the model, centre it, save it as ``final``, and write the result."""
     model: RewardModel = learner.model
     check_frozen(model.policy)
-    metrics, evaluation = job.held_out.measured(model)
+    metrics, evaluation = job.measured(model, None)
     samples = [] if evaluation is None else sample_pairs(evaluation, job.held_out.rows)
     seen = shuffled_positions(len(rows), 0, min(len(rows), CENTRED_ON), job.recipe.run.seed)
     shift = model.centre(sequences([rows[i] for i in seen]))

@@ -17,7 +17,14 @@ from kltune.lm.data.examples import Example, counts_line, load_examples, shuffle
 from kltune.lm.measure.likelihood import example_batch, text_rules
 from kltune.lm.model.policy import Policy
 from kltune.recipe import SFTRecipe
-from kltune.run.optimizer import guarded_step, learning_rate_share, make_optimizer, set_learning_rate, total_steps
+from kltune.run.optimizer import (
+    guarded_backward,
+    guarded_step,
+    learning_rate_share,
+    make_optimizer,
+    set_learning_rate,
+    total_steps,
+)
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
 from kltune.train.alarms import Alarms
@@ -68,12 +75,12 @@ def imitate(recipe: SFTRecipe, learner: Learner, batch: list[Example]) -> dict[s
     policy = learner.policy
     tokens = sum(sum(example.scored) for example in batch)
     parts = policy.network.micro_batches([len(row.ids) for row in batch], recipe.optim.micro_batch_size)
-    loss = 0.0
+    loss, trained = 0.0, "model" if policy.full else "policy"
     with policy.dropout() if recipe.lora is not None and recipe.lora.dropout > 0.0 else nullcontext():
         for places in parts:
             ids, scored = example_batch([batch[place] for place in places], policy)
             part = -policy.logprobs(ids, scored).sum() / tokens
-            part.backward()
+            guarded_backward(part, trained)
             loss += part.item()
-    norm = guarded_step(learner.optimizers["policy"], recipe.optim.max_grad_norm, "policy")
+    norm = guarded_step(learner.optimizers["policy"], recipe.optim.max_grad_norm, trained)
     return {"loss/mean": loss, "sft/grad_norm": norm, "sft/tokens": float(tokens)}

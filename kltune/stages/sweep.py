@@ -43,11 +43,11 @@ from kltune.run.files import (
     write_whole,
 )
 from kltune.run.screen import ABSENT, duration, interval, with_error
-from kltune.run.subprocesses import Command, last_lines, run_commands, thread_share
+from kltune.run.subprocesses import STOPPED, Command, last_lines, run_commands, thread_share
 
 SCHEMA = "kltune.sweep/1"
-STOPPED = (130, 143)                            # exit codes of a run that was asked to stop
-WORST_FIRST = (1, 74, 6, 5, 2, 75, 143, 130)    # of points; one that is not listed, as of a killed process, is worse
+# Exit codes of points; one that is not listed, as of a killed process, is worse.
+WORST_FIRST = (1, 74, 6, 5, 2, 75, 143, 138, 130, 129)
 SHOWN_LINES = 5
 WAIT_SECONDS = 0.5
 

@@ -33,8 +33,7 @@ from kltune.core.control.trust_region import (
     surrogate,
 )
 from kltune.core.kl.intervals import cluster_numbers, summarize
-from kltune.core.tensors import per_response
-from kltune.errors import DivergedError
+from kltune.core.tensors import expect_finite, per_response
 from kltune.lm.model.batches import response_scatter
 from kltune.lm.model.curvature import Fisher, from_vector, to_vector
 from kltune.lm.model.opening import check_first_ratio
@@ -163,6 +162,7 @@ def trust_region_step(
     fisher = fisher_on_some(job.recipe, learner.policy, experience, rng)
     natural = natural_gradient(fisher, gradient, region.damping, trpo.cg_iterations, rng)
     first = step_scale(natural.curvature_along, natural.slope, radius, price)
+    expect_finite("the length of the step", first)
     direction = dict(zip(parameters, from_vector(natural.direction, list(parameters.values())), strict=True))
     capped = learner.budget.cap is not None
     move = StepKL(learner.policy, old, batch.rollout, job.recipe.sampling.temperature, reference=capped)
@@ -253,8 +253,7 @@ def policy_gradient(recipe: TRPORecipe, policy: Policy, experience: Experience) 
         check_first_ratio(logprobs, batch, policy)
         gain = surrogate(logprobs, batch.logprobs, piece.advantages, mask, rows)
         total += to_vector(torch.autograd.grad(gain, parameters, allow_unused=True, materialize_grads=True))
-    if not torch.isfinite(total).all():
-        raise DivergedError("the policy gradient is not finite; nothing was updated. Look at the scores' size.")
+    expect_finite("the policy gradient", total)
     return total
 
 
@@ -269,10 +268,13 @@ def fisher_on_some(recipe: TRPORecipe, policy: Policy, experience: Experience, r
 def effect(learner: Learner, batch: Batch, experience: Experience, move: StepKL) -> Trial:
     """What the step that was just made does, on all responses: exact KL(old ‖ new), gain, and the cap.
 
-    A step that brings the policy nearer to its reference is within the cap wherever it ends.
+    A step that brings the policy nearer to its reference is within the cap wherever it ends. A token that can no longer
+    be said, of log-probability −∞, has a finite part in the gain: such a step has neither KL nor gain.
     """
     rollout, budget, mask = batch.rollout, learner.budget, batch.rollout.response_mask
     logprobs, step_kl, ref_kl = move.measure()
+    if not torch.isfinite(logprobs).all():
+        return Trial(math.nan, math.nan)
     rows = len(mask)
     gain = surrogate(logprobs, rollout.logprobs, experience.advantages, mask, rows).item()
     size = per_response(step_kl, mask).mean().item()

@@ -9,7 +9,7 @@ from kltune.core.kl.divergence import kl_k1, kl_k3
 from kltune.core.kl.intervals import KLSummary, cluster_numbers, summarize
 from kltune.core.objectives.advantages import spread_within_groups
 from kltune.core.objectives.bradley_terry import correlation
-from kltune.core.tensors import masked_mean, per_response
+from kltune.core.tensors import expect_finite, masked_mean, per_response
 from kltune.lm.data.examples import shuffled_positions
 from kltune.lm.measure.breakdown import transcript
 from kltune.lm.model.batches import Rollout, response_scatter
@@ -64,9 +64,11 @@ def pulling_spread(job: Job, learner: Learner, rollout: Rollout, scores: Tensor)
     the prompt is nearer to it than the spread of the whole batch.
     """
     count = job.recipe.sampling.responses_per_prompt
+    whole = spread_within_groups(scores, count)
+    # Finite scores may have an infinite spread.
+    expect_finite("the spread of the scores", whole, advice="Scale the reward down, or lower reward.N.weight.")
     if job.baseline == "grpo":
         return 1.0
-    whole = spread_within_groups(scores, count)
     if count > 1 or rollout.values is None:
         return whole
     _, unit = learner.parts[VALUES].unit
@@ -123,6 +125,7 @@ def moved_since(policy: Policy, rollout: Rollout, recipe: BudgetRecipe) -> float
         flat = policy.logprobs(old.ids, old.scored, recipe.sampling.temperature)
         new, mask = response_scatter(flat, old.response_mask), old.response_mask
         moved += per_response(kl_k3(old.logprobs, new, mask), mask).sum().item()
+    expect_finite("KL(old ‖ new) of the step", moved)
     return moved / rows
 
 

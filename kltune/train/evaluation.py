@@ -4,7 +4,6 @@ Besides the KL: scores on the reference's scale, diversity, length, entropy, the
 the responses that the KL was measured on; nothing more is sampled for it.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -75,6 +74,11 @@ class HeldOut:
         return Draw(self.sampling.max_new_tokens, self.sampling.temperature, self.seed)
 
     @property
+    def scored(self) -> bool:
+        """See ``Evaluation``."""
+        return self.gold is not None
+
+    @property
     def judges(self) -> tuple[Judge, ...]:
         """The AI judges that an evaluation may ask."""
         return () if self.gold is None else self.gold.judges
@@ -129,10 +133,10 @@ class HeldOut:
         """How well the held-out texts are predicted, and how much worse than by the reference."""
         nats, tokens = document_nats(policy, self.texts)
         tax = alignment_tax(nats, reference.text_nats, tokens, self.texts)
-        mean = (nats.sum() / tokens.sum()).item()
+        mean = nats.sum() / tokens.sum()
         return {
-            "eval/texts_nats_per_token": mean,
-            "eval/perplexity": math.exp(mean),
+            "eval/texts_nats_per_token": mean.item(),
+            "eval/perplexity": mean.exp().item(),      # math.exp would raise, where this is infinite
             "eval/tax_nats_per_token": tax.nats_per_token,
             "eval/tax_stderr": tax.token_stderr,
         }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kltune.core.kl.divergence import kl_k1
 from kltune.core.objectives.advantages import gae, group_centred, group_normalized, leave_one_out, penalize
-from kltune.core.tensors import masked_mean, masked_whiten, per_response
+from kltune.core.tensors import expect_finite, masked_mean, masked_whiten, per_response
 from kltune.lm.model.batches import Rollout
 from kltune.recipe import PPOSection, TRPOSection
 from kltune.train.batch import Batch
@@ -67,6 +67,7 @@ def compute_advantages(
         unit: (mean, sd) of the scores that the value function counts in; its returns are in it, the advantages are not.
     """
     rollout, scores, baseline = batch.rollout, batch.scores, section.baseline
+    expect_finite("what a nat costs", beta)
     mask, in_reward = rollout.response_mask, placement == "reward"
     log_ratio = kl_k1(rollout.logprobs, rollout.ref_logprobs, mask) * in_reward
     kl_weight = 0.0 if in_reward else beta
@@ -74,12 +75,14 @@ def compute_advantages(
         mean, sd = unit
         rewards = penalize((scores - mean) / sd, log_ratio, beta / sd, mask)
         advantages, returns = gae(rewards, rollout.values, mask, section.gamma, section.gae_lambda)
+        expect_finite("advantages and returns", advantages, returns)
         return Experience(rollout, sd * advantages, returns, kl_weight)
     price = beta * per_response(log_ratio, mask)
     if baseline == "rloo":
         whole = leave_one_out(scores - price, per_prompt)
     else:
         whole = group_normalized(scores, per_prompt) - group_centred(price, per_prompt)
+    expect_finite("advantages", whole)
     return Experience(rollout, torch.where(mask, whole[:, None], 0.0), None, kl_weight)
 
 

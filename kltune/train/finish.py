@@ -192,7 +192,7 @@ def evaluate_final(job: Job, learner: Learner, step: int, times: int = 1) -> Fin
     """Evaluate the policy, of after some step, on ``times`` as many held-out responses as the recipe says."""
     if job.held_out.prompts:
         job.report.say(f"measuring final on {times * job.held_out.responses} responses")
-    return Final(step, *job.held_out.measured(learner.model, learner.scorer, times))
+    return Final(step, *job.measured(learner.model, learner.scorer, times))
 
 
 def decided(job: Job, learner: Learner, found: Final) -> Final:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kltune.core.tensors import expect_finite
 from kltune.errors import CheckpointError
 from kltune.lm.data.examples import Prompt
 from kltune.lm.model.policy import Policy
@@ -33,9 +34,13 @@ VALUES = "value"        # its optimizer's name too
 
 
 class Evaluation(Protocol):
-    """Held-out rows, and how a model is measured on them. notes: one line on each file that was read."""
+    """Held-out rows, and how a model is measured on them. notes: one line on each file that was read.
+
+    scored: whether something of the user's, a function or a judge, scores what the model says on them.
+    """
 
     notes: Sequence[str]
+    scored: bool
     judges: Sequence[Judge]     # AI judges that measuring may ask
 
     def measured(self, model: Any, scorer: Scorer | None, times: int = 1) -> tuple[Metrics, Any]:
@@ -60,6 +65,22 @@ class Job:
     prompts: Sequence[Prompt] = ()
     pair_judge: Judge | None = None
     baseline: str | None = None
+
+    def measured(self, model: Any, scorer: Scorer | None, times: int = 1) -> tuple[Metrics, Any]:
+        """What ``held_out`` measures of the model; DivergedError names a metric that is not finite."""
+        metrics, measured = self.held_out.measured(model, scorer, times)
+        expect_finite_metrics(metrics)
+        return metrics, measured
+
+
+def expect_finite_metrics(metrics: Mapping[str, float | None]) -> None:
+    """Let no metric that is NaN or infinite pass: whatever it comes from is found by then, and nothing is saved yet.
+
+    Raises:
+        DivergedError: names it.
+    """
+    for name, value in metrics.items():
+        expect_finite(name, value)
 
 
 def make_job(recipe: Recipe, run: Run, held_out: HeldOut | Evaluation, steps: int, **rest: Any) -> Job:
@@ -110,11 +131,14 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Undo:
-    """A learner between two steps: its budget and parts as they were, and copies of what a step writes into."""
+    """A learner between two steps: its budget and parts as they were, and copies of what a step writes into.
+
+    tensors: None where nothing will have been written into.
+    """
 
     budget: Budget | None
     parts: Mapping[str, Part]
-    tensors: Groups
+    tensors: Groups | None
 
 
 @dataclass
@@ -175,14 +199,15 @@ class Learner:
         """The model's trainable tensors as they are now."""
         return {name: tensor.detach().clone() for name, tensor in self.model.trainable_parameters().items()}
 
-    def undo(self) -> Undo:
-        """This state, to ``go_back`` to."""
-        return Undo(self.budget, dict(self.parts), self.copied())
+    def undo(self, *, copied: bool = True) -> Undo:
+        """This state, to ``go_back`` to; without ``copied`` for as long as no update was made."""
+        return Undo(self.budget, dict(self.parts), self.copied() if copied else None)
 
     def go_back(self, undo: Undo) -> None:
         """Be again as when ``undo`` was made, bit for bit."""
         self.budget, self.parts = undo.budget, dict(undo.parts)
-        self.put_back(undo.tensors)
+        if undo.tensors is not None:
+            self.put_back(undo.tensors)
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """What an exact resume needs besides the model itself, by group."""

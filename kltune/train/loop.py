@@ -12,17 +12,21 @@ from kltune.lm.data.examples import Prompt, counts_line, distinct_prompts, load_
 from kltune.lm.model.opening import check_fresh_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
+from kltune.lm.rewards.scorers import Scorer
 from kltune.recipe import PPOSection, TRPOSection
 from kltune.run.checkpoint import drop_oldest, latest_checkpoint, save_checkpoint, saved_step
+from kltune.run.files import read_jsonl
 from kltune.run.optimizer import learning_rate_share, make_optimizer
 from kltune.run.recorder import Clock
 from kltune.run.session import Run
 from kltune.train.batch import UNMEASURED, Batch, batch_metrics, response_kl, sample_rows, standardize
 from kltune.train.evaluation import HeldOut, load_held_out
 from kltune.train.finish import finish, stop, watch_over
-from kltune.train.learner import ALARMS, SCORER, VALUES, BudgetRecipe, Job, Learner
+from kltune.train.learner import ALARMS, SCORER, VALUES, BudgetRecipe, Job, Learner, expect_finite_metrics
 from kltune.train.value_function import ValueFunction
 
+FLAT_STEPS = 3      # whose responses all score alike: then something is wrong with the reward
+FLAT = 1e-6         # share of their mean by which equal scores may differ in float32
 UNTIL_MOST = 5      # times run.steps: a run until its target takes no more
 
 
@@ -163,27 +167,27 @@ def step_size(job: Job, learner: Learner, step: int, batch: Batch | None) -> tup
 
 @contextlib.contextmanager
 def whole_step(job: Job, learner: Learner, step: int, evaluates: bool) -> Iterator[None]:
-    """A step that an AI judge cuts short, evaluation included, leaves everything as it was before it, and saved.
+    """A step that scoring cuts short, evaluation included, leaves everything as it was before it, and saved.
 
-    The end of a run counts as one more step. Resumed, the run takes the step again: the same responses, of which the
+    The end of a run counts as one more step. Resumed, the run takes the step again: the same responses, of which an AI
     judge is asked what it did not answer.
 
     Raises:
-        JudgeError, ScorerError: the judge's, with what was saved.
+        JudgeError, ScorerError: a scorer's, with what was saved.
     """
-    # A copy of model and optimizer: only where a judge can be asked before the step is over. At a cap a run may end.
+    # Responses are scored before the update that learns from them: only what is scored after it, in an evaluation or
+    # where a run may end at its cap, wants a copy of model and optimizer to go back to.
     may_end = learner.budget is not None and learner.budget.cap is not None
-    before = learner.undo() if judges_of(job, learner, evaluates or may_end) else None
+    scored_after = (evaluates or may_end) and (learner.scorer is not None or job.held_out.scored)
+    before = learner.undo(copied=scored_after)
     try:
         yield
     except (JudgeError, ScorerError) as error:
-        if before is None:
-            raise
         learner.go_back(before)
         newest = latest_checkpoint(job.run.folder)
         if step > 1 and (newest is None or saved_step(newest) < step - 1):
             save(job, learner, step - 1, None)
-        goes_on = f"after step {step - 1}" if step > 1 else "from the start, with the answers that were given"
+        goes_on = f"after step {step - 1}" if step > 1 else "from the start"
         raise type(error)(f"{error} Nothing is lost: --resume goes on {goes_on}.") from error
 
 
@@ -197,11 +201,23 @@ def evaluates(job: Job, step: int) -> bool:
     return recipe.eval.stop_at_gold_peak if last else step % recipe.run.eval_every == 0
 
 
-def judges_of(job: Job, learner: Learner, evaluates: bool) -> tuple[Judge, ...]:
-    """The AI judges that a step may ask; those of evaluations only if it ends with one."""
+def warn_of_flat_scores(job: Job, scorer: Scorer) -> None:
+    """Say so, naming the reward, where all responses of each of the first steps scored alike."""
+    rows = read_jsonl(job.run.folder / "metrics.jsonl")[:FLAT_STEPS]
+    means, spreads = zip(*((row["score/mean"], row["score/sd"]) for row in rows), strict=True)
+    if all(sd is not None and sd <= FLAT * max(1.0, abs(mean)) for mean, sd in zip(means, spreads, strict=True)):
+        names = " + ".join(source.name for source in scorer.sources)
+        job.report.warn(
+            f"in each of the first {len(rows)} steps all responses score alike (the last {means[-1]:.4g}): reward "
+            f"{names} tells them apart by nothing, so that there is nothing to learn. Does it read the responses?"
+        )
+
+
+def judges_of(job: Job, learner: Learner) -> tuple[Judge, ...]:
+    """The AI judges that a run may ask, in its evaluations included."""
     scoring = () if learner.scorer is None else learner.scorer.judges
     comparing = () if job.pair_judge is None else (job.pair_judge,)
-    return (*comparing, *scoring, *(job.held_out.judges if evaluates else ()))
+    return (*comparing, *scoring, *job.held_out.judges)
 
 
 def save(job: Job, learner: Learner, step: int, kl: dict[str, Any] | None) -> None:
@@ -257,6 +273,7 @@ def close_step(job: Job, learner: Learner, step: int, taken: Taken) -> None:
 
     Raises:
         Interrupted: a signal came, and everything is saved.
+        DivergedError: a metric is not finite; nothing of the step is written.
     """
     recipe, batch, budget, clock = job.recipe, taken.batch, learner.budget, taken.clock
     metrics: dict[str, float | None] = {}
@@ -268,16 +285,19 @@ def close_step(job: Job, learner: Learner, step: int, taken: Taken) -> None:
         metrics |= UNMEASURED | {"kl/beta": budget.price}
     metrics |= taken.update
     metrics |= {} if budget is None else budget.counts()
+    expect_finite_metrics(metrics)
     looks = evaluates(job, step)
     if looks:
-        found, _ = job.held_out.measured(learner.model, learner.scorer)
+        found, _ = job.measured(learner.model, learner.scorer)
         watch_over(job, learner, step, found)
         metrics |= found
         clock.lap("eval")
-    for judge in judges_of(job, learner, evaluates=True):
+    for judge in judges_of(job, learner):
         metrics |= judge.reported()
     counted = (len(batch.rollout.lengths),) if taken.examples is None else (taken.examples, "examples")
     job.report.step(step, metrics | clock.metrics(*counted))
+    if learner.scorer is not None and step == min(FLAT_STEPS, job.steps):
+        warn_of_flat_scores(job, learner.scorer)
     ends = not goes_on(job, learner, step)
     if batch is not None and (looks or ends or step == 1):
         kl = response_kl(batch.rollout)

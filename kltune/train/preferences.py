@@ -17,7 +17,7 @@ from torch import Tensor
 from kltune.core.kl.intervals import cluster_numbers, clustered_mean, clustered_share
 from kltune.core.objectives import preferences as losses
 from kltune.core.objectives.bradley_terry import wins
-from kltune.core.tensors import per_response
+from kltune.core.tensors import expect_finite, per_response
 from kltune.errors import ModelError
 from kltune.lm.data.encoding import Ids
 from kltune.lm.data.examples import Example, Prompt, counts_line
@@ -257,9 +257,14 @@ def _with_response(mine: Example, theirs: Example) -> Example:
 
 
 def response_logprobs(policy: Policy, part: Preferences) -> tuple[Tensor, Tensor]:
-    """log π(y|x) of each response, differentiable, and its tokens. [R] float64 nats, [R] int64; on the CPU."""
+    """log π(y|x) of each response, differentiable, and its tokens. [R] float64 nats, [R] int64; on the CPU.
+
+    Raises:
+        DivergedError: one is not finite.
+    """
     ids, scored = example_batch(part.examples, policy)
     flat = policy.logprobs(ids, scored, part.temperature)
+    expect_finite("the log-probabilities of pairs", flat)
     return response_scatter(flat, scored).cpu().double().sum(dim=1), scored.sum(dim=1).cpu()
 
 
@@ -313,7 +318,7 @@ def check_first_log_ratios(log_ratio: Tensor, tokens: Tensor, policy: Policy) ->
     """
     gap = (log_ratio.detach() / tokens).abs().max().item()
     allowed = FIRST_RATIO_GAP[policy.dtype]
-    if gap > allowed:
+    if not gap <= allowed:      # NaN is not above it either
         raise ModelError(
             f"Before any update, a response's log-probability differs by {gap:.3g} nats per token from the reference's "
             f"(allowed: {allowed}): the model's output depends on the batch it is in. kltune cannot train it."

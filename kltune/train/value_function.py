@@ -11,7 +11,7 @@ from kltune.core.objectives.losses import clipped_value_loss
 from kltune.lm.model.batches import response_scatter
 from kltune.lm.model.policy import Policy
 from kltune.recipe import OptimSection
-from kltune.run.optimizer import guarded_step
+from kltune.run.optimizer import guarded_backward, guarded_step
 from kltune.train.experience import Experience
 from kltune.train.learner import VALUES, Learner
 
@@ -70,7 +70,7 @@ class ValueFunction:
             flat = self.policy.values(old.ids, old.scored) if states is None else self.policy.value_head(states[mask])
             values = response_scatter(flat, mask)
             loss = clipped_value_loss(values, old.values, piece.returns, mask, clip_range, tokens)
-            (coef * loss).backward()
+            guarded_backward(coef * loss, "value function")
             total += loss.item()
         return total, guarded_step(optimizer, optim.max_grad_norm, "value function")
 

@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from kltune.errors import EXIT_CODES, Interrupted, KltuneError
 from kltune.recipe import STAGES
 from kltune.recipe.writing import by_dotted_key, keys_named, recipe_keys
 from kltune.run.metrics import METRICS, metric_named
+from kltune.run.subprocesses import STOP_SIGNALS
 from tests.known_metrics import unknown_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -222,7 +222,7 @@ def test_a_metric_is_known_to_the_stages_that_write_it():
 def test_every_exit_code_that_an_error_has_is_explained():
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, KltuneError)]
     codes = {kind.exit_code for kind in kinds}
-    codes |= {Interrupted("", number).exit_code for number in (signal.SIGINT, signal.SIGTERM)}
+    codes |= {Interrupted("", number).exit_code for number in STOP_SIGNALS}
     assert codes | {0, 3, 4, 137} == set(EXIT_CODES)      # done; eval-kl's two; a sweep's for a point that was killed
 
 
@@ -246,7 +246,8 @@ def test_without_a_word_it_lists_guides_by_their_first_sentence(ask):
         "# What kltune explains", "", "- `kltune explain dpo`: Pairs.",
         "- `kltune explain metrics`: `null` is what was not measured.",
     ]
-    assert out.splitlines()[-1] == "- `kltune explain CODE`: an exit code: 0, 1, 2, 3, 4, 5, 6, 74, 75, 130, 137, 143"
+    codes = "0, 1, 2, 3, 4, 5, 6, 74, 75, 129, 130, 137, 138, 143"
+    assert out.splitlines()[-1] == f"- `kltune explain CODE`: an exit code: {codes}"
 
 
 @pytest.mark.usefixtures("docs")
@@ -277,7 +278,7 @@ def test_a_table_is_markdown():
 @pytest.mark.parametrize(("word", "message"), [
     ("kl.targt", "nothing here has that name; did you mean kl.target, target or lora.targets?"),
     ("kl_coef", "called kl.beta here (score per nat)"),
-    ("7", "no exit code of kltune; they are 0, 1, 2, 3, 4, 5, 6, 74, 75, 130, 137, 143"),
+    ("7", "no exit code of kltune; they are 0, 1, 2, 3, 4, 5, 6, 74, 75, 129, 130, 137, 138, 143"),
     ("../metrics", "nothing here has that name; did you mean metrics?"),
     ("quux", "nothing here has that name; kltune explain lists what has one"),
 ])

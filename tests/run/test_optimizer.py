@@ -9,6 +9,7 @@ from torch import nn
 from kltune.errors import CheckpointError, DivergedError
 from kltune.recipe import OptimSection, RunSection
 from kltune.run.optimizer import (
+    guarded_backward,
     guarded_step,
     learning_rate_share,
     load_optimizer,
@@ -95,6 +96,34 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing(bad):
         guarded_step(optimizer, max_grad_norm=1.0, what="value function")
     assert torch.equal(weight, before)
     assert all(torch.equal(optimizer.state[weight][key], moments[key]) for key in moments)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("memory", ["exp_avg", "exp_avg_sq"])
+def test_a_memory_that_is_not_finite_stops_the_run_at_the_next_step(memory, bad):
+    # With an infinite square Adam's step is 0: the weight would never move again.
+    weight, optimizer = weights_and_optimizer()
+    guarded_step(optimizer, max_grad_norm=1.0, what="policy")
+    optimizer.state[weight][memory][1] = bad
+    weight.grad = torch.tensor([1.0, 1.0])
+    with pytest.raises(DivergedError, match=r"of the policy after its step: found (nan|inf)"):
+        guarded_step(optimizer, max_grad_norm=1.0, what="policy")
+
+
+def test_large_numbers_whose_squares_overflow_are_finite():
+    weight, optimizer = weights_and_optimizer()
+    guarded_step(optimizer, max_grad_norm=1.0, what="policy")
+    optimizer.state[weight]["exp_avg_sq"].fill_(3e38)
+    guarded_step(optimizer, max_grad_norm=1.0, what="policy")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_named_though_its_gradient_is_finite(bad):
+    weight, _ = weights_and_optimizer()
+    weight.grad = None
+    with pytest.raises(DivergedError, match=f"^the loss of the policy: found {bad}"):
+        guarded_backward(weight.sum() + bad, "policy")
+    assert weight.grad is None
 
 
 def test_a_new_learning_rate_holds_from_the_next_step_on():

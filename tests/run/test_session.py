@@ -23,6 +23,7 @@ from kltune.run.checkpoint import save_checkpoint, save_final
 from kltune.run.files import write_json
 from kltune.run.recorder import Report
 from kltune.run.session import Run, finished_result, open_run
+from kltune.run.subprocesses import STOP_SIGNALS
 
 REFERENCE = Fingerprint("some/model", None, "float32", "ab", "ef", "01", config={"model_type": "llama"})
 
@@ -319,7 +320,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_the_first_signal_lets_the_step_finish(make_recipe, tmp_path, capfd, number):
     def train() -> None:
         with open_run(make_recipe(), resume=False) as run:
@@ -340,7 +341,7 @@ def test_the_first_signal_lets_the_step_finish(make_recipe, tmp_path, capfd, num
         run.finish({})
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", STOP_SIGNALS)
 def test_the_second_signal_ends_the_process_at_once(make_recipe, tmp_path, second):
     def deaf() -> None:
         with open_run(make_recipe(), resume=False) as run:

@@ -5,10 +5,20 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from kltune.run.subprocesses import Command, last_lines, run_commands, thread_share
+from kltune.run.subprocesses import (
+    STOP_SIGNALS,
+    Command,
+    last_lines,
+    on_stop_signals,
+    run_commands,
+    tell_at_once,
+    thread_share,
+)
+from tests.run.killing import exit_code, start
 
 
 class Watch:
@@ -79,7 +89,7 @@ sys.exit(128 + signal.{name})
 """
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_is_handed_on_once_and_nothing_more_starts(run, tmp_path, name):
     number = getattr(signal, name)
 
@@ -98,6 +108,51 @@ def test_a_signal_is_handed_on_once_and_nothing_more_starts(run, tmp_path, name)
     assert watch.codes == {"a": 128 + number}
     assert "times 1" in (tmp_path / "a.log").read_text()
     assert signal.getsignal(number) == before
+
+
+SLEEPING = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize("number", [*STOP_SIGNALS, signal.SIGKILL])
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells children that their parent died")
+def test_no_child_outlives_whoever_runs_it(tmp_path, number):
+    commands = [Command(name, (sys.executable, "-S", "-c", SLEEPING), tmp_path / f"{name}.log") for name in "ab"]
+
+    def work():
+        run_commands(commands, 2, environment=os.environ, started=lambda _: None, ended=lambda *_: None)
+
+    def lines() -> list[str]:
+        return [line for command in commands for line in last_lines(command.log, 1)]
+
+    pid, give_up = start(work), time.monotonic() + 60
+    while len(lines()) < 2:
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    os.kill(pid, number)
+    exit_code(pid)
+    while any(Path(f"/proc/{child}").exists() for child in lines()):
+        assert time.monotonic() < give_up, "a child is left"
+        time.sleep(0.01)
+
+
+def test_a_hang_up_that_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)      # as by nohup
+    try:
+        with on_stop_signals(lambda *_: pytest.fail("heard of it")):
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_stderr_that_is_gone_is_no_error_where_a_signal_is_handled(tmp_path):
+    def say():
+        reading, writing = os.pipe()
+        os.close(reading)
+        os.dup2(writing, 2)
+        tell_at_once("SIGTERM: saving\n")
+
+    assert exit_code(start(say)) == 0
 
 
 def test_where_something_goes_wrong_here_no_child_is_left(tmp_path):

@@ -237,7 +237,7 @@ def test_what_is_wrong_is_named_with_its_exit_code(reward_recipe, command, overr
     assert all(re.search(word, err) for word in words), err
 
 
-@pytest.mark.parametrize("margin", [-1, "much", True, "nan"])
+@pytest.mark.parametrize("margin", [-1, "much", True, "nan", 1e308, "1e308", 10**4000])
 def test_a_margin_that_is_no_number_is_named_with_its_line(reward_recipe, margin):
     rows = [{"prompt": "so", "chosen": "a", "rejected": "b"}, {"prompt": "no", "chosen": "a", "rejected": "b"}]
     with pytest.raises(DataError, match=r'judged\.jsonl:2: field "margin": .* a number of at least 0'):

@@ -146,6 +146,8 @@ def test_a_policy_that_is_not_its_reference_before_the_first_step_is_refused(pol
     check_first_log_ratios(torch.tensor([1e-5, -1e-4]), torch.tensor([1, 4]), policy)
     with pytest.raises(ModelError, match="Before any update"):
         check_first_log_ratios(torch.tensor([0.0, 0.01]), torch.tensor([1, 4]), policy)
+    with pytest.raises(ModelError, match="differs by nan"):
+        check_first_log_ratios(torch.tensor([0.0, torch.nan]), torch.tensor([1, 4]), policy)
 
 
 def test_the_hash_is_of_tokens_and_what_was_wanted(pairs):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kltune.core.kl.divergence import log_ratios
-from kltune.core.tensors import at_least_float32, expect_same_shape, log_distribution, per_response
+from kltune.core.tensors import at_least_float32, expect_finite, expect_same_shape, log_distribution, per_response
 
 Product = Callable[[Tensor], Tensor]  # [P] -> [P], linear, symmetric, never negative
 MOST_WEIGHT = 2.0  # of a prefix that the new policy comes to more often than the old one
@@ -158,6 +158,9 @@ def conjugate_gradient(product: Product, g: Tensor, iterations: int, tolerance: 
         g: right-hand side. [P].
         iterations: at most; one product each.
         tolerance: relative residual, no unit.
+
+    Raises:
+        DivergedError: a product or the solution is not finite.
     """
     x, residual, direction = torch.zeros_like(g), g.clone(), g.clone()
     size = g.norm().item()
@@ -166,6 +169,7 @@ def conjugate_gradient(product: Product, g: Tensor, iterations: int, tolerance: 
     while taken < iterations and squared.sqrt().item() > tolerance * size:
         image = product(direction)
         curvature = direction.dot(image)
+        expect_finite("the curvature along a direction of conjugate gradients", curvature)
         if not curvature.item() > 0.0:
             break
         step = squared / curvature
@@ -173,6 +177,7 @@ def conjugate_gradient(product: Product, g: Tensor, iterations: int, tolerance: 
         before, squared = squared, residual.dot(residual)
         direction = residual + (squared / before) * direction
         taken += 1
+    expect_finite("the natural gradient", x)
     return Solution(x, squared.sqrt().item() / size if size > 0.0 else 0.0, taken)
 
 
@@ -197,7 +202,12 @@ def step_scale(curvature: float, slope: float, max_step_kl: float, beta: float) 
 
     Returns:
         s, 0 or above; 0 where x has no curvature, and so nothing bounds the step.
+
+    Raises:
+        DivergedError: curvature or slope is not finite.
     """
+    expect_finite("the curvature of a step", curvature)
+    expect_finite("the slope of a step", slope)
     if not (curvature > 0.0 and slope > 0.0):
         return 0.0
     ball = math.sqrt(2.0 * max_step_kl / curvature)
@@ -208,7 +218,8 @@ def line_search(measure: Callable[[float], Trial], scale: float, max_step_kl: fl
     """The longest step tried that stays in the ball, gains, and stays within the cap.
 
     A step that leaves the ball is first rescaled by what the quadratic model says of its *measured* KL, with 2 % to
-    spare:  s ← s · min(0.9, 0.98 √(δ / KL)).  Every later refusal halves it. A number that is not finite is a refusal.
+    spare:  s ← s · min(0.9, 0.98 √(δ / KL)).  Every later refusal halves it. A number that is not finite is a refusal:
+    of a step that is far too long it may be one; of the shortest that is tried it is not.
 
     Source: docs/maths.md 15.
 
@@ -217,19 +228,24 @@ def line_search(measure: Callable[[float], Trial], scale: float, max_step_kl: fl
         scale: the length to try first, above 0.
         max_step_kl: δ, nats per response.
         tries: at most, at least 1.
+
+    Raises:
+        DivergedError: the last step tried still gives a number that is not finite.
     """
     trials: list[Trial] = []
     rescaled = False
     while len(trials) < tries:
         trial = measure(scale)
         trials.append(trial)
-        if trial.step_kl <= max_step_kl and trial.gain > 0.0 and trial.within_cap:
+        finite = math.isfinite(trial.step_kl) and math.isfinite(trial.gain)     # −∞ is below every limit
+        if finite and trial.step_kl <= max_step_kl and trial.gain > 0.0 and trial.within_cap:
             return SearchResult(scale, tuple(trials))
         if not rescaled and math.isfinite(trial.step_kl) and trial.step_kl > max_step_kl:
             scale *= min(0.9, 0.98 * math.sqrt(max_step_kl / trial.step_kl))
             rescaled = True
         else:
             scale *= 0.5
+    expect_finite("KL(old ‖ new) and gain of the shortest step tried", trials[-1].step_kl, trials[-1].gain)
     return SearchResult(0.0, tuple(trials))
 
 
@@ -244,6 +260,10 @@ def mean_curvature(product: Product, probes: Tensor) -> float:
 
     Returns:
         Nats per response and parameter², 0 or above.
+
+    Raises:
+        DivergedError: a product is not finite.
     """
     total = sum(probe.dot(product(probe)).item() for probe in probes)
+    expect_finite("the mean curvature", total)
     return max(total / probes.numel(), 0.0)

@@ -40,6 +40,7 @@ ROLES = ("system", "user", "assistant", "tool")
 MAY_BE_EMPTY = ("system", "tool")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 CALLS = "tool_calls"
+LARGEST_MARGIN = 1e30       # of score: a batch of them still has a finite sum in float32
 
 
 class MixedForms(RowFault):
@@ -231,10 +232,11 @@ def margin_of(fields: dict[str, Any]) -> float:
         return 0.0
     try:
         margin = math.nan if isinstance(value, bool) else float(value)      # CSV has only text
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         margin = math.nan
-    if not 0.0 <= margin < math.inf:
-        raise RowFault(f'field "margin": found {describe(value)}, wanted a number of at least 0')
+    if not 0.0 <= margin <= LARGEST_MARGIN:
+        wanted = f"a number of at least 0, {LARGEST_MARGIN:g} at most"
+        raise RowFault(f'field "margin": found {describe(value)}, wanted {wanted}')
     return margin
 
 

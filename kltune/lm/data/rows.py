@@ -312,5 +312,6 @@ def describe(value: Any) -> str:
     if isinstance(value, str):
         return "empty text" if not value else f"the text {value[:40]!r}" if value.strip() else "only white space"
     if isinstance(value, int | float):
-        return f"the number {value}"
+        digits = str(value)
+        return f"the number {digits}" if len(digits) <= 40 else f"the number {digits[:20]}… of {len(digits)} digits"
     return {list: "a list", dict: "an object"}.get(type(value), f"a {type(value).__name__}")

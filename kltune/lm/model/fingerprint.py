@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from kltune.errors import ModelError
 from kltune.lm.data.chat import template_of
 from kltune.lm.model.files import say_once
 from kltune.recipe import ModelSection
@@ -68,7 +69,7 @@ class Fingerprint:
             path=section.path,
             sft_adapter=section.sft_adapter,
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-            sha256=weights_sha256(dict(model.state_dict())),
+            sha256=weights_sha256(dict(model.state_dict()), section.path),
             tokenizer_sha256=tokenizer_sha256(tokenizer),
             template_sha256=sha256_text(template_of(tokenizer)),
             merge_survived=merge_survived,
@@ -141,14 +142,24 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def weights_sha256(tensors: dict[str, Tensor]) -> str:
-    """Hex digest over names, types, shapes and bytes; tensors that share storage (tied embeddings) count once."""
+def weights_sha256(tensors: dict[str, Tensor], where: str = "the model") -> str:
+    """Hex digest over names, types, shapes and bytes; tensors that share storage (tied embeddings) count once.
+
+    Raises:
+        ModelError: a number in a tensor is NaN or infinite; ``where`` begins the message.
+    """
     digest, seen = hashlib.sha256(), set()
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         if tensor.numel() == 0 or tensor.data_ptr() in seen:
             continue
         seen.add(tensor.data_ptr())
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ModelError(
+                f"{where}: {name} has {bad:,} of {tensor.numel():,} weights that are NaN or infinite; wanted finite "
+                "ones. Are its files whole? Save it again, or in float32 where it was converted."
+            )
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -203,7 +203,7 @@ def check_made_for(folder: Path, model: nn.Module, path: str) -> None:
     if content.get("stage") == "reward":
         raise ModelError(f"model.sft_adapter: {folder} is a reward model, which says nothing; give one of kltune sft.")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    digest = weights_sha256(dict(model.state_dict()))
+    digest = weights_sha256(dict(model.state_dict()), path)
     beneath = "" if made["sft_adapter"] is None else f" with {made['sft_adapter']} merged"
     if made["sha256"] != digest and (beneath or made["dtype"] == dtype):
         raise ModelError(

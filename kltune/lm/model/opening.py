@@ -190,12 +190,13 @@ def check_causal(network: Network, what: str) -> None:
     if not torch.isfinite(both).all():
         raise ModelError(f"{what}: its logits are not finite; are its files whole?")
     dtype = next(network.causal.parameters()).dtype
-    if (moved := _moved(first[:, :cut], second[:, :cut])) > LEAK.get(dtype, NARROW):
+    # Wanted is what holds, not its contrary: NaN is above no limit.
+    if not (moved := _moved(first[:, :cut], second[:, :cut])) <= LEAK.get(dtype, NARROW):
         raise ModelError(
             f"{what} reads the tokens it is to predict: other tokens at the end move the logits before them, by "
             f"{moved:.3g} of their size. Wanted a causal language model."
         )
-    if (moved := _moved(torch.cat([first, second]), both)) > MIXED.get(dtype, NARROW):
+    if not (moved := _moved(torch.cat([first, second]), both)) <= MIXED.get(dtype, NARROW):
         raise ModelError(
             f"{what} says other things of a text beside another than of it alone, by {moved:.3g} of the logits' size; "
             "no number would hold."

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -26,14 +27,17 @@ def load_function(entry: FunctionReward, folder: Path) -> tuple[Callable, dict[s
     digest = sources_sha256(sources)
     neighbours = {name: code for name, code in sources.items() if name != path}
     NEIGHBOURS.know(neighbours)
+    NEIGHBOURS.files |= set(map(str, sources))
     module = ModuleType(f"{path.stem}_{digest[:12]}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses and pickle look a class's module up by name
     try:
         exec(compile(sources[path], str(path), "exec"), module.__dict__)  # what was hashed is what runs
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:      # also SystemExit, which would end the process as if all were well
         raise ScorerError(
-            f"reward {entry.path}: importing {path} raised {type(error).__name__}: {error}{_hint(error, folder)}"
+            f"reward {entry.path}: importing {path} raised {told(error)}{_hint(error, folder)}"
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -80,7 +84,23 @@ def _imported(code: bytes) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def _hint(error: Exception, folder: Path) -> str:
+def told(error: BaseException) -> str:
+    """What a user's code raised, and where: the innermost line that is in a file of theirs."""
+    text = f"{type(error).__name__}: {text_of(error, str)}"
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if frame.filename in NEIGHBOURS.files]
+    return f"{text} ({theirs[-1].filename}:{theirs[-1].lineno}, in {theirs[-1].name})" if theirs else text
+
+
+def text_of(value: object, kind: Callable[[object], str] = repr) -> str:
+    """Something of a user's as text: its ``__repr__`` is theirs too, and an int of 5,000 digits has none."""
+    try:
+        return kind(value)
+    except Exception:  # noqa: BLE001  as above
+        return f"a {type(value).__name__} that cannot be shown"
+
+
+def _hint(error: BaseException, folder: Path) -> str:
     """The way on where a module was not found."""
     if not isinstance(error, ImportError):
         return ""
@@ -95,6 +115,7 @@ class _Neighbours(MetaPathFinder, Loader):
 
     def __init__(self):
         self._sources: dict[str, tuple[Path, bytes]] = {}
+        self.files: set[str] = set()        # of reward functions, those that they are in included
 
     def know(self, sources: Mapping[Path, bytes]) -> None:
         """From now on import these files by their names."""

@@ -7,11 +7,14 @@ the step is given up, and whoever runs it saves and stops.
 
 import hashlib
 import json
+import math
 import random
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 
 from kltune.errors import JudgeError, ScorerError
 from kltune.lm.rewards.chat_endpoint import Endpoint, Messages, Unanswered
@@ -19,15 +22,20 @@ from kltune.lm.rewards.verdicts import read_preference, read_score
 from kltune.recipe import JudgeReward
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the second try; what the pauses double up to
+POLL_SECONDS, STOP_SECONDS = 0.1, 1.0  # between two looks at whether to stop; then answers are waited for so long
+ENDED = object()  # the last word of a thread that asks
 SHOWN_CHARACTERS = 120  # characters of an answer that nobody could read
 COUNTED = ("asked", "kept", "unreadable", "unanswered")
 
 
 class Answers:
-    """Answers of AI judges by the sha256 of what was asked; in memory, see run/caches.py for those that are written."""
+    """Answers of AI judges by the sha256 of what was asked; in memory, see run/caches.py for those that are written.
 
-    def __init__(self, known: Mapping[str, float] | None = None):
-        self._known = dict(known or {})
+    stopped: whether whoever wants them has been asked to stop; no judge is waited for then.
+    """
+
+    def __init__(self, known: Mapping[str, float] | None = None, stopped: Callable[[], bool] = lambda: False):
+        self._known, self.stopped = dict(known or {}), stopped
 
     def __len__(self) -> int:
         return len(self._known)
@@ -129,24 +137,60 @@ class Judge:
         self._count("kept", len(questions) - len(missing))
         self._over.clear()
         self._said = False
-        with ThreadPoolExecutor(self.entry.concurrency, thread_name_prefix="judge") as pool:
-            waiting = {pool.submit(self._ask, question): key for key, question in missing.items()}
-            try:
-                for future in as_completed(waiting):
-                    self._answers.record(waiting[future], future.result())
-            except BaseException:
-                self._over.set()
-                pool.shutdown(cancel_futures=True)
-                self._keep(waiting)
-                raise
+        failure, patience = None, math.inf
+        try:
+            for outcome in self._outcomes(missing):
+                if isinstance(outcome, BaseException):
+                    failure = failure or outcome
+                    self._over.set()        # what is under way is still waited for: an answer is never thrown away
+                elif outcome is not None:
+                    self._answers.record(*outcome)
+                if self._answers.stopped():
+                    patience = min(patience, time.monotonic() + STOP_SECONDS)
+                if time.monotonic() > patience:
+                    failure = JudgeError(f"reward {self.name}: {self.entry.model} at {self.entry.url} was let go.")
+                    break
+        finally:
+            self._over.set()
+        if failure is not None:
+            raise failure
         return [self._answers.get(key) for key in keys]
 
-    def _keep(self, waiting: dict[Future[float], str]) -> None:
-        """The answers that came while the others were given up."""
-        for future, key in waiting.items():
-            answered = future.done() and not future.cancelled() and future.exception() is None
-            if answered and self._answers.get(key) is None:
-                self._answers.record(key, future.result())
+    def _outcomes(self, questions: Mapping[str, str]) -> Iterator[tuple[str, float] | BaseException | None]:
+        """Ask questions by key, at most ``concurrency`` at a time: each key with its answer, or what was raised, as it
+        comes, and None now and then while nothing does. Ends with the last that was asked before all was over.
+        """
+        left, outcomes = SimpleQueue(), SimpleQueue()
+        for item in questions.items():
+            left.put(item)
+
+        def work() -> None:
+            try:
+                while not (self._over.is_set() or left.empty()):
+                    with suppress(Empty):       # another was quicker
+                        key, question = left.get_nowait()
+                        outcomes.put((key, self._ask(question)))
+            except (JudgeError, ScorerError) as error:
+                outcomes.put(error)
+            except BaseException as error:
+                outcomes.put(error)
+                raise
+            finally:
+                outcomes.put(ENDED)
+
+        threads = min(self.entry.concurrency, len(questions))
+        for _ in range(threads):
+            # Daemons: an endpoint that hangs must not keep the process from ending.
+            threading.Thread(target=work, name="judge", daemon=True).start()
+        while threads:
+            try:
+                outcome = outcomes.get(timeout=POLL_SECONDS)
+            except Empty:
+                outcome = None
+            if outcome is ENDED:
+                threads -= 1
+            else:
+                yield outcome
 
     def _ask(self, question: str) -> float:
         """One answer, over as many tries as the recipe allows."""

@@ -109,6 +109,7 @@ class HeldOutRows:
     rows: Sequence[Comparison]
     notes: Sequence[str] = ()
     judges: Sequence[Judge] = ()
+    scored: bool = False
 
     def measured(
         self, model: RewardModel, scorer: None = None, times: int = 1

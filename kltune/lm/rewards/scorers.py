@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kltune.core.tensors import expect_finite
 from kltune.errors import KltuneError, ScorerError
 from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import Samples
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.classifiers import ScoreFunction, load_classifier
-from kltune.lm.rewards.functions import load_function
+from kltune.lm.rewards.functions import load_function, text_of, told
 from kltune.lm.rewards.judge import Answers, Judge
 from kltune.lm.rewards.reward_model import is_reward_model, open_reward_model
 from kltune.recipe import ClassifierReward, FunctionReward, JudgeReward, ModelReward
 
 TokenFunction = Callable[[Samples], Sequence[float]]
 RewardSource = FunctionReward | ModelReward | ClassifierReward | JudgeReward
+SHOWN_CHARACTERS = 60  # of what was returned instead of a number
 LARGEST = torch.finfo(torch.float32).max  # of a score: what is larger would become infinite
 
 
@@ -67,11 +69,15 @@ class Scorer:
 
         Raises:
             ScorerError: a source raised, returned another number of scores, or one that is not finite.
+            DivergedError: their weighted sum is not.
         """
         total = torch.zeros(len(responses))
         for source in self.sources:
             scores = run_source(source, prompts, responses, samples)
             total = total + source.weight * (scores - source.shift) / source.scale
+        weighted = " + ".join(f"{source.weight:g} · {source.name}" for source in self.sources)
+        # Finite parts may have an infinite sum.
+        expect_finite(f"reward: the score {weighted}", total, advice="Lower reward.N.weight, or scale the reward down.")
         return total
 
     def total(
@@ -161,22 +167,23 @@ def run_source(
         scores = [score for part in samples for score in source.tokens(part)]
         return _checked(source.name, scores, prompts, responses)
     try:
-        scores = source.function(list(prompts), list(responses))
-    except KltuneError:
+        return _checked(source.name, source.function(list(prompts), list(responses)), prompts, responses)
+    except (KltuneError, KeyboardInterrupt):
         raise
-    except Exception as error:  # noqa: BLE001  a user's function may raise anything; the row is found and named
+    except BaseException as error:  # noqa: BLE001  a user's function may raise anything, also SystemExit
         row, cause = _failing_row(source, prompts, responses, error)
-        raise ScorerError(f"reward {source.name}: {row} raised {type(cause).__name__}: {cause}") from cause
-    return _checked(source.name, scores, prompts, responses)
+        raise ScorerError(f"reward {source.name}: {row} raised {told(cause)}.") from cause
 
 
 def _failing_row(
-    source: ScoreSource, prompts: Sequence[str], responses: Sequence[str], error: Exception
-) -> tuple[str, Exception]:
+    source: ScoreSource, prompts: Sequence[str], responses: Sequence[str], error: BaseException
+) -> tuple[str, BaseException]:
     for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         try:
             source.function([prompt], [response])
-        except Exception as cause:  # noqa: BLE001  as above
+        except KeyboardInterrupt:
+            raise
+        except BaseException as cause:  # noqa: BLE001  as above
             return _row(index, prompt, response), cause
     return f"the batch of {len(responses)} (each row alone is fine)", error
 
@@ -196,8 +203,14 @@ def _checked(name: str, scores: Sequence[float], prompts: Sequence[str], respons
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not abs(value) <= LARGEST:  # NaN is not <= anything
             where = _row(index, prompts[index], responses[index])
-            raise ScorerError(f"reward {name}: {where} got {value!r}, wanted a finite number.")
+            raise ScorerError(f"reward {name}: {where} got {_shown(value)}, wanted a finite number.")
     return torch.tensor(values, dtype=torch.float32)
+
+
+def _shown(value: object) -> str:
+    """What a user's function returned, in short."""
+    text = text_of(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}… ({type(value).__name__})"
 
 
 def _row(index: int, prompt: str, response: str) -> str:

@@ -18,6 +18,7 @@ from kltune.core.control.trust_region import (
     surrogate,
 )
 from kltune.core.kl.divergence import kl_exact
+from kltune.errors import DivergedError
 from tests.oracles import BANDIT_REFERENCE, BANDIT_REWARDS, Responses, kl, tilt, tiny_reference_logits
 
 RESPONSES = Responses()
@@ -133,14 +134,23 @@ def test_the_first_cut_aims_at_the_ball_and_later_ones_halve():
     assert len(result.trials) == 4
 
 
+NOT_FINITE = (
+    Trial(step_kl=math.nan, gain=1.0), Trial(step_kl=0.001, gain=math.nan), Trial(step_kl=math.inf, gain=1.0),
+    Trial(step_kl=-math.inf, gain=1.0), Trial(step_kl=0.001, gain=math.inf),
+)
+
+
 @pytest.mark.parametrize("bad", [
     Trial(step_kl=0.011, gain=1.0), Trial(step_kl=0.001, gain=0.0), Trial(step_kl=0.001, gain=-1.0),
-    Trial(step_kl=math.nan, gain=1.0), Trial(step_kl=0.001, gain=math.nan), Trial(step_kl=math.inf, gain=1.0),
-    Trial(step_kl=0.001, gain=1.0, within_cap=False),
+    Trial(step_kl=0.001, gain=1.0, within_cap=False), *NOT_FINITE,
 ])
 def test_a_step_that_leaves_the_ball_or_gains_nothing_or_passes_the_cap_is_never_accepted(bad):
-    result = line_search(lambda scale: bad, 1.0, max_step_kl=0.01, tries=3)
-    assert (result.accepted, result.scale, len(result.trials)) == (False, 0.0, 3)
+    if bad in NOT_FINITE:      # at every length: nothing is wrong with the step
+        with pytest.raises(DivergedError, match=r"the shortest step tried: found (nan|-?inf)"):
+            line_search(lambda scale: bad, 1.0, max_step_kl=0.01, tries=3)
+    else:
+        result = line_search(lambda scale: bad, 1.0, max_step_kl=0.01, tries=3)
+        assert (result.accepted, result.scale, len(result.trials)) == (False, 0.0, 3)
     good = Trial(step_kl=0.01, gain=1e-9)
     later = line_search(lambda scale: bad if scale == 1.0 else good, 1.0, max_step_kl=0.01, tries=3)
     assert later.accepted
@@ -218,3 +228,15 @@ def test_capped_at_one_over_beta_the_steps_converge_to_the_optimum_and_without_t
     assert trust_region_run(30, capped=True)[-1] < 1e-4
     last = trust_region_run(60, capped=False)[-20:]
     assert sum(last) / len(last) > 5e-4
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_curvature_that_is_not_finite_is_named_and_is_no_step_of_length_0(bad):
+    ones = torch.ones(3)
+    with pytest.raises(DivergedError, match=r"the mean curvature: found (nan|inf)"):
+        mean_curvature(lambda v: v * bad, ones[None])
+    with pytest.raises(DivergedError, match=r"curvature along a direction of conjugate gradients: found (nan|inf)"):
+        conjugate_gradient(lambda v: v * bad, ones, iterations=2)
+    for numbers, site in (((bad, 1.0), "curvature"), ((1.0, bad), "slope")):
+        with pytest.raises(DivergedError, match=f"the {site} of a step: found {bad}"):
+            step_scale(*numbers, max_step_kl=0.1, beta=0.0)

@@ -1,0 +1,78 @@
+"""A result has stdout to itself whatever prints, and nothing that happens to stderr ends a command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kltune.cli.streams import result_stream, results_alone
+
+ROOT = Path(__file__).parents[2]
+# As a command does it, without one: to import torch takes longer than all of this.
+NOISY = """
+import os, subprocess, sys, threading
+from kltune.cli.output import emit_json
+from kltune.cli.streams import guard_streams, results_alone
+guard_streams()
+with results_alone():
+    print("noise")
+    sys.stdout.write("noise\\n")
+    if not int(sys.argv[1]):        # past Python's own stream, and so as full as what is behind it
+        sys.__stdout__.write("noise\\n")
+        os.write(1, b"noise\\n")
+    os.system("echo noise")
+    subprocess.run(["echo", "noise"])
+    thread = threading.Thread(target=print, args=("noise",))
+    thread.start()
+    thread.join()
+    for _ in range(int(sys.argv[1])):
+        print("message", file=sys.stderr, flush=True)
+    emit_json({"score": 1.5})
+print("help", flush=True)
+"""
+
+
+def run_noisy(messages: int = 0, redirect: str = "") -> subprocess.CompletedProcess:
+    """The script above under a shell that redirects its streams."""
+    return subprocess.run(
+        ["bash", "-c", f'"$@" {redirect}', "bash", sys.executable, "-c", NOISY, str(messages)], cwd=ROOT,
+        capture_output=True, text=True, timeout=120, check=False,
+    )
+
+
+def test_whatever_prints_while_a_command_runs_goes_to_stderr():
+    done = run_noisy()
+    assert (done.returncode, done.stderr) == (0, "noise\n" * 7)
+    document, end = json.JSONDecoder().raw_decode(done.stdout)
+    assert document == {"score": 1.5}
+    assert done.stdout[end:] == "\nhelp\n"
+
+
+@pytest.mark.parametrize("redirect", ["2>/dev/full", "2>&-", "2> >(exit)", "2>&- <&-"])
+def test_a_stderr_that_takes_nothing_ends_no_command(redirect):
+    done = run_noisy(2000, redirect)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.JSONDecoder().raw_decode(done.stdout)[0] == {"score": 1.5}
+
+
+def test_a_stdout_that_was_closed_takes_no_file_with_it(tmp_path):
+    code = "import os, sys\nfrom kltune.cli.streams import guard_streams\nguard_streams()\n" \
+           f"file = open({str(tmp_path / 'data')!r}, 'w')\nprint('noise')\nprint('noise', file=sys.stderr)\n" \
+           "os.write(1, b'noise')\nos.write(2, b'noise')\nfile.write('data')\n"
+    command = ["bash", "-c", '"$@" <&- >&- 2>&-', "bash", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "data").read_text() == "data"
+
+
+def test_in_a_program_that_calls_a_command_the_streams_are_put_back(capsys):
+    stdout = sys.stdout
+    with results_alone():
+        print("noise")
+        print("result", file=result_stream())
+    with pytest.raises(ZeroDivisionError), results_alone():
+        raise ZeroDivisionError
+    assert sys.stdout is result_stream() is stdout
+    assert capsys.readouterr() == ("result\n", "noise\n")
