@@ -29,6 +29,7 @@ from torch import Tensor
 
 import kltune
 from kltune.errors import CheckpointError, DivergedError
+from kltune.lm.data.documents import CheckpointRecord, Manifest
 from kltune.recipe import DataSection
 from kltune.run.files import nonfinite_keys, read_json, storing, sync, write_json
 
@@ -162,18 +163,15 @@ def resolve_checkpoint(path: str | Path) -> Path:
     return folder
 
 
-def read_info(checkpoint: Path) -> dict[str, Any]:
-    """The contents of kltune.json: step, reference, measured KL; CheckpointError unless whole and of this schema."""
-    info = read_json(checkpoint / "kltune.json")
-    if not isinstance(info, dict) or info.get("schema") != SCHEMA:
-        raise CheckpointError(f"{checkpoint / 'kltune.json'} is not of schema {SCHEMA}.")
-    return info
+def read_info(checkpoint: Path, shape: Any = CheckpointRecord) -> dict[str, Any]:
+    """The contents of kltune.json: step, reference, measured KL; CheckpointError unless whole and of its shape."""
+    return read_json(checkpoint / "kltune.json", shape)
 
 
 def saved_step(checkpoint: Path) -> int:
     """How many steps were done when a checkpoint was saved, by its kltune.json and never by the folder's name."""
     step = read_info(checkpoint).get("step")
-    if not isinstance(step, int):
+    if step is None:
         raise CheckpointError(f"{checkpoint / 'kltune.json'} does not say at which step it was saved.")
     return step
 
@@ -304,13 +302,8 @@ def verify(folder: Path, inside: str = "") -> list[str]:
     Raises:
         CheckpointError: the manifest or a file is missing, or a file is not what was saved.
     """
-    manifest = read_json(folder / "manifest.json")
-    if not isinstance(manifest, dict) or manifest.get("schema") != MANIFEST_SCHEMA:
-        raise CheckpointError(f"{folder / 'manifest.json'} is not of schema {MANIFEST_SCHEMA}.")
-    try:
-        wanted = {name: (file["bytes"], file["sha256"]) for name, file in manifest["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / 'manifest.json'} is damaged: it lists no files.") from error
+    manifest = read_json(folder / "manifest.json", Manifest)
+    wanted = {name: (file["bytes"], file["sha256"]) for name, file in manifest["files"].items()}
     names = [name for name in wanted if name.startswith(inside)]
     for name in names:
         path, size = folder / name, wanted[name][0]

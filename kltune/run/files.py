@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import math
 import os
@@ -17,6 +18,9 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError
 
 from kltune.errors import BusyError, CheckpointError, RecipeError, StorageError
+from kltune.lm.data import foreign
+from kltune.lm.data.documents import Finite, RunRecord
+from kltune.lm.data.foreign import open_ordinary
 
 RUN_SCHEMA = "kltune.run/1"
 NO_LOCKS_HERE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -78,29 +82,22 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, to_json(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read what `write_json` wrote; CheckpointError if it is missing, cut short, or no JSON."""
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
+def read_json(path: Path, shape: Any = None) -> Any:
+    """Read what `write_json` wrote; CheckpointError if it is missing, cut short, no JSON, or not of a shape."""
+    return foreign.read_json(path, CheckpointError, shape)
 
+
+def read_document(path: Path, shape: Any) -> dict[str, Any] | None:
+    """A JSON object of a shape; None where there is none that can be read."""
     try:
-        return json.loads(path.read_bytes(), parse_constant=refuse)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def read_document(path: Path, schema: str) -> dict[str, Any] | None:
-    """A JSON object of a schema; None where there is none that can be read."""
-    try:
-        document = read_json(path)
+        return read_json(path, shape)
     except CheckpointError:
         return None
-    return document if isinstance(document, dict) and document.get("schema") == schema else None
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """run.json of a run's folder; None where there is none that can be read."""
-    return read_document(folder / "run.json", RUN_SCHEMA)
+    return read_document(folder / "run.json", RunRecord)
 
 
 def is_finished(folder: Path) -> bool:
@@ -192,13 +189,27 @@ def to_json(value: Any, *, indent: int | None = None, ascii_only: bool = False) 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a file that this package wrote line by line; [] if there is none.
 
-    A last line that a kill cut short is left out.
+    A last line that a kill cut short is left out. CheckpointError if it cannot be read.
     """
     rows = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+    try:
+        with open_ordinary(path) if path.exists() else io.BytesIO() as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError, RecursionError):
+                    rows.append(json.loads(line))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
     return [row for row in rows if isinstance(row, dict)]
+
+
+def read_metrics(folder: Path) -> list[dict[str, float | None]]:
+    """The rows of a run's metrics.jsonl, finite numbers by name; CheckpointError for anything else in it."""
+    path = folder / "metrics.jsonl"
+    rows = [{name: value for name, value in row.items() if name != "nonfinite"} for row in read_jsonl(path)]
+    foreign.check_shape(rows, list[dict[str, Finite | None]], CheckpointError, str(path))
+    if any(not isinstance(row.get("step"), int) for row in rows):
+        raise CheckpointError(f"{path}: a line without a step that is a whole number; wanted what a stage writes.")
+    return rows
 
 
 def nonfinite_keys(value: Any, where: str = "") -> list[str]:

@@ -21,6 +21,7 @@ import torch
 import kltune
 from kltune.errors import CheckpointError, Interrupted, JudgeError, RecipeError, StorageError
 from kltune.lm.data.chat import today
+from kltune.lm.data.documents import Result, RunRecord
 from kltune.lm.model.loading import pick_device
 from kltune.lm.model.opening import load_policy
 from kltune.lm.model.policy import Policy
@@ -190,10 +191,10 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
     folder = Path(recipe.run.output)
     if not is_finished(folder):
         return None
-    record = read_json(folder / "run.json")
+    record = read_json(folder / "run.json", RunRecord)
     _refuse_another_recipe(recipe, record)
     refuse_changed(record.get("inputs") or {}, inputs_of(recipe, present=True), folder)
-    return read_json(folder / "result.json")
+    return read_json(folder / "result.json", Result)
 
 
 def _where_to_start(recipe: Recipe, previous: dict[str, Any] | None, *, resume: bool) -> Path | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kltune.errors import BusyError, Interrupted, RecipeError
+from kltune.lm.data.documents import Result, Sweep
 from kltune.lm.rewards.inputs import inputs_of, refuse_changed
 from kltune.recipe import (
     Axis,
@@ -73,9 +74,9 @@ def sweep(axes: Sequence[Axis], points: Sequence[GridPoint], options: SweepOptio
             there. StorageError: it cannot be written. Interrupted: after the points that ran have saved.
     """
     folder = options.output
-    claim(folder, "sweep", ours=read_document(folder / "sweep.json", SCHEMA) is not None)
+    claim(folder, "sweep", ours=read_document(folder / "sweep.json", Sweep) is not None)
     with locked(folder):
-        earlier = read_document(folder / "sweep.json", SCHEMA)
+        earlier = read_document(folder / "sweep.json", Sweep)
         settings, varied = common_settings(axes, points)
         if earlier is not None:
             refuse_another_recipe(folder, earlier, settings, varied)
@@ -173,7 +174,7 @@ class _Sweep:
         folder = self.options.output / row["name"]
         record = read_record(folder) or {}
         status = record.get("status", "pending")
-        result = read_json(folder / "result.json") if status == "finished" else {}
+        result = read_json(folder / "result.json", Result) if status == "finished" else {}
         if status == "running":      # written by a process that is gone: it was killed, or the sweep was
             status = "failed" if row.get("status") == "failed" else "interrupted"
         row["status"] = status

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import cache
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
+from kltune.errors import ModelError
 from kltune.lm.data.forms import Message
 from kltune.lm.data.rows import RowFault
 
@@ -17,6 +19,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 CLOCK = "strftime_now"      # by which templates ask for the time
 PROBE = "kltune"            # an answer that no template knows anything of
+
+
+@contextmanager
+def tokenizing(tokenizer: "PreTrainedTokenizerBase", what: str) -> Iterator[None]:
+    """Within: whatever a tokenizer raises over a text or over ids ends as one line; its file says what it cannot do.
+
+    Raises:
+        ModelError: names the tokenizer, what it was given and its reason.
+    """
+    try:
+        yield
+    except BaseException as cause:      # what Rust panics over is no Exception
+        if not (isinstance(cause, Exception) or type(cause).__name__ == "PanicException"):
+            raise
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path} can make nothing of {what[:40]!r} ({str(cause)[:200]}); is its "
+            "tokenizer.json whole?"
+        ) from cause
 
 
 def today() -> date:
@@ -144,7 +164,8 @@ def turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     if not behind:
         return None
     control = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return next((i for i in tokenizer.encode(behind, add_special_tokens=False) if i in control), None)
+    with tokenizing(tokenizer, behind):
+        return next((i for i in tokenizer.encode(behind, add_special_tokens=False) if i in control), None)
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str] | None:

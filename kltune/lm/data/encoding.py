@@ -11,7 +11,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any, Literal
 
 from kltune.errors import DataError, ModelError
-from kltune.lm.data.chat import CLOCK, ChatTemplate, control_tokens, said, without_template
+from kltune.lm.data.chat import CLOCK, ChatTemplate, control_tokens, said, tokenizing, without_template
 from kltune.lm.data.forms import CALLS, THOUGHTS, Asked, Message, as_messages
 from kltune.lm.data.rows import RowFault
 
@@ -80,16 +80,17 @@ class Encoder:
         for other in others:
             if _head(other.tokenizer) != self.head:
                 raise other.refuse("", "tokens before every text than the begin token")
-        self.joins_exactly = tokenizer.decode(self.plain("a") + self.plain("b")) == "ab"
+        with tokenizing(tokenizer, "ab"):
+            self.joins_exactly = tokenizer.decode(self.plain("a") + self.plain("b")) == "ab"
 
     def plain(self, text: str) -> Ids:
         """The tokens of the text alone; control tokens that it spells are control tokens."""
         return self._encode(text, literal=False)
 
     def _encode(self, text: str, *, literal: bool) -> Ids:
-        ids = _encoded(self.tokenizer, text, literal)
+        ids = encoded(self.tokenizer, text, literal=literal)
         for other, _ in self._others:
-            if _encoded(other.tokenizer, text, literal) != ids:
+            if encoded(other.tokenizer, text, literal=literal) != ids:
                 raise other.refuse(text, "tokens")
         return ids
 
@@ -339,18 +340,20 @@ def _texts(value: Any) -> Iterator[str]:
 
 def readable(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
     """The text of the tokens as it is, without special tokens."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    with tokenizing(tokenizer, f"ids {list(ids[:5])}"):
+        return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _encoded(tokenizer: "PreTrainedTokenizerBase", text: str, literal: bool) -> Ids:
+def encoded(tokenizer: "PreTrainedTokenizerBase", text: str, *, literal: bool = False, special: bool = False) -> Ids:
+    """The tokens of a text. literal: control tokens that it spells stay text. special: with what stands around it."""
     more = {"split_special_tokens": True} if literal else {}
-    return tuple(tokenizer.encode(text, add_special_tokens=False, verbose=False, **more))
+    with tokenizing(tokenizer, text):
+        return tuple(tokenizer.encode(text, add_special_tokens=special, verbose=False, **more))
 
 
 def _head(tokenizer: "PreTrainedTokenizerBase") -> Ids:
     """What the tokenizer puts before a text: bos, for most; what follows the text is left out."""
-    probe = tuple(tokenizer.encode("a", add_special_tokens=True, verbose=False))
-    alone = _encoded(tokenizer, "a", literal=False)
+    probe, alone = encoded(tokenizer, "a", special=True), encoded(tokenizer, "a")
     starts = [at for at in range(len(probe)) if probe[at : at + len(alone)] == alone]
     return probe[: starts[0]] if starts else ()
 

@@ -31,7 +31,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kltune.core.tensors import close
 from kltune.errors import ModelError
-from kltune.lm.model.files import reading
+from kltune.lm.data.documents import AdapterSettings
+from kltune.lm.data.foreign import read_json
+from kltune.lm.model.files import NAMES_CODE, reading, refuse_code
 
 POLICY = "default"  # PEFT saves an adapter of this name at the root of the folder, where every loader looks
 VALUE = "value"
@@ -103,16 +105,16 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         ModelError: there is none, it is not JSON, or the adapter is of a kind that puts no layers on a model's own.
     """
     path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         if not folder.exists():
-            raise ModelError(f"{folder}: there is no such folder.") from None
+            raise ModelError(f"{folder}: there is no such folder.")
         hint = f" Did you mean {folder / 'final'}?" if (folder / "final" / "adapter_config.json").exists() else ""
-        raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing).{hint}") from None
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON ({error}).") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing).{hint}")
+    refuse_code(folder, "adapter", trusted=True)
+    config = read_json(path, ModelError, AdapterSettings, finite=False)
+    if code := [name for name in NAMES_CODE if config.get(name)]:     # nothing an adapter needs, trusted or not
+        raise ModelError(f"{path} has {code[0]}, which would have Python code run; take it out.")
+    kind = config.get("peft_type")
     if kind in PROMPT_LEARNING or kind not in PEFT_TYPE_TO_TUNER_MAPPING:
         raise ModelError(
             f"{folder}: an adapter of type {kind}; kltune reads those that change a model's layers, as LORA and IA3, "
