@@ -16,13 +16,22 @@ import typer
 from kltune import __version__
 from kltune.cli.explain import explain_command
 from kltune.cli.measure import eval_kl_command, project_command
-from kltune.cli.options import JSONOption, OutputOption, RecipeOption, ResumeOption, SetOption
+from kltune.cli.options import (
+    JSONOption,
+    OutputOption,
+    RecipeOption,
+    ResumeOption,
+    SetOption,
+    TrustOption,
+    refuse_untrusted,
+)
 from kltune.cli.output import as_user_error, complain, emit, emit_document, result_text
 from kltune.cli.recipes import recipes
 from kltune.cli.sample import sample_command
 from kltune.cli.sweep import frontier_command, sweep_command
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
+from kltune.run.screen import ShownText
 
 QUIET_LIBRARIES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -51,9 +60,10 @@ def add_stage(stage: str, summary: str) -> None:
     @app.command(stage, help=summary)
     def run(
         recipe: RecipeOption, overrides: SetOption = None, output: OutputOption = None, resume: ResumeOption = False,
-        as_json: JSONOption = False,
+        trust_remote_code: TrustOption = False, as_json: JSONOption = False,
     ) -> None:
         loaded = load_recipe(recipe, overrides or (), stage, output)
+        refuse_untrusted(loaded, trust_remote_code)
         run_stage = getattr(import_module(f"kltune.stages.{stage}"), f"run_{stage}")
         emit_document(run_stage(loaded, resume), as_json, result_text)
 
@@ -112,6 +122,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")     # a terminal without ‖ still gets its answer
+    if not isinstance(sys.stderr, ShownText):
+        sys.stderr = ShownText(sys.stderr)
     try:
         app(args=arguments, prog_name="kltune")
     except KltuneError as error:

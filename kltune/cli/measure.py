@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from kltune.cli.options import JSONOption, confidence_level, finite
+from kltune.cli.options import JSONOption, TrustOption, confidence_level, finite
 from kltune.cli.output import emit_document, on_github, wants_colour
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
 from kltune.report.ci import annotations, write_junit, write_junit_error, write_step_summary
 from kltune.report.text import eval_kl_text
+from kltune.run.screen import undressed
 
 SourceOption = Annotated[
     str | None, typer.Option("--recipe", "-r", metavar="R.yaml", help="Where prompts and sampling come from.")
@@ -26,9 +27,6 @@ UnitOption = Annotated[Literal["nats_per_response", "nats_per_token"], typer.Opt
 ConfidenceOption = Annotated[float, typer.Option(callback=confidence_level, help="Of intervals and of the verdict.")]
 DateOption = Annotated[
     str | None, typer.Option(metavar="YYYY-MM-DD", help="The day a chat template is told that asks for it.")
-]
-TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python that ships with the models; off unless you read it.")
 ]
 
 
@@ -87,9 +85,10 @@ def eval_kl_command(
     if junit is not None:
         write_junit(junit, document)
     if on_github():
-        print(*annotations(document), sep="\n", file=sys.stderr)
+        print(*annotations(document), sep="\n", file=undressed(sys.stderr))
         write_step_summary(document)
-    emit_document(document, as_json, partial(eval_kl_text, colour=wants_colour(sys.stdout)))
+    colour = wants_colour(sys.stdout)
+    emit_document(document, as_json, partial(eval_kl_text, colour=colour), styled=colour)
     raise typer.Exit(code)
 
 

@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from kltune.errors import RecipeError
+from kltune.recipe import Recipe
+
 
 def finite(value: float | None) -> float | None:
     """Refuse nan and inf, which no range check catches."""
@@ -20,6 +23,18 @@ def confidence_level(value: float) -> float:
     return value
 
 
+def refuse_untrusted(recipe: Recipe, trusted: bool) -> None:
+    """Refuse a recipe by which a model's own Python would run, unless the command line asks for it too."""
+    if recipe.model.trust_remote_code and not trusted:
+        raise RecipeError(
+            f"model.trust_remote_code: true would run Python that ships with {recipe.model.path}, and a recipe alone "
+            "never does; if you have read it, add --trust-remote-code to the command."
+        )
+
+
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python that ships with the models; off unless you read it.")
+]
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="A YAML file, or the name of a packaged recipe.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one key: --set kl.target=4.")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kltune.cli.options import JSONOption, RecipeOption, SetOption, finite
+from kltune.cli.options import JSONOption, RecipeOption, SetOption, TrustOption, finite, refuse_untrusted
 from kltune.cli.output import emit_document
 from kltune.recipe import load_grid, load_recipe, read_scorer
 
@@ -21,6 +21,7 @@ def sweep_command(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the sweep.")],
     overrides: SetOption = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Points at a time.")] = 1,
+    trust_remote_code: TrustOption = False,
     as_json: JSONOption = False,
 ) -> None:
     """Run one recipe over a grid of settings, each point a run of its own.
@@ -37,9 +38,11 @@ def sweep_command(
     """
     output = output.expanduser().absolute()
     axes, points = load_grid(recipe, over, overrides or (), output=output)
+    for point in points:
+        refuse_untrusted(point.recipe, trust_remote_code)
     from kltune.stages.sweep import SweepOptions, sweep, sweep_text
 
-    document, code = sweep(axes, points, SweepOptions(recipe, output, tuple(overrides or ()), jobs))
+    document, code = sweep(axes, points, SweepOptions(recipe, output, tuple(overrides or ()), jobs, trust_remote_code))
     emit_document(document, as_json, sweep_text)
     raise typer.Exit(code)
 

@@ -28,12 +28,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kltune
-from kltune.errors import CheckpointError, DivergedError
+from kltune.errors import CheckpointError, DivergedError, RecipeError
 from kltune.lm.data.documents import CheckpointRecord, Manifest
 from kltune.recipe import DataSection
-from kltune.run.files import nonfinite_keys, read_json, storing, sync, write_json
+from kltune.run.files import UNFINISHED, nonfinite_keys, read_json, storing, sync, write_json
 
 SCHEMA = "kltune.checkpoint/1"
+MARKS = ("kltune.json", "manifest.json", "state")      # one of them is in a checkpoint from its first moment
 STEP_FOLDER = re.compile(r"step-\d{6,}")
 MANIFEST_SCHEMA = "kltune.manifest/1"
 
@@ -146,6 +147,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if (folder / "run.json").exists():
         final = folder / "final"
         checkpoint = final if final.exists() else latest_checkpoint(folder)
+        if checkpoint is not None and not checkpoint.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{checkpoint} is a link out of the run; give {checkpoint.resolve()} itself.")
         if checkpoint is None:
             raise CheckpointError(f"{folder} is a run that has saved nothing yet: no final/ and no checkpoint.")
         folder = checkpoint
@@ -209,14 +212,23 @@ def clear_leftovers(run_folder: Path) -> None:
     Only the holder of the run's lock may call it: another run's hidden folder would be its save in progress.
     """
     for parent in (run_folder, run_folder / "checkpoints"):
-        for aside in parent.glob(".old-*"):
-            name = parent / aside.name.removeprefix(".old-")
-            if name.exists():
-                _remove(aside)
+        if parent.is_symlink() and parent != run_folder:
+            raise RecipeError(f"{parent} is a link, and nothing is removed through one; put the folder in its place.")
+        for leftover in sorted(parent.glob(".[ot][lm][dp]-*")):
+            if not (UNFINISHED.fullmatch(leftover.name) and _is_ours(leftover)):
+                continue
+            name = parent / leftover.name.removeprefix(".old-")
+            if leftover.name.startswith(".old-") and not name.exists():
+                leftover.rename(name)
             else:
-                aside.rename(name)
-        for leftover in parent.glob(".tmp-*"):
-            _remove(leftover)
+                _remove(leftover)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether kltune made what has such a name: a file on its way to another name, or a folder with its marks."""
+    if path.is_symlink() or not path.is_dir():
+        return path.is_file() and not path.is_symlink()
+    return any((path / mark).exists() for mark in MARKS) or not any(path.iterdir())
 
 
 def _fill_and_rename(target: Path, write: Callable[[Path], None]) -> Path:
@@ -258,7 +270,7 @@ def _drop_oldest(newest: Path, keep: int) -> None:
 
 def _step_folders(run_folder: Path) -> list[Path]:
     found = (run_folder / "checkpoints").glob("step-*")
-    return [folder for folder in found if STEP_FOLDER.fullmatch(folder.name) and folder.is_dir()]
+    return [path for path in found if STEP_FOLDER.fullmatch(path.name) and path.is_dir() and _is_ours(path)]
 
 
 def _step_of(folder: Path) -> int:
@@ -271,6 +283,9 @@ def _step_of(folder: Path) -> int:
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
+        for part in path.iterdir():
+            if part.name not in MARKS:      # they go last: half a folder must still be known for what it is
+                _remove(part)
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

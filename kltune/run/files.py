@@ -10,10 +10,11 @@ import os
 import re
 import shutil
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from safetensors import SafetensorError
 
@@ -22,16 +23,17 @@ from kltune.lm.data import foreign
 from kltune.lm.data.documents import Finite, RunRecord
 from kltune.lm.data.foreign import open_ordinary
 
+HOLDER = re.compile(r"(process \d+ on .*\n?)?")      # what a lock file says
+# What a kill leaves of a file or a folder that was being written; see `write_whole` and `checkpoint`.
+UNFINISHED = re.compile(
+    r"\.tmp-(removed-step-\d{6,}|(step-\d{6,}|final|[\w.=,+-]+\.(json|jsonl|yaml|html|safetensors))-\d+)"
+    r"|\.old-(step-\d{6,}|final)"
+)
 RUN_SCHEMA = "kltune.run/1"
 NO_LOCKS_HERE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 CANNOT_WRITE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
 }
-SECRET_SHAPES = re.compile(r"\bhf_\w{16,}|\bsk-[A-Za-z0-9]{16,}|\bsk-[a-z]+-[\w-]{16,}|\bgh[pousr]_\w{16,}")
-USER_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
-SECRET_VARIABLE = re.compile(r"(?i)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
-SECRET_ARGUMENT = re.compile(r"(?i)((?:api_?key|token|secret|password|passwd)(?:\s*[=:]\s*|\s+))(?=\S)([^\s'\"]+)")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def claim(folder: Path, what: str, *, ours: bool) -> None:
@@ -46,7 +48,14 @@ def claim(folder: Path, what: str, *, ours: bool) -> None:
     except (FileExistsError, NotADirectoryError) as error:
         raise RecipeError(f"{folder} cannot be a folder: a file has that name. Choose another --output.") from error
     with storing(folder):
-        strangers = sorted(path.name for path in folder.iterdir() if path.name != ".lock" and path.name[:5] != ".tmp-")
+        held = sorted(folder.iterdir())
+    out = [path for path in held if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve())]
+    if out:
+        raise RecipeError(
+            f"{out[0]} is a link to {out[0].resolve()}, and nothing is written, or removed, outside of {folder}. Take "
+            "it away, or choose another --output."
+        )
+    strangers = [path.name for path in held if path.name != ".lock" and not UNFINISHED.fullmatch(path.name)]
     if strangers and not ours:
         raise RecipeError(
             f"{folder} is not empty and is no kltune {what} (it holds {', '.join(strangers[:3])}"
@@ -58,8 +67,7 @@ def claim(folder: Path, what: str, *, ours: bool) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Within: no other process writes the folder; the system frees it however this process ends."""
     path = folder / ".lock"
-    with storing(path):
-        file = open(path, "a+", encoding="utf-8")      # noqa: SIM115 (closed just below)
+    file = _open_lock(path)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,9 +80,27 @@ def locked(folder: Path) -> Iterator[None]:
                 raise
             print(f"warning: {folder} is on a file system without locks; start no second run there.", file=sys.stderr)
         with storing(path):
-            file.truncate(0)
+            file.seek(0)
+            file.truncate()
             print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
         yield
+
+
+def _open_lock(path: Path) -> TextIO:
+    """A lock file of kltune's, made if need be; RecipeError for anything else of that name."""
+    wanted = f"kltune did not make {path} ({{}}), and would write into it. Take it away, or choose another --output."
+    try:
+        with storing(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise RecipeError(wanted.format("it is a link, or no file")) from error
+    file = open(descriptor, "r+", encoding="utf-8", errors="replace")      # noqa: SIM115 (closed by the caller)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not HOLDER.fullmatch(file.read(200)):
+        file.close()
+        raise RecipeError(wanted.format("it is no file, or holds something else than the name of a process"))
+    return file
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -149,7 +175,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     with storing(path):
         try:
-            with open(temporary, "wb") as file:
+            temporary.unlink(missing_ok=True)
+            with open(temporary, "xb") as file:     # never through a link that waits there
                 file.write(content.encode("utf-8") if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -233,20 +260,3 @@ def _nulled(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_nulled(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def visible(text: str) -> str:
-    """Text in which control characters show as escapes, so that a model's response cannot steer a terminal."""
-    return CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
-
-
-def redact(text: str, *, arguments: bool = False) -> str:
-    """Text without the secrets of this process: keys and tokens from the environment, and what looks like one.
-
-    arguments: True for a command line, where the value of ``--set x.api_key=...`` goes as well.
-    """
-    for name, secret in os.environ.items():
-        if SECRET_VARIABLE.search(name) and len(secret) >= 8 and not secret.startswith("/"):      # a path is no secret
-            text = text.replace(secret, "[redacted]")
-    text = USER_IN_URL.sub("[redacted]", SECRET_SHAPES.sub("[redacted]", text))
-    return SECRET_ARGUMENT.sub(r"\1[redacted]", text) if arguments else text

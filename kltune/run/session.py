@@ -27,6 +27,7 @@ from kltune.lm.model.opening import load_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.inputs import inputs_of, refuse_changed
 from kltune.recipe import Recipe, differing_keys, dump_recipe, load_recipe, recipe_digest
+from kltune.recipe.faults import redact
 from kltune.run.caches import StoredAnswers, StoredLogprobs
 from kltune.run.checkpoint import clear_leftovers, latest_checkpoint, saved_step
 from kltune.run.files import (
@@ -37,10 +38,8 @@ from kltune.run.files import (
     read_json,
     read_jsonl,
     read_record,
-    redact,
     to_json,
     without_nonfinite,
-    write_json,
     write_whole,
 )
 from kltune.run.loggers import wanted_loggers
@@ -105,12 +104,12 @@ class Run:
     def record(self, **facts: Any) -> None:
         """Put facts in run.json, as where the scores came from."""
         self._record = {**self._record, **facts}
-        write_json(self.folder / "run.json", self._record)
+        write_whole(self.folder / "run.json", redact(to_json(self._record, indent=2)) + "\n")
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write result.json and call the run finished; the result as it was written, by ``without_nonfinite``."""
         result = without_nonfinite(result)
-        write_json(self.folder / "result.json", result)
+        write_whole(self.folder / "result.json", redact(to_json(result, indent=2)) + "\n")
         self.record(status="finished", ended=_now())
         return result
 
@@ -272,8 +271,8 @@ def _cut_after(path: Path, step: int) -> None:
 def _one_line(error: BaseException | None) -> str:
     if error is None:
         return "the stage ended without a result"
-    message = str(error).strip().partition("\n")[0][:500]
-    return redact(f"{type(error).__name__}: {message}" if message else type(error).__name__)
+    message = redact(str(error)).strip().partition("\n")[0][:500]      # before the cut: half a secret is none to find
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _now() -> str:

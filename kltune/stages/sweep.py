@@ -29,6 +29,7 @@ from kltune.recipe import (
     overlap,
     recipe_digest,
 )
+from kltune.recipe.faults import redact, visible
 from kltune.report.outcome import final_figures
 from kltune.report.text import aligned
 from kltune.run.files import (
@@ -37,9 +38,7 @@ from kltune.run.files import (
     read_document,
     read_json,
     read_record,
-    redact,
     to_json,
-    visible,
     without_nonfinite,
     write_whole,
 )
@@ -61,6 +60,7 @@ class SweepOptions:
     output: Path
     overrides: tuple[str, ...] = ()
     jobs: int = 1
+    trust_remote_code: bool = False
 
 
 def sweep(axes: Sequence[Axis], points: Sequence[GridPoint], options: SweepOptions) -> tuple[dict[str, Any], int]:
@@ -188,7 +188,7 @@ class _Sweep:
         return Command(
             point.name,
             (sys.executable, "-m", "kltune", point.recipe.stage, "--recipe", self.options.recipe, *sets, "--output",
-             str(folder), "--resume"),
+             str(folder), "--resume", *(["--trust-remote-code"] if self.options.trust_remote_code else [])),
             folder.with_name(f"{point.name}.log"),
         )
 

@@ -289,7 +289,7 @@ class Projection(TypedDict):
 class Point(TypedDict):
     """A point of a sweep."""
 
-    name: Annotated[str, Field(pattern=r"^[^/]+$")]
+    name: Annotated[str, Field(pattern=r"^[^/.][^/]*$")]       # of a folder and a file within the sweep's
     folder: NotRequired[str]
     status: NotRequired[str]
 
