@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 CONTENTS = {      # whole files
-    "empty": b"", "null": b"null", "list": b"[]", "text": b'"x"', "number": b"3", "nan": b"NaN", "infinite": b'{"a": 1e999}',
+    "empty": b"", "null": b"null", "list": b"[]", "text": b'"x"', "number": b"3", "nan": b"NaN",
+    "infinite": b'{"a": 1e999}',
     "brace": b"{", "deep": b"[" * 100_000, "latin": '{"é": 1}'.encode("latin-1"), "nul": b"\0" * 64, "object": b"{}",
     "utf-16": '{"a": 1}'.encode("utf-16"), "list of objects": b"[{}]", "long number": b'{"step": ' + b"9" * 5000 + b"}",
 }
@@ -29,7 +30,7 @@ class Hung(BaseException):
 
 @contextmanager
 def watchdog(seconds: float) -> Iterator[None]:
-    """Within: ``Hung`` is raised in the main thread after some seconds, wherever it is, if Python still gets a word in."""
+    """Within: ``Hung`` is raised in the main thread after some seconds, if Python gets a word in there."""
     def bark(*_: object) -> None:
         raise Hung(f"longer than {seconds} s")
 
@@ -58,8 +59,9 @@ def whole_files(file: str) -> Iterator[Change]:
     yield Change(f"{file}: cut", lambda folder: write(folder / file, (folder / file).read_bytes()[: -20]))
     yield Change(f"{file}: a folder", lambda folder: ((folder / file).unlink(), (folder / file).mkdir()))
     yield Change(f"{file}: a pipe", lambda folder: ((folder / file).unlink(), os.mkfifo(folder / file)))
-    yield Change(f"{file}: a device", lambda folder: ((folder / file).unlink(), (folder / file).symlink_to("/dev/zero")))
-    yield Change(f"{file}: a link to nothing", lambda folder: ((folder / file).unlink(), (folder / file).symlink_to("no")))
+    for kind, target in (("a device", "/dev/zero"), ("a link to nothing", "no")):
+        yield Change(f"{file}: {kind}", lambda folder, target=target: (
+            (folder / file).unlink(), (folder / file).symlink_to(target)))
     yield Change(f"{file}: gone", lambda folder: (folder / file).unlink())
 
 
@@ -104,7 +106,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 class Trap:
-    """A pickle that leaves a file when it is opened."""
+    """A pickle that leaves a folder when it is opened."""
 
     def __init__(self, sprung: Path):
         self.sprung = sprung
@@ -113,11 +115,70 @@ class Trap:
         return os.mkdir, (str(self.sprung),)
 
 
-def trapped_python(sprung: Path) -> str:
-    """Python that leaves a file when it is run, and could pass for anything."""
-    return f"import os\nos.makedirs({str(sprung)!r}, exist_ok=True)\ndef score(p, r):\n    return [0.0] * len(p)\nModel = score\n"
+def traps(sprung: Path) -> Iterator[Change]:
+    """Ways to have code run, or a file outside opened, by a folder of a model or an adapter."""
+    pickled = pickle.dumps(Trap(sprung))
+    python = f"import os\nos.makedirs({str(sprung)!r}, exist_ok=True)\nclass Model: pass\n"
+
+    def put(folder: Path, name: str, content: bytes) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+    def key(file: str, **keys: Any) -> Callable[[Path], None]:
+        def change(folder: Path) -> None:
+            put(folder, "modeling.py", python.encode())
+            document = json.loads((folder / file).read_bytes()) if (folder / file).exists() else {}
+            put(folder, file, json.dumps(document | keys).encode())
+        return change
+
+    def index(target: str) -> Callable[[Path], None]:
+        def change(folder: Path) -> None:
+            put(folder, "model-00001.bin", pickled)
+            put(folder.parent, "elsewhere.safetensors", b"")
+            mapped = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": target}}
+            put(folder, "model.safetensors.index.json", json.dumps(mapped).encode())
+        return change
+
+    auto = {"AutoConfig": "modeling.Model", "AutoModelForCausalLM": "modeling.Model", "AutoTokenizer":
+            ["modeling.Model", "modeling.Model"], "AutoModelForSequenceClassification": "modeling.Model"}
+    for file in ("config.json", "tokenizer_config.json", "generation_config.json", "adapter_config.json"):
+        yield Change(f"auto_map in {file}", key(file, auto_map=auto))
+        yield Change(f"trust in {file}", key(file, trust_remote_code=True, auto_map=auto))
+    for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+        yield Change(f"{name}: x/y", key("config.json", **{name: "someone/kernels"}))
+    yield Change("megatron_core", key("adapter_config.json", megatron_config={"a": 1}, megatron_core="modeling"))
+    yield Change("custom_generate", key("generation_config.json", custom_generate="someone/generate"))
+    for target in ("model-00001.bin", "../elsewhere.safetensors", "/etc/passwd", "a/b.safetensors", "..\u2215x.pt"):
+        yield Change(f"index to {target}", index(target))
+    for name in ("pytorch_model.bin", "adapter_model.bin", "model.pt", "training_args.bin", "optimizer.pt"):
+        yield Change(f"{name} beside", lambda folder, name=name: put(folder, name, pickled))
+        yield Change(f"{name} alone", lambda folder, name=name: (
+            [path.unlink() for path in folder.glob("*.safetensors")], put(folder, name, pickled)))
+    for name in ("vocab_file", "tokenizer_file", "merges_file"):
+        yield Change(f"{name} outside", key("tokenizer_config.json", **{name: "/etc/passwd"}))
+    weights = ("model.safetensors", "adapter_model.safetensors")
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", *weights):
+        yield Change(f"{name} is a link out", lambda folder, name=name: (
+            (folder / name).unlink(missing_ok=True), (folder / name).symlink_to("/etc/passwd")))
 
 
-def trapped_pickle(sprung: Path) -> bytes:
-    """The bytes of a Trap."""
-    return pickle.dumps(Trap(sprung))
+def slow(folder: Path) -> Iterator[Change]:
+    """What takes for ever: expressions, templates, and models that are described larger than they are."""
+    chat = folder / "tokenizer_config.json"
+    for template in (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 'a' * 10**12 }}",
+        "{{ 'a' * 10**8 }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ 9**9**9 }}",
+    ):
+        if chat.exists():
+            yield Change(f"template {template}", lambda at, template=template: edit(
+                at / "tokenizer_config.json", ("chat_template",), template))
+    adapter = (folder / "adapter_config.json").exists()
+    for pattern in ("(.*.*.*.*)*x", "([a-z._0-9]+)+$x", "(a|a|.)*(a|.)*(a|.)*!"):
+        if adapter:
+            yield Change(f"targets {pattern}", lambda at, pattern=pattern: edit(
+                at / "adapter_config.json", ("target_modules",), pattern))
+            yield Change(f"ranks {pattern}", lambda at, pattern=pattern: edit(
+                at / "adapter_config.json", ("rank_pattern",), {pattern: 4}))
+    for name in ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
+        if not adapter:
+            yield Change(f"a large {name}", lambda at, name=name: edit(at / "config.json", (name,), 10**9))

@@ -9,7 +9,7 @@ from kltune.errors import Interrupted, KltuneError, StorageError
 from kltune.recipe import RecipeFaults
 from kltune.recipe.faults import redact, visible
 from kltune.report.ci import escaped
-from kltune.run.files import CANNOT_WRITE, to_json, without_nonfinite
+from kltune.run.files import CANNOT_WRITE, to_json
 from kltune.run.screen import duration, interval, number, undressed, wants_colour, with_error
 
 OUT_OF_MEMORY = "out of memory; lower optim.micro_batch_size (results stay the same), or sampling.max_new_tokens"
@@ -30,9 +30,9 @@ def emit(text: str, *, styled: bool = False) -> None:
 
 
 def emit_json(document: dict[str, Any]) -> None:
-    """Print a result as one JSON document; a number that is not finite is null, and named under "nonfinite"."""
+    """Print a result as one JSON document; a nan in it is a bug, not a number."""
     # In JSON a # may be escaped, in GitHub's commands not.
-    emit(to_json(without_nonfinite(document), indent=2, ascii_only=True).replace("##[", "#\\u0023["), styled=True)
+    emit(to_json(document, indent=2, ascii_only=True).replace("##[", "#\\u0023["), styled=True)
 
 
 def emit_document(

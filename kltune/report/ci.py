@@ -83,7 +83,7 @@ def write_step_summary(document: dict[str, Any]) -> None:
 
 def escaped(text: str, more: str = "") -> str:
     """Text for a GitHub workflow command; properties need ``:`` and ``,`` escaped ``more``."""
-    return "".join(f"%{ord(c):02X}" if c in "%\r\n" + more else c for c in visible(redact(text)))
+    return visible("".join(f"%{ord(c):02X}" if c in "%\r\n" + more else c for c in redact(text)))
 
 
 def _verdict_and_kl(document: dict[str, Any]) -> str:

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING
 import jinja2
 
 from kltune.errors import ModelError
+from kltune.lm.data.foreign import memory_limit, time_limit
 from kltune.lm.data.forms import Message
 from kltune.lm.data.rows import RowFault
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 2, 1 << 30       # that a chat template may take for one row, beside what is in use
+MOST_WRITTEN = 1_000_000    # characters of a template's own
 CLOCK = "strftime_now"      # by which templates ask for the time
 PROBE = "kltune"            # an answer that no template knows anything of
 
@@ -82,12 +85,23 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], *, to_answer: bool) -> str:
         """The messages as the template writes them, to be answered or not; RowFault if it refuses them."""
         self.used = True
+        slow = ModelError(
+            f"{self._tokenizer.name_or_path}: its chat template takes more than {TEMPLATE_SECONDS} s over one row."
+        )
         try:
-            more = {"chat_template": with_date(self.source, self.day)} if CLOCK in self.source else {}
-            return self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=to_answer, **more
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            with time_limit(TEMPLATE_SECONDS, slow), memory_limit(TEMPLATE_BYTES):
+                more = {"chat_template": with_date(self.source, self.day)} if CLOCK in self.source else {}
+                text = self._tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=to_answer, **more
+                )
+            if len(text) > MOST_WRITTEN + 100 * sum(len(str(message)) for message in messages):
+                raise ModelError(f"{self._tokenizer.name_or_path}: its chat template writes {len(text):,} characters.")
+            return text
+        except (MemoryError, OverflowError) as error:
+            raise ModelError(
+                f"{self._tokenizer.name_or_path}: its chat template wants more than {TEMPLATE_BYTES >> 20} MiB."
+            ) from error
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, RecursionError) as error:
             raise RowFault(f"the tokenizer's chat template refuses the messages: {error}") from error
 
     def behind_answer(self) -> str | None:

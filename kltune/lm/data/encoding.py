@@ -21,6 +21,7 @@ Ids = tuple[int, ...]
 Scored = tuple[Ids, tuple[bool, ...]]       # tokens, and which of them the assistant says
 # Tokenizers of the SentencePiece kind put a space before every text; behind a line break they leave it out.
 LINE_BREAK = "\n"
+LONG_TEXT, LONG_TOKEN = 1_000_000, 64      # characters of a text, and for each token of it that counts: a part will do
 MARK = "\ufdd0"     # stands within a spelling that is to stay text; Unicode keeps this one out of texts
 
 
@@ -67,8 +68,10 @@ class Encoder:
         day: date | None = None,
         control: Literal["auto", "text", "tokens"] = "auto",
         others: Sequence[OtherTokenizer] = (),
+        limit: int | None = None,
     ):
-        """Arguments as in ``RowRules``."""
+        """Arguments as in ``RowRules``; limit: tokens of a row beyond which none is read, so that none need be made."""
+        self.limit = limit
         self.tokenizer, self.template, self.end_token, self.control = tokenizer, template, end_token, control
         self.ends = frozenset({end_token, *end_ids} - {None})
         self.chat = ChatTemplate(tokenizer, day)
@@ -83,21 +86,30 @@ class Encoder:
         with tokenizing(tokenizer, "ab"):
             self.joins_exactly = tokenizer.decode(self.plain("a") + self.plain("b")) == "ab"
 
-    def plain(self, text: str) -> Ids:
+    def plain(self, text: str, *, from_end: bool = False) -> Ids:
         """The tokens of the text alone; control tokens that it spells are control tokens."""
-        return self._encode(text, literal=False)
+        return self._encode(text, literal=False, from_end=from_end)
 
-    def _encode(self, text: str, *, literal: bool) -> Ids:
+    def _encode(self, text: str, *, literal: bool, from_end: bool = False) -> Ids:
+        """The tokens of a text; of a very long one of its beginning, or its end, as many as there may be and more."""
+        most = max(LONG_TEXT, LONG_TOKEN * (self.limit or 0))
+        if self.limit is not None and len(text) > most:
+            ids = self._encode(text[-most:] if from_end else text[:most], literal=literal)
+            if len(ids) > self.limit:
+                return ids
         ids = encoded(self.tokenizer, text, literal=literal)
         for other, _ in self._others:
             if encoded(other.tokenizer, text, literal=literal) != ids:
                 raise other.refuse(text, "tokens")
         return ids
 
-    def first_ids(self, text: str) -> Ids:
-        """Tokens of a text at the start: bos if there is one, never two, no end token; RowFault if there are none."""
+    def first_ids(self, text: str, *, from_end: bool = False) -> Ids:
+        """Tokens of a text at the start: bos if there is one, never two, no end token; RowFault if there are none.
+
+        from_end: of a very long text its end is what counts.
+        """
         self._note(text)
-        ids = self._encode(text, literal=self.control == "text")
+        ids = self._encode(text, literal=self.control == "text", from_end=from_end)
         if not ids:
             raise RowFault(f"the tokenizer makes no token of {text[:40]!r}")
         return ids if ids[: len(self.head)] == self.head else self.head + ids
@@ -161,13 +173,14 @@ class Encoder:
     def prompt(self, asked: Asked) -> tuple[Ids, str, tuple[Message, ...]]:
         """A prompt's tokens, what was said in it, and its messages if it goes through the chat template, else ()."""
         if not self.uses_chat(messages=not isinstance(asked, str)):
-            return self.first_ids(asked), asked, ()
+            return self.first_ids(asked, from_end=True), asked, ()
         messages = as_messages(asked)
         return self.chat_ids(messages, to_answer=True), said(messages), tuple(messages)
 
     def chat_ids(self, messages: Sequence[Message], *, to_answer: bool) -> Ids:
         """The tokens of messages as the chat template writes them; RowFault if it refuses them."""
-        return self._ids(self._chat_text(messages, to_answer=to_answer))
+        text = self._chat_text(messages, to_answer=to_answer)
+        return self._ids(text) if MARK in text else self.plain(text, from_end=to_answer)
 
     def conversation(self, messages: Sequence[Message], turns: str = "all") -> list[Scored]:
         """The tokens of a conversation up to its last answer, and which of them the assistant says.

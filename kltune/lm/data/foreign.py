@@ -8,7 +8,13 @@ import errno
 import json
 import math
 import os
+import resource
+import signal
 import stat
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +36,44 @@ def open_ordinary(path: str | os.PathLike[str]) -> BinaryIO:
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
         raise OSError(errno.EINVAL, f"it is {kind}, wanted an ordinary file", os.fspath(path))
     return open(descriptor, "rb")
+
+
+@contextmanager
+def time_limit(seconds: float, error: KltuneError) -> Iterator[None]:
+    """Within: ``error`` is raised after some seconds of Python, regular expressions included.
+
+    Only in the main thread, where everything of strangers is read; elsewhere there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise error
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def memory_limit(more: int) -> Iterator[None]:
+    """Within: what asks for so many more bytes than the process has now gets a MemoryError."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else None
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = None if pages is None else pages * resource.getpagesize() + more
+    if wanted is None or (before[0] != resource.RLIM_INFINITY and before[0] <= wanted):
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (wanted, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def read_ordinary(path: str | os.PathLike[str]) -> bytes:

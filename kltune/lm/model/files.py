@@ -10,6 +10,7 @@ model a shallower one. What nobody reads is looked at here.
 
 import errno
 import json
+import math
 import os
 import re
 import stat
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from kltune.errors import KltuneError, ModelError
@@ -40,6 +42,7 @@ OTHER_HEADS = re.compile(r"For(\w*Classification|\w*QuestionAnswering|MultipleCh
 # Masks and angles that old checkpoints hold and models now compute; heads that are dropped after pretraining.
 NOT_READ = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$|(^|\.)(mtp|pooler)\.")
 DIGITS = re.compile(r"\d+")
+MOST_MADE_UP = 10_000_000       # numbers that a model may have beside those in its files: more are refused unmade
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 WAYS_ON = {     # by what an exception's class, or else its text, has in it
     "SafetensorError": "a file is damaged or cut off; download or copy it again",
@@ -181,6 +184,38 @@ def refuse_quantised(config: Any, path: str, where: str, error: type[KltuneError
 
 def _own(config: Any, name: str) -> list[Any]:
     return [getattr(part, name, None) for part in (config, config.get_text_config())]
+
+
+def refuse_oversized(config: Any, path: str, where: str, error: type[KltuneError], build: Any) -> None:
+    """Raise for a configuration of far more layers or numbers than a folder's files hold, before memory is taken.
+
+    build: makes a model of a configuration; here without memory.
+    """
+    sizes = [_held(file, error, where) for file in Path(path).glob("*.safetensors")] if Path(path).is_dir() else []
+    tensors, numbers = (sum(size[part] for size in sizes) for part in (0, 1))
+    own = config.get_text_config()
+    counts = {name: value for name, value in vars(own).items() if type(value) is int}
+    layers = getattr(own, "num_hidden_layers", None)
+    if not sizes or not isinstance(layers, int):
+        return
+    if layers > tensors:
+        raise error(f"{where}: {path}/config.json: num_hidden_layers: found {layers:,}, but its files hold {tensors:,} "
+                    "tensors in all.")
+    large = {name: value for name, value in counts.items() if value > numbers and not name.endswith("_token_id")}
+    if not large:
+        return
+    with reading(path, where, error), torch.device("meta"):
+        described = sum(tensor.numel() for tensor in build(config).parameters())
+    if described > MOST_MADE_UP + 2 * numbers:
+        raise error(f"{where}: {path}/config.json describes a model of {described:,} numbers ({next(iter(large))}: "
+                    f"{next(iter(large.values())):,}), but its files hold {numbers:,}.")
+
+
+def _held(file: Path, error: type[KltuneError], where: str) -> tuple[int, int]:
+    """How many tensors and numbers a file has, by its header."""
+    with reading(file, where, error), safe_open(file, framework="pt") as held:
+        shapes = [held.get_slice(name).get_shape() for name in held.keys()]      # noqa: SIM118 (safe_open is no dict)
+    return len(shapes), sum(math.prod(shape) for shape in shapes)
 
 
 def refuse_other_heads(config: Any, path: str, where: str) -> None:

@@ -16,7 +16,14 @@ from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.chat import EndTokens, template_of
 from kltune.lm.data.documents import AdapterSettings, SavedModel
 from kltune.lm.data.foreign import read_json
-from kltune.lm.model.files import check_all_read, reading, refuse_code, refuse_other_heads, refuse_quantised
+from kltune.lm.model.files import (
+    check_all_read,
+    reading,
+    refuse_code,
+    refuse_other_heads,
+    refuse_oversized,
+    refuse_quantised,
+)
 from kltune.recipe import ModelSection
 
 NO_CAUSAL = "could not be loaded as a causal language model"
@@ -254,6 +261,7 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
         config = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code, **_locality(path))
     refuse_quantised(config, path, where)
     refuse_other_heads(config, path, where)
+    refuse_oversized(config, path, where, ModelError, AutoModelForCausalLM.from_config)
     with reading(path, where, failed=NO_CAUSAL):
         model, report = AutoModelForCausalLM.from_pretrained(
             path,

@@ -17,7 +17,7 @@ from kltune.lm.data.examples import Prompt
 from kltune.lm.data.forms import Message
 from kltune.lm.data.rows import RowFault
 from kltune.lm.model.batches import Samples, pad_right
-from kltune.lm.model.files import check_all_read, reading, refuse_code, refuse_quantised
+from kltune.lm.model.files import check_all_read, reading, refuse_code, refuse_oversized, refuse_quantised
 from kltune.lm.model.loading import as_in_file
 from kltune.lm.rewards.reward_model import is_reward_model
 from kltune.recipe import ClassifierReward, ModelReward
@@ -173,6 +173,7 @@ def load_classifier(
     with reading(entry.path, "reward", ScorerError, "could not be loaded as a sequence classifier"):
         config = AutoConfig.from_pretrained(entry.path, **local)
     refuse_quantised(config, entry.path, "reward", ScorerError)
+    refuse_oversized(config, entry.path, "reward", ScorerError, AutoModelForSequenceClassification.from_config)
     for part in (config, config.get_text_config()):
         if (getattr(part, "pad_token_id", None) or 0) >= getattr(part, "vocab_size", math.inf):
             part.pad_token_id = None        # no embedding can be made with it
