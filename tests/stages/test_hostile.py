@@ -14,6 +14,7 @@ from kltune.errors import KltuneError
 from kltune.lm.model.opening import load_reference
 from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import ModelReward, ModelSection
+from kltune.report import pages
 from tests.hostile import Change, Hung, single_fields, slow, traps, watchdog, whole_files
 
 SECONDS = 10.0
@@ -54,6 +55,12 @@ def commands(kind: str, folder: Path, sound: dict[str, Path]) -> Iterator[Callab
     else:
         yield lambda: load_reference(ModelSection(path=str(sound["model"]), sft_adapter=str(folder)), device=CPU)
         yield lambda: run("eval-kl", folder, *few)
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Pages without pictures, which take longer than all the reading."""
+    monkeypatch.setattr(pages, "draw", lambda *_: None)
 
 
 def run(*arguments: object) -> None:
@@ -109,7 +116,7 @@ KINDS = ("model", "adapter", "checkpoint", "run", "reward")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_odd_file_ends_in_one_line(kind, sound, tmp_path):
-    assert faults(kind, odd(kind, sound[kind])[:10], sound, tmp_path, tmp_path / "sprung") == []
+    assert faults(kind, odd(kind, sound[kind])[:6], sound, tmp_path, tmp_path / "sprung") == []
 
 
 @pytest.mark.stress
@@ -118,6 +125,7 @@ def test_400_odd_files_end_in_one_line_each(kind, sound, tmp_path):
     assert faults(kind, odd(kind, sound[kind])[:80], sound, tmp_path, tmp_path / "sprung") == []
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("kind", ["model", "adapter", "reward"])
 def test_no_code_of_a_folder_runs_and_nothing_outside_of_it_is_opened(kind, sound, tmp_path):
     sprung = tmp_path / "sprung"
@@ -141,6 +149,13 @@ def test_what_leads_to_code_or_out_of_a_folder_is_refused_by_training_too(sound,
     assert let_through == []
 
 
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_a_template_an_expression_and_a_size_without_end_are_met(kind, sound, tmp_path):
+    changes = list(slow(sound[kind]))
+    assert faults(kind, [changes[0], changes[-1]], sound, tmp_path, tmp_path / "sprung") == []
+
+
+@pytest.mark.stress
 @pytest.mark.parametrize("kind", ["model", "adapter"])
 def test_nothing_of_a_folder_takes_for_ever(kind, sound, tmp_path):
     assert faults(kind, list(slow(sound[kind])), sound, tmp_path, tmp_path / "sprung") == []
