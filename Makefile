@@ -1,6 +1,7 @@
 # make demo   everything from nothing: environment, tiny model, SFT -> PPO with a target KL -> eval-kl
 # make test   the tests
-# make stress every architecture of transformers and every kind of adapter of PEFT, held against plain transformers
+# make stress every architecture of transformers and every kind of adapter of PEFT, held against plain transformers;
+#             400 odd and hostile folders
 # A python of another name: make demo PYTHON=python3.12
 
 PYTHON ?= python3
