@@ -2,6 +2,7 @@
 # make test   the tests
 # make stress every architecture of transformers and every kind of adapter of PEFT, held against plain transformers;
 #             kills, exits, power cuts and full disks at every moment of every stage
+#             400 odd and hostile folders
 # A python of another name: make demo PYTHON=python3.12
 
 PYTHON ?= python3

@@ -1,7 +1,9 @@
 """Small models for every room that needs one; heavy imports wait until a test asks."""
 
+import errno
+import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +33,37 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         counts.update({name: count for name, count in report.user_properties if isinstance(count, int)})
     if counts:
         terminalreporter.write_line("survived: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test looks for anything but this machine; one that tries fails, whatever became of the attempt."""
+    attempts: list[object] = []
+
+    def is_here(host: object) -> bool:
+        return host in (None, "", "localhost", "::1", b"localhost") or str(host).startswith("127.")
+
+    def guarded(name: str, host_of: Callable[..., object]) -> None:
+        owner = socket if name == "getaddrinfo" else socket.socket
+        plain = getattr(owner, name)
+
+        def attempt(*arguments: object, **keywords: object) -> object:
+            host = host_of(*arguments)
+            if not is_here(host):
+                attempts.append(host)
+                raise OSError(errno.ENETUNREACH, f"a test must not reach for {host}")
+            return plain(*arguments, **keywords)
+
+        monkeypatch.setattr(owner, name, attempt)
+
+    def peer(sock: socket.socket, address: object) -> object:
+        return None if sock.family == socket.AF_UNIX else address[0]
+
+    guarded("connect", peer)
+    guarded("connect_ex", peer)
+    guarded("getaddrinfo", lambda host, *_: host)
+    yield
+    assert attempts == []
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,9 @@ from kltune.cli.options import (
     RecipeOption,
     ResumeOption,
     SetOption,
+    TrustOption,
     recipe_named,
+    refuse_untrusted,
     whole,
 )
 from kltune.cli.output import as_user_error, complain, emit, emit_document, result_text
@@ -36,6 +38,7 @@ from kltune.cli.streams import guard_streams
 from kltune.cli.sweep import frontier_command, sweep_command
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
+from kltune.run.screen import ShownText
 from kltune.run.subprocesses import end_at_once, on_stop_signals
 
 QUIET_LIBRARIES = {
@@ -88,9 +91,11 @@ def add_stage(stage: str, summary: str) -> None:
     @app.command(stage, help=f"{summary}\n\n{example}", short_help=SHORT[stage], cls=Command)
     def run(
         positional: RecipeArgument = None, recipe: RecipeOption = None, overrides: SetOption = None,
-        output: OutputOption = None, resume: ResumeOption = False, as_json: JSONOption = False,
+        output: OutputOption = None, resume: ResumeOption = False, trust_remote_code: TrustOption = False,
+        as_json: JSONOption = False,
     ) -> None:
         loaded = load_recipe(recipe_named(positional, recipe, stage), overrides or (), stage, output)
+        refuse_untrusted(loaded, trust_remote_code)
         look_before_running(loaded)
         run_stage = getattr(import_module(f"kltune.stages.{stage}"), f"run_{stage}")
         emit_document(run_stage(loaded, resume), as_json, result_text)
@@ -153,6 +158,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # Libraries warn each other of renamed attributes; no user of kltune can do anything about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b.*")
     guard_streams()
+    if not isinstance(sys.stderr, ShownText):
+        sys.stderr = ShownText(sys.stderr)
     try:
         with on_stop_signals(end_at_once):      # until a run has something to save
             app(args=arguments, prog_name="kltune")

@@ -62,7 +62,8 @@ def explain_command(
         emit_json({"schema": "kltune.explain/1", "asked": word, **asdict(answer)})
         return
     text = overview(answer.guides) if word is None else "\n\n".join(texts(answer))
-    emit(laid_out(text) if wants_colour(result_stream()) else text)
+    colour = wants_colour(result_stream())
+    emit(laid_out(text) if colour else text, styled=colour)
 
 
 def answer_to(word: str) -> Explanation:

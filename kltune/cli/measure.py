@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from kltune.cli.options import JSONOption, one_of, real, whole
+from kltune.cli.options import JSONOption, TrustOption, one_of, real, whole
 from kltune.cli.output import emit_document, on_github, wants_colour
 from kltune.cli.streams import result_stream
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
 from kltune.report.ci import annotations, write_junit, write_junit_error, write_step_summary
 from kltune.report.text import eval_kl_text
+from kltune.run.screen import undressed
 
 SourceOption = Annotated[
     str | None, typer.Option("--recipe", "-r", metavar="R.yaml", help="Where prompts and sampling come from.")
@@ -36,9 +37,6 @@ ConfidenceOption = Annotated[float, typer.Option(
 BUDGET = real("a number of nats, at least 0", lambda x: x >= 0)
 DateOption = Annotated[
     str | None, typer.Option(metavar="YYYY-MM-DD", help="The day a chat template is told that asks for it.")
-]
-TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python that ships with the models; off unless you read it.")
 ]
 
 
@@ -100,9 +98,10 @@ def eval_kl_command(
     if junit is not None:
         write_junit(junit, document)
     if on_github():
-        print(*annotations(document), sep="\n", file=sys.stderr)
+        print(*annotations(document), sep="\n", file=undressed(sys.stderr))
         write_step_summary(document)
-    emit_document(document, as_json, partial(eval_kl_text, colour=wants_colour(result_stream())))
+    colour = wants_colour(result_stream())
+    emit_document(document, as_json, partial(eval_kl_text, colour=colour), styled=colour)
     raise typer.Exit(code)
 
 

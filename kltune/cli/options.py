@@ -9,6 +9,7 @@ import typer
 
 from kltune.cli.streams import ResultCommand
 from kltune.errors import RecipeError
+from kltune.recipe import Recipe
 from kltune.recipe.wording import listed
 
 TYPES = re.compile(r" <(?:list\[\w+\]|\w+)>")        # how typer shows the type of an argument
@@ -77,6 +78,18 @@ def recipe_named(positional: str | None, option: str | None, command: str) -> st
     return named
 
 
+def refuse_untrusted(recipe: Recipe, trusted: bool) -> None:
+    """Refuse a recipe by which a model's own Python would run, unless the command line asks for it too."""
+    if recipe.model.trust_remote_code and not trusted:
+        raise RecipeError(
+            f"model.trust_remote_code: true would run Python that ships with {recipe.model.path}, and a recipe alone "
+            "never does; if you have read it, add --trust-remote-code to the command."
+        )
+
+
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python that ships with the models; off unless you read it.")
+]
 RecipeArgument = Annotated[str | None, typer.Argument(metavar="[R.yaml]", help="The same as --recipe.")]
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", "-r", metavar="R.yaml", help="A file, or the name of a packaged recipe.")

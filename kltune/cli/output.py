@@ -11,20 +11,24 @@ from typing import Any
 from kltune.cli.streams import drop_buffered, result_stream
 from kltune.errors import Interrupted, KltuneError, StorageError
 from kltune.recipe import RecipeFaults
+from kltune.recipe.faults import redact, visible
 from kltune.report.ci import escaped
 from kltune.run.files import CANNOT_WRITE, refused, to_json
-from kltune.run.screen import duration, interval, number, wants_colour, with_error
+from kltune.run.screen import duration, interval, number, undressed, wants_colour, with_error
 
 GATE = 1.25     # times the target: what the command that is suggested allows
 MAY_BE_READING = {errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
 OUT_OF_MEMORY = "out of memory; lower optim.micro_batch_size (results stay the same), or sampling.max_new_tokens"
 
 
-def emit(text: str) -> None:
-    """Print a result; a reader that has gone away is no error."""
-    stream = result_stream()
+def emit(text: str, *, styled: bool = False) -> None:
+    """Print a result without secrets; a reader that has gone away is no error.
+
+    styled: it has colours, and what strangers wrote in it is ``visible`` already; all else is made so here.
+    """
+    text, stream = redact(text), result_stream()
     try:
-        print(text, file=stream, flush=True)
+        print(text if styled else visible(text), file=stream, flush=True)
     except OSError as error:
         drop_buffered(stream)
         if not isinstance(error, BrokenPipeError):
@@ -35,15 +39,18 @@ def emit(text: str) -> None:
 
 def emit_json(document: dict[str, Any]) -> None:
     """Print a result as one JSON document; a nan in it is a bug, not a number."""
-    emit(to_json(document, indent=2, ascii_only=True))
+    # In JSON a # may be escaped, in GitHub's commands not.
+    emit(to_json(document, indent=2, ascii_only=True).replace("##[", "#\\u0023["), styled=True)
 
 
-def emit_document(document: dict[str, Any], as_json: bool, as_text: Callable[[dict[str, Any]], str]) -> None:
-    """Print a result as one JSON document, or as text for people."""
+def emit_document(
+    document: dict[str, Any], as_json: bool, as_text: Callable[[dict[str, Any]], str], *, styled: bool = False
+) -> None:
+    """Print a result as one JSON document, or as text for people; ``styled`` as for `emit`."""
     if as_json:
         emit_json(document)
     else:
-        emit(as_text(document))
+        emit(as_text(document), styled=styled)
 
 
 def result_text(result: dict[str, Any]) -> str:
@@ -95,13 +102,14 @@ def complain(error: KltuneError) -> int:
     label = "kltune: stopped:" if isinstance(error, Interrupted) else "kltune: error:"
     if wants_colour(sys.stderr):
         label = f"\033[31m{label}\033[0m"
-    print(f"{label} {error}", file=sys.stderr)
+    print(f"{label} ", end="", file=undressed(sys.stderr))
+    print(visible(redact(str(error))), file=undressed(sys.stderr))
     if on_github() and isinstance(error, RecipeFaults):
         for fault in error.faults:
             where = f"file={escaped(fault.place.file, ':,')},line={fault.place.line},col={fault.place.column}"
-            print(f"::error {where}::{escaped(f'{fault.key}: {fault.text}')}", file=sys.stderr)
+            print(f"::error {where}::{escaped(f'{fault.key}: {fault.text}')}", file=undressed(sys.stderr))
     elif on_github():
-        print(f"::error title=kltune::{escaped(str(error))}", file=sys.stderr)
+        print(f"::error title=kltune::{escaped(str(error))}", file=undressed(sys.stderr))
     return error.exit_code
 
 

@@ -13,9 +13,8 @@ from kltune.cli.measure import (
     SeedOption,
     SourceOption,
     TemperatureOption,
-    TrustOption,
 )
-from kltune.cli.options import JSONOption, one_of, whole
+from kltune.cli.options import JSONOption, TrustOption, one_of, whole
 from kltune.cli.output import emit, emit_document, wants_colour
 from kltune.cli.streams import result_stream
 from kltune.recipe import load_recipe
@@ -61,7 +60,7 @@ def sample_command(
             return
         print("Type prompts, one a line; Ctrl-D ends.", file=sys.stderr)
     texts = list(prompt or ()) if prompt or prompts is not None else lines_of(sys.stdin)
-    emit_document(sample(checkpoint, texts, options), as_json, partial(sample_text, colour=colour))
+    emit_document(sample(checkpoint, texts, options), as_json, partial(sample_text, colour=colour), styled=colour)
 
 
 def lines_of(stream) -> list[str]:
@@ -71,7 +70,7 @@ def lines_of(stream) -> list[str]:
 
 def converse(speaker, colour: bool) -> None:
     """Answer prompts as they are typed, until there are no more."""
-    emit(sample_heading(speaker.document([]), colour=colour))
+    emit(sample_heading(speaker.document([]), colour=colour), styled=colour)
     turn = 0
     while True:
         print("\n> ", end="", file=sys.stderr, flush=True)
@@ -81,5 +80,5 @@ def converse(speaker, colour: bool) -> None:
             return
         if line.strip():
             for entry in speaker.answer([line.rstrip("\r\n")], turn):
-                emit(answers_text(entry, colour=colour))
+                emit(answers_text(entry, colour=colour), styled=colour)
             turn += 1

@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from kltune.cli.options import JSONOption, RecipeArgument, RecipeOption, SetOption, real, recipe_named, whole
+from kltune.cli.options import (
+    JSONOption,
+    RecipeArgument,
+    RecipeOption,
+    SetOption,
+    TrustOption,
+    real,
+    recipe_named,
+    refuse_untrusted,
+    whole,
+)
 from kltune.cli.output import emit_document
 from kltune.cli.recipes import look_before_running
 from kltune.recipe import Recipe, load_grid, load_recipe, read_scorer
@@ -26,6 +36,7 @@ def sweep_command(
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", **whole(1), help="Points at a time.")] = 1,
+    trust_remote_code: TrustOption = False,
     as_json: JSONOption = False,
 ) -> None:
     """Run one recipe over a grid of settings, each point a run of its own.
@@ -42,12 +53,14 @@ def sweep_command(
     """
     recipe, output = recipe_named(positional, recipe, "sweep"), output.expanduser().absolute()
     axes, points = load_grid(recipe, over, overrides or (), output=output)
+    for point in points:
+        refuse_untrusted(point.recipe, trust_remote_code)
     unlike = {named_files(point.recipe): point.recipe for point in points}
     for one in unlike.values():
         look_before_running(one)
     from kltune.stages.sweep import SweepOptions, sweep, sweep_text
 
-    document, code = sweep(axes, points, SweepOptions(recipe, output, tuple(overrides or ()), jobs))
+    document, code = sweep(axes, points, SweepOptions(recipe, output, tuple(overrides or ()), jobs, trust_remote_code))
     emit_document(document, as_json, sweep_text)
     raise typer.Exit(code)
 

@@ -72,7 +72,7 @@ def make_tiny_world(
             written there.
     """
     identity = {"schema": SCHEMA, "kltune_version": __version__, "seed": seed, "steps": steps}
-    if read_document(folder / WORLD_MARKER, SCHEMA) == identity and all((folder / name).is_dir() for name in FOLDERS):
+    if read_document(folder / WORLD_MARKER, dict) == identity and all((folder / name).is_dir() for name in FOLDERS):
         say(f"the tiny world in {folder} is complete; nothing to do")
         return
     unfinished = folder / UNFINISHED

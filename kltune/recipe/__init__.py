@@ -35,7 +35,16 @@ from kltune.recipe.sections import (
     SamplingSection,
     TRPOSection,
 )
-from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
+from kltune.recipe.stages import (
+    STAGES,
+    DPORecipe,
+    PPORecipe,
+    Recipe,
+    RewardRecipe,
+    SFTRecipe,
+    TRPORecipe,
+    recipe_digest,
+)
 from kltune.recipe.writing import (
     as_written,
     copy_recipe,
@@ -43,6 +52,5 @@ from kltune.recipe.writing import (
     differing_settings,
     dump_recipe,
     flat_settings,
-    recipe_digest,
     recipe_schema,
 )

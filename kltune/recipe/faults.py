@@ -1,11 +1,28 @@
-"""Where a recipe is wrong and how that is said: every fault has a place, and all faults travel in one error."""
+"""Where a recipe is wrong and how that is said: every fault has a place, and all faults travel in one error.
 
+What is said can hold what strangers wrote: ``visible`` and ``printable`` take from it what a terminal, a log that is
+read for commands, or XML would obey or choke on, and ``redact`` what is secret.
+"""
+
+import json
+import os
+import re
 from dataclasses import dataclass, replace
 
 from kltune.errors import InputError, RecipeError
 
 Clash = tuple[tuple[str, ...], str]          # the dotted keys concerned, the first of which is where it is shown
 MOST_SHOWN = 50
+# Controls, what turns the writing direction, halves of surrogate pairs (of names that are not UTF-8 too), and the two
+# that no text may hold.
+CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+COMMAND = re.compile(r"^(\s*):(?=:)|#(?=#\[)", re.MULTILINE)    # what GitHub takes for the beginning of a command
+SECRET_SHAPES = re.compile(r"\bhf_\w{16,}|\bsk-[A-Za-z0-9]{16,}|\bsk-[a-z]+-[\w-]{16,}|\bgh[pousr]_\w{16,}")
+USER_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
+SECRET_VARIABLE = re.compile(r"(?i)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|_PAT|_AUTH)$")
+SECRET_ARGUMENT = re.compile(r"(?i)((?:api_?key|token|secret|password|passwd)(?:\s*[=:]\s*|\s+))(?=\S)([^\s'\"]+)")
 
 
 @dataclass(frozen=True)
@@ -71,5 +88,27 @@ class InputFaults(RecipeFaults):
 
 
 def printable(text: str) -> str:
-    """The text with control characters escaped, so that a recipe cannot move the reader's cursor."""
+    """The text in one line, with all that is not printed escaped, so that a recipe cannot move the reader's cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def visible(text: str) -> str:
+    """Text in which control characters show as escapes, so that a model's response cannot steer a terminal.
+
+    Its lines stay lines, and none of them is a command to GitHub. XML may hold all that is left.
+    """
+    text = CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return COMMAND.sub(lambda match: f"{match[1] or ''}\\x{ord(match[0][-1]):02x}", text)
+
+
+def redact(text: str, *, arguments: bool = False) -> str:
+    """Text without the secrets of this process: keys and tokens from the environment, and what looks like one.
+
+    arguments: True for a command line, where the value of ``--set x.api_key=...`` goes as well.
+    """
+    for name, secret in os.environ.items():
+        if SECRET_VARIABLE.search(name) and len(secret) >= 8 and not os.path.exists(secret):      # a path is no secret
+            for form in {secret, repr(secret)[1:-1], json.dumps(secret)[1:-1]}:
+                text = text.replace(form, "[redacted]")
+    text = USER_IN_URL.sub("[redacted]", SECRET_SHAPES.sub("[redacted]", text))
+    return SECRET_ARGUMENT.sub(r"\1[redacted]", text) if arguments else text

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from kltune.recipe.faults import Fault, Place, RecipeFaults
 from kltune.recipe.reading import load_recipe
-from kltune.recipe.stages import Recipe
-from kltune.recipe.writing import recipe_digest
+from kltune.recipe.stages import Recipe, recipe_digest
 from kltune.recipe.yaml_tree import resolve
 
 OPENING, CLOSING = "[{", "]}"

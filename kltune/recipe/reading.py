@@ -1,7 +1,9 @@
 """Read a recipe from a YAML file and ``--set`` overrides; every fault is told at once, with its place."""
 
+import contextlib
 import copy
 import errno
+import json
 import os
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -15,7 +17,7 @@ from kltune.errors import RecipeError
 from kltune.recipe.checks import FUNCTION, absolute, clashes, path_values, responses_per_step
 from kltune.recipe.faults import Fault, Place, RecipeFaults
 from kltune.recipe.rewards import FunctionReward, ModelReward, RewardEntry
-from kltune.recipe.stages import STAGES, Recipe
+from kltune.recipe.stages import STAGES, Recipe, recipe_digest
 from kltune.recipe.wording import (
     dotted,
     listed,
@@ -26,7 +28,7 @@ from kltune.recipe.wording import (
     value_wanted,
     wrong_value,
 )
-from kltune.recipe.yaml_tree import MAX_BYTES, KeyPath, Node, Plain, decode, read_nodes
+from kltune.recipe.yaml_tree import KeyPath, Node, Plain, decode, read_bytes, read_nodes
 
 PACKAGE = Path(__file__).absolute().parents[1]
 NEEDED = {                                       # kinds of a reward entry, and what each cannot do without
@@ -87,6 +89,7 @@ def load_recipe(
         what = "an empty file" if root is None or root.value is None else value_found(root)
         text = f"found {what}, wanted sections such as stage: and model:"
         raise RecipeFaults(name, [*faults, Fault(Place(name), "", text)])
+    as_written = copy.deepcopy(root)
     for override in overrides:
         faults += apply_override(root, override, name)
 
@@ -96,7 +99,8 @@ def load_recipe(
         raise RecipeFaults(name, faults)
     folder = file.parent.absolute()
     packaged = file in packaged_recipes().values()
-    recipe, more = validated(root, chosen, folder, trusted=(folder / "run.json").is_file(), packaged=packaged)
+    trusted = is_recorded(as_written, chosen, file)
+    recipe, more = validated(root, chosen, folder, trusted=trusted, packaged=packaged)
     faults += more
     if faults or recipe is None:
         raise RecipeFaults(name, faults)
@@ -105,11 +109,22 @@ def load_recipe(
     return complete
 
 
+def is_recorded(root: Node, stage: str, file: Path) -> bool:
+    """Whether a recipe is the one that kltune wrote into a run's folder: the run.json there is the record of it."""
+    record, content = file.parent / "run.json", None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(read_bytes(record)) if record.is_file() else None
+    if not isinstance(content, dict) or content.get("schema") != "kltune.run/1":
+        return False
+    recipe, faults = validated(root, stage, file.parent.absolute(), trusted=True)
+    whole = recipe is not None and not faults
+    return whole and content.get("recipe_sha256") == recipe_digest(completed(recipe, file, None))
+
+
 def recipe_text(name: str) -> str:
     """The text of a recipe, named as for `find_recipe`; a RecipeError if it cannot be read or is no text."""
     try:
-        with open(find_recipe(name), "rb") as handle:
-            return decode(handle.read(MAX_BYTES + 1), name)
+        return decode(read_bytes(find_recipe(name)), name)
     except OSError as error:
         reason = "a folder; name the YAML file in it" if error.errno == errno.EISDIR else error.strerror
         raise RecipeFaults(name, [Fault(Place(name), "", f"cannot be read: {reason}")]) from error

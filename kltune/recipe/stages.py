@@ -1,7 +1,9 @@
-"""Which sections each stage reads."""
+"""Which sections each stage reads, and what of a recipe decides the numbers of a run."""
 
+import hashlib
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr
 
@@ -130,3 +132,23 @@ PATH_KEYS = (
     "model.path", "model.sft_adapter", "data.prompts", "data.texts", "data.pairs", "data.chat_template",
     "reward.*.path", "run.output", "eval.prompts", "eval.texts", "eval.pairs", "eval.gold.path",
 )
+NOT_PART_OF_THE_RUN = ("output", "keep", "loggers")     # keys of run that change where results are, not what they are
+HOW_A_JUDGE_IS_REACHED = ("concurrency", "timeout_s", "retries", "key_env")     # and not what it answers
+
+
+def comparable(recipe: Recipe) -> dict[str, Any]:
+    """What decides the numbers of a run: everything but where it is kept, and how patiently a judge is asked."""
+    whole = recipe.model_dump(mode="json")
+    for key in NOT_PART_OF_THE_RUN:
+        del whole["run"][key]
+    for entry in (*whole.get("reward", ()), whole.get("eval", {}).get("gold") or {}):
+        if entry.get("kind") == "judge":
+            for key in HOW_A_JUDGE_IS_REACHED:
+                del entry[key]
+    return whole
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """sha256 of the recipe's canonical JSON, of what ``comparable`` leaves of it."""
+    text = json.dumps(comparable(recipe), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,6 +1,5 @@
 """What is written of a recipe: YAML, digest, JSON schema, differences, a copy to be changed, and its keys explained."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -18,12 +17,18 @@ from kltune.errors import RecipeError, StorageError
 from kltune.recipe.checks import SOURCES, UNREAD, by_dotted_key, path_values
 from kltune.recipe.fields import Section
 from kltune.recipe.reading import find_recipe, load_recipe
-from kltune.recipe.stages import STAGES, DPORecipe, PPORecipe, Recipe, RewardRecipe, SFTRecipe, TRPORecipe
+from kltune.recipe.stages import (
+    STAGES,
+    DPORecipe,
+    PPORecipe,
+    Recipe,
+    RewardRecipe,
+    SFTRecipe,
+    TRPORecipe,
+    comparable,
+)
 from kltune.recipe.wording import value_wanted
 from kltune.recipe.yaml_tree import resolve
-
-NOT_PART_OF_THE_RUN = ("output", "keep", "loggers")     # keys of run that change where results are, not what they are
-HOW_A_JUDGE_IS_REACHED = ("concurrency", "timeout_s", "retries", "key_env")     # and not what it answers
 
 
 class _Dumper(yaml.SafeDumper):
@@ -48,24 +53,6 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _yaml(value: Any, flow: bool | None = False) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow)
-
-
-def comparable(recipe: Recipe) -> dict[str, Any]:
-    """What decides the numbers of a run: everything but where it is kept, and how patiently a judge is asked."""
-    whole = recipe.model_dump(mode="json")
-    for key in NOT_PART_OF_THE_RUN:
-        del whole["run"][key]
-    for entry in (*whole.get("reward", ()), whole.get("eval", {}).get("gold") or {}):
-        if entry.get("kind") == "judge":
-            for key in HOW_A_JUDGE_IS_REACHED:
-                del entry[key]
-    return whole
-
-
-def recipe_digest(recipe: Recipe) -> str:
-    """sha256 of the recipe's canonical JSON, of what ``comparable`` leaves of it."""
-    text = json.dumps(comparable(recipe), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def differing_keys(old: Recipe, new: Recipe) -> list[str]:

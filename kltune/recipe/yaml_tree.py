@@ -5,13 +5,18 @@ nesting limit; by its parser in Python, which gives each event as it comes: the 
 limit of its own. Plain values follow YAML 1.2: ``1e-5`` is a number, ``yes`` and ``010`` are text.
 """
 
+import errno
+import os
 import re
+import select
+import stat
 from dataclasses import dataclass, field
 
 import yaml
 
 from kltune.recipe.faults import Fault, Place, RecipeFaults
 
+PIPE_SECONDS = 5
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 1_000_000, 16, 10_000
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,400})")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
@@ -76,6 +81,28 @@ def resolve(text: str) -> Plain:
     if FLOAT.fullmatch(text):
         return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     return text
+
+
+def read_bytes(file: str | os.PathLike[str]) -> bytes:
+    """A recipe's bytes, one more than there may be at most; a pipe has some seconds to say something.
+
+    Raises:
+        OSError: it cannot be read, is a folder or a device, or nobody writes into it.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)      # a pipe would wait for its writer
+    with open(descriptor, "rb", buffering=0) as stream:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
+            raise OSError(errno.EINVAL, "it is a device, wanted a YAML file")
+        content = b""
+        while len(content) <= MAX_BYTES:
+            if stat.S_ISFIFO(mode) and not select.select([descriptor], [], [], PIPE_SECONDS)[0]:
+                raise OSError(errno.EINVAL, f"nobody wrote into this pipe for {PIPE_SECONDS} s")
+            part = stream.read(MAX_BYTES + 1 - len(content))
+            if not part:
+                break
+            content += part
+        return content
 
 
 def decode(data: bytes, file: str) -> str:

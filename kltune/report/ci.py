@@ -1,13 +1,15 @@
 """What continuous integration reads of ``kltune eval-kl``: JUnit XML, GitHub's annotations and its step summary."""
 
+import html
 import os
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kltune.recipe.faults import printable, redact, visible
 from kltune.report.text import verdict_line
-from kltune.run.files import storing, visible, write_whole
+from kltune.run.files import storing, write_whole
 from kltune.run.screen import interval, with_error
 
 ANNOTATION_LEVELS = {"pass": "notice", "fail": "error", "inconclusive": "warning"}
@@ -22,9 +24,9 @@ def write_junit(path: Path, document: dict[str, Any]) -> None:
         for name in ("nats_per_response", "stderr", "nats_per_token"):
             ET.SubElement(properties, "property", name=name, value=str(exact[name]))
         for warning in one.get("warnings", ()):
-            ET.SubElement(properties, "property", name="warning", value=warning)
+            ET.SubElement(properties, "property", name="warning", value=visible(warning))
         if gate is not None and gate["verdict"] != "pass":
-            ET.SubElement(case, "failure", type=gate["verdict"], message=_verdict_and_kl(one))
+            ET.SubElement(case, "failure", type=gate["verdict"], message=visible(_verdict_and_kl(one)))
         cases.append(case)
     _write(path, cases, failures=sum(case.find("failure") is not None for case in cases), errors=0)
 
@@ -32,7 +34,7 @@ def write_junit(path: Path, document: dict[str, Any]) -> None:
 def write_junit_error(path: Path, checkpoints: Sequence[str], kind: str, message: str) -> None:
     """Write one test case that says why nothing was measured, so that nobody takes the file for a pass."""
     case = ET.Element("testcase", classname="kltune.eval-kl", name=visible(", ".join(checkpoints)))
-    ET.SubElement(case, "error", type=kind, message=visible(message))
+    ET.SubElement(case, "error", type=kind, message=visible(redact(message)))
     _write(path, [case], failures=0, errors=1)
 
 
@@ -72,7 +74,8 @@ def write_step_summary(document: dict[str, Any]) -> None:
             one["checkpoint"], with_error(exact["nats_per_response"], exact["stderr"]), interval(exact["ci"]),
             str(one["responses"]), "" if gate is None else verdict_line(gate),
         )
-        lines.append("| " + " | ".join(visible(cell).replace("|", "\\|") for cell in cells) + " |")
+        told = (html.escape(printable(redact(cell)), quote=False).replace("|", "\\|") for cell in cells)
+        lines.append("| " + " | ".join(told) + " |")
     path = Path(name)
     with storing(path), open(path, "a", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n\n")
@@ -80,7 +83,7 @@ def write_step_summary(document: dict[str, Any]) -> None:
 
 def escaped(text: str, more: str = "") -> str:
     """Text for a GitHub workflow command; properties need ``:`` and ``,`` escaped ``more``."""
-    return "".join(f"%{ord(c):02X}" if c in "%\r\n" + more else c for c in text)
+    return visible("".join(f"%{ord(c):02X}" if c in "%\r\n" + more else c for c in redact(text)))
 
 
 def _verdict_and_kl(document: dict[str, Any]) -> str:

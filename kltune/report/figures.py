@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
+from kltune.recipe.faults import visible
 from kltune.report.plots import (
     CAP,
     COLOURS,
@@ -18,7 +19,6 @@ from kltune.report.plots import (
     make_axes,
     set_log,
 )
-from kltune.run.files import visible
 from kltune.run.screen import is_number
 
 if TYPE_CHECKING:

@@ -7,10 +7,12 @@ from typing import Any
 
 from kltune.core.hacking.detector import errors_of, pairs_of
 from kltune.errors import CheckpointError
+from kltune.lm.data.documents import RecipeFacts, Result, RunRecord, SampleRow
+from kltune.lm.data.foreign import check_shape, read_ordinary
 from kltune.recipe import RecipeFaults
 from kltune.recipe.yaml_tree import read_nodes
 from kltune.report.figures import STANDARD_ERRORS, TOLERANCE, KLLimits, Recorded
-from kltune.run.files import read_json, read_jsonl
+from kltune.run.files import read_json, read_jsonl, read_metrics
 from kltune.run.screen import ABSENT, interval, is_number, number, with_error
 
 RECORDED = (
@@ -76,20 +78,35 @@ def read_files(folder: Path) -> Files:
     """Read everything the page is made from; a CheckpointError where there is no run.json."""
     if not (folder / "run.json").exists():
         raise CheckpointError(f"{folder} is no kltune run: there is no run.json in it.")
-    recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8") if (folder / "recipe.yaml").exists() else ""
+    recipe_text = recipe_text_of(folder)
     recipe: Any = {}
-    with contextlib.suppress(RecipeFaults):      # a damaged recipe is still shown, as text
+    with contextlib.suppress(RecipeFaults, CheckpointError):      # a damaged recipe is still shown, as text
         root, _ = read_nodes(recipe_text, "recipe.yaml")
-        recipe = root.plain() if root is not None else {}
+        plain = root.plain() if root is not None else {}
+        check_shape(plain, RecipeFacts, CheckpointError, "recipe.yaml")
+        recipe = plain
+    samples = read_jsonl(folder / "samples.jsonl")
+    check_shape(samples, list[SampleRow], CheckpointError, str(folder / "samples.jsonl"))
     return Files(
         folder=folder,
-        record={**dict.fromkeys(RECORDED), **read_json(folder / "run.json")},
+        record={**dict.fromkeys(RECORDED), **read_json(folder / "run.json", RunRecord)},
         recipe_text=recipe_text,
-        recipe=recipe if isinstance(recipe, dict) else {},
-        metrics=read_jsonl(folder / "metrics.jsonl"),
-        samples=read_jsonl(folder / "samples.jsonl"),
-        result=read_json(folder / "result.json") if (folder / "result.json").exists() else {},
+        recipe=recipe,
+        metrics=read_metrics(folder),
+        samples=samples,
+        result=read_json(folder / "result.json", Result) if (folder / "result.json").exists() else {},
     )
+
+
+def recipe_text_of(folder: Path) -> str:
+    """The text of a run's recipe.yaml, "" without one; CheckpointError if it is no text file."""
+    path = folder / "recipe.yaml"
+    if not path.exists():
+        return ""
+    try:
+        return read_ordinary(path).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
 
 
 def verdict_of(files: Files) -> RunVerdict:

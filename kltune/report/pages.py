@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from kltune.errors import RecipeError
 from kltune.recipe import as_written, by_dotted_key
+from kltune.recipe.faults import visible
 from kltune.report.figures import COMPARED_CURVES, TOLERANCE, Plot, draw, draw_together, plots_for
 from kltune.report.outcome import (
     Files,
@@ -33,7 +34,7 @@ from kltune.report.samples import (
     tokens_of_most_kl,
 )
 from kltune.report.updates import updates_of
-from kltune.run.files import visible, write_whole
+from kltune.run.files import write_whole
 from kltune.run.screen import ABSENT, duration, interval, number, with_error
 
 NAMES_NO_RUN = ("run.output", "run.keep", "run.loggers")      # keys in which any two runs may differ

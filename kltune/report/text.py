@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from kltune.run.files import visible
+from kltune.recipe.faults import visible
 from kltune.run.screen import interval, with_error
 
 MARKED = 0.3            # nats at a token from which it is marked
@@ -32,7 +32,7 @@ def eval_kl_text(document: dict[str, Any], *, colour: bool = False) -> str:
     lines = [*_estimates(document), *_checks_and_spread(document), *_where_the_kl_is(document, colour)]
     if document["gate"] is not None:
         lines.append(f"  {verdict_line(document['gate'])}")
-    return "\n".join([*lines, *(f"  warning: {warning}" for warning in document.get("warnings", ()))])
+    return "\n".join([*lines, *(f"  warning: {visible(warning)}" for warning in document.get("warnings", ()))])
 
 
 def _estimates(document: dict[str, Any]) -> Iterator[str]:
@@ -125,7 +125,7 @@ def _differences(rows: list[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         ends = "" if row["ci"] is None else f", {interval(row['ci'])}"
         difference = with_error(row["nats_per_response"], row["stderr"])
-        yield f"  {difference}{ends}  {row['checkpoint']} minus {row['minus']}"
+        yield f"  {difference}{ends}  {visible(row['checkpoint'])} minus {visible(row['minus'])}"
 
 
 def verdict_line(gate: dict[str, Any]) -> str:

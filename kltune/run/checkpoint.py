@@ -29,11 +29,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kltune
-from kltune.errors import CheckpointError, DivergedError
+from kltune.errors import CheckpointError, DivergedError, RecipeError
+from kltune.lm.data.documents import CheckpointRecord, Manifest
 from kltune.recipe import DataSection
-from kltune.run.files import nonfinite_keys, read_json, storing, sync, write_json
+from kltune.run.files import UNFINISHED, nonfinite_keys, read_json, storing, sync, write_json
 
 SCHEMA = "kltune.checkpoint/1"
+MARKS = ("kltune.json", "manifest.json", "state")      # one of them is in a checkpoint from its first moment
 STEP_FOLDER = re.compile(r"step-\d{6,}")
 LOOKS, EXCHANGE_SECONDS = 5, 0.02       # of a reader beside a run that saves
 NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)      # faults of a folder, not of the moment
@@ -190,6 +192,8 @@ def _folder_of(path: str | Path) -> Path:
     if not (folder / "run.json").exists():
         return folder
     checkpoint = _final_of(folder) or latest_checkpoint(folder)
+    if checkpoint is not None and not checkpoint.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{checkpoint} is a link out of the run; give {checkpoint.resolve()} itself.")
     if checkpoint is None:
         raise CheckpointError(f"{folder} is a run that has saved nothing yet: no final/ and no checkpoint.")
     return checkpoint
@@ -223,18 +227,15 @@ def _final_of(run_folder: Path) -> Path | None:
     return aside
 
 
-def read_info(checkpoint: Path) -> dict[str, Any]:
-    """The contents of kltune.json: step, reference, measured KL; CheckpointError unless whole and of this schema."""
-    info = read_json(checkpoint / "kltune.json")
-    if not isinstance(info, dict) or info.get("schema") != SCHEMA:
-        raise CheckpointError(f"{checkpoint / 'kltune.json'} is not of schema {SCHEMA}.")
-    return info
+def read_info(checkpoint: Path, shape: Any = CheckpointRecord) -> dict[str, Any]:
+    """The contents of kltune.json: step, reference, measured KL; CheckpointError unless whole and of its shape."""
+    return read_json(checkpoint / "kltune.json", shape)
 
 
 def saved_step(checkpoint: Path) -> int:
     """How many steps were done when a checkpoint was saved, by its kltune.json and never by the folder's name."""
     step = read_info(checkpoint).get("step")
-    if not isinstance(step, int):
+    if step is None:
         raise CheckpointError(f"{checkpoint / 'kltune.json'} does not say at which step it was saved.")
     return step
 
@@ -272,14 +273,23 @@ def clear_leftovers(run_folder: Path) -> None:
     Only the holder of the run's lock may call it: another run's hidden folder would be its save in progress.
     """
     for parent in (run_folder, run_folder / "checkpoints"):
-        for aside in parent.glob(".old-*"):
-            name = parent / aside.name.removeprefix(".old-")
-            if name.exists():
-                _remove(aside)
+        if parent.is_symlink() and parent != run_folder:
+            raise RecipeError(f"{parent} is a link, and nothing is removed through one; put the folder in its place.")
+        for leftover in sorted(parent.glob(".[ot][lm][dp]-*")):
+            if not (UNFINISHED.fullmatch(leftover.name) and _is_ours(leftover)):
+                continue
+            name = parent / leftover.name.removeprefix(".old-")
+            if leftover.name.startswith(".old-") and not name.exists():
+                leftover.rename(name)
             else:
-                aside.rename(name)
-        for leftover in parent.glob(".tmp-*"):
-            _remove(leftover)
+                _remove(leftover)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether kltune made what has such a name: a file on its way to another name, or a folder with its marks."""
+    if path.is_symlink() or not path.is_dir():
+        return path.is_file() and not path.is_symlink()
+    return any((path / mark).exists() for mark in MARKS) or not any(path.iterdir())
 
 
 def _fill_and_rename(target: Path, write: Callable[[Path], None], needed: int = 0) -> Path:
@@ -340,7 +350,8 @@ def _step_folders(run_folder: Path) -> list[Path]:
         return []
     except OSError as error:
         raise CheckpointError(f"{parent} cannot be read: {error.strerror}. Nothing was touched.") from error
-    return [parent / name for name in names if STEP_FOLDER.fullmatch(name) and (parent / name).is_dir()]
+    found = [parent / name for name in names if STEP_FOLDER.fullmatch(name) and (parent / name).is_dir()]
+    return [path for path in found if _is_ours(path)]
 
 
 def _step_of(folder: Path) -> int:
@@ -353,6 +364,9 @@ def _step_of(folder: Path) -> int:
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
+        for part in path.iterdir():
+            if part.name not in MARKS:      # they go last: half a folder must still be known for what it is
+                _remove(part)
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -384,13 +398,8 @@ def verify(folder: Path, inside: str = "") -> list[str]:
     Raises:
         CheckpointError: the manifest or a file is missing, or a file is not what was saved.
     """
-    manifest = read_json(folder / "manifest.json")
-    if not isinstance(manifest, dict) or manifest.get("schema") != MANIFEST_SCHEMA:
-        raise CheckpointError(f"{folder / 'manifest.json'} is not of schema {MANIFEST_SCHEMA}.")
-    try:
-        wanted = {name: (file["bytes"], file["sha256"]) for name, file in manifest["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / 'manifest.json'} is damaged: it lists no files.") from error
+    manifest = read_json(folder / "manifest.json", Manifest)
+    wanted = {name: (file["bytes"], file["sha256"]) for name, file in manifest["files"].items()}
     names = [name for name in wanted if name.startswith(inside)]
     try:
         for name in names:

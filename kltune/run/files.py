@@ -3,21 +3,32 @@
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import math
 import os
 import re
 import resource
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from safetensors import SafetensorError
 
 from kltune.errors import BusyError, CheckpointError, RecipeError, StorageError
+from kltune.lm.data import foreign
+from kltune.lm.data.documents import Finite, RunRecord
+from kltune.lm.data.foreign import open_ordinary
 
+HOLDER = re.compile(r"(process \d+ on .*\n?)?")      # what a lock file says
+# What a kill leaves of a file or a folder that was being written; see `write_whole` and `checkpoint`.
+UNFINISHED = re.compile(
+    r"\.tmp-(removed-step-\d{6,}|(step-\d{6,}|final|[\w.=,+-]+\.(json|jsonl|yaml|html|safetensors))-\d+)"
+    r"|\.old-(step-\d{6,}|final)"
+)
 RUN_SCHEMA = "kltune.run/1"
 NO_LOCKS_HERE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 # What to do about a refusal to write; where it is about none of these, make_room.
@@ -36,11 +47,6 @@ WAYS_ON = {
 DEVICES = Path("/dev")
 FEW_INODES = 64     # more than the files of a checkpoint
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, *WAYS_ON} - {errno.ENOENT}
-SECRET_SHAPES = re.compile(r"\bhf_\w{16,}|\bsk-[A-Za-z0-9]{16,}|\bsk-[a-z]+-[\w-]{16,}|\bgh[pousr]_\w{16,}")
-USER_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
-SECRET_VARIABLE = re.compile(r"(?i)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
-SECRET_ARGUMENT = re.compile(r"(?i)((?:api_?key|token|secret|password|passwd)(?:\s*[=:]\s*|\s+))(?=\S)([^\s'\"]+)")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def claim(folder: Path, what: str, *, ours: bool) -> None:
@@ -57,7 +63,14 @@ def claim(folder: Path, what: str, *, ours: bool) -> None:
     except (FileExistsError, NotADirectoryError) as error:
         raise RecipeError(f"{folder} cannot be a folder: a file has that name. Choose another --output.") from error
     with storing(folder):
-        strangers = sorted(path.name for path in folder.iterdir() if path.name != ".lock" and path.name[:5] != ".tmp-")
+        held = sorted(folder.iterdir())
+    out = [path for path in held if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve())]
+    if out:
+        raise RecipeError(
+            f"{out[0]} is a link to {out[0].resolve()}, and nothing is written, or removed, outside of {folder}. Take "
+            "it away, or choose another --output."
+        )
+    strangers = [path.name for path in held if path.name != ".lock" and not UNFINISHED.fullmatch(path.name)]
     if strangers and not ours:
         raise RecipeError(
             f"{folder} is not empty and is no kltune {what} (it holds {', '.join(strangers[:3])}"
@@ -69,8 +82,7 @@ def claim(folder: Path, what: str, *, ours: bool) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Within: no other process writes the folder; the system frees it however this process ends."""
     path = folder / ".lock"
-    with storing(path):
-        file = open(path, "a+", encoding="utf-8")      # noqa: SIM115 (closed just below)
+    file = _open_lock(path)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,10 +95,28 @@ def locked(folder: Path) -> Iterator[None]:
                 raise
             print(f"warning: {folder} is on a file system without locks; start no second run there.", file=sys.stderr)
         with storing(path):
-            file.truncate(0)
+            file.seek(0)
+            file.truncate()
             # Past the buffer, which would be written again when the file is closed.
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
+
+
+def _open_lock(path: Path) -> TextIO:
+    """A lock file of kltune's, made if need be; RecipeError for anything else of that name."""
+    wanted = f"kltune did not make {path} ({{}}), and would write into it. Take it away, or choose another --output."
+    try:
+        with storing(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise RecipeError(wanted.format("it is a link, or no file")) from error
+    file = open(descriptor, "r+", encoding="utf-8", errors="replace")      # noqa: SIM115 (closed by the caller)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not HOLDER.fullmatch(file.read(200)):
+        file.close()
+        raise RecipeError(wanted.format("it is no file, or holds something else than the name of a process"))
+    return file
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -94,29 +124,22 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, to_json(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read what `write_json` wrote; CheckpointError if it is missing, cut short, or no JSON."""
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
+def read_json(path: Path, shape: Any = None) -> Any:
+    """Read what `write_json` wrote; CheckpointError if it is missing, cut short, no JSON, or not of a shape."""
+    return foreign.read_json(path, CheckpointError, shape)
 
+
+def read_document(path: Path, shape: Any) -> dict[str, Any] | None:
+    """A JSON object of a shape; None where there is none that can be read."""
     try:
-        return json.loads(path.read_bytes(), parse_constant=refuse)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def read_document(path: Path, schema: str) -> dict[str, Any] | None:
-    """A JSON object of a schema; None where there is none that can be read."""
-    try:
-        document = read_json(path)
+        return read_json(path, shape)
     except CheckpointError:
         return None
-    return document if isinstance(document, dict) and document.get("schema") == schema else None
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """run.json of a run's folder; None where there is none that can be read."""
-    return read_document(folder / "run.json", RUN_SCHEMA)
+    return read_document(folder / "run.json", RunRecord)
 
 
 def is_finished(folder: Path) -> bool:
@@ -208,7 +231,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
             path.write_bytes(data)      # a device or a pipe: a file in its place would be the end of it
             return
         try:
-            with open(temporary, "wb") as file:
+            temporary.unlink(missing_ok=True)
+            with open(temporary, "xb") as file:     # never through a link that waits there
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -249,13 +273,27 @@ def to_json(value: Any, *, indent: int | None = None, ascii_only: bool = False) 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a file that this package wrote line by line; [] if there is none.
 
-    A last line that a kill cut short is left out.
+    A last line that a kill cut short is left out. CheckpointError if it cannot be read.
     """
     rows = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+    try:
+        with open_ordinary(path) if path.exists() else io.BytesIO() as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError, RecursionError):
+                    rows.append(json.loads(line))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
     return [row for row in rows if isinstance(row, dict)]
+
+
+def read_metrics(folder: Path) -> list[dict[str, float | None]]:
+    """The rows of a run's metrics.jsonl, finite numbers by name; CheckpointError for anything else in it."""
+    path = folder / "metrics.jsonl"
+    rows = [{name: value for name, value in row.items() if name != "nonfinite"} for row in read_jsonl(path)]
+    foreign.check_shape(rows, list[dict[str, Finite | None]], CheckpointError, str(path))
+    if any(not isinstance(row.get("step"), int) for row in rows):
+        raise CheckpointError(f"{path}: a line without a step that is a whole number; wanted what a stage writes.")
+    return rows
 
 
 def nonfinite_keys(value: Any, where: str = "") -> list[str]:
@@ -279,20 +317,3 @@ def _nulled(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_nulled(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def visible(text: str) -> str:
-    """Text in which control characters show as escapes, so that a model's response cannot steer a terminal."""
-    return CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
-
-
-def redact(text: str, *, arguments: bool = False) -> str:
-    """Text without the secrets of this process: keys and tokens from the environment, and what looks like one.
-
-    arguments: True for a command line, where the value of ``--set x.api_key=...`` goes as well.
-    """
-    for name, secret in os.environ.items():
-        if SECRET_VARIABLE.search(name) and len(secret) >= 8 and not secret.startswith("/"):      # a path is no secret
-            text = text.replace(secret, "[redacted]")
-    text = USER_IN_URL.sub("[redacted]", SECRET_SHAPES.sub("[redacted]", text))
-    return SECRET_ARGUMENT.sub(r"\1[redacted]", text) if arguments else text

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from kltune.run.files import append_line, redact, storing, to_json, visible, without_nonfinite
+from kltune.recipe.faults import redact, visible
+from kltune.run.files import append_line, storing, to_json, without_nonfinite
 from kltune.run.loggers import Curves, wanted_loggers
-from kltune.run.screen import duration, wants_colour, with_error
+from kltune.run.screen import duration, undressed, wants_colour, with_error
 
 PLAIN_LINE_SECONDS = 10.0
 Number = float | int | None
@@ -60,7 +61,7 @@ def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Within: a function to call with the number of responses that are done, of ``total``."""
     if wants_colour(sys.stderr):
         columns = TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        with Progress(*columns, console=Console(file=undressed(sys.stderr)), transient=True) as progress:
             task = progress.add_task(what, total=total)
             yield lambda done: progress.update(task, completed=done)
         return
@@ -101,7 +102,7 @@ class Report:
         self.folder, self.stage, self.total_steps, self.start_step = Path(folder), stage, total_steps, start_step
         self.target, self.unit = target, unit
         self._files: dict[str, io.FileIO] = {}
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Console(file=undressed(sys.stderr), highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._curves = Curves(self.folder, wanted_loggers(loggers), self.warn)
@@ -157,7 +158,8 @@ class Report:
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record a few responses, as ``{"prompt", "response", "score", "ref_kl"}`` each."""
         for row in rows:
-            self._append("samples.jsonl", {"step": step, **row})
+            told = {name: redact(value) if isinstance(value, str) else value for name, value in row.items()}
+            self._append("samples.jsonl", {"step": step, **told})
 
     def keep(self) -> None:
         """Make the rows so far survive a power cut, before a checkpoint of their step does; raises as ``step``."""

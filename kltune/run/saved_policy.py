@@ -1,23 +1,19 @@
-"""What ``eval-kl``, ``project`` and ``sample`` measure: a checkpoint over its reference, and how it is measured.
+"""What ``eval-kl``, ``project`` and ``sample`` measure: a checkpoint over its reference, and how it is measured."""
 
-No file of a model or checkpoint is ever run, unless that was asked for by name. transformers, PEFT and the hub can be
-led to import Python or to unpickle by a line of JSON; what comes from a stranger is looked through before any of them
-opens it: only safetensors and JSON, and nothing that names code.
-"""
-
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from kltune.errors import CheckpointError, DataError, KltuneError, ModelError, RecipeError
+from kltune.errors import CheckpointError, DataError, KltuneError, RecipeError
 from kltune.lm.data.chat import read_template, template_of, today
+from kltune.lm.data.documents import SavedModel
 from kltune.lm.data.examples import Example, Prompt, RowRules, counts_line, load_examples, load_prompts
 from kltune.lm.data.rows import Row, looks_like_a_path
 from kltune.lm.model.adapters import read_adapter_config
+from kltune.lm.model.files import refuse_code
 from kltune.lm.model.loading import own_tokenizer, pick_device
 from kltune.lm.model.opening import load_saved_policy
 from kltune.lm.model.policy import Policy
@@ -25,56 +21,6 @@ from kltune.lm.model.sampler import Draw
 from kltune.recipe import DataSection, ModelSection, load_recipe
 from kltune.recipe.stages import prompts_source
 from kltune.run.checkpoint import read_info, resolve_checkpoint
-
-# Keys by which a JSON file has a library import Python: the model's own (auto_map, custom_*), PEFT's (megatron_core,
-# read where megatron_config is set), or kernels that are fetched from the hub and run. Not auto_mapping: ordinary
-# adapters have it, and only PEFT's Auto classes, which kltune does not use, import what it names.
-NAMES_CODE = {"auto_map", "custom_generate", "custom_pipelines", "megatron_config", "trust_remote_code"}
-ATTENTION = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation"}
-VOCABULARIES = {"tokenizer.json", "vocab.json", "added_tokens.json"}    # a token may be called anything
-
-
-def refuse_code(folder: Path, what: str, *, trusted: bool = False) -> None:
-    """Look through the JSON files of a folder before anything loads it; of a name on the hub there is nothing to see.
-
-    trusted: the user asked for its code to be run; then only pickles are refused.
-
-    Raises:
-        ModelError: a file names code to be run, or weights that are pickled; names the file and the key.
-    """
-    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
-        if path.name in VOCABULARIES:
-            continue
-        try:
-            content = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ModelError(f"{what}: {path} is not JSON ({str(error)[:80]}).") from None
-        for key, value in _entries(content):
-            if path.name.endswith(".safetensors.index.json") and not _is_safetensors(key, value):
-                raise ModelError(f"{what}: {path} says that {key} is in {value}; kltune opens only safetensors.")
-            names_code = (key in NAMES_CODE and value) or (key in ATTENTION and isinstance(value, str) and "/" in value)
-            if not trusted and names_code:
-                raise ModelError(
-                    f"{what}: {path} has {key}: {json.dumps(value)[:80]}, which would have Python code run that kltune "
-                    "has not read. Remove the key if the model works without it, or, if you trust the folder, add "
-                    "--trust-remote-code."
-                )
-
-
-def _is_safetensors(key: str, value: Any) -> bool:
-    """An entry of an index that is no weight, or one in a safetensors file of the same folder."""
-    return not isinstance(value, str) or key == "format" or (value.endswith(".safetensors") and "/" not in value)
-
-
-def _entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, however deep."""
-    left = [value]
-    while left:
-        item = left.pop()
-        if isinstance(item, dict):
-            yield from item.items()
-        if isinstance(item, dict | list):
-            left += item.values() if isinstance(item, dict) else item
 
 
 @dataclass(frozen=True)
@@ -133,7 +79,7 @@ def find_checkpoint(path: str, options: MeasureOptions) -> Subject:
     """
     folder = resolve_checkpoint(path)
     refuse_code(folder, str(path), trusted=options.trust_remote_code)
-    info = read_info(folder) if (folder / "kltune.json").exists() else None
+    info = read_info(folder, SavedModel) if (folder / "kltune.json").exists() else None
     if info is not None and info.get("stage") == "reward":
         raise CheckpointError(
             f"{path} is a reward model, which says nothing and so has no KL; wanted a policy. It scores responses as "
@@ -167,9 +113,6 @@ def _opened(subject: Subject, options: MeasureOptions) -> Policy:
         facts = {name: info["reference"][name] for name in ("path", "sft_adapter", "dtype")}
         facts["path"] = options.reference or facts["path"]
     section = ModelSection(**facts, trust_remote_code=options.trust_remote_code)
-    for place in (section.path, section.sft_adapter):
-        if place is not None:
-            refuse_code(Path(place), "reference", trusted=options.trust_remote_code)
     template = template_made_with(subject, options)
     policy = load_saved_policy(
         folder, section, device=pick_device("auto"), is_adapter=is_adapter, chat_template=template

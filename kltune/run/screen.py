@@ -5,7 +5,32 @@ import os
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+from kltune.recipe.faults import redact, visible
+
 ABSENT = "–"
+
+
+class ShownText:
+    """A stream on which all that is printed is first made ``visible`` and free of secrets: messages, tracebacks, all.
+
+    behind: the stream itself, for what draws with control characters of its own.
+    """
+
+    def __init__(self, behind: TextIO):
+        self.behind = behind
+
+    def write(self, text: str) -> int:
+        """Write what may be shown of a text."""
+        self.behind.write(visible(redact(text)))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.behind, name)
+
+
+def undressed(stream: TextIO) -> TextIO:
+    """The stream behind a ``ShownText``; any other is its own."""
+    return stream.behind if isinstance(stream, ShownText) else stream
 
 
 def wants_colour(stream: TextIO) -> bool:

@@ -20,12 +20,14 @@ import torch
 import kltune
 from kltune.errors import CheckpointError, Interrupted, JudgeError, RecipeError, StorageError
 from kltune.lm.data.chat import read_template, today
+from kltune.lm.data.documents import Result, RunRecord
 from kltune.lm.model.fingerprint import Fingerprint
 from kltune.lm.model.loading import pick_device
 from kltune.lm.model.opening import load_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.inputs import base_of, inputs_of, refuse_changed
 from kltune.recipe import Recipe, differing_keys, dump_recipe, load_recipe, recipe_digest
+from kltune.recipe.faults import redact
 from kltune.run.caches import StoredAnswers, StoredLogprobs
 from kltune.run.checkpoint import clear_leftovers, latest_checkpoint, saved_step, verify
 from kltune.run.files import (
@@ -36,10 +38,8 @@ from kltune.run.files import (
     read_json,
     read_jsonl,
     read_record,
-    redact,
     to_json,
     without_nonfinite,
-    write_json,
     write_whole,
 )
 from kltune.run.loggers import wanted_loggers
@@ -106,12 +106,12 @@ class Run:
     def record(self, **facts: Any) -> None:
         """Put facts in run.json, as where the scores came from."""
         self._record = {**self._record, **facts}
-        write_json(self.folder / "run.json", self._record)
+        write_whole(self.folder / "run.json", redact(to_json(self._record, indent=2)) + "\n")
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write result.json and call the run finished; the result as it was written, by ``without_nonfinite``."""
         result = without_nonfinite(result)
-        write_json(self.folder / "result.json", result)
+        write_whole(self.folder / "result.json", redact(to_json(result, indent=2)) + "\n")
         self.record(status="finished", ended=_now())
         return result
 
@@ -199,12 +199,12 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
     folder = Path(recipe.run.output)
     if not is_finished(folder) or _damage_of_final(folder) is not None:
         return None
-    record = read_json(folder / "run.json")
+    record = read_json(folder / "run.json", RunRecord)
     _refuse_another_recipe(recipe, record)
     refuse_changed(record.get("inputs") or {}, inputs_of(recipe, present=True), folder)
     refuse_changed(record.get("base") or {}, base_of(recipe), folder)
     print(f"{folder}: finished on {record['ended']}; nothing was run.", file=sys.stderr)
-    return read_json(folder / "result.json")
+    return read_json(folder / "result.json", Result)
 
 
 def _where_to_start(recipe: Recipe, previous: dict[str, Any] | None, *, resume: bool) -> Path | None:
@@ -328,8 +328,8 @@ def _cut_after(path: Path, step: int) -> None:
 def _one_line(error: BaseException | None) -> str:
     if error is None:
         return "the stage ended without a result"
-    message = str(error).strip().partition("\n")[0][:500]
-    return redact(f"{type(error).__name__}: {message}" if message else type(error).__name__)
+    message = redact(str(error)).strip().partition("\n")[0][:500]      # before the cut: half a secret is none to find
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _now() -> str:

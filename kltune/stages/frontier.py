@@ -16,8 +16,9 @@ from kltune.errors import RecipeError, ScorerError
 from kltune.lm.measure.best_of_n import Scorers, best_of_n_round, measure_best_of_n
 from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model.policy import Policy
+from kltune.lm.rewards.functions import read_sources, sources_sha256
 from kltune.lm.rewards.scorers import load_scorer
-from kltune.recipe import RewardEntry, asks_for_pairs, load_recipe
+from kltune.recipe import FunctionReward, RewardEntry, asks_for_pairs, load_recipe
 from kltune.report.frontier.page import write_frontier
 from kltune.report.frontier.points import (
     FrontierPoint,
@@ -181,6 +182,27 @@ def measured_afresh(
     return Afresh(points, reference, best_of_n, notes, shares)
 
 
+def refuse_changed_code(run: FrontierSource, entries: Sequence[RewardEntry], folder: Path) -> None:
+    """Before any of it runs: a run's Python is what the run was trained on, and lies outside of what was handed over.
+
+    Raises:
+        ScorerError: it is not.
+    """
+    names = [record.get("sha256") for record in run.rewards]
+    digests = names if len(names) == len(entries) else [None] * len(entries)
+    for entry, digest in zip(entries, digests, strict=True):
+        if not isinstance(entry, FunctionReward):
+            continue
+        found = sources_sha256(read_sources(entry, folder))
+        within = Path(folder, entry.path).resolve().is_relative_to(folder.resolve())
+        if within or found != digest:
+            where = "in the run's own folder, where no run has any" if within else f"now {found[:12]}"
+            raise ScorerError(
+                f"{run.path} was trained on the Python of sha256 {str(digest)[:12]}; found {entry.path}, {where}. It "
+                "was not run. Put the file back, or give --recipe R.yaml to score all runs by another reward."
+            )
+
+
 def open_scorers(trained: Sequence[FrontierSource], policy: Policy, options: FrontierOptions) -> Scorers:
     """Load gold, and the reward of ``--recipe``, else that of the first run that has one, if it is still the same."""
     score, gold, penalty = None, None, 0.0
@@ -191,6 +213,8 @@ def open_scorers(trained: Sequence[FrontierSource], policy: Policy, options: Fro
     recipe = None if file is None else load_recipe(file)
     entries = [entry for entry in getattr(recipe, "reward", ()) if not asks_for_pairs(entry)]
     if entries:
+        if options.recipe is None:
+            refuse_changed_code(rewarded, entries, recipe.folder)
         score = load_scorer(entries, recipe.folder, policy.device, policy)
         print(*score.notes, sep="\n", end="\n" if score.notes else "", file=sys.stderr)
         penalty = recipe.sampling.missing_end_penalty

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kltune.errors import BusyError, Interrupted, RecipeError
+from kltune.lm.data.documents import Result, Sweep
 from kltune.lm.rewards.inputs import base_of, inputs_of, refuse_changed
 from kltune.recipe import (
     Axis,
@@ -28,6 +29,7 @@ from kltune.recipe import (
     overlap,
     recipe_digest,
 )
+from kltune.recipe.faults import redact, visible
 from kltune.report.outcome import final_figures
 from kltune.report.text import aligned
 from kltune.run.files import (
@@ -36,9 +38,7 @@ from kltune.run.files import (
     read_document,
     read_json,
     read_record,
-    redact,
     to_json,
-    visible,
     without_nonfinite,
     write_whole,
 )
@@ -60,6 +60,7 @@ class SweepOptions:
     output: Path
     overrides: tuple[str, ...] = ()
     jobs: int = 1
+    trust_remote_code: bool = False
 
 
 def sweep(axes: Sequence[Axis], points: Sequence[GridPoint], options: SweepOptions) -> tuple[dict[str, Any], int]:
@@ -73,9 +74,9 @@ def sweep(axes: Sequence[Axis], points: Sequence[GridPoint], options: SweepOptio
             there. StorageError: it cannot be written. Interrupted: after the points that ran have saved.
     """
     folder = options.output
-    claim(folder, "sweep", ours=read_document(folder / "sweep.json", SCHEMA) is not None)
+    claim(folder, "sweep", ours=read_document(folder / "sweep.json", Sweep) is not None)
     with locked(folder):
-        earlier = read_document(folder / "sweep.json", SCHEMA)
+        earlier = read_document(folder / "sweep.json", Sweep)
         settings, varied = common_settings(axes, points)
         if earlier is not None:
             refuse_another_recipe(folder, earlier, settings, varied)
@@ -173,7 +174,7 @@ class _Sweep:
         folder = self.options.output / row["name"]
         record = read_record(folder) or {}
         status = record.get("status", "pending")
-        result = read_json(folder / "result.json") if status == "finished" else {}
+        result = read_json(folder / "result.json", Result) if status == "finished" else {}
         if status == "running":      # written by a process that is gone: it was killed, or the sweep was
             status = "failed" if row.get("status") == "failed" else "interrupted"
         row["status"] = status
@@ -187,7 +188,7 @@ class _Sweep:
         return Command(
             point.name,
             (sys.executable, "-m", "kltune", point.recipe.stage, "--recipe", self.options.recipe, *sets, "--output",
-             str(folder), "--resume"),
+             str(folder), "--resume", *(["--trust-remote-code"] if self.options.trust_remote_code else [])),
             folder.with_name(f"{point.name}.log"),
         )
 

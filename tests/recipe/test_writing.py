@@ -38,8 +38,13 @@ def test_the_recipe_in_a_run_folder_loads_although_its_function_lies_elsewhere(f
     file = write(run, dump_recipe(recipe))
     with pytest.raises(RecipeError, match="the recipe's own folder"):
         load_recipe(file)
-    (run / "run.json").write_text("{}")
+    for planted in ("{}", '{"schema": "kltune.run/1"}', '{"schema": "kltune.run/1", "recipe_sha256": "0"}', "[" * 9999):
+        (run / "run.json").write_text(planted)      # no record of this recipe, whoever wrote it
+        with pytest.raises(RecipeError, match="the recipe's own folder"):
+            load_recipe(file)
+    (run / "run.json").write_text(json.dumps({"schema": "kltune.run/1", "recipe_sha256": recipe_digest(recipe)}))
     assert load_recipe(file) == recipe
+    assert load_recipe(file, ["kl.target=3"]).kl.target == 3.0
 
 
 def test_a_recipe_cannot_be_changed(folder):

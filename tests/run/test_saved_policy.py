@@ -5,7 +5,8 @@ import json
 import pytest
 
 from kltune.errors import CheckpointError, ModelError
-from kltune.run.saved_policy import MeasureOptions, find_checkpoint, open_subject, refuse_code
+from kltune.lm.model.files import refuse_code
+from kltune.run.saved_policy import MeasureOptions, find_checkpoint, open_subject
 
 NAMING_CODE = [
     ("config.json", {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "modeling.Model"}}),

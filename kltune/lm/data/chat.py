@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import cache
@@ -12,14 +13,35 @@ from typing import TYPE_CHECKING
 import jinja2
 import jinja2.ext
 
-from kltune.errors import DataError
+from kltune.errors import DataError, ModelError
+from kltune.lm.data.foreign import memory_limit, time_limit
 from kltune.lm.data.forms import Message
 from kltune.lm.data.rows import RowFault
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 2, 1 << 30       # that a chat template may take for one row, beside what is in use
+MOST_WRITTEN = 1_000_000    # characters of a template's own
 CLOCK = "strftime_now"      # by which templates ask for the time
 PROBE = "kltune"            # an answer that no template knows anything of
+
+
+@contextmanager
+def tokenizing(tokenizer: "PreTrainedTokenizerBase", what: str) -> Iterator[None]:
+    """Within: whatever a tokenizer raises over a text or over ids ends as one line; its file says what it cannot do.
+
+    Raises:
+        ModelError: names the tokenizer, what it was given and its reason.
+    """
+    try:
+        yield
+    except BaseException as cause:      # what Rust panics over is no Exception
+        if not (isinstance(cause, Exception) or type(cause).__name__ == "PanicException"):
+            raise
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path} can make nothing of {what[:40]!r} ({str(cause)[:200]}); is its "
+            "tokenizer.json whole?"
+        ) from cause
 
 
 def today() -> date:
@@ -93,12 +115,23 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], *, to_answer: bool) -> str:
         """The messages as the template writes them, to be answered or not; RowFault if it refuses them."""
         self.used = True
+        slow = ModelError(
+            f"{self._tokenizer.name_or_path}: its chat template takes more than {TEMPLATE_SECONDS} s over one row."
+        )
         try:
-            more = {"chat_template": with_date(self.source, self.day)} if CLOCK in self.source else {}
-            return self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=to_answer, **more
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            with time_limit(TEMPLATE_SECONDS, slow), memory_limit(TEMPLATE_BYTES):
+                more = {"chat_template": with_date(self.source, self.day)} if CLOCK in self.source else {}
+                text = self._tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=to_answer, **more
+                )
+            if len(text) > MOST_WRITTEN + 100 * sum(len(str(message)) for message in messages):
+                raise ModelError(f"{self._tokenizer.name_or_path}: its chat template writes {len(text):,} characters.")
+            return text
+        except (MemoryError, OverflowError) as error:
+            raise ModelError(
+                f"{self._tokenizer.name_or_path}: its chat template wants more than {TEMPLATE_BYTES >> 20} MiB."
+            ) from error
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, RecursionError) as error:
             raise RowFault(f"the tokenizer's chat template refuses the messages: {error}") from error
 
     def before_answer(self) -> str:
@@ -182,7 +215,8 @@ def turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     if not behind:
         return None
     control = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return next((i for i in tokenizer.encode(behind, add_special_tokens=False) if i in control), None)
+    with tokenizing(tokenizer, behind):
+        return next((i for i in tokenizer.encode(behind, add_special_tokens=False) if i in control), None)
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str] | None:

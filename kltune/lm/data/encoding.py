@@ -11,7 +11,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any, Literal
 
 from kltune.errors import DataError, ModelError
-from kltune.lm.data.chat import CLOCK, ChatTemplate, control_tokens, said, without_template
+from kltune.lm.data.chat import CLOCK, ChatTemplate, control_tokens, said, tokenizing, without_template
 from kltune.lm.data.forms import CALLS, THOUGHTS, Asked, Message, as_messages
 from kltune.lm.data.rows import RowFault
 
@@ -21,6 +21,7 @@ Ids = tuple[int, ...]
 Scored = tuple[Ids, tuple[bool, ...]]       # tokens, and which of them the assistant says
 # Tokenizers of the SentencePiece kind put a space before every text; behind a line break they leave it out.
 LINE_BREAK = "\n"
+LONG_TEXT, LONG_TOKEN = 1_000_000, 64      # characters of a text, and for each token of it that counts: a part will do
 MARK = "\ufdd0"     # stands within a spelling that is to stay text; Unicode keeps this one out of texts
 
 
@@ -67,8 +68,10 @@ class Encoder:
         day: date | None = None,
         control: Literal["auto", "text", "tokens"] = "auto",
         others: Sequence[OtherTokenizer] = (),
+        limit: int | None = None,
     ):
-        """Arguments as in ``RowRules``."""
+        """Arguments as in ``RowRules``; limit: tokens of a row beyond which none is read, so that none need be made."""
+        self.limit = limit
         self.tokenizer, self.template, self.end_token, self.control = tokenizer, template, end_token, control
         self.ends = frozenset({end_token, *end_ids} - {None})
         self.chat = ChatTemplate(tokenizer, day)
@@ -80,23 +83,33 @@ class Encoder:
         for other in others:
             if _head(other.tokenizer) != self.head:
                 raise other.refuse("", "tokens before every text than the begin token")
-        self.joins_exactly = tokenizer.decode(self.plain("a") + self.plain("b")) == "ab"
+        with tokenizing(tokenizer, "ab"):
+            self.joins_exactly = tokenizer.decode(self.plain("a") + self.plain("b")) == "ab"
 
-    def plain(self, text: str) -> Ids:
+    def plain(self, text: str, *, from_end: bool = False) -> Ids:
         """The tokens of the text alone; control tokens that it spells are control tokens."""
-        return self._encode(text, literal=False)
+        return self._encode(text, literal=False, from_end=from_end)
 
-    def _encode(self, text: str, *, literal: bool) -> Ids:
-        ids = _encoded(self.tokenizer, text, literal)
+    def _encode(self, text: str, *, literal: bool, from_end: bool = False) -> Ids:
+        """The tokens of a text; of a very long one of its beginning, or its end, as many as there may be and more."""
+        most = max(LONG_TEXT, LONG_TOKEN * (self.limit or 0))
+        if self.limit is not None and len(text) > most:
+            ids = self._encode(text[-most:] if from_end else text[:most], literal=literal)
+            if len(ids) > self.limit:
+                return ids
+        ids = encoded(self.tokenizer, text, literal=literal)
         for other, _ in self._others:
-            if _encoded(other.tokenizer, text, literal) != ids:
+            if encoded(other.tokenizer, text, literal=literal) != ids:
                 raise other.refuse(text, "tokens")
         return ids
 
-    def first_ids(self, text: str) -> Ids:
-        """Tokens of a text at the start: bos if there is one, never two, no end token; RowFault if there are none."""
+    def first_ids(self, text: str, *, from_end: bool = False) -> Ids:
+        """Tokens of a text at the start: bos if there is one, never two, no end token; RowFault if there are none.
+
+        from_end: of a very long text its end is what counts.
+        """
         self._note(text)
-        ids = self._encode(text, literal=self.control == "text")
+        ids = self._encode(text, literal=self.control == "text", from_end=from_end)
         if not ids:
             raise RowFault(f"the tokenizer makes no token of {text[:40]!r}")
         return ids if ids[: len(self.head)] == self.head else self.head + ids
@@ -160,13 +173,14 @@ class Encoder:
     def prompt(self, asked: Asked) -> tuple[Ids, str, tuple[Message, ...]]:
         """A prompt's tokens, what was said in it, and its messages if it goes through the chat template, else ()."""
         if not self.uses_chat(messages=not isinstance(asked, str)):
-            return self.first_ids(asked), asked, ()
+            return self.first_ids(asked, from_end=True), asked, ()
         messages = as_messages(asked)
         return self.chat_ids(messages, to_answer=True), said(messages), tuple(messages)
 
     def chat_ids(self, messages: Sequence[Message], *, to_answer: bool) -> Ids:
         """The tokens of messages as the chat template writes them; RowFault if it refuses them."""
-        return self._ids(self._chat_text(messages, to_answer=to_answer))
+        text = self._chat_text(messages, to_answer=to_answer)
+        return self._ids(text) if MARK in text else self.plain(text, from_end=to_answer)
 
     def conversation(self, messages: Sequence[Message], turns: str = "all") -> list[Scored]:
         """The tokens of a conversation up to its last answer, and which of them the assistant says.
@@ -346,18 +360,20 @@ def _texts(value: Any) -> Iterator[str]:
 
 def readable(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
     """The text of the tokens as it is, without special tokens."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    with tokenizing(tokenizer, f"ids {list(ids[:5])}"):
+        return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _encoded(tokenizer: "PreTrainedTokenizerBase", text: str, literal: bool) -> Ids:
+def encoded(tokenizer: "PreTrainedTokenizerBase", text: str, *, literal: bool = False, special: bool = False) -> Ids:
+    """The tokens of a text. literal: control tokens that it spells stay text. special: with what stands around it."""
     more = {"split_special_tokens": True} if literal else {}
-    return tuple(tokenizer.encode(text, add_special_tokens=False, verbose=False, **more))
+    with tokenizing(tokenizer, text):
+        return tuple(tokenizer.encode(text, add_special_tokens=special, verbose=False, **more))
 
 
 def _head(tokenizer: "PreTrainedTokenizerBase") -> Ids:
     """What the tokenizer puts before a text: bos, for most; what follows the text is left out."""
-    probe = tuple(tokenizer.encode("a", add_special_tokens=True, verbose=False))
-    alone = _encoded(tokenizer, "a", literal=False)
+    probe, alone = encoded(tokenizer, "a", special=True), encoded(tokenizer, "a")
     starts = [at for at in range(len(probe)) if probe[at : at + len(alone)] == alone]
     return probe[: starts[0]] if starts else ()
 

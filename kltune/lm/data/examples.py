@@ -94,7 +94,7 @@ class RowRules:
         """What makes tokens of rows by these rules."""
         return Encoder(
             tokenizer, self.template, end_token=self.end_token, end_ids=self.end_ids, day=self.day,
-            control=self.control, others=self.others,
+            control=self.control, others=self.others, limit=self.max_prompt_tokens + self.max_response_tokens,
         )
 
     def layout(self, encoder: Encoder) -> Layout:
@@ -248,7 +248,7 @@ def _plain_example(row: Row, form: Form, encoder: Encoder) -> Scored:
         ids = encoder.ended(encoder.first_ids(text_field(row.fields, "text")))
         unscored = 1        # nothing comes before the first token that it could be predicted from
     else:
-        prompt = encoder.first_ids(text_field(row.fields, "prompt"))
+        prompt = encoder.first_ids(text_field(row.fields, "prompt"), from_end=True)
         ids, unscored = prompt + encoder.response_ids(text_field(row.fields, "response")), len(prompt)
     if len(ids) == unscored:
         raise RowFault(f'field "text": only {unscored} token, wanted at least one more that can be scored')

@@ -11,8 +11,9 @@ So a layer remembers how its adapters were switched.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kltune.core.tensors import close
 from kltune.errors import ModelError
-from kltune.lm.model.files import reading
+from kltune.lm.data.documents import AdapterSettings
+from kltune.lm.data.foreign import read_json, time_limit
+from kltune.lm.model.files import NAMES_CODE, reading, refuse_code
 
 POLICY = "default"  # PEFT saves an adapter of this name at the root of the folder, where every loader looks
 VALUE = "value"
@@ -44,6 +47,7 @@ PROMPT_LEARNING = {"ADAPTION_PROMPT"} | {
 # These open others that their configuration names, wherever they are, when they are put on a model.
 WANT_OTHERS = ("XLORA", "SHADOW")
 OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")    # as PEFT calls them
+PATTERN_SECONDS = 2
 PROBED = 16             # tokens on which a model is tried when it is opened
 SwitchState = list[tuple[bool, list[str]]]  # by layer: whether adapters are off, and which is on otherwise
 
@@ -103,16 +107,16 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         ModelError: there is none, it is not JSON, or the adapter is of a kind that puts no layers on a model's own.
     """
     path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         if not folder.exists():
-            raise ModelError(f"{folder}: there is no such folder.") from None
+            raise ModelError(f"{folder}: there is no such folder.")
         hint = f" Did you mean {folder / 'final'}?" if (folder / "final" / "adapter_config.json").exists() else ""
-        raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing).{hint}") from None
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON ({error}).") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise ModelError(f"{folder}: no adapter here (adapter_config.json is missing).{hint}")
+    refuse_code(folder, "adapter", trusted=True)
+    config = read_json(path, ModelError, AdapterSettings, finite=False)
+    if code := [name for name in NAMES_CODE if config.get(name)]:     # nothing an adapter needs, trusted or not
+        raise ModelError(f"{path} has {code[0]}, which would have Python code run; take it out.")
+    kind = config.get("peft_type")
     if kind in PROMPT_LEARNING or kind not in PEFT_TYPE_TO_TUNER_MAPPING:
         raise ModelError(
             f"{folder}: an adapter of type {kind}; kltune reads those that change a model's layers, as LORA and IA3, "
@@ -210,9 +214,22 @@ def wrap(model: nn.Module, config: PeftConfig, what: str) -> PeftModel:
     Raises:
         ModelError: no layer has one of the names, which come from ``what``, or one is of a kind that cannot serve.
     """
+    _try_patterns(config, [name for name, _ in model.named_modules()], what)
     config.base_model_name_or_path = None  # PEFT would warn of another path; hashes tell bases apart
     with reading(what, "adapter", failed=f"does not fit {model.name_or_path}"):
         return get_peft_model(model, config, adapter_name=POLICY)
+
+
+def _try_patterns(config: PeftConfig, names: list[str], what: str) -> None:
+    """Raise ModelError if the expressions of an adapter take too long over a model's names, as PEFT will match them."""
+    texts = [getattr(config, name, None) for name in ("target_modules", "exclude_modules", "layers_pattern")]
+    patterns = [text for text in texts if isinstance(text, str)]
+    patterns += [key for name in ("rank_pattern", "alpha_pattern") for key in getattr(config, name, None) or ()]
+    slow = ModelError(f"{what}: its regular expressions take longer than {PATTERN_SECONDS} s over the names of layers.")
+    with time_limit(PATTERN_SECONDS, slow), suppress(re.error):     # a wrong one is PEFT's to name
+        for pattern in patterns:
+            for name in names:
+                re.match(rf"(.*\.)?({pattern})$", name)
 
 
 def fill(model: PeftModel, weights: dict[str, Tensor], folder: Path, name: str = POLICY) -> None:

@@ -1,11 +1,19 @@
 """What is in a model's folder: read by libraries that may raise anything, and held against what is wanted of it.
 
+No file of a model or checkpoint is ever run, unless that was asked for by name. transformers, PEFT and the hub can be
+led to import Python or to unpickle by a line of JSON; what comes from a stranger is looked through before any of them
+opens it: only safetensors and JSON, and nothing that names code or leads out of the folder.
+
 transformers loads what fits and leaves the rest, so a classifier becomes a language model without a word, and a deeper
 model a shallower one. What nobody reads is looked at here.
 """
 
 import errno
+import json
+import math
+import os
 import re
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +22,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from kltune.errors import KltuneError, ModelError
+from kltune.lm.data.documents import SHAPES
+from kltune.lm.data.foreign import LARGEST, read_json
 
+# Keys by which a JSON file has a library import Python: the model's own (auto_map, custom_*), PEFT's (megatron_core,
+# read where megatron_config is set), or kernels that are fetched from the hub and run. Not auto_mapping: ordinary
+# adapters have it, and only PEFT's Auto classes, which kltune does not use, import what it names.
+NAMES_CODE = {"auto_map", "custom_generate", "custom_pipelines", "megatron_config", "trust_remote_code"}
+ATTENTION = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
+             "_experts_implementation"}
+VOCABULARIES = {"tokenizer.json", "vocab.json", "added_tokens.json"}    # a token may be called anything
+READ_WHOLE = (".json", ".jinja", ".txt", ".model")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 OTHER_HEADS = re.compile(r"For(\w*Classification|\w*QuestionAnswering|MultipleChoice|MaskedLM|NextSentencePrediction)$")
 # Masks and angles that old checkpoints hold and models now compute; heads that are dropped after pretraining.
 NOT_READ = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$|(^|\.)(mtp|pooler)\.")
 DIGITS = re.compile(r"\d+")
+MOST_MADE_UP = 10_000_000       # numbers that a model may have beside those in its files: more are refused unmade
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 WAYS_ON = {     # by what an exception's class, or else its text, has in it
     "SafetensorError": "a file is damaged or cut off; download or copy it again",
@@ -31,6 +52,82 @@ WAYS_ON = {     # by what an exception's class, or else its text, has in it
     "ImportError": "install what it names, or give a model that does without",
     "OSError": "look at the files in the folder, or download them again",
 }
+
+
+def refuse_code(path: str | Path, what: str, error: type[KltuneError] = ModelError, *, trusted: bool = False) -> None:
+    """Look through the files of a folder before anything loads one; of a name on the hub there is nothing to see.
+
+    trusted: the user asked for its code to be run; then what names code is let through, and nothing else.
+
+    Raises:
+        error: a file names code to be run, leads out of the folder, is no ordinary file, holds pickled weights and
+            nothing beside them, is not JSON or has a field of another kind than wanted. Names the file and the key.
+    """
+    folder = Path(path)
+    entries = [file for file in sorted(folder.iterdir()) if not file.is_dir()] if folder.is_dir() else []
+    for file in (*entries, *folder.glob("additional_chat_templates/*")):
+        _refuse_strange(file, folder, what, error)
+    pickled = [file.name for file in entries if file.suffix in PICKLES and "model" in file.stem]
+    if pickled and not any(file.suffix == ".safetensors" for file in entries):
+        raise error(
+            f"{what}: {folder / pickled[0]} is a pickle, which kltune never opens; save it again as safetensors."
+        )
+    for file in (file for file in entries if file.suffix == ".json"):
+        content = read_json(file, error, SHAPES.get(file.name), what, finite=False)
+        for key, value in () if file.name in VOCABULARIES else _entries(content):
+            if file.name.endswith(".safetensors.index.json") and not _is_safetensors(key, value):
+                raise error(f"{what}: {file} says that {key} is in {value}; kltune opens only safetensors.")
+            if key.endswith("_file") and isinstance(value, str) and _is_outside(value, folder):
+                raise error(f"{what}: {file} has {key}: {value}, a file outside of the folder; kltune opens none.")
+            names_code = (key in NAMES_CODE and value) or (key in ATTENTION and isinstance(value, str) and "/" in value)
+            if names_code and not trusted:
+                raise error(
+                    f"{what}: {file} has {key}: {json.dumps(value)[:80]}, which would have Python code run that kltune "
+                    "has not read. Remove the key if the model works without it, or, if you trust the folder, add "
+                    "--trust-remote-code (and model.trust_remote_code: true in a recipe)."
+                )
+
+
+def _refuse_strange(file: Path, folder: Path, what: str, error: type[KltuneError]) -> None:
+    """Raise for a link out of a folder (a cache of the hub may lead to its own blobs), a pipe, a device, a giant."""
+    try:
+        target, status = file.resolve(strict=True), file.stat()
+    except (OSError, RuntimeError) as cause:
+        if file.is_symlink():
+            raise error(f"{what}: {file} is a link that leads nowhere; copy the file there.") from cause
+        raise error(f"{what}: {file} cannot be read: {cause}.") from cause
+    homes = [folder.resolve()]
+    if homes[0].parent.name == "snapshots":
+        homes.append(homes[0].parents[1] / "blobs")
+    if file.is_symlink() and not any(target.is_relative_to(home) for home in homes):
+        raise error(f"{what}: {file} is a link to {target}, outside of the folder; kltune opens nothing there. Copy "
+                    "the file in its place if it is the one that is meant.")
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{what}: {file} is a pipe or a device, wanted an ordinary file.")
+    if status.st_size > LARGEST and file.suffix in READ_WHOLE:
+        raise error(f"{what}: {file} has {status.st_size:,} bytes; no such file of a model has more than {LARGEST:,}.")
+
+
+def _is_outside(value: str, folder: Path) -> bool:
+    """Whether it names a file that is here, and not in the folder."""
+    place = os.path.realpath(folder / value.replace("\0", ""))
+    return os.path.exists(place) and not Path(place).is_relative_to(folder.resolve())
+
+
+def _is_safetensors(key: str, value: Any) -> bool:
+    """An entry of an index that is no weight, or one in a safetensors file of the same folder."""
+    return not isinstance(value, str) or key == "format" or (value.endswith(".safetensors") and "/" not in value)
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, however deep."""
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            yield from item.items()
+        if isinstance(item, dict | list):
+            left += item.values() if isinstance(item, dict) else item
 
 
 @contextmanager
@@ -46,8 +143,10 @@ def reading(
         yield
     except (KltuneError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as cause:
-        if (isinstance(cause, OSError) and cause.errno in FULL_DISK) or "can't allocate memory" in str(cause):
+    except BaseException as cause:
+        memory = (isinstance(cause, OSError) and cause.errno in FULL_DISK) or "can't allocate memory" in str(cause)
+        # What Rust panics over is no Exception.
+        if memory or not (isinstance(cause, Exception) or type(cause).__name__ == "PanicException"):
             raise
         raise error(f"{where}: {path}: {_reason(str(path), failed, cause)}") from cause
 
@@ -86,6 +185,38 @@ def refuse_quantised(config: Any, path: str, where: str, error: type[KltuneError
 
 def _own(config: Any, name: str) -> list[Any]:
     return [getattr(part, name, None) for part in (config, config.get_text_config())]
+
+
+def refuse_oversized(config: Any, path: str, where: str, error: type[KltuneError], build: Any) -> None:
+    """Raise for a configuration of far more layers or numbers than a folder's files hold, before memory is taken.
+
+    build: makes a model of a configuration; here without memory.
+    """
+    sizes = [_held(file, error, where) for file in Path(path).glob("*.safetensors")] if Path(path).is_dir() else []
+    tensors, numbers = (sum(size[part] for size in sizes) for part in (0, 1))
+    own = config.get_text_config()
+    counts = {name: value for name, value in vars(own).items() if type(value) is int}
+    layers = getattr(own, "num_hidden_layers", None)
+    if not sizes or not isinstance(layers, int):
+        return
+    if layers > tensors:
+        raise error(f"{where}: {path}/config.json: num_hidden_layers: found {layers:,}, but its files hold {tensors:,} "
+                    "tensors in all.")
+    large = {name: value for name, value in counts.items() if value > numbers and not name.endswith("_token_id")}
+    if not large:
+        return
+    with reading(path, where, error), torch.device("meta"):
+        described = sum(tensor.numel() for tensor in build(config).parameters())
+    if described > MOST_MADE_UP + 2 * numbers:
+        raise error(f"{where}: {path}/config.json describes a model of {described:,} numbers ({next(iter(large))}: "
+                    f"{next(iter(large.values())):,}), but its files hold {numbers:,}.")
+
+
+def _held(file: Path, error: type[KltuneError], where: str) -> tuple[int, int]:
+    """How many tensors and numbers a file has, by its header."""
+    with reading(file, where, error), safe_open(file, framework="pt") as held:
+        shapes = [held.get_slice(name).get_shape() for name in held.keys()]      # noqa: SIM118 (safe_open is no dict)
+    return len(shapes), sum(math.prod(shape) for shape in shapes)
 
 
 def refuse_other_heads(config: Any, path: str, where: str) -> None:

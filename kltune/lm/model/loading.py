@@ -1,6 +1,5 @@
 """Read models and tokenizers from a folder or the hub, and say exactly which ones they were."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.chat import EndTokens, template_of
-from kltune.lm.model.files import check_all_read, reading, refuse_other_heads, refuse_quantised, say_once
+from kltune.lm.data.documents import AdapterSettings, SavedModel
+from kltune.lm.data.foreign import read_json
+from kltune.lm.model.files import (
+    check_all_read,
+    reading,
+    refuse_code,
+    refuse_other_heads,
+    refuse_oversized,
+    refuse_quantised,
+    say_once,
+)
 from kltune.lm.model.fingerprint import (
     config_differences,
     settings_of,
@@ -74,6 +83,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, where: str = "mod
     Raises:
         ModelError: there is none that transformers can read, or it has neither a padding nor an end token.
     """
+    refuse_code(path, where, trusted=trust_remote_code)
     with reading(path, where, failed="no tokenizer could be loaded from it"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **_locality(path))
     tokenizer = as_in_file(tokenizer, path)
@@ -127,10 +137,12 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
         _refuse_adapter(Path(path), where)
     elif Path(path).is_absolute():  # recipes make the paths they know absolute; hub names never are
         raise ModelError(f"{where}: {path} is no folder here; give the folder of a model, or a name on the hub.")
+    refuse_code(path, where, trusted=section.trust_remote_code)
     with reading(path, where, failed=NO_CAUSAL):
         config = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code, **_locality(path))
     refuse_quantised(config, path, where)
     refuse_other_heads(config, path, where)
+    refuse_oversized(config, path, where, ModelError, AutoModelForCausalLM.from_config)
     with reading(path, where, failed=NO_CAUSAL):
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
@@ -197,9 +209,8 @@ def check_made_for(folder: Path, model: nn.Module, path: str) -> None:
     record = folder / "kltune.json"
     if not record.exists():
         return
-    with reading(folder, "model.sft_adapter"):
-        content = json.loads(record.read_text(encoding="utf-8"))
-        made = content["reference"]
+    content = read_json(record, ModelError, SavedModel, "model.sft_adapter")
+    made = content["reference"]
     if content.get("stage") == "reward":
         raise ModelError(f"model.sft_adapter: {folder} is a reward model, which says nothing; give one of kltune sft.")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -217,8 +228,8 @@ def check_made_for(folder: Path, model: nn.Module, path: str) -> None:
 
 def _refuse_adapter(path: Path, where: str) -> None:
     if (path / "adapter_config.json").exists():
-        with reading(path, where):
-            base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config = read_json(path / "adapter_config.json", ModelError, AdapterSettings, where, finite=False)
+        base = config.get("base_model_name_or_path")
         raise ModelError(
             f"{where}: {path} is a LoRA adapter, and which model is the reference is not said. For KL against base "
             f"+ this adapter write  model: {{path: {base}, sft_adapter: {path}}};  for KL against the bare base write  "

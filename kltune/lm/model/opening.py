@@ -24,7 +24,7 @@ from kltune.lm.model.adapters import (
     wrap,
 )
 from kltune.lm.model.batches import Rollout, pad_right
-from kltune.lm.model.files import reading
+from kltune.lm.model.files import reading, refuse_code
 from kltune.lm.model.fingerprint import Fingerprint, probed
 from kltune.lm.model.loading import check_made_for, context_of, load_base, load_tokenizer
 from kltune.lm.model.network import Network
@@ -80,6 +80,7 @@ def load_reference(
     survived, untied = 1.0, False
     if section.sft_adapter is not None:
         adapter = Path(section.sft_adapter)
+        refuse_code(adapter, "model.sft_adapter", trusted=section.trust_remote_code)
         check_made_for(adapter, model, section.path)
         model, survived, untied = merge_adapter(model, adapter)
     fingerprint = Fingerprint.of(section, model, tokenizer, merge_survived=survived, untied=untied)
@@ -104,6 +105,7 @@ def load_saved_policy(
     Raises:
         ModelError: it cannot be loaded, or is a model with another vocabulary or tokenizer than the reference.
     """
+    refuse_code(folder, "checkpoint", trusted=section.trust_remote_code)
     policy = load_reference(section, device=device, where="reference", chat_template=chat_template)
     policy.hold_against(folder, "checkpoint", section.trust_remote_code)
     second = section.model_copy(update={"dtype": policy.fingerprint.dtype})

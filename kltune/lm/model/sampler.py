@@ -21,7 +21,7 @@ from kltune.core.kl.divergence import VocabularySums
 from kltune.core.kl.truncation import Cut, renormalized
 from kltune.core.tensors import log_distribution, per_response
 from kltune.errors import DivergedError, ModelError
-from kltune.lm.data.encoding import LINE_BREAK, readable
+from kltune.lm.data.encoding import LINE_BREAK, encoded, readable
 from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import Rollout, Samples, pad_right, response_scatter
 from kltune.lm.model.policy import Policy
@@ -236,6 +236,6 @@ def response_text(policy: Policy, prompt: Prompt, tokens: list[int]) -> str:
     said = tokens[:-1] if tokens[-1] == policy.ends.turn else tokens
     if prompt.messages:
         return readable(policy.tokenizer, said)
-    before = policy.tokenizer.encode(LINE_BREAK, add_special_tokens=False)
+    before = encoded(policy.tokenizer, LINE_BREAK)
     alone, both = (readable(policy.tokenizer, ids) for ids in (before, [*before, *said]))
     return both.removeprefix(alone) if both.startswith(alone) else readable(policy.tokenizer, said)

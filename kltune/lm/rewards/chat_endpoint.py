@@ -3,10 +3,13 @@
 No redirect is followed: the key would go along. Nothing that the endpoint says is shown with the key in it.
 """
 
+import contextlib
 import http.client
 import ipaddress
 import json
 import os
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -35,6 +38,47 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class _Hurried:
+    """A connection whose timeout is for the whole head of an answer, not from one byte to the next."""
+
+    def getresponse(self) -> http.client.HTTPResponse:
+        late = threading.Event()
+        timer = threading.Timer(self.timeout, self._give_up, (late,))
+        timer.daemon = True
+        timer.start()
+        try:
+            return super().getresponse()
+        except (OSError, http.client.HTTPException):
+            if late.is_set():
+                raise TimeoutError from None
+            raise
+        finally:
+            timer.cancel()
+
+    def _give_up(self, late: threading.Event) -> None:
+        late.set()
+        with contextlib.suppress(OSError, AttributeError):      # it has just been closed
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+
+class _Plain(_Hurried, http.client.HTTPConnection):
+    pass
+
+
+class _Encrypted(_Hurried, http.client.HTTPSConnection):
+    pass
+
+
+class _PlainHandler(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Plain, request)
+
+
+class _EncryptedHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Encrypted, request)
+
+
 class Endpoint:
     """A chat endpoint that answers one question at a time. Threads may share one."""
 
@@ -48,7 +92,7 @@ class Endpoint:
         self._key = None if entry.key_env is None else _key_from(entry.key_env, entry.url)
         # A proxy would look for itself at a loopback address.
         direct = [urllib.request.ProxyHandler({})] if _is_loopback(entry.url) else []
-        self._opener = urllib.request.build_opener(_NoRedirect(), *direct)
+        self._opener = urllib.request.build_opener(_NoRedirect(), _PlainHandler(), _EncryptedHandler(), *direct)
 
     def ask(self, messages: Messages) -> str:
         """The text of one answer; "" where the endpoint gives none.

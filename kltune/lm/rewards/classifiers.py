@@ -17,7 +17,7 @@ from kltune.lm.data.examples import Prompt
 from kltune.lm.data.forms import Message
 from kltune.lm.data.rows import RowFault
 from kltune.lm.model.batches import Samples, pad_right
-from kltune.lm.model.files import check_all_read, reading, refuse_quantised
+from kltune.lm.model.files import check_all_read, reading, refuse_code, refuse_oversized, refuse_quantised
 from kltune.lm.model.loading import as_in_file
 from kltune.lm.rewards.reward_model import is_reward_model
 from kltune.recipe import ClassifierReward, ModelReward
@@ -167,11 +167,13 @@ def load_classifier(
     if (folder / "adapter_config.json").exists():  # transformers would put a random head on its base
         wanted = "write kind: model" if is_reward_model(folder) else "merge it into its base, and give that"
         raise ScorerError(f"reward {entry.path}: is an adapter, and no classifier by itself; {wanted}.")
-    local = {"local_files_only": True} if folder.exists() else {}
+    refuse_code(folder, "reward", ScorerError)
+    local = {"local_files_only": True, "trust_remote_code": False} if folder.exists() else {"trust_remote_code": False}
     precise = {"dtype": torch.float32} if device.type == "cpu" else {}
     with reading(entry.path, "reward", ScorerError, "could not be loaded as a sequence classifier"):
         config = AutoConfig.from_pretrained(entry.path, **local)
     refuse_quantised(config, entry.path, "reward", ScorerError)
+    refuse_oversized(config, entry.path, "reward", ScorerError, AutoModelForSequenceClassification.from_config)
     for part in (config, config.get_text_config()):
         if (getattr(part, "pad_token_id", None) or 0) >= getattr(part, "vocab_size", math.inf):
             part.pad_token_id = None        # no embedding can be made with it

@@ -20,6 +20,7 @@ from kltune.errors import JudgeError, ScorerError
 from kltune.lm.rewards.chat_endpoint import Endpoint, Messages, Unanswered
 from kltune.lm.rewards.verdicts import read_preference, read_score
 from kltune.recipe import JudgeReward
+from kltune.recipe.faults import redact
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the second try; what the pauses double up to
 POLL_SECONDS, STOP_SECONDS = 0.1, 1.0  # between two looks at whether to stop; then answers are waited for so long
@@ -203,7 +204,7 @@ class Judge:
                 answer = self._read(text)
                 if answer is not None:
                     return answer
-                reason = f"an answer that cannot be read, {text[:SHOWN_CHARACTERS]!r}"
+                reason = f"an answer that cannot be read, {redact(text)[:SHOWN_CHARACTERS]!r}"
                 messages = [*messages[:1], *_reminder(text)]
                 self._count("unreadable")
             except Unanswered as error:

@@ -8,7 +8,6 @@ token that it never said: as responses cut by ``data.on_overlong`` are in traini
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,12 @@ from torch import Tensor, nn
 
 from kltune.errors import ModelError
 from kltune.lm.data.chat import template_of
+from kltune.lm.data.documents import SavedModel
 from kltune.lm.data.encoding import Encoder, Ids, spelled
+from kltune.lm.data.foreign import read_json
 from kltune.lm.model.adapters import POLICY, config_to_fill, fill, load_compatible
 from kltune.lm.model.batches import Samples
-from kltune.lm.model.files import reading
+from kltune.lm.model.files import reading, refuse_code
 from kltune.lm.model.fingerprint import AGREES
 from kltune.lm.model.loading import own_tokenizer
 from kltune.lm.model.network import ScalarHead
@@ -202,10 +203,9 @@ def open_reward_model(folder: Path, policy: Policy | None, device: torch.device)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    with reading(folder, "reward", failed="its kltune.json cannot be read"):
-        record = json.loads((folder / "kltune.json").read_text(encoding="utf-8"))
-    known = isinstance(record, dict) and record.get("stage") == "reward"
-    if not known or not {"probe", "reads_text"} <= record.get("reward", {}).keys() or not record.get("reference"):
+    refuse_code(folder, "reward")
+    record = read_json(folder / "kltune.json", ModelError, SavedModel, "reward")
+    if record.get("stage") != "reward" or "reward" not in record:
         raise ModelError(f"reward {folder}: its kltune.json is not one that kltune reward wrote.")
     return record
 

@@ -8,10 +8,11 @@ import numpy as np
 from markupsafe import Markup
 
 from kltune.core.hacking.overoptimization import tilt_gain
+from kltune.recipe.faults import visible
 from kltune.report.pages import environment
 from kltune.report.plots import Z95, Curve, CurvePoint, Frame, curve_svg
 from kltune.report.text import Table, aligned
-from kltune.run.files import storing, visible, write_json, write_whole
+from kltune.run.files import storing, write_json, write_whole
 from kltune.run.screen import ABSENT, interval, number, with_error
 
 NATS = "KL(policy ‖ reference), nats per response"

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from kltune.errors import CheckpointError
+from kltune.lm.data.documents import Projection, Result, RunRecord, Sweep
+from kltune.lm.data.foreign import check_shape
 from kltune.recipe import flat_settings, load_recipe
 from kltune.report.figures import TOLERANCE
 from kltune.report.outcome import final_figures
-from kltune.run.files import is_finished, read_json, read_jsonl
+from kltune.run.files import is_finished, read_json, read_metrics
 
 SETTING_KEYS = ("kl.target", "kl.beta", "dpo.beta", "kl.hard_cap")      # what sets a run's KL; the rest names its curve
 NO_DIFFERENCE = ("run.seed", "run.save_every", "run.eval_every", "run.device", "optim.micro_batch_size")
@@ -65,7 +67,7 @@ def find_sources(paths: Sequence[str]) -> list[FrontierSource]:
     for path in paths:
         folder = Path(path)
         if (folder / "sweep.json").is_file():
-            rows = read_json(folder / "sweep.json")["points"]
+            rows = read_json(folder / "sweep.json", Sweep)["points"]
             done = [row["name"] for row in rows if is_finished(folder / row["name"])]
             if not done:
                 raise CheckpointError(f"{path}: no point of this sweep has finished yet.")
@@ -80,14 +82,18 @@ def find_sources(paths: Sequence[str]) -> list[FrontierSource]:
 
 def _run_source(path: str) -> FrontierSource:
     folder = Path(path)
+    record = read_json(folder / "run.json", RunRecord)
     if not is_finished(folder):
         raise CheckpointError(f"{path} has not finished; wanted runs with a result.json.")
-    record = read_json(folder / "run.json")
+    lacking = [name for name in ("path", *SAME_REFERENCE) if not (record.get("reference") or {}).get(name)]
+    if lacking:
+        raise CheckpointError(f"{folder / 'run.json'}: reference.{lacking[0]} is missing.")
     settings = flat_settings(load_recipe(folder / "recipe.yaml"))
     if settings["stage"] == "reward":
         raise CheckpointError(f"{path} is a reward model, which says nothing and so has no KL; wanted policies.")
     return FrontierSource(
-        path, folder, record["reference"], settings, read_json(folder / "result.json"), record.get("rewards", [])
+        path, folder, record["reference"], settings, read_json(folder / "result.json", Result),
+        record.get("rewards", []),
     )
 
 
@@ -100,6 +106,8 @@ def _curve_source(path: str) -> FrontierSource:
         )
     document = read_json(file)
     known = isinstance(document, dict) and document.get("schema") == "kltune.project/1"
+    if known:
+        check_shape(document, Projection, CheckpointError, str(file))
     if not known or all(look["purpose"] != "curve" for look in document["looks"]):
         raise CheckpointError(f"{path} holds no curve; kltune project CHECKPOINT --curve measures one.")
     checkpoint = Path(document["checkpoint"])
@@ -264,7 +272,7 @@ def steps_to_target(source: FrontierSource) -> int | None:
     if target is None:
         return None
     name = f"kl/ref_{source.document.get('unit', 'nats_per_response')}"
-    for row in read_jsonl(source.folder / "metrics.jsonl"):
+    for row in read_metrics(source.folder):
         if row.get(name) is not None and row[name] >= (1.0 - TOLERANCE) * target:
             return row["step"]
     return None

@@ -91,7 +91,7 @@ DAMAGES = {
     damage_tokenizer: "untagged enum|of tomorrow",
     cut_weights: "damaged or cut off",
     misspell_type: "could not be loaded",
-    misshape: "could not be loaded",
+    misshape: r"hidden_size: found \"wide\", wanted a valid integer",
     halve: "in another shape than config.json says",
 }
 

@@ -294,14 +294,22 @@ def test_what_is_no_http_cannot_steer_the_terminal():
     assert "\x1b" not in str(caught.value)
 
 
+def test_a_head_that_never_ends_is_no_answer():
+    trickled(b"HTTP/1.1 200 OK\r\nX-Long: ")
+
+
 def test_a_trickle_is_no_answer():
+    trickled(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+
+
+def trickled(head: bytes) -> None:
     """Every byte comes in time, and the whole does not."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         def trickle():
             connection, _ = server.accept()
             with connection:
                 connection.recv(65536)
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                connection.sendall(head)
                 for _ in range(1000):
                     try:
                         connection.sendall(b" ")

@@ -371,8 +371,8 @@ def test_its_own_base_must_be_the_one_it_was_trained_on(new_reward, tmp_path):
 
 @pytest.mark.parametrize(("file", "content", "message"), [
     ("kltune.json", "{", "kltune.json cannot be read"),
-    ("kltune.json", '{"stage": "ppo"}', "not one that kltune reward wrote"),
-    ("kltune.json", "[]", "not one that kltune reward wrote"),
+    ("kltune.json", '{"stage": "ppo"}', "kltune.json: reference is missing"),
+    ("kltune.json", "[]", "found \\[\\], wanted a valid dictionary"),
     (HEAD, "junk", "cannot be read"),
 ])
 def test_a_damaged_folder_is_named(open_policy, saved_reward, file, content, message):
