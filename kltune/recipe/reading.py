@@ -116,7 +116,7 @@ def is_recorded(root: Node, stage: str, file: Path) -> bool:
         content = json.loads(read_bytes(record)) if record.is_file() else None
     if not isinstance(content, dict) or content.get("schema") != "kltune.run/1":
         return False
-    recipe, faults = validated(root, stage, file.parent.absolute(), trusted=True)
+    recipe, faults = validated(root, stage, file.parent.absolute(), trusted=True, packaged=False)
     whole = recipe is not None and not faults
     return whole and content.get("recipe_sha256") == recipe_digest(completed(recipe, file, None))
 

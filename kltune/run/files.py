@@ -44,6 +44,7 @@ WAYS_ON = {
     errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
+NO_FILE = {errno.ELOOP, errno.EISDIR, errno.ENXIO}     # a link, a folder, a socket or a pipe nobody reads
 DEVICES = Path("/dev")
 FEW_INODES = 64     # more than the files of a checkpoint
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, *WAYS_ON} - {errno.ENOENT}
@@ -105,13 +106,13 @@ def locked(folder: Path) -> Iterator[None]:
 def _open_lock(path: Path) -> TextIO:
     """A lock file of kltune's, made if need be; RecipeError for anything else of that name."""
     wanted = f"kltune did not make {path} ({{}}), and would write into it. Take it away, or choose another --output."
-    try:
-        with storing(path):
+    with storing(path):
+        try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if isinstance(error, StorageError):
+        except OSError as error:
+            if error.errno in NO_FILE:
+                raise RecipeError(wanted.format("it is a link, or no file")) from error
             raise
-        raise RecipeError(wanted.format("it is a link, or no file")) from error
     file = open(descriptor, "r+", encoding="utf-8", errors="replace")      # noqa: SIM115 (closed by the caller)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not HOLDER.fullmatch(file.read(200)):
         file.close()

@@ -304,7 +304,7 @@ def add_loss_gradient(
     # Before any update the two are one policy: what is left of a log-ratio is rounding, and its sign wins no pair.
     ratio = torch.zeros_like(nats) if first else nats - part.ref_logprobs
     metrics = preference_metrics(dpo, torch.cat(values), ratio, part)
-    own = nats - held.ref_logprobs
+    own = ratio if held is part else nats - held.ref_logprobs
     if LOSS_REFERENCE in learner.parts:
         metrics["dpo/margin_nats"] = by_side(own, part)[2]
     if dpo.loss == "bco":

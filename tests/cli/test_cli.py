@@ -182,7 +182,7 @@ def test_the_end_of_a_run_says_before_and_after_where_to_look_and_what_is_next(t
     assert "page" not in result_text(result)
 
     (tmp_path / "report.html").touch()
-    (tmp_path / "run.json").write_text(json.dumps({"stage": "ppo", "status": "finished"}))
+    (tmp_path / "run.json").write_text(json.dumps({"schema": "kltune.run/1", "stage": "ppo", "status": "finished"}))
     (tmp_path / "recipe.yaml").write_text("stage: ppo\nkl: {target: 6.0}\n")
     (tmp_path / "result.json").write_text(json.dumps(result))
     assert result_text(result).startswith(f"finished, on target: {tmp_path}\n")

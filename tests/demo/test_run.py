@@ -89,7 +89,7 @@ def run_folder(folder, gold, *looks):
     evaluated = {"eval/gold_mean": gold, "eval/gold_stderr": 0.1, "eval/reference_gold_stderr": 0.1,
                  "eval/score_mean": 9.0, "eval/prompts": 64}
     result = {"gold": gold, "reference_gold": 0.0, "eval": evaluated}
-    (folder / "run.json").write_text("{}")
+    (folder / "run.json").write_text(json.dumps({"schema": "kltune.run/1", "status": "finished"}))
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

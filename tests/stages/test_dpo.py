@@ -217,7 +217,7 @@ def test_a_target_is_held_where_the_pairs_would_go_further(dpo_recipe, tmp_path)
     late = [row["kl/ref_nats_per_response"] for row in rows_of(recipe)[40:]]
     assert sum(late) / len(late) == pytest.approx(target, rel=0.2)
     assert result["kl"]["nats_per_response"] == pytest.approx(target, rel=0.25)
-    assert max(row["kl/ref_nats_per_response"] for row in rows_of(recipe)) < 1.3 * target
+    assert max(row["kl/ref_nats_per_response"] for row in rows_of(recipe)) < 1.35 * target
     # before anything has moved, the pull is LOSS_PULL and the error at its least
     assert rows_of(recipe)[0]["kl/beta"] == pytest.approx(max(0.5 * math.exp(-9.0) / math.sqrt(2 * target), 1e-4))
     assert rows_of(recipe)[-1]["accuracy/mean"] == 1.0

@@ -191,7 +191,7 @@ class RunRecord(TypedDict):
 
     schema: Literal["kltune.run/1"]
     stage: NotRequired[Text]
-    status: str
+    status: NotRequired[str]
     kltune_version: NotRequired[Text]
     seed: NotRequired[int | None]
     reference: NotRequired[ComparedFacts | None]

@@ -47,13 +47,16 @@ class _Hurried:
         timer.daemon = True
         timer.start()
         try:
-            return super().getresponse()
+            response = super().getresponse()
         except (OSError, http.client.HTTPException):
             if late.is_set():
                 raise TimeoutError from None
             raise
         finally:
             timer.cancel()
+        if late.is_set():       # a head that was cut short reads as one that ended
+            raise TimeoutError
+        return response
 
     def _give_up(self, late: threading.Event) -> None:
         late.set()

@@ -370,7 +370,7 @@ def test_its_own_base_must_be_the_one_it_was_trained_on(new_reward, tmp_path):
 
 
 @pytest.mark.parametrize(("file", "content", "message"), [
-    ("kltune.json", "{", "kltune.json cannot be read"),
+    ("kltune.json", "{", "kltune.json is not JSON"),
     ("kltune.json", '{"stage": "ppo"}', "kltune.json: reference is missing"),
     ("kltune.json", "[]", "found \\[\\], wanted a valid dictionary"),
     (HEAD, "junk", "cannot be read"),

@@ -99,7 +99,7 @@ def test_what_has_not_finished_or_is_nothing_is_refused(make_run, tmp_path):
     with pytest.raises(CheckpointError, match="is no run, no sweep and no curve"):
         find_sources([str(tmp_path)])
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "sweep.json").write_text('{"points": [{"name": "a"}]}')
+    (tmp_path / "empty" / "sweep.json").write_text('{"schema": "kltune.sweep/1", "points": [{"name": "a"}]}')
     with pytest.raises(CheckpointError, match="no point of this sweep"):
         find_sources([str(tmp_path / "empty")])
     document = curve(tmp_path / "none", "x", looks=[])
