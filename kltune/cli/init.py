@@ -160,6 +160,9 @@ def model_entry(folder: Path) -> dict[str, Any]:
     return {"kind": "classifier", "path": str(folder), "label": labels[max(labels, key=int)]}
 
 
+NARROW_PRODUCTS = "avx512_bf16", "amx_bf16"      # flags of a CPU that multiplies bfloat16 natively
+
+
 def machine_of(model: str, tokenizer: Any) -> Machine:
     """What the recipe will run on, and how large its model is."""
     import torch
@@ -170,5 +173,7 @@ def machine_of(model: str, tokenizer: Any) -> Machine:
     width = 2 if "16" in str(getattr(config, "dtype", "")) else 4
     cuda = torch.cuda.is_available()
     free = torch.cuda.mem_get_info()[0] if cuda else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    flags = Path("/proc/cpuinfo").read_text() if not cuda and Path("/proc/cpuinfo").is_file() else ""
     return Machine("cuda" if cuda else "cpu", free / 1e9, size // width or None,
-                   getattr(config, "max_position_embeddings", None), len(tokenizer))
+                   getattr(config, "max_position_embeddings", None), len(tokenizer),
+                   narrow=width == 2 and any(flag in flags for flag in NARROW_PRODUCTS))

@@ -82,7 +82,9 @@ def check_recipe(
 def look_at_inputs(recipe: Recipe) -> None:
     """Refuse a recipe that names what is missing or cannot be read."""
     from kltune.lm.rewards.missing import check_inputs
+    from kltune.run.loggers import wanted_loggers
 
+    wanted_loggers(recipe.run.loggers)
     for note in check_inputs(recipe):
         print(f"note: {note}", file=sys.stderr)
 

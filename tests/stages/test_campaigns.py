@@ -60,7 +60,7 @@ class Campaign:
         code = exit_code(pid)
         with os.fdopen(reader) as log:
             said = log.read()
-        assert "Traceback" not in said
+        assert "Traceback" not in said, said
         return code
 
     def goes_on(self, output: Path) -> None:
@@ -106,6 +106,8 @@ def exit_before_change(folder: Path, number: int) -> None:
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal left
         if event not in CHANGES or (event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        if isinstance(arguments[0], int):      # a descriptor that is open already
             return
         path = arguments[0] if isinstance(arguments[0], str) else os.fspath(arguments[0])
         if not os.path.isabs(path) or path.startswith(str(folder)):      # rmtree names what it removes from within
