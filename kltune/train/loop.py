@@ -308,5 +308,5 @@ def close_step(job: Job, learner: Learner, step: int, taken: Taken) -> None:
         save(job, learner, step, kl)
     if job.run.stop_signal and not ends:
         raise Interrupted(
-            f"stopped after step {step} of {job.steps}; --resume goes on from there.", job.run.stop_signal
+            f"after step {step} of {job.steps}, which is saved; --resume goes on from there.", job.run.stop_signal
         )
