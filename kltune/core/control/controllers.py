@@ -208,7 +208,7 @@ class LogPI:
         hurry, left, integral = self.hurry, self.left, self.integral
         late = steps > FIRST_STEPS and _arrival(recent, before, steps, target) > max(self.plan, steps + FIRST_STEPS)
         if arrived:
-            gain = min(self.ki, NEAR_GAIN / near) * (2.0 if ref_kl > FAR_ABOVE * target else 1.0)
+            gain = min(self.ki, NEAR_GAIN / max(near, 1)) * (2.0 if ref_kl > FAR_ABOVE * target else 1.0)
             integral = _within(integral + gain * distance)
         else:
             left = min(left, max(1.0 - recent / target, 0.0) / (1.0 - NEAR))
