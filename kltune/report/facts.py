@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kltune.report.frontier.points import identities_of
 from kltune.report.outcome import Files, alarm_of, limits_of, newest_kl, verdict_of
 from kltune.report.plots import Z95
 from kltune.run.screen import ABSENT, common_places, duration, interval, number, with_error
@@ -79,7 +80,9 @@ def columns_of(rows: Sequence[dict[str, Fact]], names: Sequence[str]) -> dict[st
     for name in names:
         facts = [row[name] for row in rows]
         if any(fact.measured for fact in facts):
-            places = common_places(pair for fact in facts for pair in ((fact.value, fact.error), (fact.reference, None)))
+            places = common_places(
+                pair for fact in facts for pair in ((fact.value, fact.error), (fact.reference, None))
+            )
             columns[name] = [fact.shown(places) for fact in facts]
     return columns
 
@@ -92,7 +95,7 @@ def preference_of(runs: dict[str, Files]) -> str:
         return "None can be preferred: no score by one scorer is known of two finished runs."
     fit = {label: files for label, files in finished.items() if verdict_of(files).tone != "bad" and not alarm_of(files)}
     if not fit:
-        return "None is to be preferred: each is past its budget, or its gold score fell while the score rose."
+        return f"None is to be preferred: {_left_out(runs, fit)}."
     best = max(fit, key=lambda label: fit[label].result[name])
     tied = [
         label for label, files in fit.items()
@@ -101,23 +104,26 @@ def preference_of(runs: dict[str, Files]) -> str:
     chosen = min(tied, key=lambda label: _nats(fit[label]))
     figure = f"{JUDGES[name]} {with_error(fit[chosen].result[name], _error(fit[chosen], name) or None)}"
     nats = "" if math.isinf(_nats(fit[chosen])) else f" at {number(_nats(fit[chosen]))} nats"
-    if len(tied) > 1:
-        reason = f"within error the best, as {', '.join(label for label in tied if label != chosen)}, and of least KL"
-    else:
-        reason = "clearly the best" if len(fit) > 1 else "the only one"
-    if len(fit) < len(finished):
-        reason += f" of those that kept their budget and their gold score ({', '.join(fit)})"
+    others = ", ".join(label for label in tied if label != chosen)
+    reason = f", within error of {others} and at less KL" if others else ", clearly the best" if len(fit) > 1 else ""
+    out = f"; left out: {_left_out(runs, fit)}" if len(fit) < len(runs) else ""
     caution = "; a gold score, never trained on, would say more" if name == "score" else ""
-    return f"Prefer {chosen}: {figure}{nats}, {reason}{caution}."
+    return f"Prefer {chosen}: {figure}{nats}{reason}{out}{caution}."
+
+
+def _left_out(runs: dict[str, Files], fit: dict[str, Files]) -> str:
+    return ", ".join(
+        f"{label} ({alarm_of(files) or verdict_of(files).word})" for label, files in runs.items() if label not in fit
+    )
 
 
 def _judged_alike(runs: Sequence[Files], name: str) -> bool:
     """Whether all runs have a figure, of one scorer."""
     scorers = {
-        repr(files.recipe.get("eval", {}).get("gold") if name == "gold" else files.recipe.get("reward"))
-        for files in runs if name != "accuracy"
-    }
-    return len(scorers) <= 1 and all(files.result.get(name) is not None for files in runs)
+        "gold": [(files.recipe.get("eval") or {}).get("gold") for files in runs],
+        "score": [identities_of(files.record.get("rewards") or []) for files in runs],
+    }.get(name, [])
+    return len(set(map(repr, scorers))) <= 1 and all(files.result.get(name) is not None for files in runs)
 
 
 def _error(files: Files, name: str) -> float:

@@ -39,9 +39,8 @@ def samples_while_training(samples: Sequence[SampleRow]) -> list[list[SampleRow]
     alone = [row for row in samples if row.get("reference_response") is None]
     steps = sorted({row.get("step", 0) for row in alone}, reverse=True)
     chosen = dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])) if steps else ()
-    return [
-        group for step in chosen for group in _side_by_side([row for row in alone if row.get("step", 0) == step])[:PER_STEP]
-    ]
+    by_step = ([row for row in alone if row.get("step", 0) == step] for step in chosen)
+    return [group for rows in by_step for group in _side_by_side(rows)[:PER_STEP]]
 
 
 def _side_by_side(rows: Sequence[SampleRow]) -> list[list[SampleRow]]:

@@ -15,11 +15,11 @@ def updates_of(files: Files) -> list[tuple[str, str, str]]:
     rows, recipe = files.metrics[len(files.metrics) // 2 :], files.recipe
     optim, kl = recipe.get("optim") or {}, recipe.get("kl") or {}
     steered = kl.get("control") == "target"
+    room = ", and the room that the KL budget leaves a step," if steered else ""
     shaped = [
         (
             "learning rate", _percent(_mean(rows, "optim/lr"), optim.get("lr")),
-            f"of optim.lr: what the schedule{', and the room that the KL budget leaves a step,' if steered else ''} made "
-            "of it",
+            f"of optim.lr: what the schedule{room} made of it",
         ),
         (
             "length of a step", _percent(_mean(rows, "kl/step_nats_per_response"), _mean(rows, LIMIT)),

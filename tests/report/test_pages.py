@@ -236,6 +236,58 @@ def test_the_gauge_puts_kl_target_and_cap_on_one_scale(run_folder):
     assert none == {}
 
 
+def test_the_gauge_says_its_numbers_and_the_rule(run_folder):
+    text = text_of(write_page(run_folder("kl.target=4", "kl.hard_cap=8", result=result_of(4.4, 4.0, 4.8))))
+    assert "0 4 8 8.8 KL of the final policy, nats per response: 4.4 (95 %: 4 to 4.8)" in text
+    assert "target 4; on target from 3.4 to 4.6 hard cap 8" in text
+    assert "That is 10 % above the target of 4; on target, which is within 15 % of it." in text
+    close = text_of(write_page(run_folder("kl.target=4", "kl.hard_cap=4.2", name="b", result=result_of(3.0, 2.9, 3.1))))
+    assert "0 4 6 KL of" in close      # the cap's number would stand in the target's
+    assert "25 % below the target of 4; on target is within 15 % of it." in close
+
+
+def test_examples_come_by_how_much_changed_and_a_long_prompt_is_folded(run_folder):
+    prompts = {"little": 0.5, "much": 8.0, "\n\nHuman: " + "word " * 100 + "Assistant:": 2.0}
+    samples = [SAID | {"prompt": prompt, "ref_kl": nats, "score": None} for prompt, nats in prompts.items()]
+    page = write_page(run_folder(samples=samples))
+    text = text_of(page)
+    assert text.index("much") < text.index("Human:") < text.index("little")
+    summary, = re.findall(r'<summary class="said">(.*?)</summary>', page.read_text())
+    assert summary.startswith("Human: word")
+    assert summary.endswith("word Assistant:")
+    assert len(summary) < 300
+    assert "policy KL 8 nats" in text      # no score, so nothing to divide it from
+
+
+def test_a_reward_models_page_speaks_of_no_kl(run_folder):
+    sides = [
+        {"step": 4, "prompt": "Once", "response": said, "side": side, "score": score}
+        for side, said, score in (("chosen", "well", 1.0), ("rejected", "ill", -1.0))
+    ]
+    rows = [{"step": step, "loss/mean": 1.0 / step, "score/mean": 0.1 * step, "optim/lr": 1.0} for step in (1, 2, 3, 4)]
+    free = ("kl.control=fixed", "kl.beta=0")
+    page = write_page(run_folder(*free, rows=rows, samples=sides, stage="reward", result={
+        "accuracy": 0.8, "accuracy_ci95": [0.7, 0.9], "held_out_rows": 100, "steps": 4, "seconds": 2.0,
+        "eval": {"eval/score_mean": -0.1},
+    }))
+    text = text_of(page).partition("Again")[0].partition("kltune reward: out")[2].partition("kltune reward: out")[2]
+    assert "KL" not in text
+    assert "Reference" not in text
+    assert "step 4 Once chosen score 1 well rejected score −1 ill" in text      # one card
+
+
+def test_no_picture_stands_alone_under_a_heading(run_folder):
+    rows = [{"step": step, "loss/mean": 1.0 / step, "optim/lr": 1.0 / step} for step in (1, 2, 3)]
+    page = write_page(run_folder(rows=rows)).read_text()
+    assert "<h3>" not in page
+    assert re.findall(r"<figcaption>([^<]*)", page) == ["Loss", "Learning rate"]
+    rows = [row | {"kl/ref_nats_per_response": 0.1, "score/mean": row["step"]} for row in rows]
+    page = write_page(run_folder(name="b", rows=rows)).read_text()
+    assert re.findall(r"<h3>([^<]*)|<figcaption>([^<]*)", page) == [
+        ("", "KL to the reference"), ("", "Score"), ("", "Loss"), ("", "Learning rate"),
+    ]
+
+
 def test_a_legend_reads_from_left_to_right():
     assert legend_layout(["training", "held out"]) == (2, ["training", "held out"])
     columns, order = legend_layout(["a" * 20, "b" * 20, "c" * 20, "d" * 20])

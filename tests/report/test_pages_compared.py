@@ -27,6 +27,7 @@ def test_a_table_the_curves_together_and_only_what_differs(run_folder, tmp_path)
     text = text_of(page)
     assert "2 runs compared All against one reference: some/model , sha256 0123456789ab ." in text
     assert "two above target score rose, gold fell 6.00 ± 0.10 95 %: 5.90 to 6.10 2 3.00 ± 0.05 reference 0.10" in text
+    assert "Prefer six: score 1.5 at 5.7 nats; left out: two (score rose, gold fell)" in text
     assert "six on target 5.70 ± 0.10 95 %: 5.50 to 5.90 6 1.50" in text
     differences = text.partition("Where the recipes differ")[2].partition("Each run")[0]
     assert "".join(differences.split()) == "keytwosixkl.target2.06.0run.seed01"
