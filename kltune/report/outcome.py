@@ -149,9 +149,10 @@ def _final_verdict(files: Files) -> RunVerdict:
         side = "above" if share > 0 else "below"
         rest = "; the rest of the budget is not used" if files.result.get("target_unused") else ""
         on_target = abs(share) <= TOLERANCE
-        rule = f"{'on target, which is' if on_target else 'on target is'} within {100 * TOLERANCE:.0f} % of it"
+        most = f"{100 * TOLERANCE:.0f} %"
+        rule = f": on target (within {most})" if on_target else f", more than the {most} that count as on target"
         sentences.append(
-            f"That is {100 * abs(share):.0f} % {side} the target of {number(limits.target)}{rest}; {rule}."
+            f"That is {100 * abs(share):.0f} % {side} the target of {number(limits.target)}{rule}{rest}."
         )
         word = "on target" if on_target else f"{side} target"
         tone = "good" if on_target else "bad" if share > 0 else "plain"

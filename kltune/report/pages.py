@@ -29,7 +29,7 @@ from kltune.report.plots import COLOURS, svg_of
 from kltune.report.samples import (
     SHADES,
     brief,
-    has_token_kl,
+    has_shades,
     newest_pairs,
     samples_while_training,
     shaded_spans,
@@ -78,7 +78,7 @@ def write_page(folder: Path, path: Path | None = None) -> Path:
         pairs=pairs[:SIDE_BY_SIDE],
         more_pairs=pairs[SIDE_BY_SIDE:],
         during=during,
-        shaded=any(has_token_kl(row) for row in [*pairs, *chain(*during)]),
+        shaded=any(has_shades(row) for row in [*pairs, *chain(*during)]),
         updates=updates_of(files),
         timings=timings_of(files.metrics),
         measured=first_and_last(files.metrics),

@@ -80,9 +80,9 @@ def tokens_of_most_kl(row: SampleRow) -> list[tuple[str, float]]:
     return [(text.strip() or repr(text), nats) for text, nats in ranked[:MOST_NAMED] if nats >= WORTH_NAMING]
 
 
-def has_token_kl(row: SampleRow) -> bool:
-    """Whether the KL of the response is known token by token."""
-    return bool(_tokens_with_nats(row))
+def has_shades(row: SampleRow) -> bool:
+    """Whether some token of the response is shaded by its KL."""
+    return any(nats >= SHADES[0] for _, nats in _tokens_with_nats(row))
 
 
 def brief(prompt: str) -> str:

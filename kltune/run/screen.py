@@ -65,9 +65,10 @@ def common_places(pairs: Iterable[tuple[Any, Any]]) -> int:
 
 
 def interval(bounds: Sequence[float | None] | None, places: int | None = None) -> str:
-    """``5.71 to 6.15``; a dash where there is no interval, "any" where it has no end."""
+    """``5.71 to 6.15``, both ends to as many places; a dash where there is no interval, "any" where it has no end."""
     if bounds is None or bounds[0] is None:
         return ABSENT
+    places = common_places((bound, None) for bound in bounds) if places is None else places
     return " to ".join("any" if bound is None else number(bound, places) for bound in bounds)
 
 
@@ -75,7 +76,7 @@ def duration(seconds: float) -> str:
     """Seconds as people say them: 42 s, 3 min 20 s, 2 h 5 min."""
     whole = round(seconds)
     if whole < 60:
-        return f"{seconds:.3g} s"
+        return f"{seconds:.1f} s" if isinstance(seconds, float) and seconds >= 10.0 else f"{seconds:.3g} s"
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 

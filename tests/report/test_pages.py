@@ -147,7 +147,7 @@ def test_pictures_follow_what_was_measured(run_folder):
 def test_times_by_phase(run_folder):
     text = text_of(write_page(run_folder(rows=ROWS)))
     assert "sample 1 min 15 s 75 %" in text
-    assert "update 25 s 25 %" in text
+    assert "update 25.0 s 25 %" in text
 
 
 WATCHED = [
@@ -238,12 +238,12 @@ def test_the_gauge_puts_kl_target_and_cap_on_one_scale(run_folder):
 
 def test_the_gauge_says_its_numbers_and_the_rule(run_folder):
     text = text_of(write_page(run_folder("kl.target=4", "kl.hard_cap=8", result=result_of(4.4, 4.0, 4.8))))
-    assert "0 4 8 8.8 KL of the final policy, nats per response: 4.4 (95 %: 4 to 4.8)" in text
+    assert "0 4 8 8.8 KL of the final policy, nats per response: 4.4 (95 %: 4.0 to 4.8)" in text
     assert "target 4; on target from 3.4 to 4.6 hard cap 8" in text
-    assert "That is 10 % above the target of 4; on target, which is within 15 % of it." in text
+    assert "That is 10 % above the target of 4: on target (within 15 %)." in text
     close = text_of(write_page(run_folder("kl.target=4", "kl.hard_cap=4.2", name="b", result=result_of(3.0, 2.9, 3.1))))
     assert "0 4 6 KL of" in close      # the cap's number would stand in the target's
-    assert "25 % below the target of 4; on target is within 15 % of it." in close
+    assert "25 % below the target of 4, more than the 15 % that count as on target." in close
 
 
 def test_examples_come_by_how_much_changed_and_a_long_prompt_is_folded(run_folder):

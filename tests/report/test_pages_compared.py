@@ -42,7 +42,7 @@ def test_runs_of_different_references_are_shown_with_a_note(run_folder, tmp_path
     runs = [run_folder(name="a"), run_folder(name="b", reference={"path": "some/model", "sha256": "cd" * 32})]
     text = text_of(write_comparison(runs, tmp_path / "page.html"))
     assert "These runs have 2 different references." in text
-    assert "some/model 0123456789ab a some/model cdcdcdcdcdcd b" in text
+    assert "some/ model 0123456789ab a some/ model cdcdcdcdcdcd b" in text      # a path may break after a slash
     assert "running" in text
 
 

@@ -52,4 +52,4 @@ def test_a_fit_is_written_with_signs_as_wide_as_a_plus():
     law = {"alpha": -0.5, "alpha_ci": (-1.0, 0.25), "beta": -0.125, "beta_ci": (-0.25, 0.5), "observed": False,
            "claim": "no peak yet", "points": 9, "runs": 9}
     line = fit_line({"form": "rl", "of": "score", "fit": law})
-    assert "α −0.5 (95 %: −1 to 0.25), β −0.125 (95 %: −0.25 to 0.5)" in line
+    assert "α −0.5 (95 %: −1.00 to 0.25), β −0.125 (95 %: −0.25 to 0.50)" in line
