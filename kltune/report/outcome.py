@@ -170,16 +170,18 @@ def _scores(files: Files) -> list[str]:
     sentences = []
     for name, title in (("score", "The score"), ("gold", "The gold score, never trained on,")):
         if moved := move_of(files, name):
-            before, after, word = moved
+            *ends, word = moved
+            places = common_places([(ends[1], files.evaluated.get(f"eval/{name}_stderr")), (ends[0], None)])
+            before, after = (number(score, places) for score in ends)
             best = best_gold(files) if name == "gold" else None
-            peak = "" if best is None else f"{number(best[0])} at step {best[1]:,}"
+            peak = "" if best is None else f"{number(best[0], places)} at step {best[1]:,}"
             if best is not None and word != FELL:
                 sentences.append(
-                    f"{title} fell from its peak of {peak} to {number(after)}; the reference's is {number(before)}."
+                    f"{title} fell from its peak of {peak} to {after}; the reference's is {before}."
                 )
             else:
                 fallen = f", after a peak of {peak}" if peak else ""
-                sentences.append(f"{title} {word} {number(before)} (the reference's) to {number(after)}{fallen}.")
+                sentences.append(f"{title} {word} {before} (the reference's) to {after}{fallen}.")
     stopped = files.result.get("stopped_early")
     if isinstance(stopped, dict):
         reason = str(stopped.get("reason") or "the gold score had passed its peak").rstrip(".")

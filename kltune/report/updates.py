@@ -63,4 +63,4 @@ def _mean(rows: list[dict[str, Any]], name: str, limit: float | None = None) -> 
 
 
 def _percent(value: float | None, of: float | None) -> str:
-    return "" if value is None or not of else f"{number(100.0 * value / of)} %"
+    return "" if value is None or not of else f"{number(100.0 * value / of, 1)} %"

@@ -171,8 +171,8 @@ def test_over_optimisation_is_said_at_the_top_and_drawn(run_folder):
     page = write_page(run_folder(rows=WATCHED, result=WATCHED_RESULT))
     text = text_of(page)
     assert "kltune ppo: out on target score rose, gold fell" in text
-    assert "The score rose from 0.1 (the reference's) to 3." in text
-    assert "The gold score, never trained on, fell from 0.9 (the reference's) to −0.2, after a peak of 0.6 at" in text
+    assert "The score rose from 0.10 (the reference's) to 3.00." in text
+    assert "The gold score, never trained on, fell from 0.90 (the reference's) to −0.20, after a peak" in text
     assert "It stopped early, at step 6: gold fell. final is the policy after step 2, where gold was highest." in text
     assert re.findall(r"<figcaption>([^<]*)", page.read_text()) == [
         "Score", "Gold score", "Proxy and gold", "Different tokens and pairs", "Length", "Alignment tax",
@@ -193,8 +193,10 @@ def test_a_gold_score_that_fell_from_its_best_is_told_though_it_beats_the_refere
     best = {"step": 4, "eval/gold_mean": 3.0, "eval/gold_stderr": 0.1, "eval/score_mean": 2.0}
     result = WATCHED_RESULT | {"gold": 1.6, "eval": WATCHED[-1] | {"eval/gold_mean": 1.6}, "stopped_early": None}
     files = read_files(run_folder(rows=[best], result=result))
-    assert "fell from its peak of 3 at step 4 to 1.6; the reference's is 0.9." in verdict_of(files).sentences
+    assert "fell from its peak of 3.00 at step 4 to 1.60; the reference's is 0.90." in verdict_of(files).sentences
     assert alarm_of(files) == "score rose, gold fell from its peak"
+    unmoved = replace(files, result=files.result | {"reference_score": files.result["score"]})
+    assert alarm_of(unmoved) == "gold fell from its peak"      # as the sentence on it says
     for other in ({"eval/gold_mean": 1.8}, {"eval/score_mean": 3.5}):      # within two errors; the score fell as well
         assert alarm_of(replace(files, metrics=[best | other])) == ""
 

@@ -28,5 +28,5 @@ def test_a_column_gets_the_places_of_its_most_exact_number_but_no_long_ones():
     assert {name: common_places(pairs) for name, pairs in columns.items()} == {
         "92.4 ± 1.8": 2, "0.0185 ± 0.0014": 3, "no errors": 3, "one without": 2, "integers": 0, "tiny": 6, "none": 0,
     }
-    shown = number(-0.5, 2), with_error(92.39, 1.8, 2), interval((1.0, None), 1)
-    assert shown == ("−0.50", "92.39 ± 1.80", "1.0 to any")
+    shown = number(-0.5, 2), with_error(92.39, 1.8, 2), interval((1.0, None), 1), interval((88.71, 96.02))
+    assert shown == ("−0.50", "92.39 ± 1.80", "1.0 to any", "88.7 to 96.0")
