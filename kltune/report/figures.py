@@ -37,7 +37,8 @@ CURVE_NAMES = dict.fromkeys(TRAINING, "training") | dict.fromkeys(HELD_OUT, "hel
     "eval/self_bleu": "self-BLEU", "eval/duplicate_fraction": "duplicates",
     "eval/tax_nats_per_token": "policy", "eval/perplexity": "policy",
     "trpo/predicted_gain": "predicted", "trpo/gain": "measured", "kl/step_nats_per_response": "measured",
-    "trpo/radius_nats_per_response": "allowed in this step", "trpo/line_search_tries": "tries",
+    "kl/step_limit_nats_per_response": "allowed in this step", "trpo/radius_nats_per_response": "allowed in this step",
+    "trpo/line_search_tries": "tries",
     "trpo/accepted": "accepted", "trpo/last_gain_on_new_responses": "on the next responses",
     "kl/cap_rollbacks": "gone back", "kl/cap_refusals": "steps cut short",
     "pairs/chosen_log_ratio_nats": "chosen", "pairs/rejected_log_ratio_nats": "rejected",
@@ -148,7 +149,7 @@ def plots_for(limits: KLLimits) -> dict[str, tuple[Plot, ...]]:
             Plot("Residual of conjugate gradients", "share of the gradient", ("trpo/cg_residual",), log=True),
             Plot("Tries of the line search", "number", ("trpo/line_search_tries", "trpo/accepted")),
             Plot("Clipped tokens", "share", ("ppo/clip_fraction",)),
-            Plot("Learning rate", "of the policy", ("optim/lr",), log=True),
+            Plot("Learning rate", "learning rate", ("optim/lr",), log=True),
             Plot("Returns foretold by the value function", "share of their variance", ("*/value_explained",)),
         ),
     }

@@ -13,12 +13,13 @@ from kltune.recipe import RecipeFaults
 from kltune.recipe.yaml_tree import read_nodes
 from kltune.report.figures import STANDARD_ERRORS, TOLERANCE, KLLimits, Recorded
 from kltune.run.files import read_json, read_jsonl, read_metrics
-from kltune.run.screen import ABSENT, interval, is_number, number, with_error
+from kltune.run.screen import ABSENT, common_places, interval, is_number, number, with_error
 
 RECORDED = (
     "stage", "status", "seed", "reference", "versions", "started", "ended", "recipe_sha256", "command", "resumed_at",
     "error",
 )
+APART = 9.0      # % of the gauge between two numbers under it: on a phone they are as wide
 CLEAR = 2.0      # standard errors from which a score counts as moved
 BEFORE_AND_AFTER = {      # what is compared between reference and policy
     "score": "eval/score_mean",
@@ -164,8 +165,12 @@ def _final_verdict(files: Files) -> RunVerdict:
         share = value / limits.target - 1
         side = "above" if share > 0 else "below"
         rest = "; the rest of the budget is not used" if files.result.get("target_unused") else ""
-        sentences.append(f"That is {100 * abs(share):.0f} % {side} the target of {number(limits.target)}{rest}.")
         on_target = abs(share) <= TOLERANCE
+        most = f"{100 * TOLERANCE:.0f} %"
+        rule = f": on target (within {most})" if on_target else f", more than the {most} that count as on target"
+        sentences.append(
+            f"That is {100 * abs(share):.0f} % {side} the target of {number(limits.target)}{rule}{rest}."
+        )
         word = "on target" if on_target else f"{side} target"
         tone = "good" if on_target else "bad" if share > 0 else "plain"
     elif limits.hard_cap is None:
@@ -182,10 +187,18 @@ def _scores(files: Files) -> list[str]:
     sentences = []
     for name, title in (("score", "The score"), ("gold", "The gold score, never trained on,")):
         if moved := move_of(files, name):
-            before, after, word = moved
+            *ends, word = moved
+            places = common_places([(ends[1], files.evaluated.get(f"eval/{name}_stderr")), (ends[0], None)])
+            before, after = (number(score, places) for score in ends)
             best = best_gold(files) if name == "gold" else None
-            fallen = "" if best is None else f", after a best of {number(best[0])} at step {best[1]:,}"
-            sentences.append(f"{title} {word} {number(before)} (the reference's) to {number(after)}{fallen}.")
+            peak = "" if best is None else f"{number(best[0], places)} at step {best[1]:,}"
+            if best is not None and word != FELL:
+                sentences.append(
+                    f"{title} fell from its peak of {peak} to {after}; the reference's is {before}."
+                )
+            else:
+                fallen = f", after a peak of {peak}" if peak else ""
+                sentences.append(f"{title} {word} {before} (the reference's) to {after}{fallen}.")
     stopped = files.result.get("stopped_early")
     if isinstance(stopped, dict):
         reason = str(stopped.get("reason") or "the gold score had passed its peak").rstrip(".")
@@ -196,11 +209,14 @@ def _scores(files: Files) -> list[str]:
 
 
 def alarm_of(files: Files) -> str:
-    """"score rose, gold fell" where both clearly did, against the reference or since gold was at its best; else ""."""
+    """What the gold score warns of, in the words of the sentence on it: that it fell while the score rose; else ""."""
     score, gold = move_of(files, "score"), move_of(files, "gold")
-    if score is None or gold is None or score[2] != ROSE:
+    if score is None or gold is None:
         return ""
-    return "score rose, gold fell" if gold[2] == FELL or best_gold(files) is not None else ""
+    rose = "score rose, " if score[2] == ROSE else ""
+    if gold[2] == FELL and rose:
+        return f"{rose}gold fell"
+    return f"{rose}gold fell from its peak" if best_gold(files) is not None else ""
 
 
 def best_gold(files: Files) -> tuple[float, int] | None:
@@ -231,11 +247,6 @@ def move_of(files: Files, name: str) -> tuple[float, float, str] | None:
     return before, after, word
 
 
-def beside(numbers: dict[str, Any], name: str) -> str:
-    """What stands beside a figure of the policy: the reference's, where it was measured."""
-    return "" if numbers.get(name) is None else f"reference {number(numbers[name])}"
-
-
 def gauge_of(files: Files) -> dict[str, Any] | None:
     """Where the final KL, its interval, target and cap lie on one scale, in % of its length; None without a KL."""
     kl, limits = files.result.get("kl") or {}, limits_of(files)
@@ -254,7 +265,19 @@ def gauge_of(files: Files) -> dict[str, Any] | None:
         "value": percent(value), "low": percent(low), "high": percent(high), "target": percent(target),
         "cap": percent(limits.hard_cap), "end": end, "unit": limits.unit.replace("_per_", " per "),
         "band": None if target is None else [percent((1 + sign * TOLERANCE) * target) for sign in (-1, 1)],
+        "ticks": _ticks([(percent(nats), number(nats)) for nats in (target, limits.hard_cap) if nats is not None]),
+        "says": {
+            "value": number(value), "interval": interval(None if low == high else (low, high)),
+            "target": number(target), "cap": number(limits.hard_cap),
+            "band": ABSENT if target is None else interval(((1 - TOLERANCE) * target, (1 + TOLERANCE) * target)),
+        },
     }
+
+
+def _ticks(ticks: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Those of (% from the left end, number) that leave room for each other and for the scale's two ends."""
+    room = [tick for tick in ticks if APART <= tick[0] <= 100.0 - APART]
+    return room[:1] + [tick for tick in room[1:] if abs(tick[0] - room[0][0]) >= APART]
 
 
 def limits_of(files: Files) -> KLLimits:
@@ -275,8 +298,9 @@ def figures_of(files: Files) -> list[tuple[str, str, str]]:
     for title, name in BEFORE_AND_AFTER.items():
         if measured.get(name) is not None:
             before = 0.0 if name in ZERO_OF_REFERENCE else recorded.reference(name)
-            error = measured.get(STANDARD_ERRORS.get(name))
-            rows.append((title, number(before), with_error(measured[name], error)))
+            pair = measured[name], measured.get(STANDARD_ERRORS.get(name))
+            places = common_places([pair, (before, None)])
+            rows.append((title, number(before, places), with_error(*pair, places)))
     return rows
 
 

@@ -1,8 +1,11 @@
 """report.html of one run, and a page that compares several: no network and no script needed to look at them."""
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +15,22 @@ from markupsafe import Markup
 from kltune.errors import RecipeError
 from kltune.recipe import as_written, by_dotted_key
 from kltune.recipe.faults import visible
+from kltune.report.facts import columns_of, facts_of, preference_of
 from kltune.report.figures import COMPARED_CURVES, TOLERANCE, Plot, draw, draw_together, plots_for
 from kltune.report.outcome import (
     Files,
     alarm_of,
-    beside,
     figures_of,
     gauge_of,
     limits_of,
-    newest_kl,
     read_files,
     verdict_of,
 )
 from kltune.report.plots import COLOURS, svg_of
 from kltune.report.samples import (
     SHADES,
+    brief,
+    has_shades,
     newest_pairs,
     samples_while_training,
     shaded_spans,
@@ -35,7 +39,7 @@ from kltune.report.samples import (
 )
 from kltune.report.updates import updates_of
 from kltune.run.files import write_whole
-from kltune.run.screen import ABSENT, duration, interval, number, with_error
+from kltune.run.screen import ABSENT, duration, number
 
 NAMES_NO_RUN = ("run.output", "run.keep", "run.loggers")      # keys in which any two runs may differ
 ON_THE_REPORT = (
@@ -59,8 +63,8 @@ def write_page(folder: Path, path: Path | None = None) -> Path:
     files = read_files(Path(folder))
     path = files.folder / "report.html" if path is None else path
     limits, pairs, facts = limits_of(files), newest_pairs(files.samples), facts_of(files)
-    if limits.target:
-        facts["KL, nats per response"] = facts["KL, nats per response"][0], f"target {number(limits.target)}"
+    facts["KL, nats per response"] = replace(facts["KL, nats per response"], target=limits.target)
+    during = samples_while_training(files.samples)
     write_whole(path, environment().get_template("page.html.j2").render(
         name=files.folder.resolve().name,
         stage=files.record["stage"] or "run",
@@ -69,12 +73,13 @@ def write_page(folder: Path, path: Path | None = None) -> Path:
         verdict=verdict_of(files),
         alarm=alarm_of(files),
         gauge=gauge_of(files),
-        facts=[(name, *facts[name]) for name in ON_THE_REPORT if facts[name][0] != ABSENT],
+        facts=[(name, *facts[name].shown()) for name in ON_THE_REPORT if facts[name].measured],
         figures=figures_of(files),
         pictures=drawn_pictures(plots_for(limits), lambda plot: draw(plot, files.recorded, limits)),
         pairs=pairs[:SIDE_BY_SIDE],
         more_pairs=pairs[SIDE_BY_SIDE:],
-        during=samples_while_training(files.samples),
+        during=during,
+        shaded=any(has_shades(row) for row in [*pairs, *chain(*during)]),
         updates=updates_of(files),
         timings=timings_of(files.metrics),
         measured=first_and_last(files.metrics),
@@ -95,19 +100,22 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     if repeated:
         raise RecipeError(f"named more than once: {', '.join(repeated)}; wanted different runs.")
     runs = dict(zip(labels_of(folders), (read_files(Path(folder)) for folder in folders), strict=True))
-    facts = [facts_of(files) for files in runs.values()]
+    columns = columns_of([facts_of(files) for files in runs.values()], IN_THE_COMPARISON)
+    references = references_of(runs)
     recorded = {label: files.recorded for label, files in runs.items()}
     limits = {label: limits_of(files) for label, files in runs.items()}
     targets = {label: each.target for label, each in limits.items() if each.target and each.unit == "nats_per_response"}
     write_whole(path, environment().get_template("comparison.html.j2").render(
-        references=references_of(runs),
-        columns=[name for name in IN_THE_COMPARISON if any(row[name][0] != ABSENT for row in facts)],
+        references=references,
+        preference=preference_of(runs) if len(references) == 1 else "",
+        columns=list(columns),
         runs=[
             {
                 "label": label, "stage": files.record["stage"] or "run", "folder": str(files.folder),
-                "verdict": verdict_of(files), "alarm": alarm_of(files), "cells": row,
+                "verdict": verdict_of(files), "alarm": alarm_of(files),
+                "cells": {name: cells[index] for name, cells in columns.items()},
             }
-            for (label, files), row in zip(runs.items(), facts, strict=True)
+            for index, (label, files) in enumerate(runs.items())
         ],
         pictures=drawn_pictures(
             COMPARED_CURVES, lambda plot: draw_together(plot, recorded, targets if plot.limited == "ref" else {})
@@ -126,7 +134,7 @@ def environment() -> Environment:
     )
     made.filters |= {
         "number": number, "duration": duration, "text": shortened, "date": date, "spans": shaded_spans,
-        "tokens_of_most_kl": tokens_of_most_kl,
+        "tokens_of_most_kl": tokens_of_most_kl, "brief": brief, "breakable": breakable,
     }
     made.globals["levels"] = SHADES
     return made
@@ -135,6 +143,11 @@ def environment() -> Environment:
 def date(stamp: str | None) -> str:
     """``2026-11-22T15:00:00+00:00`` as 2026-11-22 15:00 UTC, which is how run.json keeps time."""
     return f"{stamp[:16].replace('T', ' ')} UTC" if stamp else ABSENT
+
+
+def breakable(text: str) -> Markup:
+    """A path or a dotted key that may go on in the next line after what divides it, and nowhere else."""
+    return Markup("").join(Markup("{}<wbr>").format(part) for part in re.split(r"(?<=[/._,=-])", visible(text)))
 
 
 def drawn_pictures(groups: Mapping[str, Sequence[Plot]], draw: Callable[[Plot], Any]) -> Pictures:
@@ -148,36 +161,20 @@ def drawn_pictures(groups: Mapping[str, Sequence[Plot]], draw: Callable[[Plot], 
         ]
         if svgs:
             pictures[heading] = svgs
-    return pictures
+    return _one_joined(pictures)
 
 
-def facts_of(files: Files) -> dict[str, tuple[str, str]]:
-    """The few numbers of a run that everybody asks for, each with what to hold it against ("" if nothing)."""
-    result, evaluated, last = files.result, files.evaluated, files.metrics[-1] if files.metrics else {}
-    kl = result.get("kl") or {}
-    value, error = (kl.get("nats_per_response"), kl.get("stderr")) if result else newest_kl(files)
-    bounds = interval(kl.get("ci95"))
-    seconds = result.get("seconds", sum(row.get("time/step_seconds") or 0 for row in files.metrics))
-    tax = with_error(evaluated.get("eval/tax_nats_per_token"), evaluated.get("eval/tax_stderr"))
-    return {
-        "KL, nats per response": (with_error(value, error), "" if bounds == ABSENT else f"95 %: {bounds}"),
-        "target": (number(limits_of(files).target), ""),
-        "score": (
-            with_error(result.get("score", last.get("score/mean")), result.get("score_stderr")),
-            beside(result, "reference_score"),
-        ),
-        "gold score": (with_error(result.get("gold"), result.get("gold_stderr")), beside(result, "reference_gold")),
-        "held-out accuracy": (number(result.get("accuracy")), ""),
-        "calibration error": (number((result.get("calibration") or {}).get("error")), ""),
-        "distinct-2, adjusted": (
-            number(evaluated.get("eval/distinct_2_adjusted")), beside(evaluated, "eval/reference_distinct_2_adjusted")
-        ),
-        "self-BLEU": (number(evaluated.get("eval/self_bleu")), ""),
-        "tokens per response": (number(evaluated.get("eval/response_tokens")), ""),
-        "alignment tax, nats per token": (tax, ""),
-        "steps": (number(result.get("steps", last.get("step"))), ""),
-        "time": (duration(seconds) if seconds else ABSENT, ""),
-    }
+def _one_joined(pictures: Pictures) -> Pictures:
+    """The pictures, with one that would stand alone under its heading joined to those before it, or after the first."""
+    joined: Pictures = {}
+    for heading, svgs in pictures.items():
+        before = next(reversed(joined), None)
+        if before is None or (len(svgs) > 1 and len(joined[before]) > 1):
+            joined[heading] = svgs
+        else:
+            kept = before if len(joined[before]) > 1 else heading
+            joined[kept] = joined.pop(before) + svgs
+    return joined
 
 
 def timings_of(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, float, float]]:

@@ -2,19 +2,25 @@
 
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:      # matplotlib is imported where a picture is drawn: a run that draws none should not wait for it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
 
 # each at least 3.4:1 against white and against #1d2026
 COLOURS = ("#3b7dd8", "#2f8f5b", "#8f5bc2", "#c2571a", "#1c8b9c", "#c9477f", "#8a7a1e", "#77808c")
 MORE_COLOURS = (*COLOURS, "#c9418c", "#1a8a99", "#85801f", "#a86a4c")      # as those, 3:1 on white and on #14161a
 MARKERS = "os^DvPX*"      # so that a curve is known without its colour
 INK = "#808080"        # mid-grey: stands in for the page's own text colour, see svg_of
+ALONE = "#767676"      # text of a picture in no page of ours: 4.5:1 on white and on black
+AROUND = ((7, -8), (7, 8), (-7, 8), (-7, -8), (10, 0), (-10, 0), (0, 12), (0, -12))      # places for a label, in points
+NAME_WIDTH = 50        # characters of a curve's name in a line of the legend
 TARGET, CAP = "#c27a00", "#c0392b"
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 FEW_POINTS = 25        # below this each point is marked, so that one alone is seen
@@ -27,13 +33,17 @@ Series = Sequence[tuple[float, float, float | None]]      # step, value, its sta
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A point of a curve. x_error, y_error: 1.96 standard errors, half an error bar. label: written beside it."""
+    """A point of a curve. x_error, y_error: 1.96 standard errors, half an error bar. label: written beside it.
+
+    picked: what a ring around it is called; "" for none.
+    """
 
     x: float
     y: float
     x_error: float = 0.0
     y_error: float = 0.0
     label: str = ""
+    picked: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,8 @@ class Frame:
 
     x, y: what the axes show, with its unit. title: read aloud in the picture's place. name: of the picture, where a
     page has several. root: space the x axis by square roots, on which a gain in proportion to √KL is a straight line.
-    narrow: for the column of a page or a phone: smaller, so that its letters come out larger.
+    inside: in a page, whose colour its text takes, and narrow, so that its letters come out large on a phone. budget:
+    an x to draw a line at.
     """
 
     x: str
@@ -64,34 +75,78 @@ class Frame:
     title: str
     name: str = "curve"
     root: bool = False
-    narrow: bool = False
+    inside: bool = False
+    budget: float | None = None
 
 
 def curve_svg(curves: Sequence[Curve], frame: Frame) -> str:
     """Curves with error bars in one picture: an ``<svg>`` element that can stand alone."""
-    figure, axes = make_axes(4.7, 3.0 + 0.19 * len(curves)) if frame.narrow else make_axes(6.4, 4.0)
-    for curve in curves:
+    names = [textwrap.fill(curve.name, NAME_WIDTH) for curve in curves]
+    lines = len(names) + sum(name.count("\n") for name in names)
+    figure, axes = make_axes(4.7, 3.2 + 0.19 * lines) if frame.inside else make_axes(6.4, 4.0 + 0.1 * lines)
+    if frame.budget is not None:
+        axes.axvline(frame.budget, color=TARGET, linewidth=1.6, label=f"budget {frame.budget:g} nats")
+    for curve, name in zip(curves, names, strict=True):
         points = curve.points
         if not curve.marked:
-            axes.plot([p.x for p in points], [p.y for p in points], color=INK, linestyle="--", label=curve.name)
+            axes.plot([p.x for p in points], [p.y for p in points], color=INK, linestyle="--", label=name)
             continue
         colour = MORE_COLOURS[curve.style % len(MORE_COLOURS)]
         axes.errorbar(
             [p.x for p in points], [p.y for p in points], xerr=[p.x_error for p in points],
             yerr=[p.y_error for p in points], color=colour, marker=MARKERS[curve.style % len(MARKERS)], markersize=4.5,
-            linewidth=1.6, elinewidth=1, capsize=2, linestyle="-" if curve.joined else "none", label=curve.name,
+            linewidth=1.6, elinewidth=1, capsize=2, linestyle="-" if curve.joined else "none", label=name,
         )
         for point in points:
-            offset = (5, -11) if curve.joined else (5, 5)
-            axes.annotate(point.label, (point.x, point.y), offset, textcoords="offset points", color=colour, fontsize=8)
+            if point.picked:
+                axes.plot([point.x], [point.y], color=INK, marker="o", markersize=13, markerfacecolor="none",
+                          markeredgewidth=1.8, linestyle="none", label=point.picked, zorder=5)
     if frame.root:
         space_by_roots(axes)
-    style_axes(axes, frame.x, frame.y, size=10)
-    if len(curves) > 1:
-        columns = 1 if frame.narrow else 2
+    style_axes(axes, f"{frame.x}\n(the axis is spaced by square roots)" if frame.root else frame.x, frame.y, size=10)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        columns = 1 if frame.inside else 2
         figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK, fontsize=8.5)
-    # It may stand alone, in a page that knows nothing of it: the ink stays mid-grey, to be read on white and on black.
-    return svg_of(figure, frame.name, frame.title).replace("currentColor", INK)
+    place_labels(axes, curves)
+    svg = svg_of(figure, frame.name, frame.title)
+    return svg if frame.inside else svg.replace("currentColor", ALONE)
+
+
+def place_labels(axes: "Axes", curves: Sequence[Curve]) -> "list[Annotation]":
+    """Write the points' labels where no point, line, error bar or other label stands; leave out what finds no place.
+
+    Those of picked points come first, then those of the first and last points of curves.
+    """
+    import numpy as np
+
+    figure, to_pixels = axes.figure, axes.transData.transform
+    figure.draw_without_rendering()      # lays the picture out, so that places in it are known
+    marks = [to_pixels([(point.x, point.y) for point in curve.points]) for curve in curves]
+    drawn = [np.linspace(a, b, 25) for curve, at in zip(curves, marks, strict=True) if curve.joined
+             for a, b in pairwise(at)]
+    for curve in curves:
+        for p in curve.points:
+            drawn += [np.linspace(*to_pixels([(p.x - p.x_error, p.y), (p.x + p.x_error, p.y)]), 15),
+                      np.linspace(*to_pixels([(p.x, p.y - p.y_error), (p.x, p.y + p.y_error)]), 15)]
+    taken = np.concatenate([*marks, *drawn])
+    order = sorted(
+        (not point.picked, 0 < index < len(curve.points) - 1, index, number, point)
+        for number, curve in enumerate(curves) for index, point in enumerate(curve.points) if point.label
+    )
+    written: list[Annotation] = []
+    for *_, point in order:
+        for x, y in AROUND:
+            text = axes.annotate(point.label, (point.x, point.y), (x, y), textcoords="offset points", color=INK,
+                                 fontsize=8, ha=("center", "left", "right")[int(np.sign(x))], va="center")
+            text.set_in_layout(False)
+            box = text.get_window_extent().padded(1.0)
+            crossed = ((box.min <= taken) & (taken <= box.max)).all(axis=1).any()
+            inside = all(axes.bbox.padded(4.0).contains(*corner) for corner in (box.min, box.max))
+            if inside and not crossed and not any(box.overlaps(other.get_window_extent()) for other in written):
+                written.append(text)
+                break
+            text.remove()
+    return written
 
 
 def space_by_roots(axes: "Axes") -> None:

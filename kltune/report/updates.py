@@ -14,10 +14,12 @@ def updates_of(files: Files) -> list[tuple[str, str, str]]:
     """(what, how much, what that means) of each thing that shapes an update; nothing where none was recorded."""
     rows, recipe = files.metrics[len(files.metrics) // 2 :], files.recipe
     optim, kl = recipe.get("optim") or {}, recipe.get("kl") or {}
+    steered = kl.get("control") == "target"
+    room = ", and the room that the KL budget leaves a step," if steered else ""
     shaped = [
         (
             "learning rate", _percent(_mean(rows, "optim/lr"), optim.get("lr")),
-            "of optim.lr: what the schedule, and the room that the KL budget leaves a step, made of it",
+            f"of optim.lr: what the schedule{room} made of it",
         ),
         (
             "length of a step", _percent(_mean(rows, "kl/step_nats_per_response"), _mean(rows, LIMIT)),
@@ -37,7 +39,6 @@ def updates_of(files: Files) -> list[tuple[str, str, str]]:
             "of what the scores' spread asks for: the controller's own part in it",
         ),
     ]
-    steered = kl.get("control") == "target"
     return [row for row in shaped if row[1] and (steered or row[0] != "price")]
 
 
@@ -62,4 +63,4 @@ def _mean(rows: list[dict[str, Any]], name: str, limit: float | None = None) -> 
 
 
 def _percent(value: float | None, of: float | None) -> str:
-    return "" if value is None or not of else f"{number(100.0 * value / of)} %"
+    return "" if value is None or not of else f"{number(100.0 * value / of, 1)} %"

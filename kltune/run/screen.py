@@ -2,12 +2,13 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 from kltune.recipe.faults import redact, visible
 
 ABSENT = "–"
+DIGITS = 4      # of the largest number in a column of equal places, at most; three places are always allowed
 
 
 class ShownText:
@@ -44,40 +45,63 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def number(value: Any) -> str:
-    """Three or four digits that count; a dash where nothing was measured."""
+def number(value: Any, places: int | None = None) -> str:
+    """Three or four digits that count, or so many places; a dash where nothing was measured."""
     if not is_number(value):
         return ABSENT
+    if places is not None:
+        return _minus(f"{value:,.{places}f}")
     text = f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return _minus(text)
 
 
-def with_error(value: Any, error: Any) -> str:
+def with_error(value: Any, error: Any, places: int | None = None) -> str:
     """A number and its standard error, both to the error's first digit, or its second if that first one is 1 or 2.
 
-    The number alone where it has no error.
+    The number alone where it has no error. places: of both, where a column asks for as many in each of its rows.
     """
     if not is_number(value) or not is_number(error):
-        return number(value)
-    if error <= 0.0:
-        return f"{number(value)} ± 0"
-    magnitude = math.floor(math.log10(error))
-    places = min(max((error < 2.95 * 10.0**magnitude) - magnitude, 0), 6)
+        return number(value, places)
+    if places is None:
+        if error <= 0.0:
+            return f"{number(value)} ± 0"
+        places = _places(value, error)
     return _minus(f"{value:,.{places}f} ± {error:.{places}f}")
 
 
-def interval(bounds: Sequence[float | None] | None) -> str:
-    """``5.71 to 6.15``; a dash where there is no interval, "any" where it has no end."""
+def _places(value: float, error: Any) -> int:
+    """Places after the point that a number is worth by its error, or by `number` where it has none."""
+    if not is_number(error) or error <= 0.0:
+        return len(number(float(value)).partition("e")[0].partition(".")[2])
+    magnitude = math.floor(math.log10(error))
+    return min(max((error < 2.95 * 10.0**magnitude) - magnitude, 0), 6)
+
+
+def common_places(pairs: Iterable[tuple[Any, Any]]) -> int:
+    """Places after the point for a column of (number, error): what its most exact number needs, but no long numbers.
+
+    Numbers without an error ask for none where others have one.
+    """
+    known = [(value, error) for value, error in pairs if is_number(value)]
+    largest = max((abs(value) for value, _ in known), default=0.0)
+    most = max(3, DIGITS - 1 - math.floor(math.log10(largest))) if largest > 0.0 else 3
+    exact = [pair for pair in known if is_number(pair[1]) and pair[1] > 0.0] or known
+    return min(most, max((_places(*pair) for pair in exact), default=0))
+
+
+def interval(bounds: Sequence[float | None] | None, places: int | None = None) -> str:
+    """``5.71 to 6.15``, both ends to as many places; a dash where there is no interval, "any" where it has no end."""
     if bounds is None or bounds[0] is None:
         return ABSENT
-    return " to ".join("any" if bound is None else number(bound) for bound in bounds)
+    places = common_places((bound, None) for bound in bounds) if places is None else places
+    return " to ".join("any" if bound is None else number(bound, places) for bound in bounds)
 
 
 def duration(seconds: float) -> str:
     """Seconds as people say them: 42 s, 3 min 20 s, 2 h 5 min."""
     whole = round(seconds)
     if whole < 60:
-        return f"{seconds:.3g} s"
+        return f"{seconds:.1f} s" if isinstance(seconds, float) and seconds >= 10.0 else f"{seconds:.3g} s"
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 

@@ -19,6 +19,7 @@ from kltune.core.kl.gate import Standing, standing, verdict
 from kltune.core.kl.intervals import KLSummary
 from kltune.lm.model.batches import Rollout
 from kltune.recipe import KLSection
+from kltune.run.screen import interval
 
 RAISE = 1.1             # of the price, when the policy was found beyond the cap, or a line search met it
 BELOW_CAP = 0.9         # of the cap: where a price that was fixed is steered once the cap was met
@@ -193,7 +194,7 @@ class Budget:
     def describe(self, kl: KLSummary) -> str:
         """A measured KL with its 95 % interval in words, in the section's unit."""
         ci = kl.ci if self.section.unit == "nats_per_response" else kl.token_ci
-        spread = "" if ci is None else f" (95 %: {ci[0]:.3g} to {ci[1]:.3g})"
+        spread = "" if ci is None else f" (95 %: {interval(ci)})"
         return f"{self.in_unit(kl):.3g} {self.unit_text}{spread}"
 
     def state(self) -> dict[str, Any]:

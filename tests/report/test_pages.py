@@ -147,7 +147,7 @@ def test_pictures_follow_what_was_measured(run_folder):
 def test_times_by_phase(run_folder):
     text = text_of(write_page(run_folder(rows=ROWS)))
     assert "sample 1 min 15 s 75 %" in text
-    assert "update 25 s 25 %" in text
+    assert "update 25.0 s 25 %" in text
 
 
 WATCHED = [
@@ -171,14 +171,14 @@ def test_over_optimisation_is_said_at_the_top_and_drawn(run_folder):
     page = write_page(run_folder(rows=WATCHED, result=WATCHED_RESULT))
     text = text_of(page)
     assert "kltune ppo: out on target score rose, gold fell" in text
-    assert "The score rose from 0.1 (the reference's) to 3." in text
-    assert "The gold score, never trained on, fell from 0.9 (the reference's) to −0.2, after a best of 0.6 at" in text
+    assert "The score rose from 0.10 (the reference's) to 3.00." in text
+    assert "The gold score, never trained on, fell from 0.90 (the reference's) to −0.20, after a peak" in text
     assert "It stopped early, at step 6: gold fell. final is the policy after step 2, where gold was highest." in text
     assert re.findall(r"<figcaption>([^<]*)", page.read_text()) == [
         "Score", "Gold score", "Proxy and gold", "Different tokens and pairs", "Length", "Alignment tax",
     ]
-    assert "the same, adjusted for length 0.82 0.2 " in text
-    assert "alignment tax, nats per token 0 0.0600 ± 0.0020" in text
+    assert "the same, adjusted for length 0.82 0.20 " in text
+    assert "alignment tax, nats per token 0.0000 0.0600 ± 0.0020" in text
 
 
 @pytest.mark.parametrize(("gold", "word"), [(1.4, "rose from"), (0.85, "did not clearly move:")])
@@ -193,8 +193,10 @@ def test_a_gold_score_that_fell_from_its_best_is_told_though_it_beats_the_refere
     best = {"step": 4, "eval/gold_mean": 3.0, "eval/gold_stderr": 0.1, "eval/score_mean": 2.0}
     result = WATCHED_RESULT | {"gold": 1.6, "eval": WATCHED[-1] | {"eval/gold_mean": 1.6}, "stopped_early": None}
     files = read_files(run_folder(rows=[best], result=result))
-    assert "rose from 0.9 (the reference's) to 1.6, after a best of 3 at step 4." in verdict_of(files).sentences
-    assert alarm_of(files) == "score rose, gold fell"
+    assert "fell from its peak of 3.00 at step 4 to 1.60; the reference's is 0.90." in verdict_of(files).sentences
+    assert alarm_of(files) == "score rose, gold fell from its peak"
+    unmoved = replace(files, result=files.result | {"reference_score": files.result["score"]})
+    assert alarm_of(unmoved) == "gold fell from its peak"      # as the sentence on it says
     for other in ({"eval/gold_mean": 1.8}, {"eval/score_mean": 3.5}):      # within two errors; the score fell as well
         assert alarm_of(replace(files, metrics=[best | other])) == ""
 
@@ -234,6 +236,58 @@ def test_the_gauge_puts_kl_target_and_cap_on_one_scale(run_folder):
     found = {name: float(left) for name, left in marks.items()}
     assert found == pytest.approx({name: 100 * nats / end for name, nats in wanted.items()}, abs=0.01)
     assert none == {}
+
+
+def test_the_gauge_says_its_numbers_and_the_rule(run_folder):
+    text = text_of(write_page(run_folder("kl.target=4", "kl.hard_cap=8", result=result_of(4.4, 4.0, 4.8))))
+    assert "0 4 8 8.8 KL of the final policy, nats per response: 4.4 (95 %: 4.0 to 4.8)" in text
+    assert "target 4; on target from 3.4 to 4.6 hard cap 8" in text
+    assert "That is 10 % above the target of 4: on target (within 15 %)." in text
+    close = text_of(write_page(run_folder("kl.target=4", "kl.hard_cap=4.2", name="b", result=result_of(3.0, 2.9, 3.1))))
+    assert "0 4 6 KL of" in close      # the cap's number would stand in the target's
+    assert "25 % below the target of 4, more than the 15 % that count as on target." in close
+
+
+def test_examples_come_by_how_much_changed_and_a_long_prompt_is_folded(run_folder):
+    prompts = {"little": 0.5, "much": 8.0, "\n\nHuman: " + "word " * 100 + "Assistant:": 2.0}
+    samples = [SAID | {"prompt": prompt, "ref_kl": nats, "score": None} for prompt, nats in prompts.items()]
+    page = write_page(run_folder(samples=samples))
+    text = text_of(page)
+    assert text.index("much") < text.index("Human:") < text.index("little")
+    summary, = re.findall(r'<summary class="said">(.*?)</summary>', page.read_text())
+    assert summary.startswith("Human: word")
+    assert summary.endswith("word Assistant:")
+    assert len(summary) < 300
+    assert "policy KL 8 nats" in text      # no score, so nothing to divide it from
+
+
+def test_a_reward_models_page_speaks_of_no_kl(run_folder):
+    sides = [
+        {"step": 4, "prompt": "Once", "response": said, "side": side, "score": score}
+        for side, said, score in (("chosen", "well", 1.0), ("rejected", "ill", -1.0))
+    ]
+    rows = [{"step": step, "loss/mean": 1.0 / step, "score/mean": 0.1 * step, "optim/lr": 1.0} for step in (1, 2, 3, 4)]
+    free = ("kl.control=fixed", "kl.beta=0")
+    page = write_page(run_folder(*free, rows=rows, samples=sides, stage="reward", result={
+        "accuracy": 0.8, "accuracy_ci95": [0.7, 0.9], "held_out_rows": 100, "steps": 4, "seconds": 2.0,
+        "eval": {"eval/score_mean": -0.1},
+    }))
+    text = text_of(page).partition("Again")[0].partition("kltune reward: out")[2].partition("kltune reward: out")[2]
+    assert "KL" not in text
+    assert "Reference" not in text
+    assert "step 4 Once chosen score 1 well rejected score −1 ill" in text      # one card
+
+
+def test_no_picture_stands_alone_under_a_heading(run_folder):
+    rows = [{"step": step, "loss/mean": 1.0 / step, "optim/lr": 1.0 / step} for step in (1, 2, 3)]
+    page = write_page(run_folder(rows=rows)).read_text()
+    assert "<h3>" not in page
+    assert re.findall(r"<figcaption>([^<]*)", page) == ["Loss", "Learning rate"]
+    rows = [row | {"kl/ref_nats_per_response": 0.1, "score/mean": row["step"]} for row in rows]
+    page = write_page(run_folder(name="b", rows=rows)).read_text()
+    assert re.findall(r"<h3>([^<]*)|<figcaption>([^<]*)", page) == [
+        ("", "KL to the reference"), ("", "Score"), ("", "Loss"), ("", "Learning rate"),
+    ]
 
 
 def test_a_legend_reads_from_left_to_right():

@@ -26,10 +26,11 @@ def test_a_table_the_curves_together_and_only_what_differs(run_folder, tmp_path)
     page = write_comparison(runs, tmp_path / "page.html")
     text = text_of(page)
     assert "2 runs compared All against one reference: some/model , sha256 0123456789ab ." in text
-    assert "two above target score rose, gold fell 6.00 ± 0.10 95 %: 5.9 to 6.1 2 3.00 ± 0.05 reference 0.1" in text
-    assert "six on target 5.70 ± 0.10 95 %: 5.5 to 5.9 6 1.5" in text
+    assert "two above target score rose, gold fell 6.00 ± 0.10 95 %: 5.90 to 6.10 2 3.00 ± 0.05 reference 0.10" in text
+    assert "Prefer six: score 1.5 at 5.7 nats; left out: two (score rose, gold fell)" in text
+    assert "six on target 5.70 ± 0.10 95 %: 5.50 to 5.90 6 1.50" in text
     differences = text.partition("Where the recipes differ")[2].partition("Each run")[0]
-    assert differences.split() == ["key", "two", "six", "kl.target", "2.0", "6.0", "run.seed", "0", "1"]
+    assert "".join(differences.split()) == "keytwosixkl.target2.06.0run.seed01"
     figures = dict(re.findall(r"<figcaption>([^<]*)</figcaption>(<svg.*?</svg>)", page.read_text(), re.DOTALL))
     assert list(figures)[:2] == ["KL to the reference", "Score"]
     for colour in ("#3b7dd8", "#2f8f5b"):
@@ -41,7 +42,7 @@ def test_runs_of_different_references_are_shown_with_a_note(run_folder, tmp_path
     runs = [run_folder(name="a"), run_folder(name="b", reference={"path": "some/model", "sha256": "cd" * 32})]
     text = text_of(write_comparison(runs, tmp_path / "page.html"))
     assert "These runs have 2 different references." in text
-    assert "some/model 0123456789ab a some/model cdcdcdcdcdcd b" in text
+    assert "some/ model 0123456789ab a some/ model cdcdcdcdcdcd b" in text      # a path may break after a slash
     assert "running" in text
 
 

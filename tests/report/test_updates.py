@@ -24,8 +24,8 @@ def test_each_thing_that_shapes_an_update_by_the_second_half_of_the_run():
     first = dict.fromkeys(ROW, 1e6)
     half_clipped = ROW | {"ppo/policy_grad_norm": 0.5, "ppo/value_explained": None}
     assert shown([first, first, ROW, half_clipped]) == {
-        "learning rate": "20 %", "length of a step": "75 %", "gradient": "62.5 %", "clipped": "7 %",
-        "value function": "62 %", "price": "150 %",
+        "learning rate": "20.0 %", "length of a step": "75.0 %", "gradient": "62.5 %", "clipped": "7.0 %",
+        "value function": "62.0 %", "price": "150.0 %",
     }
 
 
@@ -33,7 +33,7 @@ def test_what_was_not_recorded_is_not_shown():
     assert shown([]) == shown([{"loss/mean": 1.0}]) == {}
     fixed = {"optim": {}, "kl": {"control": "fixed"}}
     assert shown([ROW | {"kl/step_limit_nats_per_response": None}], fixed) == {
-        "gradient": "100 %", "clipped": "7 %", "value function": "62 %",
+        "gradient": "100.0 %", "clipped": "7.0 %", "value function": "62.0 %",
     }
 
 
@@ -41,4 +41,4 @@ def test_what_was_not_recorded_is_not_shown():
 def test_a_value_function_that_explains_nothing_is_called_that(share):
     files = Files(Path("run"), {"stage": "ppo"}, "", RECIPE, [{"ppo/value_explained": share}], [], {})
     ((what, value, meaning),) = updates_of(files)
-    assert (what, value, "explains nothing" in meaning) == ("value function", f"{100 * max(share, 0):g} %", True)
+    assert (what, value, "explains nothing" in meaning) == ("value function", f"{100 * max(share, 0):.1f} %", True)

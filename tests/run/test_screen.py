@@ -1,6 +1,6 @@
 """Numbers, durations and errors as people write them."""
 
-from kltune.run.screen import duration, interval, number, with_error
+from kltune.run.screen import common_places, duration, interval, number, with_error
 
 
 def test_numbers_and_durations_as_people_write_them():
@@ -17,3 +17,16 @@ def test_numbers_with_errors_have_as_many_digits_as_their_errors_allow():
     assert [interval(bounds) for bounds in ((5.712, 6.154), (-0.5, None), (None, None), None)] == [
         "5.71 to 6.15", "−0.5 to any", "–", "–",
     ]
+
+
+def test_a_column_gets_the_places_of_its_most_exact_number_but_no_long_ones():
+    columns = {
+        "92.4 ± 1.8": [(92.39, 1.8), (3.74, 0.2)], "0.0185 ± 0.0014": [(0.0185, 0.0014), (5.24, 0.36)],
+        "no errors": [(0.295, None), (0.52, None)], "one without": [(4.84, 0.05), (47.812, None)],
+        "integers": [(30, None)], "tiny": [(1.2e-4, 2e-6)], "none": [(None, None)],
+    }
+    assert {name: common_places(pairs) for name, pairs in columns.items()} == {
+        "92.4 ± 1.8": 2, "0.0185 ± 0.0014": 3, "no errors": 3, "one without": 2, "integers": 0, "tiny": 6, "none": 0,
+    }
+    shown = number(-0.5, 2), with_error(92.39, 1.8, 2), interval((1.0, None), 1), interval((88.71, 96.02))
+    assert shown == ("−0.50", "92.39 ± 1.80", "1.0 to any", "88.7 to 96.0")

@@ -37,7 +37,7 @@ def test_a_run_is_a_point_as_it_measured_itself(frontier, run_folder, tmp_path):
     assert (tmp_path / "out" / "frontier.svg").read_text().startswith("<svg")
     page = (tmp_path / "out" / "frontier.html").read_text()
     assert "prefers-color-scheme: dark" in page
-    assert "budget 50 nats: pick ppo target, kl.target=2" in page
+    assert "Budget 50 nats: pick ppo target, kl.target=2" in page
     assert not any(word in page for word in ("<script", "http://localhost", "https://"))
 
 

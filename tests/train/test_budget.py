@@ -124,10 +124,10 @@ def test_a_step_has_the_room_that_target_or_cap_leave_it():
 
 def test_it_says_what_was_measured_and_what_to_change():
     kl = measured(2.0, 3.0, 4.25)
-    assert budget().describe(kl) == "3 nats per response (95 %: 2 to 4.25)"
+    assert budget().describe(kl) == "3 nats per response (95 %: 2.00 to 4.25)"
     assert budget().describe(replace(kl, ci=None)) == "3 nats per response"
     per_token = budget(unit="nats_per_token")
-    assert per_token.describe(kl) == "0.6 nats per token (95 %: 0.4 to 0.85)"
+    assert per_token.describe(kl) == "0.6 nats per token (95 %: 0.40 to 0.85)"
     assert (per_token.in_unit(kl), budget().in_unit(kl), per_token.unit_text) == (0.6, 3.0, "nats per token")
     assert budget().advice() == "Raise kl.beta, or write kl.control: target"
     assert Budget.of(KLSection(), steps=50).advice() == "Lower kl.target"

@@ -1,6 +1,6 @@
 """The frontier for people: a table, a picture, and one page that needs no network and no script."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from kltune.report.pages import environment
 from kltune.report.plots import Z95, Curve, CurvePoint, Frame, curve_svg
 from kltune.report.text import Table, aligned
 from kltune.run.files import storing, write_json, write_whole
-from kltune.run.screen import ABSENT, interval, number, with_error
+from kltune.run.screen import ABSENT, common_places, interval, number, with_error
 
 NATS = "KL(policy ‖ reference), nats per response"
 AXIS = 200              # points along σ√(2 KL)
@@ -38,19 +38,26 @@ def frontier_html(document: dict[str, Any]) -> str:
     names = [document["judge"], *(["score"] if document["judge"] == "gold" else [])]
     return environment().get_template("frontier.html.j2").render(
         document=document,
-        headline=advice_on_budget(document),
+        headline=(advice := advice_on_budget(document))[:1].upper() + advice[1:],
+        picked=picked_row(document),
         pictures=[
             # safe: matplotlib escapes what it writes
-            (f"{name} against KL", Markup(frontier_svg(document, name, narrow=True))) for name in names
+            (f"{name} against KL", Markup(frontier_svg(document, name, inside=True))) for name in names
         ],
-        settings=_repeats_left_out(settings_table(document)),
+        settings=settings_table(document),
         best_of_n=best_of_n_table(document),
         at=at_table(document),
         fits=[(fit["curve"], fit_line(fit)) for fit in document["fits"]],
     )
 
 
-def frontier_svg(document: dict[str, Any], name: str, narrow: bool = False) -> str:
+def picked_row(document: dict[str, Any]) -> list[str] | None:
+    """Curve and setting of the one to pick; None where none is."""
+    picked = document["pick"] or {"curve": None}
+    return None if picked["curve"] is None else [picked["curve"], picked["setting"]]
+
+
+def frontier_svg(document: dict[str, Any], name: str, inside: bool = False) -> str:
     """Score or gold, as ``name`` says, against KL with 95 % error bars, best of n and σ√(2 KL) as an ``<svg>``."""
     curves = [*_curves_of_settings(document, name), *_curves_of_best_of_n(document, name)]
     best_of_n, base = document["best_of_n"], document["reference"][name]
@@ -61,7 +68,10 @@ def frontier_svg(document: dict[str, Any], name: str, narrow: bool = False) -> s
         gains = zip(nats, base + tilt_gain(sigma, nats), strict=True)
         curves.append(Curve("σ√(2 KL), Gaussian scores", [CurvePoint(x, y) for x, y in gains], marked=False))
     title = f"{name} against KL"
-    return curve_svg(curves, Frame(x=NATS, y=name, title=title, name=f"frontier-{name}", root=True, narrow=narrow))
+    budget = None if document["pick"] is None else document["pick"]["budget"]
+    return curve_svg(
+        curves, Frame(x=NATS, y=name, title=title, name=f"frontier-{name}", root=True, inside=inside, budget=budget)
+    )
 
 
 def _curves_of_settings(document: dict[str, Any], name: str) -> Iterator[Curve]:
@@ -71,7 +81,8 @@ def _curves_of_settings(document: dict[str, Any], name: str) -> Iterator[Curve]:
         points = [
             CurvePoint(
                 row["kl"], row[name], Z95 * (row["kl_stderr"] or 0.0), _half(row, name),
-                row["setting"].rpartition("=")[2] if labelled else "",
+                row["setting"].partition(",")[0].rpartition("=")[2] if labelled else "",
+                f"pick: {row['setting']}" if [row["curve"], row["setting"]] == picked_row(document) else "",
             )
             for row in known if row["curve"] == curve
         ]
@@ -137,24 +148,22 @@ def settings_table(document: dict[str, Any]) -> Table:
         "curve", "setting", "seeds", "KL", "95 %", "score", *(["gold"] if golden else []),
         *(["of σ√(2 KL)"] if share else []), *(["steps to target"] if steps else []),
     ]]
+    places = places_of(document["settings"], ("kl", "score", "gold"))
     for row in document["settings"]:
         cells = [
-            row["curve"], row["setting"], str(row["seeds"]), with_error(row["kl"], row["kl_stderr"]),
-            interval(row["kl_ci95"]), with_error(row["score"], row["score_stderr"]),
+            row["curve"], row["setting"], str(row["seeds"]), with_error(row["kl"], row["kl_stderr"], places["kl"]),
+            interval(row["kl_ci95"], places["kl"]), with_error(row["score"], row["score_stderr"], places["score"]),
         ]
-        cells += [with_error(row["gold"], row["gold_stderr"])] if golden else []
-        cells += [ABSENT if row["efficiency"] is None else f"{100 * row['efficiency']:.0f} %"] if share else []
+        cells += [with_error(row["gold"], row["gold_stderr"], places["gold"])] if golden else []
+        cells += [ABSENT if row["efficiency"] is None else f"{number(100 * row['efficiency'], 0)} %"] if share else []
         cells += [", ".join(number(step) for step in row["steps_to_target"])] if steps else []
         table.append(cells)
     return table
 
 
-def _repeats_left_out(table: Table) -> Table:
-    """The first cell of a row only where it differs from the one above."""
-    return [
-        ["" if above and above[0] == row[0] else row[0], *row[1:]]
-        for above, row in zip([[], *table], table, strict=False)
-    ]
+def places_of(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, int]:
+    """Places after the point for each column of figures with errors."""
+    return {name: common_places((row[name], row[f"{name}_stderr"]) for row in rows) for name in names}
 
 
 def best_of_n_table(document: dict[str, Any]) -> Table:
@@ -163,9 +172,9 @@ def best_of_n_table(document: dict[str, Any]) -> Table:
         return []
     points = document["best_of_n"]["points"]
     names = [name for name in ("score", "gold") if points[0][name] is not None]
-    table = [["n", "KL at most", "with its ties", *names]]
+    table, places = [["n", "KL at most", "with its ties", *names]], places_of(points, names)
     for point in points:
-        scores = [with_error(point[name], point[f"{name}_stderr"]) for name in names]
+        scores = [with_error(point[name], point[f"{name}_stderr"], places[name]) for name in names]
         table.append([str(point["n"]), f"{point['kl_bound']:.3f}", f"{point['kl_with_ties']:.3f}", *scores])
     return table
 
@@ -189,11 +198,11 @@ def fit_line(fit: dict[str, Any]) -> str:
         return fit["claim"]
     clusters = "prompts" if fit["form"] == "best_of_n" else "runs"
     formula = "d(α − β log d)" if fit["form"] == "rl" else "d(α − β d)"
-    alpha, beta = (f"{law[name]:.3g} (95 %: {interval(law[f'{name}_ci'])})" for name in ("alpha", "beta"))
+    alpha, beta = (f"{number(law[name])} (95 %: {interval(law[f'{name}_ci'])})" for name in ("alpha", "beta"))
     text = f"{formula} of the {fit['of']}'s gain, d = √KL: α {alpha}, β {beta}"
     if law["observed"]:
         peak = law["peak"]
-        text += f"; peak at {peak['kl']:.3g} nats (95 %: {interval(peak['kl_ci'])}), gain {peak['gain']:.3g}"
+        text += f"; peak at {number(peak['kl'])} nats (95 %: {interval(peak['kl_ci'])}), gain {number(peak['gain'])}"
     else:
         text += f"; {law['claim']}"
     return f"{text} ({law['points']} points of {law['runs']} {clusters})"

@@ -144,16 +144,21 @@ def _other_settings(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return [name for a, b in pairs for name in sorted(a.keys() & b.keys()) if a[name] != b[name]]
 
 
+def identities_of(rewards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What tells rewards from others, wherever their files are: a checksum, and which function of the file it is."""
+    return [
+        {name: reward[name] for name in sorted(reward) if name not in ("name", "path") or "sha256" not in reward}
+        | ({"function": reward["path"].rpartition(":")[2]} if reward.get("kind") == "function" else {})
+        for reward in rewards
+    ]
+
+
 def check_one_reward(sources: Sequence[FrontierSource]) -> None:
     """Raise a CheckpointError that names the runs of each reward, where there are several: scores do not compare."""
     groups: dict[str, list[str]] = {}
     for source in sources:
         if source.rewards:
-            identities = [
-                sorted(item for item in reward.items() if item[0] not in ("name", "path") or "sha256" not in reward)
-                for reward in source.rewards
-            ]
-            identity = repr([identities, source.settings.get("sampling.missing_end_penalty")])
+            identity = repr([identities_of(source.rewards), source.settings.get("sampling.missing_end_penalty")])
             groups.setdefault(identity, []).append(source.path)
     if len(groups) > 1:
         lines = "".join(f"\n  {', '.join(paths)}" for paths in groups.values())

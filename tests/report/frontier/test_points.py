@@ -133,6 +133,8 @@ def test_rewards_that_differ_are_named_wherever_their_files_are(make_run):
     check_one_reward(find_sources([here, alike]))
     with pytest.raises(CheckpointError, match="different rewards"):
         check_one_reward(find_sources([here, other]))
+    with pytest.raises(CheckpointError, match="different rewards"):      # another function of the same file
+        check_one_reward(find_sources([here, make_run("e", rewards=[REWARDS[0] | {"path": "rewards.py:gold"}])]))
     check_one_reward(find_sources([here, make_run("d", rewards=[])]))      # never scored: it disagrees with nothing
 
 
