@@ -13,7 +13,7 @@ from kltune.cli.streams import result_stream
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
 from kltune.report.ci import annotations, write_junit, write_junit_error, write_step_summary
-from kltune.report.text import eval_kl_text
+from kltune.report.text import eval_kl_lines, eval_kl_text
 from kltune.run.screen import undressed
 
 SourceOption = Annotated[
@@ -70,6 +70,7 @@ def eval_kl_command(
     show: Annotated[int, typer.Option(**whole(), help="How many responses to show token by token.")] = 3,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML.")] = None,
     date: DateOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="One line for a checkpoint: verdict and KL.")] = False,
     trust_remote_code: TrustOption = False,
     as_json: JSONOption = False,
 ) -> None:
@@ -100,8 +101,9 @@ def eval_kl_command(
     if on_github():
         print(*annotations(document), sep="\n", file=undressed(sys.stderr))
         write_step_summary(document)
-    colour = wants_colour(result_stream())
-    emit_document(document, as_json, partial(eval_kl_text, colour=colour), styled=colour)
+    colour = wants_colour(result_stream()) and not quiet
+    as_text = eval_kl_lines if quiet else partial(eval_kl_text, colour=colour)
+    emit_document(document, as_json, as_text, styled=colour)
     raise typer.Exit(code)
 
 

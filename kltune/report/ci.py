@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kltune.recipe.faults import printable, redact, visible
-from kltune.report.text import verdict_line
+from kltune.report.text import verdict_and_kl, verdict_line
 from kltune.run.files import storing, write_whole
 from kltune.run.screen import interval, with_error
 
@@ -26,7 +26,7 @@ def write_junit(path: Path, document: dict[str, Any]) -> None:
         for warning in one.get("warnings", ()):
             ET.SubElement(properties, "property", name="warning", value=visible(warning))
         if gate is not None and gate["verdict"] != "pass":
-            ET.SubElement(case, "failure", type=gate["verdict"], message=visible(_verdict_and_kl(one)))
+            ET.SubElement(case, "failure", type=gate["verdict"], message=visible(verdict_and_kl(one)))
         cases.append(case)
     _write(path, cases, failures=sum(case.find("failure") is not None for case in cases), errors=0)
 
@@ -51,7 +51,7 @@ def _write(path: Path, cases: list[ET.Element], *, failures: int, errors: int) -
 def annotations(document: dict[str, Any]) -> list[str]:
     """GitHub workflow commands, one per checkpoint that was held against a budget."""
     return [
-        f"::{ANNOTATION_LEVELS[one['gate']['verdict']]} title=kltune eval-kl::{escaped(_verdict_and_kl(one))}"
+        f"::{ANNOTATION_LEVELS[one['gate']['verdict']]} title=kltune eval-kl::{escaped(verdict_and_kl(one))}"
         for one in document.get("checkpoints", [document])
         if one["gate"] is not None
     ]
@@ -84,10 +84,3 @@ def write_step_summary(document: dict[str, Any]) -> None:
 def escaped(text: str, more: str = "") -> str:
     """Text for a GitHub workflow command; properties need ``:`` and ``,`` escaped ``more``."""
     return visible("".join(f"%{ord(c):02X}" if c in "%\r\n" + more else c for c in redact(text)))
-
-
-def _verdict_and_kl(document: dict[str, Any]) -> str:
-    exact = document["kl"]["exact"]
-    kl = with_error(exact["nats_per_response"], exact["stderr"])
-    said = "".join(f"; warning: {warning}" for warning in document.get("warnings", ()))
-    return f"{visible(document['checkpoint'])}: {verdict_line(document['gate'])}; KL {kl} nats per response{said}"

@@ -29,9 +29,8 @@ def eval_kl_text(document: dict[str, Any], *, colour: bool = False) -> str:
     if "checkpoints" in document:
         texts = [eval_kl_text(one, colour=colour) for one in document["checkpoints"]]
         return "\n\n".join([*texts, "\n".join(_differences(document["differences"]))])
-    lines = [*_estimates(document), *_checks_and_spread(document), *_where_the_kl_is(document, colour)]
-    if document["gate"] is not None:
-        lines.append(f"  {verdict_line(document['gate'])}")
+    lines = [] if document["gate"] is None else [verdict_line(document["gate"])]
+    lines += [*_estimates(document), *_checks_and_spread(document), *_where_the_kl_is(document, colour)]
     return "\n".join([*lines, *(f"  warning: {visible(warning)}" for warning in document.get("warnings", ()))])
 
 
@@ -126,6 +125,20 @@ def _differences(rows: list[dict[str, Any]]) -> Iterator[str]:
         ends = "" if row["ci"] is None else f", {interval(row['ci'])}"
         difference = with_error(row["nats_per_response"], row["stderr"])
         yield f"  {difference}{ends}  {visible(row['checkpoint'])} minus {visible(row['minus'])}"
+
+
+def eval_kl_lines(document: dict[str, Any]) -> str:
+    """The document of ``eval-kl`` in a line for each checkpoint: the gate's verdict, if there is one, and the KL."""
+    return "\n".join(verdict_and_kl(one) for one in document.get("checkpoints", [document]))
+
+
+def verdict_and_kl(document: dict[str, Any]) -> str:
+    """One checkpoint's verdict, if there is one, its KL and its warnings in a line."""
+    exact = document["kl"]["exact"]
+    kl = f"KL {with_error(exact['nats_per_response'], exact['stderr'])} nats per response"
+    verdict = [] if document["gate"] is None else [verdict_line(document["gate"])]
+    warnings = [f"warning: {warning}" for warning in document.get("warnings", ())]
+    return f"{visible(document['checkpoint'])}: {'; '.join([*verdict, kl, *warnings])}"
 
 
 def verdict_line(gate: dict[str, Any]) -> str:

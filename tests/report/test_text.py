@@ -1,6 +1,6 @@
 """What people read: every number with its error, marks or colours by KL, verdicts in words."""
 
-from kltune.report.text import _bars, _token, eval_kl_text, verdict_line
+from kltune.report.text import _bars, _token, eval_kl_lines, eval_kl_text, verdict_line
 
 
 def gate(verdict: str, **more) -> dict:
@@ -38,15 +38,30 @@ def test_bars_are_as_high_as_the_means_and_weigh_positions_by_responses():
     assert _bars(many) == ("█" * 60, 0.75)
 
 
+ZERO = {"nats_per_response": 0.0, "stderr": 0.0, "ci": [0.0, 0.0], "nats_per_token": 0.0, "token_stderr": 0.0}
+EQUAL = {
+    "direction": "KL(policy||reference)", "checkpoint": "runs/a", "responses": 4, "prompts": 2, "temperature": 1.0,
+    "max_new_tokens": 8, "kl": {"exact": ZERO}, "forward": None, "deployed": None, "confidence": 0.95,
+    "agreement_z": 0.0, "truncated_fraction": 0.5, "entropy": {"policy": 1.0, "reference": 1.0}, "tv": 0.0,
+    "tv_stderr": 0.0, "js": None, "alignment_tax": None, "gate": None,
+    "distribution": {"quantiles": {"0.5": 0.0, "0.9": 0.0, "0.99": 0.0}, "maximum": 0.0, "largest_share": 0.0,
+             "heavy": False},
+}
+
+
 def test_a_checkpoint_that_equals_its_reference_says_so_and_nothing_of_where():
-    zero = {"nats_per_response": 0.0, "stderr": 0.0, "ci": [0.0, 0.0], "nats_per_token": 0.0, "token_stderr": 0.0}
-    text = eval_kl_text({
-        "direction": "KL(policy||reference)", "checkpoint": "runs/a", "responses": 4, "prompts": 2, "temperature": 1.0,
-        "max_new_tokens": 8, "kl": {"exact": zero}, "forward": None, "deployed": None, "confidence": 0.95,
-        "agreement_z": 0.0, "truncated_fraction": 0.5, "entropy": {"policy": 1.0, "reference": 1.0}, "tv": 0.0,
-        "tv_stderr": 0.0, "js": None, "alignment_tax": None, "gate": None,
-        "distribution": {"quantiles": {"0.5": 0.0, "0.9": 0.0, "0.99": 0.0}, "maximum": 0.0, "largest_share": 0.0,
-                         "heavy": False},
-    })  # fmt: skip
+    text = eval_kl_text(EQUAL)
     assert "equals its reference" in text
     assert "by position" not in text
+
+
+def test_the_verdict_comes_first_and_may_come_alone():
+    measured = EQUAL | {"gate": gate("pass")}
+    assert eval_kl_text(measured).startswith("PASS: within 4 nats per token at 95% confidence\nKL(policy||reference)")
+    assert eval_kl_lines(measured) == (
+        "runs/a: PASS: within 4 nats per token at 95% confidence; KL 0 ± 0 nats per response"
+    )
+    several = {"checkpoints": [EQUAL, EQUAL | {"checkpoint": "runs/b", "warnings": ["odd"]}]}
+    assert eval_kl_lines(several) == (
+        "runs/a: KL 0 ± 0 nats per response\nruns/b: KL 0 ± 0 nats per response; warning: odd"
+    )
