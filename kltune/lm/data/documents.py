@@ -103,7 +103,17 @@ SHAPES = {
 }
 
 
-class ReferenceFacts(TypedDict):
+class Beside(TypedDict, total=False):
+    """What is known of a reference besides its hashes; versions before recorded none of it."""
+
+    config: dict[str, Any]
+    ends: dict[str, Any]
+    probe: list[float]
+    merge_survived: float
+    untied: bool
+
+
+class ReferenceFacts(Beside):
     """Which reference a run or checkpoint has; see ``Fingerprint``."""
 
     path: Annotated[str, Field(min_length=1)]
@@ -114,7 +124,7 @@ class ReferenceFacts(TypedDict):
     template_sha256: str
 
 
-class ComparedFacts(TypedDict, total=False):
+class ComparedFacts(Beside, total=False):
     """What of them is compared between runs, as far as a run has come."""
 
     path: Text
