@@ -143,6 +143,11 @@ def test_tests_mirror_the_package():
     assert folders <= rooms
 
 
+def test_no_two_test_files_have_one_name():
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))      # pytest imports the first one for both, and leaves the other out
+
+
 def test_nothing_names_the_machine_it_was_written_on():
     suffixes = {".py", ".yaml", ".yml", ".toml", ".md", ".jsonl"}
     folders = [PACKAGE, ROOT / "recipes", ROOT / "scripts", ROOT / "tests"]

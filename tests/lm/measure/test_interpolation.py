@@ -15,7 +15,7 @@ from kltune.errors import ModelError
 from kltune.lm.measure.interpolation import AdapterScale, Interpolation, Look
 from kltune.lm.measure.measurement import Round, measure_kl
 from tests.lm.measure.test_measurement import DRAW, KL, starts
-from tests.lm.model.test_foreign import IDS, ONE_SET, open_foreign, opened_logits, plain_logits, save_foreign
+from tests.lm.model.test_made_elsewhere import IDS, ONE_SET, open_foreign, opened_logits, plain_logits, save_foreign
 
 SCALABLE = ("lora", "rslora", "dora", "all-linear", "embedding", "ia3")
 
