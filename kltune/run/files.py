@@ -23,7 +23,7 @@ from kltune.lm.data import foreign
 from kltune.lm.data.documents import Finite, RunRecord
 from kltune.lm.data.foreign import open_ordinary
 
-HOLDER = re.compile(r"(process \d+ on .*\n?)?")      # what a lock file says
+HOLDER = re.compile(r"process \d+(?:| | o| on| on \S*\n?)")      # of a lock; a full disk may have cut it short
 # What a kill leaves of a file or a folder that was being written; see `write_whole` and `checkpoint`.
 UNFINISHED = re.compile(
     r"\.tmp-(removed-step-\d{6,}|(step-\d{6,}|final|[\w.=,+-]+\.(json|jsonl|yaml|html|safetensors))-\d+)"
@@ -114,10 +114,14 @@ def _open_lock(path: Path) -> TextIO:
                 raise RecipeError(wanted.format("it is a link, or no file")) from error
             raise
     file = open(descriptor, "r+", encoding="utf-8", errors="replace")      # noqa: SIM115 (closed by the caller)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not HOLDER.fullmatch(file.read(200)):
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not _names_a_holder(file.read(200)):
         file.close()
         raise RecipeError(wanted.format("it is no file, or holds something else than the name of a process"))
     return file
+
+
+def _names_a_holder(text: str) -> bool:
+    return "process ".startswith(text) or HOLDER.fullmatch(text) is not None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -40,6 +40,13 @@ def test_our_own_lock_is_taken_again(tmp_path):
             assert (tmp_path / ".lock").read_text().startswith("process ")
 
 
+@pytest.mark.parametrize("length", range(len("process 12 on host\n") + 1))
+def test_a_lock_that_a_full_disk_cut_short_is_ours(tmp_path, length):
+    (tmp_path / ".lock").write_text("process 12 on host\n"[:length])
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith("process ")
+
+
 def test_only_what_a_killed_save_of_ours_left_is_removed(tmp_path):
     others = [place / name for place in (tmp_path, tmp_path / "checkpoints") for name in OTHERS]
     for path in others:
