@@ -132,7 +132,9 @@ def exits(stage: Campaign, folder: Path, points: Sequence[int]) -> int:
 
 @pytest.mark.parametrize("stage", ["ppo"])
 def test_an_exit_before_some_changes_to_the_folder_costs_nothing(campaign, tmp_path, stage, record_property):
-    record_property("exits", exits(campaign(stage), tmp_path, (2, 40, 95)))
+    made = exits(campaign(stage), tmp_path, (2, 40, 95))
+    record_property("exits", made)
+    assert made == 3
 
 
 @pytest.mark.stress
@@ -163,7 +165,9 @@ def kills(stage: Campaign, folder: Path, moments: Sequence[float]) -> int:
 
 @pytest.mark.parametrize("stage", ["trpo"])
 def test_sigkill_at_some_moments_costs_nothing(campaign, tmp_path, stage, record_property):
-    record_property("kills", kills(campaign(stage), tmp_path, (0.1, 0.6, 0.95)))
+    made = kills(campaign(stage), tmp_path, (0.1, 0.6, 0.95))
+    record_property("kills", made)
+    assert made >= 1        # the last moments may come after its end
 
 
 @pytest.mark.stress
@@ -171,7 +175,9 @@ def test_sigkill_at_some_moments_costs_nothing(campaign, tmp_path, stage, record
 def test_sigkill_at_random_moments_costs_nothing(campaign, tmp_path, stage, record_property):
     chance = random.Random(stage)
     moments = [chance.random() for _ in range(KILLS // len(STAGES))]
-    record_property("kills", kills(campaign(stage), tmp_path, moments))
+    made = kills(campaign(stage), tmp_path, moments)
+    record_property("kills", made)
+    assert made > len(moments) // 2
 
 
 def out_of_room(stage: Campaign, output: Path, limit: Callable[[], None], lift: Callable[[], None]) -> int:

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 FAR = 0.06          # of the KL aimed at: the most that a step may move, KL(old ‖ new), of a run that is not late
-MOST_HASTE = 2.0
+MOST_HASTE = 2.0    # of a run that is late: times as long, in √KL
 NEAR = 0.005        # of the KL aimed at: what a step may move even where the policy is there already
 LEAST_SHARE = 0.2   # of that: shorter steps could not bring a KL back that is beyond it
 USED = 0.7          # of what a step may move, on average: a batch's own KL(old ‖ new) scatters

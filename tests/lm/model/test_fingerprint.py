@@ -175,7 +175,7 @@ def chat_model(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture
-def measured(tmp_path: Path, chat_model: Callable[[str], Path], open_policy: Callable[..., Any]) -> Callable[..., None]:
+def measured(tmp_path: Path, chat_model: Callable[[str], Path], open_policy: Callable[..., Any]) -> Callable[..., Any]:
     """A function that opens, as eval-kl, project and sample do, a checkpoint whose reference was edited meanwhile."""
     from kltune.recipe import DataSection
     from kltune.run.checkpoint import measure_settings, save_adapter
@@ -187,7 +187,7 @@ def measured(tmp_path: Path, chat_model: Callable[[str], Path], open_policy: Cal
         resolve_settings,
     )
 
-    def measure(edit: Edit) -> None:
+    def measure(edit: Edit) -> Any:
         base = tmp_path / "base"
         shutil.copytree(chat_model(edit.architecture), base)
         rows = [{"messages": [{"role": "user", "content": "w3 w4"}]}]
@@ -199,7 +199,9 @@ def measured(tmp_path: Path, chat_model: Callable[[str], Path], open_policy: Cal
         edit.apply(base)
         options = MeasureOptions()
         subject = find_checkpoint(str(tmp_path / "final"), options)
-        measured_prompts(open_subject(subject, options), resolve_settings([subject], options))
+        opened = open_subject(subject, options)
+        measured_prompts(opened, resolve_settings([subject], options))
+        return opened.fingerprint
 
     return measure
 
@@ -212,7 +214,7 @@ def test_an_edit_that_moves_a_logit_a_token_or_an_end_is_caught(measured, edit):
 
 @pytest.mark.parametrize("edit", MOVES_NOTHING, ids=lambda edit: f"{edit.architecture}-{edit.field}")
 def test_an_edit_that_moves_nothing_is_let_through(measured, edit):
-    measured(edit)
+    assert len(measured(edit).probe) == 32      # it was opened, and is known by what it says
 
 
 def test_the_setting_that_differs_is_named_with_both_values(measured):
