@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 
 class KltuneError(Exception):
-    """Something the user can put right; shown without a traceback."""
+    """Something the user can put right; shown without a traceback.
+
+    heard: all processes of a run have it. unheard: the first of them does not, and cannot say it.
+    """
 
     exit_code = 1
+    heard = unheard = False
 
 
 class RecipeError(KltuneError, ValueError):
@@ -62,6 +66,12 @@ class JudgeError(KltuneError, RuntimeError):
     """An AI judge does not answer: nothing is wrong with the run, which goes on once the judge is back."""
 
     exit_code = 75      # as EX_TEMPFAIL: try again later
+
+
+class PeerError(KltuneError, RuntimeError):
+    """Another process of the same run is gone, late, or computes something else."""
+
+    exit_code = 75      # what became of that one is said, and decides the code of the whole
 
 
 class Interrupted(KltuneError):
@@ -128,7 +138,8 @@ EXIT_CODES = {entry.code: entry for entry in (
         "sampling.max_new_tokens; then --resume", "kltune ppo --recipe my.yaml --resume",
     ),
     ExitCode(
-        75, "try again later: another run has the output folder, or an AI judge does not answer; all is saved",
+        75, "try again later: another run has the output folder, an AI judge or a server does not answer, or another "
+        "process of the run is gone or late; all is saved",
         "wait for the other run or choose another --output; once the judge answers again, --resume",
         "kltune ppo judged.yaml --resume",
     ),

@@ -22,11 +22,13 @@ from kltune.cli.options import (
     Command,
     JSONOption,
     OutputOption,
+    ProcessesOption,
     RecipeArgument,
     RecipeOption,
     ResumeOption,
     SetOption,
     TrustOption,
+    in_processes,
     recipe_named,
     refuse_untrusted,
     whole,
@@ -39,7 +41,7 @@ from kltune.cli.sweep import frontier_command, sweep_command
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
 from kltune.run.screen import ShownText
-from kltune.run.subprocesses import end_at_once, on_stop_signals
+from kltune.run.subprocesses import end_at_once, is_extra_process, on_stop_signals
 
 QUIET_LIBRARIES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -90,13 +92,16 @@ def add_stage(stage: str, summary: str) -> None:
 
     @app.command(stage, help=f"{summary}\n\n{example}", short_help=SHORT[stage], cls=Command)
     def run(
+        context: typer.Context,
         positional: RecipeArgument = None, recipe: RecipeOption = None, overrides: SetOption = None,
-        output: OutputOption = None, resume: ResumeOption = False, trust_remote_code: TrustOption = False,
-        as_json: JSONOption = False,
+        output: OutputOption = None, resume: ResumeOption = False, processes: ProcessesOption = None,
+        trust_remote_code: TrustOption = False, as_json: JSONOption = False,
     ) -> None:
-        loaded = load_recipe(recipe_named(positional, recipe, stage), overrides or (), stage, output)
+        changes = [*(overrides or ()), *([] if processes is None else [f"run.processes={processes}"])]
+        loaded = load_recipe(recipe_named(positional, recipe, stage), changes, stage, output)
         refuse_untrusted(loaded, trust_remote_code)
         look_before_running(loaded)
+        in_processes(context, loaded.run.processes)
         run_stage = getattr(import_module(f"kltune.stages.{stage}"), f"run_{stage}")
         emit_document(run_stage(loaded, resume), as_json, result_text)
 
@@ -158,16 +163,20 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # Libraries warn each other of renamed attributes; no user of kltune can do anything about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b.*")
     guard_streams()
+    if is_extra_process():      # it computes what the first one does, which says it
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if not isinstance(sys.stderr, ShownText):
         sys.stderr = ShownText(sys.stderr)
     try:
         with on_stop_signals(end_at_once):      # until a run has something to save
-            app(args=arguments, prog_name="kltune")
+            command = None if arguments is None else (sys.executable, "-m", "kltune", *arguments)
+            app(args=arguments, prog_name="kltune", obj=command)
     except KltuneError as error:
         sys.exit(complain(error))
     except (OSError, MemoryError, RuntimeError) as error:
         known = as_user_error(error)
         if known is None:
+            sys.stderr = sys.__stderr__ if is_extra_process() else sys.stderr
             raise
         sys.exit(complain(known))
     sys.exit(0)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kltune.cli.options import JSONOption, TrustOption, one_of, real, whole
+from kltune.cli.options import JSONOption, ProcessesOption, TrustOption, in_processes, one_of, real, whole
 from kltune.cli.output import emit_document, on_github, wants_colour
 from kltune.cli.streams import result_stream
 from kltune.errors import KltuneError
@@ -15,6 +15,7 @@ from kltune.recipe import load_recipe
 from kltune.report.ci import annotations, write_junit, write_junit_error, write_step_summary
 from kltune.report.text import eval_kl_lines, eval_kl_text
 from kltune.run.screen import undressed
+from kltune.run.subprocesses import is_extra_process
 
 SourceOption = Annotated[
     str | None, typer.Option("--recipe", "-r", metavar="R.yaml", help="Where prompts and sampling come from.")
@@ -41,6 +42,7 @@ DateOption = Annotated[
 
 
 def eval_kl_command(
+    context: typer.Context,
     checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Runs, checkpoints or adapters.")],
     recipe: SourceOption = None,
     reference: ReferenceOption = None,
@@ -71,6 +73,7 @@ def eval_kl_command(
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML.")] = None,
     date: DateOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="One line for a checkpoint: verdict and KL.")] = False,
+    processes: ProcessesOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JSONOption = False,
 ) -> None:
@@ -83,6 +86,7 @@ def eval_kl_command(
     try:
         if recipe is not None:
             load_recipe(recipe)      # its faults are told before anything slow is imported
+        in_processes(context, processes)
         from kltune.stages.eval_kl import EvalKLOptions, eval_kl
 
         options = EvalKLOptions(
@@ -92,8 +96,10 @@ def eval_kl_command(
             trust_remote_code=trust_remote_code, date=date,
         )
         document, code = eval_kl(checkpoints, options)
+        if is_extra_process():
+            raise typer.Exit(code)
     except KltuneError as error:
-        if junit is not None:
+        if junit is not None and not is_extra_process():
             write_junit_error(junit, checkpoints, type(error).__name__, str(error))
         raise
     if junit is not None:
@@ -108,6 +114,7 @@ def eval_kl_command(
 
 
 def project_command(
+    context: typer.Context,
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A run, checkpoint or adapter.")],
     max_kl: Annotated[
         float | None, typer.Option("--max-kl", **BUDGET, help="The budget to scale the adapter back to.")
@@ -132,6 +139,7 @@ def project_command(
     unit: UnitOption = "nats_per_response",
     confidence: ConfidenceOption = 0.95,
     date: DateOption = None,
+    processes: ProcessesOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JSONOption = False,
 ) -> None:
@@ -141,6 +149,7 @@ def project_command(
     """
     if recipe is not None:
         load_recipe(recipe)
+    in_processes(context, processes)
     from kltune.stages.project import ProjectOptions, project, project_text
 
     options = ProjectOptions(

@@ -2,15 +2,17 @@
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from kltune.cli.streams import ResultCommand
+from kltune.cli.streams import ResultCommand, result_stream
 from kltune.errors import RecipeError
 from kltune.recipe import Recipe
 from kltune.recipe.wording import listed
+from kltune.run.subprocesses import start_processes
 
 TYPES = re.compile(r" <(?:list\[\w+\]|\w+)>")        # how typer shows the type of an argument
 
@@ -78,6 +80,19 @@ def recipe_named(positional: str | None, option: str | None, command: str) -> st
     return named
 
 
+def in_processes(context: typer.Context, processes: int | str | None) -> None:
+    """Run this command as so many processes and exit with their code, unless this is one of them."""
+    command = context.find_root().obj or (sys.executable, *sys.orig_argv[1:])
+    code = start_processes(command, 1 if processes is None else processes, result_stream())
+    if code is not None:
+        raise typer.Exit(code)
+
+
+def _processes(text: Any) -> int | str:
+    number = number_parser(int, "a whole number of at least 1, or auto", lambda n: n >= 1)
+    return text if text == "auto" else number(text)
+
+
 def refuse_untrusted(recipe: Recipe, trusted: bool) -> None:
     """Refuse a recipe by which a model's own Python would run, unless the command line asks for it too."""
     if recipe.model.trust_remote_code and not trusted:
@@ -101,4 +116,7 @@ OutputOption = Annotated[
     str | None, typer.Option("--output", "-o", metavar="DIR", help="Folder of the run, instead of run.output.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run from its newest checkpoint.")]
+ProcessesOption = Annotated[Any, typer.Option(
+    "--processes", metavar="N|auto", parser=_processes, help="Share the work; the result is the same.",
+)]
 JSONOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]

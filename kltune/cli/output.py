@@ -15,6 +15,7 @@ from kltune.recipe.faults import redact, visible
 from kltune.report.ci import escaped
 from kltune.run.files import CANNOT_WRITE, refused, to_json
 from kltune.run.screen import duration, interval, number, undressed, wants_colour, with_error
+from kltune.run.subprocesses import is_extra_process
 
 GATE = 1.25     # times the target: what the command that is suggested allows
 MAY_BE_READING = {errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
@@ -27,6 +28,8 @@ def emit(text: str, *, styled: bool = False) -> None:
     styled: it has colours, and what strangers wrote in it is ``visible`` already; all else is made so here.
     """
     text, stream = redact(text), result_stream()
+    if is_extra_process():
+        return
     try:
         print(text if styled else visible(text), file=stream, flush=True)
     except OSError as error:
@@ -100,6 +103,10 @@ def following(result: dict[str, Any]) -> str:
 def complain(error: KltuneError) -> int:
     """Say on stderr what is wrong, on GitHub as annotations too; return the exit code of its kind."""
     label = "kltune: stopped:" if isinstance(error, Interrupted) else "kltune: error:"
+    if is_extra_process():
+        if error.unheard or os.environ.get("LOCAL_RANK") == "0":      # of another machine, whose log is its own
+            print(f"{label} process {os.environ['RANK']}: {visible(redact(str(error)))}", file=sys.__stderr__)
+        return error.exit_code
     if wants_colour(sys.stderr):
         label = f"\033[31m{label}\033[0m"
     print(f"{label} ", end="", file=undressed(sys.stderr))

@@ -1,5 +1,6 @@
 """``kltune recipe``: list, show, copy and check recipes."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ from kltune.recipe import (
     recipe_text,
 )
 from kltune.run.files import is_finished
+from kltune.run.subprocesses import STARTED, is_extra_process
 
 recipes = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show, copy and check recipes.")
 
@@ -90,8 +92,8 @@ def look_at_inputs(recipe: Recipe) -> None:
 
 
 def look_before_running(recipe: Recipe) -> None:
-    """The same, unless its run has finished, which reads nothing again."""
-    if not is_finished(Path(recipe.run.output)):
+    """The same, unless its run has finished, which reads nothing again, or another process of this run has looked."""
+    if not (is_finished(Path(recipe.run.output)) or is_extra_process() or STARTED in os.environ):
         look_at_inputs(recipe)
 
 

@@ -317,6 +317,11 @@ class RunSection(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = Field(
         "auto", description="auto, cpu, mps, cuda or cuda:1"
     )
+    processes: Count | Literal["auto"] = Field(
+        1, description="processes that share the work, with the same result; auto: one for each GPU, or on a CPU one "
+        "for each core, four at most"
+    )
+    timeout: Positive = Field(1800.0, description="seconds that one process waits for the others before the run ends")
 
 
 class EvalSection(Section):

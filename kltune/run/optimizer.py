@@ -2,15 +2,20 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from kltune.core import ranks
 from kltune.core.tensors import expect_finite
 from kltune.errors import CheckpointError, DivergedError
 from kltune.recipe import OptimSection, RunSection
+
+Part = TypeVar("Part")
+WIDE = {"mps": torch.float32}   # which knows no float64
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimSection, what: str) -> AdamW:
@@ -48,14 +53,58 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def guarded_backward(loss: Tensor, what: str) -> None:
-    """Add the gradient of a part of the loss of a ``what``, as "policy"; DivergedError, and none, if not finite.
+def accumulate(
+    parameters: Iterable[nn.Parameter], parts: Sequence[Part], work: Callable[[Part], tuple[Tensor, ...]], what: str
+) -> list[tuple[Tensor, ...]]:
+    """Let the gradient of each parameter be that of a loss which falls into parts, each process doing its share.
 
-    A loss can be NaN while its gradient is finite, as one that is clipped: of that a
-    gradient's own guard hears nothing.
+    Parts are added up in float64 and rounded once, so that the sum does not depend on who did which.
+
+    Args:
+        parameters: without gradients; one that no part reaches has none afterwards either.
+        parts: of a batch; what goes through the model at once.
+        work: from a part to its share of the loss, and whatever is to be known of it.
+        what: the loss is of, as "policy".
+
+    Returns:
+        What ``work`` gave of each part, its loss first, detached and on the CPU.
+
+    Raises:
+        DivergedError: a part of the loss is not finite. It can be NaN while its gradient is finite, as one that is
+            clipped: of that a gradient's own guard hears nothing.
     """
-    expect_finite(f"the loss of the {what}", loss)
-    loss.backward()
+    parameters = list(parameters)
+    sums: list[Tensor | None] = [None] * len(parameters)
+
+    def one(part: Part) -> tuple[Tensor, ...]:
+        loss, *told = work(part)
+        expect_finite(f"the loss of the {what}", loss)
+        loss.backward()
+        for at, parameter in enumerate(parameters):
+            if parameter.grad is not None:
+                wide = parameter.grad.to(WIDE.get(parameter.device.type, torch.float64))
+                sums[at] = wide if sums[at] is None else sums[at].add_(wide)
+                parameter.grad = None
+        return tuple(tensor.detach().cpu() for tensor in (loss, *told))
+
+    rows = ranks.spread(parts, one)
+    for parameter, total in zip(parameters, _over_ranks(parameters, sums), strict=True):
+        parameter.grad = None if total is None else total.to(parameter.dtype)
+    return rows
+
+
+def _over_ranks(parameters: Sequence[Tensor], sums: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The sums of all processes together; None where none has one."""
+    if ranks.size() == 1:
+        return sums
+    known = torch.tensor([total is not None for total in sums], dtype=torch.float64, device=parameters[0].device)
+    flat = [torch.zeros_like(p, dtype=torch.float64) if s is None else s for p, s in zip(parameters, sums, strict=True)]
+    whole = ranks.summed(torch.cat([known, *(tensor.flatten() for tensor in flat)]))
+    pieces = whole[len(known):].split([tensor.numel() for tensor in flat])
+    return [
+        piece.view_as(tensor) if known else None
+        for known, piece, tensor in zip(whole[: len(known)].tolist(), pieces, flat, strict=True)
+    ]
 
 
 def guarded_step(optimizer: Optimizer, max_grad_norm: float, what: str) -> float:

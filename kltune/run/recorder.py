@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from kltune.core import ranks
 from kltune.recipe.faults import redact, visible
 from kltune.run.files import append_line, storing, to_json, without_nonfinite
 from kltune.run.loggers import Curves, wanted_loggers
@@ -105,16 +106,16 @@ class Report:
         self._console = Console(file=undressed(sys.stderr), highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._curves = Curves(self.folder, wanted_loggers(loggers), self.warn)
+        self._curves = Curves(self.folder, wanted_loggers(loggers if ranks.is_first() else ()), self.warn)
         self._began = self._printed_at = -math.inf
 
     def __enter__(self) -> Self:
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl") if ranks.is_first() else ():
             with storing(self.folder / name):
                 # Unbuffered, so that a line that does not fit is not tried again when the file is closed.
                 self._files[name] = open(self.folder / name, "ab", buffering=0)
         self._began = time.monotonic()
-        if wants_colour(sys.stderr):
+        if ranks.is_first() and wants_colour(sys.stderr):
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
                 TextColumn("{task.fields[row]}", markup=False), console=self._console, transient=True,
@@ -145,6 +146,8 @@ class Report:
             name: value if value is None or isinstance(value, int | float) else float(value)
             for name, value in metrics.items()
         }
+        if not ranks.is_first():
+            return
         self._append("metrics.jsonl", {"step": step, **numbers})
         self._curves.write(step, numbers)
         row = self._row(step, numbers)
@@ -157,7 +160,7 @@ class Report:
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record a few responses, as ``{"prompt", "response", "score", "ref_kl"}`` each."""
-        for row in rows:
+        for row in rows if ranks.is_first() else ():
             told = {name: redact(value) if isinstance(value, str) else value for name, value in row.items()}
             self._append("samples.jsonl", {"step": step, **told})
 

@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 
 import kltune
-from kltune.errors import CheckpointError, Interrupted, JudgeError, RecipeError, StorageError
+from kltune.core import ranks
+from kltune.errors import CheckpointError, Interrupted, JudgeError, PeerError, RecipeError, StorageError
 from kltune.lm.data.chat import read_template, today
 from kltune.lm.data.documents import Result, RunRecord
 from kltune.lm.model.fingerprint import Fingerprint
@@ -106,27 +108,36 @@ class Run:
     def record(self, **facts: Any) -> None:
         """Put facts in run.json, as where the scores came from."""
         self._record = {**self._record, **facts}
-        write_whole(self.folder / "run.json", redact(to_json(self._record, indent=2)) + "\n")
+        if ranks.is_first():
+            write_whole(self.folder / "run.json", redact(to_json(self._record, indent=2)) + "\n")
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write result.json and call the run finished; the result as it was written, by ``without_nonfinite``."""
         result = without_nonfinite(result)
-        write_whole(self.folder / "result.json", redact(to_json(result, indent=2)) + "\n")
+        if ranks.is_first():
+            write_whole(self.folder / "result.json", redact(to_json(result, indent=2)) + "\n")
         self.record(status="finished", ended=_now())
         return result
+
+    def agree_on_stop(self) -> int | None:
+        """The signal that asked any of this run's processes to stop, from here on in all of them."""
+        numbers = ranks.gathered(self.stop_signal)
+        self.stop_signal = next((number for number in numbers if number is not None), None)
+        return self.stop_signal
 
     def _close(self, error: BaseException | None) -> None:
         if self._record["status"] != "running":
             return
-        status = "interrupted" if isinstance(error, Interrupted | JudgeError) else "failed"
+        status = "interrupted" if isinstance(error, Interrupted | JudgeError | PeerError) else "failed"
         with contextlib.suppress(StorageError):      # on a full disk the error that is on its way says more
             self.record(status=status, ended=_now(), error=_one_line(error))
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.stop_signal is None:
             self.stop_signal, self._signalled_at = number, time.monotonic()
-            name = signal.Signals(number).name
-            tell_at_once(f"{name}: finishing this step, then saving; a second signal ends at once.\n")
+            if ranks.is_first():
+                name = signal.Signals(number).name
+                tell_at_once(f"{name}: finishing this step, then saving; a second signal ends at once.\n")
         elif number != self.stop_signal or time.monotonic() - self._signalled_at > SAME_SIGNAL_SECONDS:
             end_at_once(number)
 
@@ -136,20 +147,21 @@ def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
 
     ``train`` takes the recipe, a policy with a fresh adapter and the open run, and gives that object.
     """
-    if (done := finished_result(recipe)) is not None:
-        return done
-    wanted_loggers(recipe.run.loggers)      # what is not installed is said before anything slow
-    with open_run(recipe, resume=resume) as run:
-        run.set_inputs(inputs_of(recipe))
-        torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
-        device, template = pick_device(recipe.run.device), read_template(recipe.data.chat_template)
-        policy = load_policy(recipe.model, recipe.lora, device=device, chat_template=template)
-        run.set_reference(policy.fingerprint)
-        run.record(base=base_of(recipe))
-        if run.resume_from is not None:
-            policy.hold_against(run.resume_from, "checkpoint", recipe.model.trust_remote_code)
-        policy.day = run.day
-        return train(recipe, policy, run)
+    with ranks.joined(recipe.run.processes, recipe.run.timeout, recipe.run.device):
+        if (done := ranks.from_first(partial(finished_result, recipe))) is not None:
+            return done
+        wanted_loggers(recipe.run.loggers)      # what is not installed is said before anything slow
+        with open_run(recipe, resume=resume) as run, ranks.phase("loading the model"):
+            ranks.from_first(lambda: run.set_inputs(inputs_of(recipe)))
+            torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
+            device, template = pick_device(recipe.run.device), read_template(recipe.data.chat_template)
+            policy = load_policy(recipe.model, recipe.lora, device=device, chat_template=template)
+            run.set_reference(policy.fingerprint)
+            run.record(base=base_of(recipe))
+            if run.resume_from is not None:
+                policy.hold_against(run.resume_from, "checkpoint", recipe.model.trust_remote_code)
+            policy.day = run.day
+            return train(recipe, policy, run)
 
 
 @contextlib.contextmanager
@@ -165,19 +177,10 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
         RecipeError: the folder holds something else, a finished run, an unfinished one without ``resume``, or one of
             another recipe. BusyError: another process has it. StorageError: it cannot be written.
     """
-    folder = Path(recipe.run.output)
-    if (folder / "run.json").exists():
-        _refuse_lost_record(folder, read_record(folder))
-    claim(folder, "run", ours=read_record(folder) is not None)
-    with locked(folder):
-        clear_leftovers(folder)
-        previous = read_record(folder)
-        resume_from = _where_to_start(recipe, previous, resume=resume)
-        run = Run(recipe, _new_record(recipe, previous, resume_from), resume_from)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            _cut_after(folder / name, run.start_step if resume_from else -1)
-        run.record()      # before recipe.yaml: it is what makes the folder a run's
-        write_whole(folder / "recipe.yaml", redact(dump_recipe(recipe)))
+    with contextlib.ExitStack() as held:
+        opened = ranks.from_first(lambda: _take(recipe, resume, held))
+        resume_from = None if opened["resume_from"] is None else Path(opened["resume_from"])
+        run = Run(recipe, opened["record"], resume_from)
         try:
             with on_stop_signals(run._on_signal):
                 yield run
@@ -187,6 +190,24 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
             run._close(error)
             raise error
         run._close(None)
+
+
+def _take(recipe: Recipe, resume: bool, held: contextlib.ExitStack) -> dict[str, Any]:
+    """Take the folder, which is locked while ``held``, and ready it: its record, and the checkpoint to start from."""
+    folder = Path(recipe.run.output)
+    if (folder / "run.json").exists():
+        _refuse_lost_record(folder, read_record(folder))
+    claim(folder, "run", ours=read_record(folder) is not None)
+    held.enter_context(locked(folder))
+    clear_leftovers(folder)
+    previous = read_record(folder)
+    resume_from = _where_to_start(recipe, previous, resume=resume)
+    record = _new_record(recipe, previous, resume_from)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        _cut_after(folder / name, -1 if resume_from is None else saved_step(resume_from))
+    Run(recipe, record, resume_from).record()       # before recipe.yaml: it is what makes the folder a run's
+    write_whole(folder / "recipe.yaml", redact(dump_recipe(recipe)))
+    return {"record": record, "resume_from": None if resume_from is None else str(resume_from)}
 
 
 def finished_result(recipe: Recipe) -> dict[str, Any] | None:

@@ -1,8 +1,10 @@
 """Commands as processes of their own, some at a time, and the signals that ask to stop."""
 
 import ctypes
+import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,12 +14,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
+from kltune.errors import PeerError
 from kltune.run.files import storing
 
 POLL_SECONDS = 0.05
 # What asks a process to stop: Ctrl-C, a scheduler, a terminal that closes, and a scheduler's warning of its time limit.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+LEAVE_SECONDS = 20.0    # that the others have to end by themselves after one has failed
+STARTED = "KLTUNE_STARTED"       # in the environment of processes that a kltune has started, which has looked
+MOST_AUTO = 4           # processes that "auto" starts on a CPU
 PR_SET_PDEATHSIG = 1        # of prctl(2)
 STOPPED = frozenset(128 + number for number in STOP_SIGNALS)        # exit codes of processes that did
 
@@ -59,7 +66,7 @@ def run_commands(
         StorageError: a log cannot be written; the commands that ran were asked to stop first.
     """
     waiting, running = list(commands), []
-    with _handing_on(running) as received:
+    with _handing_on(running, "the points that run save and stop") as received:
         try:
             while running or (waiting and not received):
                 while waiting and len(running) < jobs and not received:
@@ -78,6 +85,69 @@ def run_commands(
             for child in running:
                 child.process.wait()
     return received[0] if received else None
+
+
+def start_processes(arguments: Sequence[str], processes: int | str, stdout: TextIO) -> int | None:
+    """Run a command, which is this program's own, as several processes that work on one thing; the exit code of them all.
+
+    None in a program that is one of several, as under torchrun, or where one is wanted. The first of them has
+    ``stdout``, the others say nothing there. Signals are handed on, as `run_commands` does. Where one dies, the
+    others end by themselves in the place where they would wait for it; who does not is killed.
+    """
+    if processes == 1 or "WORLD_SIZE" in os.environ:
+        return None
+    if processes == "auto" and (processes := _devices()) == 1:
+        return None
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = thread_share(os.environ, processes) | {
+        "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), STARTED: "1",
+    }
+    shared.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform.startswith("linux") else "lo0")
+    command, running = Command("process", tuple(arguments), Path(os.devnull)), []
+    codes: list[int] = []
+    with _handing_on(running) as received:
+        for rank in range(processes):
+            process = subprocess.Popen(
+                command.arguments, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True,
+                stdin=None if rank == 0 else subprocess.DEVNULL, preexec_fn=_dying_with_parent(),
+                stdout=stdout if rank == 0 else subprocess.DEVNULL,
+            )
+            running.append(_Child(command, process, time.monotonic()))
+            if received:
+                process.send_signal(received[-1])
+        give_up = math.inf
+        while running:
+            for child in [child for child in running if child.process.poll() is not None]:
+                running.remove(child)
+                code = child.process.returncode
+                codes.append(code if code >= 0 else 128 - code)
+                if code:
+                    give_up = min(give_up, time.monotonic() + LEAVE_SECONDS)
+                if code < 0 and -code not in received:
+                    name = signal.Signals(-code).name
+                    print(f"kltune: error: one of {processes} processes was killed by {name}; --resume goes on from "
+                          "the newest checkpoint.", file=sys.stderr)
+            for child in running if time.monotonic() > give_up and not received else ():
+                child.process.kill()
+            time.sleep(POLL_SECONDS)
+    # Who only lost another one says so by this code; what became of that other one says more.
+    failed = [code for code in codes if code]
+    return next((code for code in failed if code != PeerError.exit_code), failed[0] if failed else 0)
+
+
+def is_extra_process() -> bool:
+    """Whether this is a process of several, and not the first of them, which alone prints."""
+    return "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0"
+
+
+def _devices() -> int:
+    """One process for each GPU; where there is none, one for each core, as many as share a batch at most."""
+    import torch
+
+    return torch.cuda.device_count() or min(os.cpu_count() or 1, MOST_AUTO)
 
 
 def _dying_with_parent() -> Callable[[], None] | None:
@@ -104,13 +174,13 @@ def _start(command: Command, environment: Mapping[str, str]) -> _Child:
 
 
 @contextmanager
-def _handing_on(running: Sequence[_Child]) -> Iterator[list[int]]:
-    """Within: signals go to the children that run; the list holds those that came."""
+def _handing_on(running: Sequence[_Child], say: str = "") -> Iterator[list[int]]:
+    """Within: signals go to the children that run; the list holds those that came. say: what they do then."""
     received: list[int] = []
 
     def hand_on(number: int, _frame: FrameType | None) -> None:
-        if not received:
-            tell_at_once(f"{signal.Signals(number).name}: the points that run save and stop.\n")
+        if say and not received:
+            tell_at_once(f"{signal.Signals(number).name}: {say}.\n")
         received.append(number)
         for child in running:
             child.process.send_signal(number)

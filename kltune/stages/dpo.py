@@ -46,7 +46,7 @@ from kltune.lm.model.snapshot import Snapshot, kl_to
 from kltune.lm.rewards.judge import Judge
 from kltune.lm.rewards.scorers import load_scorer, name_of
 from kltune.recipe import DPORecipe, DPOSection, asks_for_pairs
-from kltune.run.optimizer import guarded_backward, guarded_step, make_optimizer, set_learning_rate, total_steps
+from kltune.run.optimizer import accumulate, guarded_step, make_optimizer, set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
 from kltune.train.alarms import Alarms
@@ -288,8 +288,8 @@ def add_loss_gradient(
     """
     policy, dpo = learner.policy, recipe.dpo
     point = reference_point(dpo, learner, part)
-    values, nats = [], torch.empty(len(part.examples), dtype=torch.float64)
-    for groups in policy.network.micro_batches(part.lengths, recipe.optim.micro_batch_size, group=part.group):
+
+    def one(groups: list[int]) -> tuple[Tensor, ...]:
         micro = held.select(groups)
         logprobs, lengths = response_logprobs(policy, micro)
         expect_finite("the reference's log-probabilities of pairs", micro.ref_logprobs)
@@ -298,9 +298,13 @@ def add_loss_gradient(
             check_first_log_ratios(ratio, lengths, policy)
         told = ratio / lengths if dpo.average_logprobs else ratio
         each = preference_losses(dpo, told, logprobs / lengths, micro.wanted, beta=beta, point=point)
-        guarded_backward(each.sum() / len(part), "pairs")
-        values.append(each.detach())
-        nats[[part.group * at + side for at in groups for side in range(part.group)]] = logprobs.detach()
+        return each.sum() / len(part), each, logprobs
+
+    micros = policy.network.micro_batches(part.lengths, recipe.optim.micro_batch_size, group=part.group)
+    _, values, found = zip(*accumulate(policy.trainable_parameters().values(), micros, one, "pairs"), strict=True)
+    nats = torch.empty(len(part.examples), dtype=torch.float64)
+    for groups, logprobs in zip(micros, found, strict=True):
+        nats[[part.group * at + side for at in groups for side in range(part.group)]] = logprobs
     # Before any update the two are one policy: what is left of a log-ratio is rounding, and its sign wins no pair.
     ratio = torch.zeros_like(nats) if first else nats - part.ref_logprobs
     metrics = preference_metrics(dpo, torch.cat(values), ratio, part)
@@ -315,13 +319,17 @@ def add_loss_gradient(
 def add_kl_gradient(recipe: DPORecipe, policy: Policy, rollout: Rollout) -> None:
     """Add the gradient of KL(policy ‖ reference), nats per response, on fresh responses."""
     rows = len(rollout.response_mask)
-    for micro in policy.micro_batches(rollout, recipe.optim.micro_batch_size):
+
+    def one(micro: Tensor) -> tuple[Tensor]:
         some = rollout.select(micro)
         logprobs, exact = (
             response_scatter(found, some.response_mask)
             for found in policy.logprobs_and_ref_kl(some.ids, some.scored, recipe.sampling.temperature)
         )
-        guarded_backward(exact_kl_loss(exact, logprobs, some.logprobs, some.response_mask, rows), "KL")
+        return (exact_kl_loss(exact, logprobs, some.logprobs, some.response_mask, rows),)
+
+    micros = policy.micro_batches(rollout, recipe.optim.micro_batch_size)
+    accumulate(policy.trainable_parameters().values(), micros, one, "KL")
 
 
 def starting_price(own: Sequence[Tensor], kl: Sequence[Tensor], scale: float, share: float) -> float | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kltune.core import ranks
 from kltune.core.kl.gate import confidence_per_look, looks, verdict
 from kltune.core.kl.truncation import Cut
 from kltune.errors import ModelError, RecipeError
@@ -76,6 +77,11 @@ def eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, A
         DivergedError: a number is not finite.
     """
     check_options(options)
+    with ranks.joined("auto", ranks.TIMEOUT, "auto"):
+        return _eval_kl(checkpoints, options)
+
+
+def _eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, Any], int]:
     subjects = [find_checkpoint(path, options) for path in checkpoints]
     settings = resolve_settings(subjects, options)
     documents, measured = zip(*(measure_checkpoint(subject, settings, options) for subject in subjects), strict=True)

@@ -22,7 +22,7 @@ from kltune.lm.model.opening import check_first_ratio
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import PPORecipe
-from kltune.run.optimizer import guarded_backward, guarded_step, make_optimizer, set_learning_rate, total_steps
+from kltune.run.optimizer import accumulate, guarded_step, make_optimizer, set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
 from kltune.train.alarms import Alarms
@@ -150,19 +150,24 @@ def policy_step(
     """
     policy, rows = learner.policy, part.rollout.response_mask.shape[0]
     tokens = int(part.rollout.response_mask.sum())
-    moved, sums = 0.0, dict.fromkeys(("ppo/policy_loss", "ppo/clip_fraction"), 0.0)
-    for micro in policy.micro_batches(part.rollout, recipe.optim.micro_batch_size):
+
+    def one(micro: Tensor) -> tuple[Tensor, ...]:
         piece = part.select(micro)
         old, mask = piece.rollout, piece.rollout.response_mask
         logprobs, kl_loss = current_logprobs(recipe, policy, piece)
         if first:
             check_first_ratio(logprobs, old, policy)
         loss = clipped_policy_loss(logprobs, old.logprobs, piece.advantages, mask, recipe.ppo.clip_range, tokens)
+        clipped = clip_fraction(logprobs, old.logprobs, mask, recipe.ppo.clip_range, tokens)
         # The clipped loss averages over tokens, the KL is per response: rows / tokens puts both on one scale.
-        guarded_backward(loss + piece.kl_weight * kl_loss * len(micro) / tokens, "policy")
-        moved += per_response(kl_k3(old.logprobs, logprobs.detach(), mask), mask).sum().item() / rows
-        sums["ppo/policy_loss"] += loss.item()
-        sums["ppo/clip_fraction"] += clip_fraction(logprobs, old.logprobs, mask, recipe.ppo.clip_range, tokens).item()
+        whole = loss + piece.kl_weight * kl_loss * len(micro) / tokens
+        return whole, loss, clipped, per_response(kl_k3(old.logprobs, logprobs.detach(), mask), mask).sum()
+
+    micros = policy.micro_batches(part.rollout, recipe.optim.micro_batch_size)
+    told = accumulate(policy.trainable_parameters().values(), micros, one, "policy")
+    _, losses, clipped, nats = ([number.item() for number in column] for column in zip(*told, strict=True))
+    moved = sum(each / rows for each in nats)
+    sums = {"ppo/policy_loss": sum(losses), "ppo/clip_fraction": sum(clipped)}
     expect_finite("KL(old ‖ new) of a minibatch", moved)
     if moved > limit:
         learner.optimizers["policy"].zero_grad(set_to_none=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kltune.core import ranks
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.measure.interpolation import Interpolation, Look
 from kltune.lm.measure.kl_document import kl_figures
@@ -57,7 +58,12 @@ def project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
         RecipeError: options that make no sense, or an output folder that is not empty. CheckpointError, ModelError,
             DataError, ScorerError: what cannot be measured. DivergedError: a number is not finite.
     """
-    check_options(options)
+    with ranks.joined("auto", ranks.TIMEOUT, "auto"):
+        return _project(checkpoint, options)
+
+
+def _project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
+    ranks.from_first(lambda: check_options(options))
     subject = find_checkpoint(checkpoint, options)
     settings = resolve_settings([subject], options)
     policy = open_subject(subject, options)
@@ -87,7 +93,7 @@ def project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
     if options.max_kl is not None:
         document |= land(interpolation, options, settings)
     document["looks"] = [row(look) for look in interpolation.looks]
-    if options.output is not None:
+    if options.output is not None and ranks.is_first():
         save_projection(Path(options.output), policy, document, subject, settings)
     return document
 

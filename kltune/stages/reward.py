@@ -27,7 +27,7 @@ from kltune.lm.rewards.reward_evaluation import HeldOutRows, reward_result, samp
 from kltune.lm.rewards.reward_model import RewardModel
 from kltune.recipe import RewardRecipe
 from kltune.run.optimizer import (
-    guarded_backward,
+    accumulate,
     guarded_step,
     learning_rate_share,
     make_optimizer,
@@ -107,27 +107,34 @@ def take_step(job: Job, learner: Learner, step: int, rows: Sequence[Comparison])
     positions = shuffled_positions(len(rows), (step - 1) * size, size, recipe.run.seed)
     lr = learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr
     set_learning_rate(learner.optimizers["reward"], lr)
-    torch.manual_seed(int(job.run.rng("dropout", step).integers(2**62)))  # keyed by the step: resuming is exact
-    update = learn(recipe, learner, [rows[i] for i in positions]) | {"optim/lr": lr}
+    seeds = job.run.rng("dropout", step).integers(2**62, size=size).tolist()     # keyed by the step: resuming is exact
+    update = learn(recipe, learner, [rows[i] for i in positions], seeds) | {"optim/lr": lr}
     clock.lap("update")
     return Taken(update, clock, examples=size)
 
 
-def learn(recipe: RewardRecipe, learner: Learner, batch: Sequence[Comparison]) -> dict[str, float | None]:
-    """One step on a batch, in micro-batches whose gradients add up to that of the mean over its rows."""
+def learn(
+    recipe: RewardRecipe, learner: Learner, batch: Sequence[Comparison], seeds: Sequence[int]
+) -> dict[str, float | None]:
+    """One step on a batch, in micro-batches whose gradients add up to that of the mean over its rows.
+
+    seeds: of the dropout in each micro-batch, as many as rows.
+    """
     model: RewardModel = learner.model
     lengths = [max(map(len, sequences([row]))) for row in batch]
     group = len(answers(batch[0]))
     parts = model.policy.network.micro_batches(lengths, recipe.optim.micro_batch_size, group=group)
-    losses, scores = [], []
+
+    def one(place: int) -> tuple[Tensor, ...]:
+        torch.manual_seed(seeds[place])
+        part = [batch[row] for row in parts[place]]
+        found = model.scores(*model.batch(sequences(part)))
+        loss, penalty = objective(recipe, part, found)
+        return (loss.sum() + penalty.sum()) / len(batch), loss, found.reshape(-1, len(part))       # [sides, rows]
+
     with model.policy.dropout() if recipe.lora.dropout > 0.0 else nullcontext():
-        for places in parts:
-            part = [batch[place] for place in places]
-            found = model.scores(*model.batch(sequences(part)))
-            loss, penalty = objective(recipe, part, found)
-            guarded_backward((loss.sum() + penalty.sum()) / len(batch), "reward model")
-            losses.append(loss.detach())
-            scores.append(found.detach().reshape(-1, len(part)))       # [sides, rows]
+        told = accumulate(model.trainable_parameters().values(), range(len(parts)), one, "reward model")
+    _, losses, scores = zip(*told, strict=True)
     norm = guarded_step(learner.optimizers["reward"], recipe.optim.max_grad_norm, "reward model")
     whole = torch.cat(scores, dim=1)
     metrics = {"loss/mean": torch.cat(losses).mean().item(), "score/mean": whole.mean().item()}
@@ -135,7 +142,7 @@ def learn(recipe: RewardRecipe, learner: Learner, batch: Sequence[Comparison]) -
         gaps = whole[0] - whole[1]
         metrics |= {"accuracy/mean": win_share(gaps), "reward/gap": gaps.mean().item()}
     else:
-        wanted = torch.tensor([batch[place].wanted for places in parts for place in places], device=whole.device)
+        wanted = torch.tensor([batch[place].wanted for places in parts for place in places])
         metrics["accuracy/mean"] = win_share(torch.where(wanted, whole[0], -whole[0]))
     return metrics | {"reward/grad_norm": norm}
 

@@ -7,18 +7,20 @@ every weight is trained and a frozen copy is kept. Either way the KL from the mo
 everywhere else: a supervised stage moves a model too.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kltune.lm.data.examples import Example, counts_line, load_examples, shuffled_positions
 from kltune.lm.measure.likelihood import example_batch, text_rules
 from kltune.lm.model.policy import Policy
 from kltune.recipe import SFTRecipe
 from kltune.run.optimizer import (
-    guarded_backward,
+    accumulate,
     guarded_step,
     learning_rate_share,
     make_optimizer,
@@ -64,23 +66,31 @@ def take_step(job: Job, learner: Learner, step: int, examples: list[Example]) ->
     positions = shuffled_positions(len(examples), (step - 1) * size, size, recipe.run.seed)
     lr = learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr
     set_learning_rate(learner.optimizers["policy"], lr)
-    torch.manual_seed(int(job.run.rng("dropout", step).integers(2**62)))  # keyed by the step: resuming is exact
-    update = imitate(recipe, learner, [examples[i] for i in positions]) | {"optim/lr": lr}
+    seeds = job.run.rng("dropout", step).integers(2**62, size=size).tolist()     # keyed by the step: resuming is exact
+    update = imitate(recipe, learner, [examples[i] for i in positions], seeds) | {"optim/lr": lr}
     clock.lap("update")
     return Taken(update, clock, examples=size)
 
 
-def imitate(recipe: SFTRecipe, learner: Learner, batch: list[Example]) -> dict[str, float | None]:
-    """One step on a batch, in micro-batches whose gradients add up to that of the mean over all its scored tokens."""
+def imitate(
+    recipe: SFTRecipe, learner: Learner, batch: list[Example], seeds: Sequence[int]
+) -> dict[str, float | None]:
+    """One step on a batch, in micro-batches whose gradients add up to that of the mean over all its scored tokens.
+
+    seeds: of the dropout in each micro-batch, as many as rows.
+    """
     policy = learner.policy
     tokens = sum(sum(example.scored) for example in batch)
     parts = policy.network.micro_batches([len(row.ids) for row in batch], recipe.optim.micro_batch_size)
-    loss, trained = 0.0, "model" if policy.full else "policy"
+    trained = "model" if policy.full else "policy"
+
+    def one(place: int) -> tuple[Tensor]:
+        torch.manual_seed(seeds[place])
+        ids, scored = example_batch([batch[row] for row in parts[place]], policy)
+        return (-policy.logprobs(ids, scored).sum() / tokens,)
+
     with policy.dropout() if recipe.lora is not None and recipe.lora.dropout > 0.0 else nullcontext():
-        for places in parts:
-            ids, scored = example_batch([batch[place] for place in places], policy)
-            part = -policy.logprobs(ids, scored).sum() / tokens
-            guarded_backward(part, trained)
-            loss += part.item()
+        told = accumulate(policy.trainable_parameters().values(), range(len(parts)), one, trained)
+    loss = sum(part.item() for (part,) in told)
     norm = guarded_step(learner.optimizers["policy"], recipe.optim.max_grad_norm, trained)
     return {"loss/mean": loss, "sft/grad_norm": norm, "sft/tokens": float(tokens)}

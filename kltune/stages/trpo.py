@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kltune.core import ranks
 from kltune.core.control.adaptation import FIRST_DAMPING, AdaptiveRadius, Damping
 from kltune.core.control.trust_region import (
     SearchResult,
@@ -245,14 +246,19 @@ def policy_gradient(recipe: TRPORecipe, policy: Policy, experience: Experience) 
     """
     parameters = list(policy.trainable_parameters().values())
     rows = len(experience.advantages)
-    total = torch.zeros(sum(tensor.numel() for tensor in parameters), device=policy.device)
-    for micro in policy.micro_batches(experience.rollout, recipe.optim.micro_batch_size):
+    total = torch.zeros(sum(tensor.numel() for tensor in parameters), dtype=torch.float64, device=policy.device)
+
+    def one(micro: Tensor) -> tuple[()]:
         piece = experience.select(micro)
         batch, mask = piece.rollout, piece.rollout.response_mask
         logprobs = response_scatter(policy.logprobs(batch.ids, batch.scored, recipe.sampling.temperature), mask)
         check_first_ratio(logprobs, batch, policy)
         gain = surrogate(logprobs, batch.logprobs, piece.advantages, mask, rows)
-        total += to_vector(torch.autograd.grad(gain, parameters, allow_unused=True, materialize_grads=True))
+        total.add_(to_vector(torch.autograd.grad(gain, parameters, allow_unused=True, materialize_grads=True)))
+        return ()
+
+    ranks.spread(policy.micro_batches(experience.rollout, recipe.optim.micro_batch_size), one)
+    total = ranks.summed(total).float()
     expect_finite("the policy gradient", total)
     return total
 

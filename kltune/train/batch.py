@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kltune.core import ranks
 from kltune.core.kl.divergence import kl_k1, kl_k3
 from kltune.core.kl.intervals import KLSummary, cluster_numbers, summarize
 from kltune.core.objectives.advantages import spread_within_groups
@@ -118,13 +119,17 @@ def moved_since(policy: Policy, rollout: Rollout, recipe: BudgetRecipe) -> float
     On the first few responses: it is read for its order of magnitude. Before any update it is what rounding makes of
     it, which in bfloat16 is as much as a short step.
     """
-    moved, rows = 0.0, min(MOVED_RESPONSES, len(rollout.lengths))
+    rows = min(MOVED_RESPONSES, len(rollout.lengths))
     some = rollout.select(torch.arange(rows, device=rollout.lengths.device))
-    for micro in policy.micro_batches(some, recipe.optim.micro_batch_size):
+
+    def one(micro: Tensor) -> tuple[Tensor]:
         old = some.select(micro)
         flat = policy.logprobs(old.ids, old.scored, recipe.sampling.temperature)
         new, mask = response_scatter(flat, old.response_mask), old.response_mask
-        moved += per_response(kl_k3(old.logprobs, new, mask), mask).sum().item()
+        return (per_response(kl_k3(old.logprobs, new, mask), mask).sum(),)
+
+    micros = policy.micro_batches(some, recipe.optim.micro_batch_size)
+    moved = sum(nats.item() for (nats,) in ranks.spread(micros, one))
     expect_finite("KL(old ‖ new) of the step", moved)
     return moved / rows
 

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from kltune.core import ranks
 from kltune.core.kl.intervals import KLSummary
 from kltune.errors import DivergedError
 from kltune.lm.measure.interpolation import Interpolation
@@ -106,7 +108,7 @@ def conclude(
         samples: rows for samples.jsonl.
         told: what result.json says besides what it says of every run; its ``kl`` goes into kltune.json as well.
     """
-    final = save_final(job.run.folder, learner.model.save, info=job.about(learner.model, told["kl"]))
+    final = write_final(job, learner, told["kl"])
     job.report.samples(steps, [{"final": True, **row} for row in samples])
     result = job.run.finish({
         "schema": "kltune.result/1",
@@ -120,8 +122,18 @@ def conclude(
         "eval": metrics,
         "seconds": job.run.seconds(),
     })
-    write_page(job.run.folder)
+    if ranks.is_first():
+        write_page(job.run.folder)
     return result
+
+
+def write_final(job: Job, learner: Learner, kl: dict[str, Any] | None) -> Path:
+    """Save the model as ``final``, its KL in kltune.json; where it is."""
+    info = job.about(learner.model, kl)
+    with ranks.phase("saving final"):
+        if ranks.is_first():
+            save_final(job.run.folder, learner.model.save, info=info)
+    return job.run.folder / "final"
 
 
 def watch_over(job: Job, learner: Learner, step: int, metrics: Mapping[str, float | None]) -> None:
@@ -145,8 +157,9 @@ def return_to_peak(job: Job, learner: Learner) -> int:
 def stop(job: Job, learner: Learner, reason: str) -> NoReturn:
     """End a run at its cap: ``final`` is the state gone back to, once it is measured afresh."""
     found = settle(job, learner, learner.budget.last_within.step)
-    save_final(job.run.folder, learner.model.save, info=job.about(learner.model, kl_result(found.measured)))
-    write_page(job.run.folder)
+    write_final(job, learner, kl_result(found.measured))
+    if ranks.is_first():
+        write_page(job.run.folder)
     size = "trpo.max_step_kl" if job.recipe.stage == "trpo" else "optim.lr"
     raise DivergedError(
         f"{reason}, and kl.on_cap is stop. final is the policy after step {found.step}, measured at "

@@ -1,11 +1,16 @@
 """What every trainer does around its own updates: begin, repeat, undo a step cut short, hold the cap, record, save."""
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from kltune.core import ranks
 from kltune.core.control.controllers import feed_forward
 from kltune.errors import Interrupted, JudgeError, RecipeError, ScorerError
 from kltune.lm.data.examples import Prompt, counts_line, distinct_prompts, load_prompts
@@ -93,7 +98,8 @@ def begin(job: Job, learner: Learner) -> None:
         learner.budget = learner.budget.guarded(learner.copied())
     if run.resume_from is not None:
         learner.restore(run.resume_from)
-        drop_oldest(run.resume_from, recipe.run.keep)      # a kill may have come between a save and this
+        if ranks.is_first():
+            drop_oldest(run.resume_from, recipe.run.keep)      # a kill may have come between a save and this
         return
     if job.prompts:
         check_fresh_policy(learner.policy, job.prompts)
@@ -119,6 +125,7 @@ def take_steps(
     notes = [learner.policy.fingerprint.describe(), learner.policy.ends.note, *notes, *job.held_out.notes]
     notes += () if learner.scorer is None else (*learner.scorer.notes, *learner.scorer.examples(job.prompts))
     notes += () if job.pair_judge is None else [job.pair_judge.note]
+    expect_same_model(learner)
     with job.report:
         for line in dict.fromkeys(filter(None, notes)):  # one file may serve two purposes
             job.report.say(line)
@@ -184,11 +191,15 @@ def whole_step(job: Job, learner: Learner, step: int, evaluates: bool) -> Iterat
         yield
     except (JudgeError, ScorerError) as error:
         learner.go_back(before)
-        newest = latest_checkpoint(job.run.folder)
-        if step > 1 and (newest is None or saved_step(newest) < step - 1):
+        if step > 1 and ranks.from_first(lambda: _newest_step(job.run.folder)) < step - 1:
             save(job, learner, step - 1, None)
         goes_on = f"after step {step - 1}" if step > 1 else "from the start"
         raise type(error)(f"{error} Nothing is lost: --resume goes on {goes_on}.") from error
+
+
+def _newest_step(folder: Path) -> int:
+    newest = latest_checkpoint(folder)
+    return 0 if newest is None else saved_step(newest)
 
 
 def evaluates(job: Job, step: int) -> bool:
@@ -222,12 +233,26 @@ def judges_of(job: Job, learner: Learner) -> tuple[Judge, ...]:
 
 def save(job: Job, learner: Learner, step: int, kl: dict[str, Any] | None) -> None:
     """Save a checkpoint of after a step, its KL as ``asdict`` of a KLSummary where it is known."""
-    job.report.keep()
-    save_checkpoint(
-        job.run.folder, step, learner.model.save, info=job.about(learner.model, kl),
-        tensors=learner.tensors(), state=learner.state(), keep=job.recipe.run.keep,
-    )
-    job.run.record(saved_step=step)
+    with ranks.phase(f"saving step {step}"):
+        expect_same_model(learner)
+        info = job.about(learner.model, kl)
+        if ranks.is_first():
+            job.report.keep()
+            save_checkpoint(
+                job.run.folder, step, learner.model.save, info=info, tensors=learner.tensors(), state=learner.state(),
+                keep=job.recipe.run.keep,
+            )
+        job.run.record(saved_step=step)
+
+
+def expect_same_model(learner: Learner) -> None:
+    """Raise PeerError unless all processes of the run hold the same of what updates write into, to the last bit."""
+    if ranks.size() > 1:
+        digest = hashlib.sha256()
+        for named in learner.moving().values():
+            for tensor in named.values():
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        ranks.expect_equal("model or optimizer", digest.hexdigest())
 
 
 def enforce_cap(job: Job, learner: Learner, step: int, batch: Batch, pull: float) -> bool:
@@ -296,17 +321,16 @@ def close_step(job: Job, learner: Learner, step: int, taken: Taken) -> None:
         metrics |= judge.reported()
     counted = (len(batch.rollout.lengths),) if taken.examples is None else (taken.examples, "examples")
     job.report.step(step, metrics | clock.metrics(*counted))
-    if learner.scorer is not None and step == min(FLAT_STEPS, job.steps):
+    if learner.scorer is not None and step == min(FLAT_STEPS, job.steps) and ranks.is_first():
         warn_of_flat_scores(job, learner.scorer)
     ends = not goes_on(job, learner, step)
     if batch is not None and (looks or ends or step == 1):
         kl = response_kl(batch.rollout)
         job.report.samples(step, sample_rows(batch.rollout, batch.scores, kl, learner.policy.tokenizer))
-    if step % recipe.run.save_every == 0 or ends or job.run.stop_signal:
+    stops = job.run.agree_on_stop()
+    if step % recipe.run.save_every == 0 or ends or stops:
         # A batch measures the policy before the step's update; one that went back was measured when it was remembered.
         kl = budget.last_within.kl if taken.went_back else None if batch is None else asdict(batch.kl)
         save(job, learner, step, kl)
-    if job.run.stop_signal and not ends:
-        raise Interrupted(
-            f"after step {step} of {job.steps}, which is saved; --resume goes on from there.", job.run.stop_signal
-        )
+    if stops and not ends:
+        raise Interrupted(f"after step {step} of {job.steps}, which is saved; --resume goes on from there.", stops)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kltune.core import ranks
 from kltune.core.kl.intervals import cluster_numbers, clustered_mean, clustered_share
 from kltune.core.objectives import preferences as losses
 from kltune.core.objectives.bradley_terry import wins
@@ -70,9 +71,12 @@ class Preferences:
         if known is None:
             return self._under(policy.reference(), policy, chosen)
         key = self._key(policy, chosen)
-        if known.get(key) is None:
-            known.record(key, self._under(policy.reference(), policy, chosen).ref_logprobs)
-        return replace(self, ref_logprobs=known.get(key))
+        if not ranks.from_first(lambda: known.get(key) is not None):
+            measured = self._under(policy.reference(), policy, chosen).ref_logprobs
+            if ranks.is_first():
+                known.record(key, measured)
+        ((ref_logprobs,),) = ranks.spread([key], lambda one: (known.get(one),))
+        return replace(self, ref_logprobs=ref_logprobs)
 
     def against(self, reference: AbstractContextManager[None], policy: Policy) -> "Preferences":
         """With the log-probabilities of another reference: the policy as it is within ``reference``."""
@@ -166,9 +170,8 @@ def win_rates(judge: Judge, prompts: Sequence[str], responses: Sequence[str], pe
     starts = range(0, len(responses), per_prompt)
     matches = [(s + i, s + j) for s in starts for i in range(per_prompt) for j in range(i + 1, per_prompt)]
     firsts, seconds = zip(*matches, strict=True)
-    found = judge.preferences(
-        [prompts[row] for row in firsts], [responses[row] for row in firsts], [responses[row] for row in seconds]
-    )
+    texts = [prompts[row] for row in firsts], [responses[row] for row in firsts], [responses[row] for row in seconds]
+    found = ranks.from_first(lambda: judge.preferences(*texts))
     wins = torch.zeros(len(responses), dtype=torch.float64)
     for first, second, preferred in zip(firsts, seconds, found, strict=True):
         wins[first] += preferred

@@ -11,7 +11,7 @@ from kltune.core.objectives.losses import clipped_value_loss
 from kltune.lm.model.batches import response_scatter
 from kltune.lm.model.policy import Policy
 from kltune.recipe import OptimSection
-from kltune.run.optimizer import guarded_backward, guarded_step
+from kltune.run.optimizer import accumulate, guarded_step
 from kltune.train.experience import Experience
 from kltune.train.learner import VALUES, Learner
 
@@ -62,16 +62,19 @@ class ValueFunction:
             (loss, in squared standard deviations of the first scores; norm of the gradient before clipping).
         """
         tokens = int(part.rollout.response_mask.sum())
-        total = 0.0
-        for micro in self.policy.micro_batches(part.rollout, optim.micro_batch_size):
+
+        def one(micro: Tensor) -> tuple[Tensor, ...]:
             piece = part.select(micro)
             old, mask = piece.rollout, piece.rollout.response_mask
             states = old.value_states
             flat = self.policy.values(old.ids, old.scored) if states is None else self.policy.value_head(states[mask])
             values = response_scatter(flat, mask)
             loss = clipped_value_loss(values, old.values, piece.returns, mask, clip_range, tokens)
-            guarded_backward(coef * loss, "value function")
-            total += loss.item()
+            return coef * loss, loss
+
+        micros = self.policy.micro_batches(part.rollout, optim.micro_batch_size)
+        told = accumulate(self.policy.value_parameters().values(), micros, one, "value function")
+        total = sum(loss.item() for _, loss in told)
         return total, guarded_step(optimizer, optim.max_grad_norm, "value function")
 
     def state(self) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from torch import nn
 from kltune.errors import CheckpointError, DivergedError
 from kltune.recipe import OptimSection, RunSection
 from kltune.run.optimizer import (
-    guarded_backward,
+    accumulate,
     guarded_step,
     learning_rate_share,
     load_optimizer,
@@ -125,7 +125,7 @@ def test_a_loss_that_is_not_finite_is_named_though_its_gradient_is_finite(bad):
     weight, _ = weights_and_optimizer()
     weight.grad = None
     with pytest.raises(DivergedError, match=f"^the loss of the policy: found {bad}"):
-        guarded_backward(weight.sum() + bad, "policy")
+        accumulate([weight], [0], lambda _: (weight.sum() + bad,), "policy")
     assert weight.grad is None
 
 

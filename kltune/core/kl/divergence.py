@@ -258,7 +258,11 @@ class VocabularySums:
         """Nothing measured yet."""
         return cls(*(torch.zeros(vocabulary, dtype=torch.float64) for _ in range(3)))
 
-    def add(self, more: ByToken) -> None:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The three, as ``add`` takes them."""
+        return self.nats, self.policy, self.reference
+
+    def add(self, more: ByToken | tuple[Tensor, Tensor, Tensor]) -> None:
         """Count more positions."""
         for whole, part in zip((self.nats, self.policy, self.reference), more, strict=True):
             whole.add_(part.double().cpu())

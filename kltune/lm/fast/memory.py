@@ -4,6 +4,7 @@ Planned from the device's whole memory, never from what happens to be free: two 
 cut their batches alike, or they differ in the last bits and a resumed run is no longer the one that was stopped.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from kltune.core import ranks
 from kltune.lm.fast.decoding import Step, bytes_held, is_plain
 from kltune.lm.fast.shared_prefix import begins_another, scored_spans
 
 SHARE = 0.8             # of the memory is planned with; the rest is for kernels, fragments and other processes
-TRAINED_BYTES = 16      # float32 gradient and Adam's moments per trained number; in full fine-tuning the frozen copy
+TRAINED_BYTES = 24      # float32 gradient, its sum in float64 and Adam's moments per trained number; a frozen copy too
 BACKWARD = 1.7          # times what a forward pass saves: the peak of the backward pass over it
 CACHE = 1.5             # times the keys and values: room to grow, and a layer's copy while rows are dropped
 PROBED = 32              # tokens
@@ -33,6 +35,11 @@ ROWS_PER_PASS = 512     # responses sampled side by side; 1,024: stories260K 9 %
 # tokens on average and 64 at most took 0.73 to 0.78 of the time to train on, 0.64 to 0.88 to measure.
 PASS_PRODUCTS = {"cpu": 12e6, "cuda": 30e9}
 PASS_READS = 64
+# Into how many pieces a batch is cut that would go through at once, for processes to share: on a CPU as many whatever
+# their number, so that one computes what several do; and none smaller than so many passes cost, which one would pay.
+PIECES = 4
+PASSES_PER_PIECE = 6
+PASSES_PER_SAMPLE = 0.25    # a pass of sampling takes one token of each response
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container: v2, v1
 
 
@@ -89,19 +96,23 @@ class Batching:
     def to_read(self, ids: Tensor, scored: Tensor) -> list[list[int]]:
         """Rows in parts that go through the trunk at once, without gradients. [B, S] each."""
         lengths = self.lengths(ids, scored)
-        return micro_batches(lengths, lambda length: self.tokens_per_pass // length, self._pass_tokens)
+        tokens = self._piece(sum(lengths), self.tokens_per_pass)
+        return micro_batches(lengths, lambda length: tokens // length, self._pass_tokens)
 
-    def micro_batches(self, lengths: Sequence[int], sequences: int | None, group: int = 1) -> list[list[int]]:
+    def micro_batches(
+        self, lengths: Sequence[int], sequences: int | None, group: int = 1, room: int = 1
+    ) -> list[list[int]]:
         """Cut a batch into parts that are trained on one after the other, so that little of them is padding.
 
         lengths: tokens of each row, or of the longest of each ``group`` that stays together. sequences: how many a part
-        has at most; None: what memory holds, and no more than is any use. Returned are places in ``lengths``.
+        has at most; None: what memory holds, and no more than is any use. room: times the memory of a backward pass
+        that a row takes. Returned are places in ``lengths``.
         """
-        tokens = self.tokens_per_pass // TRAINED_SHARE
+        tokens = self._piece(group * sum(lengths), self.tokens_per_pass // TRAINED_SHARE)
 
         def most(length: int) -> int:
             if sequences is None:
-                return min(self.trained_rows(length), tokens // length) // group
+                return min(self.trained_rows(length) // room, tokens // length) // group
             return sequences // group
 
         return micro_batches(lengths, most, self._pass_tokens / group)
@@ -119,13 +130,22 @@ class Batching:
         """Whether a backward pass over these rows is known not to fit. [B, S]."""
         return self._room is not None and len(ids) > self.trained_rows(ids.shape[1])
 
-    def sampled_rows(self, tokens: int) -> int:
-        """How many responses may be sampled side by side, with so many tokens each, the prompt's included."""
+    def sampled_rows(self, tokens: int, rows: int) -> int:
+        """How many of so many responses may be sampled side by side, of so many tokens each, the prompt's included."""
         if self._step is None:
             return max(1, self.tokens_per_pass // tokens)
         free = free_bytes(self._causal, _device(self._causal))
         fit = int(free / (CACHE * max(1.0, bytes_held(self._token_cache)) * tokens))
-        return max(1, min(ROWS_PER_PASS, fit))
+        piece = max(math.ceil(rows / self._pieces), math.ceil(PASSES_PER_SAMPLE * self._pass_tokens))
+        return max(1, min(ROWS_PER_PASS, fit, piece))
+
+    def _piece(self, tokens: int, most: int) -> int:
+        """How many of so many tokens go through at once: no more than ``most``, and fewer where processes can share."""
+        return min(most, max(math.ceil(tokens / self._pieces), math.ceil(PASSES_PER_PIECE * self._pass_tokens)))
+
+    @property
+    def _pieces(self) -> int:
+        return PIECES if _device(self._causal).type == "cpu" else ranks.size()
 
     def prompt_rows(self, ids: Tensor) -> int:
         """How many of these prompts are read at once. [P, S]."""

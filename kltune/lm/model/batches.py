@@ -11,12 +11,13 @@ the first end token and nothing after it and is built from lengths, never from `
 log-probability of response token t under the distribution it was sampled from: same temperature, nothing cut off.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
+from kltune.core import ranks
 from kltune.core.kl.divergence import VocabularySums
 from kltune.lm.data.forms import Message
 
@@ -103,7 +104,7 @@ class Rollout(Samples):
 
 
 class Parts:
-    """A batch in parts of similar lengths, each trimmed to its longest row: iterates over (ids, scored)."""
+    """A batch in parts of similar lengths, each trimmed to its longest row: (ids, scored), by number."""
 
     def __init__(self, ids: Tensor, scored: Tensor, rows: Sequence[Sequence[int]]):
         """Take a batch, [B, S] each, and the rows of each part."""
@@ -114,8 +115,27 @@ class Parts:
             end = _width(scored[part])
             self._parts.append((ids[part, :end], scored[part, :end]))
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self._parts)
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        return self._parts[place]
+
+    def over(self, work: Callable[[int], ranks.Row]) -> ranks.Row:
+        """What ``work`` makes of each part's scored tokens, in the order of the batch; each process does its share.
+
+        work: from the number of a part to numbers (or vectors) of its scored tokens, or None. [n, ...] each.
+        """
+        return self.joined(self.spread(work))
+
+    def spread(self, work: Callable[[int], ranks.Row]) -> list[ranks.Row]:
+        """What ``work`` makes of each part, by its number."""
+        return ranks.spread(range(len(self)), work, [ids.numel() for ids, _ in self._parts])
+
+    def joined(self, rows: Sequence[ranks.Row]) -> ranks.Row:
+        """Numbers of scored tokens by part, as one column each in the order of the batch."""
+        device, columns = self._scored.device, zip(*rows, strict=True)
+        return tuple(None if some[0] is None else self.in_order(torch.cat(some).to(device)) for some in columns)
 
     def in_order(self, values: Tensor) -> Tensor:
         """Numbers (or vectors) of scored tokens, part after part, put back in the order of the batch. [N, ...]."""
@@ -139,7 +159,9 @@ class FixedRows:
         """Rows in parts that go through the trunk at once."""
         return self.micro_batches(self.lengths(ids, scored), None)
 
-    def micro_batches(self, lengths: Sequence[int], sequences: int | None, group: int = 1) -> list[list[int]]:
+    def micro_batches(
+        self, lengths: Sequence[int], sequences: int | None, group: int = 1, room: int = 1
+    ) -> list[list[int]]:
         """Places in ``lengths``, for each part."""
         size = max(1, (sequences or ROWS) // group)
         return [list(range(len(lengths))[start : start + size]) for start in range(0, len(lengths), size)]
@@ -148,7 +170,7 @@ class FixedRows:
         """Rows whose graphs may be in memory at once."""
         return ROWS
 
-    def sampled_rows(self, tokens: int) -> int:
+    def sampled_rows(self, tokens: int, rows: int) -> int:
         """Responses sampled side by side."""
         return ROWS
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kltune.core import ranks
 from kltune.core.control.trust_region import fisher_cotangent
+from kltune.lm.model.batches import Parts
 from kltune.lm.model.policy import Policy
 
 TWICE_DIFFERENTIABLE = 4  # times the memory of a backward pass: 3.2 to 4.1 measured
@@ -47,8 +49,8 @@ class _Trunk:
 class Fisher:
     """Products with the Fisher matrix of whole responses, in nats per response.
 
-    With one micro-batch the trunk's graph is kept between products; with several it is built again for each, so that
-    memory stays that of one micro-batch.
+    The trunk's graphs are kept between products where those of all rows fit in memory; where not, they are built again
+    for each, so that memory stays that of one micro-batch.
     """
 
     def __init__(self, policy: Policy, ids: Tensor, scored: Tensor, temperature: float, micro_batch: int | None):
@@ -65,19 +67,37 @@ class Fisher:
             name: next(i for i, own in enumerate(self._parameters) if own is tensor)
             for name, tensor in self._head.named_parameters() if id(tensor) in trained
         }
-        size = micro_batch or max(1, policy.network.batching.trained_rows(ids.shape[1]) // TWICE_DIFFERENTIABLE)
-        self._parts = list(zip(ids.split(size), scored.split(size), strict=True))
-        self._kept = self._linearised(*self._parts[0]) if len(self._parts) == 1 else None
+        network = policy.network
+        lengths = network.batching.lengths(ids, scored)
+        cut = network.micro_batches(lengths, micro_batch, room=TWICE_DIFFERENTIABLE)
+        self._parts = Parts(ids, scored, cut)
+        whole = network.batching.trained_rows(max(lengths)) // TWICE_DIFFERENTIABLE
+        self._kept: dict[int, _Trunk] | None = {}
+        if len(cut) > 1 and (micro_batch is not None or len(ids) > whole):
+            self._kept = None
 
     def __call__(self, vector: Tensor) -> Tensor:
         """F v. [P] -> [P] float32."""
         directions = from_vector(vector, self._parameters)
-        total = [torch.zeros_like(tensor) for tensor in self._parameters]
-        for ids, scored in self._parts:
-            trunk = self._kept or self._linearised(ids, scored)
-            for place, part in self._product(trunk, directions):
-                total[place] += part
-        return to_vector(total) / self._rows
+        total = torch.zeros_like(vector, dtype=torch.float64)
+
+        def one(place: int) -> tuple[()]:
+            own = [torch.zeros_like(tensor) for tensor in self._parameters]
+            for at, part in self._product(self._trunk(place), directions):
+                own[at] += part
+            total.add_(to_vector(own))
+            return ()
+
+        self._parts.spread(one)
+        return (ranks.summed(total) / self._rows).float()
+
+    def _trunk(self, place: int) -> _Trunk:
+        """A part linearised, from the first product on where it is kept."""
+        if self._kept is None:
+            return self._linearised(*self._parts[place])
+        if place not in self._kept:
+            self._kept[place] = self._linearised(*self._parts[place])
+        return self._kept[place]
 
     def _linearised(self, ids: Tensor, scored: Tensor) -> _Trunk:
         with sdpa_kernel(SDPBackend.MATH), self._policy.network.whole_graphs():

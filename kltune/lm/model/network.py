@@ -222,9 +222,11 @@ class Network:
         """Rows in parts that go through the trunk at once, without gradients. [B, S] each."""
         return Parts(ids, scored, self.batching.to_read(ids, scored))
 
-    def micro_batches(self, lengths: Sequence[int], sequences: int | None, *, group: int = 1) -> list[list[int]]:
+    def micro_batches(
+        self, lengths: Sequence[int], sequences: int | None, *, group: int = 1, room: int = 1
+    ) -> list[list[int]]:
         """Cut a batch into parts that are trained on one after the other; arguments as ``Batching.micro_batches``."""
-        return self.batching.micro_batches(lengths, sequences, group)
+        return self.batching.micro_batches(lengths, sequences, group, room)
 
     @contextmanager
     def whole_graphs(self) -> Iterator[None]:

@@ -296,49 +296,59 @@ class Policy:
             swap: let the two change places: then ``ref_kl`` is KL(reference ‖ policy), for the reference's samples.
             sums: what each token of the vocabulary adds to the exact KL is added here.
         """
-        measure = partial(measure_tokens, sums=sums) if exact else measure_sampled
-        function = partial(measure, temperature=temperature)
-        swapped = (lambda logits, ref_logits, tokens: function(ref_logits, logits, tokens)) if swap else function
-        return TokenMeasures(*self.over_vocabulary(ids, scored, swapped))
+        function = partial(measure_tokens if exact else measure_sampled, temperature=temperature)
+        if swap:
+            measure = function
+            function = lambda logits, ref_logits, tokens, **more: measure(ref_logits, logits, tokens, **more)  # noqa: E731
+        return TokenMeasures(*self.over_vocabulary(ids, scored, function, sums))
 
     @torch.no_grad()
     def over_vocabulary(
-        self, ids: Tensor, scored: Tensor, function: Callable[[Tensor, Tensor, Tensor], tuple]
+        self, ids: Tensor, scored: Tensor, function: Callable[..., tuple], sums: VocabularySums | None = None
     ) -> tuple[Tensor | None, ...]:
         """Call a function on every scored position, a chunk at a time, so that memory does not grow with their number.
 
         Policy and reference take a pass each: one batch of both (PEFT's adapter_names) was 1.1 to 1.2 times slower.
 
         The function takes the policy's logits [n, V], the reference's [n, V] and the tokens [n], and gives numbers [n]
-        or None. Returned is what it gave, row by row; [N] each, or None.
+        or None; with ``sums`` it takes some by that name, to add to. Returned is what it gave, row by row; [N] each, or
+        None.
         """
-        columns, parts = [], self.network.parts(ids, scored)
-        for part, marks in parts:
+        parts, rows = self.network.parts(ids, scored), self.network.chunk_rows
+
+        def some(place: int) -> tuple[Tensor | None, ...]:
+            part, marks = parts[place]
+            own = {} if sums is None else {"sums": VocabularySums.zero(self.network.vocabulary)}
             hidden = self.network.before(part, marks)
             with self.reference():
                 ref_hidden = self.network.before(part, marks)
-            rows = self.network.chunk_rows
             chunks = zip(hidden.split(rows), ref_hidden.split(rows), part[marks].split(rows), strict=True)
-            columns += [
-                function(self.network.logits(mine), self.ref_logits(others), tokens) for mine, others, tokens in chunks
+            found = [
+                function(self.network.logits(mine), self.ref_logits(others), tokens, **own)
+                for mine, others, tokens in chunks
             ]
-        joined = (None if column[0] is None else torch.cat(column) for column in zip(*columns, strict=True))
-        return tuple(None if column is None else parts.in_order(column) for column in joined)
+            columns = [None if column[0] is None else torch.cat(column) for column in zip(*found, strict=True)]
+            return *columns, *(own["sums"].tensors() if own else (None,) * 3)
+
+        found = parts.spread(some)
+        for row in found if sums is not None else ():      # in this order, whoever added up what
+            sums.add(row[-3:])
+        return parts.joined([row[:-3] for row in found])
 
     @torch.no_grad()
     def measure_values(self, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tensor | None]:
         """``values`` without gradients, rows in parts; and what a head alone reads. [N] and [N, H] or None, float32."""
         parts = self.network.parts(ids, scored)
         if self._switch.parameters(VALUE):
-            return parts.in_order(torch.cat([self.values(*part) for part in parts])), None
-        states = parts.in_order(torch.cat([self.network.trunk_before(*part).float() for part in parts]))
+            return parts.over(lambda place: (self.values(*parts[place]),))[0], None
+        (states,) = parts.over(lambda place: (self.network.trunk_before(*parts[place]).float(),))
         return self.value_head(states), states
 
     @torch.no_grad()
     def measure_logprobs(self, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
         """``logprobs`` without gradients, rows in parts. [N] float32, nats."""
         parts = self.network.parts(ids, scored)
-        return parts.in_order(torch.cat([self.logprobs(*part, temperature) for part in parts]))
+        return parts.over(lambda place: (self.logprobs(*parts[place], temperature),))[0]
 
     def micro_batches(self, rollout: Rollout, sequences: int | None) -> list[Tensor]:
         """Rows of a rollout in the parts they are trained on: see ``Network.micro_batches``."""

@@ -12,11 +12,13 @@ distribution another one than the distribution that is measured.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kltune.core import ranks
 from kltune.core.kl.divergence import VocabularySums
 from kltune.core.kl.truncation import Cut, renormalized
 from kltune.core.tensors import log_distribution, per_response
@@ -123,22 +125,26 @@ def sample(
     if rest or per_prompt == 0:
         raise ValueError(f"{len(uniforms)} rows of random numbers do not divide among {len(prompts)} prompts.")
     longest = max(len(prompt.ids) for prompt in prompts) + uniforms.shape[1]
-    tokens, logprobs = [], []
+    step = max(1, policy.network.batching.sampled_rows(longest, len(uniforms)) // per_prompt)
+
+    def some(start: int) -> tuple[Tensor, ...]:
+        part = prompts[start : start + step]
+        rows = slice(start * per_prompt, (start + len(part)) * per_prompt)
+        return _decode(policy, part, uniforms[rows].to(policy.device), temperature, cut)
+
     with policy.network.merged():
-        step = max(1, policy.network.batching.sampled_rows(longest) // per_prompt)
-        for start in range(0, len(prompts), step):
-            part = prompts[start : start + step]
-            rows = slice(start * per_prompt, (start + len(part)) * per_prompt)
-            drawn, seen = _decode(policy, part, uniforms[rows].to(policy.device), temperature, cut)
-            tokens += drawn
-            logprobs += seen
-    return _assemble(policy, prompts, tokens, logprobs, limit=uniforms.shape[1])
+        found = ranks.spread(range(0, len(prompts), step), some)
+    lengths, tokens, logprobs = (torch.cat(column).tolist() for column in zip(*found, strict=True))
+    ends = list(accumulate(lengths, initial=0))
+    rows = [slice(*ends) for ends in pairwise(ends)]
+    return _assemble(policy, prompts, [tokens[row] for row in rows], [logprobs[row] for row in rows],
+                     limit=uniforms.shape[1])
 
 
 def _decode(
     policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, temperature: float, cut: Cut | None
-) -> tuple[list[list[int]], list[list[float]]]:
-    """The token ids and log-probabilities of each response, as lists."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How long each response is [R], and the token ids and log-probabilities of all, one after the other. [N] each."""
     device, limit, per_prompt = policy.device, uniforms.shape[1], len(uniforms) // len(prompts)
     ends = torch.tensor(policy.end_ids, device=device)
     # Prompts end in the same column, as decoding wants them: right-padded backwards. [P, width] each.
@@ -166,11 +172,8 @@ def _decode(
             rows.keep(keep)
             alive, drawn, going = alive[keep], drawn[keep], going[keep]
         logits = rows.feed(drawn)
-    sizes = lengths.tolist()
-    return (
-        [row[:size] for row, size in zip(tokens.tolist(), sizes, strict=True)],
-        [row[:size] for row, size in zip(logprobs.tolist(), sizes, strict=True)],
-    )
+    said = torch.arange(limit, device=device) < lengths[:, None]
+    return lengths, tokens[said], logprobs[said]
 
 
 def _draw(logits: Tensor, uniforms: Tensor, temperature: float, cut: Cut | None) -> tuple[Tensor, Tensor]:

@@ -65,16 +65,22 @@ class StepKL:
         self._mask = rollout.response_mask
         self._parts = policy.network.parts(rollout.ids, rollout.scored)
         # A model whose head cannot be cut off gives logits for hidden states: too large to keep.
-        self._kept = [self._hidden_behind(*part) for part in self._parts] if policy.network.split else None
+        self._kept: dict[int, tuple[Tensor, Tensor]] | None = {} if policy.network.split else None
 
     @torch.no_grad()
     def measure(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(log π_new of the tokens, exact KL(old ‖ new), exact KL(new ‖ reference) or None), [B, T] each, nats."""
-        kept = self._kept or (self._hidden_behind(*part) for part in self._parts)
-        parts = [self._part(*part, *behind) for part, behind in zip(self._parts, kept, strict=True)]
-        columns = (self._parts.in_order(torch.cat(column)) for column in zip(*parts, strict=True))
+        columns = self._parts.over(lambda place: self._part(*self._parts[place], *self._behind(place)))
         logprobs, step_kl, ref_kl = (response_scatter(column, self._mask) for column in columns)
         return logprobs, step_kl, ref_kl if self._with_reference else None
+
+    def _behind(self, place: int) -> tuple[Tensor, Tensor]:
+        """``_hidden_behind`` a part, kept from its first measurement on."""
+        if self._kept is None:
+            return self._hidden_behind(*self._parts[place])
+        if place not in self._kept:
+            self._kept[place] = self._hidden_behind(*self._parts[place])
+        return self._kept[place]
 
     def _hidden_behind(self, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of the old policy and, where it is asked for, of the reference. [N, H] each."""

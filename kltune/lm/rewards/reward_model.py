@@ -73,7 +73,7 @@ class RewardModel:
     def measure(self, ids: Tensor, last: Tensor) -> Tensor:
         """``scores`` without gradients, rows in parts. [B] float32, on the CPU."""
         parts = self.policy.network.parts(ids, last)
-        return parts.in_order(torch.cat([self.scores(*part) for part in parts])).cpu()
+        return parts.over(lambda place: (self.scores(*parts[place]),))[0].cpu()
 
     def measure_rows(self, rows: Sequence[Ids]) -> Tensor:
         """The scores of sequences of any lengths. [B] float32, on the CPU."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kltune.core import ranks
 from kltune.core.tensors import expect_finite
 from kltune.errors import KltuneError, ScorerError
 from kltune.lm.data.examples import Prompt
@@ -34,13 +35,14 @@ LARGEST = torch.finfo(torch.float32).max  # of a score: what is larger would bec
 class ScoreSource:
     """One source of scores. identity: what run.json records; shift, scale: standardisation on reference samples.
 
+    shared: all processes of a run have it, and divide what it reads among them; else it is there in the first alone.
     tokens: scores the same responses as they were sampled, where more is known of them than their text. note: a line
     for the start of a run. example: a line on what is read of a prompt, likewise. judge: who is asked, where that may
     take long or fail.
     """
 
     name: str
-    function: ScoreFunction
+    function: ScoreFunction | None
     weight: float
     normalize: bool
     identity: dict[str, str]
@@ -50,6 +52,7 @@ class ScoreSource:
     note: str = ""
     example: Callable[[Prompt], str] | None = None
     judge: Judge | None = None
+    shared: bool = False
 
 
 class Scorer:
@@ -162,7 +165,19 @@ class Scorer:
 def run_source(
     source: ScoreSource, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples] = ()
 ) -> Tensor:
-    """The scores of one source, checked. [B] float32."""
+    """The scores of one source, checked. [B] float32.
+
+    A user's code, a judge or a classifier is asked in the first process of a run alone; see ``ScoreSource``.
+    """
+    if source.shared:
+        return _scores_of(source, prompts, responses, samples)
+    ((scores,),) = ranks.spread([source], lambda one: (_scores_of(one, prompts, responses, samples),))
+    return scores
+
+
+def _scores_of(
+    source: ScoreSource, prompts: Sequence[str], responses: Sequence[str], samples: Sequence[Samples]
+) -> Tensor:
     if source.tokens is not None and samples:
         scores = [score for part in samples for score in source.tokens(part)]
         return _checked(source.name, scores, prompts, responses)
@@ -240,20 +255,37 @@ def load_scorer(
         name = name_of(entry)
         if name in {source.name for source in sources}:
             name = f"{name}-{number}"
-        more: dict[str, Any] = {}
-        if entry.kind == "function":
-            function, identity = load_function(entry, folder)
+        if entry.kind == "model" and is_reward_model(Path(entry.path)):
+            function, identity, more = _load_reward_model(entry, device, policy)
         elif entry.kind == "judge":
             judge = Judge(entry, name, answers)
             function, identity, more = judge.scores, judge.identity, {"judge": judge, "note": judge.note}
-        elif entry.kind == "model" and is_reward_model(Path(entry.path)):
-            function, identity, more = _load_reward_model(entry, device, policy)
         else:
-            function = load_classifier(entry, device, None if policy is None else policy.day)
-            identity, more = {"path": entry.path}, {"tokens": function.read, "example": function.example}
+            function, identity, more = _load_in_first(entry, folder, device, policy)
         identity = {"kind": entry.kind, **identity}
         sources.append(ScoreSource(name, function, entry.weight, entry.normalize, identity, **more))
     return Scorer(sources)
+
+
+def _load_in_first(
+    entry: FunctionReward | ModelReward | ClassifierReward, folder: Path, device: torch.device, policy: Policy | None
+) -> tuple[ScoreFunction | None, dict[str, str], dict[str, Any]]:
+    """A function or classifier where it is asked, and its identity everywhere."""
+    loaded: list[Any] = []
+
+    def load() -> dict[str, str]:
+        if entry.kind == "function":
+            function, identity = load_function(entry, folder)
+        else:
+            function = load_classifier(entry, device, None if policy is None else policy.day)
+            identity = {"path": entry.path}
+        loaded.append(function)
+        return identity
+
+    identity = ranks.from_first(load)
+    function = loaded[0] if loaded else None
+    reads = entry.kind != "function" and loaded
+    return function, identity, {"tokens": function.read, "example": function.example} if reads else {}
 
 
 def name_of(entry: RewardSource) -> str:
@@ -273,4 +305,4 @@ def _load_reward_model(
             f"reward {entry.path}: found input: {entry.input}, wanted prompt_response, what it was trained to read."
         )
     reader, digest, note = open_reward_model(Path(entry.path), policy, device)
-    return reader, {"path": entry.path, "sha256": digest}, {"tokens": reader.read, "note": note}
+    return reader, {"path": entry.path, "sha256": digest}, {"tokens": reader.read, "note": note, "shared": True}

@@ -224,7 +224,7 @@ def test_prompts_are_read_and_answered_in_parts_that_fit(open_policy, architectu
     whole = sample(policy, PROMPTS, uniforms, temperature=1.0)
     monkeypatch.setattr(memory, "TOKENS_PER_PASS", 16)     # two prompts of 8
     assert torch.equal(sample(policy, PROMPTS, uniforms, temperature=1.0).ids, whole.ids)
-    rows = policy.network.batching.sampled_rows(16)
+    rows = policy.network.batching.sampled_rows(16, 2048)
     hold(monkeypatch, policy, 4.5 * memory.CACHE * bytes_held(policy.network.batching._token_cache) * 16)
-    assert (rows, policy.network.batching.sampled_rows(16)) == (512, 4)
+    assert (rows, policy.network.batching.sampled_rows(16, 2048)) == (512, 4)
     assert torch.equal(sample(policy, PROMPTS, uniforms, temperature=1.0).ids, whole.ids)

@@ -200,7 +200,7 @@ def test_numbers_that_do_not_divide_among_the_prompts_are_a_bug(policy):
 def counted_steps(policy: Policy, monkeypatch) -> list[tuple[int, int]]:
     """The shapes of all that goes through the model from now on: (rows, tokens) of each pass."""
     shapes, ways = [], policy.network.fast
-    ways.batching.sampled_rows(1)  # the cache of one token is measured once
+    ways.batching.sampled_rows(1, 1)  # the cache of one token is measured once
 
     def counting(step):
         return lambda ids, *rest: shapes.append(tuple(ids.shape)) or step(ids, *rest)

@@ -1,0 +1,268 @@
+"""The processes of one run: each computes its share, and all of them know the whole of every result.
+
+Every process (rank) holds the same plan, random numbers, controller and optimizer, and takes the same decisions; only
+forward and backward passes are divided. What is divided falls into parts by a plan that knows nothing of how many
+processes there are; results come back in the plan's order, and sums over parts are taken in float64, where float32
+terms add up exactly unless they are 2²⁹ apart. So 1, 2 or 3 processes of a CPU give the same bits.
+
+A process that fails says so in the place where the others wait for its results, and they fail with it, of the same
+error. Alone, as one process is, nothing here costs anything.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+from torch import Tensor
+
+from kltune import errors
+from kltune.errors import KltuneError, PeerError, RecipeError
+
+Part = TypeVar("Part")
+Row = tuple[Tensor | None, ...]
+NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")     # what torchrun tells each process
+TIMEOUT = 1800.0        # seconds that one waits for another, unless a recipe says otherwise
+FAREWELL_SECONDS = 10.0     # for which a process that fails waits to be heard
+LATE = re.compile(r"[Rr]anks? ([\d, ]+) (?:failed|timed out)")
+
+
+@dataclass
+class _Here:
+    """This process among the others. alone: what it does at the moment is no share of theirs."""
+
+    rank: int = 0
+    size: int = 1
+    timeout: float = 0.0
+    phase: str = "starting"
+    alone: int = 0
+
+
+_here = _Here()
+
+
+def size() -> int:
+    """How many processes share the work."""
+    return _here.size
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints: rank 0, or the only one."""
+    return _here.rank == 0
+
+
+@contextmanager
+def joined(processes: int | str, timeout: float, device: str) -> Iterator[None]:
+    """Within: this process works with the others that were started with it, if there are any.
+
+    Args:
+        processes: as the recipe has it.
+        timeout: seconds that one waits for another.
+        device: as the recipe has it; with a GPU for each process, gradients are added up by NCCL.
+
+    Raises:
+        RecipeError: they are not as many as the recipe wants. PeerError: they did not find each other.
+    """
+    if not all(os.environ.get(name) for name in NAMES) or _here.size > 1:
+        if processes not in (1, "auto") and _here.size == 1:
+            raise RecipeError(
+                f"run.processes: found {processes} in a program that is one process; the command kltune starts as many."
+            )
+        yield
+        return
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if processes not in (1, "auto", count):
+        raise RecipeError(f"run.processes: found {processes}, but {count} processes were started (WORLD_SIZE).")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    with _heard():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout), rank=rank, world_size=count
+        )
+    _here.rank, _here.size, _here.timeout = rank, count, timeout
+    try:
+        yield
+        gathered("done")        # nobody leaves while another still reads what it sent, or has yet to fail
+    except Exception as error:
+        _say(error)
+        raise
+    finally:
+        dist.destroy_process_group()
+        _here.rank, _here.size = 0, 1
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Within: what a message calls this part of the work."""
+    before, _here.phase = _here.phase, name
+    yield
+    _here.phase = before        # an error that passes leaves the name of where it came from
+
+
+def spread(parts: Sequence[Part], work: Callable[[Part], Row], costs: Sequence[float] | None = None) -> list[Row]:
+    """What ``work`` makes of each part, in the order of the parts; each process does its share, all know all of it.
+
+    Args:
+        parts: the same in every process.
+        work: gives a fixed number of tensors, or None in their places.
+        costs: of each part, any unit; the same for all where left out.
+
+    Raises:
+        What ``work`` raises of the first part that fails, in every process. PeerError: another process is gone.
+    """
+    if _here.size == 1 or _here.alone:
+        return [work(part) for part in parts]
+    done: dict[str, Tensor] = {"of": torch.tensor(_here.rank)}
+    width, place = 0, 0
+    try:
+        with _working_alone():
+            for place in shares(costs or [1.0] * len(parts), _here.size)[_here.rank]:
+                row = work(parts[place])
+                width = len(row)
+                done |= {f"{place}.{at}": tensor for at, tensor in enumerate(row) if tensor is not None}
+                done[f"{place}"] = torch.tensor(width)
+    except Exception as error:
+        raise _first_failure(_exchange(_failure(error, place)), error) from error
+    payloads = _exchange(save({name: tensor.detach().cpu().contiguous() for name, tensor in done.items()}))
+    if (failure := _first_failure(payloads)) is not None:
+        raise failure
+    found: dict[str, Tensor] = {}
+    for payload in payloads:
+        found |= load(payload)
+    return [
+        tuple(found.get(f"{place}.{at}") for at in range(int(found[f"{place}"]))) for place in range(len(parts))
+    ]
+
+
+def from_first(work: Callable[[], Any]) -> Any:
+    """What ``work`` gives in the first process, where alone it is done: JSON values, or None. Raises as ``spread``."""
+    ((told,),) = spread([work], lambda part: (_bytes(json.dumps(part()).encode()),))
+    return json.loads(told.numpy().tobytes())
+
+
+def gathered(value: Any) -> list[Any]:
+    """A JSON value of each process, by rank."""
+    if _here.size == 1 or _here.alone:
+        return [value]
+    payloads = _exchange(save({"value": _bytes(json.dumps(value).encode())}))
+    if (failure := _first_failure(payloads)) is not None:
+        raise failure
+    return [json.loads(load(payload)["value"].numpy().tobytes()) for payload in payloads]
+
+
+def expect_equal(what: str, value: str) -> None:
+    """Raise PeerError unless the processes hold the same; names the first that differs from rank 0."""
+    values = gathered(value)
+    wrong = [rank for rank, other in enumerate(values) if other != values[0]]
+    if wrong:
+        raise PeerError(
+            f"process {wrong[0]} of {len(values)} holds another {what} than process 0: they no longer compute the "
+            "same. Are their machines, libraries and files alike? The newest checkpoint is from before."
+        )
+
+
+def summed(vector: Tensor) -> Tensor:
+    """The sum of a vector over the processes, which all give one of this shape; in place."""
+    if _here.size > 1 and not _here.alone:
+        with _heard():
+            dist.all_reduce(vector)
+    return vector
+
+
+def shares(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Places of the parts that each of ``count`` processes takes: the dearest first, to whom has least to do."""
+    loads, places = [0.0] * count, [[] for _ in range(count)]
+    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+        least = loads.index(min(loads))
+        loads[least] += costs[place]
+        places[least].append(place)
+    return places
+
+
+@contextmanager
+def _working_alone() -> Iterator[None]:
+    _here.alone += 1
+    try:
+        yield
+    finally:
+        _here.alone -= 1
+
+
+def _bytes(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _exchange(payload: bytes, timeout: float | None = None) -> list[bytes]:
+    """Some bytes of each process, by rank; whoever does not come in time is named."""
+    seconds = timeout or _here.timeout
+    with _heard():
+        dist.monitored_barrier(timeout=timedelta(seconds=seconds), wait_all_ranks=True)
+        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(_here.size)]
+        dist.all_gather(sizes, torch.tensor([len(payload)]))
+        most = max(1, max(int(each) for each in sizes))
+        rows = [torch.empty(most, dtype=torch.uint8) for _ in range(_here.size)]
+        dist.all_gather(rows, _bytes(payload.ljust(most, b"\0")))
+    return [row[: int(length)].numpy().tobytes() for row, length in zip(rows, sizes, strict=True)]
+
+
+def _failure(error: Exception, place: int = -1) -> bytes:
+    """An error as the others hear of it: its kind where a user can put it right, and what it says."""
+    kind = next((cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__), None)
+    text = str(error) if kind is not None else f"{type(error).__name__}: {error}"
+    code = getattr(error, "exit_code", 1)
+    told = {"place": place, "rank": _here.rank, "kind": kind, "text": text, "code": code}
+    return save({"failure": _bytes(json.dumps(told).encode())})
+
+
+def _first_failure(payloads: Sequence[bytes], mine: Exception | None = None) -> Exception | None:
+    """The error of the first part that failed, as all processes raise it; None if none did."""
+    told = [load(payload) for payload in payloads if payload]
+    failures = [json.loads(each["failure"].numpy().tobytes()) for each in told if "failure" in each]
+    if not failures:
+        return None
+    first = min(failures, key=lambda each: (each["place"], each["rank"]))
+    own = mine if first["rank"] == _here.rank and mine is not None else _rebuilt(first)
+    own.heard = True
+    return own
+
+
+def _rebuilt(told: dict[str, Any]) -> KltuneError:
+    if told["kind"] is None:
+        return PeerError(f"process {told['rank']} of {_here.size} failed while {_here.phase}: {told['text']}")
+    kind = getattr(errors, told["kind"])
+    return kind(told["text"], told["code"] - 128) if kind is errors.Interrupted else kind(told["text"])
+
+
+def _say(error: Exception) -> None:
+    """Let the others hear of an error that they may not have; what they cannot hear they see, when this one is gone."""
+    if getattr(error, "heard", False) or isinstance(error, PeerError):
+        return
+    try:
+        _exchange(_failure(error), FAREWELL_SECONDS)
+    except PeerError:
+        error.unheard = True
+    else:
+        error.heard = True
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Within: that another process is gone, or late, is an error that says which and when."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        named = LATE.search(str(error))
+        late = named is not None or "imed out" in str(error)
+        others = f"process {named[1].strip(' ,')} of {_here.size}" if named else "another process of this run"
+        ended = f"did not come within {_here.timeout:g} s (run.timeout)" if late else "ended"
+        lost = PeerError(f"{others} {ended} while {_here.phase}; --resume goes on from the newest checkpoint.")
+        lost.unheard = late and _here.rank > 0      # of one that ended, itself or who started it says why
+        raise lost from error
