@@ -90,7 +90,7 @@ def joined(processes: int | str, timeout: float, device: str) -> Iterator[None]:
     _here.rank, _here.size, _here.timeout = rank, count, timeout
     try:
         yield
-        gathered("done")        # nobody leaves while another still reads what it sent, or has yet to fail
+        gathered(lambda: None)     # nobody leaves while another still reads what it sent, or has yet to fail
     except Exception as error:
         _say(error)
         raise
@@ -148,19 +148,23 @@ def from_first(work: Callable[[], Any]) -> Any:
     return json.loads(told.numpy().tobytes())
 
 
-def gathered(value: Any) -> list[Any]:
-    """A JSON value of each process, by rank."""
+def gathered(work: Callable[[], Any]) -> list[Any]:
+    """What ``work`` gives in each process, by rank: JSON values. Raises as ``spread``."""
     if _here.size == 1 or _here.alone:
-        return [value]
+        return [work()]
+    try:
+        value = work()
+    except Exception as error:
+        raise _first_failure(_exchange(_failure(error)), error) from error
     payloads = _exchange(save({"value": _bytes(json.dumps(value).encode())}))
     if (failure := _first_failure(payloads)) is not None:
         raise failure
     return [json.loads(load(payload)["value"].numpy().tobytes()) for payload in payloads]
 
 
-def expect_equal(what: str, value: str) -> None:
-    """Raise PeerError unless the processes hold the same; names the first that differs from rank 0."""
-    values = gathered(value)
+def expect_equal(what: str, work: Callable[[], str]) -> None:
+    """Raise PeerError unless ``work`` gives the same in all processes; names the first that differs from rank 0."""
+    values = gathered(work)
     wrong = [rank for rank, other in enumerate(values) if other != values[0]]
     if wrong:
         raise PeerError(
@@ -262,6 +266,8 @@ def _heard() -> Iterator[None]:
         named = LATE.search(str(error))
         late = named is not None or "imed out" in str(error)
         others = f"process {named[1].strip(' ,')} of {_here.size}" if named else "another process of this run"
+        if late and _here.rank > 0:     # the first one is whom the others wait for
+            others = f"process 0 of {_here.size}" + (", or one that it waits for," if _here.size > 2 else "")
         ended = f"did not come within {_here.timeout:g} s (run.timeout)" if late else "ended"
         lost = PeerError(f"{others} {ended} while {_here.phase}; --resume goes on from the newest checkpoint.")
         lost.unheard = late and _here.rank > 0      # of one that ended, itself or who started it says why

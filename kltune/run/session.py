@@ -121,7 +121,7 @@ class Run:
 
     def agree_on_stop(self) -> int | None:
         """The signal that asked any of this run's processes to stop, from here on in all of them."""
-        numbers = ranks.gathered(self.stop_signal)
+        numbers = ranks.gathered(lambda: self.stop_signal)
         self.stop_signal = next((number for number in numbers if number is not None), None)
         return self.stop_signal
 

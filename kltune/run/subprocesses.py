@@ -88,7 +88,7 @@ def run_commands(
 
 
 def start_processes(arguments: Sequence[str], processes: int | str, stdout: TextIO) -> int | None:
-    """Run a command, which is this program's own, as several processes that work on one thing; the exit code of them all.
+    """Run a command, which is this program's own, as several processes that work on one thing; the code of them all.
 
     None in a program that is one of several, as under torchrun, or where one is wanted. The first of them has
     ``stdout``, the others say nothing there. Signals are handed on, as `run_commands` does. Where one dies, the

@@ -42,13 +42,15 @@ class Batch:
 def sample_batch(job: Job, learner: Learner, step: int, clock: Clock) -> Batch:
     """Respond to the step's prompts, measure and, where something scores, score."""
     sampling = job.recipe.sampling
-    rollout = sample_responses(job, learner.policy, step)
+    with ranks.phase(f"sampling for step {step}"):
+        rollout = sample_responses(job, learner.policy, step)
     clock.lap("sample")
     if learner.scorer is None:
         return Batch(rollout, kl_of(rollout))
-    scores = learner.scorer.total(
-        rollout.prompts, rollout.responses, [rollout], rollout.truncated, sampling.missing_end_penalty
-    )
+    with ranks.phase(f"scoring the responses of step {step}"):
+        scores = learner.scorer.total(
+            rollout.prompts, rollout.responses, [rollout], rollout.truncated, sampling.missing_end_penalty
+        )
     clock.lap("score")
     if VALUES in learner.parts:
         learner.parts[VALUES] = learner.parts[VALUES].started(scores)

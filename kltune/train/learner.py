@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kltune.core import ranks
 from kltune.core.tensors import expect_finite
 from kltune.errors import CheckpointError
 from kltune.lm.data.examples import Prompt
@@ -68,7 +69,8 @@ class Job:
 
     def measured(self, model: Any, scorer: Scorer | None, times: int = 1) -> tuple[Metrics, Any]:
         """What ``held_out`` measures of the model; DivergedError names a metric that is not finite."""
-        metrics, measured = self.held_out.measured(model, scorer, times)
+        with ranks.phase("evaluating"):
+            metrics, measured = self.held_out.measured(model, scorer, times)
         expect_finite_metrics(metrics)
         return metrics, measured
 

@@ -19,7 +19,7 @@ from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
 from kltune.lm.rewards.scorers import Scorer
 from kltune.recipe import PPOSection, TRPOSection
-from kltune.run.checkpoint import drop_oldest, latest_checkpoint, save_checkpoint, saved_step
+from kltune.run.checkpoint import drop_oldest, latest_checkpoint, refuse_nonfinite, save_checkpoint, saved_step
 from kltune.run.files import read_jsonl
 from kltune.run.optimizer import learning_rate_share, make_optimizer
 from kltune.run.recorder import Clock
@@ -132,7 +132,7 @@ def take_steps(
         step = job.run.start_step
         while goes_on(job, learner, step):
             step += 1
-            with whole_step(job, learner, step, evaluates(job, step)):
+            with ranks.phase(f"updating in step {step}"), whole_step(job, learner, step, evaluates(job, step)):
                 close_step(job, learner, step, take_step(job, learner, step))
         with whole_step(job, learner, step + 1, evaluates=True):
             return finish(job, learner, step)
@@ -247,12 +247,17 @@ def save(job: Job, learner: Learner, step: int, kl: dict[str, Any] | None) -> No
 
 def expect_same_model(learner: Learner) -> None:
     """Raise PeerError unless all processes of the run hold the same of what updates write into, to the last bit."""
-    if ranks.size() > 1:
-        digest = hashlib.sha256()
-        for named in learner.moving().values():
+
+    def digest() -> str:
+        found = hashlib.sha256()
+        for group, named in learner.moving().items():
+            refuse_nonfinite({f"{group}/{name}": tensor for name, tensor in named.items()})
             for tensor in named.values():
-                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        ranks.expect_equal("model or optimizer", digest.hexdigest())
+                found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
+
+    if ranks.size() > 1:
+        ranks.expect_equal("model or optimizer", digest)
 
 
 def enforce_cap(job: Job, learner: Learner, step: int, batch: Batch, pull: float) -> bool:

@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,8 +33,8 @@ DOUBLE = {f"{number.name} twice": (number, second) for number, second in zip(STO
                                                                             strict=True)}
 
 
-def forked(arguments: list[str], log: Path) -> int:
-    """``kltune ...`` in a fork; its process id. What it prints is added to ``log``."""
+def forked(arguments: list[str], log: Path, before: Callable[[], object] = lambda: None) -> int:
+    """``kltune ...`` in a fork, which first calls ``before``; its process id. What it prints is added to ``log``."""
     pid = os.fork()
     if pid:
         return pid
@@ -41,13 +43,18 @@ def forked(arguments: list[str], log: Path) -> int:
         with open(log, "ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stdout = sys.stderr = sys.__stderr__ = os.fdopen(1, "w", buffering=1, closefd=False)
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         torch.set_num_threads(1)      # the threads of before the fork are not here
+        before()
         main(arguments)
     except SystemExit as left:
         code = left.code or 0
+    except BaseException:
+        code = 1
+        traceback.print_exc()
+        raise
     finally:
         os._exit(code)
 

@@ -1,0 +1,84 @@
+"""Several processes compute what one does, to the last bit: adapters, heads, optimizers, states, metrics."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.stages.conftest import DPO, ONLINE, PPO, REWARD, SFT, TRPO, write_recipe
+from tests.stages.test_resume import assert_same_run, saved_tensors, timeless
+from tests.together import codes, together
+
+STEPS = 3
+RUN = {"steps": STEPS, "save_every": 2, "eval_every": 2}
+UNEVEN = tuple("a" * length for length in (1, 30, 2, 25, 3, 20, 4, 1, 5, 1, 6, 1))      # ten tokens, or forty
+STAGES = {
+    "ppo": PPO | {"kl": {"target": 0.5, "hard_cap": 3.0}},
+    "ppo rloo": PPO | {"ppo": PPO["ppo"] | {"baseline": "rloo"}},
+    "ppo grpo": PPO | {"ppo": PPO["ppo"] | {"baseline": "grpo"}, "kl": {"target": 0.5, "placement": "loss"}},
+    "ppo with a head alone": PPO | {"ppo": PPO["ppo"] | {"value_function": "head"}},
+    "trpo": TRPO | {"kl": {"target": 0.5, "hard_cap": 3.0}},
+    "sft": SFT | {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1}},
+    "sft of all weights": SFT | {"lora": None},
+    "reward": REWARD | {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1}},
+    "dpo": DPO | {"kl": {"target": 0.5}},
+    "dpo online": ONLINE,
+}
+FAST = ("ppo", "trpo", "sft", "reward", "dpo online")
+
+
+def stage_of(name: str) -> str:
+    return name.split()[0]
+
+
+@pytest.fixture(name="recipe")
+def recipe_fixture(tmp_path, llama):
+    def make(name: str) -> Path:
+        return write_recipe(tmp_path / name.replace(" ", "_"), STAGES[name] | {"run": RUN}, llama, UNEVEN)
+
+    return make
+
+
+def run(count: int, name: str, file: Path, output: Path, *more: str) -> Path:
+    """A run by so many processes, which all end well."""
+    arguments = [stage_of(name), "--recipe", str(file), "--output", str(output), *more]
+    ends = codes(together(count, arguments, output.with_suffix(".log")))
+    assert ends == [0] * count, "".join(path.read_text() for path in output.parent.glob(f"{output.name}.*"))
+    return output
+
+
+@pytest.mark.parametrize(("name", "counts"), [
+    pytest.param(name, counts, marks=() if fast else pytest.mark.stress)
+    for name in STAGES for counts, fast in (((2,), name in FAST), ((2, 3), False))
+])
+def test_a_run_of_several_processes_is_that_of_one(recipe, tmp_path, name, counts):
+    file = recipe(name)
+    one = run(1, name, file, tmp_path / "one")
+    for count in counts:
+        some = run(count, name, file, tmp_path / f"by{count}")
+        assert_same_run(some, one, STEPS)
+        assert saved_tensors(some, 2).keys() == saved_tensors(one, 2).keys()
+
+
+def test_what_two_saved_one_and_three_go_on_from(recipe, tmp_path):
+    file = recipe("ppo")
+    whole = run(1, "ppo", file, tmp_path / "whole")
+    fault = {"kind": "SIGTERM", "phase": "update", "rank": 1, "after": 9}
+    cut = tmp_path / "cut"
+    arguments = ["ppo", "--recipe", str(file), "--output", str(cut)]
+    assert codes(together(2, arguments, tmp_path / "cut.log", fault)) == [143, 143]
+    assert 0 < len(timeless(cut)) < STEPS
+    for count in (1, 3):
+        again = Path(shutil.copytree(cut, tmp_path / f"again{count}"))
+        run(count, "ppo", file, again, "--resume")
+        assert_same_run(again, whole, STEPS)
+
+
+def test_what_is_printed_and_written_is_that_of_one(recipe, tmp_path):
+    file = recipe("sft")
+    two = run(2, "sft", file, tmp_path / "two", "--json")
+    assert (tmp_path / "two.1").read_text() == ""
+    document = (tmp_path / "two.0").read_text()
+    assert json.loads(document[document.index("\n{"):])["status"] == "finished"
+    assert not list(two.rglob(".tmp*"))
