@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.stages.conftest import DPO, ONLINE, PPO, REWARD, SFT, TRPO, write_recipe
 from tests.stages.test_resume import assert_same_run, saved_tensors, timeless
@@ -82,3 +84,24 @@ def test_what_is_printed_and_written_is_that_of_one(recipe, tmp_path):
     document = (tmp_path / "two.0").read_text()
     assert json.loads(document[document.index("\n{"):])["status"] == "finished"
     assert not list(two.rglob(".tmp*"))
+
+
+def test_eval_kl_and_project_of_several_processes_say_what_one_says(recipe, tmp_path):
+    file = recipe("sft")
+    checkpoint = run(1, "sft", file, tmp_path / "sft")
+    common = [str(checkpoint), "--prompts", str(file.parent / "many.jsonl"), "--responses", "30", "--json"]
+    documents = {}
+    for count in (1, 2):
+        junit = tmp_path / f"{count}.xml"
+        measure = ["eval-kl", *common, "--direction", "both", "--top-p", "0.9", "--junit", str(junit)]
+        assert codes(together(count, [*measure, "--max-kl", "0.01"], tmp_path / f"measured{count}")) == [3] * count
+        scaled = ["project", *common, "--max-kl", "0.3", "--output", str(tmp_path / f"scaled{count}")]
+        assert codes(together(count, scaled, tmp_path / f"projected{count}")) == [0] * count
+        texts = [(tmp_path / f"{name}{count}.0").read_text() for name in ("measured", "projected")]
+        found = [json.loads(text[text.index("\n{") :]) for text in texts]
+        documents[count] = [{**document, "output": None} for document in found]
+        assert junit.is_file()
+    assert documents[2] == documents[1]
+    assert all((tmp_path / f"{name}2.1").read_text() == "" for name in ("measured", "projected"))
+    adapters = [load_file(tmp_path / f"scaled{count}" / "adapter_model.safetensors") for count in (1, 2)]
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
