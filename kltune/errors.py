@@ -40,6 +40,10 @@ class ModelError(InputError):
     """A model, adapter or tokenizer cannot serve as policy or reference."""
 
 
+class SamplerError(InputError):
+    """A server that samples for the policy answers with other weights, or otherwise than it was asked."""
+
+
 class CheckpointError(InputError):
     """A checkpoint is missing, damaged, or belongs to another reference."""
 
@@ -66,6 +70,12 @@ class JudgeError(KltuneError, RuntimeError):
     """An AI judge does not answer: nothing is wrong with the run, which goes on once the judge is back."""
 
     exit_code = 75      # as EX_TEMPFAIL: try again later
+
+
+class ServerError(KltuneError, RuntimeError):
+    """A server that samples for the policy does not answer: the run goes on once it is back."""
+
+    exit_code = 75
 
 
 class PeerError(KltuneError, RuntimeError):

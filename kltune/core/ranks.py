@@ -268,7 +268,7 @@ def _heard() -> Iterator[None]:
         others = f"process {named[1].strip(' ,')} of {_here.size}" if named else "another process of this run"
         if late and _here.rank > 0:     # the first one is whom the others wait for
             others = f"process 0 of {_here.size}" + (", or one that it waits for," if _here.size > 2 else "")
-        ended = f"did not come within {_here.timeout:g} s (run.timeout)" if late else "ended"
+        ended = f"did not come within {_here.timeout:g} s (run.timeout_s)" if late else "ended"
         lost = PeerError(f"{others} {ended} while {_here.phase}; --resume goes on from the newest checkpoint.")
         lost.unheard = late and _here.rank > 0      # of one that ended, itself or who started it says why
         raise lost from error

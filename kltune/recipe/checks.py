@@ -18,6 +18,7 @@ from kltune.recipe.stages import PATH_KEYS, Recipe
 
 FUNCTION = re.compile(r"(?P<file>[^:]+\.py):(?P<name>[A-Za-z_]\w*)")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".jinja")
+MADE = ("run.output", "sampling.publish")       # keys of folders that are made where they are not there
 SOURCES = {"sft": "texts", "reward": "pairs", "ppo": "prompts", "trpo": "prompts"}
 BAD_PRICES = {
     ("loss", "k1"): "k1 as a loss has an expected gradient of exactly zero: the price would be noise; write exact",
@@ -76,6 +77,8 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False, packaged: bool 
             yield from function_file(key, value, folder, trusted)
         elif not packaged:
             yield from misplaced(key, value, folder)
+    if hasattr(recipe, "sampling"):
+        yield from server(recipe)
     if hasattr(recipe, "kl"):
         yield from budget_clashes(recipe.kl)
         yield from control(recipe.kl)
@@ -136,6 +139,21 @@ def unread(recipe: Recipe) -> Iterator[Clash]:
         yield ("data.turns",), "read only for conversations in data.texts or eval.texts; remove it"
     if recipe.stage == "reward" and recipe.eval.pairs is not None and is_changed(recipe.eval, "pairs_share"):
         yield ("eval.pairs_share", "eval.pairs"), "read only without eval.pairs, which are held out; remove it"
+
+
+def server(recipe: Any) -> Iterator[Clash]:
+    """A server samples where a step's responses are what is learnt from; what only it reads is read only then."""
+    sampling = recipe.sampling
+    if sampling.engine == "torch":
+        for name in ("url", "publish", "timeout_s"):
+            if is_changed(sampling, name):
+                yield (f"sampling.{name}", "sampling.engine"), "read only with engine: vllm; write that, or remove it"
+        return
+    if recipe.stage == "sft" or (recipe.stage == "dpo" and recipe.dpo.source == "file"):
+        yield ("sampling.engine",), "found vllm, wanted torch: a server samples for ppo, trpo and dpo.source: online"
+    for name, example in (("url", "http://127.0.0.1:8000"), ("publish", "/shared/adapters")):
+        if getattr(sampling, name) is None:
+            yield (f"sampling.{name}", "sampling.engine"), f"missing with engine: vllm; wanted one such as {example}"
 
 
 def natural_gradient_clashes(recipe: Any) -> Iterator[Clash]:
@@ -298,7 +316,7 @@ def misplaced(key: str, value: str, folder: Path) -> Iterator[Clash]:
     """Refuse addresses, and paths that only exist from where the command was started."""
     if "://" in value:
         yield (key,), f"found the address {value}, wanted a file, a folder or a hub name; download it first"
-    elif key != "run.output" and not os.path.exists(folder / os.path.expanduser(value)) and os.path.exists(value):
+    elif key not in MADE and not os.path.exists(folder / os.path.expanduser(value)) and os.path.exists(value):
         yield ((key,), f"found {value}, which is in the current folder but not in the recipe's; paths start at the "
                f"recipe: write {os.path.relpath(value, folder)}")
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from kltune.errors import RecipeError
-from kltune.recipe.checks import FUNCTION, absolute, clashes, path_values, responses_per_step
+from kltune.recipe.checks import FUNCTION, MADE, absolute, clashes, path_values, responses_per_step
 from kltune.recipe.faults import Fault, Place, RecipeFaults
 from kltune.recipe.rewards import FunctionReward, ModelReward, RewardEntry
 from kltune.recipe.stages import STAGES, Recipe, recipe_digest
@@ -304,7 +304,8 @@ def completed(recipe: Recipe, file: Path, output: str | None) -> Recipe:
         holder: Plain = whole
         for step in steps:
             holder = holder[int(step)] if isinstance(holder, tuple) else holder[step]
-        holder[last] = os.path.abspath(folder / value) if is_function else absolute(value, folder)
+        made = is_function or key in MADE
+        holder[last] = os.path.abspath(folder / os.path.expanduser(value)) if made else absolute(value, folder)
     packaged = file in packaged_recipes().values()
     chosen = output or (recipe.run.output if "output" in recipe.run.model_fields_set else f"runs/{file.stem}")
     start = Path.cwd() if output or packaged else folder

@@ -102,6 +102,17 @@ class SamplingSection(Section):
     missing_end_penalty: NotNegative = Field(
         0.0, description="subtracted from the score of a response that never ended"
     )
+    engine: Literal["torch", "vllm"] = Field(
+        "torch", description="who draws a step's responses: the trainer, or a vLLM server (ppo, trpo, online dpo)"
+    )
+    url: Text | None = Field(
+        None, description="address of the server, without /v1 (engine: vllm)", examples=["http://127.0.0.1:8000"]
+    )
+    publish: Text | None = Field(
+        None, description="folder that the server sees too, for each step's adapter (engine: vllm)",
+        examples=["/shared/adapters"],
+    )
+    timeout_s: Positive = Field(600.0, description="seconds until a request counts as not answered (engine: vllm)")
 
 
 class KLSection(Section):
@@ -321,7 +332,7 @@ class RunSection(Section):
         1, description="processes that share the work, with the same result; auto: one for each GPU, or on a CPU one "
         "for each core, four at most"
     )
-    timeout: Positive = Field(1800.0, description="seconds that one process waits for the others before the run ends")
+    timeout_s: Positive = Field(1800.0, description="seconds that one process waits for the others before the run ends")
 
 
 class EvalSection(Section):

@@ -130,10 +130,11 @@ STAGES: dict[str, type[Recipe]] = {
 # dotted keys whose value may be a path; "*" stands for each entry of a list
 PATH_KEYS = (
     "model.path", "model.sft_adapter", "data.prompts", "data.texts", "data.pairs", "data.chat_template",
-    "reward.*.path", "run.output", "eval.prompts", "eval.texts", "eval.pairs", "eval.gold.path",
+    "reward.*.path", "sampling.publish", "run.output", "eval.prompts", "eval.texts", "eval.pairs", "eval.gold.path",
 )
 # keys of run that change where results are, or how fast they come, and not what they are
-NOT_PART_OF_THE_RUN = ("output", "keep", "loggers", "processes", "timeout")
+NOT_PART_OF_THE_RUN = ("output", "keep", "loggers", "processes", "timeout_s")
+HOW_A_SERVER_IS_REACHED = ("url", "publish", "timeout_s")        # that samples, and not what it draws
 HOW_A_JUDGE_IS_REACHED = ("concurrency", "timeout_s", "retries", "key_env")     # and not what it answers
 
 
@@ -142,6 +143,8 @@ def comparable(recipe: Recipe) -> dict[str, Any]:
     whole = recipe.model_dump(mode="json")
     for key in NOT_PART_OF_THE_RUN:
         del whole["run"][key]
+    for key in HOW_A_SERVER_IS_REACHED:
+        whole.get("sampling", {}).pop(key, None)
     for entry in (*whole.get("reward", ()), whole.get("eval", {}).get("gold") or {}):
         if entry.get("kind") == "judge":
             for key in HOW_A_JUDGE_IS_REACHED:

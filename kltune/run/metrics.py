@@ -69,6 +69,11 @@ METRICS = (
     Metric("kl/fwd_offline_nats_per_response", "nats per response", "any number; below 0 by chance", ("dpo",), 0.9,
            "with dpo.from_reference: KL(reference‖policy) estimated on the step's pairs, which the reference must "
            "have sampled"),
+    Metric("sampler/kl_nats_per_token", "nats per token", ABOVE_0, ("ppo", "trpo", "dpo"), 1e-9,
+           "with sampling.engine: vllm: KL of the server's distribution from the trainer's, by k3 on the step's "
+           "responses; more than rounding ends the run"),
+    Metric("sampler/kl_stderr", "nats per token", ABOVE_0, ("ppo", "trpo", "dpo"), 1e-10,
+           "standard error of sampler/kl_nats_per_token; null for one prompt"),
     # scores and responses of the step
     Metric("score/mean", "score", ANY, ("reward", *BUDGETED), 1.5,
            "mean score of the step's responses, missing-end penalty included; reward: of the batch's rows"),

@@ -20,7 +20,7 @@ import torch
 
 import kltune
 from kltune.core import ranks
-from kltune.errors import CheckpointError, Interrupted, JudgeError, PeerError, RecipeError, StorageError
+from kltune.errors import CheckpointError, Interrupted, JudgeError, PeerError, RecipeError, ServerError, StorageError
 from kltune.lm.data.chat import read_template, today
 from kltune.lm.data.documents import Result, RunRecord
 from kltune.lm.model.fingerprint import Fingerprint
@@ -128,7 +128,7 @@ class Run:
     def _close(self, error: BaseException | None) -> None:
         if self._record["status"] != "running":
             return
-        status = "interrupted" if isinstance(error, Interrupted | JudgeError | PeerError) else "failed"
+        status = "interrupted" if isinstance(error, Interrupted | JudgeError | PeerError | ServerError) else "failed"
         with contextlib.suppress(StorageError):      # on a full disk the error that is on its way says more
             self.record(status=status, ended=_now(), error=_one_line(error))
 
@@ -147,7 +147,7 @@ def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
 
     ``train`` takes the recipe, a policy with a fresh adapter and the open run, and gives that object.
     """
-    with ranks.joined(recipe.run.processes, recipe.run.timeout, recipe.run.device):
+    with ranks.joined(recipe.run.processes, recipe.run.timeout_s, recipe.run.device):
         if (done := ranks.from_first(partial(finished_result, recipe))) is not None:
             return done
         wanted_loggers(recipe.run.loggers)      # what is not installed is said before anything slow
@@ -185,7 +185,7 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
             with on_stop_signals(run._on_signal):
                 yield run
         except BaseException as error:
-            if isinstance(error, JudgeError) and run.stop_signal is not None:       # it was not waited for
+            if isinstance(error, JudgeError | ServerError) and run.stop_signal is not None:     # it was not waited for
                 error = Interrupted(str(error), run.stop_signal)
             run._close(error)
             raise error

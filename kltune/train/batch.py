@@ -1,6 +1,7 @@
 """The responses of one step: sampled, scored, measured, and how they are reported."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,23 +31,24 @@ class Batch:
     """The responses of a step, and how far their policy is from the reference.
 
     scores: [B]; None where nothing scores them. spread: standard deviation of the scores of answers to one prompt, in
-    the unit that a price is in; None where there are no scores.
+    the unit that a price is in; None where there are no scores. more: metrics of how they were sampled.
     """
 
     rollout: Rollout
     kl: KLSummary
     scores: Tensor | None = None
     spread: float | None = None
+    more: Mapping[str, float] = field(default_factory=dict)
 
 
 def sample_batch(job: Job, learner: Learner, step: int, clock: Clock) -> Batch:
     """Respond to the step's prompts, measure and, where something scores, score."""
     sampling = job.recipe.sampling
     with ranks.phase(f"sampling for step {step}"):
-        rollout = sample_responses(job, learner.policy, step)
+        rollout, more = sample_responses(job, learner.policy, step)
     clock.lap("sample")
     if learner.scorer is None:
-        return Batch(rollout, kl_of(rollout))
+        return Batch(rollout, kl_of(rollout), more=more)
     with ranks.phase(f"scoring the responses of step {step}"):
         scores = learner.scorer.total(
             rollout.prompts, rollout.responses, [rollout], rollout.truncated, sampling.missing_end_penalty
@@ -54,7 +56,7 @@ def sample_batch(job: Job, learner: Learner, step: int, clock: Clock) -> Batch:
     clock.lap("score")
     if VALUES in learner.parts:
         learner.parts[VALUES] = learner.parts[VALUES].started(scores)
-    return Batch(rollout, kl_of(rollout), scores, pulling_spread(job, learner, rollout, scores))
+    return Batch(rollout, kl_of(rollout), scores, pulling_spread(job, learner, rollout, scores), more)
 
 
 def pulling_spread(job: Job, learner: Learner, rollout: Rollout, scores: Tensor) -> float:
@@ -78,7 +80,7 @@ def pulling_spread(job: Job, learner: Learner, rollout: Rollout, scores: Tensor)
     return min(whole, spread_within_groups(scores - unit * rollout.values[:, 0], 1))
 
 
-def sample_responses(job: Job, policy: Policy, step: int) -> Rollout:
+def sample_responses(job: Job, policy: Policy, step: int) -> tuple[Rollout, Mapping[str, float]]:
     """The responses of a step, measured under policy, reference and, if there is one, the value function.
 
     Each epoch goes through all training prompts in a new order; a step's random numbers are its own.
@@ -88,14 +90,18 @@ def sample_responses(job: Job, policy: Policy, step: int) -> Rollout:
     chosen = [job.prompts[i] for i in shuffled_positions(len(job.prompts), (step - 1) * size, size, seed)]
     rng = job.run.rng("sampling", step)
     uniforms = uniform_numbers(rng, size * sampling.responses_per_prompt, sampling.max_new_tokens)
-    rollout = sample_rollout(policy, chosen, uniforms, temperature=sampling.temperature, exact=job.recipe.kl.exact)
+    exact, more = job.recipe.kl.exact, {}
+    if job.server is None:
+        rollout = sample_rollout(policy, chosen, uniforms, temperature=sampling.temperature, exact=exact)
+    else:
+        rollout, more = job.server.respond(policy, chosen, uniforms, exact)
     if policy.value_head is None:
-        return rollout
+        return rollout, more
     values, states = (
         None if flat is None else response_scatter(flat, rollout.response_mask)
         for flat in policy.measure_values(rollout.ids, rollout.scored)
     )
-    return replace(rollout, values=values, value_states=states)
+    return replace(rollout, values=values, value_states=states), more
 
 
 def standardize(scorer: Scorer, policy: Policy, job: Job) -> Scorer:
@@ -146,7 +152,7 @@ def batch_metrics(batch: Batch, beta: float) -> dict[str, float | None]:
         "score/mean": scores.mean().item(),
         "score/sd": scores.std().item() if len(scores) > 1 else None,
     }
-    return scored | {
+    return scored | batch.more | {
         "kl/ref_nats_per_response": kl.nats_per_response,
         "kl/ref_stderr": kl.stderr,
         "kl/ref_nats_per_token": kl.nats_per_token,

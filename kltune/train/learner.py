@@ -26,6 +26,7 @@ from kltune.run.session import Run
 from kltune.train.alarms import Alarms
 from kltune.train.budget import Budget, Groups
 from kltune.train.evaluation import HeldOut, Metrics
+from kltune.train.rollout_server import RolloutServer
 
 BudgetRecipe = PPORecipe | TRPORecipe | DPORecipe
 MODEL = "model"         # the group of what is trained; a checkpoint holds it as the adapter itself
@@ -55,6 +56,7 @@ class Job:
 
     about: what kltune.json says of a checkpoint, from the model and its KL. prompts: to respond to. pair_judge:
     compares responses where nothing scores them. baseline: what a response is compared with, from the stage's section.
+    server: draws the steps' responses; None where the trainer does.
     """
 
     recipe: Recipe
@@ -66,6 +68,7 @@ class Job:
     prompts: Sequence[Prompt] = ()
     pair_judge: Judge | None = None
     baseline: str | None = None
+    server: RolloutServer | None = None
 
     def measured(self, model: Any, scorer: Scorer | None, times: int = 1) -> tuple[Metrics, Any]:
         """What ``held_out`` measures of the model; DivergedError names a metric that is not finite."""
@@ -92,6 +95,8 @@ def make_job(recipe: Recipe, run: Run, held_out: HeldOut | Evaluation, steps: in
     report = Report(
         run.folder, recipe.stage, steps, start_step=run.start_step, loggers=recipe.run.loggers, **budget
     )
+    if getattr(recipe, "sampling", None) is not None and recipe.sampling.engine == "vllm":
+        rest["server"] = RolloutServer(recipe.sampling, run.folder.name, lambda: run.stop_signal is not None)
     return Job(recipe, run, report, steps, held_out, **{"about": partial(about_policy, recipe), **rest})
 
 

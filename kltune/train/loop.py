@@ -12,7 +12,7 @@ import torch
 
 from kltune.core import ranks
 from kltune.core.control.controllers import feed_forward
-from kltune.errors import Interrupted, JudgeError, RecipeError, ScorerError
+from kltune.errors import Interrupted, JudgeError, RecipeError, SamplerError, ScorerError, ServerError
 from kltune.lm.data.examples import Prompt, counts_line, distinct_prompts, load_prompts
 from kltune.lm.model.opening import check_fresh_policy
 from kltune.lm.model.policy import Policy
@@ -88,6 +88,8 @@ def add_value_function(recipe: BudgetRecipe, section: PPOSection | TRPOSection, 
 def begin(job: Job, learner: Learner) -> None:
     """Set a learner where the run starts: checked and fresh, or as a checkpoint left it."""
     recipe, run = job.recipe, job.run
+    if job.server is not None:
+        job.server.greet(learner.policy, job.prompts)
     if learner.scorer is not None:
         run.record(rewards=learner.scorer.identity)
     if job.pair_judge is not None:
@@ -126,7 +128,7 @@ def take_steps(
     notes += () if learner.scorer is None else (*learner.scorer.notes, *learner.scorer.examples(job.prompts))
     notes += () if job.pair_judge is None else [job.pair_judge.note]
     expect_same_model(learner)
-    with job.report:
+    with job.report, contextlib.nullcontext() if job.server is None else contextlib.closing(job.server):
         for line in dict.fromkeys(filter(None, notes)):  # one file may serve two purposes
             job.report.say(line)
         step = job.run.start_step
@@ -189,7 +191,7 @@ def whole_step(job: Job, learner: Learner, step: int, evaluates: bool) -> Iterat
     before = learner.undo(copied=scored_after)
     try:
         yield
-    except (JudgeError, ScorerError) as error:
+    except (JudgeError, SamplerError, ScorerError, ServerError) as error:
         learner.go_back(before)
         if step > 1 and ranks.from_first(lambda: _newest_step(job.run.folder)) < step - 1:
             save(job, learner, step - 1, None)

@@ -102,7 +102,7 @@ def test_one_that_comes_late_is_named_with_what_it_is_waited_for():
             ranks.gathered(lambda: None if rank == 0 else __import__("time").sleep(3.0))
 
     first, _ = as_several(2, work)
-    assert first.startswith("PeerError: process 1 of 2 did not come within 1 s (run.timeout) while sampling")
+    assert first.startswith("PeerError: process 1 of 2 did not come within 1 s (run.timeout_s) while sampling")
 
 
 @pytest.mark.parametrize("value", [0.1, 1e-3, 7.0])

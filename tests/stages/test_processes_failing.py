@@ -66,14 +66,14 @@ def test_a_process_that_fails_ends_all_of_them(whole, tmp_path, record_property,
 def test_a_process_that_hangs_is_named_after_the_timeout(whole, tmp_path, rank):
     fault = {"kind": "hangs", "phase": "evaluation", "rank": rank, "after": 0}
     pids = together(
-        2, ["ppo", "--recipe", str(whole[0]), "--output", str(tmp_path / "run"), "--set", "run.timeout=3"],
+        2, ["ppo", "--recipe", str(whole[0]), "--output", str(tmp_path / "run"), "--set", "run.timeout_s=3"],
         tmp_path / "log", fault,
     )
     assert ended(pids[1 - rank], 60) == 75
     os.kill(pids[rank], signal.SIGKILL)
     ended(pids[rank])
     said = (tmp_path / f"log.{1 - rank}").read_text()
-    assert f"process {rank} of 2 did not come within 3 s (run.timeout) while evaluating" in said
+    assert f"process {rank} of 2 did not come within 3 s (run.timeout_s) while evaluating" in said
 
 
 # --- real processes, started by one command ---------------------------------------------------------------------------

@@ -12,7 +12,6 @@ distribution another one than the distribution that is measured.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -74,6 +73,18 @@ def sample_rollout(
     """
     with policy.reference() if from_reference else nullcontext():
         samples = sample(policy, prompts, uniforms, temperature=temperature)
+    rollout = measure_samples(
+        policy, samples, temperature, exact=exact, from_reference=from_reference, by_token=by_token
+    )
+    check_sampler(samples, rollout.logprobs, samples.response_mask, policy.dtype)
+    return rollout
+
+
+def measure_samples(
+    policy: Policy, samples: Samples, temperature: float, *, exact: bool = True, from_reference: bool = False,
+    by_token: bool = False,
+) -> Rollout:
+    """Samples, whoever drew them, with their log-probabilities and KL; arguments and errors of ``sample_rollout``."""
     mask = samples.response_mask
     sums = VocabularySums.zero(policy.network.vocabulary) if by_token else None
     measured = policy.measure(samples.ids, samples.scored, temperature, exact=exact, swap=from_reference, sums=sums)
@@ -82,7 +93,6 @@ def sample_rollout(
         if values is not None and not torch.isfinite(values).all():
             raise DivergedError(f"{name} of sampled tokens is not finite; lower optim.lr or raise kl.beta.")
     tensors = {name: None if values is None else response_scatter(values, mask) for name, values in flat.items()}
-    check_sampler(samples, tensors["logprobs"], mask, policy.dtype)
     return Rollout(**(vars(samples) | tensors), sums=sums)
 
 
@@ -134,11 +144,7 @@ def sample(
 
     with policy.network.merged():
         found = ranks.spread(range(0, len(prompts), step), some)
-    lengths, tokens, logprobs = (torch.cat(column).tolist() for column in zip(*found, strict=True))
-    ends = list(accumulate(lengths, initial=0))
-    rows = [slice(*ends) for ends in pairwise(ends)]
-    return _assemble(policy, prompts, [tokens[row] for row in rows], [logprobs[row] for row in rows],
-                     limit=uniforms.shape[1])
+    return assemble(policy, prompts, found, limit=uniforms.shape[1])
 
 
 def _decode(
@@ -202,13 +208,13 @@ def _draw_part(logits: Tensor, uniforms: Tensor, temperature: float, cut: Cut | 
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
 
 
-def _assemble(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    tokens: list[list[int]],
-    logprobs: list[list[float]],
-    limit: int,
-) -> Samples:
+def assemble(policy: Policy, prompts: Sequence[Prompt], drawn: Sequence[ranks.Row], limit: int) -> Samples:
+    """Samples from what was drawn for the prompts, those of one side by side.
+
+    drawn: part by part, how long each response is [R], and tokens and log-probabilities of all [N]. limit: of a length.
+    """
+    lengths, flat_tokens, flat = (torch.cat(column).cpu() for column in zip(*drawn, strict=True))
+    tokens = [part.tolist() for part in flat_tokens.split(lengths.tolist())]
     owner = [row * len(prompts) // len(tokens) for row in range(len(tokens))]
     asked = [list(prompts[index].ids) for index in owner]
     both = list(zip(asked, tokens, strict=True))
@@ -216,7 +222,6 @@ def _assemble(
     scored = pad_right([[False] * len(p) + [True] * len(r) for p, r in both], False, torch.bool)
     response_mask = pad_right([[True] * len(row) for row in tokens], False, torch.bool)
     truncated = torch.tensor([len(row) == limit and row[-1] not in policy.end_ids for row in tokens])
-    flat = torch.tensor([value for row in logprobs for value in row])
     device = policy.device
     return Samples(
         ids=ids,
