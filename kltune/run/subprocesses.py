@@ -133,8 +133,13 @@ def start_processes(arguments: Sequence[str], processes: int | str, stdout: Text
             for child in running if time.monotonic() > give_up and not received else ():
                 child.process.kill()
             time.sleep(POLL_SECONDS)
-    # Who only lost another one says so by this code; what became of that other one says more.
+    return code_of_all(codes)
+
+
+def code_of_all(codes: Sequence[int]) -> int:
+    """The exit code of several processes that worked on one thing, by theirs in the order in which they ended."""
     failed = [code for code in codes if code]
+    # Who only lost another one says so by this code; what became of that other one says more.
     return next((code for code in failed if code != PeerError.exit_code), failed[0] if failed else 0)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ class RolloutServer:
         if rollout is not None and is_of(rollout.ref_logprobs):
             cause = "it answers with the base alone, without the adapter"
         elif temperature != 1.0 and is_of(under(1.0)):
-            cause = "it gives log-probabilities before the temperature; start it with --logprobs-mode processed_logprobs"
+            cause = "its log-probabilities are before the temperature; start it with --logprobs-mode processed_logprobs"
         elif self._before is not None and self._is_stale(is_of, under):
             cause = "it answers with the adapter of the step before: is its prefix cache of old weights?"
         elif 0 < wrong < len(nats):
@@ -199,9 +200,10 @@ class RolloutServer:
 
     def close(self) -> None:
         """Take away what is left of the adapters."""
-        for name, path in self._published:
+        for name, _ in self._published[-1:]:
             with suppress(ServerError, SamplerError):       # it may be gone, and the run is over
                 self._ask("/v1/unload_lora_adapter", {"lora_name": name}, tries=1)
+        for _, path in self._published:
             shutil.rmtree(path, ignore_errors=True)
         self._published = []
 
@@ -222,7 +224,7 @@ class RolloutServer:
         def all_of_them(_: None) -> ranks.Row:
             tokens, logprobs = zip(*self._together(ask, len(uniforms)), strict=True)
             lengths = [len(row) for row in tokens]
-            return torch.tensor(lengths), torch.tensor(sum(tokens, [])), torch.tensor(sum(logprobs, []))
+            return torch.tensor(lengths), torch.tensor([*chain(*tokens)]), torch.tensor([*chain(*logprobs)])
 
         (row,) = ranks.spread([None], all_of_them)
         return assemble(policy, prompts, [row], limit)

@@ -10,13 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from kltune.errors import RecipeError
+from kltune.recipe import load_recipe
 from kltune.run.checkpoint import latest_checkpoint
 from kltune.run.files import read_record
+from kltune.run.subprocesses import code_of_all
+from kltune.stages.ppo import run_ppo
 from tests.driven import CODES, KINDS, PHASES
 from tests.stages.conftest import PPO, write_recipe
 from tests.stages.test_processes import UNEVEN
 from tests.stages.test_resume import assert_same_run
-from tests.stages.test_signals import command_of, ended, forked
+from tests.stages.test_signals import command_of, ended
 from tests.together import codes, together
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +29,7 @@ WITHIN = 30.0       # seconds from a fault to the end of all processes
 AFTER = {"sampling": 8, "update": 12, "save": 2, "evaluation": 0}       # times that one of two has passed each phase
 MATRIX = [(kind, phase, rank) for kind in KINDS for phase in PHASES for rank in (0, 1)]
 SLICE = {("SIGTERM", "update", 1), ("killed", "sampling", 1), ("killed", "save", 0), ("exception", "evaluation", 1),
-         ("NaN", "update", 1), ("NaN", "save", 1), ("full disk", "save", 0), ("SIGINT", "evaluation", 0)}
+         ("NaN", "save", 1), ("full disk", "save", 0)}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,9 @@ def assert_goes_on(file: Path, unbroken: Path, output: Path) -> None:
     assert_same_run(output, unbroken, STEPS)
 
 
-@pytest.mark.parametrize(("kind", "phase", "rank"), sorted(SLICE))
+@pytest.mark.parametrize(("kind", "phase", "rank"), [
+    pytest.param(*death, marks=() if death in SLICE else pytest.mark.stress) for death in MATRIX
+])
 def test_a_process_that_fails_ends_all_of_them(whole, tmp_path, record_property, kind, phase, rank):
     file, unbroken = whole
     fault = {"kind": kind, "phase": phase, "rank": rank, "after": AFTER[phase]}
@@ -58,7 +64,8 @@ def test_a_process_that_fails_ends_all_of_them(whole, tmp_path, record_property,
     other = 75 if kind in ("killed", "exception") else CODES[kind]
     assert (found[rank], found[1 - rank]) == (CODES[kind], other), log
     assert log.count("Traceback") == (kind == "exception"), log
-    record_property("faults of a process", 1)
+    assert code_of_all(found) == CODES[kind]
+    record_property("deaths of a process", 1)
     assert_goes_on(file, unbroken, output)
 
 
@@ -135,15 +142,17 @@ def test_a_signal_to_the_one_that_started_them_reaches_all(whole, tmp_path, numb
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize(("kind", "phase", "rank"), MATRIX)
-def test_the_matrix_of_deaths(whole, tmp_path, record_property, kind, phase, rank):
+@pytest.mark.parametrize(("kind", "phase", "rank"), [
+    (kind, PHASES[(place + rank) % 4], rank) for place, kind in enumerate(KINDS) for rank in (0, 1)
+])
+def test_the_one_that_started_them_ends_with_the_code_of_the_one_that_failed(whole, tmp_path, record_property, kind, phase, rank):
     file, unbroken = whole
     output = tmp_path / "run"
     process = started(file, output, {"kind": kind, "phase": phase, "rank": rank, "after": AFTER[phase]})
     wait_for(output, process)
     err = assert_all_end(process, output, CODES[kind])
     assert err.count("Traceback") == (kind == "exception"), err
-    record_property("faults of a process", 1)
+    record_property("deaths of a process", 1)
     assert_goes_on(file, unbroken, output)
 
 
@@ -167,16 +176,11 @@ def test_more_processes_than_the_recipe_says_are_refused(whole, tmp_path):
 
 
 def test_a_program_that_is_one_process_refuses_to_be_several(whole, tmp_path):
-    from kltune.errors import RecipeError
-    from kltune.recipe import load_recipe
-    from kltune.stages.ppo import run_ppo
-
     recipe = load_recipe(whole[0], ["run.processes=2"], output=str(tmp_path / "run"))
     with pytest.raises(RecipeError, match=r"run\.processes: found 2 in a program that is one process"):
         run_ppo(recipe, resume=False)
 
 
-def test_a_checkpoint_that_is_there_is_never_measured_by_one_that_is_not(whole, tmp_path):
-    log = tmp_path / "log"
-    pid = forked(["eval-kl", str(tmp_path / "nothing")], log)
-    assert ended(pid) == 5
+def test_the_code_of_all_is_that_of_who_failed_first_and_not_of_who_only_lost_another():
+    assert [code_of_all(codes) for codes in ([0, 0], [75, 137], [75, 75], [1, 75], [0, 74, 75], [143, 143])] == [
+        0, 137, 75, 1, 74, 143]
