@@ -145,7 +145,7 @@ def test_a_signal_to_the_one_that_started_them_reaches_all(whole, tmp_path, numb
 @pytest.mark.parametrize(("kind", "phase", "rank"), [
     (kind, PHASES[(place + rank) % 4], rank) for place, kind in enumerate(KINDS) for rank in (0, 1)
 ])
-def test_the_one_that_started_them_ends_with_the_code_of_the_one_that_failed(whole, tmp_path, record_property, kind, phase, rank):
+def test_who_started_them_ends_with_the_code_of_who_failed(whole, tmp_path, record_property, kind, phase, rank):
     file, unbroken = whole
     output = tmp_path / "run"
     process = started(file, output, {"kind": kind, "phase": phase, "rank": rank, "after": AFTER[phase]})
