@@ -125,7 +125,7 @@ def table(shape: Shape, rows: Sequence[dict[str, float | str]]) -> str:
     lines = [
         f"{shape.name}: {shape.parameters:,} parameters, {shape.adapter:,} in an adapter "
         f"({2 * shape.adapter / 1e6:.3g} MB in bfloat16)",
-        f"{'GPUs':>6}{'GiB each':>10}{'sent MB':>10}{'s a step':>10}{"resp./s":>9}  sample measure update wire  bound",
+        f"{'GPUs':>6}{'GiB each':>10}{'sent MB':>10}{'s a step':>10}{'resp./s':>9}  sample measure update wire  bound",
     ]
     for row in rows:
         parts = "".join(f"{row[f'{name}_share']:>7.0%}" for name in ("sample", "measure", "update", "wire"))
