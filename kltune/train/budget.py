@@ -146,11 +146,10 @@ class Budget:
         """After a batch beyond the cap: a nat costs a tenth more, and a price that was fixed is steered from then on.
 
         At this price the KL grew, and one that would hold an ideal policy at the cap may be ten times too high for this
-        one. So a nat costs no less than halfway between the two, in its logarithm, and the second time than the other.
+        one: a nat costs no less than halfway between them, in its logarithm.
         """
-        least = feed_forward(pull, self.cap * self._tokens(rollout))
-        if not self.rollbacks:
-            least = math.sqrt(max(self.price, self.section.beta_min) * least)
+        ideal = feed_forward(pull, self.cap * self._tokens(rollout))
+        least = math.sqrt(max(self.price, self.section.beta_min) * ideal)
         return replace(self, controller=self._raised(RAISE, least), rollbacks=self.rollbacks + 1)
 
     def refused(self) -> Self:
