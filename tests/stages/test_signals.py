@@ -112,8 +112,8 @@ def test_a_signal_at_any_moment_ends_a_run_that_can_be_resumed(whole, tmp_path, 
 
 # --- an AI judge that hangs, or is to be asked again later ------------------------------------------------------------
 
-# How long the judge is waited for once a signal came is counted, in looks, by tests/lm/rewards/test_judge.py. Here it is
-# that the run ends long before the judge would answer: how long it then takes to save is the disk's affair.
+# How long a judge is waited for once a signal came is counted, in looks, in tests/lm/rewards/test_judge.py. Here a run
+# has to end long before its judge would answer: how long it takes to save is the disk's affair.
 OBEYED, ANSWERED = 60.0, 600.0      # seconds
 TROUBLE = {"hangs": Reply(seconds=ANSWERED), "waits to retry": Reply(status=503, headers={"Retry-After": "60"})}
 

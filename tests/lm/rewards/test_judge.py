@@ -331,7 +331,7 @@ def test_a_judge_that_hangs_is_let_go_though_a_signal_takes_longer_than_a_look()
     asked_to_stop, looks = threading.Event(), []
 
     def handle(*_: object) -> None:
-        time.sleep(3 * judge_module.POLL_SECONDS)      # as on a busy machine: the look's time is over when it is handled
+        time.sleep(3 * judge_module.POLL_SECONDS)      # as on a busy machine: the look's time is over then
         asked_to_stop.set()
 
     def stopped() -> bool:
