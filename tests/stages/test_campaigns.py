@@ -18,12 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from kltune.cli import main
 from kltune.recipe import Recipe, load_recipe
 from kltune.run.checkpoint import latest_checkpoint, saved_step
 from kltune.run.files import read_jsonl
 from tests.run.killing import exit_code, start
 from tests.stages.conftest import DPO, ONLINE, PPO, REWARD, RUNS, SFT, TRPO, write_recipe
-from tests.stages.test_resume import assert_same_run
+from tests.stages.test_resume import assert_same_run, signalled_in
 
 STEPS, KEEP = 3, 2
 STAGES = {"sft": SFT, "reward": REWARD, "ppo": PPO, "trpo": TRPO, "dpo": DPO, "online": ONLINE}
@@ -182,6 +183,23 @@ def test_sigkill_at_random_moments_costs_nothing(campaign, tmp_path, stage, reco
     assert made == wanted
 
 
+def heard_by_nobody(arguments: Sequence[object], full: int, stop_in: int = 0) -> int:
+    """``kltune ...`` in a fork with a full disk as stdout (1) or stderr (2), SIGTERM in a step of it; its exit code."""
+
+    def work() -> None:
+        for stream in (1, 2):
+            os.dup2(os.open("/dev/full" if stream == full else os.devnull, os.O_WRONLY), stream)
+        sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
+        sys.__stderr__ = sys.stderr
+        try:
+            with signalled_in(stop_in):
+                main([*map(str, arguments), "--json"])
+        except SystemExit as left:
+            os._exit(left.code or 0)
+
+    return exit_code(start(work))
+
+
 def out_of_room(stage: Campaign, output: Path, limit: Callable[[], None], lift: Callable[[], None]) -> int:
     """Begin a run under a limit, lift it, and go on; the code that the run under the limit ended with."""
     code = stage.run(output, limit)
@@ -193,6 +211,26 @@ def out_of_room(stage: Campaign, output: Path, limit: Callable[[], None], lift: 
 
 def limit_file_size(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize(("stage", "full", "told"), [
+    pytest.param(stage, full, told, marks=() if (stage, full) == ("sft", 1) else pytest.mark.stress)
+    for stage in STAGES for full, told in ((1, 74), (2, 0))
+])
+def test_a_full_disk_under_a_stream_costs_a_run_nothing(campaign, tmp_path, stage, full, told, record_property):
+    one, output = campaign(stage), tmp_path / "run"
+    command = (STAGES[stage]["stage"], "--recipe", one.file, "--output", output)
+    assert heard_by_nobody(command, full, stop_in=2) == 143
+    assert saved_step(latest_checkpoint(output)) == 2
+    assert heard_by_nobody((*command, "--resume"), full) == told      # stdout alone has a result that is lost
+    assert_same_run(output, one.unbroken, STEPS)
+    assert heard_by_nobody(command, full) == told       # finished, and told once more
+    gates = () if stage == "reward" else ((1e6, 0), (1e-9, 3))
+    for budget, verdict in gates:
+        # What the gate says to a script is its code; where the document is lost that is not enough.
+        gate = ("eval-kl", output, "--prompts", one.file.parent / "held_out.jsonl", "--responses", 40)
+        assert heard_by_nobody((*gate, "--max-kl", budget), full) == (verdict if full == 2 else 74)
+    record_property("full streams", 3 + len(gates))
 
 
 SIZE = [round(2 ** (17 * number / (SIZES - 1))) - 1 for number in range(SIZES)]      # bytes, 0 to 131,071
