@@ -34,7 +34,7 @@ from kltune.cli.options import (
 from kltune.cli.output import as_user_error, complain, emit, emit_document, result_text
 from kltune.cli.recipes import look_before_running, recipes
 from kltune.cli.sample import sample_command
-from kltune.cli.streams import guard_streams
+from kltune.cli.streams import guard_streams, leave_stdout
 from kltune.cli.sweep import frontier_command, sweep_command
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
@@ -170,4 +170,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if known is None:
             raise
         sys.exit(complain(known))
+    finally:
+        if arguments is None:       # else it is a program's, which goes on
+            leave_stdout()
     sys.exit(0)

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 import typer
@@ -96,6 +96,14 @@ def results_alone() -> Iterator[None]:
             os.dup2(kept, 1)
             _result_stream.close()
         _result_stream = None
+
+
+def leave_stdout() -> None:
+    """Give what is printed while the interpreter ends, as by ``atexit`` of a reward function, to stderr."""
+    with suppress(OSError, ValueError):     # one that takes nothing is left for the interpreter to complain of
+        sys.stdout.flush()
+        if _is_process_stdout():
+            os.dup2(2, 1)
 
 
 def drop_buffered(stream: TextIO) -> None:

@@ -312,5 +312,6 @@ def function_file(key: str, value: str, folder: Path, trusted: bool) -> Iterator
     file = folder / match["file"]
     home = os.path.realpath(folder)
     inside = os.path.realpath(file).startswith(os.path.join(home, "")) and ".." not in Path(match["file"]).parts
-    if not inside and not trusted:
+    # A run's recipe names it by its place on this machine, which whoever hands a forged run over cannot know.
+    if not inside and not (trusted and os.path.isabs(match["file"])):
         yield (key,), f"found {match['file']}, wanted a file in the recipe's own folder; copy it beside the recipe"

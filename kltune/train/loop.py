@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kltune.core.control.controllers import feed_forward
-from kltune.errors import Interrupted, JudgeError, RecipeError, ScorerError
+from kltune.errors import Interrupted, JudgeError, RecipeError, ScoreOverflow, ScorerError
 from kltune.lm.data.examples import Prompt, counts_line, distinct_prompts, load_prompts
 from kltune.lm.model.opening import check_fresh_policy
 from kltune.lm.model.policy import Policy
@@ -114,8 +114,13 @@ def take_steps(
 
     Returns:
         The object of ``result.json``.
+
+    Raises:
+        Interrupted: a signal came while models were loaded, which may take longer than a step. Others: see the parts.
     """
     begin(job, learner)
+    if job.run.stop_signal:
+        raise Interrupted(f"before step {job.run.start_step + 1}; --resume begins there.", job.run.stop_signal)
     notes = [learner.policy.fingerprint.describe(), learner.policy.ends.note, *notes, *job.held_out.notes]
     notes += () if learner.scorer is None else (*learner.scorer.notes, *learner.scorer.examples(job.prompts))
     notes += () if job.pair_judge is None else [job.pair_judge.note]
@@ -173,7 +178,7 @@ def whole_step(job: Job, learner: Learner, step: int, evaluates: bool) -> Iterat
     judge is asked what it did not answer.
 
     Raises:
-        JudgeError, ScorerError: a scorer's, with what was saved.
+        JudgeError, ScorerError, ScoreOverflow: a scorer's, with what was saved.
     """
     # Responses are scored before the update that learns from them: only what is scored after it, in an evaluation or
     # where a run may end at its cap, wants a copy of model and optimizer to go back to.
@@ -182,7 +187,7 @@ def whole_step(job: Job, learner: Learner, step: int, evaluates: bool) -> Iterat
     before = learner.undo(copied=scored_after)
     try:
         yield
-    except (JudgeError, ScorerError) as error:
+    except (JudgeError, ScorerError, ScoreOverflow) as error:
         learner.go_back(before)
         newest = latest_checkpoint(job.run.folder)
         if step > 1 and (newest is None or saved_step(newest) < step - 1):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kltune import __version__
 from kltune.cli.streams import result_stream, results_alone
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,15 @@ def test_a_stderr_that_takes_nothing_ends_no_command(redirect):
     done = run_noisy(2000, redirect)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.JSONDecoder().raw_decode(done.stdout)[0] == {"score": 1.5}
+
+
+def test_what_is_printed_while_the_interpreter_ends_is_no_part_of_the_result():
+    """``main`` as the command calls it, with what a reward function may leave behind it."""
+    code = "import atexit, os, sys\nfrom kltune.cli import main\natexit.register(print, 'late')\n" \
+           "atexit.register(os.write, 1, b'late\\n')\nsys.argv = ['kltune', '--version']\nmain()\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"kltune {__version__}\n")
+    assert done.stderr == "late\n" * 2
 
 
 def test_a_stdout_that_was_closed_takes_no_file_with_it(tmp_path):
