@@ -18,6 +18,7 @@ from kltune.run.checkpoint import drop_oldest, latest_checkpoint, save_checkpoin
 from kltune.run.files import read_jsonl
 from kltune.run.optimizer import learning_rate_share, make_optimizer
 from kltune.run.recorder import Clock
+from kltune.run.screen import doing
 from kltune.run.session import Run
 from kltune.train.batch import UNMEASURED, Batch, batch_metrics, response_kl, sample_rows, standardize
 from kltune.train.evaluation import HeldOut, load_held_out
@@ -115,6 +116,7 @@ def take_steps(
     Returns:
         The object of ``result.json``.
     """
+    doing("looking at the model before the first step")
     begin(job, learner)
     notes = [learner.policy.fingerprint.describe(), learner.policy.ends.note, *notes, *job.held_out.notes]
     notes += () if learner.scorer is None else (*learner.scorer.notes, *learner.scorer.examples(job.prompts))
@@ -125,6 +127,7 @@ def take_steps(
         step = job.run.start_step
         while goes_on(job, learner, step):
             step += 1
+            doing(f"step {step} of {job.steps}")
             with whole_step(job, learner, step, evaluates(job, step)):
                 close_step(job, learner, step, take_step(job, learner, step))
         with whole_step(job, learner, step + 1, evaluates=True):
