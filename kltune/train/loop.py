@@ -210,8 +210,9 @@ def warn_of_flat_scores(job: Job, scorer: Scorer) -> None:
     means, spreads = zip(*((row["score/mean"], row["score/sd"]) for row in rows), strict=True)
     if all(sd is not None and sd <= FLAT * max(1.0, abs(mean)) for mean, sd in zip(means, spreads, strict=True)):
         names = " + ".join(source.name for source in scorer.sources)
+        when = f"each of the first {len(rows)} steps" if len(rows) > 1 else "the first step"
         job.report.warn(
-            f"in each of the first {len(rows)} steps all responses score alike (the last {means[-1]:.4g}): reward "
+            f"in {when} all responses score alike (the last {means[-1]:.4g}): reward "
             f"{names} tells them apart by nothing, so that there is nothing to learn. Does it read the responses?"
         )
 
