@@ -104,7 +104,7 @@ def test_what_it_writes_runs_as_it_is(init, rows, name, arguments, chat, keys, t
     ([PLAIN], ["nosuch"], 2, "no stage nosuch; the stages are sft"),
     ([PLAIN], ["dpo"], 5, "found prompt; wanted prompt, chosen, rejected"),
     ([{"text": "a"}], ["sft", "--reward", "rewards.py"], 2, "--reward is for ppo and trpo"),
-    ([PLAIN], ["--reward", "no.py"], 5, "no.py cannot be read"),
+    ([PLAIN], ["--reward", "no.py"], 5, "--reward: no.py does not exist"),
     ([PLAIN], ["--reward", "rewards.txt"], 2, "wanted rewards.py"),
     ([HH, HH | {"rejected": HH["chosen"]}, HH | {"chosen": "x"}], ["dpo"], 5, "2 of 3 rows are faulty"),
 ])

@@ -71,7 +71,7 @@ def check_named(model: str, data: str, reward: str | None) -> None:
         is_folder = "is a folder, wanted a file of rows" if os.path.isdir(data) else "does not exist"
         found.append(("--prompts", f"{data} {is_folder}{'' if os.path.isdir(data) else _nearest(Path(data))}"))
     file = (reward or "").partition(":")[0]
-    if file and not os.path.exists(file):
+    if file.endswith(".py") and not os.path.exists(file):
         found.append(("--reward", f"{file} does not exist{_nearest(Path(file))}"))
     if found:
         raise InputError("\n  ".join(f"{option}: {text}" for option, text in found))
