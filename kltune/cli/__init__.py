@@ -7,6 +7,7 @@ code of its kind (``errors.py``); a traceback means a bug in kltune, exit code 1
 import os
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -34,11 +35,11 @@ from kltune.cli.options import (
 from kltune.cli.output import as_user_error, complain, emit, emit_document, result_text
 from kltune.cli.recipes import look_before_running, recipes
 from kltune.cli.sample import sample_command
-from kltune.cli.streams import guard_streams, leave_stdout
+from kltune.cli.streams import LossyText, guard_streams, leave_stdout
 from kltune.cli.sweep import frontier_command, sweep_command
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
-from kltune.run.screen import ShownText
+from kltune.run.screen import ShownText, doing, signs_of_life, undressed
 from kltune.run.subprocesses import end_at_once, on_stop_signals
 
 QUIET_LIBRARIES = {
@@ -96,7 +97,9 @@ def add_stage(stage: str, summary: str) -> None:
     ) -> None:
         loaded = load_recipe(recipe_named(positional, recipe, stage), overrides or (), stage, output)
         refuse_untrusted(loaded, trust_remote_code)
+        print(f"{stage} {loaded.name}: looking at what it names, then loading the libraries", file=sys.stderr)
         look_before_running(loaded)
+        doing("loading the libraries")
         run_stage = getattr(import_module(f"kltune.stages.{stage}"), f"run_{stage}")
         emit_document(run_stage(loaded, resume), as_json, result_text)
 
@@ -151,6 +154,14 @@ def report(
     emit(str(write_page(runs[0], output) if one else write_comparison(runs, output or Path("comparison.html"))))
 
 
+def alive() -> AbstractContextManager[None]:
+    """Within: whoever waits hears of it; not on a stream of a test, or of a program that calls ``main``."""
+    stream = undressed(sys.stderr)
+    if not isinstance(stream, LossyText):
+        return nullcontext()
+    return signs_of_life(sys.stderr.write, lambda: stream.written_at)
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run one command (default ``sys.argv[1:]``) and exit with the code of its outcome."""
     for name, value in (QUIET_LIBRARIES | ({} if "OMP_WAIT_POLICY" in os.environ else SPINNING)).items():
@@ -161,7 +172,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if not isinstance(sys.stderr, ShownText):
         sys.stderr = ShownText(sys.stderr)
     try:
-        with on_stop_signals(end_at_once):      # until a run has something to save
+        with alive(), on_stop_signals(end_at_once):      # until a run has something to save
             app(args=arguments, prog_name="kltune")
     except KltuneError as error:
         sys.exit(complain(error))

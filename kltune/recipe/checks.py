@@ -307,7 +307,8 @@ def function_file(key: str, value: str, folder: Path, trusted: bool) -> Iterator
     """A reward function lies beside the recipe: a recipe alone never chooses which code of this machine runs."""
     match = FUNCTION.fullmatch(value)
     if not match:
-        yield (key,), f"found {value}, wanted file.py:function, such as rewards.py:score"
+        signs = "" if value.isascii() else "; quotes and dashes have to be those of a keyboard"
+        yield (key,), f"found {value}, wanted file.py:function, such as rewards.py:score{signs}"
         return
     file = folder / match["file"]
     home = os.path.realpath(folder)

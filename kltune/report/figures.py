@@ -32,7 +32,8 @@ HELD_OUT = ("eval/kl_ref_nats_per_response", "eval/kl_ref_nats_per_token", "eval
             "eval/margin_nats")
 CURVE_NAMES = dict.fromkeys(TRAINING, "training") | dict.fromkeys(HELD_OUT, "held out") | {
     "eval/score_z": "proxy (trained on)", "eval/gold_z": "gold",
-    "eval/distinct_1": "distinct-1", "eval/distinct_2": "distinct-2", "eval/distinct_2_adjusted": "2, adjusted",
+    "eval/distinct_1": "distinct-1", "eval/distinct_2": "distinct-2",
+    "eval/distinct_2_adjusted": "distinct-2, adjusted",
     "eval/distinct_2_per_input": "per input", "eval/distinct_2_across_input": "across inputs",
     "eval/self_bleu": "self-BLEU", "eval/duplicate_fraction": "duplicates",
     "eval/tax_nats_per_token": "policy", "eval/perplexity": "policy",

@@ -119,8 +119,8 @@ def verdict_of(files: Files) -> RunVerdict:
     where = f"step {done:,} of {total:,}" if total else f"step {done:,}"
     reason = files.record.get("error") or "no reason recorded"
     word, tone, sentence = {
-        "interrupted": ("interrupted", "plain", f"Stopped at {where}; --resume continues it."),
-        "failed": ("failed", "bad", f"Failed at {where}: {reason}."),
+        "interrupted": ("interrupted", "plain", f"Stopped after {where}; --resume continues it."),
+        "failed": ("failed", "bad", f"Failed after {where}: {reason.rstrip('.')}."),
     }.get(str(status), ("running", "plain", f"At {where} when this page was written; no final measurement yet."))
     value, error = newest_kl(files)
     if value is not None:

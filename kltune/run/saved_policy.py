@@ -21,6 +21,7 @@ from kltune.lm.model.sampler import Draw
 from kltune.recipe import DataSection, ModelSection, load_recipe
 from kltune.recipe.stages import prompts_source
 from kltune.run.checkpoint import read_info, resolve_checkpoint
+from kltune.run.screen import doing
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
         CheckpointError: the reference found is not the one the checkpoint was trained against, or none is known.
         ModelError: one of the two cannot be loaded, or they do not fit together.
     """
+    doing(f"loading {subject.path}")
     try:
         return _opened(subject, options)
     except (KltuneError, OSError):

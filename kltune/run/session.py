@@ -43,6 +43,7 @@ from kltune.run.files import (
     write_whole,
 )
 from kltune.run.loggers import wanted_loggers
+from kltune.run.screen import doing
 from kltune.run.subprocesses import end_at_once, on_stop_signals, tell_at_once
 
 Train = Callable[[Any, Policy, "Run"], dict[str, Any]]
@@ -140,15 +141,18 @@ def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
         return done
     wanted_loggers(recipe.run.loggers)      # what is not installed is said before anything slow
     with open_run(recipe, resume=resume) as run:
+        doing("reading what the recipe names")
         run.set_inputs(inputs_of(recipe))
         torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
         device, template = pick_device(recipe.run.device), read_template(recipe.data.chat_template)
+        doing(f"loading {recipe.model.path}")
         policy = load_policy(recipe.model, recipe.lora, device=device, chat_template=template)
         run.set_reference(policy.fingerprint)
         run.record(base=base_of(recipe))
         if run.resume_from is not None:
             policy.hold_against(run.resume_from, "checkpoint", recipe.model.trust_remote_code)
         policy.day = run.day
+        doing("reading rows and rewards")
         return train(recipe, policy, run)
 
 

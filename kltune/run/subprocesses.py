@@ -45,6 +45,7 @@ def run_commands(
     environment: Mapping[str, str],
     started: Callable[[Command], None],
     ended: Callable[[Command, int, float], None],
+    watched: Callable[[Sequence[Command]], None] = lambda running: None,
 ) -> int | None:
     """Run all commands, at most ``jobs`` at a time, each whatever became of the others.
 
@@ -52,8 +53,8 @@ def run_commands(
     sessions of their own: what a terminal sends to everyone would reach them twice, and twice means at once. Should
     this process be killed, with no chance to hand anything on, the system asks them to stop (on Linux).
 
-    ``ended`` is told of each with its exit code (128 + the signal for one that was killed) and its seconds. Returned is
-    the signal that ended it early, or None.
+    ``ended`` is told of each with its exit code (128 + the signal for one that was killed) and its seconds; ``watched``
+    many times a second of those that run. Returned is the signal that ended it early, or None.
 
     Raises:
         StorageError: a log cannot be written; the commands that ran were asked to stop first.
@@ -71,6 +72,7 @@ def run_commands(
                     running.remove(child)
                     code = child.process.returncode
                     ended(child.command, code if code >= 0 else 128 - code, time.monotonic() - child.began)
+                watched([child.command for child in running])
                 time.sleep(POLL_SECONDS)
         finally:
             for child in running:      # only where something went wrong here

@@ -29,6 +29,7 @@ from kltune.lm.model.sampler import Draw
 from kltune.lm.rewards.judge import Judge
 from kltune.lm.rewards.scorers import Scorer, load_scorer
 from kltune.recipe import Recipe, SamplingSection
+from kltune.run.screen import counted, doing
 from kltune.run.session import Run
 from kltune.train.preferences import Preferences, load_preferences, pair_metrics
 
@@ -116,14 +117,17 @@ class HeldOut:
             metrics |= score_metrics("eval/", scores, measured.prompt_index, reference.scales)
             metrics |= text_metrics("eval/", measured, policy.network.vocabulary)
         if self.texts:
+            doing("evaluation: held-out texts")
             metrics |= self._tax(policy, reference)
         if self.pairs is not None:
+            doing("evaluation: held-out pairs")
             metrics |= pair_metrics(policy, self.pairs)
         return metrics | reference.metrics, measured
 
     def _answered(self, policy: Policy, count: int, *, from_reference: bool = False) -> Measurement:
         """So many answers to the prompts, measured; with the same random numbers whoever gives them."""
-        return measure_kl(policy, self.answered(count), self.draw, from_reference=from_reference)
+        progress = counted(f"evaluation: sampling the {'reference' if from_reference else 'policy'}", count)
+        return measure_kl(policy, self.answered(count), self.draw, from_reference=from_reference, progress=progress)
 
     def answered(self, count: int) -> Round:
         """Which prompts get so many answers; the same ones at every evaluation."""

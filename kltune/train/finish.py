@@ -14,6 +14,7 @@ from kltune.lm.measure.measurement import Measurement, kl_result
 from kltune.lm.model.opening import check_frozen
 from kltune.report.pages import write_page
 from kltune.run.checkpoint import save_final, saved_step, whole_checkpoints
+from kltune.run.screen import doing
 from kltune.train.evaluation import Metrics, before_and_after, gold_result
 from kltune.train.learner import ALARMS, Job, Learner
 
@@ -120,6 +121,7 @@ def conclude(
         "eval": metrics,
         "seconds": job.run.seconds(),
     })
+    doing("drawing the page")
     write_page(job.run.folder)
     return result
 
@@ -239,6 +241,7 @@ def land_on_target(job: Job, learner: Learner, found: Final) -> Final:
 
 def make_interpolation(job: Job, learner: Learner) -> Interpolation:
     """The policy ready to be scaled back, with random numbers that its evaluation does not use."""
+    doing("landing: measuring shares of the adapter")
     held_out = job.held_out
     draw = replace(held_out.draw, seed=held_out.seed + LANDING_SEED)
     return Interpolation(learner.policy, held_out.prompts, draw, unit=learner.budget.section.unit)

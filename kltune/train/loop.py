@@ -18,6 +18,7 @@ from kltune.run.checkpoint import drop_oldest, latest_checkpoint, save_checkpoin
 from kltune.run.files import read_jsonl
 from kltune.run.optimizer import learning_rate_share, make_optimizer
 from kltune.run.recorder import Clock
+from kltune.run.screen import doing
 from kltune.run.session import Run
 from kltune.train.batch import UNMEASURED, Batch, batch_metrics, response_kl, sample_rows, standardize
 from kltune.train.evaluation import HeldOut, load_held_out
@@ -118,6 +119,7 @@ def take_steps(
     Raises:
         Interrupted: a signal came while models were loaded, which may take longer than a step. Others: see the parts.
     """
+    doing("looking at the model before the first step")
     begin(job, learner)
     if job.run.stop_signal:
         raise Interrupted(f"before step {job.run.start_step + 1}; --resume begins there.", job.run.stop_signal)
@@ -130,6 +132,7 @@ def take_steps(
         step = job.run.start_step
         while goes_on(job, learner, step):
             step += 1
+            doing(f"step {step} of {job.steps}")
             with whole_step(job, learner, step, evaluates(job, step)):
                 close_step(job, learner, step, take_step(job, learner, step))
         with whole_step(job, learner, step + 1, evaluates=True):
@@ -212,8 +215,9 @@ def warn_of_flat_scores(job: Job, scorer: Scorer) -> None:
     means, spreads = zip(*((row["score/mean"], row["score/sd"]) for row in rows), strict=True)
     if all(sd is not None and sd <= FLAT * max(1.0, abs(mean)) for mean, sd in zip(means, spreads, strict=True)):
         names = " + ".join(source.name for source in scorer.sources)
+        when = f"each of the first {len(rows)} steps" if len(rows) > 1 else "the first step"
         job.report.warn(
-            f"in each of the first {len(rows)} steps all responses score alike (the last {means[-1]:.4g}): reward "
+            f"in {when} all responses score alike (the last {means[-1]:.4g}): reward "
             f"{names} tells them apart by nothing, so that there is nothing to learn. Does it read the responses?"
         )
 

@@ -1,6 +1,7 @@
 """A result has stdout to itself whatever prints, and nothing that happens to stderr ends a command."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from kltune import __version__
 from kltune.cli.streams import result_stream, results_alone
+from tests.conftest import RECIPE
 
 ROOT = Path(__file__).parents[2]
 # As a command does it, without one: to import torch takes longer than all of this.
@@ -86,3 +88,27 @@ def test_in_a_program_that_calls_a_command_the_streams_are_put_back(capsys):
         raise ZeroDivisionError
     assert sys.stdout is result_stream() is stdout
     assert capsys.readouterr() == ("result\n", "noise\n")
+
+
+SLOW = """
+import kltune.cli as cli
+from functools import partial
+cli.signs_of_life = partial(cli.signs_of_life, silence=0.1)
+cli.main(["recipe", "check", "ppo.yaml"])
+"""
+
+
+def test_a_command_that_takes_long_says_what_it_is_doing(tmp_path):
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / "model" / name).write_text("{}")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}')
+    waits = "import time\ntime.sleep(1.0)\n"        # as where it imports a large library
+    (tmp_path / "rewards.py").write_text(f"{waits}\n\ndef score(prompts, responses):\n    return [0.0]\n")
+    (tmp_path / "ppo.yaml").write_text(RECIPE.replace("some/model", "model"))
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=120, check=False,
+    )
+    assert (done.returncode, done.stdout[:10]) == (0, "stage: ppo")
+    assert "looking at what the recipe names, 1 s so far\n" in done.stderr
