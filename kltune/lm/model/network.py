@@ -274,23 +274,25 @@ class Rereader:
     def __init__(self, network: Network, ids: Tensor, mask: Tensor, limit: int):
         """Take left-padded prompts, and their mask: 0 on padding. [R, width] each. Rows get at most ``limit`` more."""
         self._network, self._lengths = network, mask.sum(dim=1)
+        self._longest = int(self._lengths.max())    # known here, so that no token waits for the device to say it
         places = torch.arange(ids.shape[1] + limit, device=ids.device) + (ids.shape[1] - self._lengths)[:, None]
         self._ids = nn.functional.pad(ids, (0, limit)).gather(1, places % (ids.shape[1] + limit))  # padded right
 
     def logits(self) -> Tensor:
         """After each row so far. [R, V]."""
-        states = self._network.hidden(self._ids[:, : int(self._lengths.max())])
+        states = self._network.hidden(self._ids[:, : self._longest])
         return self._network.logits(states[torch.arange(len(states), device=states.device), self._lengths - 1])
 
     def feed(self, ids: Tensor) -> Tensor:
         """One more token for each row: the logits after it. [R] -> [R, V]."""
         self._ids[torch.arange(len(ids), device=ids.device), self._lengths] = ids
-        self._lengths = self._lengths + 1
+        self._lengths, self._longest = self._lengths + 1, self._longest + 1
         return self.logits()
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
         self._ids, self._lengths = self._ids[rows], self._lengths[rows]
+        self._longest = int(self._lengths.max())
 
 
 def _trunk_of(causal: nn.Module) -> nn.Module | None:
