@@ -29,8 +29,8 @@ from kltune.lm.model.policy import Policy
 # Largest mean gap between the sampler's log-probabilities and teacher forcing's, nats per token. Rounding gives 1e-6 in
 # float32 and about 1e-2 in bfloat16; a wrong temperature, mask or position gives far more.
 MEAN_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
-# Of float32 logits that are turned into tokens at once. On a CPU what lies between logits and token stays small and warm:
-# six times faster at V = 8192 than all rows at once. A GPU wants few kernels.
+# Of float32 logits that are turned into tokens at once. On a CPU what lies between logits and token stays small and
+# warm: six times faster at V = 8192 than all rows at once. A GPU wants few kernels.
 DRAW_BYTES = {"cpu": 2**20, "gpu": 2**27}
 # Tokens between two looks at who is still going. A look makes the CPU wait for a GPU, which then waits for the CPU.
 LOOK_EVERY = {"cpu": 1, "gpu": 8}

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
-from kltune.lm.model.opening import check_causal, check_fresh_policy, load_policy, load_reference
+from kltune.lm.model.opening import check_causal, check_fresh_policy, expect_rounding, load_policy, load_reference
 from kltune.lm.model.sampler import sample, uniform_numbers
 from kltune.recipe import LoraSection, ModelSection
 from tests.foreign_models import ADAPTERS, LORA, REFUSED, save_adapter, save_model
@@ -188,3 +188,24 @@ def test_another_token_without_a_row_is_named(open_policy, narrow):
     policy = open_policy(path=narrow)
     with pytest.raises(ModelError, match=r"40 rows and none for token 41, 'w40' of the tokenizer .*narrow"):
         sample(policy, [Prompt((3, 41), "", "")], UNIFORMS, temperature=1.0)
+
+
+# --- before any update ------------------------------------------------------------------------------------------------
+
+
+def test_in_a_narrow_dtype_rounding_passes_and_a_few_wrong_rows_do_not():
+    noise = torch.randn(1500, generator=torch.Generator().manual_seed(0)).abs()
+    rounding = 0.0125 * noise        # of a chat model in bfloat16; one token of many may be far off
+    rounding[7] = 0.4
+    expect_rounding(rounding, torch.bfloat16, "another's")
+    expect_rounding(torch.tensor([0.06, 0.0, 0.3, 0.001]), torch.bfloat16, "another's")       # 4 tokens say little
+    wrong = rounding.clone()
+    wrong[:60] = 0.6        # 2 rows of 50: the mean does not show them
+    assert wrong.mean() < 0.05
+    for gaps, found in (
+        (wrong, r"61 of 1500 log-probabilities differ by more than 0\.25 nats per token from another's"),
+        (0.1 * noise, r"the average log-probability differs by 0\.07\d+ ± 0\.001\d* nats"),
+        (rounding.index_fill(0, torch.tensor([3]), torch.nan), "differs by nan"),
+    ):
+        with pytest.raises(ModelError, match=found):
+            expect_rounding(gaps, torch.bfloat16, "another's")
