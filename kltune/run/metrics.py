@@ -181,6 +181,9 @@ METRICS = (
     Metric("eval/agreement_z", "standard errors", ANY, POLICIES, 0.4,
            "sampled KL (k1) less the exact one, in standard errors; beyond ±4 the sampler drew from another "
            "distribution"),
+    Metric("eval/noise_floor_nats_per_response", "nats per response", ABOVE_0, POLICIES, 2e-8,
+           "KL that rounding alone makes: of the policy as it sampled the answers to itself as it was measured on them "
+           "(k3); in bfloat16 about 1e-4 to 1e-3 nats a token"),
     Metric("eval/truncated_fraction", "share", SHARE, POLICIES, 0.1,
            "share of the answers cut at sampling.max_new_tokens before they ended"),
     Metric("eval/score_mean", "score", ANY, ("reward", *BUDGETED), 1.6,

@@ -224,6 +224,7 @@ class KLFacts(TypedDict, total=False):
     nats_per_token: Number
     stderr: Number
     ci95: Bounds
+    noise_floor: dict[str, Number] | None
 
 
 class Result(TypedDict, total=False):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kltune.core.kl.divergence import VocabularySums
+from kltune.core.kl.divergence import VocabularySums, kl_k3
 from kltune.core.kl.truncation import Cut, renormalized
 from kltune.core.tensors import log_distribution, per_response
 from kltune.errors import DivergedError, ModelError
@@ -85,7 +85,8 @@ def sample_rollout(
             raise DivergedError(f"{name} of sampled tokens is not finite; lower optim.lr or raise kl.beta.")
     tensors = {name: None if values is None else response_scatter(values, mask) for name, values in flat.items()}
     check_sampler(samples, tensors["logprobs"], mask, policy.dtype)
-    return Rollout(**(vars(samples) | tensors), sums=sums)
+    # The sampler saw the tokens one at a time in other batches: in a narrow dtype as another policy would.
+    return Rollout(**(vars(samples) | tensors), sums=sums, rounding=kl_k3(samples.logprobs, tensors["logprobs"], mask))
 
 
 def check_sampler(samples: Samples, logprobs: Tensor, counted: Tensor, dtype: torch.dtype) -> None:
