@@ -110,6 +110,7 @@ class Beside(TypedDict, total=False):
     ends: dict[str, Any]
     probe: list[float]
     merge_survived: float
+    merge_kl: float | None
     untied: bool
 
 

@@ -43,9 +43,10 @@ class Fingerprint:
 
     path, sft_adapter: where the weights came from. dtype: of the weights that were hashed. merge_survived: share of
     the SFT adapter's update that survived rounding to that dtype (1 in float32). untied: the base's head and embedding
-    are one matrix, and have one each since the SFT adapter was merged, which acts on one of them. config: the settings
-    of config.json that can move a logit. ends: the fields of its EndTokens. probe: a few of its logits on a few tokens,
-    as ``probed`` picks them. The last three are empty where they are not known.
+    are one matrix, and have one each since the SFT adapter was merged, which acts on one of them. merge_kl: nats a
+    token from what SFT ended with to the rounded merge; None in float32. config: the settings of config.json that can
+    move a logit. ends: the fields of its EndTokens. probe: a few of its logits on a few tokens, as ``probed`` picks
+    them. The last three are empty where they are not known.
     """
 
     path: str
@@ -56,14 +57,13 @@ class Fingerprint:
     template_sha256: str
     merge_survived: float = 1.0
     untied: bool = False
+    merge_kl: float | None = None
     config: dict[str, Any] = field(default_factory=dict)
     ends: dict[str, Any] = field(default_factory=dict)
     probe: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(
-        cls, section: ModelSection, model: nn.Module, tokenizer, merge_survived: float, untied: bool = False
-    ) -> "Fingerprint":
+    def of(cls, section: ModelSection, model: nn.Module, tokenizer) -> "Fingerprint":
         """Hash what was loaded for a recipe's ``model`` section."""
         return cls(
             path=section.path,
@@ -72,8 +72,6 @@ class Fingerprint:
             sha256=weights_sha256(dict(model.state_dict()), section.path),
             tokenizer_sha256=tokenizer_sha256(tokenizer),
             template_sha256=sha256_text(template_of(tokenizer)),
-            merge_survived=merge_survived,
-            untied=untied,
             config=settings_of(model.config),
         )
 
@@ -120,7 +118,9 @@ class Fingerprint:
         merged = ""
         if self.sft_adapter:
             lost = 1.0 - self.merge_survived
-            merged = f" + {self.sft_adapter}" + (f" ({lost:.1%} of its update lost to rounding)" if lost > 0.01 else "")
+            said = [f"{lost:.1%} of its update lost to rounding"] * (lost > 0.01)
+            said += [] if self.merge_kl is None else [f"{self.merge_kl:.2g} nats a token from it unmerged"]
+            merged = f" + {self.sft_adapter}" + (f" ({', '.join(said)})" if said else "")
         return f"reference = {self.path}{merged}, frozen, {self.dtype}, sha256 {self.sha256[:12]} (adapter off)"
 
     def how_to_load(self, what: str = "LoRA adapter", imports: str = "", use: str = "") -> str:

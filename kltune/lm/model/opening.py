@@ -13,6 +13,7 @@ from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
 from kltune.lm.model.adapters import (
     POLICY,
+    Merge,
     config_to_fill,
     fill,
     load_weights,
@@ -79,13 +80,14 @@ def load_reference(
     model = load_base(section, device, where)
     tokenizer = load_tokenizer(section.path, section.trust_remote_code, where)
     tokenizer.chat_template = chat_template or tokenizer.chat_template
-    survived, untied = 1.0, False
+    merge = Merge()
     if section.sft_adapter is not None:
         adapter = Path(section.sft_adapter)
         refuse_code(adapter, "model.sft_adapter", trusted=section.trust_remote_code)
         check_made_for(adapter, model, section.path)
-        model, survived, untied = merge_adapter(model, adapter)
-    fingerprint = Fingerprint.of(section, model, tokenizer, merge_survived=survived, untied=untied)
+        model, merge = merge_adapter(model, adapter)
+    fingerprint = Fingerprint.of(section, model, tokenizer)
+    fingerprint = replace(fingerprint, merge_survived=merge.survived, untied=merge.untied, merge_kl=merge.kl)
     trained, frozen = (copy.deepcopy(model), model) if full else (model, None)
     policy = Policy(trained, tokenizer, fingerprint, frozen=frozen)
     if section.sft_adapter is not None:
