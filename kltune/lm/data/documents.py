@@ -111,6 +111,7 @@ class Beside(TypedDict, total=False):
     probe: list[float]
     merge_survived: float
     merge_kl: float | None
+    merge: bool
     untied: bool
 
 

@@ -1,13 +1,7 @@
-"""Adapters over one set of frozen weights: which are on, which are refused, and layers that are computed twice.
+"""Adapters over one set of frozen weights: which are on, which are refused, and how one becomes part of the weights.
 
 Only adapters that leave the base weights as they are can serve: then the model with every adapter off *is* the
 reference, bit for bit.
-
-Gradient checkpointing (a layer keeps its input alone, and its backward pass computes the layer again) is for sequences
-whose backward pass would not fit otherwise: six layers of 256 took 1.37 times as long and kept 16 MB instead of 336.
-transformers' own switch works only in training mode, which would turn every dropout on. The trap is that the layer is
-computed again later: by then another adapter may be on, and the gradient would silently be that of another function.
-So a layer remembers how its adapters were switched.
 """
 
 import json
@@ -25,11 +19,10 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kltune.core.kl.divergence import kl_exact
 from kltune.core.tensors import at_least_float32, close, log_distribution
@@ -342,6 +335,43 @@ def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, Merge]:
     return merged, Merge(arrived / asked, untied, kl)
 
 
+class UpdatedLinear(nn.Linear):
+    """A linear layer with a frozen update, W x + bias + s B A x: to whatever adapts it, one layer."""
+
+    update_scale: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        out = nn.functional.linear(x, self.weight, self.bias)
+        flat = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.update_a)
+        return torch.addmm(out.reshape(len(flat), -1), flat, self.update_b.t(), alpha=self.update_scale).view(out.shape)
+
+
+def keep_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """Make an SFT adapter part of the reference beside its weights, which nothing rounds then.
+
+    Raises:
+        ModelError: it changes the base in other ways, does not fit it one to one, or is more than two matrices a layer.
+    """
+    weights = load_compatible(folder, model)
+    adapted = wrap(model, config_to_fill(folder), str(folder)).eval()
+    fill(adapted, weights, folder)
+    for name, layer in adapted.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        plain = isinstance(layer, LoraLayer) and not layer.lora_variant and type(layer.get_base_layer()) is nn.Linear
+        if not plain or layer.lora_bias[POLICY]:
+            raise ModelError(
+                f"{folder}: its layer {name} is more than a LoRA on a linear layer, which model.merge: false cannot "
+                "keep beside the weights; write merge: true."
+            )
+        base, dtype = layer.get_base_layer(), layer.get_base_layer().weight.dtype
+        base.__class__, base.update_scale = UpdatedLinear, layer.scaling[POLICY]
+        for letter, matrix in (("a", layer.lora_A), ("b", layer.lora_B)):
+            base.register_parameter(f"update_{letter}", nn.Parameter(matrix[POLICY].weight.detach().to(dtype), False))
+    return adapted.unload()
+
+
 def _merge_wide(layer: BaseTunerLayer, merge: Callable, updates: list[tuple[float, float]], *args, **kwargs) -> None:
     """Merge one layer in float32 and round it; put |asked|² and asked · arrived of its update to the others."""
     before = {name: tensor.data for name, tensor in layer.get_base_layer().named_parameters()}
@@ -369,14 +399,11 @@ def _logits_and_unread(
 
 def _expect_same(found: Tensor, wanted: Tensor, folder: Path, exactly: bool = False) -> None:
     """Raise ModelError unless merging left a model's logits as they were: but for rounding, or to the bit."""
-    if exactly:
-        same = torch.equal(found, wanted)
-    elif found.dtype == torch.float32:
-        same = close(found, wanted)
-    else:       # through many layers the largest may be far off
-        same = bool((found - wanted).float().abs().mean() <= ROUNDED * wanted.float().abs().mean())
-    if not same:
-        raise _another_model(folder, f"a logit differs by {(found - wanted).abs().max().item():.3g}")
+    gap, size = (found - wanted).float().abs(), wanted.float().abs()
+    # In a narrow dtype, through many layers, the largest may be far off.
+    near = close(found, wanted) if found.dtype == torch.float32 else gap.mean() <= ROUNDED * size.mean()
+    if not (torch.equal(found, wanted) if exactly else near):
+        raise _another_model(folder, f"a logit differs by {gap.max().item():.3g}")
 
 
 def _expect_own_matrices(layers: Sequence[BaseTunerLayer], folder: Path) -> None:
@@ -405,32 +432,3 @@ def _spoken(adapted: PeftModel) -> Tensor:
         token = torch.searchsorted(cumulative, at, right=True).clamp(max=cumulative.shape[-1] - 1)
         ids = torch.cat([ids, token], dim=1)
     return ids
-
-
-class CheckpointedLayers:
-    """Gradient checkpointing of the layers of a trunk that their author marked for it."""
-
-    def __init__(self, trunk: nn.Module):
-        layers = (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))
-        self._layers = [(layer, AdapterSwitch(layer)) for layer in layers]
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Within: forward passes keep each layer's input alone. Their backward passes may come later."""
-        for layer, switch in self._layers:
-            layer.forward = partial(_checkpointed, layer.forward, switch)
-        try:
-            yield
-        finally:
-            for layer, _ in self._layers:
-                del layer.forward   # back to that of its class
-
-
-def _checkpointed(forward: Callable[..., Any], switch: AdapterSwitch, *args, **kwargs) -> Any:
-    state = switch.state()
-
-    def again(*args, **kwargs) -> Any:
-        with switch.as_in(state):
-            return forward(*args, **kwargs)
-
-    return checkpoint(again, *args, use_reentrant=False, **kwargs)

@@ -16,6 +16,7 @@ from kltune.lm.model.adapters import (
     Merge,
     config_to_fill,
     fill,
+    keep_adapter,
     load_weights,
     merge_adapter,
     probe_ids,
@@ -85,7 +86,7 @@ def load_reference(
         adapter = Path(section.sft_adapter)
         refuse_code(adapter, "model.sft_adapter", trusted=section.trust_remote_code)
         check_made_for(adapter, model, section.path)
-        model, merge = merge_adapter(model, adapter)
+        model, merge = merge_adapter(model, adapter) if section.merge else (keep_adapter(model, adapter), Merge())
     fingerprint = Fingerprint.of(section, model, tokenizer)
     fingerprint = replace(fingerprint, merge_survived=merge.survived, untied=merge.untied, merge_kl=merge.kl)
     trained, frozen = (copy.deepcopy(model), model) if full else (model, None)
