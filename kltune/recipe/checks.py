@@ -65,6 +65,7 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False, packaged: bool 
     yield from sources(recipe)
     yield from lengths(recipe)
     yield from unread(recipe)
+    yield from kept_adapter(recipe)
     yield from judges(recipe)
     yield from templates(recipe)
     if recipe.stage == "trpo":
@@ -85,6 +86,16 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False, packaged: bool 
         if recipe.kl.hard_cap is not None and recipe.sampling.prompts_per_step < 2:
             yield (("kl.hard_cap", "sampling.prompts_per_step"), "found 1 prompt per step, wanted at least 2: a cap is "
                    "held with an error, and responses to one prompt give none")
+
+
+def kept_adapter(recipe: Recipe) -> Iterator[Clash]:
+    """An SFT adapter can only be kept beside the weights where there is one, and where they are not trained."""
+    if recipe.model.merge:
+        return
+    if recipe.model.sft_adapter is None:
+        yield ("model.merge",), "found false without model.sft_adapter: there is nothing to keep beside the weights"
+    elif recipe.lora is None:
+        yield ("model.merge", "lora"), "found merge: false with lora: null: where every weight is trained, merge first"
 
 
 def sources(recipe: Recipe) -> Iterator[Clash]:

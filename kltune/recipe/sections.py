@@ -21,6 +21,10 @@ class ModelSection(Section):
         None, description="a LoRA from kltune sft, merged into the base: base + SFT is then the reference",
         examples=["runs/sft/final"],
     )
+    merge: bool = Field(
+        True, description="add sft_adapter into the weights, which rounds it in bfloat16; false keeps it beside them, "
+        "exact and slower"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type of the frozen weights; adapters are always trained in float32"
     )

@@ -111,6 +111,7 @@ class HeldOut:
                 "eval/kl_ref_nats_per_token": kl.nats_per_token,
                 "eval/prompts": kl.prompts,
                 "eval/agreement_z": measured.z,
+                "eval/noise_floor_nats_per_response": measured.noise_floor["nats_per_response"],
                 "eval/truncated_fraction": measured.truncated.float().mean().item(),
             }
             scores = measured_scores(scorers, measured, self.sampling.missing_end_penalty)

@@ -110,6 +110,8 @@ class Beside(TypedDict, total=False):
     ends: dict[str, Any]
     probe: list[float]
     merge_survived: float
+    merge_kl: float | None
+    merge: bool
     untied: bool
 
 
@@ -224,6 +226,7 @@ class KLFacts(TypedDict, total=False):
     nats_per_token: Number
     stderr: Number
     ci95: Bounds
+    noise_floor: dict[str, Number] | None
 
 
 class Result(TypedDict, total=False):
