@@ -261,11 +261,12 @@ def step_row(
 def passes_of(recipe) -> tuple[float, float]:
     """How often one step of a stage goes through trunk and head at least, over all positions: (trunk, head).
 
-    Forward is one pass and backward another. TRPO: the gradient, a product with the Fisher matrix of a share of the
-    responses (as much as a gradient) for each iteration, one look along the line, and the value function's epochs.
+    Forward is one pass and backward another; what is measured once, as the reference of dpo, is not in it. TRPO: the
+    gradient, a product with the Fisher matrix of a share of the responses (as much as a gradient) for each iteration,
+    one look along the line, and the value function's epochs.
     """
-    if recipe.stage == "dpo":
-        return 2, 2
+    if recipe.stage in ("dpo", "sft", "reward"):
+        return 2, 0 if recipe.stage == "reward" else 2
     section = getattr(recipe, recipe.stage)
     values = section.baseline == "value" and section.value_function == "lora"
     if recipe.stage == "ppo":
