@@ -280,9 +280,11 @@ def svg_of(figure: "Figure", name: str, title: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     with matplotlib.rc_context({"svg.hashsalt": "kltune", "svg.fonttype": "none"}):
-        FigureCanvasSVG(figure)
+        for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+            patch.set_facecolor("none")
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        # Not savefig, which draws everything twice to lay it out: drawing once does that as well.
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg"):].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
