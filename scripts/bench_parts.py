@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +30,37 @@ def stamped(threads: int) -> dict[str, str | int]:
         "commit": git.stdout.strip() or "unknown", "date": f"{datetime.now(UTC):%Y-%m-%d}", "threads": threads,
         "machine": f"{processor}, {os.cpu_count()} cores",
     }
+
+
+def counted(work: Callable[[], object]) -> dict[str, int]:
+    """What some work costs in numbers that do not depend on the machine's mood.
+
+    kernels: operations that compute, not views. waits: those for which a GPU would have to be waited for. largest:
+    elements of the largest tensor that was made.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    waiting = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2"}
+    counts = {"kernels": 0, "waits": 0, "largest": 0}
+
+    class Counting(TorchDispatchMode):
+        """Sees every operation below autograd, those of backward passes included."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            """Run the operation and count it."""
+            out = func(*args, **(kwargs or {}))
+            if not func.is_view:
+                counts["kernels"] += 1
+                counts["waits"] += func.overloadpacket.__name__ in waiting
+                sizes = (leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
+                counts["largest"] = max(counts["largest"], *sizes, 0)
+            return out
+
+    with Counting():
+        work()
+    return counts
 
 
 def random_llama(
