@@ -37,7 +37,6 @@ from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import Draw, sample, uniform_numbers
 from kltune.recipe import load_recipe
 from kltune.run.recorder import Clock
-from kltune.train.learner import Learner
 from kltune.train.loop import Taken
 from kltune.train.preferences import Preferences, load_preferences, response_logprobs
 
@@ -225,7 +224,7 @@ def labelled_ids(pairs: Preferences) -> list[dict]:
 
 def gate(folder: Path, output: Path) -> None:
     """Log-probabilities, one gradient and the value of each loss on the gate's pairs, by what training calls."""
-    from kltune.stages.dpo import add_loss_gradient
+    from kltune.stages.dpo import add_loss_gradient, make_learner
 
     work, recipe = load_work(folder), open_recipe(folder)
     policy = fresh_policy(recipe)
@@ -241,9 +240,9 @@ def gate(folder: Path, output: Path) -> None:
 
     def value(*changes: str) -> float:
         asked = open_recipe(folder, changes=changes)
-        learner = Learner(policy, None, reward_mean=0.0 if asked.dpo.loss == "bco" else None)
         policy.model.zero_grad()
-        return add_loss_gradient(asked, learner, pairs, first=False)["loss/mean"]
+        learner = make_learner(asked, policy, 1)
+        return add_loss_gradient(asked, learner, pairs, asked.dpo.beta, first=False, held=pairs)["loss/mean"]
 
     found = {"sigmoid": value()}
     tensors |= {f"gradient/{n}": p.grad.clone() for n, p in policy.model.named_parameters() if p.requires_grad}

@@ -9,8 +9,9 @@ from argparse import Namespace
 import numpy as np
 import pytest
 from bench_peers import SCRIPTS, WORKS, check_part, figures, sized, summary
-from peers_gates import CLOSE, TRACE_CLOSE, compared_traces, gap, gate_row, gradient_gap
+from peers_gates import CLOSE, TRACE_CLOSE, compared_traces, gap, gate_row, gradient_gap, same_numbers
 from peers_watch import Watch
+from safetensors.numpy import load_file
 
 
 def test_a_gap_is_absolute_below_1_and_a_share_above():
@@ -107,12 +108,11 @@ SMALL = {"prompt_tokens": 8, "new_tokens": 4, "random": {"hidden": 64, "layers":
 ASKED = Namespace(stories="", smol="", pairs="", prompts="", batch=None, group=None, works=[])
 
 
-def made(folder, work: dict) -> dict:
+def made(folder, work: dict, steps: tuple[str, str] = ("prepare", "run")) -> dict:
     """What kltune's own side says of a work, in processes of its own."""
     (folder / "work.json").write_text(json.dumps(work | {"model": str(folder / "model")}))
-    for words in (["prepare"], ["run"]):
-        output = [str(folder / "out.json")] if words == ["run"] else []
-        command = [sys.executable, str(SCRIPTS / "peers_kltune.py"), *words, str(folder), *output]
+    for step in steps:
+        command = [sys.executable, SCRIPTS / "peers_kltune.py", step, folder, folder / "out.json"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((folder / "out.json").read_text())
@@ -125,6 +125,17 @@ def test_kltunes_own_side_runs_and_stamps_its_steps(tmp_path, name):
     assert document["peak_mb"] > document["held_mb"] > 0.0
     assert document["floor_seconds"] > 0.0
     assert len(document["losses"]) == (4 if name.startswith("dpo") else 0)  # PPO has no loss to hold against TRL's
+
+
+def test_kltunes_own_side_of_the_gates_runs(tmp_path):
+    work = sized("dpo-v32000", ASKED, 1) | SMALL | {"rows": 4, "losses": True}
+    losses = made(tmp_path, work, ("prepare-gate", "gate"))["losses"]
+    assert len(losses) == 13
+    assert all(math.isfinite(value) for value in losses.values())
+    tensors = load_file(tmp_path / "out.safetensors")
+    assert gap(tensors["logprobs"], tensors["logprobs"]) == 0.0
+    assert gap(tensors["logprobs"], tensors["ref_logprobs"]) > 0.0
+    assert same_numbers(tmp_path / "out.json", tmp_path / "out.json", "bfloat16")[0]["passed"]
 
 
 @pytest.mark.stress
