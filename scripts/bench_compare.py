@@ -40,7 +40,8 @@ def named(row: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 def said(key: tuple[tuple[str, Any], ...]) -> str:
     """The same for people."""
-    return ", ".join(str(value) if isinstance(value, str) else f"{name.replace('_', ' ')} {value}" for name, value in key)
+    words = (value if isinstance(value, str) else f"{name.replace('_', ' ')} {value}" for name, value in key)
+    return ", ".join(words)
 
 
 def moves(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
