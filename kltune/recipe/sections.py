@@ -307,7 +307,7 @@ class RunSection(Section):
         "steps", description="target: go on after the steps, five times as many at most, at a constant lr, until the "
         "KL has held its target for a third of them, or the reward pulls no further (ppo, trpo, dpo)"
     )
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="same seed, same machine: same run")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="same seed, same machine and number of threads: same run")
     save_every: Count = Field(20, description="steps between checkpoints")
     eval_every: Count = Field(20, description="steps between evaluations")
     keep: Count = Field(3, description="checkpoints kept")
@@ -320,6 +320,11 @@ class RunSection(Section):
     output: Text = Field("runs/name", description="folder of the run; default runs/ and the recipe file's name")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = Field(
         "auto", description="auto, cpu, mps, cuda or cuda:1"
+    )
+    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
+        "auto", description="of a CPU; auto: as many as there are cores that the process may use and others leave idle "
+        "as the run begins. Sums may differ in their last digits with it; a resumed run keeps its number; "
+        "OMP_NUM_THREADS goes before this key", examples=[2],
     )
 
 

@@ -132,7 +132,8 @@ PATH_KEYS = (
     "model.path", "model.sft_adapter", "data.prompts", "data.texts", "data.pairs", "data.chat_template",
     "reward.*.path", "run.output", "eval.prompts", "eval.texts", "eval.pairs", "eval.gold.path",
 )
-NOT_PART_OF_THE_RUN = ("output", "keep", "loggers")     # keys of run that change where results are, not what they are
+# keys of run that change where results are and when, not what they are; threads: to rounding
+NOT_PART_OF_THE_RUN = ("output", "keep", "loggers", "threads")
 HOW_A_JUDGE_IS_REACHED = ("concurrency", "timeout_s", "retries", "key_env")     # and not what it answers
 
 

@@ -191,12 +191,14 @@ def timings_of(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, float, floa
 
 def first_and_last(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, Any, Any]]:
     """(name, first value, last value) of everything in metrics.jsonl that is a number."""
-    values: dict[str, list[float]] = {}
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
     for row in metrics:
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
-                values.setdefault(name, []).append(value)
-    return [(name, series[0], series[-1]) for name, series in sorted(values.items())]
+                first.setdefault(name, value)
+                last[name] = value
+    return [(name, first[name], last[name]) for name in sorted(first)]
 
 
 def next_commands(files: Files) -> list[tuple[str, str]]:

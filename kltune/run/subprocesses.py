@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from kltune.lm.fast.threads import allowed_cores
 from kltune.run.files import storing
 
 POLL_SECONDS = 0.05
@@ -164,7 +165,7 @@ def thread_share(environment: Mapping[str, str], jobs: int) -> dict[str, str]:
     Two processes with a thread for every core each wait for one another at every operation, and take 5 to 10 times as
     long.
     """
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    threads = str(max(1, allowed_cores() // jobs))
     more = {"OMP_NUM_THREADS": threads} if jobs > 1 and "OMP_NUM_THREADS" not in environment else {}
     return {**environment, **more}
 

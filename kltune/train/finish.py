@@ -59,7 +59,7 @@ def finish(job: Job, learner: Learner, steps: int) -> dict[str, Any]:
     if learner.alarms.peak is None:
         watch_over(job, learner, found.step, found.metrics)
     kl = None if found.measured is None else kl_result(found.measured)
-    shown = before_and_after(learner.policy, job.held_out, learner.scorer)
+    shown = before_and_after(job.held_out, found.measured, learner.scorer, learner.policy.tokenizer)
     told = {"kl": kl, "target": None, "score": None, "perplexity": found.metrics.get("eval/perplexity")}
     if learner.budget is not None:
         told = {"kl": kl} | budget_result(job, learner, found)

@@ -211,6 +211,7 @@ class RunRecord(TypedDict):
     rewards: NotRequired[list[dict[str, Any]]]
     template_date: NotRequired[Day]
     versions: NotRequired[dict[str, Text] | None]
+    threads: NotRequired[Annotated[int, Field(ge=1, le=1024)] | None]
     started: NotRequired[Text]
     ended: NotRequired[Text]
     recipe_sha256: NotRequired[Text]
