@@ -54,6 +54,10 @@ class DivergedError(KltuneError, RuntimeError):
     exit_code = 6
 
 
+class ScoreOverflow(DivergedError):
+    """Scores are finite one by one and not together; the policy that they are of is sound."""
+
+
 class StorageError(KltuneError, OSError):
     """Nothing more can be written, or memory ran out."""
 

@@ -2,6 +2,7 @@
 
     python scripts/bench.py sample score eval-kl --model MODEL [--responses 64 256 1024] [--new-tokens 64]
     python scripts/bench.py ppo trpo dpo --model MODEL [--responses 128] [--prompt-tokens 12] [--set ppo.epochs=4]...
+    python scripts/bench.py --compare BEFORE.json AFTER.json
 
 ``sample`` draws responses of full length, then ragged ones, which end at tokens chosen for a mean length of a quarter
 of the limit: what a token costs there, against full length, the pass over the prompts left out; on a GPU, also without
@@ -12,6 +13,10 @@ the run times them; two responses make a pair of ``dpo``, whose KL is not held h
 The floor under each is the model's own matrix products over as many positions, one after the other with nothing between
 them, timed in the same process: one pass for each token decoded, one for policy and reference each to score a response,
 two to train on one (once more for a value function's adapter); attention and the adapters' own products are not in it.
+
+kernels and waits count operations, and those for which a GPU would be waited for, in one more repeat that is not timed:
+they are the same on a busy machine. --compare says what moved between two documents of --json, here or of
+``bench_peers.py``, and ends with 1 where a count grew.
 
 Without --model a random Llama of the asked shape is made. Prints a table; --json prints one JSON document. Each row is
 measured in a process of its own after one warm-up, the median of --repeat; peak memory is that of the process above
@@ -30,7 +35,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench_compare import compare
 from bench_parts import (
+    counted,
     decoding_floor,
     in_own_process,
     memory_mb,
@@ -38,9 +45,11 @@ from bench_parts import (
     random_llama,
     reset_peak,
     scoring_floor,
+    stamped,
 )
 
 STEPS = ("ppo", "trpo", "dpo")
+WORKS = ("sample", "score", "eval-kl", *STEPS)
 
 
 def ends_for(responses: list[list[int]], mean: float) -> tuple[int, ...]:
@@ -98,6 +107,7 @@ def sample_row(model: str, responses: int, new_tokens: int, repeat: int, prompt_
         "share_of_floor": median["floor"] / median["full"], "ragged_seconds": median["ragged"],
         "ragged_tokens": tokens["ragged"], "prompts_seconds": median["prompts"], "ragged_token_cost": ragged / full,
         "peak_mb_above_model": memory_mb("VmHWM") - held,
+        **counted(lambda: sample(policy, prompts, uniforms, temperature=1.0)),
     }
     return row | ({"uncaptured_seconds": median["uncaptured"]} if captures else {})
 
@@ -129,6 +139,7 @@ def score_row(model: str, responses: int, new_tokens: int, repeat: int, prompt_t
         "tokens": tokens, "seconds": whole, "range": [min(seconds), max(seconds)],
         "responses_per_second": responses / whole, "tokens_per_second": tokens / whole,
         "share_of_floor": statistics.median(floor) / whole, "peak_mb_above_model": peak,
+        **counted(lambda: policy.measure(ids, scored)),
         "mb_of_all_logits_of_one_model": 4 * tokens * policy.network.vocabulary / 2**20,
     }
 
@@ -159,6 +170,7 @@ def eval_kl_row(model: str, responses: int, new_tokens: int, repeat: int, prompt
         "tokens": tokens, "seconds": whole, "range": [min(seconds), max(seconds)],
         "responses_per_second": responses / whole, "tokens_per_second": tokens / whole,
         "peak_mb_above_model": memory_mb("VmHWM") - held, "mb_of_all_logits_of_one_model": logits,
+        **counted(lambda: measure_kl(policy, Round.of(prompts, responses), draw, by_token=True)),
     }
     if torch.cuda.is_available():
         row["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
@@ -211,7 +223,7 @@ def write_recipe(
 def step_row(
     stage: str, model: str, responses: int, new_tokens: int, repeat: int, prompt_tokens: int, changes: list[str]
 ) -> dict:
-    """Steps of a run of ``kltune ppo``, ``trpo`` or ``dpo``, the first of them to warm up."""
+    """Steps of a run of ``kltune ppo``, ``trpo`` or ``dpo``, the first of them to warm up, the last to count."""
     import importlib
 
     from kltune.recipe import load_recipe
@@ -220,12 +232,17 @@ def step_row(
     module = importlib.import_module(f"kltune.stages.{stage}")
     inner = module.take_step
     held: list[float] = []
+    counts: dict[str, int] = {}
 
     def take_step(job, learner, step: int, **options) -> Taken:
         """The stage's own, between what the process held before the first step and the peak so far."""
         if step == 1:
             held.append(memory_mb("VmRSS"))
             reset_peak()
+        if step == repeat + 2:
+            taken = []
+            counts.update(counted(lambda: taken.append(inner(job, learner, step, **options))))
+            return taken[0]
         taken = inner(job, learner, step, **options)
         held.append(memory_mb("VmHWM"))
         return taken
@@ -233,11 +250,11 @@ def step_row(
     module.take_step = take_step
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path = write_recipe(folder, stage, model, responses, new_tokens, repeat + 1, prompt_tokens)
+        path = write_recipe(folder, stage, model, responses, new_tokens, repeat + 2, prompt_tokens)
         recipe = load_recipe(path, overrides=changes)
         with contextlib.redirect_stderr(io.StringIO()):
             getattr(module, f"run_{stage}")(recipe, resume=False)
-        rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()][1:]
+        rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()][1:-1]
     seconds = [row["time/step_seconds"] - row.get("time/eval_seconds", 0.0) for row in rows]
     whole = statistics.median(seconds)
     policy, _ = open_policy(model, 1, prompt_tokens)
@@ -254,18 +271,19 @@ def step_row(
         "tokens_per_second": tokens / whole, "share_of_floor": floor / whole,
         "sample_seconds": statistics.median(row.get("time/sample_seconds", 0.0) for row in rows),
         "update_seconds": statistics.median(row["time/update_seconds"] for row in rows),
-        "peak_mb_above_model": held[-1] - held[0],
+        "peak_mb_above_model": held[-1] - held[0], **counts,
     }
 
 
 def passes_of(recipe) -> tuple[float, float]:
     """How often one step of a stage goes through trunk and head at least, over all positions: (trunk, head).
 
-    Forward is one pass and backward another. TRPO: the gradient, a product with the Fisher matrix of a share of the
-    responses (as much as a gradient) for each iteration, one look along the line, and the value function's epochs.
+    Forward is one pass and backward another; what is measured once, as the reference of dpo, is not in it. TRPO: the
+    gradient, a product with the Fisher matrix of a share of the responses (as much as a gradient) for each iteration,
+    one look along the line, and the value function's epochs.
     """
-    if recipe.stage == "dpo":
-        return 2, 2
+    if recipe.stage in ("dpo", "sft", "reward"):
+        return 2, 0 if recipe.stage == "reward" else 2
     section = getattr(recipe, recipe.stage)
     values = section.baseline == "value" and section.value_function == "lora"
     if recipe.stage == "ppo":
@@ -278,7 +296,8 @@ def main() -> None:
     """Measure what was asked for and print it."""
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", nargs="+", choices=["sample", "score", "eval-kl", *STEPS])
+    parser.add_argument("work", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)}")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="documents of --json")
     parser.add_argument("--model", help="a model folder; without one a random Llama is made")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
@@ -291,6 +310,10 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="a recipe's key=value, for ppo, trpo and dpo")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.compare:
+        raise SystemExit(compare(*arguments.compare))
+    if not arguments.work or set(arguments.work) - set(WORKS):
+        parser.error(f"wanted WORK, one or more of {', '.join(WORKS)}; or --compare")
     with tempfile.TemporaryDirectory() as folder:
         model = os.path.abspath(arguments.model) if arguments.model else str(random_llama(
             Path(folder) / f"llama-h{arguments.hidden}-l{arguments.layers}", hidden=arguments.hidden,
@@ -306,13 +329,14 @@ def main() -> None:
                 rows.append(in_own_process(row_of, *common))
             print(f"{work}, {count} responses: {rows[-1]['seconds']:.2f} s", file=sys.stderr)
     if arguments.json:
-        print(json.dumps({"schema": "kltune.bench/1", "rows": rows}, indent=2))
+        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())
+        print(json.dumps({"schema": "kltune.bench/2", **stamped(threads), "rows": rows}, indent=2))
         return
     shapes = {
         "responses": "d", "tokens": "d", "seconds": ".2f", "sample_seconds": ".2f", "update_seconds": ".2f",
         "responses_per_second": ".1f", "tokens_per_second": ".0f", "peak_mb_above_model": ".0f",
         "mb_of_all_logits_of_one_model": ".0f", "share_of_floor": ".2f", "ragged_token_cost": ".2f",
-        "uncaptured_seconds": ".2f",
+        "uncaptured_seconds": ".2f", "kernels": "d", "waits": "d",
     }
     columns = {name: shape for name, shape in shapes.items() if any(name in row for row in rows)}
     print(f"{'work':<9}{'model':<16}" + "".join(f"{name.replace('_', ' '):>{len(name) + 2}}" for name in columns))

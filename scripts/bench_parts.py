@@ -1,7 +1,11 @@
 """What the benchmarks share: models to measure on, memory, a process for each row, and the floor under it."""
 
 import multiprocessing
+import os
+import subprocess
 import time
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 
@@ -16,19 +20,74 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def random_llama(folder: Path, *, hidden: int, layers: int, vocabulary: int, dtype: str = "float32") -> Path:
-    """A Llama of random weights and a tokenizer of as many words."""
+def stamped(threads: int) -> dict[str, str | int]:
+    """Of which commit figures are, and when and on what they were measured."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
+                         text=True, check=False)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return {
+        "commit": git.stdout.strip() or "unknown", "date": f"{datetime.now(UTC):%Y-%m-%d}", "threads": threads,
+        "machine": f"{processor}, {os.cpu_count()} cores",
+    }
+
+
+def counted(work: Callable[[], object]) -> dict[str, int]:
+    """What some work costs in numbers that do not depend on the machine's mood.
+
+    kernels: operations that compute, not views. waits: those for which a GPU would have to be waited for. largest:
+    elements of the largest tensor that was made.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    waiting = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2"}
+    counts = {"kernels": 0, "waits": 0, "largest": 0}
+
+    class Counting(TorchDispatchMode):
+        """Sees every operation below autograd, those of backward passes included."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            """Run the operation and count it."""
+            out = func(*args, **(kwargs or {}))
+            if not func.is_view:
+                counts["kernels"] += 1
+                counts["waits"] += func.overloadpacket.__name__ in waiting
+                sizes = (leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
+                counts["largest"] = max(counts["largest"], *sizes, 0)
+            return out
+
+    with Counting():
+        work()
+    return counts
+
+
+def random_llama(
+    folder: Path, *, hidden: int, layers: int, vocabulary: int, dtype: str = "float32", logits: float | None = None,
+    **shape: int | bool,
+) -> Path:
+    """A Llama of random weights and a tokenizer of as many words.
+
+    Args:
+        logits: standard deviation that its logits have, as a trained model's; None leaves them near 0.
+        shape: keys of its configuration besides these, as ``num_key_value_heads``.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 64), max_position_embeddings=1024, bos_token_id=0, eos_token_id=1,
-        pad_token_id=1, dtype=dtype,
-    )
-    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    settings = {
+        "intermediate_size": 4 * hidden, "num_attention_heads": max(1, hidden // 64), "max_position_embeddings": 1024,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    }
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, dtype=dtype, **(settings | shape)
+    ))
+    if logits is not None:      # what the last norm gives the head has components of size 1
+        model.lm_head.weight.data.normal_(std=logits / hidden**0.5)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     words = {"<s>": 0, "</s>": 1} | {f"w{number}": number for number in range(2, vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

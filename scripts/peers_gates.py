@@ -12,6 +12,8 @@ from safetensors.numpy import load_file
 CLOSE, TRACE_CLOSE = 1e-5, 1e-4
 # The largest of thousands: in float32 each tool's own is up to 2.7e-5 from float64, whichever way it sums.
 LOGPROBS_CLOSE = 5e-5
+# In bfloat16 the mean and not the largest: every tool rounds elsewhere, by up to 1/256 of a number.
+NARROW_CLOSE = {"logprobs": 0.05, "gradient": 0.1}
 DEFINED_OTHERWISE = (
     "sigmoid with label smoothing (cDPO): TRL 1.16 dropped it; its aot is that on one pair at a time, and is so taken.",
     "ipo: TRL divides each log-ratio by its response's length, kltune (and the paper) does not. The gate compares "
@@ -58,15 +60,31 @@ def gate_row(what: str, difference: float, allowed: float, values: tuple[float, 
     return {"gate": what, "kltune": ours, "trl": theirs, "difference": difference, "passed": difference <= allowed}
 
 
+def same_numbers(ours: Path, theirs: Path, dtype: str, on: str = "") -> list[dict[str, Any]]:
+    """The gates on log-probabilities and one gradient, from what each side wrote; ``on`` names the model."""
+    mine, others = (load_file(path.with_suffix(".safetensors")) for path in (ours, theirs))
+    gradients = ({n: t for n, t in side.items() if n.startswith("gradient/")} for side in (mine, others))
+    narrow, rows = dtype != "float32", []
+    for name, said in (("logprobs", "log-probabilities"), ("ref_logprobs", "log-probabilities, reference")):
+        apart = mean_gap(mine[name], others[name]) if narrow else gap(mine[name], others[name])
+        rows.append(gate_row(said + on, apart, NARROW_CLOSE["logprobs"] if narrow else LOGPROBS_CLOSE))
+    close = NARROW_CLOSE["gradient"] if narrow else CLOSE
+    return [*rows, gate_row(f"gradient of sigmoid, relative{on}", gradient_gap(*gradients), close)]
+
+
+def mean_gap(ours: ArrayLike, theirs: ArrayLike) -> float:
+    """How far values are apart on average; infinite as ``gap`` is."""
+    if math.isinf(gap(ours, theirs)):
+        return math.inf
+    return float(np.abs(np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)).mean())
+
+
 def compared(ours: Path, theirs: Path, in_ppo: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The gates on fixed pairs, from what each side wrote, and what the two define differently."""
-    mine, others, ppo = (load_file(path.with_suffix(".safetensors")) for path in (ours, theirs, in_ppo))
-    gradients = ({n: t for n, t in side.items() if n.startswith("gradient/")} for side in (mine, others))
+    mine, ppo = (load_file(path.with_suffix(".safetensors"))["logprobs"] for path in (ours, in_ppo))
     rows = [
-        gate_row("log-probabilities", gap(mine["logprobs"], others["logprobs"]), LOGPROBS_CLOSE),
-        gate_row("log-probabilities, reference", gap(mine["ref_logprobs"], others["ref_logprobs"]), LOGPROBS_CLOSE),
-        gate_row("log-probabilities, TRL's PPO", gap(mine["logprobs"], ppo["logprobs"]), LOGPROBS_CLOSE),
-        gate_row("gradient of sigmoid, relative", gradient_gap(*gradients), CLOSE),
+        *same_numbers(ours, theirs, "float32"),
+        gate_row("log-probabilities, TRL's PPO", gap(mine, ppo), LOGPROBS_CLOSE),
     ]
     known = json.loads(theirs.read_text())
     values, peers = json.loads(ours.read_text())["losses"], known["losses"]
@@ -79,12 +97,12 @@ def compared(ours: Path, theirs: Path, in_ppo: Path) -> tuple[list[dict[str, Any
     return rows, [line.format(**said) for line in DEFINED_OTHERWISE]
 
 
-def compared_traces(ours: list[float], theirs: list[float]) -> dict[str, Any]:
+def compared_traces(stage: str, ours: list[float], theirs: list[float]) -> dict[str, Any]:
     """The gate on the losses of some steps from the same start: each step's update is in those of the next."""
-    return gate_row(f"losses of {len(ours)} DPO steps", gap(ours, theirs), TRACE_CLOSE, (ours[-1], theirs[-1]))
+    return gate_row(f"losses of {len(ours)} {stage} steps", gap(ours, theirs), TRACE_CLOSE, (ours[-1], theirs[-1]))
 
 
 def gate_line(row: dict[str, Any]) -> str:
     """A gate in one line."""
     values = "" if row["kltune"] is None else f"{row['kltune']:14.6f}{row['trl']:14.6f}"
-    return f"{row['gate']:34}{values:28}{row['difference']:12.2e}  {'equal' if row['passed'] else 'DIFFERENT'}"
+    return f"{row['gate']:48}{values:28}{row['difference']:12.2e}  {'equal' if row['passed'] else 'DIFFERENT'}"

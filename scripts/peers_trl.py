@@ -1,10 +1,10 @@
 """TRL's side of ``bench_peers.py``; runs in an environment of TRL's own and knows nothing of kltune.
 
-    python scripts/peers_trl.py dpo|ppo|grpo FOLDER OUTPUT [--settings SETTINGS]
+    python scripts/peers_trl.py dpo|sft|reward|ppo|grpo|rloo FOLDER OUTPUT [--settings SETTINGS]
 
 Reads what ``peers_kltune.py prepare`` wrote into the folder: base weights, initial adapter, token ids in their order,
-sizes. ``matched`` sets what the two tools can be given alike, ``defaults`` nothing but the sizes and float32,
-``untouched`` not even that.
+sizes. ``matched`` sets what the two tools can be given alike, ``defaults`` nothing but the sizes and the type of the
+weights, ``untouched`` not even that.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,9 +31,9 @@ def load_work(folder: Path) -> SimpleNamespace:
     return SimpleNamespace(**json.loads((folder / "work.json").read_text()))
 
 
-def load_model(path: str) -> nn.Module:
-    """The base weights in float32."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+def load_model(work: SimpleNamespace, kind=AutoModelForCausalLM, **options) -> nn.Module:
+    """The base weights in the work's type."""
+    return kind.from_pretrained(work.model, dtype=getattr(torch, work.dtype), **options)
 
 
 def lora_config(folder: Path) -> PeftConfig:
@@ -94,7 +95,7 @@ class Stamps(TrainerCallback):
 
 
 def arguments_of(work: SimpleNamespace, settings: str, folder: Path) -> dict:
-    """TrainingArguments: quiet, on the CPU, saving nothing; float32 unless untouched; matched: AdamW as kltune's."""
+    """TrainingArguments: quiet, on the CPU, saving nothing; autocast where untouched; matched: kltune's AdamW."""
     quiet = {
         "output_dir": str(folder / "trl"), "use_cpu": True, "logging_strategy": "no", "save_strategy": "no",
         "report_to": "none", "disable_tqdm": True, "seed": 0,
@@ -110,27 +111,33 @@ def arguments_of(work: SimpleNamespace, settings: str, folder: Path) -> dict:
     }
 
 
-# --- DPO ------------------------------------------------------------------------------------------------------------
+# --- DPO, SFT, reward -----------------------------------------------------------------------------------------------
+
+
+def on_token_ids(trainer: type, *, prepared: bool) -> type:
+    """A trainer that goes through its rows in order; prepared: that takes their token ids as they are."""
+
+    class OnTokenIds(trainer):
+        """See ``on_token_ids``."""
+
+        def _prepare_dataset(self, dataset, *arguments, **options):
+            return dataset if prepared else super()._prepare_dataset(dataset, *arguments, **options)
+
+        def _get_train_sampler(self, dataset=None):
+            return SequentialSampler(self.train_dataset if dataset is None else dataset)
+
+    return OnTokenIds
 
 
 def dpo_trainer(work: SimpleNamespace, adapter: Path, rows: list[dict], **options):
     """A DPOTrainer on rows of token ids, in their order, that starts from the saved adapter."""
     from trl import DPOConfig, DPOTrainer
 
-    class OnTokenIds(DPOTrainer):
-        """Takes the token ids as they are and goes through them in order."""
-
-        def _prepare_dataset(self, dataset, *_):
-            return dataset
-
-        def _get_train_sampler(self, dataset=None):
-            return SequentialSampler(self.train_dataset if dataset is None else dataset)
-
     watch = options.pop("watch", None)
-    model = load_model(work.model)
+    model = load_model(work)
     if watch is not None:
         watch.loaded()
-    trainer = OnTokenIds(
+    trainer = on_token_ids(DPOTrainer, prepared=True)(
         model=model, args=DPOConfig(**options), train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(work.model), peft_config=lora_config(adapter),
         callbacks=None if watch is None else [Stamps(watch)],
@@ -139,14 +146,8 @@ def dpo_trainer(work: SimpleNamespace, adapter: Path, rows: list[dict], **option
     return trainer
 
 
-def dpo(folder: Path, settings: str, watch: Watch) -> None:
-    """Steps of DPOTrainer on the work's pairs."""
-    work = load_work(folder)
-    rows = json.loads((folder / "pairs.json").read_text())
-    trainer = dpo_trainer(
-        work, folder / "adapter", rows, watch=watch, beta=work.beta, max_length=None,
-        per_device_train_batch_size=work.batch, max_steps=work.steps, **arguments_of(work, settings, folder),
-    )
+def train_noting_losses(trainer, watch: Watch) -> None:
+    """Train, and keep the loss of every step."""
     inner = trainer.compute_loss
 
     def compute_loss(*arguments, **options):
@@ -156,6 +157,58 @@ def dpo(folder: Path, settings: str, watch: Watch) -> None:
 
     trainer.compute_loss = compute_loss
     trainer.train()
+
+
+def dpo(folder: Path, settings: str, watch: Watch) -> None:
+    """Steps of DPOTrainer on the work's pairs."""
+    work = load_work(folder)
+    rows = json.loads((folder / "pairs.json").read_text())
+    train_noting_losses(dpo_trainer(
+        work, folder / "adapter", rows, watch=watch, beta=work.beta, max_length=None,
+        per_device_train_batch_size=work.batch, max_steps=work.steps, **arguments_of(work, settings, folder),
+    ), watch)
+
+
+def sft(folder: Path, settings: str, watch: Watch) -> None:
+    """Steps of SFTTrainer on the work's texts, of which it learns the responses."""
+    from trl import SFTConfig, SFTTrainer
+
+    work = load_work(folder)
+    model = load_model(work)
+    watch.loaded()
+    trainer = on_token_ids(SFTTrainer, prepared=False)(
+        model=model, train_dataset=Dataset.from_list(json.loads((folder / "texts.json").read_text())),
+        processing_class=AutoTokenizer.from_pretrained(work.model), peft_config=lora_config(folder / "adapter"),
+        callbacks=[Stamps(watch)],
+        args=SFTConfig(
+            per_device_train_batch_size=work.batch, max_steps=work.steps, max_length=None, completion_only_loss=True,
+            **arguments_of(work, settings, folder),
+        ),
+    )
+    put_adapter(trainer.model, folder / "adapter")
+    train_noting_losses(trainer, watch)
+
+
+def reward(folder: Path, settings: str, watch: Watch) -> None:
+    """Steps of RewardTrainer on the work's pairs, its head at 0 as kltune's."""
+    from trl import RewardConfig, RewardTrainer
+
+    work = load_work(folder)
+    model = load_model(work, AutoModelForSequenceClassification, num_labels=1)
+    model.score.weight.data.zero_()
+    watch.loaded()
+    config = lora_config(folder / "adapter")
+    config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
+    trainer = on_token_ids(RewardTrainer, prepared=True)(
+        model=model, train_dataset=Dataset.from_list(json.loads((folder / "pairs.json").read_text())),
+        processing_class=AutoTokenizer.from_pretrained(work.model), peft_config=config, callbacks=[Stamps(watch)],
+        args=RewardConfig(
+            per_device_train_batch_size=work.batch, max_steps=work.steps, max_length=None,
+            **arguments_of(work, settings, folder),
+        ),
+    )
+    put_adapter(trainer.model, folder / "adapter")
+    train_noting_losses(trainer, watch)
 
 
 # --- PPO (TRL 1.12) and GRPO ----------------------------------------------------------------------------------------
@@ -173,9 +226,9 @@ def ppo(folder: Path, settings: str, watch: Watch) -> None:
     work = load_work(folder)
     prompts = json.loads((folder / "prompts.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(work.model, padding_side="left")
-    model = load_model(work.model)
+    model = load_model(work)
     watch.loaded()
-    critic = AutoModelForSequenceClassification.from_pretrained(work.model, num_labels=1, dtype=torch.float32)
+    critic = load_model(work, AutoModelForSequenceClassification, num_labels=1)
     matched = {}
     if settings == "matched":
         matched = {"temperature": 1.0, "kl_coef": work.beta, "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1}
@@ -185,7 +238,7 @@ def ppo(folder: Path, settings: str, watch: Watch) -> None:
     trainer = PPOTrainer(
         args=PPOConfig(
             per_device_train_batch_size=work.batch, gradient_accumulation_steps=1, num_ppo_epochs=work.epochs,
-            num_mini_batches=work.batch // work.minibatch, total_episodes=work.steps * work.batch,
+            num_mini_batches=work.minibatches, total_episodes=work.steps * work.batch,
             response_length=work.new_tokens, num_sample_generations=0, **matched,
             **arguments_of(work, settings, folder),
         ),
@@ -198,41 +251,47 @@ def ppo(folder: Path, settings: str, watch: Watch) -> None:
     trainer.train()
 
 
-def grpo(folder: Path, settings: str, watch: Watch) -> None:
-    """Steps of GRPOTrainer, one update per batch."""
-    from trl import GRPOConfig, GRPOTrainer
+def grouped(trainer: str, folder: Path, settings: str, watch: Watch) -> None:
+    """Steps of GRPOTrainer or RLOOTrainer, one update per batch."""
+    import trl
 
     work = load_work(folder)
     texts = json.loads((folder / "texts.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(work.model)
     if tokenizer(text=texts)["input_ids"] != json.loads((folder / "prompts.json").read_text()):
-        raise SystemExit("GRPO: TRL makes other token ids of the prompts than kltune")
+        raise SystemExit(f"{trainer}: TRL makes other token ids of the prompts than kltune")
     score = score_function(folder)
 
-    def reward(prompts, completions, **_):
+    def rewards(prompts, completions, **_):
         return score(prompts, completions)
 
     matched = {"beta": work.beta, "shuffle_dataset": False} if settings == "matched" else {}
-    model = load_model(work.model)
+    model = load_model(work)
     watch.loaded()
-    trainer = GRPOTrainer(
-        model=model, reward_funcs=reward, processing_class=tokenizer, peft_config=lora_config(folder / "adapter"),
+    made = getattr(trl, f"{trainer}Trainer")(
+        model=model, reward_funcs=rewards, processing_class=tokenizer, peft_config=lora_config(folder / "adapter"),
         train_dataset=Dataset.from_dict({"prompt": texts}), callbacks=[Stamps(watch)],
-        args=GRPOConfig(
+        args=getattr(trl, f"{trainer}Config")(
             per_device_train_batch_size=work.batch, num_generations=work.group, max_completion_length=work.new_tokens,
             generation_kwargs={"min_new_tokens": work.new_tokens}, max_steps=work.steps, **matched,
             **arguments_of(work, settings, folder),
         ),
     )
-    put_adapter(trainer.model, folder / "adapter")
-    trainer._generate_single_turn = watch.timed("generate", trainer._generate_single_turn)
-    trainer.train()
+    put_adapter(made.model, folder / "adapter")
+    made._generate_single_turn = watch.timed("generate", made._generate_single_turn)
+    made.train()
+
+
+TRAINERS = {
+    "dpo": dpo, "sft": sft, "reward": reward, "ppo": ppo,
+    "grpo": partial(grouped, "GRPO"), "rloo": partial(grouped, "RLOO"),
+}
 
 
 def main() -> None:
     """Do one piece of work and write what it gave."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", choices=["dpo", "ppo", "grpo"])
+    parser.add_argument("work", choices=TRAINERS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--settings", choices=SETTINGS, default="matched")
@@ -240,7 +299,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     watch = Watch()
-    {"dpo": dpo, "ppo": ppo, "grpo": grpo}[arguments.work](arguments.folder, arguments.settings, watch)
+    TRAINERS[arguments.work](arguments.folder, arguments.settings, watch)
     watch.write(arguments.output)
 
 

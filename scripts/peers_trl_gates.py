@@ -50,10 +50,22 @@ def gate(folder: Path, output: Path) -> None:
         tensors["ref_logprobs"] = logprobs()[mask]
     trainer.compute_loss(trainer.model, batch).backward()
     tensors |= {f"gradient/{n}": p.grad for n, p in trainer.model.named_parameters() if p.requires_grad}
+    found, known = {"sigmoid": value(trainer)}, {}
+    if work.losses:
+        found |= more_losses(work, folder, rows, made, value) | reference_free(work, trainer, inputs, labels)
+        whole = json.loads((folder / "whole.json").read_text())
+        own = trainer_tokens(work, folder)
+        differing = sum(mine != {name: theirs[name] for name in mine} for mine, theirs in zip(whole, own, strict=True))
+        known = {"pairs": len(rows), "otherwise": differing}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output.with_suffix(".safetensors"))
+    output.write_text(json.dumps({"losses": found} | known))
+
+
+def more_losses(work: SimpleNamespace, folder: Path, rows: list[dict], made, value) -> dict[str, float]:
+    """The value of each other loss with a reference, by kltune's name for it."""
     smoothing = {"label_smoothing": work.label_smoothing}
     smoothed = made(loss_type=["aot"], **smoothing)
-    found = {
-        "sigmoid": value(trainer),
+    return {
         "sigmoid, label smoothing": sum(value(smoothed, [row]) for row in rows) / len(rows),
         "robust": value(made(loss_type=["robust"], **smoothing)),
         "hinge": value(made(loss_type=["hinge"])),
@@ -63,13 +75,7 @@ def gate(folder: Path, output: Path) -> None:
         "f_dpo js": value(made(f_divergence_type="js_divergence")),
         "f_dpo alpha": value(made(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=work.alpha)),
         "kto": kto_value(work, folder),
-        **reference_free(work, trainer, inputs, labels),
     }
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output.with_suffix(".safetensors"))
-    whole = json.loads((folder / "whole.json").read_text())
-    own = trainer_tokens(work, folder)
-    differing = sum(mine != {name: theirs[name] for name in mine} for mine, theirs in zip(whole, own, strict=True))
-    output.write_text(json.dumps({"losses": found, "pairs": len(rows), "otherwise": differing}))
 
 
 def trainer_tokens(work: SimpleNamespace, folder: Path) -> list[dict]:
@@ -78,7 +84,7 @@ def trainer_tokens(work: SimpleNamespace, folder: Path) -> list[dict]:
 
     raw = [json.loads(line) for line in (folder / "raw.jsonl").read_text().splitlines()]
     trainer = DPOTrainer(
-        model=load_model(work.model), train_dataset=Dataset.from_list(raw), peft_config=lora_config(folder / "adapter"),
+        model=load_model(work), train_dataset=Dataset.from_list(raw), peft_config=lora_config(folder / "adapter"),
         processing_class=AutoTokenizer.from_pretrained(work.model),
         args=DPOConfig(**arguments_of(work, "matched", folder), max_length=None),
     )
@@ -97,7 +103,7 @@ def kto_value(work: SimpleNamespace, folder: Path) -> float:
 
     rows = json.loads((folder / "labelled.json").read_text())
     trainer = OnTokenIds(
-        model=load_model(work.model), train_dataset=Dataset.from_list(rows),
+        model=load_model(work), train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(work.model), peft_config=lora_config(folder / "adapter"),
         args=KTOConfig(
             beta=work.beta, max_length=None, per_device_train_batch_size=len(rows),
@@ -131,7 +137,7 @@ def gate_ppo(folder: Path, output: Path) -> None:
     from trl.trainer.utils import selective_log_softmax
 
     work = load_work(folder)
-    model = PeftModel.from_pretrained(load_model(work.model), folder / "adapter").eval()
+    model = PeftModel.from_pretrained(load_model(work), folder / "adapter").eval()
     pad = AutoTokenizer.from_pretrained(work.model).pad_token_id
     found = []
     for row in json.loads((folder / "pairs.json").read_text()):

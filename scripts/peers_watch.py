@@ -12,12 +12,16 @@ WARM_UP = 2  # steps at the start that are not counted; the last one, which may 
 
 
 class Watch:
-    """Stamps at the ends of steps: wall clock, the processor's time, peak memory, both times within timed functions."""
+    """Stamps at the ends of steps, and within them of phases: wall clock, the processor's time, peak memory."""
 
     def __init__(self):
         self.losses: list[float] = []
-        self._held = 0.0
+        self.floor_seconds: float | None = None
+        self.values: dict[str, float] = {}
+        self._held = self._peak = 0.0
+        self._last: tuple[float, float] | None = None
         self._inside: dict[str, float] = {}
+        self._peaks: dict[str, float] = {}
         self._stamps: list[tuple[float, float, float, dict[str, float]]] = []
 
     @property
@@ -28,25 +32,34 @@ class Watch:
     def loaded(self) -> None:
         """Libraries and model are in memory: what is held from now on is the run's own."""
         self._held = memory_mb("VmRSS")
+        self._peak = 0.0
         reset_peak()
 
     def stamp(self) -> None:
         """Before the first step, and after each."""
-        self._stamps.append((time.perf_counter(), time.process_time(), memory_mb("VmHWM"), dict(self._inside)))
+        self.phase("rest")
+        self._stamps.append((*self._last, self._peak, dict(self._inside)))
+
+    def phase(self, name: str) -> None:
+        """What has passed since the last phase or stamp was of this name; its peak of memory is its own."""
+        now, peak = (time.perf_counter(), time.process_time()), memory_mb("VmHWM")
+        self._peak = max(self._peak, peak)
+        if self._last is not None:
+            for key, before, after in zip((name, f"{name}_cpu"), self._last, now, strict=True):
+                self._inside[key] = self._inside.get(key, 0.0) + after - before
+            self._peaks[name] = max(self._peaks.get(name, 0.0), peak)
+        self._last = now
+        reset_peak()
 
     def timed(self, name: str, function: Callable) -> Callable:
-        """The function, its seconds added up under a name."""
+        """The function, as a phase."""
         def inner(*arguments, **options):
-            began, began_cpu = time.perf_counter(), time.process_time()
+            self.phase("rest")
             try:
                 return function(*arguments, **options)
             finally:
-                self._add(name, time.perf_counter() - began)
-                self._add(f"{name}_cpu", time.process_time() - began_cpu)
+                self.phase(name)
         return inner
-
-    def _add(self, name: str, seconds: float) -> None:
-        self._inside[name] = self._inside.get(name, 0.0) + seconds
 
     def write(self, path: Path) -> None:
         """The counted steps as one JSON document: seconds of each, and of the processor, and within timed functions."""
@@ -59,6 +72,9 @@ class Watch:
             "before_seconds": {name: self._stamps[0][3].get(name, 0.0) for name in names},
             "held_mb": self._held,
             "peak_mb": counted[-1][1][2],
+            "peak_mb_inside": self._peaks,
             "losses": self.losses,
+            "floor_seconds": self.floor_seconds,
+            "values": self.values,
         }
         path.write_text(json.dumps(document))

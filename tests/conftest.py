@@ -1,6 +1,7 @@
 """Small models for every room that needs one; heavy imports wait until a test asks."""
 
 import errno
+import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from kltune.recipe import PPORecipe
 
 STORIES = Path(__file__).resolve().parents[1].parent / "shared" / "models" / "stories260K"
+
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))      # a run's threads are not those of a busy moment
 
 
 RECIPE = """

@@ -7,6 +7,7 @@ code of its kind (``errors.py``); a traceback means a bug in kltune, exit code 1
 import os
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -36,12 +37,12 @@ from kltune.cli.options import (
 from kltune.cli.output import as_user_error, complain, emit, emit_document, result_text
 from kltune.cli.recipes import look_before_running, recipes
 from kltune.cli.sample import sample_command
-from kltune.cli.streams import guard_streams
+from kltune.cli.streams import LossyText, guard_streams, leave_stdout
 from kltune.cli.sweep import frontier_command, sweep_command
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
-from kltune.run.screen import ShownText
-from kltune.run.subprocesses import end_at_once, is_extra_process, on_stop_signals
+from kltune.run.screen import ShownText, doing, signs_of_life, undressed
+from kltune.run.subprocesses import STARTED, end_at_once, is_extra_process, on_stop_signals
 
 QUIET_LIBRARIES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -100,8 +101,11 @@ def add_stage(stage: str, summary: str) -> None:
         changes = [*(overrides or ()), *([] if processes is None else [f"run.processes={processes}"])]
         loaded = load_recipe(recipe_named(positional, recipe, stage), changes, stage, output)
         refuse_untrusted(loaded, trust_remote_code)
+        if STARTED not in os.environ:       # else who started this process has said it, and looked
+            print(f"{stage} {loaded.name}: looking at what it names, then loading the libraries", file=sys.stderr)
         look_before_running(loaded)
         in_processes(context, loaded.run.processes)
+        doing("loading the libraries")
         run_stage = getattr(import_module(f"kltune.stages.{stage}"), f"run_{stage}")
         emit_document(run_stage(loaded, resume), as_json, result_text)
 
@@ -156,6 +160,14 @@ def report(
     emit(str(write_page(runs[0], output) if one else write_comparison(runs, output or Path("comparison.html"))))
 
 
+def alive() -> AbstractContextManager[None]:
+    """Within: whoever waits hears of it; not on a stream of a test, or of a program that calls ``main``."""
+    stream = undressed(sys.stderr)
+    if not isinstance(stream, LossyText):
+        return nullcontext()
+    return signs_of_life(sys.stderr.write, lambda: stream.written_at)
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run one command (default ``sys.argv[1:]``) and exit with the code of its outcome."""
     for name, value in (QUIET_LIBRARIES | ({} if "OMP_WAIT_POLICY" in os.environ else SPINNING)).items():
@@ -168,7 +180,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if not isinstance(sys.stderr, ShownText):
         sys.stderr = ShownText(sys.stderr)
     try:
-        with on_stop_signals(end_at_once):      # until a run has something to save
+        with alive(), on_stop_signals(end_at_once):      # until a run has something to save
             command = None if arguments is None else (sys.executable, "-m", "kltune", *arguments)
             app(args=arguments, prog_name="kltune", obj=command)
     except KltuneError as error:
@@ -179,4 +191,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             sys.stderr = sys.__stderr__ if is_extra_process() else sys.stderr
             raise
         sys.exit(complain(known))
+    finally:
+        if arguments is None:       # else it is a program's, which goes on
+            leave_stdout()
     sys.exit(0)

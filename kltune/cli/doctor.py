@@ -135,6 +135,8 @@ def device_findings() -> Iterator[Finding]:
         return
     import torch
 
+    from kltune.lm.fast.threads import choose_threads
+
     if torch.cuda.is_available():
         for place in range(torch.cuda.device_count()):
             free, whole = torch.cuda.mem_get_info(place)
@@ -146,8 +148,8 @@ def device_findings() -> Iterator[Finding]:
             "" if built is None else f"torch was built for CUDA {built}; is the driver there (nvidia-smi)?"))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     little = "" if free > FREE_GB else "little: lower optim.micro_batch_size and sampling.max_new_tokens"
-    found = f"{free:.1f} GB free, {torch.get_num_threads()} threads"
-    yield Finding("memory", "note" if little else "ok", found, little)
+    yield Finding("memory", "note" if little else "ok", f"{free:.1f} GB free", little)
+    yield Finding("threads", "ok", choose_threads("auto", None, os.environ)[1].removeprefix("threads: "))
     disk = os.statvfs(tempfile.gettempdir())
     yield Finding("disk", "ok", f"{disk.f_bavail * disk.f_frsize / 1e9:.1f} GB free in {tempfile.gettempdir()}")
 

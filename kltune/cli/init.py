@@ -70,6 +70,9 @@ def write_recipe(
         RecipeError: a recipe is already there, or nobody says what to raise. DataError, ModelError, ScorerError: the
             data, the model or the reward cannot be read. StorageError: nothing can be written.
     """
+    from kltune.lm.rewards.missing import check_named
+
+    check_named(os.path.expanduser(model), os.path.expanduser(data), reward and os.path.expanduser(reward))
     from kltune.lm.data.survey import PLAIN_TEMPLATE, survey_of, unanswered
     from kltune.lm.model.loading import load_tokenizer
 

@@ -11,7 +11,8 @@ import typer
 from kltune.cli.streams import ResultCommand, result_stream
 from kltune.errors import RecipeError
 from kltune.recipe import Recipe
-from kltune.recipe.wording import listed
+from kltune.recipe.wording import KEYBOARD, key_called, listed
+from kltune.run.screen import doing
 from kltune.run.subprocesses import start_processes
 
 TYPES = re.compile(r" <(?:list\[\w+\]|\w+)>")        # how typer shows the type of an argument
@@ -19,6 +20,24 @@ TYPES = re.compile(r" <(?:list\[\w+\]|\w+)>")        # how typer shows the type 
 
 class Command(ResultCommand):
     """A command whose result has stdout to itself, and whose help names arguments without the types of Python."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments; one that is a key of recipes, or has a dash of print, is told the way on.
+
+        Raises:
+            RecipeError: there is such a one.
+        """
+        known = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        for argument in args:
+            name = argument.partition("=")[0]
+            typed = "--" + name.translate(KEYBOARD).lstrip("-")
+            if typed in known and name.translate(KEYBOARD) != name:
+                raise RecipeError(f"{name}: its dashes are not those of a keyboard; write {typed}.")
+            key = key_called(name[2:]) if name.startswith("--") and name not in known and "--set" in known else None
+            if key is not None:
+                raise RecipeError(f"{name}: no option of kltune {self.name}, but a key of recipes: write "
+                                  f"--set {key}=VALUE.")
+        return super().parse_args(ctx, args)
 
     def get_usage(self, ctx: Any) -> str:
         """The line of usage, each argument as it is called."""
@@ -83,6 +102,7 @@ def recipe_named(positional: str | None, option: str | None, command: str) -> st
 def in_processes(context: typer.Context, processes: int | str | None) -> None:
     """Run this command as so many processes and exit with their code, unless this is one of them."""
     command = context.find_root().obj or (sys.executable, *sys.orig_argv[1:])
+    doing("")       # the processes themselves say what they do
     code = start_processes(command, 1 if processes is None else processes, result_stream())
     if code is not None:
         raise typer.Exit(code)

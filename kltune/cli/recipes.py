@@ -20,6 +20,7 @@ from kltune.recipe import (
     recipe_text,
 )
 from kltune.run.files import is_finished
+from kltune.run.screen import doing
 from kltune.run.subprocesses import STARTED, is_extra_process
 
 recipes = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show, copy and check recipes.")
@@ -86,6 +87,7 @@ def look_at_inputs(recipe: Recipe) -> None:
     from kltune.lm.rewards.missing import check_inputs
     from kltune.run.loggers import wanted_loggers
 
+    doing("looking at what the recipe names")
     wanted_loggers(recipe.run.loggers)
     for note in check_inputs(recipe):
         print(f"note: {note}", file=sys.stderr)

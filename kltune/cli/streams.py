@@ -3,8 +3,9 @@
 import io
 import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 import typer
@@ -15,6 +16,8 @@ _result_stream: TextIO | None = None
 class LossyText(io.TextIOBase):
     """Text to a file descriptor at once; what the system does not take is lost, and never an error.
 
+    written_at: when something was last written, or the stream made, by ``time.monotonic``.
+
     A run must not end because the terminal, the pager or the disk behind its messages went away.
     """
 
@@ -23,9 +26,11 @@ class LossyText(io.TextIOBase):
     def __init__(self, descriptor: int, encoding: str | None = None):
         super().__init__()
         self._descriptor, self.encoding = descriptor, encoding or self.encoding
+        self.written_at = time.monotonic()
 
     def write(self, text: str) -> int:
         """Write all of it, or as much as goes."""
+        self.written_at = time.monotonic()
         left = memoryview(text.encode(self.encoding, self.errors))
         try:
             while left:
@@ -96,6 +101,14 @@ def results_alone() -> Iterator[None]:
             os.dup2(kept, 1)
             _result_stream.close()
         _result_stream = None
+
+
+def leave_stdout() -> None:
+    """Give what is printed while the interpreter ends, as by ``atexit`` of a reward function, to stderr."""
+    with suppress(OSError, ValueError):     # one that takes nothing is left for the interpreter to complain of
+        sys.stdout.flush()
+        if _is_process_stdout():
+            os.dup2(2, 1)
 
 
 def drop_buffered(stream: TextIO) -> None:

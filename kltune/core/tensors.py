@@ -177,13 +177,16 @@ def per_response(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, at_least_float32(x), 0.0).sum(-1)
 
 
-def expect_finite(site: str, *values: Tensor | float | None, advice: str = NEARER) -> None:
+def expect_finite(
+    site: str, *values: Tensor | float | None, advice: str = NEARER, error: type[DivergedError] = DivergedError
+) -> None:
     """Stop at a number that is NaN or infinite, where it arises: before anything learns from it or saves it.
 
     Args:
         site: what the numbers are, in words; the message begins with it.
         values: of any shape; None, which was not measured, is fine.
         advice: what to do about it.
+        error: of which kind it is.
 
     Raises:
         DivergedError: one of them is not finite.
@@ -193,12 +196,12 @@ def expect_finite(site: str, *values: Tensor | float | None, advice: str = NEARE
             finite = torch.isfinite(value.detach())
             if not finite.all():
                 first = value.detach()[~finite][0].item()
-                raise DivergedError(
+                raise error(
                     f"{site}: found {first} in {int((~finite).sum()):,} of {finite.numel():,} numbers, wanted finite "
-                    f"ones; nothing was saved. {advice}"
+                    f"ones; nothing of it was saved. {advice}"
                 )
         elif value is not None and not math.isfinite(value):
-            raise DivergedError(f"{site}: found {value}, wanted a finite number; nothing was saved. {advice}")
+            raise error(f"{site}: found {value}, wanted a finite number; nothing of it was saved. {advice}")
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:

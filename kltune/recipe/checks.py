@@ -66,6 +66,7 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False, packaged: bool 
     yield from sources(recipe)
     yield from lengths(recipe)
     yield from unread(recipe)
+    yield from kept_adapter(recipe)
     yield from judges(recipe)
     yield from templates(recipe)
     if recipe.stage == "trpo":
@@ -88,6 +89,16 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False, packaged: bool 
         if recipe.kl.hard_cap is not None and recipe.sampling.prompts_per_step < 2:
             yield (("kl.hard_cap", "sampling.prompts_per_step"), "found 1 prompt per step, wanted at least 2: a cap is "
                    "held with an error, and responses to one prompt give none")
+
+
+def kept_adapter(recipe: Recipe) -> Iterator[Clash]:
+    """An SFT adapter can only be kept beside the weights where there is one, and where they are not trained."""
+    if recipe.model.merge:
+        return
+    if recipe.model.sft_adapter is None:
+        yield ("model.merge",), "found false without model.sft_adapter: there is nothing to keep beside the weights"
+    elif recipe.lora is None:
+        yield ("model.merge", "lora"), "found merge: false with lora: null: where every weight is trained, merge first"
 
 
 def sources(recipe: Recipe) -> Iterator[Clash]:
@@ -325,10 +336,12 @@ def function_file(key: str, value: str, folder: Path, trusted: bool) -> Iterator
     """A reward function lies beside the recipe: a recipe alone never chooses which code of this machine runs."""
     match = FUNCTION.fullmatch(value)
     if not match:
-        yield (key,), f"found {value}, wanted file.py:function, such as rewards.py:score"
+        signs = "" if value.isascii() else "; quotes and dashes have to be those of a keyboard"
+        yield (key,), f"found {value}, wanted file.py:function, such as rewards.py:score{signs}"
         return
     file = folder / match["file"]
     home = os.path.realpath(folder)
     inside = os.path.realpath(file).startswith(os.path.join(home, "")) and ".." not in Path(match["file"]).parts
-    if not inside and not trusted:
+    # A run's recipe names it by its place on this machine, which whoever hands a forged run over cannot know.
+    if not inside and not (trusted and os.path.isabs(match["file"])):
         yield (key,), f"found {match['file']}, wanted a file in the recipe's own folder; copy it beside the recipe"

@@ -4,24 +4,36 @@ What is said can hold what strangers wrote: ``visible`` and ``printable`` take f
 read for commands, or XML would obey or choke on, and ``redact`` what is secret.
 """
 
+import base64
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from urllib.parse import quote, unquote
 
 from kltune.errors import InputError, RecipeError
 
 Clash = tuple[tuple[str, ...], str]          # the dotted keys concerned, the first of which is where it is shown
 MOST_SHOWN = 50
+SHORTEST = 8        # characters of a secret: what is shorter may be any word
 # Controls, what turns the writing direction, halves of surrogate pairs (of names that are not UTF-8 too), and the two
 # that no text may hold.
 CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
 COMMAND = re.compile(r"^(\s*):(?=:)|#(?=#\[)", re.MULTILINE)    # what GitHub takes for the beginning of a command
-SECRET_SHAPES = re.compile(r"\bhf_\w{16,}|\bsk-[A-Za-z0-9]{16,}|\bsk-[a-z]+-[\w-]{16,}|\bgh[pousr]_\w{16,}")
+# Behind an escape too, as in a repr or JSON: of \\nsk-... the n is no part of a word.
+SECRET_SHAPES = re.compile(
+    r"(?:\b|(?<=\\[abfnrtv]))(?:hf_\w{16,}|sk-[A-Za-z0-9]{16,}|sk-[a-z]+-[\w-]{16,}|gh[pousr]_\w{16,})"
+)
 USER_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 SECRET_VARIABLE = re.compile(r"(?i)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|_PAT|_AUTH)$")
+# What stands behind such a word in a URL's query or in a header, whatever it looks like.
+SECRET_VALUE = re.compile(
+    r"(?i)([?&][\w.-]*(?:key|token|secret|password|signature|sig|credential)=|"
+    r"authorization['\"\\]*\s*[:=]\s*['\"\\]*(?:(?:basic|bearer|digest)\s+)?|\bbearer\s+(?=\S{16}))[^\s&'\",;\\]+"
+)
 SECRET_ARGUMENT = re.compile(r"(?i)((?:api_?key|token|secret|password|passwd)(?:\s*[=:]\s*|\s+))(?=\S)([^\s'\"]+)")
 
 
@@ -106,9 +118,20 @@ def redact(text: str, *, arguments: bool = False) -> str:
 
     arguments: True for a command line, where the value of ``--set x.api_key=...`` goes as well.
     """
-    for name, secret in os.environ.items():
-        if SECRET_VARIABLE.search(name) and len(secret) >= 8 and not os.path.exists(secret):      # a path is no secret
-            for form in {secret, repr(secret)[1:-1], json.dumps(secret)[1:-1]}:
-                text = text.replace(form, "[redacted]")
+    for secret in _secrets():
+        quoted = {quote(secret, safe=""), base64.b64encode(secret.encode("utf-8", "surrogateescape")).decode()}
+        for form in {secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], *quoted}:
+            text = text.replace(form, "[redacted]")
     text = USER_IN_URL.sub("[redacted]", SECRET_SHAPES.sub("[redacted]", text))
+    text = SECRET_VALUE.sub(r"\1[redacted]", text)
     return SECRET_ARGUMENT.sub(r"\1[redacted]", text) if arguments else text
+
+
+def _secrets() -> Iterator[str]:
+    """The secrets in the environment: values of variables that are called so, user and password of a proxy's URL."""
+    for name, value in os.environ.items():
+        users = USER_IN_URL.findall(value)
+        passwords = [user.partition(":")[2] for user in users]
+        found = [*users, *passwords, *map(unquote, users + passwords)]
+        found += [value] if SECRET_VARIABLE.search(name) else []
+        yield from {secret for secret in found if len(secret) >= SHORTEST and not os.path.exists(secret)}   # no path

@@ -21,6 +21,10 @@ class ModelSection(Section):
         None, description="a LoRA from kltune sft, merged into the base: base + SFT is then the reference",
         examples=["runs/sft/final"],
     )
+    merge: bool = Field(
+        True, description="add sft_adapter into the weights, which rounds it in bfloat16; false keeps it beside them, "
+        "exact and slower"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type of the frozen weights; adapters are always trained in float32"
     )
@@ -314,7 +318,7 @@ class RunSection(Section):
         "steps", description="target: go on after the steps, five times as many at most, at a constant lr, until the "
         "KL has held its target for a third of them, or the reward pulls no further (ppo, trpo, dpo)"
     )
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="same seed, same machine: same run")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="same seed, same machine and number of threads: same run")
     save_every: Count = Field(20, description="steps between checkpoints")
     eval_every: Count = Field(20, description="steps between evaluations")
     keep: Count = Field(3, description="checkpoints kept")
@@ -333,6 +337,11 @@ class RunSection(Section):
         "for each core, four at most"
     )
     timeout_s: Positive = Field(1800.0, description="seconds that one process waits for the others before the run ends")
+    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
+        "auto", description="of a CPU; auto: as many as there are cores that the process may use and others leave idle "
+        "as the run begins. Sums may differ in their last digits with it; a resumed run keeps its number; "
+        "OMP_NUM_THREADS goes before this key", examples=[2],
+    )
 
 
 class EvalSection(Section):

@@ -132,8 +132,8 @@ PATH_KEYS = (
     "model.path", "model.sft_adapter", "data.prompts", "data.texts", "data.pairs", "data.chat_template",
     "reward.*.path", "sampling.publish", "run.output", "eval.prompts", "eval.texts", "eval.pairs", "eval.gold.path",
 )
-# keys of run that change where results are, or how fast they come, and not what they are
-NOT_PART_OF_THE_RUN = ("output", "keep", "loggers", "processes", "timeout_s")
+# keys of run that change where results are and when, not what they are; threads: to rounding
+NOT_PART_OF_THE_RUN = ("output", "keep", "loggers", "threads", "processes", "timeout_s")
 HOW_A_SERVER_IS_REACHED = ("url", "publish", "timeout_s")        # that samples, and not what it draws
 HOW_A_JUDGE_IS_REACHED = ("concurrency", "timeout_s", "retries", "key_env")     # and not what it answers
 

@@ -73,6 +73,11 @@ FOREIGN = {name: f"called {key} here" for key, names in CALLED.items() for name 
     "env": "a recipe sets no environment variables; set them in the shell",
     "<<": "write the values out",
 }
+# what text programs make of the signs of a keyboard
+KEYBOARD = str.maketrans({**dict.fromkeys("‐‑‒–—−", "-"), **dict.fromkeys("“”„«»", '"'), **dict.fromkeys("‘’", "'")})
+SHORTHAND = {       # sections of which only the most needed value was written
+    "model": "{{path: {}}}", "data": "{{prompts: {}}}", "reward": '[{{kind: function, path: "{}"}}]',
+}
 # values that deserve a reason rather than a list of the right ones
 REFUSED_VALUES = {
     ("kl.estimator", "k3"): "as a loss k3 has the gradient of the forward KL(reference‖policy), and in the reward it "
@@ -175,8 +180,9 @@ def wrong_value(path: KeyPath, node: Node, schema: dict[str, Any]) -> str:
     text = f"found {value_found(node)}, wanted {value_wanted(schema, number)}"
     if schema.get("description"):
         text += f" ({schema['description']})"
-    if path == ("model",) and isinstance(node.value, str):
-        return f"{text}; write model: {{path: {node.value}}}, or --set model.path={node.value}"
+    if len(path) == 1 and path[0] in SHORTHAND and isinstance(node.value, str):
+        written = f"{text}; write {path[0]}: {SHORTHAND[path[0]].format(node.value)}"
+        return f"{written}, or --set model.path={node.value}" if path == ("model",) else written
     reason = None if isinstance(node.value, dict | list | bool) else REFUSED_VALUES.get((dotted(path), node.value))
     way_out = reason or advice(node, schema)
     return f"{text}; {way_out}" if way_out else text
@@ -192,6 +198,8 @@ def advice(node: Node, schema: dict[str, Any]) -> str:
     choices = [str(c) for option in options for c in option.get("enum", [option["const"]] if "const" in option else [])]
     match node.value:
         case str() as text:
+            if (typed := text.translate(KEYBOARD)) != text:
+                return f"its signs are not those of a keyboard: write {typed}"
             if near := get_close_matches(text.lower(), choices, 1):
                 return f"did you mean {near[0]}?"
             if text == "None" and "null" in types:
@@ -213,6 +221,19 @@ def advice(node: Node, schema: dict[str, Any]) -> str:
             if "array" in types:
                 return "start each entry with a dash"
     return ""
+
+
+def key_called(name: str) -> str | None:
+    """The dotted key that a bare name means, one of ours or another tool's for it; None if there are many, or none."""
+    bare = name.replace("-", "_")
+    for key, names in CALLED.items():
+        if bare in names.split():
+            return key
+    homes = {
+        f"{section}.{bare}" for stage in STAGES for section, schema in schema_of(stage)["properties"].items()
+        if bare in section_schema(schema_of(stage), schema, None).get("properties", {})
+    }
+    return homes.pop() if len(homes) == 1 else None
 
 
 def unknown_name(key: str, names: list[str]) -> str:

@@ -12,6 +12,9 @@ from kltune.run.screen import ABSENT, common_places, duration, interval, number,
 
 JUDGES = {"gold": "gold score", "score": "score", "accuracy": "held-out accuracy"}      # the first that all runs have
 
+ROUNDING = "KL by rounding alone, nats per response"
+SEEN_ROUNDING = 1e-3    # nats per response from which that is worth a line: a narrow dtype's
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -48,7 +51,7 @@ def facts_of(files: Files) -> dict[str, Fact]:
     result, evaluated, last = files.result, files.evaluated, files.metrics[-1] if files.metrics else {}
     kl = result.get("kl") or {}
     value, error = (kl.get("nats_per_response"), kl.get("stderr")) if result else newest_kl(files)
-    distinct = "distinct_2_adjusted"
+    distinct, floor = "distinct_2_adjusted", (kl.get("noise_floor") or {}).get("nats_per_response")
     return {
         "KL, nats per response": Fact(value, error, kl.get("ci95")),
         "target": Fact(limits_of(files).target),
@@ -67,6 +70,7 @@ def facts_of(files: Files) -> dict[str, Fact]:
         "alignment tax, nats per token": Fact(
             evaluated.get("eval/tax_nats_per_token"), evaluated.get("eval/tax_stderr")
         ),
+        ROUNDING: Fact(floor if floor and floor >= SEEN_ROUNDING else None),
         "steps": Fact(result.get("steps", last.get("step"))),
         "time": Fact(
             result.get("seconds", sum(row.get("time/step_seconds") or 0 for row in files.metrics)), seconds=True

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from kltune.recipe.faults import visible
@@ -32,7 +34,8 @@ HELD_OUT = ("eval/kl_ref_nats_per_response", "eval/kl_ref_nats_per_token", "eval
             "eval/margin_nats")
 CURVE_NAMES = dict.fromkeys(TRAINING, "training") | dict.fromkeys(HELD_OUT, "held out") | {
     "eval/score_z": "proxy (trained on)", "eval/gold_z": "gold",
-    "eval/distinct_1": "distinct-1", "eval/distinct_2": "distinct-2", "eval/distinct_2_adjusted": "2, adjusted",
+    "eval/distinct_1": "distinct-1", "eval/distinct_2": "distinct-2",
+    "eval/distinct_2_adjusted": "distinct-2, adjusted",
     "eval/distinct_2_per_input": "per input", "eval/distinct_2_across_input": "across inputs",
     "eval/self_bleu": "self-BLEU", "eval/duplicate_fraction": "duplicates",
     "eval/tax_nats_per_token": "policy", "eval/perplexity": "policy",
@@ -89,10 +92,16 @@ class Recorded:
     final: dict[str, Any]
     final_step: int | None = None
 
-    @property
+    @cached_property
     def last_step(self) -> float:
         """The newest step of all."""
         return max((row["step"] for row in self.rows if is_number(row.get("step"))), default=0)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Everything that was measured, in alphabetical order."""
+        rows = (*self.rows, self.final)
+        return sorted({name for row in rows for name, value in row.items() if is_number(value)})
 
     def series(self, name: str) -> Series:
         """What the rows hold of one metric; [] if nothing was measured."""
@@ -105,8 +114,8 @@ class Recorded:
     def reference(self, name: str) -> float | None:
         """What the reference's own responses gave where ``name`` is the policy's; None where that was not measured."""
         key = name.replace("eval/", "eval/reference_", 1) if name.startswith("eval/") else ""
-        values = [row[key] for row in (*self.rows, self.final) if is_number(row.get(key))]
-        return values[-1] if values else None
+        rows = chain([self.final], reversed(self.rows))
+        return next((row[key] for row in rows if is_number(row.get(key))), None)
 
 
 def plots_for(limits: KLLimits) -> dict[str, tuple[Plot, ...]]:
@@ -210,9 +219,8 @@ def draw(plot: Plot, recorded: Recorded, limits: KLLimits) -> "Figure | None":
 
 def _measured_names(plot: Plot, recorded: Recorded) -> list[str]:
     """What the plot's patterns name among what was measured, in their order."""
-    rows = (*recorded.rows, recorded.final)
-    known = sorted({name for row in rows for name, value in row.items() if is_number(value)})
-    return list(dict.fromkeys(name for pattern in plot.patterns for name in known if fnmatch(name, pattern)))
+    names = recorded.names
+    return list(dict.fromkeys(name for pattern in plot.patterns for name in names if fnmatch(name, pattern)))
 
 
 def _draw_saved(axes: "Axes", recorded: Recorded, name: str, colour: str, label: str) -> float | None:

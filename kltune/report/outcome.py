@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from kltune.run.files import read_json, read_jsonl, read_metrics
 from kltune.run.screen import ABSENT, common_places, interval, is_number, number, with_error
 
 RECORDED = (
-    "stage", "status", "seed", "reference", "versions", "started", "ended", "recipe_sha256", "command", "resumed_at",
-    "error",
+    "stage", "status", "seed", "reference", "versions", "threads", "started", "ended", "recipe_sha256", "command",
+    "resumed_at", "error",
 )
 APART = 9.0      # % of the gauge between two numbers under it: on a phone they are as wide
 CLEAR = 2.0      # standard errors from which a score counts as moved
@@ -60,7 +61,7 @@ class Files:
         """The evaluation of what was saved; {} before that."""
         return self.result.get("eval") or {}
 
-    @property
+    @cached_property
     def recorded(self) -> Recorded:
         """The numbers that pictures are drawn from."""
         return Recorded(self.metrics, self.evaluated, self.result.get("final_step"))
@@ -119,8 +120,8 @@ def verdict_of(files: Files) -> RunVerdict:
     where = f"step {done:,} of {total:,}" if total else f"step {done:,}"
     reason = files.record.get("error") or "no reason recorded"
     word, tone, sentence = {
-        "interrupted": ("interrupted", "plain", f"Stopped at {where}; --resume continues it."),
-        "failed": ("failed", "bad", f"Failed at {where}: {reason}."),
+        "interrupted": ("interrupted", "plain", f"Stopped after {where}; --resume continues it."),
+        "failed": ("failed", "bad", f"Failed after {where}: {reason.rstrip('.')}."),
     }.get(str(status), ("running", "plain", f"At {where} when this page was written; no final measurement yet."))
     value, error = newest_kl(files)
     if value is not None:

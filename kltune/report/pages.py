@@ -15,7 +15,7 @@ from markupsafe import Markup
 from kltune.errors import RecipeError
 from kltune.recipe import as_written, by_dotted_key
 from kltune.recipe.faults import visible
-from kltune.report.facts import columns_of, facts_of, preference_of
+from kltune.report.facts import ROUNDING, columns_of, facts_of, preference_of
 from kltune.report.figures import COMPARED_CURVES, TOLERANCE, Plot, draw, draw_together, plots_for
 from kltune.report.outcome import (
     Files,
@@ -44,11 +44,11 @@ from kltune.run.screen import ABSENT, duration, number
 NAMES_NO_RUN = ("run.output", "run.keep", "run.loggers")      # keys in which any two runs may differ
 ON_THE_REPORT = (
     "KL, nats per response", "score", "gold score", "distinct-2, adjusted", "alignment tax, nats per token",
-    "held-out accuracy", "calibration error", "steps", "time",
+    "held-out accuracy", "calibration error", ROUNDING, "steps", "time",
 )
 IN_THE_COMPARISON = (
     "KL, nats per response", "target", "score", "gold score", "held-out accuracy", "distinct-2, adjusted", "self-BLEU",
-    "tokens per response", "alignment tax, nats per token", "steps", "time",
+    "tokens per response", "alignment tax, nats per token", ROUNDING, "steps", "time",
 )
 SIDE_BY_SIDE = 4          # pairs that stand open; the rest is folded
 Pictures = dict[str, list[tuple[str, Markup]]]      # title and SVG, by heading
@@ -191,12 +191,14 @@ def timings_of(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, float, floa
 
 def first_and_last(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, Any, Any]]:
     """(name, first value, last value) of everything in metrics.jsonl that is a number."""
-    values: dict[str, list[float]] = {}
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
     for row in metrics:
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
-                values.setdefault(name, []).append(value)
-    return [(name, series[0], series[-1]) for name, series in sorted(values.items())]
+                first.setdefault(name, value)
+                last[name] = value
+    return [(name, first[name], last[name]) for name in sorted(first)]
 
 
 def next_commands(files: Files) -> list[tuple[str, str]]:

@@ -24,6 +24,8 @@ NAME_WIDTH = 50        # characters of a curve's name in a line of the legend
 TARGET, CAP = "#c27a00", "#c0392b"
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 FEW_POINTS = 25        # below this each point is marked, so that one alone is seen
+COLUMNS = 400          # stretches of a long series, each drawn by its extremes; a picture is some 700 pixels wide
+MOST_POINTS = 4 * COLUMNS + 2      # of a curve
 DECADES = 30.0         # largest ÷ smallest from which a log axis shows more than a linear one
 LEAST_SPAN = 0.04      # of the values themselves, that an axis shows: what moves less has not moved
 LEGEND_WIDTH = 60      # characters
@@ -186,6 +188,7 @@ def style_axes(axes: "Axes", x: str, y: str, *, size: float) -> None:
 
 def draw_series(axes: "Axes", series: Series, colour: str, label: str, *, faint: bool = False) -> None:
     """Draw a line, marked where there are few points, with 95 % intervals: bars on few points, a band along many."""
+    series = thinned(series)
     mark = "o" if len(series) <= FEW_POINTS else None
     steps, values, _ = zip(*series, strict=True)
     axes.plot(
@@ -201,6 +204,22 @@ def draw_series(axes: "Axes", series: Series, colour: str, label: str, *, faint:
     else:
         low, high = ([y + sign * w for y, w in zip(values, widths, strict=True)] for sign in (-1, 1))
         axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def thinned(series: Series) -> Series:
+    """A series of no more points than a picture can show apart, in its order: the first, the last, and all extremes.
+
+    Of each of ``COLUMNS`` equal stretches the largest and the smallest value stay, with the ends of their intervals.
+    """
+    if len(series) <= MOST_POINTS:
+        return series
+    kept = {0, len(series) - 1}
+    for column in range(COLUMNS):
+        stretch = range(column * len(series) // COLUMNS, (column + 1) * len(series) // COLUMNS)
+        for sign in (-1.0, 1.0):
+            kept.add(max(stretch, key=lambda at, sign=sign: sign * series[at][1]))
+            kept.add(max(stretch, key=lambda at, sign=sign: sign * series[at][1] + Z95 * (series[at][2] or 0.0)))
+    return [series[at] for at in sorted(kept)]
 
 
 def draw_level(axes: "Axes", value: float, colour: str, label: str, style: str = "--") -> None:
@@ -261,9 +280,11 @@ def svg_of(figure: "Figure", name: str, title: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     with matplotlib.rc_context({"svg.hashsalt": "kltune", "svg.fonttype": "none"}):
-        FigureCanvasSVG(figure)
+        for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+            patch.set_facecolor("none")
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        # Not savefig, which draws everything twice to lay it out: drawing once does that as well.
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg"):].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -9,6 +9,7 @@ from kltune.run.screen import interval, with_error
 
 MARKED = 0.3            # nats at a token from which it is marked
 TERMINAL_SHADES = ((1.0, "1;31"), (MARKED, "31"), (0.05, "33"))      # least nats, and the colour from there on
+SEEN_ROUNDING = 1e-6    # nats per token from which the noise floor is worth a line; float32 stays far below
 BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 60              # positions drawn side by side
 PROMPT_ROWS = 5
@@ -67,6 +68,12 @@ def _checks_and_spread(document: dict[str, Any]) -> Iterator[str]:
         f"  k1 agrees with exact to {round(document['agreement_z'], 1) + 0.0:+.1f} standard errors; "      # no -0.0
         f"{document['truncated_fraction']:.0%} of the responses reached the length limit"
     )
+    floor = document["noise_floor"]
+    if floor["nats_per_token"] >= SEEN_ROUNDING:
+        yield (
+            f"  rounding alone ({document['reference']['dtype']}) makes {floor['nats_per_response']:.2g} nats per "
+            f"response, {floor['nats_per_token']:.2g} per token: the policy against itself in other batches"
+        )
     quantiles = spread["quantiles"]
     yield (
         f"  responses: median {quantiles['0.5']:.3f}, 90 % below {quantiles['0.9']:.3f}, 99 % below "

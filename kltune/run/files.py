@@ -294,7 +294,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def read_metrics(folder: Path) -> list[dict[str, float | None]]:
     """The rows of a run's metrics.jsonl, finite numbers by name; CheckpointError for anything else in it."""
     path = folder / "metrics.jsonl"
-    rows = [{name: value for name, value in row.items() if name != "nonfinite"} for row in read_jsonl(path)]
+    # Every row brings strings of its own for the same names: in a long run they would be most of the memory.
+    rows = [{sys.intern(name): value for name, value in row.items() if name != "nonfinite"} for row in read_jsonl(path)]
     foreign.check_shape(rows, list[dict[str, Finite | None]], CheckpointError, str(path))
     if any(not isinstance(row.get("step"), int) for row in rows):
         raise CheckpointError(f"{path}: a line without a step that is a whole number; wanted what a stage writes.")

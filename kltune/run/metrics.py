@@ -80,6 +80,11 @@ METRICS = (
     Metric("score/sd", "score", ABOVE_0, BUDGETED, 0.8, "standard deviation of the step's scores"),
     Metric("policy/entropy_nats_per_token", "nats per token", "0 to log(vocabulary)", BUDGETED, 2.1,
            "mean entropy of the policy's next-token distributions on the step's responses"),
+    Metric("policy/first_gap_nats_per_token", "nats per token", ABOVE_0, ("ppo", "trpo"), 2e-7,
+           "mean difference, before the step's first update, between the tokens' log-probabilities and those of when "
+           "they were sampled: rounding that depends on the batch"),
+    Metric("policy/first_gap_largest_nats", "nats", ABOVE_0, ("ppo", "trpo"), 2e-6,
+           "the largest of the differences that policy/first_gap_nats_per_token is the mean of"),
     Metric("response/tokens", "tokens per response", "1 to sampling.max_new_tokens", BUDGETED, 46.2,
            "mean length of the step's responses, end token included"),
     Metric("response/truncated_fraction", "share", SHARE, BUDGETED, 0.1,
@@ -181,6 +186,9 @@ METRICS = (
     Metric("eval/agreement_z", "standard errors", ANY, POLICIES, 0.4,
            "sampled KL (k1) less the exact one, in standard errors; beyond ±4 the sampler drew from another "
            "distribution"),
+    Metric("eval/noise_floor_nats_per_response", "nats per response", ABOVE_0, POLICIES, 2e-8,
+           "KL that rounding alone makes: of the policy as it sampled the answers to itself as it was measured on them "
+           "(k3); in bfloat16 about 1e-4 to 1e-3 nats a token"),
     Metric("eval/truncated_fraction", "share", SHARE, POLICIES, 0.1,
            "share of the answers cut at sampling.max_new_tokens before they ended"),
     Metric("eval/score_mean", "score", ANY, ("reward", *BUDGETED), 1.6,

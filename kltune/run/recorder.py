@@ -6,22 +6,32 @@ import os
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
 from rich.text import Text
 
 from kltune.core import ranks
 from kltune.recipe.faults import redact, visible
 from kltune.run.files import append_line, storing, to_json, without_nonfinite
 from kltune.run.loggers import Curves, wanted_loggers
-from kltune.run.screen import duration, undressed, wants_colour, with_error
+from kltune.run.screen import SILENCE_SECONDS, counted, duration, undressed, wants_colour, with_error
 
-PLAIN_LINE_SECONDS = 10.0
+TABLE_SECONDS = 0.5      # between two drawings of a table
 Number = float | int | None
 # label, names (the first that was measured is shown), number format, unit
 COLUMNS = (
@@ -61,27 +71,93 @@ class Clock:
 def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Within: a function to call with the number of responses that are done, of ``total``."""
     if wants_colour(sys.stderr):
-        columns = TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
+        columns = (
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(file=undressed(sys.stderr)), transient=True) as progress:
             task = progress.add_task(what, total=total)
             yield lambda done: progress.update(task, completed=done)
         return
-    said = time.monotonic()
+    yield counted(what, total)
 
-    def say(done: int) -> None:
-        nonlocal said
-        if time.monotonic() - said >= PLAIN_LINE_SECONDS:
-            said = time.monotonic()
-            print(f"{what}: {done} of {total} responses", file=sys.stderr, flush=True)
 
-    yield say
+def kl_of_step(metrics: Mapping[str, Number], unit: str, target: float | None) -> str:
+    """The KL of a step as it was measured, of its target; nothing where it was not. unit: as of ``Report``."""
+    of_batch = metrics.get(f"kl/ref_{unit}") is not None      # sft and dpo measure it in evaluations only
+    name = "kl/ref" if of_batch else "eval/kl_ref"
+    value, error = metrics.get(f"{name}_{unit}"), metrics.get(f"{name}_stderr")
+    if value is None:
+        return ""
+    if unit != "nats_per_response":      # the standard error is per response, whatever the target's unit
+        error = None
+    goal = f" of {target:g}" if target is not None else ""
+    return f"{with_error(value, error)}{goal} {unit.replace('_per_', '/')}"
+
+
+def figures_of_step(metrics: Mapping[str, Number]) -> str:
+    """The measured ones of a step's other numbers that people ask for."""
+    cells = []
+    for label, names, form, unit in COLUMNS:
+        value = next((metrics[name] for name in names if metrics.get(name) is not None), None)
+        cells += [] if value is None else [f"{label} {value:{form}}{unit}".strip()]
+    return "  ".join(cells)
+
+
+class Board:
+    """What runs side by side: on a terminal a table that is drawn again and again, elsewhere lines every few seconds.
+
+    Used as a context manager. columns: titles of the cells of a row.
+    """
+
+    def __init__(self, columns: Sequence[str]):
+        self._columns, self._shown_at = columns, time.monotonic()
+        self._live = None
+        if wants_colour(sys.stderr):
+            console = Console(file=undressed(sys.stderr), highlight=False)
+            self._live = Live(console=console, transient=True, auto_refresh=False)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, rows: Callable[[], Iterable[Sequence[str]]]) -> None:
+        """Show the rows if it is time to; may be called as often as one likes."""
+        now = time.monotonic()
+        if now - self._shown_at < (TABLE_SECONDS if self._live is not None else SILENCE_SECONDS):
+            return
+        self._shown_at = now
+        cells = [[visible(redact(cell)) for cell in row] for row in rows()]
+        if self._live is None:
+            for name, *others in cells:
+                titles = zip(self._columns[1:], others, strict=True)
+                titled = [f"{title} {cell}".strip() for title, cell in titles if cell]
+                self.say(f"{name}: {'  '.join(titled)}")
+            return
+        table = Table(*self._columns, box=None, pad_edge=False)
+        for row in cells:
+            table.add_row(*map(Text, row))
+        self._live.update(table, refresh=True)
+
+    def say(self, text: str) -> None:
+        """Print one message on stderr, above the table."""
+        if self._live is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._live.console.print(Text(text), soft_wrap=True)
 
 
 class Report:
     """Write one row per step, for people and for programs, from the same numbers.
 
     Used as a context manager. On a terminal a live line stays at the bottom; elsewhere (a pipe, NO_COLOR, CI,
-    TERM=dumb) there are plain lines only: the first step, the last, those with an evaluation, else one in ten seconds.
+    TERM=dumb) there are plain lines only: the first step, the last, those with an evaluation, else as many as
+    ``SILENCE_SECONDS`` ask for.
 
     Args:
         target: the KL target, in ``unit`` (nats_per_response or nats_per_token).
@@ -107,17 +183,17 @@ class Report:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._curves = Curves(self.folder, wanted_loggers(loggers if ranks.is_first() else ()), self.warn)
-        self._began = self._printed_at = -math.inf
+        self._began = self._printed_at = self._stepped_at = -math.inf
 
     def __enter__(self) -> Self:
         for name in ("metrics.jsonl", "samples.jsonl") if ranks.is_first() else ():
             with storing(self.folder / name):
                 # Unbuffered, so that a line that does not fit is not tried again when the file is closed.
                 self._files[name] = open(self.folder / name, "ab", buffering=0)
-        self._began = time.monotonic()
+        self._began = self._stepped_at = time.monotonic()
         if ranks.is_first() and wants_colour(sys.stderr):
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
+                SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(bar_width=18), MofNCompleteColumn(),
                 TextColumn("{task.fields[row]}", markup=False), console=self._console, transient=True,
             )
             self._task = self._progress.add_task(self.stage, total=self.total_steps, completed=self.start_step, row="")
@@ -188,26 +264,16 @@ class Report:
     def _is_due(self, step: int, metrics: Mapping[str, Number]) -> bool:
         edge = step in (self.start_step + 1, self.total_steps)
         evaluated = any(name.startswith("eval/") and value is not None for name, value in metrics.items())
-        return edge or evaluated or time.monotonic() - self._printed_at >= PLAIN_LINE_SECONDS
+        now, before = time.monotonic(), self._stepped_at
+        self._stepped_at = now
+        too_late = now + (now - before) - self._printed_at      # when the next step will have passed
+        return edge or evaluated or too_late > SILENCE_SECONDS
 
     def _row(self, step: int, metrics: Mapping[str, Number]) -> str:
         """The measured ones of: score  KL ± its error of its target  loss  beta  speed  time left."""
-        cells = [self._kl_cell(metrics)]
-        for label, names, form, unit in COLUMNS:
-            value = next((metrics[name] for name in names if metrics.get(name) is not None), None)
-            cells.append("" if value is None else f"{label} {value:{form}}{unit}".strip())
-        return "  ".join(cell for cell in (*cells, self._time_left(step)) if cell)
-
-    def _kl_cell(self, metrics: Mapping[str, Number]) -> str:
-        of_batch = metrics.get(f"kl/ref_{self.unit}") is not None      # sft and dpo measure it in evaluations only
-        name = "kl/ref" if of_batch else "eval/kl_ref"
-        value, error = metrics.get(f"{name}_{self.unit}"), metrics.get(f"{name}_stderr")
-        if value is None:
-            return ""
-        if self.unit != "nats_per_response":      # the standard error is per response, whatever the target's unit
-            error = None
-        goal = f" of {self.target:g}" if self.target is not None else ""
-        return f"KL {with_error(value, error)}{goal} {self.unit.replace('_per_', '/')}"
+        kl = kl_of_step(metrics, self.unit, self.target)
+        cells = (f"KL {kl}" if kl else "", figures_of_step(metrics), self._time_left(step))
+        return "  ".join(cell for cell in cells if cell)
 
     def _time_left(self, step: int) -> str:
         done, left = step - self.start_step, self.total_steps - step

@@ -14,6 +14,7 @@ from kltune.lm.data.examples import Example, Prompt, RowRules, counts_line, load
 from kltune.lm.data.rows import Row, looks_like_a_path
 from kltune.lm.model.adapters import read_adapter_config
 from kltune.lm.model.files import refuse_code
+from kltune.lm.model.fingerprint import section_of
 from kltune.lm.model.loading import own_tokenizer, pick_device
 from kltune.lm.model.opening import load_saved_policy
 from kltune.lm.model.policy import Policy
@@ -21,6 +22,7 @@ from kltune.lm.model.sampler import Draw
 from kltune.recipe import DataSection, ModelSection, load_recipe
 from kltune.recipe.stages import prompts_source
 from kltune.run.checkpoint import read_info, resolve_checkpoint
+from kltune.run.screen import doing
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
         CheckpointError: the reference found is not the one the checkpoint was trained against, or none is known.
         ModelError: one of the two cannot be loaded, or they do not fit together.
     """
+    doing(f"loading {subject.path}")
     try:
         return _opened(subject, options)
     except (KltuneError, OSError):
@@ -110,7 +113,7 @@ def _opened(subject: Subject, options: MeasureOptions) -> Policy:
     if info is None:
         facts = {"path": options.reference or _named_base(folder, is_adapter)}
     else:
-        facts = {name: info["reference"][name] for name in ("path", "sft_adapter", "dtype")}
+        facts = section_of(info["reference"])
         facts["path"] = options.reference or facts["path"]
     section = ModelSection(**facts, trust_remote_code=options.trust_remote_code)
     template = template_made_with(subject, options)

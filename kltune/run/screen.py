@@ -1,12 +1,16 @@
-"""What people read: whether a stream takes colour, and numbers with their errors, as intervals and as times."""
+"""What people read: signs of life, whether a stream takes colour, and numbers, intervals and times as text."""
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from kltune.recipe.faults import redact, visible
 
+SILENCE_SECONDS = 4.0       # that a user waits at most before a line says what is being done
 ABSENT = "–"
 DIGITS = 4      # of the largest number in a column of equal places, at most; three places are always allowed
 
@@ -32,6 +36,63 @@ class ShownText:
 def undressed(stream: TextIO) -> TextIO:
     """The stream behind a ``ShownText``; any other is its own."""
     return stream.behind if isinstance(stream, ShownText) else stream
+
+
+class _Now:
+    """What this process does, how far it is, and since when it does that."""
+
+    what, progress, since = "", "", -math.inf
+
+
+def doing(what: str, progress: str = "") -> None:
+    """Note what the process does from now on, and how far it is; said only where `signs_of_life` finds it long.
+
+    Nothing is said of "".
+    """
+    if what != _Now.what:
+        _Now.since = time.monotonic()
+    _Now.what, _Now.progress = what, progress
+
+
+def counted(what: str, total: int) -> Callable[[int], None]:
+    """A function to call with the number of responses that are done, of so many: `doing` hears of each."""
+
+    def progress(done: int) -> None:
+        doing(what, f"{done} of {total} responses")
+
+    progress(0)
+    return progress
+
+
+@contextmanager
+def signs_of_life(
+    say: Callable[[str], object], heard: Callable[[], float], silence: float = SILENCE_SECONDS
+) -> Iterator[None]:
+    """Within: where nothing was heard for so many seconds, what is being done is said, and for how long it has been.
+
+    say: prints a line. heard: when something was last printed, by ``time.monotonic``.
+    """
+    _Now.what = ""
+    doing("loading the libraries")
+    over = threading.Event()
+
+    def watch() -> None:
+        wait = silence
+        while not over.wait(wait):
+            now = time.monotonic()
+            wait = heard() + silence - now
+            if wait <= 0.0:
+                progress = f": {_Now.progress}" if _Now.progress else ""
+                if _Now.what:
+                    say(f"{_Now.what}{progress}, {duration(round(now - _Now.since))} so far\n")
+                wait = silence
+
+    thread = threading.Thread(target=watch, name="signs of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def wants_colour(stream: TextIO) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import shlex
 import signal
@@ -23,6 +24,7 @@ from kltune.core import ranks
 from kltune.errors import CheckpointError, Interrupted, JudgeError, PeerError, RecipeError, ServerError, StorageError
 from kltune.lm.data.chat import read_template, today
 from kltune.lm.data.documents import Result, RunRecord
+from kltune.lm.fast.threads import choose_threads, computing_with
 from kltune.lm.model.fingerprint import Fingerprint
 from kltune.lm.model.loading import pick_device
 from kltune.lm.model.opening import load_policy
@@ -45,6 +47,7 @@ from kltune.run.files import (
     write_whole,
 )
 from kltune.run.loggers import wanted_loggers
+from kltune.run.screen import doing
 from kltune.run.subprocesses import end_at_once, on_stop_signals, tell_at_once
 
 Train = Callable[[Any, Policy, "Run"], dict[str, Any]]
@@ -100,6 +103,15 @@ class Run:
             refuse_changed(self._record["inputs"] or {}, inputs, self.folder)
         self.record(inputs=inputs)
 
+    def with_threads(self) -> contextlib.AbstractContextManager[None]:
+        """Within: the number of threads that ``run.threads`` comes to, recorded and said; see ``choose_threads``."""
+        threads, line = ranks.from_first(
+            lambda: choose_threads(self.recipe.run.threads, self._record["threads"], os.environ)
+        )
+        print(line, file=sys.stderr)
+        self.record(threads=threads)
+        return computing_with(threads)
+
     @property
     def day(self) -> date:
         """The day that chat templates are told, for as long as the run goes on."""
@@ -151,16 +163,20 @@ def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
         if (done := ranks.from_first(partial(finished_result, recipe))) is not None:
             return done
         wanted_loggers(recipe.run.loggers)      # what is not installed is said before anything slow
-        with open_run(recipe, resume=resume) as run, ranks.phase("loading the model"):
+        with open_run(recipe, resume=resume) as run, contextlib.ExitStack() as stack, ranks.phase("loading the model"):
+            doing("reading what the recipe names")
             ranks.from_first(lambda: run.set_inputs(inputs_of(recipe)))
+            stack.enter_context(run.with_threads())
             torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
             device, template = pick_device(recipe.run.device), read_template(recipe.data.chat_template)
+            doing(f"loading {recipe.model.path}")
             policy = load_policy(recipe.model, recipe.lora, device=device, chat_template=template)
             run.set_reference(policy.fingerprint)
             run.record(base=base_of(recipe))
             if run.resume_from is not None:
                 policy.hold_against(run.resume_from, "checkpoint", recipe.model.trust_remote_code)
             policy.day = run.day
+            doing("reading rows and rewards")
             return train(recipe, policy, run)
 
 
@@ -319,6 +335,7 @@ def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Pa
         "base": continued.get("base"),
         "template_date": continued.get("template_date") or recipe.data.date or today().isoformat(),
         "versions": versions,
+        "threads": continued.get("threads"),
         "started": continued.get("started", _now()),
         "ended": None,
         "saved_step": saved_step(resume_from) if resume_from else None,

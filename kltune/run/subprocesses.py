@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TextIO
 
 from kltune.errors import PeerError
+from kltune.lm.fast.threads import allowed_cores
 from kltune.run.files import storing
 
 POLL_SECONDS = 0.05
@@ -52,6 +53,7 @@ def run_commands(
     environment: Mapping[str, str],
     started: Callable[[Command], None],
     ended: Callable[[Command, int, float], None],
+    watched: Callable[[Sequence[Command]], None] = lambda running: None,
 ) -> int | None:
     """Run all commands, at most ``jobs`` at a time, each whatever became of the others.
 
@@ -59,8 +61,8 @@ def run_commands(
     sessions of their own: what a terminal sends to everyone would reach them twice, and twice means at once. Should
     this process be killed, with no chance to hand anything on, the system asks them to stop (on Linux).
 
-    ``ended`` is told of each with its exit code (128 + the signal for one that was killed) and its seconds. Returned is
-    the signal that ended it early, or None.
+    ``ended`` is told of each with its exit code (128 + the signal for one that was killed) and its seconds; ``watched``
+    many times a second of those that run. Returned is the signal that ended it early, or None.
 
     Raises:
         StorageError: a log cannot be written; the commands that ran were asked to stop first.
@@ -78,6 +80,7 @@ def run_commands(
                     running.remove(child)
                     code = child.process.returncode
                     ended(child.command, code if code >= 0 else 128 - code, time.monotonic() - child.began)
+                watched([child.command for child in running])
                 time.sleep(POLL_SECONDS)
         finally:
             for child in running:      # only where something went wrong here
@@ -152,7 +155,7 @@ def _devices() -> int:
     """One process for each GPU; where there is none, one for each core, as many as share a batch at most."""
     import torch
 
-    return torch.cuda.device_count() or min(os.cpu_count() or 1, MOST_AUTO)
+    return torch.cuda.device_count() or min(allowed_cores(), MOST_AUTO)
 
 
 def _dying_with_parent() -> Callable[[], None] | None:
@@ -237,7 +240,7 @@ def thread_share(environment: Mapping[str, str], jobs: int) -> dict[str, str]:
     Two processes with a thread for every core each wait for one another at every operation, and take 5 to 10 times as
     long.
     """
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    threads = str(max(1, allowed_cores() // jobs))
     more = {"OMP_NUM_THREADS": threads} if jobs > 1 and "OMP_NUM_THREADS" not in environment else {}
     return {**environment, **more}
 

@@ -225,7 +225,10 @@ def sample_and_gate(
         if not gated:
             return measured, None
         kl = measured.summary("exact", confidence)
-        gate = verdict(kl, options.max_kl, options.unit, confidence, fresh_prompts=answered.leaves_prompts)
+        gate = verdict(
+            kl, options.max_kl, options.unit, confidence, fresh_prompts=answered.leaves_prompts,
+            rounding=measured.noise_floor[options.unit],
+        )
         ci = kl.ci if options.unit == "nats_per_response" else kl.token_ci
         seen.append({"responses": kl.responses, "confidence": confidence, "ci": ci, "verdict": gate.verdict})
         if gate.verdict != "inconclusive" or gate.wants_prompts:
@@ -237,6 +240,7 @@ def sample_and_gate(
         "direction": DIRECTIONS["forward" if from_reference else "reverse"],
         "verdict": gate.verdict,
         "reason": gate.reason,
+        "noise_floor": measured.noise_floor[options.unit],
         "more_responses": gate.more_responses,
         "wants_prompts": gate.wants_prompts,
         "planned_looks": len(counts),

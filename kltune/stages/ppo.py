@@ -18,7 +18,7 @@ from kltune.core.kl.divergence import kl_k3
 from kltune.core.objectives.losses import clip_fraction, clipped_policy_loss, exact_kl_loss, k2_kl_loss
 from kltune.core.tensors import expect_finite, per_response
 from kltune.lm.model.batches import response_scatter
-from kltune.lm.model.opening import check_first_ratio
+from kltune.lm.model.opening import check_first_ratio, rounding_metrics
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import PPORecipe
@@ -112,11 +112,12 @@ def improve(
     parts = (part for _ in range(ppo.epochs) for part in experience.minibatches(ppo.minibatch_size, rng))
     steps: list[dict[str, float]] = []
     fits: list[dict[str, float]] = []
+    gaps: list[Tensor] = []
     moved, rounding, rests = 0.0, 0.0, False
     for part in parts:
         if not rests:
             most = limit + rounding if steps else math.inf
-            measured, stats = policy_step(recipe, learner, part, first=not steps, limit=most)
+            measured, stats = policy_step(recipe, learner, part, None if steps else gaps, limit=most)
             rounding = rounding if steps else measured      # before any update; in bfloat16 it is as much as a step
             moved, rests = max(measured - rounding, 0.0), stats is None
             steps += [] if rests else [stats]
@@ -128,7 +129,7 @@ def improve(
     if planned == 1:
         made, moved = 1, max(moved_since(learner.policy, part.rollout, recipe) - rounding, 0.0)
     learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, made / planned))
-    return averaged(steps) | averaged(fits) | {
+    return averaged(steps) | averaged(fits) | rounding_metrics(gaps) | {
         "kl/step_nats_per_response": moved,
         "kl/step_limit_nats_per_response": None if math.isinf(limit) else limit,
         "ppo/minibatches": float(len(steps)),
@@ -141,9 +142,12 @@ def averaged(done: list[dict[str, float]]) -> dict[str, float]:
 
 
 def policy_step(
-    recipe: PPORecipe, learner: Learner, part: Experience, *, first: bool, limit: float
+    recipe: PPORecipe, learner: Learner, part: Experience, gaps: list[Tensor] | None, *, limit: float
 ) -> tuple[float, dict[str, float] | None]:
     """One clipped step on a minibatch, in micro-batches that add up to it exactly.
+
+    gaps: before any update, where to put how far log-probs are from the rollout's. The policy is the one that sampled
+    then, and its ratios are taken to be 1: what they differ by is rounding, in bfloat16 a hundredth.
 
     Returns:
         KL(old ‖ new) of the updates before, nats per response, and metrics; None, and no step, if it passes ``limit``.
@@ -155,19 +159,24 @@ def policy_step(
         piece = part.select(micro)
         old, mask = piece.rollout, piece.rollout.response_mask
         logprobs, kl_loss = current_logprobs(recipe, policy, piece)
-        if first:
-            check_first_ratio(logprobs, old, policy)
+        nats, found = per_response(kl_k3(old.logprobs, logprobs.detach(), mask), mask).sum(), ()
+        if gaps is not None:
+            found = (check_first_ratio(logprobs, old, policy),)
+            old = replace(old, logprobs=logprobs.detach())
         loss = clipped_policy_loss(logprobs, old.logprobs, piece.advantages, mask, recipe.ppo.clip_range, tokens)
         clipped = clip_fraction(logprobs, old.logprobs, mask, recipe.ppo.clip_range, tokens)
         # The clipped loss averages over tokens, the KL is per response: rows / tokens puts both on one scale.
         whole = loss + piece.kl_weight * kl_loss * len(micro) / tokens
-        return whole, loss, clipped, per_response(kl_k3(old.logprobs, logprobs.detach(), mask), mask).sum()
+        return whole, loss, clipped, nats, *found
 
     micros = policy.micro_batches(part.rollout, recipe.optim.micro_batch_size)
     told = accumulate(policy.trainable_parameters().values(), micros, one, "policy")
-    _, losses, clipped, nats = ([number.item() for number in column] for column in zip(*told, strict=True))
-    moved = sum(each / rows for each in nats)
-    sums = {"ppo/policy_loss": sum(losses), "ppo/clip_fraction": sum(clipped)}
+    _, losses, clipped, nats, *found = zip(*told, strict=True)
+    moved = sum(each.item() / rows for each in nats)
+    sums = {"ppo/policy_loss": sum(each.item() for each in losses),
+            "ppo/clip_fraction": sum(each.item() for each in clipped)}
+    if gaps is not None:
+        gaps += found[0]
     expect_finite("KL(old ‖ new) of a minibatch", moved)
     if moved > limit:
         learner.optimizers["policy"].zero_grad(set_to_none=True)

@@ -34,7 +34,7 @@ from kltune.run.saved_policy import (
     open_subject,
     resolve_settings,
 )
-from kltune.run.screen import with_error
+from kltune.run.screen import doing, with_error
 
 CURVE = tuple(round(0.1 * step, 1) for step in range(1, 11))
 
@@ -67,6 +67,7 @@ def _project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
     subject = find_checkpoint(checkpoint, options)
     settings = resolve_settings([subject], options)
     policy = open_subject(subject, options)
+    doing("measuring shares of the adapter")
     interpolation = make_interpolation(policy, settings, options)
     document: dict[str, Any] = {
         "schema": "kltune.project/1",

@@ -25,6 +25,7 @@ from kltune.run.saved_policy import (
     resolve_settings,
     typed_prompts,
 )
+from kltune.run.screen import doing
 
 SIDE_DIRECTIONS = {"policy": "KL(policy||reference)", "reference": "KL(reference||policy)"}
 
@@ -53,6 +54,7 @@ class Speaker:
         """
         policy, settings, per_prompt = self.policy, self.settings, self.options.per_prompt
         prompts = typed_prompts(policy, settings, texts) if texts else measured_prompts(policy, settings)
+        doing("sampling policy and reference")
         answered = Round(prompts, 0, len(prompts), per_prompt, number=turn)
         sides = answer_both(policy, answered, settings.draw(self.options.seed))
         spoken = [shown_responses(side, policy) for side in sides]

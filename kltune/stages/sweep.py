@@ -8,6 +8,7 @@ What is finished is never done again, what was interrupted goes on from its chec
 same command continues a sweep, and one with more values extends it.
 """
 
+import json
 import os
 import sys
 import time
@@ -42,6 +43,7 @@ from kltune.run.files import (
     without_nonfinite,
     write_whole,
 )
+from kltune.run.recorder import Board, figures_of_step, kl_of_step
 from kltune.run.screen import ABSENT, duration, interval, with_error
 from kltune.run.subprocesses import STOPPED, Command, last_lines, run_commands, thread_share
 
@@ -50,6 +52,8 @@ SCHEMA = "kltune.sweep/1"
 WORST_FIRST = (1, 74, 6, 5, 2, 75, 143, 138, 130, 129)
 SHOWN_LINES = 5
 WAIT_SECONDS = 0.5
+TAIL_BYTES = 1 << 16      # of a metrics.jsonl, where its last row is
+NATS = "nats_per_response"
 
 
 @dataclass(frozen=True)
@@ -116,19 +120,20 @@ class _Sweep:
 
     def run(self) -> int | None:
         """Run what is not finished; the signal that ended it early, or None."""
-        for point in self.points:
-            self._wait(point)
-        todo = []
-        for point in self.points:
-            row = self.rows[point.name]
-            if row["status"] == "finished":
-                self._say(point.name, f"finished already: {figures_text(row)}")
-            else:
-                todo.append(self._command(point))
-        return run_commands(
-            todo, self.options.jobs, environment=thread_share(os.environ, self.options.jobs), started=self._started,
-            ended=self._ended,
-        )
+        with Board(("point", "step", "KL", "")) as self.board:
+            for point in self.points:
+                self._wait(point)
+            todo = []
+            for point in self.points:
+                row = self.rows[point.name]
+                if row["status"] == "finished":
+                    self._say(point.name, f"finished already: {figures_text(row)}")
+                else:
+                    todo.append(self._command(point))
+            return run_commands(
+                todo, self.options.jobs, environment=thread_share(os.environ, self.options.jobs),
+                started=self._started, ended=self._ended, watched=self._watched,
+            )
 
     def _wait(self, point: GridPoint) -> None:
         """Wait for a point that still runs because its sweep was killed with no chance to stop it."""
@@ -195,7 +200,8 @@ class _Sweep:
     def _started(self, command: Command) -> None:
         self.log_began[command.name] = command.log.stat().st_size if command.log.exists() else 0
         row = self.rows[command.name]
-        self._say(command.name, {"interrupted": "goes on", "failed": "tried again"}.get(row["status"], "started"))
+        begins = {"interrupted": "goes on", "failed": "tried again"}.get(row["status"], "started")
+        self._say(command.name, f"{begins}; its log is {command.log}")
         row |= {"status": "running", "exit_code": None, "error": []}
         self.save()
 
@@ -215,9 +221,37 @@ class _Sweep:
             self._say(command.name, f"failed with exit code {code}; the end of {command.log}:{lines}")
         self.save()
 
-    def _say(self, name: str, text: str) -> None:
+    def _watched(self, running: Sequence[Command]) -> None:
+        self.board.show(lambda: [(self._title(command.name), *self._progress(command)) for command in running])
+
+    def _progress(self, command: Command) -> tuple[str, str, str]:
+        """Steps done of all, KL and other figures of the last step; before the first one, what the log says last."""
+        metrics = newest_row(self.options.output / command.name / "metrics.jsonl")
+        if metrics is None:
+            said = last_lines(command.log, 1, self.log_began[command.name])
+            return "", "", said[0] if said else "starting"
+        recipe = next(point.recipe for point in self.points if point.name == command.name)
+        budget = getattr(recipe, "kl", None)
+        unit, target = (budget.unit, budget.target if budget.control == "target" else None) if budget else (NATS, None)
+        steps = f"{metrics['step']}{f'/{recipe.run.steps}' if recipe.run.steps else ''}"
+        return steps, kl_of_step(metrics, unit, target), figures_of_step(metrics)
+
+    def _title(self, name: str) -> str:
         number = [point.name for point in self.points].index(name) + 1
-        print(f"point {number}/{len(self.points)} {name}: {text}", file=sys.stderr, flush=True)
+        return f"point {number}/{len(self.points)} {name}"
+
+    def _say(self, name: str, text: str) -> None:
+        self.board.say(f"{self._title(name)}: {text}")
+
+
+def newest_row(metrics: Path) -> dict[str, Any] | None:
+    """The last whole row of a run's metrics.jsonl; None before there is one."""
+    if not metrics.exists():
+        return None
+    with open(metrics, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        lines = file.read().split(b"\n")[:-1]      # what follows the last line's end is still being written
+    return json.loads(lines[-1]) if lines else None
 
 
 def common_settings(axes: Sequence[Axis], points: Sequence[GridPoint]) -> tuple[dict[str, Any], list[str]]:

@@ -37,7 +37,7 @@ from kltune.core.kl.intervals import cluster_numbers, summarize
 from kltune.core.tensors import expect_finite, per_response
 from kltune.lm.model.batches import response_scatter
 from kltune.lm.model.curvature import Fisher, from_vector, to_vector
-from kltune.lm.model.opening import check_first_ratio
+from kltune.lm.model.opening import check_first_ratio, rounding_metrics
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.snapshot import Snapshot, StepKL
 from kltune.lm.rewards.scorers import load_scorer
@@ -156,7 +156,7 @@ def trust_region_step(
     parameters = learner.policy.trainable_parameters()
     old = Snapshot(parameters)
     experience = centred(experience)
-    gradient = policy_gradient(job.recipe, learner.policy, experience)
+    gradient, rounding = policy_gradient(job.recipe, learner.policy, experience)
     region, fresh_gain = region.observed(gradient, price)
     room = learner.budget.room(batch.rollout, batch.kl, share=1.0)
     radius = region.radius.allowed(min(trpo.max_step_kl, room), price)
@@ -196,6 +196,7 @@ def trust_region_step(
         "trpo/line_search_tries": float(len(result.trials)),
         "trpo/accepted": float(result.accepted),
         **natural.metrics(),
+        **rounding,
     }
 
 
@@ -237,8 +238,12 @@ def natural_gradient(
     return NaturalGradient(x, gradient.dot(x).item(), along, curvature, added, solution.residual, solution.iterations)
 
 
-def policy_gradient(recipe: TRPORecipe, policy: Policy, experience: Experience) -> Tensor:
-    """Gradient of the surrogate on the whole batch, micro-batches added up. [P], score per parameter.
+def policy_gradient(
+    recipe: TRPORecipe, policy: Policy, experience: Experience
+) -> tuple[Tensor, dict[str, float]]:
+    """Gradient of the surrogate on the whole batch, micro-batches added up: [P], score per parameter. And metrics.
+
+    The policy is the one that sampled, so its ratios are taken to be 1: what they differ by is rounding.
 
     Raises:
         DivergedError: it is not finite.
@@ -248,19 +253,20 @@ def policy_gradient(recipe: TRPORecipe, policy: Policy, experience: Experience) 
     rows = len(experience.advantages)
     total = torch.zeros(sum(tensor.numel() for tensor in parameters), dtype=torch.float64, device=policy.device)
 
-    def one(micro: Tensor) -> tuple[()]:
+    def one(micro: Tensor) -> tuple[Tensor]:
         piece = experience.select(micro)
         batch, mask = piece.rollout, piece.rollout.response_mask
         logprobs = response_scatter(policy.logprobs(batch.ids, batch.scored, recipe.sampling.temperature), mask)
-        check_first_ratio(logprobs, batch, policy)
-        gain = surrogate(logprobs, batch.logprobs, piece.advantages, mask, rows)
+        gaps = check_first_ratio(logprobs, batch, policy)
+        gain = surrogate(logprobs, logprobs.detach(), piece.advantages, mask, rows)
         total.add_(to_vector(torch.autograd.grad(gain, parameters, allow_unused=True, materialize_grads=True)))
-        return ()
+        return (gaps,)
 
-    ranks.spread(policy.micro_batches(experience.rollout, recipe.optim.micro_batch_size), one)
+    micros = policy.micro_batches(experience.rollout, recipe.optim.micro_batch_size)
+    gaps = [gap.cpu() for (gap,) in ranks.spread(micros, one)]
     total = ranks.summed(total).float()
     expect_finite("the policy gradient", total)
-    return total
+    return total, rounding_metrics(gaps)
 
 
 def fisher_on_some(recipe: TRPORecipe, policy: Policy, experience: Experience, rng: np.random.Generator) -> Fisher:

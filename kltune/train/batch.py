@@ -12,6 +12,7 @@ from kltune.core.kl.intervals import KLSummary, cluster_numbers, summarize
 from kltune.core.objectives.advantages import spread_within_groups
 from kltune.core.objectives.bradley_terry import correlation
 from kltune.core.tensors import expect_finite, masked_mean, per_response
+from kltune.errors import ScoreOverflow
 from kltune.lm.data.examples import shuffled_positions
 from kltune.lm.measure.breakdown import transcript
 from kltune.lm.model.batches import Rollout, response_scatter
@@ -71,7 +72,8 @@ def pulling_spread(job: Job, learner: Learner, rollout: Rollout, scores: Tensor)
     count = job.recipe.sampling.responses_per_prompt
     whole = spread_within_groups(scores, count)
     # Finite scores may have an infinite spread.
-    expect_finite("the spread of the scores", whole, advice="Scale the reward down, or lower reward.N.weight.")
+    advice = "Scale the reward down, or lower reward.N.weight."
+    expect_finite("the spread of the scores", whole, advice=advice, error=ScoreOverflow)
     if job.baseline == "grpo":
         return 1.0
     if count > 1 or rollout.values is None:

@@ -23,6 +23,7 @@ from kltune.run.screen import interval
 
 RAISE = 1.1             # of the price, when the policy was found beyond the cap, or a line search met it
 BELOW_CAP = 0.9         # of the cap: where a price that was fixed is steered once the cap was met
+WIDE = 6.0              # limit of the integral from then on: pairs are held by a hundredth of what scores would need
 PLAN = 0.5              # of the steps: by then the KL should have arrived at its target
 BAND = 0.15             # of the target: within it the KL counts as held
 HELD = 0.9              # share of the last third of the steps that is within the band once the target is met
@@ -78,7 +79,8 @@ class Budget:
             # Nothing to look ahead for: where it begins is the cap, and what the KL did before was at another price.
             gains |= {"ki": 2.0 * section.ki, "look_ahead": 0.0}
             bounds = {"beta_min": least, "beta_max": max(least, section.beta_max)}
-            return cls(section, FixedBeta(beta), steps, LogPI(beta, **gains, **bounds, near=1, arrived=True))
+            below_cap = LogPI(beta, **gains, **bounds, limit=WIDE, near=1, arrived=True)
+            return cls(section, FixedBeta(beta), steps, below_cap)
         if section.controller == "ziegler":
             return cls(section, Ziegler(beta, horizon=section.horizon, **bounds), steps)
         if section.controller == "dual":
@@ -141,12 +143,13 @@ class Budget:
         return replace(self, last_within=LastWithinCap(step, asdict(kl), tensors))
 
     def rolled_back(self, rollout: Rollout, pull: float) -> Self:
-        """After a batch beyond the cap: a nat costs a tenth more.
+        """After a batch beyond the cap: a nat costs a tenth more, and a price that was fixed is steered from then on.
 
-        It costs no less than what would hold an ideal policy at the cap: a price near 0 would take many raises. A price
-        that was fixed is steered from then on.
+        At this price the KL grew, and one that would hold an ideal policy at the cap may be ten times too high for this
+        one: a nat costs no less than halfway between them, in its logarithm.
         """
-        least = feed_forward(pull, self.cap * self._tokens(rollout))
+        ideal = feed_forward(pull, self.cap * self._tokens(rollout))
+        least = math.sqrt(max(self.price, self.section.beta_min) * ideal)
         return replace(self, controller=self._raised(RAISE, least), rollbacks=self.rollbacks + 1)
 
     def refused(self) -> Self:

@@ -6,8 +6,9 @@ the responses that the KL was measured on; nothing more is sampled for it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from kltune.core.hacking.diversity import distinct_stderr, diversity
@@ -23,14 +24,19 @@ from kltune.lm.data.examples import (
 )
 from kltune.lm.measure.breakdown import transcript
 from kltune.lm.measure.likelihood import alignment_tax, document_nats, reference_nats
-from kltune.lm.measure.measurement import Measurement, Round, answer_both, measure_kl, measured_scores
+from kltune.lm.measure.measurement import Measurement, Round, measure_kl, measured_scores
+from kltune.lm.model.batches import Rollout
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import Draw
 from kltune.lm.rewards.judge import Judge
 from kltune.lm.rewards.scorers import Scorer, load_scorer
 from kltune.recipe import Recipe, SamplingSection
+from kltune.run.screen import counted, doing
 from kltune.run.session import Run
 from kltune.train.preferences import Preferences, load_preferences, pair_metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHOWN_PROMPTS = 8      # held-out prompts that a run's page shows before and after
 Metrics = dict[str, float | None]
@@ -43,12 +49,14 @@ class Reference:
     """What evaluations hold the policy against: the reference's own answers to the same prompts, and the same texts.
 
     metrics: named as in the metrics, ``eval/reference_...``. scales: mean and sd of each judge's scores of its answers,
-    where they have a spread. text_nats: of each held-out text, [D] nats; None without texts.
+    where they have a spread. text_nats: of each held-out text, [D] nats; None without texts. answers: None without
+    prompts.
     """
 
     metrics: Metrics
     scales: Scales
     text_nats: Tensor | None
+    answers: Measurement | None
 
 
 @dataclass
@@ -110,20 +118,24 @@ class HeldOut:
                 "eval/kl_ref_nats_per_token": kl.nats_per_token,
                 "eval/prompts": kl.prompts,
                 "eval/agreement_z": measured.z,
+                "eval/noise_floor_nats_per_response": measured.noise_floor["nats_per_response"],
                 "eval/truncated_fraction": measured.truncated.float().mean().item(),
             }
             scores = measured_scores(scorers, measured, self.sampling.missing_end_penalty)
             metrics |= score_metrics("eval/", scores, measured.prompt_index, reference.scales)
             metrics |= text_metrics("eval/", measured, policy.network.vocabulary)
         if self.texts:
+            doing("evaluation: held-out texts")
             metrics |= self._tax(policy, reference)
         if self.pairs is not None:
+            doing("evaluation: held-out pairs")
             metrics |= pair_metrics(policy, self.pairs)
         return metrics | reference.metrics, measured
 
     def _answered(self, policy: Policy, count: int, *, from_reference: bool = False) -> Measurement:
         """So many answers to the prompts, measured; with the same random numbers whoever gives them."""
-        return measure_kl(policy, self.answered(count), self.draw, from_reference=from_reference)
+        progress = counted(f"evaluation: sampling the {'reference' if from_reference else 'policy'}", count)
+        return measure_kl(policy, self.answered(count), self.draw, from_reference=from_reference, progress=progress)
 
     def answered(self, count: int) -> Round:
         """Which prompts get so many answers; the same ones at every evaluation."""
@@ -144,7 +156,7 @@ class HeldOut:
     def _reference(self, policy: Policy, scorers: Mapping[str, Scorer], count: int) -> Reference:
         """The same of the reference, which stays what it is."""
         metrics: Metrics = {}
-        scales, text_nats = {}, None
+        scales, text_nats, measured = {}, None, None
         if self.prompts:
             measured = self._answered(policy, count, from_reference=True)
             scores = measured_scores(scorers, measured, self.sampling.missing_end_penalty)
@@ -155,7 +167,12 @@ class HeldOut:
             text_nats = reference_nats(policy, self.texts)
             tokens = sum(sum(example.scored) for example in self.texts)
             metrics["eval/reference_texts_nats_per_token"] = text_nats.sum().item() / tokens
-        return Reference(metrics, scales, text_nats)
+        return Reference(metrics, scales, text_nats, measured)
+
+    def beside(self, measured: Measurement) -> Measurement:
+        """What the reference answered, with the same random numbers, where the policy was measured."""
+        answers = (reference.answers for reference in self._references.values())
+        return next(theirs for theirs in answers if len(theirs.exact) == len(measured.exact))
 
 
 def load_held_out(
@@ -198,40 +215,54 @@ def gold_result(metrics: Metrics) -> Metrics:
     return {name: metrics.get(f"eval/{metric}") for name, metric in names.items()}
 
 
-def before_and_after(policy: Policy, held_out: HeldOut, scorer: Scorer | None) -> list[dict[str, Any]]:
-    """Rows of samples.jsonl on the first held-out prompts, each with what the reference says to it; [] without prompts.
+def before_and_after(
+    held_out: HeldOut, measured: Measurement | None, scorer: Scorer | None, tokenizer: "PreTrainedTokenizerBase"
+) -> list[dict[str, Any]]:
+    """Rows of samples.jsonl: the first held-out prompts of an evaluation, with what policy and reference said to each.
 
-    With one response to a prompt they are the first of the evaluation with the same seed.
+    measured: the evaluation; [] where there is none.
     """
-    prompts, sampling = held_out.prompts, held_out.sampling
-    if not prompts:
+    if measured is None:
         return []
-    usual = held_out.answered(held_out.responses)
-    answered = replace(usual, count=min(SHOWN_PROMPTS, usual.count), per_prompt=1)
-    sides = answer_both(policy, answered, held_out.draw)
-    after, before = sides
-    scores = [scores_of(scorer, side, sampling.missing_end_penalty) for side in sides]
-    rollout = after.rollouts[0]
+    per_prompt, penalty = held_out.answered(len(measured.exact)).per_prompt, held_out.sampling.missing_end_penalty
+    places = range(0, len(measured.exact), per_prompt)[:SHOWN_PROMPTS]
+    after, before = (answers_at(side, places) for side in (measured, held_out.beside(measured)))
+    scores, reference_scores = (scores_of(scorer, side, penalty) for side in (after, before))
+    rows = [(rollout, row) for rollout in after for row in range(len(rollout.prompts))]
+    said = [text for rollout in before for text in rollout.responses]
     return [
         {
             "held_out": True,
             "prompt": rollout.prompts[row],
             "response": rollout.responses[row],
-            "score": scores[0][row],
-            "ref_kl": after.exact[row].item(),
-            **transcript(rollout, row, policy.tokenizer),
-            "reference_response": before.rollouts[0].responses[row],
-            "reference_score": scores[1][row],
+            "score": scores[at],
+            "ref_kl": measured.exact[places[at]].item(),
+            **transcript(rollout, row, tokenizer),
+            "reference_response": said[at],
+            "reference_score": reference_scores[at],
         }
-        for row in range(answered.count)
+        for at, (rollout, row) in enumerate(rows)
     ]
 
 
-def scores_of(scorer: Scorer | None, measured: Measurement, missing_end_penalty: float) -> list[float | None]:
+def answers_at(measured: Measurement, places: Sequence[int]) -> list[Rollout]:
+    """The responses at some places of all, in order and in parts."""
+    parts, start = [], 0
+    for rollout in measured.rollouts:
+        rows = [place - start for place in places if 0 <= place - start < len(rollout.prompts)]
+        parts += [rollout.select(torch.tensor(rows, device=rollout.ids.device))] if rows else []
+        start += len(rollout.prompts)
+    return parts
+
+
+def scores_of(scorer: Scorer | None, parts: Sequence[Rollout], missing_end_penalty: float) -> list[float | None]:
     """The score of each response; None of each where nothing scores."""
+    prompts, responses = ([text for rollout in parts for text in getattr(rollout, name)]
+                          for name in ("prompts", "responses"))
     if scorer is None:
-        return [None] * len(measured.exact)
-    return measured_scores({"score": scorer}, measured, missing_end_penalty)["score"].tolist()
+        return [None] * len(responses)
+    truncated = torch.cat([rollout.truncated for rollout in parts])
+    return scorer.total(prompts, responses, parts, truncated, missing_end_penalty).tolist()
 
 
 def scales_of(scores: Mapping[str, Tensor]) -> Scales:

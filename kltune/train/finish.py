@@ -16,6 +16,7 @@ from kltune.lm.measure.measurement import Measurement, kl_result
 from kltune.lm.model.opening import check_frozen
 from kltune.report.pages import write_page
 from kltune.run.checkpoint import save_final, saved_step, whole_checkpoints
+from kltune.run.screen import doing
 from kltune.train.evaluation import Metrics, before_and_after, gold_result
 from kltune.train.learner import ALARMS, Job, Learner
 
@@ -60,7 +61,7 @@ def finish(job: Job, learner: Learner, steps: int) -> dict[str, Any]:
     if learner.alarms.peak is None:
         watch_over(job, learner, found.step, found.metrics)
     kl = None if found.measured is None else kl_result(found.measured)
-    shown = before_and_after(learner.policy, job.held_out, learner.scorer)
+    shown = before_and_after(job.held_out, found.measured, learner.scorer, learner.policy.tokenizer)
     told = {"kl": kl, "target": None, "score": None, "perplexity": found.metrics.get("eval/perplexity")}
     if learner.budget is not None:
         told = {"kl": kl} | budget_result(job, learner, found)
@@ -122,6 +123,7 @@ def conclude(
         "eval": metrics,
         "seconds": job.run.seconds(),
     })
+    doing("drawing the page")
     if ranks.is_first():
         write_page(job.run.folder)
     return result
@@ -252,6 +254,7 @@ def land_on_target(job: Job, learner: Learner, found: Final) -> Final:
 
 def make_interpolation(job: Job, learner: Learner) -> Interpolation:
     """The policy ready to be scaled back, with random numbers that its evaluation does not use."""
+    doing("landing: measuring shares of the adapter")
     held_out = job.held_out
     draw = replace(held_out.draw, seed=held_out.seed + LANDING_SEED)
     return Interpolation(learner.policy, held_out.prompts, draw, unit=learner.budget.section.unit)

@@ -12,7 +12,15 @@ import torch
 
 from kltune.core import ranks
 from kltune.core.control.controllers import feed_forward
-from kltune.errors import Interrupted, JudgeError, RecipeError, SamplerError, ScorerError, ServerError
+from kltune.errors import (
+    Interrupted,
+    JudgeError,
+    RecipeError,
+    SamplerError,
+    ScoreOverflow,
+    ScorerError,
+    ServerError,
+)
 from kltune.lm.data.examples import Prompt, counts_line, distinct_prompts, load_prompts
 from kltune.lm.model.opening import check_fresh_policy
 from kltune.lm.model.policy import Policy
@@ -23,6 +31,7 @@ from kltune.run.checkpoint import drop_oldest, latest_checkpoint, refuse_nonfini
 from kltune.run.files import read_jsonl
 from kltune.run.optimizer import learning_rate_share, make_optimizer
 from kltune.run.recorder import Clock
+from kltune.run.screen import doing
 from kltune.run.session import Run
 from kltune.train.batch import UNMEASURED, Batch, batch_metrics, response_kl, sample_rows, standardize
 from kltune.train.evaluation import HeldOut, load_held_out
@@ -122,8 +131,14 @@ def take_steps(
 
     Returns:
         The object of ``result.json``.
+
+    Raises:
+        Interrupted: a signal came while models were loaded, which may take longer than a step. Others: see the parts.
     """
+    doing("looking at the model before the first step")
     begin(job, learner)
+    if job.run.stop_signal:
+        raise Interrupted(f"before step {job.run.start_step + 1}; --resume begins there.", job.run.stop_signal)
     notes = [learner.policy.fingerprint.describe(), learner.policy.ends.note, *notes, *job.held_out.notes]
     notes += () if learner.scorer is None else (*learner.scorer.notes, *learner.scorer.examples(job.prompts))
     notes += () if job.pair_judge is None else [job.pair_judge.note]
@@ -134,6 +149,7 @@ def take_steps(
         step = job.run.start_step
         while goes_on(job, learner, step):
             step += 1
+            doing(f"step {step} of {job.steps}")
             with ranks.phase(f"updating in step {step}"), whole_step(job, learner, step, evaluates(job, step)):
                 close_step(job, learner, step, take_step(job, learner, step))
         with whole_step(job, learner, step + 1, evaluates=True):
@@ -182,7 +198,7 @@ def whole_step(job: Job, learner: Learner, step: int, evaluates: bool) -> Iterat
     judge is asked what it did not answer.
 
     Raises:
-        JudgeError, ScorerError: a scorer's, with what was saved.
+        JudgeError, ScorerError, ScoreOverflow: a scorer's, with what was saved.
     """
     # Responses are scored before the update that learns from them: only what is scored after it, in an evaluation or
     # where a run may end at its cap, wants a copy of model and optimizer to go back to.
@@ -191,7 +207,7 @@ def whole_step(job: Job, learner: Learner, step: int, evaluates: bool) -> Iterat
     before = learner.undo(copied=scored_after)
     try:
         yield
-    except (JudgeError, SamplerError, ScorerError, ServerError) as error:
+    except (JudgeError, SamplerError, ScorerError, ScoreOverflow, ServerError) as error:
         learner.go_back(before)
         if step > 1 and ranks.from_first(lambda: _newest_step(job.run.folder)) < step - 1:
             save(job, learner, step - 1, None)
@@ -220,8 +236,9 @@ def warn_of_flat_scores(job: Job, scorer: Scorer) -> None:
     means, spreads = zip(*((row["score/mean"], row["score/sd"]) for row in rows), strict=True)
     if all(sd is not None and sd <= FLAT * max(1.0, abs(mean)) for mean, sd in zip(means, spreads, strict=True)):
         names = " + ".join(source.name for source in scorer.sources)
+        when = f"each of the first {len(rows)} steps" if len(rows) > 1 else "the first step"
         job.report.warn(
-            f"in each of the first {len(rows)} steps all responses score alike (the last {means[-1]:.4g}): reward "
+            f"in {when} all responses score alike (the last {means[-1]:.4g}): reward "
             f"{names} tells them apart by nothing, so that there is nothing to learn. Does it read the responses?"
         )
 

@@ -19,13 +19,12 @@ from kltune.core.kl.intervals import cluster_numbers, clustered_mean, clustered_
 from kltune.core.objectives import preferences as losses
 from kltune.core.objectives.bradley_terry import wins
 from kltune.core.tensors import expect_finite, per_response
-from kltune.errors import ModelError
 from kltune.lm.data.encoding import Ids
 from kltune.lm.data.examples import Example, Prompt, counts_line
 from kltune.lm.data.pairs import Answer, load_labelled, load_pairs
 from kltune.lm.measure.likelihood import document_nats, example_batch, text_rules
 from kltune.lm.model.batches import Rollout, response_scatter
-from kltune.lm.model.opening import FIRST_RATIO_GAP
+from kltune.lm.model.opening import expect_rounding
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
 from kltune.recipe import DataSection, DPOSection
@@ -319,10 +318,4 @@ def check_first_log_ratios(log_ratio: Tensor, tokens: Tensor, policy: Policy) ->
     Raises:
         ModelError: one is not.
     """
-    gap = (log_ratio.detach() / tokens).abs().max().item()
-    allowed = FIRST_RATIO_GAP[policy.dtype]
-    if not gap <= allowed:      # NaN is not above it either
-        raise ModelError(
-            f"Before any update, a response's log-probability differs by {gap:.3g} nats per token from the reference's "
-            f"(allowed: {allowed}): the model's output depends on the batch it is in. kltune cannot train it."
-        )
+    expect_rounding((log_ratio.detach() / tokens).abs(), policy.dtype, "the reference's")

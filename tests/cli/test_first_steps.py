@@ -6,6 +6,7 @@ import shlex
 import pytest
 
 from kltune.cli import main
+from kltune.lm.rewards import missing
 
 RECIPE = """\
 stage: ppo
@@ -50,6 +51,32 @@ STEPS = [       # the command, what was changed before it, the exit code, and wh
     ("sweep ppo.yaml --over kl.target=1,2 -o out", {"rewards.py": None}, 5, "rewards.py does not exist"),
     ("init --model model", {}, 2, "wanted --prompts P"),
     ("explain kl.taget", {}, 2, "did you mean kl.target"),
+    ("ppo ppo.yaml --set kl.target=–4", {}, 2, "its signs are not those of a keyboard: write -4"),
+    ("ppo ppo.yaml --set optim.lr=1e−4", {}, 2, "write 1e-4"),
+    ("ppo ppo.yaml —resume", {}, 2, "—resume: its dashes are not those of a keyboard; write --resume"),
+    ("ppo ppo.yaml –-set=kl.target=4", {}, 2, "–-set: its dashes are not those of a keyboard; write --set"),
+    ("ppo ppo.yaml --set reward.0.path=“rewards.py:score”", {}, 2, "quotes and dashes have to be those of a keyboard"),
+    ("ppo ppo.yaml --steps 10", {}, 2, "write --set run.steps=VALUE"),
+    ("ppo ppo.yaml --learning-rate=1e-4", {}, 2, "write --set optim.lr=VALUE"),
+    ("ppo ppo.yaml --set data=prompts.jsonl", {}, 2, "write data: {prompts: prompts.jsonl}"),
+    ("ppo ppo.yaml --set reward=rewards.py:score", {}, 2, 'write reward: [{kind: function, path: "rewards.py:score"}]'),
+    ("ppo ppo.yaml --set kl.target=0", {}, 2, "found 0, wanted a number above 0"),
+    ("ppo ppo.yaml --set run.steps=1e3", {}, 2, "found 1000.0, wanted a whole number at least 1 or null"),
+    ("ppo ppo.yaml", {"ppo.yaml": RECIPE + 'run: {steps: "10"}\n'}, 2, 'found "10" (text in quotes)'),
+    ("ppo ppo.yaml", {"ppo.yaml": RECIPE + "kl: {init_kl_coef: 0.2}\n"}, 2, "called kl.beta here"),
+    ("ppo ppo.yaml", {"prompts.jsonl": None, "prompts.jsonl/a.jsonl": "{}"}, 5, "is a folder, wanted a file"),
+    ("ppo ppo.yaml --set data.prompts=p.json", {"p.json": '{"data": [{"prompt": "a"}]}'}, 5, "jq .data FILE"),
+    ("ppo ppo.yaml --set data.prompts=p.csv", {"p.csv": "Frage;Antwort\na;b\n"}, 5, "data.columns: {prompt: Frage}"),
+    ("ppo ppo.yaml --set data.prompts=p.jsonl.gz", {"p.jsonl.gz": "{}"}, 5, "the gzip file is cut off or damaged"),
+    ("ppo ppo.yaml --set data.prompts=~/none.jsonl", {}, 5, "/none.jsonl does not exist"),
+    ("ppo sub/ppo.yaml", {"sub/ppo.yaml": RECIPE}, 2, "paths start at the recipe: write ../model"),
+    ("ppo ppo.yaml --set reward.0.path=rewards.py:scre", {}, 5, "has no function 'scre'; did you mean score?"),
+    ("ppo ppo.yaml", {"rewards.py": "async def score(prompts, responses): ..."}, 5, "score is async"),
+    ("ppo ppo.yaml --set model.path=org/name-7b", {}, 5, "as a name on the hub it is not in the cache"),
+    ("init ppo --model modle --prompts promts.jsonl --reward reward.py", {}, 5, "--prompts: promts.jsonl does not "
+     "exist; did you mean prompts.jsonl?\n  --reward: reward.py does not exist; did you mean rewards.py?"),
+    ("init ppo --model org/name-7b --prompts prompts.jsonl --reward rewards.py", {}, 5, "it is not in the cache, and"),
+    ("init --model prompts.jsonl --prompts model", {}, 5, "--model: found prompts.jsonl, which is a file; wanted the"),
 ]
 LIBRARY_WORDS = (
     "Input should be", "range>", "<int", "<str", "Value error", "discriminator", "Traceback", "couldn't connect",
@@ -66,6 +93,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "rewards.py").write_text("def score(prompts, responses):\n    return [0.0] * len(responses)\n")
     (tmp_path / "ppo.yaml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(missing, "_is_offline", lambda: True)
     return tmp_path
 
 

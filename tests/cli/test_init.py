@@ -17,6 +17,8 @@ REWARD = "import helper\n\n\ndef score(prompts, responses):\n    return helper.l
 TURNS = [{"role": "user", "content": "w3 w4"}, {"role": "assistant", "content": "w5 w6"}]
 HH = {"chosen": "\n\nHuman: w3\n\nAssistant: w4 w5", "rejected": "\n\nHuman: w3\n\nAssistant: w5 w4"}
 PLAIN = {"prompt": "w3 w4"}
+SHARED = {"conversations": [{"from": "human", "value": "w3 w4"}, {"from": "gpt", "value": "w5 w6"}]}
+ALPACA = {"instruction": "w3", "input": "w4", "output": "w5 w6"}
 QUICK = ["run.steps=1", "eval.responses=4", "sampling.max_new_tokens=4"]
 
 
@@ -41,6 +43,10 @@ def init(tmp_path, tiny_model, capsys, monkeypatch):
                 writer.writerows(rows)
         elif name.endswith(".parquet"):
             pq.write_table(pa.Table.from_pylist(rows), name)
+        elif name.endswith(".json"):
+            (tmp_path / name).write_text(json.dumps(rows, indent=1))
+        elif name.endswith(".txt"):
+            (tmp_path / name).write_text("".join(f"{row['prompt']}\n" for row in rows))
         else:
             (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         with pytest.raises(SystemExit) as left:
@@ -63,6 +69,12 @@ def init(tmp_path, tiny_model, capsys, monkeypatch):
      {"stage": "trpo", "chat_template": "chat.jinja"}),
     ({"messages": TURNS}, "rows.parquet", [], True, {"stage": "sft"}),
     ({"messages": TURNS}, "rows.parquet", ["--reward", "rewards.py"], False, {"chat_template": "chat.jinja"}),
+    (SHARED, "rows.parquet", [], True, {"stage": "sft"}),
+    (SHARED, "rows.json", [], True, {"stage": "sft"}),
+    (SHARED, "rows.json", ["--reward", "rewards.py"], True, {"stage": "ppo"}),
+    (ALPACA, "rows.json", [], False, {"stage": "sft"}),
+    (ALPACA, "rows.json", ["--reward", "rewards.py"], True, {"stage": "ppo"}),
+    (PLAIN, "rows.txt", ["--reward", "rewards.py"], False, {"stage": "ppo"}),
 ])
 def test_what_it_writes_runs_as_it_is(init, rows, name, arguments, chat, keys, tmp_path, monkeypatch):
     other = {key: value.replace("w3", "w6") if isinstance(value, str) and key != "messages" else value
@@ -92,7 +104,7 @@ def test_what_it_writes_runs_as_it_is(init, rows, name, arguments, chat, keys, t
     ([PLAIN], ["nosuch"], 2, "no stage nosuch; the stages are sft"),
     ([PLAIN], ["dpo"], 5, "found prompt; wanted prompt, chosen, rejected"),
     ([{"text": "a"}], ["sft", "--reward", "rewards.py"], 2, "--reward is for ppo and trpo"),
-    ([PLAIN], ["--reward", "no.py"], 5, "no.py cannot be read"),
+    ([PLAIN], ["--reward", "no.py"], 5, "--reward: no.py does not exist"),
     ([PLAIN], ["--reward", "rewards.txt"], 2, "wanted rewards.py"),
     ([HH, HH | {"rejected": HH["chosen"]}, HH | {"chosen": "x"}], ["dpo"], 5, "2 of 3 rows are faulty"),
 ])

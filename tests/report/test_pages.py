@@ -96,8 +96,9 @@ def test_the_verdict_in_plain_words(run_folder, overrides, result, word, words):
     ("record", "words"),
     [
         ({"status": "running"}, "At step 10 of 10 when this page was written"),
-        ({"status": "interrupted"}, "Stopped at step 10 of 10; --resume continues it."),
-        ({"status": "failed", "error": "DivergedError: NaN"}, "Failed at step 10 of 10: DivergedError: NaN."),
+        ({"status": "interrupted"}, "Stopped after step 10 of 10; --resume continues it."),
+        ({"status": "failed", "error": "DivergedError: NaN"}, "Failed after step 10 of 10: DivergedError: NaN. KL to"),
+        ({"status": "failed", "error": "ScorerError: no."}, "Failed after step 10 of 10: ScorerError: no. KL to"),
     ],
 )
 def test_a_run_without_a_result_says_where_it_is(run_folder, record, words):

@@ -42,6 +42,7 @@ ZERO = {"nats_per_response": 0.0, "stderr": 0.0, "ci": [0.0, 0.0], "nats_per_tok
 EQUAL = {
     "direction": "KL(policy||reference)", "checkpoint": "runs/a", "responses": 4, "prompts": 2, "temperature": 1.0,
     "max_new_tokens": 8, "kl": {"exact": ZERO}, "forward": None, "deployed": None, "confidence": 0.95,
+    "noise_floor": {"nats_per_response": 1e-8, "nats_per_token": 1e-9}, "reference": {"dtype": "bfloat16"},
     "agreement_z": 0.0, "truncated_fraction": 0.5, "entropy": {"policy": 1.0, "reference": 1.0}, "tv": 0.0,
     "tv_stderr": 0.0, "js": None, "alignment_tax": None, "gate": None,
     "distribution": {"quantiles": {"0.5": 0.0, "0.9": 0.0, "0.99": 0.0}, "maximum": 0.0, "largest_share": 0.0,
@@ -53,6 +54,14 @@ def test_a_checkpoint_that_equals_its_reference_says_so_and_nothing_of_where():
     text = eval_kl_text(EQUAL)
     assert "equals its reference" in text
     assert "by position" not in text
+
+
+def test_what_rounding_makes_of_the_kl_is_said_in_a_narrow_dtype():
+    floor = {"nats_per_response": 0.1412, "nats_per_token": 0.00055}
+    assert "rounding alone (bfloat16) makes 0.14 nats per response, 0.00055 per token" in eval_kl_text(
+        EQUAL | {"noise_floor": floor}
+    )
+    assert "rounding" not in eval_kl_text(EQUAL)
 
 
 def test_the_verdict_comes_first_and_may_come_alone():

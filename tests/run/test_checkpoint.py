@@ -77,6 +77,18 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000006", "step-000008"]
 
 
+def test_a_save_reads_no_more_after_many_than_after_a_few(tmp_path, monkeypatch):
+    read, plain = [], checkpoint_module._sha256
+    monkeypatch.setattr(checkpoint_module, "_sha256", lambda path: read.append(path) or plain(path))
+    counts = []
+    for step in range(1, 13):
+        save(tmp_path, step)
+        counts.append(len(read))
+        read.clear()
+    assert len(set(counts[3:])) == 1        # three are kept
+    assert counts[-1] <= counts[0] * 4
+
+
 def test_a_damaged_later_checkpoint_never_pushes_out_the_good_ones(tmp_path):
     for step in (10, 40):
         save(tmp_path, step)

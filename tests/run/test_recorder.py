@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import sys
 
 import pytest
@@ -12,7 +13,7 @@ from killing import exit_code, start
 from kltune.errors import StorageError
 from kltune.run import loggers
 from kltune.run import recorder as report_module
-from kltune.run.recorder import Report
+from kltune.run.recorder import Board, Report
 from kltune.run.screen import wants_colour
 
 METRICS = {
@@ -69,16 +70,19 @@ def test_a_target_per_token_is_held_against_the_kl_per_token(tmp_path, capsys):
     assert "KL 0.12 of 0.1 nats/token" in capsys.readouterr().err
 
 
-def test_plain_output_is_first_last_evaluations_and_one_in_ten_seconds(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("seconds", "shown"), [
+    (1.0, [6, 10, 14, 18, 20, 24, 28, 30]),
+    (3.0, list(range(6, 31))),       # the next one would come after 6 seconds
+])
+def test_plain_output_is_first_last_evaluations_and_never_long_silent(tmp_path, capsys, monkeypatch, seconds, shown):
     now = [0.0]
     monkeypatch.setattr(report_module.time, "monotonic", lambda: now[0])
     with Report(tmp_path, "ppo", 30, start_step=5) as report:
         for step in range(6, 31):
-            now[0] += 1.0
+            now[0] += seconds
             report.step(step, {"score/mean": 0.0, "eval/score_mean": 1.0 if step == 20 else None})
     captured = capsys.readouterr()
-    shown = [int(line.split()[1].split("/")[0]) for line in captured.err.splitlines()]
-    assert shown == [6, 16, 20, 30]
+    assert [int(line.split()[1].split("/")[0]) for line in captured.err.splitlines()] == shown
     assert captured.out == ""
 
 
@@ -94,8 +98,21 @@ def test_plain_output_has_no_ansi_whatever_the_text(tmp_path, capsys):
     assert "warning: careful\n" in err
 
 
-def on_a_terminal(tmp_path, **environment: str) -> str:
-    """What two steps write on stderr when that is a terminal."""
+def two_steps(folder) -> None:
+    with Report(folder, "ppo", 2, target=6.0) as report:
+        report.step(1, METRICS)
+        report.say("[bold] is text")
+        report.step(2, METRICS)
+
+
+def two_points(_folder) -> None:
+    with Board(("point", "step", "KL", "")) as board:
+        board.show(lambda: [("[a] kl.target=3", "1/40", "0.5 of 3 nats/response", "score 1.250")])
+        board.say("point [b] started")
+
+
+def on_a_terminal(tmp_path, shows=two_steps, **environment: str) -> str:
+    """What is written on stderr when that is a terminal."""
     ours, theirs = pty.openpty()
 
     def work() -> None:
@@ -103,10 +120,7 @@ def on_a_terminal(tmp_path, **environment: str) -> str:
             os.environ.pop(name, None)
         os.environ.update({"TERM": "xterm", **environment})
         sys.stderr = os.fdopen(theirs, "w")
-        with Report(tmp_path, "ppo", 2, target=6.0) as report:
-            report.step(1, METRICS)
-            report.say("[bold] is text")
-            report.step(2, METRICS)
+        shows(tmp_path)
         sys.stderr.flush()
 
     pid = start(work)
@@ -137,6 +151,29 @@ def test_a_terminal_that_wants_plain_text_gets_it(tmp_path, environment):
     written = on_a_terminal(tmp_path, **environment)
     assert "\x1b" not in written
     assert "KL 5.93" in written
+
+
+def test_points_that_run_are_a_table_on_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_module, "TABLE_SECONDS", 0.0)
+    written = on_a_terminal(tmp_path, two_points)
+    assert "\x1b[" in written
+    assert "point [b] started" in written
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
+    head, row = (next(line for line in plain.splitlines() if word in line) for word in ("step", "[a]"))
+    assert row[head.index("step"):].startswith("1/40")
+    assert "0.5 of 3 nats/response" in row
+
+
+@pytest.mark.parametrize(("passed", "lines"), [(3.9, 0), (4.1, 1)])
+def test_points_that_run_are_lines_elsewhere(tmp_path, capsys, monkeypatch, passed, lines):
+    now = [0.0]
+    monkeypatch.setattr(report_module.time, "monotonic", lambda: now[0])
+    with Board(("point", "step", "KL", "")) as board:
+        now[0] += passed
+        for _ in range(3):
+            board.show(lambda: [("point 1/2 a", "1/40", "0.5 of 3", "score 1"), ("point 2/2 b", "", "", "\x1b[2J")])
+    shown = ["point 1/2 a: step 1/40  KL 0.5 of 3  score 1", "point 2/2 b: \\x1b[2J"]
+    assert capsys.readouterr().err.splitlines() == shown * lines
 
 
 def test_a_pipe_is_never_live(capsys):

@@ -1,6 +1,29 @@
-"""Numbers, durations and errors as people write them."""
+"""Signs of life, and numbers, durations and errors as people write them."""
 
-from kltune.run.screen import common_places, duration, interval, number, with_error
+import queue
+import time
+
+import pytest
+
+from kltune.run.screen import common_places, counted, doing, duration, interval, number, signs_of_life, with_error
+
+
+def test_who_waits_is_told_what_is_done_and_how_far_it_is_and_nobody_else():
+    lines, heard = queue.Queue(), [0.0]
+
+    def next_of(what: str) -> str:
+        return next(line for line in iter(lambda: lines.get(timeout=60), None) if what in line)
+
+    with signs_of_life(lines.put, lambda: heard[0], silence=0.02):
+        assert next_of("loading") == "loading the libraries, 0 s so far\n"
+        doing("step 3 of 40")
+        assert next_of("step") == "step 3 of 40, 0 s so far\n"
+        counted("sampling", 512)(256)
+        assert next_of("256") == "sampling: 256 of 512 responses, 0 s so far\n"
+        heard[0] = time.monotonic() + 3600.0        # something else is printed all the time
+        with pytest.raises(queue.Empty):        # one may have been on its way
+            [lines.get(timeout=0.2) for _ in range(2)]
+
 
 
 def test_numbers_and_durations_as_people_write_them():

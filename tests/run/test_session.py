@@ -403,3 +403,23 @@ def test_secrets_stay_out_of_the_folder(make_recipe, monkeypatch, tmp_path):
     written = b"".join(files_of(run.folder).values()).decode()
     assert "[redacted]" in written
     assert [secret for secret in secrets if secret in written] == []
+
+
+def test_a_run_that_goes_on_keeps_the_threads_that_it_began_with(make_recipe, monkeypatch, capsys):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    free = iter([3])
+    monkeypatch.setattr("kltune.lm.fast.threads.free_threads", lambda most: (next(free), "three are free"))
+    recipe, before = make_recipe(), torch.get_num_threads()
+    with contextlib.suppress(Interrupted), open_run(recipe, resume=False) as run, run.with_threads():
+        assert torch.get_num_threads() == record_of(recipe)["threads"] == 3
+        save(run, 1)
+        raise Interrupted("stopped", signal.SIGTERM)
+    assert torch.get_num_threads() == before
+    assert "threads: 3 (three are free)" in capsys.readouterr().err
+    with open_run(recipe, resume=True) as run, run.with_threads():
+        assert torch.get_num_threads() == record_of(recipe)["threads"] == 3
+    assert "threads: 3 (as the run began)" in capsys.readouterr().err
+    recipe = make_recipe("run.threads=2")      # no other recipe: the run goes on with as many as are asked for
+    with open_run(recipe, resume=True) as run, run.with_threads():
+        assert torch.get_num_threads() == record_of(recipe)["threads"] == 2
+    assert "began with 3, so numbers may differ" in capsys.readouterr().err

@@ -172,7 +172,7 @@ def test_where_something_goes_wrong_here_no_child_is_left(tmp_path):
 
 
 def test_processes_side_by_side_share_the_cores(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("kltune.run.subprocesses.allowed_cores", lambda: 8)
     assert thread_share({"A": "1"}, 3) == {"A": "1", "OMP_NUM_THREADS": "2"}
     assert thread_share({}, 20) == {"OMP_NUM_THREADS": "1"}
     assert thread_share({}, 1) == {}

@@ -11,19 +11,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from kltune.cli import main
 from kltune.recipe import Recipe, load_recipe
 from kltune.run.checkpoint import latest_checkpoint, saved_step
 from kltune.run.files import read_jsonl
 from tests.run.killing import exit_code, start
 from tests.stages.conftest import DPO, ONLINE, PPO, REWARD, RUNS, SFT, TRPO, write_recipe
-from tests.stages.test_resume import assert_same_run
+from tests.stages.test_resume import assert_same_run, signalled_in
 
 STEPS, KEEP = 3, 2
 STAGES = {"sft": SFT, "reward": REWARD, "ppo": PPO, "trpo": TRPO, "dpo": DPO, "online": ONLINE}
@@ -145,10 +146,12 @@ def test_an_exit_before_each_change_to_the_folder_costs_nothing(campaign, tmp_pa
     assert made > 90
 
 
-def kills(stage: Campaign, folder: Path, moments: Sequence[float]) -> int:
-    """Kill a run at these shares of the time it takes, and go on; how many were killed before their end."""
+def kills(stage: Campaign, folder: Path, moments: Iterable[float], wanted: int) -> int:
+    """Kill a run at these shares of the time it takes, and go on, until so many were killed before their end."""
     killed = 0
     for number, moment in enumerate(moments):
+        if killed == wanted:
+            break
 
         def kill(pid: int, moment: float = moment) -> None:
             time.sleep(moment * stage.seconds)
@@ -165,7 +168,7 @@ def kills(stage: Campaign, folder: Path, moments: Sequence[float]) -> int:
 
 @pytest.mark.parametrize("stage", ["trpo"])
 def test_sigkill_at_some_moments_costs_nothing(campaign, tmp_path, stage, record_property):
-    made = kills(campaign(stage), tmp_path, (0.1, 0.6, 0.95))
+    made = kills(campaign(stage), tmp_path, (0.1, 0.4, 0.7), 3)
     record_property("kills", made)
     assert made >= 1        # the last moments may come after its end
 
@@ -174,10 +177,27 @@ def test_sigkill_at_some_moments_costs_nothing(campaign, tmp_path, stage, record
 @STAGE
 def test_sigkill_at_random_moments_costs_nothing(campaign, tmp_path, stage, record_property):
     chance = random.Random(stage)
-    moments = [chance.random() for _ in range(KILLS // len(STAGES))]
-    made = kills(campaign(stage), tmp_path, moments)
+    wanted = KILLS // len(STAGES)
+    made = kills(campaign(stage), tmp_path, (chance.random() for _ in range(4 * wanted)), wanted)
     record_property("kills", made)
-    assert made > len(moments) // 2
+    assert made == wanted
+
+
+def heard_by_nobody(arguments: Sequence[object], full: int, stop_in: int = 0) -> int:
+    """``kltune ...`` in a fork with a full disk as stdout (1) or stderr (2), SIGTERM in a step of it; its exit code."""
+
+    def work() -> None:
+        for stream in (1, 2):
+            os.dup2(os.open("/dev/full" if stream == full else os.devnull, os.O_WRONLY), stream)
+        sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
+        sys.__stderr__ = sys.stderr
+        try:
+            with signalled_in(stop_in):
+                main([*map(str, arguments), "--json"])
+        except SystemExit as left:
+            os._exit(left.code or 0)
+
+    return exit_code(start(work))
 
 
 def out_of_room(stage: Campaign, output: Path, limit: Callable[[], None], lift: Callable[[], None]) -> int:
@@ -191,6 +211,26 @@ def out_of_room(stage: Campaign, output: Path, limit: Callable[[], None], lift: 
 
 def limit_file_size(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize(("stage", "full", "told"), [
+    pytest.param(stage, full, told, marks=() if (stage, full) == ("sft", 1) else pytest.mark.stress)
+    for stage in STAGES for full, told in ((1, 74), (2, 0))
+])
+def test_a_full_disk_under_a_stream_costs_a_run_nothing(campaign, tmp_path, stage, full, told, record_property):
+    one, output = campaign(stage), tmp_path / "run"
+    command = (STAGES[stage]["stage"], "--recipe", one.file, "--output", output)
+    assert heard_by_nobody(command, full, stop_in=2) == 143
+    assert saved_step(latest_checkpoint(output)) == 2
+    assert heard_by_nobody((*command, "--resume"), full) == told      # stdout alone has a result that is lost
+    assert_same_run(output, one.unbroken, STEPS)
+    assert heard_by_nobody(command, full) == told       # finished, and told once more
+    gates = () if stage == "reward" else ((1e6, 0), (1e-9, 3))
+    for budget, verdict in gates:
+        # What the gate says to a script is its code; where the document is lost that is not enough.
+        gate = ("eval-kl", output, "--prompts", one.file.parent / "held_out.jsonl", "--responses", 40)
+        assert heard_by_nobody((*gate, "--max-kl", budget), full) == (verdict if full == 2 else 74)
+    record_property("full streams", 3 + len(gates))
 
 
 SIZE = [round(2 ** (17 * number / (SIZES - 1))) - 1 for number in range(SIZES)]      # bytes, 0 to 131,071

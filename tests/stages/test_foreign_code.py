@@ -1,5 +1,6 @@
 """Python that other people's folders name runs only where it was asked for, after it was compared."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -41,6 +42,27 @@ def test_a_frontier_compares_the_python_of_a_run_before_it_runs(changed_run, tmp
         planted = command("frontier", run)
     assert planted[0] == 5
     assert "It was not run" in planted[2]
+    assert not sprung.exists()
+
+
+def test_a_run_that_was_forged_whole_cannot_lead_to_python_beside_it(changed_run, tmp_path, command, monkeypatch):
+    """All digests fit; but whoever hands a folder over does not know where it will lie."""
+    run, sprung = changed_run
+    (tmp_path / "evil.py").write_text(SPRUNG.format(sprung=str(sprung)))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert Path(recipe["reward"][0]["path"]).is_absolute()
+    recipe["reward"][0]["path"] = "../evil.py:score"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with monkeypatch.context() as patch:
+        patch.setattr("kltune.recipe.checks.os.path.isabs", lambda _: True)
+        patch.setattr("kltune.recipe.reading.is_recorded", lambda *_: True)
+        digest = recipe_digest(load_recipe(run / "recipe.yaml"))
+    record = json.loads((run / "run.json").read_text())
+    record["rewards"][0]["sha256"] = hashlib.sha256((tmp_path / "evil.py").read_bytes()).hexdigest()
+    (run / "run.json").write_text(json.dumps(record | {"recipe_sha256": digest}))
+    code, _, err = command("frontier", run)
+    assert code == 2
+    assert "../evil.py, wanted a file in the recipe's own folder" in err
     assert not sprung.exists()
 
 

@@ -5,6 +5,7 @@ A point is a process of its own; here it is a fork of this one, where all that t
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from kltune.cli import main
+from kltune.run import recorder
 from kltune.run import subprocesses as children
 from kltune.stages import sweep as sweep_stage
 from tests.run.killing import exit_code, start
@@ -244,6 +246,28 @@ def test_two_sweeps_in_one_folder(sweep, tmp_path):
     (tmp_path / "out").mkdir()
     with locked(tmp_path / "out"):
         assert sweep("--over", "kl.target=0.3")[0] == 75
+
+
+def test_points_that_run_show_how_far_they_are(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder, "SILENCE_SECONDS", 0.0)
+    code, _, err = sweep("--over", "kl.target=0.3,0.6", "--jobs", "2")
+    assert code == 0
+    for number, target in enumerate(("0.3", "0.6"), start=1):
+        name = f"point {number}/2 kl.target={target}"
+        assert f"{name}: started; its log is {tmp_path}/out/kl.target={target}.log\n" in err
+        steps = re.findall(rf"^{name}: step (\d)/2  KL \S+ ± \S+ of {target} nats/response  score \S+ .*$", err, re.M)
+        assert {*steps} <= {"1", "2"}
+        assert steps
+        assert f"{name}: starting\n" in err       # before it has said anything
+
+
+def test_a_row_that_is_still_being_written_is_not_read(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    assert sweep_stage.newest_row(metrics) is None
+    metrics.write_text('{"step": 1}\n' * 9000 + '{"step": 2}\n{"step": 3')
+    assert sweep_stage.newest_row(metrics) == {"step": 2}
+    metrics.write_text('{"ste')
+    assert sweep_stage.newest_row(metrics) is None
 
 
 def test_side_by_side_is_the_same_as_one_after_the_other(sweep, tmp_path):

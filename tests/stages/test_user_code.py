@@ -127,7 +127,15 @@ def test_a_total_of_finite_rewards_that_overflows_is_named(ppo_recipe, weight):
     with pytest.raises(DivergedError, match=rf"reward: the score {weight} · score: found -?inf") as caught:
         run_ppo(recipe, resume=False)
     assert caught.value.exit_code == 6
-    assert str(caught.value).endswith("Lower reward.N.weight, or scale the reward down.")
+    assert "Lower reward.N.weight, or scale the reward down. Nothing is lost" in str(caught.value)
+
+
+@pytest.mark.parametrize("values", ["[1e38] * len(responses)", "[3e38 * (-1) ** row for row in range(len(responses))]"])
+def test_scores_that_overflow_together_lose_no_step(make_troubled, tmp_path, values):
+    recipe = make_troubled("ppo", f"return {values}", 2, "reward.0.weight=10", output=tmp_path / "run")
+    with pytest.raises(DivergedError, match=r"nothing of it was saved.*--resume goes on after step 2\."):
+        run_ppo(recipe, resume=False)
+    assert saved_step(latest_checkpoint(tmp_path / "run")) == 2
 
 
 def test_finite_scores_whose_spread_is_infinite_are_named(ppo_recipe):

@@ -122,9 +122,14 @@ def test_the_alignment_tax_by_hand():
     assert again.token_stderr == pytest.approx(found.token_stderr)
 
 
+def shown(policy, held: HeldOut) -> list[dict]:
+    """What a page shows before and after, of an evaluation."""
+    return before_and_after(held, held.measured(policy, None)[1], None, policy.tokenizer)
+
+
 def test_before_is_what_the_reference_alone_says_with_the_same_numbers(trained_policy, tiny_model):
-    rows = before_and_after(trained_policy, held_out(3), None)
-    uniforms = Round(PROMPTS, 0, 6, 1).uniforms(held_out(3).draw).tolist()
+    rows = shown(trained_policy, held_out(3))
+    uniforms = Round.of(PROMPTS, 12).uniforms(held_out(3).draw)[::2].tolist()       # two answers to each prompt
     base = AutoModelForCausalLM.from_pretrained(tiny_model())
     said = [
         plain_sample(base, prompt.ids, numbers, trained_policy.end_ids)
@@ -138,11 +143,25 @@ def test_before_is_what_the_reference_alone_says_with_the_same_numbers(trained_p
     assert {row["score"] for row in rows} == {row["reference_score"] for row in rows} == {None}
 
 
+def test_what_is_shown_is_of_the_evaluation_and_nothing_is_sampled_for_it(trained_policy, monkeypatch):
+    monkeypatch.setattr("kltune.lm.measure.measurement.RESPONSES_PER_PASS", 8)       # so that it is in parts
+    held, proxy = held_out(seed=3), scorer("score", len)
+    _, measured = held.measured(trained_policy, proxy, times=2)
+    monkeypatch.setattr(trained_policy.network, "hidden", None)      # what passes through the model now fails
+    rows = before_and_after(held, measured, proxy, trained_policy.tokenizer)
+    assert [row["response"] for row in rows] == measured.texts()[1][::4]
+    assert [row["ref_kl"] for row in rows] == measured.exact[::4].tolist()
+    assert [sum(row["token_kl"]) for row in rows] == pytest.approx(measured.exact[::4].tolist(), rel=1e-5)
+    assert [row["reference_response"] for row in rows] == held._references[24].answers.texts()[1][::4]
+    for response, score in (("response", "score"), ("reference_response", "reference_score")):
+        assert [row[score] for row in rows] == [float(len(row[response])) for row in rows]
+
+
 def test_a_policy_that_has_learnt_nothing_says_what_its_reference_says(policy):
-    rows = before_and_after(policy, held_out(0), None)
+    rows = shown(policy, held_out(0))
     assert all(row["response"] == row["reference_response"] for row in rows)
     assert all(nats == 0.0 for row in rows for nats in row["token_kl"])
 
 
 def test_without_prompts_there_is_nothing_to_show(policy):
-    assert before_and_after(policy, replace(held_out(0), prompts=[]), None) == []
+    assert shown(policy, replace(held_out(0), prompts=[])) == []

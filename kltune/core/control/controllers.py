@@ -159,7 +159,8 @@ class LogPI:
     counts for no more than is left of the last 0.3. (Kept whole, it took a small model from 4 nats to 6 before the
     price was back.) Once arrived, the gain is ki, or 1.4 by the steps that it took to come near where that is less:
     what took long to come up takes long to answer. Far above the target it is twice that.
-    With ``fixed_feed_forward`` the recipe's own β takes the place of σ / √(2·target).
+    With ``fixed_feed_forward`` the recipe's own β takes the place of σ / √(2·target). A β to begin with is kept: the
+    first batch makes an integral of what lies between it and the feed-forward.
 
     State: pull (smoothed σ), level (last KL), slope (smoothed, nats per step), recent and before (means of the KL over
     about the last eighth and the last half of the steps), near (after so many steps; 0: not yet), arrived, left (of the
@@ -176,6 +177,7 @@ class LogPI:
     beta_min: float
     beta_max: float
     fixed_feed_forward: float | None = None
+    limit: float = INTEGRAL_LIMIT
     pull: float = 0.0
     level: float = 0.0
     slope: float = 0.0
@@ -206,15 +208,17 @@ class LogPI:
         arrived = self.arrived or bool(recent > ARRIVED * target)
         near = self.near or (steps if recent > NEAR * target else 0)
         hurry, left, integral = self.hurry, self.left, self.integral
+        base = self.fixed_feed_forward or feed_forward(smoothed / (1.0 - 0.9**steps), target)
+        if steps == 1 and self.beta is not None:
+            integral = self._within(math.log(max(self.beta, self.beta_min) / base)) if base > 0.0 else 0.0
         late = steps > FIRST_STEPS and _arrival(recent, before, steps, target) > max(self.plan, steps + FIRST_STEPS)
         if arrived:
             gain = min(self.ki, NEAR_GAIN / max(near, 1)) * (2.0 if ref_kl > FAR_ABOVE * target else 1.0)
-            integral = _within(integral + gain * distance)
+            integral = self._within(integral + gain * distance)
         else:
             left = min(left, max(1.0 - recent / target, 0.0) / (1.0 - NEAR))
             more = min(self.ki, PLAN_GAIN / self.plan) * distance if late else 0.0
-            hurry, integral = (hurry, _within(integral + more)) if near else (_within(hurry + more), integral)
-        base = self.fixed_feed_forward or feed_forward(smoothed / (1.0 - 0.9**steps), target)
+            hurry, integral = (hurry, self._within(integral + more)) if near else (self._within(hurry + more), integral)
         after = replace(
             self, pull=smoothed, level=ref_kl, slope=slope, recent=recent, before=before, near=near, arrived=arrived,
             left=left, hurry=hurry, integral=integral, steps=steps,
@@ -224,19 +228,22 @@ class LogPI:
     @property
     def offset(self) -> float:
         """Of log β from the feed-forward at the target, as the integral has it."""
-        return _within(self.integral + self.hurry * self.left)
+        return self._within(self.integral + self.hurry * self.left)
 
     def at_bottom(self) -> bool:
         """See ``Controller.at_bottom``."""
-        return self.offset <= -INTEGRAL_LIMIT or (self.beta is not None and self.beta <= self.beta_min)
+        return self.offset <= -self.limit or (self.beta is not None and self.beta <= self.beta_min)
 
     def raised(self, factor: float, least: float) -> "LogPI":
         """See ``Controller.raised``; it is the integral that goes up, so that the next batches keep the height."""
         before = max(self.beta or 0.0, self.beta_min)
         beta = _bounded(max(factor * before, least), self)
-        if not self.steps:      # a price that was given; the next batch is priced from its feed-forward, whatever it is
+        if not self.steps:      # a price to begin with: the first batch makes an integral of it
             return replace(self, beta=beta)
-        return replace(self, beta=beta, integral=_within(self.integral + math.log(beta / before)))
+        return replace(self, beta=beta, integral=self._within(self.integral + math.log(beta / before)))
+
+    def _within(self, integral: float) -> float:
+        return min(max(integral, -self.limit), self.limit)
 
 
 def feed_forward(pull: float, target: float) -> float:
@@ -263,10 +270,6 @@ def _arrival(recent: float, before: float, steps: int, target: float) -> float:
     """
     power = 4.5 * (recent - before) / recent if recent > 0.0 else 0.0
     return steps * (1.0 + math.log(target / recent) / power) if power > 0.0 else math.inf
-
-
-def _within(integral: float) -> float:
-    return min(max(integral, -INTEGRAL_LIMIT), INTEGRAL_LIMIT)
 
 
 def _started(controller: Any, pull: float, target: float) -> Any:

@@ -11,6 +11,7 @@ vocabulary nothing is kept: memory does not grow with positions × vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,33 @@ class Reading(NamedTuple):
     slope: Tensor | None
 
 
+@dataclass(frozen=True)
+class AfterHead:
+    """What a model makes of its head's logits x:  z = s x  or  x / s,  then  c tanh(z / c).
+
+    scale: s. divides: by it. cap: c; None: no cap. Each is done as models do it, so that the numbers are theirs.
+    """
+
+    scale: float = 1.0
+    divides: bool = False
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The model's logits, of those of its head. [n, V]."""
+        if self.scale != 1.0:
+            logits = logits / self.scale if self.divides else logits * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def before(self, slope: Tensor, logits: Tensor) -> Tensor:
+        """∂f/∂x of ∂f/∂z, written over it; logits: z. [n, V] each."""
+        if self.cap is not None:
+            slope.mul_(1.0 - (logits.to(slope.dtype) / self.cap).square_())
+        if self.scale != 1.0:
+            slope = slope.div_(self.scale) if self.divides else slope.mul_(self.scale)
+        return slope
+
+
+AS_THEY_ARE = AfterHead()
 Reader = Callable[..., tuple[Reading, ...]]  # (logits [n, V], *tensors of n positions, slopes=) -> readings
 
 
@@ -84,7 +112,8 @@ def _logprob_slope(p: Tensor, tokens: Tensor, temperature: float) -> Tensor:
 
 
 def through_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, reader: Reader, others: Sequence[Tensor], rows: int
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, reader: Reader, others: Sequence[Tensor], rows: int,
+    after: AfterHead = AS_THEY_ARE,
 ) -> tuple[Tensor, ...]:
     """Read numbers off the logits of all positions, so many positions at a time; differentiable in ``hidden``, once.
 
@@ -95,16 +124,17 @@ def through_head(
         others: what it takes besides the logits, without gradients: tensors of N positions, or functions that give
             those of a slice.
         rows: positions whose logits may exist at once.
+        after: what becomes of the head's logits before they are read.
 
     Returns:
         One tensor for each reading, [N] float32 (float64 for float64 hidden states).
     """
-    return _ThroughHead.apply(hidden, weight, bias, reader, others, rows)
+    return _ThroughHead.apply(hidden, weight, bias, reader, others, rows, after)
 
 
 class _ThroughHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, reader, others, rows):
+    def forward(ctx, hidden, weight, bias, reader, others, rows, after):
         """Values by position; for the backward pass, ∂ value / ∂ hidden of each reading."""
         ctx.set_materialize_grads(False)
         slopes = ctx.needs_input_grad[0]
@@ -112,12 +142,12 @@ class _ThroughHead(torch.autograd.Function):
         moved: list[list[Tensor]] = []
         for start in range(0, max(1, len(hidden)), rows):
             part = slice(start, start + rows)
-            logits = functional.linear(hidden[part], weight, bias)
+            logits = after(functional.linear(hidden[part], weight, bias))
             beside = [other[part] if isinstance(other, Tensor) else other(part) for other in others]
             readings = reader(logits, *beside, slopes=slopes)
             values.append([reading.value for reading in readings])
             if slopes:
-                moved.append([reading.slope.to(weight.dtype) @ weight for reading in readings])
+                moved.append([after.before(reading.slope, logits).to(weight.dtype) @ weight for reading in readings])
         if slopes:
             ctx.save_for_backward(*(torch.cat(column) for column in zip(*moved, strict=True)))
         return tuple(torch.cat(column) for column in zip(*values, strict=True))
@@ -131,4 +161,4 @@ class _ThroughHead(torch.autograd.Function):
             if gradient is not None:
                 part = gradient[:, None].to(slope.dtype) * slope
                 total = part if total is None else total.add_(part)
-        return total, None, None, None, None, None
+        return total, None, None, None, None, None, None

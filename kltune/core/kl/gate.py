@@ -69,11 +69,12 @@ def verdict(
     confidence: float = 0.95,
     *,
     fresh_prompts: bool = True,
+    rounding: float = 0.0,
 ) -> Verdict:
     """Whether the measured KL(policy ‖ reference) is within a budget, at the confidence of its interval.
 
-        pass: upper end + unseen ≤ max_kl      fail: lower end > max_kl      else inconclusive, and the interval decides
-        once its half h that faces the budget has shrunk to |max_kl − estimate|
+        pass: upper end + unseen + rounding ≤ max_kl      fail: lower end − rounding > max_kl      else inconclusive,
+        and the interval decides once its half h that faces the budget has shrunk to |max_kl − estimate|
 
     No interval knows of what was never drawn. Until ``RARE`` of the responses would have shown themselves at this
     confidence (183 responses at 95 %), or where the spread sits in fewer than ``LEAST_EFFECTIVE`` of them, the share
@@ -91,6 +92,7 @@ def verdict(
         unit: which of the two figures the budget is about.
         confidence: the confidence wanted; it must be the one the summary was made at.
         fresh_prompts: there are prompts that have not been answered yet.
+        rounding: KL in the unit that the weights' dtype makes where there is none; no number of responses lowers it.
 
     Returns:
         The verdict.
@@ -110,10 +112,13 @@ def verdict(
     few = f"{summary.prompts} prompts say little of others" if summary.prompts < FEW_PROMPTS else None
     wanted, doubt = _wanted_for_tails(summary, confidence)
     charge = _unseen(summary.responses, figures.largest, confidence) if doubt else 0.0
-    if ci[1] + charge <= max_kl:
+    if ci[1] + charge + rounding <= max_kl:
         return Verdict("pass", reason=few)
-    if ci[0] > max_kl:
+    if ci[0] - rounding > max_kl:
         return Verdict("fail", reason=few)
+    if ci[1] + charge <= max_kl or ci[0] > max_kl:
+        doubt = f"rounding in the weights' dtype alone makes {rounding:.2g} of it; measure in float32"
+        return Verdict("inconclusive", reason=_joined(doubt, few))
     if ci[1] <= max_kl:
         return Verdict("inconclusive", max(1, wanted - summary.responses), reason=_joined(doubt, few))
     open_one = _straddling(summary, figures, max_kl, fresh_prompts)

@@ -127,6 +127,8 @@ class ChatTemplate:
             if len(text) > MOST_WRITTEN + 100 * sum(len(str(message)) for message in messages):
                 raise ModelError(f"{self._tokenizer.name_or_path}: its chat template writes {len(text):,} characters.")
             return text
+        except ModelError:      # a ValueError too, which is no fault of a row
+            raise
         except (MemoryError, OverflowError) as error:
             raise ModelError(
                 f"{self._tokenizer.name_or_path}: its chat template wants more than {TEMPLATE_BYTES >> 20} MiB."

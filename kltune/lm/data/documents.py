@@ -110,6 +110,8 @@ class Beside(TypedDict, total=False):
     ends: dict[str, Any]
     probe: list[float]
     merge_survived: float
+    merge_kl: float | None
+    merge: bool
     untied: bool
 
 
@@ -209,6 +211,7 @@ class RunRecord(TypedDict):
     rewards: NotRequired[list[dict[str, Any]]]
     template_date: NotRequired[Day]
     versions: NotRequired[dict[str, Text] | None]
+    threads: NotRequired[Annotated[int, Field(ge=1, le=1024)] | None]
     started: NotRequired[Text]
     ended: NotRequired[Text]
     recipe_sha256: NotRequired[Text]
@@ -224,6 +227,7 @@ class KLFacts(TypedDict, total=False):
     nats_per_token: Number
     stderr: Number
     ci95: Bounds
+    noise_floor: dict[str, Number] | None
 
 
 class Result(TypedDict, total=False):

@@ -24,6 +24,7 @@ from kltune.errors import KltuneError
 
 LARGEST = 256 << 20         # bytes of a file that is read whole; the largest tokenizer.json of today has 40 million
 MOST_DIGITS = 300           # of a whole number: more do not fit a float
+AGAIN_SECONDS = 1.0         # between two attempts to end what has taken too long
 SHOWN = 60                  # characters of what was found
 
 
@@ -42,19 +43,25 @@ def open_ordinary(path: str | os.PathLike[str]) -> BinaryIO:
 def time_limit(seconds: float, error: KltuneError) -> Iterator[None]:
     """Within: ``error`` is raised after some seconds of Python, regular expressions included.
 
-    Only in the main thread, where everything of strangers is read; elsewhere there is no limit.
+    Only in the main thread, where everything of strangers is read; elsewhere there is no limit. It is raised again
+    every second until the end: what is raised while a destructor runs, or caught by a library, is lost.
     """
+    over = False
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_: object) -> None:
-        raise error
+        if not over:
+            raise error
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)
     try:
-        yield
+        try:
+            yield
+        finally:
+            over = True
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)

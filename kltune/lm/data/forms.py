@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kltune.errors import DataError
@@ -80,7 +80,7 @@ class FormOfFile:
             least = [form for form in self.forms if not any(set(other) < set(form) for other in self.forms)]
             wanted = " or ".join(_names(form) for form in sorted(least, key=len))
             found = _names(fields) if fields else "an object without fields"
-            raise RowFault(f"wanted {wanted}, found {found}{_columns_advice(fields, least)}")
+            raise RowFault(f"wanted {wanted}, found {found}{columns_advice(fields, least)}")
         return begun[0]
 
 
@@ -94,13 +94,17 @@ def likely_columns(names: Iterable[str], form: Form) -> dict[str, str]:
     return {ours: theirs for ours, theirs in guesses.items() if theirs is not None and theirs != ours}
 
 
-def _columns_advice(fields: Iterable[str], forms: Iterable[Form]) -> str:
-    """How to name the columns, of the form of which the most can be guessed."""
-    fields = list(fields)
-    best = max((likely_columns(fields, form) for form in forms), key=len, default={})
+def columns_advice(fields: Mapping[str, Any], forms: Sequence[Form]) -> str:
+    """How to name the columns of a row, of the form of which the most can be guessed; or where its rows are instead."""
     if not fields:
         return ""
-    example = ", ".join(f"{ours}: {theirs}" for ours, theirs in (best or {next(iter(forms))[0]: fields[0]}).items())
+    for name, value in fields.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return f'; if the rows are the list under "{name}", write it alone: jq .{name} FILE > rows.json'
+    best = max((likely_columns(fields, form) for form in forms), key=len, default={})
+    usual = next((form for form in forms if form[0] == "prompt"), next(iter(forms)))
+    named = best or dict(zip(usual, fields, strict=False))
+    example = ", ".join(f"{ours}: {theirs}" for ours, theirs in named.items())
     return f"; name the columns, as data.columns: {{{example}}}"
 
 

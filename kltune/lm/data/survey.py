@@ -15,6 +15,7 @@ from kltune.lm.data.forms import (
     Asked,
     Form,
     answered_messages,
+    columns_advice,
     label_of,
     likely_columns,
     message_list,
@@ -129,8 +130,9 @@ def _kind_of(source: str, kinds: tuple[str, ...], chat: bool) -> Survey:
                 return Survey(kind, form, columns)
     wanted = " or ".join(", ".join(form) for kind in kinds for form in KINDS[kind])
     names = ", ".join(first.fields) or "no field"
-    raise DataError(f"{source}: {first.where}: found {names}; wanted {wanted}. Rename the columns, or write a recipe "
-                    "with data.columns.")
+    forms = sorted((form for kind in kinds for form in KINDS[kind]), key=len)
+    raise DataError(f"{source}: {first.where}: found {names}; wanted {wanted}{columns_advice(fields, forms)}. That is "
+                    "for a recipe (kltune recipe copy start/sft); or change the file.")
 
 
 def _parsed(row: Row, found: Survey) -> tuple[Asked | None, list[str]]:

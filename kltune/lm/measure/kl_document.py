@@ -57,6 +57,7 @@ def described_kl(measured: CheckpointKL, policy: Policy, *, confidence: float, t
         "tokens": int(reverse.tokens.sum()),
         "truncated_fraction": reverse.truncated.double().mean().item(),
         "kl": {name: kl_figures(reverse.summary(name, confidence)) for name in ESTIMATORS},
+        "noise_floor": reverse.noise_floor,
         "distribution": {**asdict(spread), "heavy": spread.heavy},
         "forward": None if forward is None else {"exact": kl_figures(forward.summary("exact", confidence))},
         "js": None if js is None else js.value,

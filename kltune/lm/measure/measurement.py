@@ -28,8 +28,9 @@ class Measurement:
     """KL(policy ‖ reference) on fresh responses.
 
     exact, k1, k3: nats per response by estimator. tokens: per response. entropy, ref_entropy: nats per response.
-    log_ratio_variance: what chance alone gives the sampled KL, nats² per response. All [B], as prompt_index and
-    truncated. rollouts: the responses themselves, in parts.
+    log_ratio_variance: what chance alone gives the sampled KL, nats² per response. rounding: nats per response from the
+    policy to itself, between sampling and measuring. All [B], as prompt_index and truncated. rollouts: the responses
+    themselves, in parts.
     """
 
     exact: Tensor
@@ -41,6 +42,7 @@ class Measurement:
     entropy: Tensor
     ref_entropy: Tensor
     log_ratio_variance: Tensor
+    rounding: Tensor
     rollouts: tuple[Rollout, ...]
 
     def __add__(self, other: "Measurement") -> "Measurement":
@@ -63,6 +65,17 @@ class Measurement:
         return agreement_z(self.k1, self.exact, self.prompt_index, self.log_ratio_variance)
 
     @property
+    def noise_floor(self) -> dict[str, float]:
+        """KL that rounding alone makes: of the policy to itself as other batches show it, by k3; 0 or above.
+
+        In float32 about 1e-9 nats a token, in bfloat16 1e-4 to 1e-3: a KL or a budget of that size says nothing.
+        """
+        nats = self.rounding.double()
+        return {
+            "nats_per_response": nats.mean().item(), "nats_per_token": (nats.sum() / self.tokens.sum()).item(),
+        }
+
+    @property
     def sums(self) -> VocabularySums:
         """What each token of the vocabulary adds to the KL, where that was asked for."""
         columns = zip(*((part.sums.nats, part.sums.policy, part.sums.reference) for part in self.rollouts), strict=True)
@@ -83,6 +96,7 @@ def kl_result(measured: Measurement) -> dict[str, Any]:
         "stderr": kl.stderr,
         "ci95": kl.ci,
         "nats_per_token": kl.nats_per_token,
+        "noise_floor": measured.noise_floor,
         "responses": kl.responses,
         "prompts": kl.prompts,
     }
@@ -203,6 +217,7 @@ def measure_kl(
         entropy=gather([r.entropy for r in rollouts]),
         ref_entropy=gather([r.ref_entropy for r in rollouts]),
         log_ratio_variance=gather([r.log_ratio_variance for r in rollouts]),
+        rounding=gather([r.rounding for r in rollouts]),
         rollouts=tuple(rollouts),
     )
 

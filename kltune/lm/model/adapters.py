@@ -1,36 +1,31 @@
-"""Adapters over one set of frozen weights: which are on, which are refused, and layers that are computed twice.
+"""Adapters over one set of frozen weights: which are on, which are refused, and how one becomes part of the weights.
 
 Only adapters that leave the base weights as they are can serve: then the model with every adapter off *is* the
 reference, bit for bit.
-
-Gradient checkpointing (a layer keeps its input alone, and its backward pass computes the layer again) is for sequences
-whose backward pass would not fit otherwise: six layers of 256 took 1.37 times as long and kept 16 MB instead of 336.
-transformers' own switch works only in training mode, which would turn every dropout on. The trap is that the layer is
-computed again later: by then another adapter may be on, and the gradient would silently be that of another function.
-So a layer remembers how its adapters were switched.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kltune.core.tensors import close
+from kltune.core.kl.divergence import kl_exact
+from kltune.core.tensors import at_least_float32, close, log_distribution
 from kltune.errors import ModelError
 from kltune.lm.data.documents import AdapterSettings
 from kltune.lm.data.foreign import read_json, time_limit
@@ -48,6 +43,8 @@ PROMPT_LEARNING = {"ADAPTION_PROMPT"} | {
 WANT_OTHERS = ("XLORA", "SHADOW")
 OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")    # as PEFT calls them
 PATTERN_SECONDS = 2
+SAID_ROWS, SAID_TOKENS = 8, 16      # on which a merged adapter is held against the same one unmerged
+ROUNDED = 0.1           # of the mean logit that merging in a narrow dtype may move logits by
 PROBED = 16             # tokens on which a model is tried when it is opened
 SwitchState = list[tuple[bool, list[str]]]  # by layer: whether adapters are off, and which is on otherwise
 
@@ -282,69 +279,156 @@ def _untie(model: nn.Module) -> bool:
     return True
 
 
-def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float, bool]:
+@dataclass(frozen=True)
+class Merge:
+    """What became of an SFT adapter that was merged.
+
+    survived: share of its update that rounding to the dtype of the weights left; 1 in float32. untied: head and
+    embedding were one matrix and are two now. kl: from the base with the adapter on to the merged one, nats per token
+    of what the first says; None in float32, where they are one.
+    """
+
+    survived: float = 1.0
+    untied: bool = False
+    kl: float | None = None
+
+
+def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, Merge]:
     """Add an SFT adapter into the weights of its base; the result is the reference from then on.
 
-    Done once, before anything is frozen or hashed, in float32, and rounded to the model's dtype at the end: in
-    bfloat16 small updates are partly lost to that rounding, so the share that survived is returned too, as a projection
-    on what was asked for; 1 in float32. The last says whether head and embedding were one matrix and are two now.
+    Done once, before anything is frozen or hashed, a layer at a time: in float32, and rounded to the layer's dtype. In
+    bfloat16 small updates are partly lost to that rounding, so what survived is measured: as a projection on what was
+    asked for, and as a KL.
 
     Raises:
         ModelError: it changes the base in other ways, does not fit it one to one, changes nothing, or changes more
             merged than on its base.
     """
     weights = load_compatible(folder, model)
-    dtype = next(model.parameters()).dtype
-    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters(remove_duplicate=False)}
-    adapted = wrap(model.float(), config_to_fill(folder), str(folder))
+    adapted = wrap(model, config_to_fill(folder), str(folder)).eval()
     fill(adapted, weights, folder)
+    del weights
     untied = _untie(model)
+    narrow = next(model.parameters()).dtype not in (torch.float32, torch.float64)
+    layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
+    updates: list[tuple[float, float]] = []
     with torch.no_grad(), reading(folder, "model.sft_adapter", failed="cannot be merged into its base"):
         ids = probe_ids(model, adapted.peft_config[POLICY])
-        wanted = adapted.eval()(input_ids=ids, use_cache=False).logits
+        wanted, unread = _logits_and_unread(adapted, ids, layers)
+        kl, said = None, _spoken(adapted) if narrow else None
+        spoken = None if said is None else adapted(input_ids=said, use_cache=False).logits
+        if narrow:
+            _expect_own_matrices(layers, folder)
+        for layer in layers:
+            layer.merge = partial(_merge_wide, layer, layer.merge, updates)
+        for layer in unread:    # what the model reads past the adapter must not change with it, by a single bit
+            layer.merge()
+        if unread:
+            _expect_same(adapted(input_ids=ids, use_cache=False).logits, wanted, folder, exactly=True)
         merged = adapted.merge_and_unload()
-        found = merged(input_ids=ids, use_cache=False).logits
-    if not close(found, wanted):
-        raise ModelError(
-            f"{folder}: merged into its base, this adapter gives another model than on it: a logit differs by "
-            f"{(found - wanted).abs().max().item():.3g}. Layers that share a matrix would take its update twice; "
-            "leave them out of lora.targets."
-        )
-    asked = arrived = 0.0
-    for name, tensor in merged.named_parameters():
-        delta = tensor.detach() - before[name].float()
-        tensor.data = tensor.detach().to(dtype)  # parameters only: rotary buffers stay float32
-        asked += delta.square().sum().item()
-        arrived += ((tensor.detach().float() - before[name].float()) * delta).sum().item()
+        _expect_same(merged(input_ids=ids, use_cache=False).logits, wanted, folder)
+        if said is not None:
+            kl = kl_exact(spoken, merged(input_ids=said, use_cache=False).logits, 1.0).mean().item()
+    asked, arrived = map(sum, zip(*updates, strict=True))
     if asked == 0.0:
         raise ModelError(f"{folder}: this adapter changes nothing (every merged update is 0); is it the trained one?")
-    return merged, arrived / asked, untied
+    return merged, Merge(arrived / asked, untied, kl)
 
 
-class CheckpointedLayers:
-    """Gradient checkpointing of the layers of a trunk that their author marked for it."""
+class UpdatedLinear(nn.Linear):
+    """A linear layer with a frozen update, W x + bias + s B A x: to whatever adapts it, one layer."""
 
-    def __init__(self, trunk: nn.Module):
-        layers = (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))
-        self._layers = [(layer, AdapterSwitch(layer)) for layer in layers]
+    update_scale: float
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Within: forward passes keep each layer's input alone. Their backward passes may come later."""
-        for layer, switch in self._layers:
-            layer.forward = partial(_checkpointed, layer.forward, switch)
-        try:
-            yield
-        finally:
-            for layer, _ in self._layers:
-                del layer.forward   # back to that of its class
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        out = nn.functional.linear(x, self.weight, self.bias)
+        flat = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.update_a)
+        return torch.addmm(out.reshape(len(flat), -1), flat, self.update_b.t(), alpha=self.update_scale).view(out.shape)
 
 
-def _checkpointed(forward: Callable[..., Any], switch: AdapterSwitch, *args, **kwargs) -> Any:
-    state = switch.state()
+def keep_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """Make an SFT adapter part of the reference beside its weights, which nothing rounds then.
 
-    def again(*args, **kwargs) -> Any:
-        with switch.as_in(state):
-            return forward(*args, **kwargs)
+    Raises:
+        ModelError: it changes the base in other ways, does not fit it one to one, or is more than two matrices a layer.
+    """
+    weights = load_compatible(folder, model)
+    adapted = wrap(model, config_to_fill(folder), str(folder)).eval()
+    fill(adapted, weights, folder)
+    for name, layer in adapted.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        plain = isinstance(layer, LoraLayer) and not layer.lora_variant and type(layer.get_base_layer()) is nn.Linear
+        if not plain or layer.lora_bias[POLICY]:
+            raise ModelError(
+                f"{folder}: its layer {name} is more than a LoRA on a linear layer, which model.merge: false cannot "
+                "keep beside the weights; write merge: true."
+            )
+        base, dtype = layer.get_base_layer(), layer.get_base_layer().weight.dtype
+        base.__class__, base.update_scale = UpdatedLinear, layer.scaling[POLICY]
+        for letter, matrix in (("a", layer.lora_A), ("b", layer.lora_B)):
+            base.register_parameter(f"update_{letter}", nn.Parameter(matrix[POLICY].weight.detach().to(dtype), False))
+    return adapted.unload()
 
-    return checkpoint(again, *args, use_reentrant=False, **kwargs)
+
+def _merge_wide(layer: BaseTunerLayer, merge: Callable, updates: list[tuple[float, float]], *args, **kwargs) -> None:
+    """Merge one layer in float32 and round it; put |asked|² and asked · arrived of its update to the others."""
+    before = {name: tensor.data for name, tensor in layer.get_base_layer().named_parameters()}
+    for tensor in layer.get_base_layer().parameters():
+        tensor.data = at_least_float32(tensor.data).clone()
+    merge(*args, **kwargs)
+    for name, tensor in layer.get_base_layer().named_parameters():
+        old, new = before[name], tensor.data
+        tensor.data = new.to(old.dtype)
+        asked = new - old
+        updates.append((asked.square().sum().item(), ((tensor.data - old.to(new.dtype)) * asked).sum().item()))
+
+
+def _logits_and_unread(
+    adapted: PeftModel, ids: Tensor, layers: Sequence[BaseTunerLayer]
+) -> tuple[Tensor, list[BaseTunerLayer]]:
+    """Logits on some tokens, and the layers that were not called for them."""
+    called: set[nn.Module] = set()
+    hooks = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in layers]
+    logits = adapted(input_ids=ids, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    return logits, [layer for layer in layers if layer not in called]
+
+
+def _expect_same(found: Tensor, wanted: Tensor, folder: Path, exactly: bool = False) -> None:
+    """Raise ModelError unless merging left a model's logits as they were: but for rounding, or to the bit."""
+    gap, size = (found - wanted).float().abs(), wanted.float().abs()
+    # In a narrow dtype, through many layers, the largest may be far off.
+    near = close(found, wanted) if found.dtype == torch.float32 else gap.mean() <= ROUNDED * size.mean()
+    if not (torch.equal(found, wanted) if exactly else near):
+        raise _another_model(folder, f"a logit differs by {gap.max().item():.3g}")
+
+
+def _expect_own_matrices(layers: Sequence[BaseTunerLayer], folder: Path) -> None:
+    """Raise ModelError if two layers share a weight: in a narrow dtype the logits may not tell."""
+    bases = {id(base): base for base in (layer.get_base_layer() for layer in layers)}
+    weights = [tensor.data_ptr() for base in bases.values() for tensor in base.parameters()]
+    if len(set(weights)) < len(weights):
+        raise _another_model(folder, "two of its layers have one weight")
+
+
+def _another_model(folder: Path, found: str) -> ModelError:
+    return ModelError(
+        f"{folder}: merged into its base, this adapter gives another model than on it: {found}. Layers that share a "
+        "matrix would take its update twice; leave them out of lora.targets."
+    )
+
+
+def _spoken(adapted: PeftModel) -> Tensor:
+    """A few short texts that a model says, always the same. [SAID_ROWS, SAID_TOKENS] int64"""
+    rng, config = np.random.default_rng(0), adapted.config.get_text_config()
+    first = config.bos_token_id if isinstance(config.bos_token_id, int) else 0
+    ids = torch.full((SAID_ROWS, 1), first, device=next(adapted.parameters()).device)
+    while ids.shape[1] < SAID_TOKENS:
+        cumulative = log_distribution(adapted(input_ids=ids, use_cache=False).logits[:, -1], 1.0).exp().cumsum(-1)
+        at = torch.tensor(rng.random((SAID_ROWS, 1)), dtype=cumulative.dtype, device=ids.device) * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, at, right=True).clamp(max=cumulative.shape[-1] - 1)
+        ids = torch.cat([ids, token], dim=1)
+    return ids

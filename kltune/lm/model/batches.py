@@ -76,6 +76,7 @@ class Rollout(Samples):
     values: what the value function expected before each token; None without one.
     value_states: the hidden states that a value head alone reads it off, [B, T, H]; None without one.
     sums: what each token of the vocabulary adds to ref_kl; None where that was not asked for.
+    rounding: KL of whoever responded, as it sampled, to itself as it was measured, by k3: what is no change of weights.
     """
 
     ref_logprobs: Tensor
@@ -86,6 +87,7 @@ class Rollout(Samples):
     values: Tensor | None = None
     value_states: Tensor | None = None
     sums: VocabularySums | None = None
+    rounding: Tensor | None = None
 
     def select(self, rows: Tensor) -> "Rollout":
         """The rollout of some rows only, cut to the longest sequence among them."""

@@ -63,6 +63,7 @@ class Fisher:
         self._parameters = list(policy.trainable_parameters().values())
         trained = {id(tensor) for tensor in self._parameters}
         self._head = policy.network.head if policy.network.split else nn.Identity()
+        self._after = policy.network.after
         self._head_names = {
             name: next(i for i, own in enumerate(self._parameters) if own is tensor)
             for name, tensor in self._head.named_parameters() if id(tensor) in trained
@@ -134,7 +135,7 @@ class Fisher:
         own_change = {name: directions[place] for name, place in self._head_names.items()}
 
         def logits(states: Tensor, weights: dict[str, Tensor]) -> Tensor:
-            return functional_call(self._head, weights, (states,))
+            return self._after(functional_call(self._head, weights, (states,)))
 
         pushed: list[Tensor] = []
         sums = {name: torch.zeros_like(tensor) for name, tensor in own.items()}

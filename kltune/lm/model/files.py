@@ -9,6 +9,7 @@ model a shallower one. What nobody reads is looked at here.
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -43,6 +44,7 @@ OTHER_HEADS = re.compile(r"For(\w*Classification|\w*QuestionAnswering|MultipleCh
 # Masks and angles that old checkpoints hold and models now compute; heads that are dropped after pretraining.
 NOT_READ = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$|(^|\.)(mtp|pooler)\.")
 DIGITS = re.compile(r"\d+")
+STORED_AS = re.compile(r"[0-9a-f]{32,64}")
 MOST_MADE_UP = 10_000_000       # numbers that a model may have beside those in its files: more are refused unmade
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 WAYS_ON = {     # by what an exception's class, or else its text, has in it
@@ -89,23 +91,34 @@ def refuse_code(path: str | Path, what: str, error: type[KltuneError] = ModelErr
 
 
 def _refuse_strange(file: Path, folder: Path, what: str, error: type[KltuneError]) -> None:
-    """Raise for a link out of a folder (a cache of the hub may lead to its own blobs), a pipe, a device, a giant."""
+    """Raise for a pipe, a device, a giant, and for a link out of a folder to what may be private.
+
+    Not for one to weights, which nothing but safetensors opens; nor into a cache of the hub or a store (of DVC, say)
+    where a file is called by its hash: checkpoints take other files along, and no private file is called so.
+    """
     try:
         target, status = file.resolve(strict=True), file.stat()
     except (OSError, RuntimeError) as cause:
         if file.is_symlink():
             raise error(f"{what}: {file} is a link that leads nowhere; copy the file there.") from cause
         raise error(f"{what}: {file} cannot be read: {cause}.") from cause
-    homes = [folder.resolve()]
-    if homes[0].parent.name == "snapshots":
-        homes.append(homes[0].parents[1] / "blobs")
-    if file.is_symlink() and not any(target.is_relative_to(home) for home in homes):
+    home, linked = folder.resolve(), file.is_symlink() and file.suffix != ".safetensors"
+    blobs = [place.parent / "blobs" for place in home.parents if place.name == "snapshots"]
+    if linked and not (any(target.is_relative_to(place) for place in (home, *blobs)) or _is_called_by_its_hash(target)):
         raise error(f"{what}: {file} is a link to {target}, outside of the folder; kltune opens nothing there. Copy "
                     "the file in its place if it is the one that is meant.")
     if not stat.S_ISREG(status.st_mode):
         raise error(f"{what}: {file} is a pipe or a device, wanted an ordinary file.")
     if status.st_size > LARGEST and file.suffix in READ_WHOLE:
         raise error(f"{what}: {file} has {status.st_size:,} bytes; no such file of a model has more than {LARGEST:,}.")
+
+
+def _is_called_by_its_hash(file: Path) -> bool:
+    """Whether its name, a part of it, or it and its folder's (ab/cdef...) is the hash of what is in the file."""
+    if not file.is_file() or file.stat().st_size > LARGEST:
+        return False
+    content, names = file.read_bytes(), {*STORED_AS.findall(file.name), file.parent.name + file.name}
+    return any(hashlib.new(kind, content).hexdigest() in names for kind in ("md5", "sha256"))
 
 
 def _is_outside(value: str, folder: Path) -> bool:

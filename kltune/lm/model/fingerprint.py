@@ -23,6 +23,10 @@ UNTIE = """head = base.get_output_embeddings()
 head.weight = torch.nn.Parameter(head.weight.detach().clone())
 base.config.tie_word_embeddings = False
 """
+BOTH = """model = PeftModel.from_pretrained(base, "{sft}", adapter_name="sft")   # with it alone on, the reference
+model.load_adapter("this/folder", adapter_name="policy")
+model.base_model.set_adapter(["sft", "policy"])
+"""
 HASHES = {
     "sha256": "weights", "tokenizer_sha256": "tokenizer", "template_sha256": "chat template", "dtype": "dtype",
 }
@@ -41,11 +45,12 @@ PROBED_PLACES, PROBED_WORDS = 4, 8
 class Fingerprint:
     """Which reference this is: hashes of its weights, tokenizer and chat template, and what else moves its numbers.
 
-    path, sft_adapter: where the weights came from. dtype: of the weights that were hashed. merge_survived: share of
-    the SFT adapter's update that survived rounding to that dtype (1 in float32). untied: the base's head and embedding
-    are one matrix, and have one each since the SFT adapter was merged, which acts on one of them. config: the settings
-    of config.json that can move a logit. ends: the fields of its EndTokens. probe: a few of its logits on a few tokens,
-    as ``probed`` picks them. The last three are empty where they are not known.
+    path, sft_adapter, merge: where the weights came from; without merge the adapter is kept beside them. dtype: of the
+    weights that were hashed. merge_survived: share of the SFT adapter's update that survived rounding to that dtype (1
+    in float32). untied: the base's head and embedding are one matrix, and have one each since the SFT adapter was
+    merged, which acts on one of them. merge_kl: nats a token from what SFT ended with to the rounded merge; None in
+    float32. config: the settings of config.json that can move a logit. ends: the fields of its EndTokens. probe: a few
+    of its logits on a few tokens, as ``probed`` picks them. The last three are empty where they are not known.
     """
 
     path: str
@@ -56,24 +61,23 @@ class Fingerprint:
     template_sha256: str
     merge_survived: float = 1.0
     untied: bool = False
+    merge_kl: float | None = None
+    merge: bool = True
     config: dict[str, Any] = field(default_factory=dict)
     ends: dict[str, Any] = field(default_factory=dict)
     probe: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(
-        cls, section: ModelSection, model: nn.Module, tokenizer, merge_survived: float, untied: bool = False
-    ) -> "Fingerprint":
+    def of(cls, section: ModelSection, model: nn.Module, tokenizer) -> "Fingerprint":
         """Hash what was loaded for a recipe's ``model`` section."""
         return cls(
             path=section.path,
             sft_adapter=section.sft_adapter,
+            merge=section.merge,
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             sha256=weights_sha256(dict(model.state_dict()), section.path),
             tokenizer_sha256=tokenizer_sha256(tokenizer),
             template_sha256=sha256_text(template_of(tokenizer)),
-            merge_survived=merge_survived,
-            untied=untied,
             config=settings_of(model.config),
         )
 
@@ -120,21 +124,32 @@ class Fingerprint:
         merged = ""
         if self.sft_adapter:
             lost = 1.0 - self.merge_survived
-            merged = f" + {self.sft_adapter}" + (f" ({lost:.1%} of its update lost to rounding)" if lost > 0.01 else "")
+            said = [f"{lost:.1%} of its update lost to rounding"] * (lost > 0.01)
+            said += [] if self.merge_kl is None else [f"{self.merge_kl:.2g} nats a token from it unmerged"]
+            merged = f" + {self.sft_adapter}" + (f" ({', '.join(said)})" if said else "")
         return f"reference = {self.path}{merged}, frozen, {self.dtype}, sha256 {self.sha256[:12]} (adapter off)"
 
     def how_to_load(self, what: str = "LoRA adapter", imports: str = "", use: str = "") -> str:
         """README of a saved adapter: the lines that load it without kltune, ``use`` after them."""
         merged = UNTIE if self.untied else ""
         merged += f'base = PeftModel.from_pretrained(base, "{self.sft_adapter}").merge_and_unload()   # the reference\n'
+        load = f'{merged if self.sft_adapter else ""}model = PeftModel.from_pretrained(base, "this/folder")\n'
+        if self.sft_adapter and not self.merge:
+            load = BOTH.format(sft=self.sft_adapter)
         return (
             f"# {what} made by kltune\n\n"
             f"Its reference (adapter off) has weights sha256 `{self.sha256[:16]}…`, dtype {self.dtype}.\n\n"
             f"```python\nimport torch\nfrom peft import PeftModel\n{imports}from transformers import "
             "AutoModelForCausalLM\n\n"
             f'base = AutoModelForCausalLM.from_pretrained("{self.path}", dtype=torch.{self.dtype})\n'
-            f'{merged if self.sft_adapter else ""}model = PeftModel.from_pretrained(base, "this/folder")\n{use}```\n'
+            f"{load}{use}```\n"
         )
+
+
+def section_of(reference: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe's ``model`` section that a recorded fingerprint speaks of; earlier ones always merged."""
+    section = {name: reference[name] for name in ("path", "sft_adapter", "dtype")}
+    return section | {"merge": reference.get("merge", True)}
 
 
 def sha256_text(text: str) -> str:

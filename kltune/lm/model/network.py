@@ -1,33 +1,44 @@
 """Any transformers causal LM, seen as a trunk that gives hidden states and a head that turns them into logits.
 
 Cutting there lets the head run on response positions only, a chunk at a time. Whether a model can be cut (its logits
-are just head(trunk), with no scaling or soft cap behind it) is found out by trying; where not, the logits themselves
-take the place of the hidden states, and everything else works the same with less of it at once. So is what its cache
-can do: where it cannot be repeated, or does not give what the whole sequence gives, every token is sampled by reading
-all before it again.
+are just head(trunk), and what its configuration says of a scale or a soft cap) is found out by trying; where not, the
+logits themselves take the place of the hidden states, and everything else works the same with less of it at once. So
+is what its cache can do: where it cannot be repeated, or does not give what the whole sequence gives, every token is
+sampled by reading all before it again.
+
+Gradient checkpointing (a layer keeps its input alone, and its backward pass computes the layer again) is for sequences
+whose backward pass would not fit otherwise: six layers of 256 took 1.37 times as long and kept 16 MB instead of 336.
+transformers' own switch works only in training mode, which would turn every dropout on. The trap is that the layer is
+computed again later: by then another adapter may be on, and the gradient would silently be that of another function.
+So a layer remembers how its adapters were switched.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from kltune.core.kl.fused_head import Reader, through_head
+from kltune.core.kl.fused_head import AS_THEY_ARE, AfterHead, Reader, through_head
 from kltune.core.tensors import close
 from kltune.errors import ModelError
 from kltune.lm.fast import ways
-from kltune.lm.model.adapters import CheckpointedLayers
+from kltune.lm.model.adapters import AdapterSwitch
 from kltune.lm.model.batches import FixedRows, Parts
 from kltune.lm.model.files import reading
 
 # float32 logits that may exist at once, per model. On a CPU more are slower: what is made of them is fresh memory each
 # time; 64 MB took 1.6 times as long as 8 to measure KL at V = 8,192, 1.7 at 32,000. A GPU wants large launches.
 CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
+# What configurations call numbers that a model's logits are scaled by, and capped at, after its head.
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # What models raise whose cache is missing, of another kind, or cannot be repeated.
 NO_CACHE = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -81,9 +92,10 @@ class Network:
             whole = self._whole(self.causal, probe).logits
         states = None if self._trunk is None else self.trunk(probe)
         cut = None if states is None else self._cut(states)
+        self.after = AS_THEY_ARE if cut is None else self._after(cut, whole)
         self._width = None if states is None else states.shape[-1]
         # Equal, not close: a soft cap that small logits do not feel would be felt after training.
-        self.split = cut is not None and cut.shape == whole.shape and torch.equal(cut.float(), whole.float())
+        self.split = cut is not None and _same(self.after(cut), whole)
         self.caches = self._can_cache()
         step = self.step if self.caches else None
         self.fast = ways.FastWays(self.causal, step, split=self.split) if ways.wanted else None
@@ -95,6 +107,14 @@ class Network:
             return None if self.head in (None, self.causal) else self.head(states)
         except (RuntimeError, TypeError):
             return None
+
+    def _after(self, cut: Tensor, whole: Tensor) -> AfterHead:
+        """What the model does to its head's logits, of what its configuration speaks of; nothing if that is it."""
+        config = self.causal.config.get_text_config()
+        caps = (*_numbers(config, CAPS), None)
+        scales = (*((scale, divides) for scale in _numbers(config, SCALES) for divides in (False, True)), (1.0, False))
+        kinds = [AfterHead(scale, divides, cap) for cap in caps for scale, divides in scales]
+        return next((after for after in kinds if _same(after(cut), whole)), AS_THEY_ARE)
 
     def _can_cache(self) -> bool:
         """Whether padded prompts, repeated and with rows dropped, decode from a cache to what whole sequences give."""
@@ -158,7 +178,7 @@ class Network:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits in the model's own dtype. [N, H] -> [N, V]."""
-        return self.head(hidden) if self.split else hidden
+        return self.after(self.head(hidden)) if self.split else hidden
 
     def read(
         self, hidden: Tensor, reader: Reader, *others: Tensor | Callable[[slice], Tensor]
@@ -170,7 +190,7 @@ class Network:
         """
         head, rows = self.head, self.chunk_rows
         if self.split and type(head) is nn.Linear and not any(tensor.requires_grad for tensor in head.parameters()):
-            return through_head(hidden, head.weight, head.bias, reader, others, rows)
+            return through_head(hidden, head.weight, head.bias, reader, others, rows, self.after)
 
         def some(states: Tensor, part: slice) -> tuple[Tensor, ...]:
             beside = [other[part] if isinstance(other, Tensor) else other(part) for other in others]
@@ -194,8 +214,8 @@ class Network:
             input_ids=ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
             use_cache=True,
         )
-        logits = self.head(output.last_hidden_state[:, -1]) if self.split else output.logits[:, -1]
-        return logits, output.past_key_values
+        last = output.last_hidden_state if self.split else output.logits
+        return self.logits(last[:, -1]), output.past_key_values
 
     def start(self, ids: Tensor, mask: Tensor, repeats: int, limit: int) -> tuple[Tensor, Any]:
         """Read left-padded prompts, each for so many rows: logits after the last [R, V], and a decoder of the rows.
@@ -276,23 +296,64 @@ class Rereader:
     def __init__(self, network: Network, ids: Tensor, mask: Tensor, limit: int):
         """Take left-padded prompts, and their mask: 0 on padding. [R, width] each. Rows get at most ``limit`` more."""
         self._network, self._lengths = network, mask.sum(dim=1)
+        self._longest = int(self._lengths.max())    # known here, so that no token waits for the device to say it
         places = torch.arange(ids.shape[1] + limit, device=ids.device) + (ids.shape[1] - self._lengths)[:, None]
         self._ids = nn.functional.pad(ids, (0, limit)).gather(1, places % (ids.shape[1] + limit))  # padded right
 
     def logits(self) -> Tensor:
         """After each row so far. [R, V]."""
-        states = self._network.hidden(self._ids[:, : int(self._lengths.max())])
+        states = self._network.hidden(self._ids[:, : self._longest])
         return self._network.logits(states[torch.arange(len(states), device=states.device), self._lengths - 1])
 
     def feed(self, ids: Tensor) -> Tensor:
         """One more token for each row: the logits after it. [R] -> [R, V]."""
         self._ids[torch.arange(len(ids), device=ids.device), self._lengths] = ids
-        self._lengths = self._lengths + 1
+        self._lengths, self._longest = self._lengths + 1, self._longest + 1
         return self.logits()
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
         self._ids, self._lengths = self._ids[rows], self._lengths[rows]
+        self._longest = int(self._lengths.max())
+
+
+def _same(mine: Tensor, theirs: Tensor) -> bool:
+    return mine.shape == theirs.shape and torch.equal(mine.float(), theirs.float())
+
+
+def _numbers(config: Any, names: Sequence[str]) -> list[float]:
+    """What a configuration has under some names, where it is a number other than 0."""
+    held = (getattr(config, name, None) for name in names)
+    return [float(value) for value in held if isinstance(value, int | float) and value]
+
+
+class CheckpointedLayers:
+    """Gradient checkpointing of the layers of a trunk that their author marked for it."""
+
+    def __init__(self, trunk: nn.Module):
+        layers = (module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))
+        self._layers = [(layer, AdapterSwitch(layer)) for layer in layers]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within: forward passes keep each layer's input alone. Their backward passes may come later."""
+        for layer, switch in self._layers:
+            layer.forward = partial(_checkpointed, layer.forward, switch)
+        try:
+            yield
+        finally:
+            for layer, _ in self._layers:
+                del layer.forward   # back to that of its class
+
+
+def _checkpointed(forward: Callable[..., Any], switch: AdapterSwitch, *args, **kwargs) -> Any:
+    state = switch.state()
+
+    def again(*args, **kwargs) -> Any:
+        with switch.as_in(state):
+            return forward(*args, **kwargs)
+
+    return checkpoint(again, *args, use_reentrant=False, **kwargs)
 
 
 def _trunk_of(causal: nn.Module) -> nn.Module | None:

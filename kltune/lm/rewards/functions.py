@@ -3,9 +3,11 @@
 import ast
 import hashlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -41,7 +43,13 @@ def load_function(entry: FunctionReward, folder: Path) -> tuple[Callable, dict[s
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise ScorerError(f"reward {entry.path}: {path} has no function {attribute!r}.")
+        names = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
+        near = get_close_matches(attribute, names, 1) or names[:1]
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ScorerError(f"reward {entry.path}: {path} has no function {attribute!r}{meant or '.'}")
+    if inspect.iscoroutinefunction(function):
+        raise ScorerError(f"reward {entry.path}: {path}: {attribute} is async, and nothing would wait for it; wanted a "
+                          "plain def, which may call asyncio.run itself.")
     identity = {"path": entry.path, "sha256": digest}
     return function, identity | ({"imports": ", ".join(sorted(p.name for p in neighbours))} if neighbours else {})
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 
 from kltune.errors import JudgeError, ScorerError
 from kltune.lm.rewards.chat_endpoint import Endpoint, Messages, Unanswered
@@ -161,7 +161,8 @@ class Judge:
         """Ask questions by key, at most ``concurrency`` at a time: each key with its answer, or what was raised, as it
         comes, and None now and then while nothing does. Ends with the last that was asked before all was over.
         """
-        left, outcomes = SimpleQueue(), SimpleQueue()
+        # No SimpleQueue: a signal whose handling outlasts the timeout makes its get wait for ever.
+        left, outcomes = Queue(), Queue()
         for item in questions.items():
             left.put(item)
 

@@ -63,38 +63,55 @@ def check_inputs(recipe: Recipe) -> list[str]:
     return notes
 
 
+def check_named(model: str, data: str, reward: str | None) -> None:
+    """Raise InputError for all of a model, a file of rows and a reward that are not here, by the options of init."""
+    home = Path.cwd()
+    found = [*_folder("--model", model, home, [], _model_fault)]
+    if os.path.isdir(data) or (not os.path.exists(data) and looks_like_a_path(data)):
+        is_folder = "is a folder, wanted a file of rows" if os.path.isdir(data) else "does not exist"
+        found.append(("--prompts", f"{data} {is_folder}{'' if os.path.isdir(data) else _nearest(Path(data))}"))
+    file = (reward or "").partition(":")[0]
+    if file.endswith(".py") and not os.path.exists(file):
+        found.append(("--reward", f"{file} does not exist{_nearest(Path(file))}"))
+    if found:
+        raise InputError("\n  ".join(f"{option}: {text}" for option, text in found))
+
+
 def _model(recipe: Recipe, notes: list[str]) -> Iterator[Trouble]:
     path = recipe.model.path
-    yield from _folder("model.path", path, recipe, notes, _model_fault)
+    yield from _folder("model.path", path, recipe.folder, notes, _model_fault)
     if recipe.model.sft_adapter is not None:
-        yield from _folder("model.sft_adapter", recipe.model.sft_adapter, recipe, notes, _adapter_fault)
+        yield from _folder("model.sft_adapter", recipe.model.sft_adapter, recipe.folder, notes, _adapter_fault)
 
 
 def _folder(
-    key: str, path: str, recipe: Recipe, notes: list[str], fault: Callable[[Path], str | None]
+    key: str, path: str, home: Path, notes: list[str], fault: Callable[[Path], str | None]
 ) -> Iterator[Trouble]:
-    """What is wrong with a folder that a key names, or with the name on the hub that it may be instead."""
+    """What is wrong with a folder that a key names, or with the name on the hub that it may be instead.
+
+    home: where relative paths start.
+    """
     folder = Path(path)
     if folder.is_dir():
         if (text := fault(folder)) is not None:
             yield key, text
     elif folder.exists():
         yield key, f"found {path}, which is a file; wanted the folder of a model"
-    elif _is_path(path, recipe):
-        yield key, f"found {path}, which is no folder here{_nearest(recipe.folder / path)}"
+    elif _is_path(path, home):
+        yield key, f"found {path}, which is no folder here{_nearest(home / path)}"
     elif not _is_cached(path):
         if _is_offline():
-            near = _nearest(recipe.folder / path)
-            yield key, (f"found {path}, which is no folder in {recipe.folder}{near}; as a name "
+            near = _nearest(home / path)
+            yield key, (f"found {path}, which is no folder in {home}{near}; as a name "
                         "on the hub it is not in the cache, and HF_HUB_OFFLINE is set; wanted the folder of a model")
         else:
-            notes.append(f"{key}: {path} is no folder in {recipe.folder}; the run looks it up on the hub.")
+            notes.append(f"{key}: {path} is no folder in {home}; the run looks it up on the hub.")
 
 
-def _is_path(path: str, recipe: Recipe) -> bool:
+def _is_path(path: str, home: Path) -> bool:
     """Whether what is no folder here was meant as one: hub names are of two words, the first of which is an owner."""
     first = path.partition("/")[0]
-    beside = first != path and (recipe.folder / first).is_dir()
+    beside = first != path and (home / first).is_dir()
     return Path(path).is_absolute() or not HUB_NAME.fullmatch(path) or beside or first in FOLDERS
 
 
@@ -243,7 +260,7 @@ def _scorers(recipe: Recipe, notes: list[str]) -> Iterator[Trouble]:
         if isinstance(entry, FunctionReward):
             yield from _function(f"{key}.path", entry, recipe)
         elif isinstance(entry, ModelReward | ClassifierReward):
-            yield from _folder(f"{key}.path", entry.path, recipe, notes, _scorer_fault)
+            yield from _folder(f"{key}.path", entry.path, recipe.folder, notes, _scorer_fault)
         elif isinstance(entry, JudgeReward) and entry.key_env is not None and not os.environ.get(entry.key_env):
             yield f"{key}.key_env", f"the environment variable {entry.key_env} is not set here; export it first"
 

@@ -25,7 +25,7 @@ from kltune.lm.data.foreign import read_json
 from kltune.lm.model.adapters import POLICY, config_to_fill, fill, load_compatible
 from kltune.lm.model.batches import Samples
 from kltune.lm.model.files import reading, refuse_code
-from kltune.lm.model.fingerprint import AGREES
+from kltune.lm.model.fingerprint import AGREES, section_of
 from kltune.lm.model.loading import own_tokenizer
 from kltune.lm.model.network import ScalarHead
 from kltune.lm.model.opening import load_reference, probe_logits
@@ -234,7 +234,7 @@ def _beside(folder: Path, policy: Policy) -> RewardModel:
 
 
 def _alone(folder: Path, reference: dict[str, Any], device: torch.device) -> RewardModel:
-    section = ModelSection(**{name: reference[name] for name in ("path", "sft_adapter", "dtype")})
+    section = ModelSection(**section_of(reference))
     own = own_tokenizer(folder)      # with the chat template that it was trained with
     policy = load_reference(
         section, device=device, where=f"reward {folder}", chat_template=None if own is None else template_of(own),

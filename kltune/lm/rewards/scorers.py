@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kltune.core import ranks
 from kltune.core.tensors import expect_finite
-from kltune.errors import KltuneError, ScorerError
+from kltune.errors import KltuneError, ScoreOverflow, ScorerError
 from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import Samples
 from kltune.lm.model.policy import Policy
@@ -72,7 +72,7 @@ class Scorer:
 
         Raises:
             ScorerError: a source raised, returned another number of scores, or one that is not finite.
-            DivergedError: their weighted sum is not.
+            ScoreOverflow: their weighted sum is not.
         """
         total = torch.zeros(len(responses))
         for source in self.sources:
@@ -80,7 +80,8 @@ class Scorer:
             total = total + source.weight * (scores - source.shift) / source.scale
         weighted = " + ".join(f"{source.weight:g} · {source.name}" for source in self.sources)
         # Finite parts may have an infinite sum.
-        expect_finite(f"reward: the score {weighted}", total, advice="Lower reward.N.weight, or scale the reward down.")
+        advice = "Lower reward.N.weight, or scale the reward down."
+        expect_finite(f"reward: the score {weighted}", total, advice=advice, error=ScoreOverflow)
         return total
 
     def total(

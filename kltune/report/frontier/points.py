@@ -14,7 +14,7 @@ from kltune.report.outcome import final_figures
 from kltune.run.files import is_finished, read_json, read_metrics
 
 SETTING_KEYS = ("kl.target", "kl.beta", "dpo.beta", "kl.hard_cap")      # what sets a run's KL; the rest names its curve
-NO_DIFFERENCE = ("run.seed", "run.save_every", "run.eval_every", "run.device", "optim.micro_batch_size")
+NO_DIFFERENCE = ("run.seed", "run.save_every", "run.eval_every", "run.device", "run.threads", "optim.micro_batch_size")
 SAME_REFERENCE = {"sha256": "weights", "tokenizer_sha256": "tokenizer", "template_sha256": "template"}
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kltune.core.kl.divergence import kl_exact
-from kltune.core.kl.fused_head import read_logprobs, read_logprobs_and_kl, through_head
+from kltune.core.kl.fused_head import AfterHead, read_logprobs, read_logprobs_and_kl, through_head
 from kltune.core.tensors import token_logprobs
 
 POSITIONS, HIDDEN, VOCABULARY = 21, 6, 50
@@ -50,6 +50,20 @@ def test_values_and_gradients_are_those_of_autograd_over_all_logits(rows, temper
     _, kl = through_head(hidden, weight, bias, reader, (tokens, ref_logits), rows)
     (mine,) = torch.autograd.grad(kl.sum(), hidden)
     torch.testing.assert_close(mine, torch.autograd.grad(wanted[1].sum(), hidden)[0], atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("after", [AfterHead(0.3), AfterHead(3.0, divides=True), AfterHead(0.7, cap=2.0)])
+def test_what_a_model_does_behind_its_head_is_differentiated_too(after):
+    hidden, weight, bias, tokens, ref_logits = numbers(5)
+    reader = partial(read_logprobs_and_kl, temperature=0.6)
+    found = through_head(hidden, weight, bias, reader, (tokens, ref_logits), 8, after)
+    (mine,) = torch.autograd.grad(sum(reading.sum() for reading in found), hidden)
+    x = (hidden @ weight.T + bias) * (1.0 / after.scale if after.divides else after.scale)
+    z = x if after.cap is None else after.cap * torch.tanh(x / after.cap)
+    wanted = token_logprobs(z, tokens, 0.6), kl_exact(z, ref_logits, 0.6)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
+    (plain,) = torch.autograd.grad(sum(reading.sum() for reading in wanted), hidden)
+    torch.testing.assert_close(mine, plain, atol=1e-12, rtol=1e-10)
 
 
 def test_a_token_that_neither_may_say_moves_nothing():

@@ -91,6 +91,21 @@ def test_a_verdict_at_another_confidence_than_the_intervals_or_in_no_unit_is_ref
         verdict(SUMMARY, 8.0, **options)
 
 
+def test_a_budget_that_rounding_alone_could_reach_is_neither_passed_nor_failed():
+    numbers = torch.from_numpy(np.random.default_rng(0).normal(1.0, 0.2, 400))
+    summary = summarize("exact", numbers, torch.full((400,), 10), torch.arange(400))
+    low, high = summary.ci
+    for max_kl, rounding, expected in (
+        (high + 0.01, 0.0, "pass"), (high + 0.01, 0.02, "inconclusive"), (high + 0.03, 0.02, "pass"),
+        (low - 0.01, 0.0, "fail"), (low - 0.01, 0.02, "inconclusive"), (low - 0.03, 0.02, "fail"),
+    ):
+        found = verdict(summary, max_kl, rounding=rounding)
+        assert found.verdict == expected
+        assert (found.reason or "").startswith("rounding in the weights' dtype alone makes 0.02 of it") == (
+            expected == "inconclusive"
+        )
+
+
 def test_where_all_prompts_were_answered_only_the_answers_part_of_the_error_shrinks():
     # se .5, of which .3 stays; the budget .75 above: half 1.2 must shrink to .75, se to .3125 (floor .3)
     #   n' = 100 · (.25 − .09) / (.09765625 − .09) = 2089.8

@@ -2,12 +2,15 @@
 
 import os
 import re
+import signal
+import time
 from typing import Any
 
 import pytest
 from typing_extensions import TypedDict
 
 from kltune.errors import CheckpointError, ModelError
+from kltune.lm.data import foreign
 from kltune.lm.data.encoding import LONG_TEXT, Encoder
 from kltune.lm.data.foreign import memory_limit, read_json, read_ordinary, time_limit
 from tests.tiny_policies import word_tokenizer
@@ -58,6 +61,25 @@ def test_a_pipe_a_device_and_a_folder_are_no_files(tmp_path):
 def test_an_expression_without_end_is_given_up():
     with pytest.raises(ModelError, match="slow"), time_limit(0.2, ModelError("slow")):
         re.match("(a|a)*$", "a" * 40 + "b")
+
+
+def test_what_is_lost_in_a_destructor_or_caught_by_a_library_is_raised_again(monkeypatch):
+    monkeypatch.setattr(foreign, "AGAIN_SECONDS", 0.1)
+    before, caught = signal.getsignal(signal.SIGALRM), []
+
+    def deaf() -> None:
+        while len(caught) < 3:
+            try:
+                time.sleep(5.0)
+            except ModelError as error:
+                caught.append(error)
+        time.sleep(5.0)
+
+    with pytest.raises(ModelError, match="slow"), time_limit(0.1, ModelError("slow")):
+        deaf()
+    assert len(caught) == 3
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_memory_beyond_a_limit_is_refused_and_the_limit_goes_again():

@@ -14,7 +14,7 @@ from kltune.lm.data.examples import Prompt
 from kltune.lm.measure.breakdown import examples, token_part, token_text, top_tokens
 from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model import sampler as rollouts
-from kltune.lm.model.sampler import Draw, uniform_numbers
+from kltune.lm.model.sampler import Draw, sample, uniform_numbers
 from tests.oracles import BOS, EOS, Responses, tiny_policy_logits, tiny_reference_logits
 
 KL = 0.11253952         # docs/maths.md 22, nats per response
@@ -178,3 +178,20 @@ def test_shown_responses_go_from_the_most_to_the_least_and_their_tokens_add_up(t
         assert math.fsum(part["nats"] for part in row["tokens"]) == pytest.approx(row["nats"], abs=1e-6)
         assert "".join(part["token"] for part in row["tokens"]).replace("</s>", "").split() == row["response"].split()
     assert examples(measured, tiny_lm_policy, 0) == []
+
+
+def test_the_noise_floor_is_the_kl_of_the_policy_to_itself_and_counts_in_narrow_dtypes_only(open_policy):
+    prompts, draw, floors = starts(16), Draw(12, 1.0, 0), {}
+    for dtype in ("float32", "bfloat16"):
+        policy = open_policy(dtype=dtype)       # it is its reference: all KL there is would be rounding
+        measured = measure_kl(policy, Round.of(prompts, 64), draw)
+        assert not measured.exact.any()
+        sampled = [sample(policy, *part[:2], temperature=1.0) for part in Round.of(prompts, 64).parts(draw)]
+        gap = torch.cat([
+            (rollout.logprobs - drawn.logprobs).double()[drawn.response_mask]
+            for rollout, drawn in zip(measured.rollouts, sampled, strict=True)
+        ])
+        floors[dtype] = measured.noise_floor["nats_per_token"]
+        assert floors[dtype] == pytest.approx((gap.exp() - 1 - gap).mean().item(), rel=0.02, abs=1e-9)
+    assert floors["float32"] < 1e-9
+    assert 1e-6 < floors["bfloat16"] < 1e-3

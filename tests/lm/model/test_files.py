@@ -1,7 +1,9 @@
 """A folder is what it seems, or is refused in one line: quantised, damaged, another head, tensors that nobody reads."""
 
 import errno
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,41 @@ def test_room_that_ran_out_is_no_fault_of_the_files(cause):
 def test_a_folder_that_is_missing_is_told_from_a_name_on_the_hub(path, words):
     with pytest.raises(ModelError, match=f"^reference: {path}: {words}"), reading(path, "reference"):
         raise OSError("We couldn't connect to 'https://huggingface.co'")
+
+
+def stored(content: bytes, store: str) -> str:
+    """Where a store keeps a file, beside the folder of links: by its hash."""
+    md5, sha256 = hashlib.md5(content).hexdigest(), hashlib.sha256(content).hexdigest()
+    return {
+        "hub": f"blobs/{hashlib.sha1(content).hexdigest()}", "dvc": f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}",
+        "annex": f"annex/SHA256E-s{len(content)}--{sha256}.x/SHA256E-s{len(content)}--{sha256}.x",
+    }[store]
+
+
+@pytest.mark.parametrize(("store", "folder"), [
+    ("hub", "snapshots/4f1c"), ("hub", "snapshots/4f1c/policy"), ("dvc", "models/base"), ("annex", "base"),
+])
+def test_a_folder_of_links_into_a_store_is_the_folder(open_policy, tiny_model, tmp_path, store, folder):
+    place = tmp_path / folder
+    place.mkdir(parents=True)
+    for file in tiny_model("llama").iterdir():
+        target = tmp_path / stored(file.read_bytes(), store)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+        (place / file.name).symlink_to(os.path.relpath(target, place))
+    assert open_policy(path=place).fingerprint.sha256 == open_policy().fingerprint.sha256
+
+
+def test_weights_may_be_a_link_and_what_checkpoints_take_along_may_not(open_policy, tiny_model, tmp_path):
+    place = save_tiny_model(tmp_path / "model", "llama")
+    (place / "model.safetensors").unlink()
+    (place / "model.safetensors").symlink_to(tiny_model("llama") / "model.safetensors")
+    open_policy(path=place)
+    private = tmp_path / "0123456789abcdef0123456789abcdef"      # a name like a hash is not enough
+    private.write_text('{"password": "none of yours"}')
+    (place / "chat_template.jinja").symlink_to(private)
+    with pytest.raises(ModelError, match=r"chat_template\.jinja is a link to .*outside of the folder"):
+        open_policy(path=place)
 
 
 def test_an_encoder_is_refused_by_name(open_policy, tmp_path):

@@ -29,10 +29,14 @@ from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.examples import load_examples, load_prompts
 from kltune.lm.measure.likelihood import document_nats
 from kltune.lm.model.adapters import read_adapter_config
+from kltune.lm.model.fingerprint import section_of
 from kltune.lm.model.loading import load_base, load_tokenizer, pick_device
-from kltune.lm.model.opening import load_reference, load_saved_policy
+from kltune.lm.model.opening import check_frozen, load_reference, load_saved_policy
 from kltune.lm.model.policy import Policy
+from kltune.lm.model.sampler import sample
 from kltune.recipe import DataSection, LoraSection, ModelSection
+from tests.foreign_models import ADAPTERS, save_adapter
+from tests.lm.model.test_sampler import PROMPTS, UNIFORMS
 from tests.tiny_policies import (
     CONTEXT,
     EOS,
@@ -242,6 +246,51 @@ def test_in_bfloat16_the_share_of_the_merge_that_survived_is_told(open_policy, t
     assert policy.fingerprint.merge_survived == pytest.approx(arrived / asked, rel=1e-5)
     assert policy.fingerprint.merge_survived != 1.0
     assert policy.fingerprint.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_sft_adapter_that_is_kept_is_what_sft_ended_with_and_no_bit_of_it_is_rounded(
+    open_policy, adapter, tmp_path, dtype
+):
+    policy = open_policy(sft_adapter=str(adapter), merge=False, dtype=dtype)
+    ended = open_policy(dtype=dtype)
+    ended.load_adapter(adapter)
+    wanted = ended.network.logits(ended.network.hidden(IDS))
+    with policy.reference():
+        found = policy.network.logits(policy.network.hidden(IDS))
+        # In float32 the layers of a trained adapter may add their matrices up first.
+        assert torch.equal(found, wanted) if dtype == "bfloat16" else (found - wanted).abs().max() < 1e-5
+    assert policy.measure(IDS, SCORED).ref_kl.abs().max() == 0.0
+    assert policy.trainable_parameters().keys() == ended.trainable_parameters().keys()
+    assert policy.fingerprint.sha256 != ended.fingerprint.sha256        # the adapter is part of what is frozen
+    check_frozen(policy)
+
+
+def test_what_is_trained_over_a_kept_sft_adapter_loads_as_two_adapters(open_policy, tiny_model, adapter, tmp_path):
+    policy = open_policy(sft_adapter=str(adapter), merge=False)
+    randomize(policy.trainable_parameters(), seed=9)
+    policy.save(tmp_path / "ppo")
+    text = (tmp_path / "ppo" / "README.md").read_text()
+    names: dict = {}
+    exec(text.split("```python\n")[1].split("```")[0].replace("this/folder", str(tmp_path / "ppo")), names)
+    with torch.no_grad():
+        plain = names["model"].eval()(input_ids=IDS).logits
+        mine = policy.network.logits(policy.network.hidden(IDS))
+    torch.testing.assert_close(mine, plain, atol=1e-5, rtol=0.0)
+    section = ModelSection(path=str(tiny_model()), sft_adapter=str(adapter), merge=False)
+    again = load_saved_policy(tmp_path / "ppo", section, device=CPU, is_adapter=True)
+    assert section_of(again.fingerprint.as_dict())["merge"] is False
+    assert torch.equal(again.logprobs(IDS, SCORED), policy.logprobs(IDS, SCORED))
+    drawn = sample(policy, PROMPTS, UNIFORMS, temperature=1.0)
+    near = {"atol": 1e-5, "rtol": 1e-5}
+    wanted = plain_logprobs(names["model"], drawn.ids, drawn.scored)
+    torch.testing.assert_close(drawn.logprobs[drawn.response_mask].double(), wanted, **near)
+
+
+def test_an_sft_adapter_that_is_more_than_two_matrices_is_not_kept(open_policy, tiny_model, tmp_path):
+    other = save_adapter(tiny_model(), ADAPTERS["lora: dora"](), tmp_path)
+    with pytest.raises(ModelError, match="is more than a LoRA on a linear layer"):
+        open_policy(sft_adapter=str(other), merge=False)
 
 
 def test_an_sft_adapter_that_was_never_trained_is_refused(open_policy, policy, tmp_path):

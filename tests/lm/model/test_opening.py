@@ -1,5 +1,6 @@
 """What is tried on a model when it is opened: merging keeps its logits, a logit depends on what is before it alone."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
-from kltune.lm.model.opening import check_causal, check_fresh_policy, load_policy, load_reference
+from kltune.lm.model.adapters import merge_adapter
+from kltune.lm.model.opening import check_causal, check_fresh_policy, expect_rounding, load_policy, load_reference
 from kltune.lm.model.sampler import sample, uniform_numbers
 from kltune.recipe import LoraSection, ModelSection
 from tests.foreign_models import ADAPTERS, LORA, REFUSED, save_adapter, save_model
@@ -99,8 +101,42 @@ def test_an_update_of_a_layer_that_is_read_past_its_adapter_is_not_merged(tmp_pa
     # Jamba multiplies with dt_proj.weight itself: an adapter there does nothing, and merged it would.
     base = save_model("jamba", tmp_path / "base")
     adapter = save_adapter(base, lora("q_proj", "dt_proj"), tmp_path / "sft")
-    with pytest.raises(ModelError, match="merged into its base, this adapter gives another model than on it: a logit"):
-        load_reference(ModelSection(path=str(base), sft_adapter=str(adapter)), device=CPU)
+    for dtype in ("float32", "bfloat16"):
+        section = ModelSection(path=str(base), sft_adapter=str(adapter), dtype=dtype)
+        with pytest.raises(ModelError, match="into its base, this adapter gives another model than on it: a logit"):
+            load_reference(section, device=CPU)
+
+
+def test_merging_needs_little_memory_beside_the_weights(tmp_path, monkeypatch):
+    """Layer by layer: what it takes does not grow with the number of layers. In bfloat16, where it is widest."""
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=24, **sizes)).bfloat16()
+    monkeypatch.setattr("kltune.lm.model.adapters._spoken", lambda adapted: IDS[:, :4])
+    model.save_pretrained(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "base", lora("q_proj", "down_proj"), tmp_path / "sft")
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        merge_adapter(copy.deepcopy(model), adapter)      # a copy: what is freed is counted where it was made within
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    assert weights <= max(held) < 1.2 * weights
+
+
+def test_in_bfloat16_the_kl_of_the_merge_to_what_sft_ended_with_is_told(tiny_model, tmp_path, monkeypatch):
+    base = tiny_model("llama")
+    adapter = save_adapter(base, lora("q_proj", "down_proj"), tmp_path)
+    monkeypatch.setattr("kltune.lm.model.adapters._spoken", lambda adapted: IDS)
+    section = ModelSection(path=str(base), sft_adapter=str(adapter), dtype="bfloat16")
+    policy = load_reference(section, device=CPU)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), adapter).eval()
+    with torch.no_grad():
+        before, after = (model(input_ids=IDS).logits.double().log_softmax(-1) for model in (plain, policy.model))
+    kl = (before.exp() * (before - after)).sum(-1).mean().item()
+    assert policy.fingerprint.merge_kl == pytest.approx(kl, rel=1e-3)
+    assert f"{kl:.2g} nats a token from it unmerged" in policy.fingerprint.describe()
+    exact = load_reference(section.model_copy(update={"dtype": "float32"}), device=CPU).fingerprint
+    assert exact.merge_kl is None
+    assert "unmerged" not in exact.describe()
 
 
 # --- what a logit depends on -----------------------------------------------------------------------------------------
@@ -188,3 +224,24 @@ def test_another_token_without_a_row_is_named(open_policy, narrow):
     policy = open_policy(path=narrow)
     with pytest.raises(ModelError, match=r"40 rows and none for token 41, 'w40' of the tokenizer .*narrow"):
         sample(policy, [Prompt((3, 41), "", "")], UNIFORMS, temperature=1.0)
+
+
+# --- before any update ------------------------------------------------------------------------------------------------
+
+
+def test_in_a_narrow_dtype_rounding_passes_and_a_few_wrong_rows_do_not():
+    noise = torch.randn(1500, generator=torch.Generator().manual_seed(0)).abs()
+    rounding = 0.0125 * noise        # of a chat model in bfloat16; one token of many may be far off
+    rounding[7] = 0.4
+    expect_rounding(rounding, torch.bfloat16, "another's")
+    expect_rounding(torch.tensor([0.06, 0.0, 0.3, 0.001]), torch.bfloat16, "another's")       # 4 tokens say little
+    wrong = rounding.clone()
+    wrong[:60] = 0.6        # 2 rows of 50: the mean does not show them
+    assert wrong.mean() < 0.05
+    for gaps, found in (
+        (wrong, r"60 of 1500 log-probabilities differ by more than 0\.25 nats per token from another's"),
+        (0.1 * noise, r"the average log-probability differs by 0\.0[78]\d* ± 0\.001\d* nats"),
+        (rounding.index_fill(0, torch.tensor([3]), torch.nan), "differs by nan"),
+    ):
+        with pytest.raises(ModelError, match=found):
+            expect_rounding(gaps, torch.bfloat16, "another's")

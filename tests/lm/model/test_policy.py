@@ -10,6 +10,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kltune.core.kl.fused_head import AfterHead
+from kltune.core.tensors import token_logprobs
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.examples import Prompt
 from kltune.lm.fast import memory
@@ -281,17 +283,41 @@ def test_what_is_measured_is_what_the_full_logits_of_the_plain_model_say(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "split"),
-    [("llama", True), ("gpt2", True), ("qwen3", True), ("gemma2", False), ("granite", False), ("cohere", False)],
+    ("architecture", "after"),
+    [
+        ("llama", AfterHead()), ("gpt2", AfterHead()), ("qwen3", AfterHead()), ("gemma2", AfterHead(cap=2.0)),
+        ("granite", AfterHead(4.0, divides=True)), ("cohere", AfterHead(0.25)),
+    ],
 )
-def test_a_model_is_cut_before_its_head_only_where_nothing_is_behind_the_head(open_policy, architecture, split):
-    assert open_policy(architecture).network.split == split
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_is_cut_before_its_head_and_what_is_behind_the_head_is_known(open_policy, architecture, after, dtype):
+    network = open_policy(architecture, dtype=dtype).network
+    assert network.split
+    assert network.after == after
+    assert torch.equal(network.logits(network.hidden(IDS)), network.causal(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "granite", "cohere"])
+def test_behind_a_cap_or_a_scale_gradients_are_those_of_autograd_through_the_whole_model(open_policy, architecture):
+    policy = open_policy(architecture)
+    randomize(policy.trainable_parameters())
+    parameters = list(policy.trainable_parameters().values())
+    mine = torch.autograd.grad(policy.logprobs(IDS, SCORED, 0.7).sum(), parameters)
+    logits = policy.network.causal(input_ids=IDS).logits[:, :-1][SCORED[:, 1:]]
+    wanted = torch.autograd.grad(token_logprobs(logits, IDS[SCORED], 0.7).sum(), parameters)
+    for one, other in zip(mine, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def test_a_soft_cap_that_small_logits_do_not_feel_is_still_seen(open_policy, tmp_path):
     # At logits below ½ a cap at 30 changes nothing that a tolerance would notice; after training it would.
     folder = save_tiny_model(tmp_path / "gemma2", "gemma2", final_logit_softcapping=30.0, initializer_range=0.002)
-    assert not open_policy(path=folder).network.split
+    assert open_policy(path=folder).network.after == AfterHead(cap=30.0)
+
+
+def test_a_cap_that_no_configuration_speaks_of_leaves_a_model_whole(open_policy, monkeypatch):
+    monkeypatch.setattr(network_module, "CAPS", ())
+    assert not open_policy("gemma2").network.split
 
 
 def test_unwanted_numbers_are_not_computed(trained_policy):

@@ -16,6 +16,7 @@ from kltune.lm.model import sampler
 from kltune.lm.model.batches import Samples
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import sample, uniform_numbers
+from tests.counting import Counted
 from tests.oracles import BOS, Responses, tiny_policy_logits, tiny_reference_logits
 from tests.tiny_policies import ARCHITECTURES, EOS, plain_sample, randomize, save_tiny_model
 
@@ -134,6 +135,56 @@ def test_logits_that_are_no_numbers_stop_the_run(policy, bad):
         draw(policy)
 
 
+class StandingRows:
+    """A decoder that runs nothing: the logits after every token are the same."""
+
+    compact_below = 0.5
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def feed(self, ids):
+        return self.logits
+
+    def keep(self, rows):
+        self.logits = self.logits[rows]
+
+
+def test_a_token_takes_a_gpu_few_kernels_and_the_cpu_waits_for_few_of_them(policy, monkeypatch):
+    """Counted on a CPU that takes the way of a GPU, and for a large vocabulary on tensors without numbers."""
+    monkeypatch.setattr(sampler, "_kind", lambda device: "gpu")
+    logits = torch.zeros(16, 64)
+    logits[:, EOS] = -20.0
+    monkeypatch.setattr(policy.network, "start", lambda *_: (logits, StandingRows(logits)))
+
+    def spent(tokens: int) -> Counted:
+        uniforms = uniform_numbers(np.random.default_rng(0), 16, tokens)
+        with Counted() as counted:
+            sampler._decode(policy, PROMPTS[:1], uniforms, 1.0, None)
+        return counted
+
+    short, long = spent(16), spent(48)
+    assert long.waits - short.waits == 32 / sampler.LOOK_EVERY["gpu"]
+    with Counted() as drawn:
+        sampler._draw(logits, torch.zeros(16, dtype=torch.float64), 1.0, None)
+    beside = (long.kernels - short.kernels) / 32 - drawn.kernels
+    large = torch.empty(512, 151_936, dtype=torch.bfloat16, device="meta")
+    with Counted() as drawn:
+        sampler._draw(large, torch.empty(512, dtype=torch.float64, device="meta"), 1.0, None)
+    assert drawn.waits == 0
+    assert beside + drawn.kernels <= 60
+
+
+def test_how_often_a_gpu_is_asked_who_has_ended_changes_nothing(ending_policy, monkeypatch):
+    wanted = draw(ending_policy)
+    monkeypatch.setattr(sampler, "_kind", lambda device: "gpu")
+    for every in (1, 2, 5, 100):
+        monkeypatch.setitem(sampler.LOOK_EVERY, "gpu", every)
+        found = draw(ending_policy)
+        assert tokens_of(found) == tokens_of(wanted)
+        torch.testing.assert_close(found.logprobs, wanted.logprobs)
+
+
 # --- on nothing else -----------------------------------------------------------------------------------------------
 
 
@@ -235,7 +286,7 @@ def test_drawing_a_few_rows_at_a_time_changes_nothing(monkeypatch, rows_at_once)
     logits = 3 * torch.randn(10, 50, generator=generator)
     numbers = torch.rand(10, dtype=torch.float64, generator=generator)
     tokens, logprobs = sampler._draw(logits, numbers, 0.7, None)
-    monkeypatch.setattr(sampler, "DRAW_BYTES", rows_at_once * 4 * 50)
+    monkeypatch.setitem(sampler.DRAW_BYTES, "cpu", rows_at_once * 4 * 50)
     again, logprobs_again = sampler._draw(logits, numbers, 0.7, None)
     assert torch.equal(again, tokens)
     assert torch.equal(logprobs_again, logprobs)

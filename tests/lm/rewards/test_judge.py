@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -324,6 +325,31 @@ def trickled(head: bytes) -> None:
             with pytest.raises(JudgeError, match=r"no answer within 0\.3 s"):
                 Judge(endpoint.entry(url=url, retries=0, timeout_s=0.3), "j").scores(["p"], ["r"])
             assert time.monotonic() - began < 3.0
+
+
+def test_a_judge_that_hangs_is_let_go_though_a_signal_takes_longer_than_a_look():
+    asked_to_stop, looks = threading.Event(), []
+
+    def handle(*_: object) -> None:
+        time.sleep(3 * judge_module.POLL_SECONDS)      # as on a busy machine: the look's time is over then
+        asked_to_stop.set()
+
+    def stopped() -> bool:
+        looks.append(asked_to_stop.is_set())
+        return looks[-1]
+
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        with serving(lambda *_: Reply(seconds=25.0)) as endpoint:
+            asked = Judge(endpoint.entry(timeout_s=20.0, retries=0), "j", Answers(stopped=stopped))
+            signal.setitimer(signal.ITIMER_REAL, 2.5 * judge_module.POLL_SECONDS)
+            with pytest.raises(JudgeError, match="was let go"):
+                asked.scores(["p"], ["r"])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    # Counted, not timed: however slow the machine, it is looked no more often than fits into STOP_SECONDS.
+    assert 1 <= sum(looks) <= 2 + judge_module.STOP_SECONDS / judge_module.POLL_SECONDS
+    assert judge_module.STOP_SECONDS + 2 * judge_module.POLL_SECONDS < 2.0
 
 
 def test_answers_that_came_before_the_judge_died_are_kept():

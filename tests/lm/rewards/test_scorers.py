@@ -27,6 +27,7 @@ from kltune.errors import DataError, ScorerError
 from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import Samples
 from kltune.lm.rewards.classifiers import Classifier
+from kltune.lm.rewards.inputs import folder_sha256
 from kltune.lm.rewards.scorers import Scorer, ScoreSource, load_scorer, run_source
 from kltune.recipe import ClassifierReward, FunctionReward, ModelReward
 from tests.tiny_policies import EOS, VOCABULARY, save_tiny_model, word_tokenizer
@@ -552,3 +553,17 @@ def test_a_classifier_trains_nothing_and_draws_nothing(tmp_path):
     first = scorer(NO_PROMPTS, TEXTS)
     assert torch.equal(scorer(NO_PROMPTS, TEXTS), first)
     assert not first.requires_grad
+
+
+def test_the_files_of_a_model_are_read_once_for_every_point_of_a_sweep(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "notes.md").write_text("no part of a model")
+    read, plain = [], hashlib.file_digest
+    monkeypatch.setattr("hashlib.file_digest", lambda file, name: read.append(file.name) or plain(file, name))
+    first = [folder_sha256(tmp_path) for _ in range(3)]
+    assert (len(set(first)), len(read)) == (1, 1)
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    assert folder_sha256(tmp_path) != first[0]
+    (tmp_path / "config.json").write_text("{}")
+    assert len({*first, folder_sha256(tmp_path)}) == 2
+    assert len(read) == 4
