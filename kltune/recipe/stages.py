@@ -133,7 +133,7 @@ PATH_KEYS = (
     "reward.*.path", "sampling.publish", "run.output", "eval.prompts", "eval.texts", "eval.pairs", "eval.gold.path",
 )
 # keys of run that change where results are and when, not what they are; threads: to rounding
-NOT_PART_OF_THE_RUN = ("output", "keep", "loggers", "threads", "processes", "timeout_s")
+NOT_PART_OF_THE_RUN = ("output", "keep", "loggers", "threads", "processes", "shard", "timeout_s")
 HOW_A_SERVER_IS_REACHED = ("url", "publish", "timeout_s")        # that samples, and not what it draws
 HOW_A_JUDGE_IS_REACHED = ("concurrency", "timeout_s", "retries", "key_env")     # and not what it answers
 

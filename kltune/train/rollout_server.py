@@ -202,7 +202,7 @@ class RolloutServer:
         """Take away what is left of the adapters."""
         for name, _ in self._published[-1:]:
             with suppress(ServerError, SamplerError):       # it may be gone, and the run is over
-                self._ask("/v1/unload_lora_adapter", {"lora_name": name}, tries=1)
+                self._ask("/v1/unload_lora_adapter", {"lora_name": name}, patient=False)
         for _, path in self._published:
             shutil.rmtree(path, ignore_errors=True)
         self._published = []
@@ -274,7 +274,7 @@ class RolloutServer:
             raise errors[0]
         return answers
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None, hint: str = "", tries: int = len(PAUSES)) -> Any:
+    def _ask(self, path: str, body: dict[str, Any] | None = None, hint: str = "", patient: bool = True) -> Any:
         """One request, made again where that may help; JSON, or the text of what is none.
 
         Raises:
@@ -284,7 +284,7 @@ class RolloutServer:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(address, data, {"Content-Type": "application/json", "User-Agent": "kltune"})
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        for pause in (*PAUSES[:tries - 1], None):
+        for pause in (*(PAUSES if patient else ()), None):
             try:
                 with opener.open(request, timeout=self.sampling.timeout_s) as response:
                     text = response.read(LONGEST_ANSWER).decode("utf-8", "replace")
@@ -299,8 +299,10 @@ class RolloutServer:
                     raise SamplerError(refusal) from None
             except (OSError, HTTPException) as error:
                 reason = getattr(error, "reason", None) or error
-                late = isinstance(reason, TimeoutError)
-                why = f"no answer within {self.sampling.timeout_s:g} s" if late else str(reason) or repr(reason)
+                why = str(reason) or repr(reason)
+                if isinstance(reason, TimeoutError):
+                    why = f"no answer within {self.sampling.timeout_s:g} s (sampling.timeout_s)"
+                    break
             if pause is None or self.stopped():
                 break
             time.sleep(pause)

@@ -57,7 +57,7 @@ def test_a_server_samples_what_the_trainer_would(tmp_path, model, base, run):
 
 
 CAUSES = {
-    "stale adapter": (2, SamplerError, "the adapter of the step before"),
+    "stale adapter": (3, SamplerError, "the adapter of the step before"),
     "no adapter": (2, SamplerError, "the base alone, without the adapter"),
     "raw log-probs": (1, SamplerError, "before the temperature; start it with --logprobs-mode processed_logprobs"),
     "other dtype": (1, SamplerError, "another dtype; wanted --dtype float32"),
@@ -65,7 +65,7 @@ CAUSES = {
     "503": (2, ServerError, r"does not answer: HTTP 503 \(.*busy"),
     "short answer": (2, SamplerError, "wanted one that ends with an end token, or at 6 tokens"),
     "two replicas": (2, SamplerError, r"of 16 responses are of the right weights: .*data_parallel_size"),
-    "slow": (2, ServerError, "no answer within 0.5 s"),
+    "slow": (2, ServerError, r"no answer within 4 s \(sampling\.timeout_s\)"),
     "no token ids": (1, SamplerError, "return_token_ids"),
     "refuses adapters": (0, SamplerError, "refuses /v1/load_lora_adapter with HTTP 404"),
     "other base": (0, SamplerError, "its base is .* nats per token, .*another base"),
@@ -76,16 +76,16 @@ CAUSES = {
 def test_a_server_that_fails_is_caught_within_a_step_and_the_run_goes_on_later(tmp_path, model, fault):
     since, kind, cause = CAUSES[fault]
     with serving(model, fault, since) as server:
-        recipe = recipe_of(tmp_path, model, server, **({"timeout_s": 0.5} if fault == "slow" else {}))
+        recipe = recipe_of(tmp_path, model, server, **({"timeout_s": 4.0} if fault == "slow" else {}))
         with pytest.raises(kind, match=cause) as raised:
             run_ppo(recipe, resume=False)
     output = Path(recipe.run.output)
-    done = len(read_jsonl(output / "metrics.jsonl"))
+    done = len(read_jsonl(output / "metrics.jsonl")) if (output / "metrics.jsonl").exists() else 0
     assert done == max(0, since - 1)
     assert raised.value.exit_code == (75 if kind is ServerError else 5)
     if done:
-        assert "Nothing is lost: --resume goes on after step 1" in str(raised.value)
-        assert len(list(output.glob("checkpoints/step-*"))) == 1
+        assert f"Nothing is lost: --resume goes on after step {done}" in str(raised.value)
+        assert len(list(output.glob("checkpoints/step-*"))) == done
         assert read_record(output)["status"] == ("interrupted" if kind is ServerError else "failed")
     with serving(model) as server:
         again = load_recipe(recipe.folder / "recipe.yaml", [f"sampling.url={server.url}"])
