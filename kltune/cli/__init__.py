@@ -104,7 +104,7 @@ def add_stage(stage: str, summary: str) -> None:
         if STARTED not in os.environ:       # else who started this process has said it, and looked
             print(f"{stage} {loaded.name}: looking at what it names, then loading the libraries", file=sys.stderr)
         look_before_running(loaded)
-        in_processes(context, loaded.run.processes)
+        in_processes(context, loaded.run.processes, stage=True)
         doing("loading the libraries")
         run_stage = getattr(import_module(f"kltune.stages.{stage}"), f"run_{stage}")
         emit_document(run_stage(loaded, resume), as_json, result_text)

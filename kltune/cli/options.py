@@ -99,11 +99,13 @@ def recipe_named(positional: str | None, option: str | None, command: str) -> st
     return named
 
 
-def in_processes(context: typer.Context, processes: int | str | None) -> None:
+def in_processes(context: typer.Context, processes: int | str | None, *, stage: bool = False) -> None:
     """Run this command as so many processes and exit with their code, unless this is one of them."""
     command = context.find_root().obj or (sys.executable, *sys.orig_argv[1:])
     doing("")       # the processes themselves say what they do
-    code = start_processes(command, 1 if processes is None else processes, result_stream())
+    code = start_processes(
+        command, 1 if processes is None else processes, result_stream(), shares_threads=not stage
+    )
     if code is not None:
         raise typer.Exit(code)
 

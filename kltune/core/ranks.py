@@ -36,13 +36,18 @@ LATE = re.compile(r"[Rr]anks? ([\d, ]+) (?:failed|timed out)")
 
 @dataclass
 class _Here:
-    """This process among the others. alone: what it does at the moment is no share of theirs."""
+    """This process among the others.
+
+    alone: what it does at the moment is no share of theirs. talk: through
+    which they tell each other, on CPUs; gradients go where they are.
+    """
 
     rank: int = 0
     size: int = 1
     timeout: float = 0.0
     phase: str = "starting"
     alone: int = 0
+    talk: dist.ProcessGroup | None = None
 
 
 _here = _Here()
@@ -51,6 +56,11 @@ _here = _Here()
 def size() -> int:
     """How many processes share the work."""
     return _here.size
+
+
+def beside() -> int:
+    """How many processes of the run share this machine, this one included."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _here.size > 1 else 1
 
 
 def is_first() -> bool:
@@ -80,13 +90,12 @@ def joined(processes: int | str, timeout: float, device: str) -> Iterator[None]:
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if processes not in (1, "auto", count):
         raise RecipeError(f"run.processes: found {processes}, but {count} processes were started (WORLD_SIZE).")
-    on_gpu = device != "cpu" and torch.cuda.is_available()
+    on_gpu, seconds = device != "cpu" and torch.cuda.is_available(), timedelta(seconds=timeout)
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        _take_gpu(int(os.environ.get("LOCAL_RANK", 0)), device)
     with _heard():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout), rank=rank, world_size=count
-        )
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=seconds, rank=rank, world_size=count)
+        _here.talk = dist.new_group(backend="gloo", timeout=seconds)
     _here.rank, _here.size, _here.timeout = rank, count, timeout
     try:
         yield
@@ -97,6 +106,17 @@ def joined(processes: int | str, timeout: float, device: str) -> Iterator[None]:
     finally:
         dist.destroy_process_group()
         _here.rank, _here.size = 0, 1
+
+
+def _take_gpu(place: int, device: str) -> None:
+    """Compute on the GPU of this process's place on its machine; RecipeError where there is none."""
+    there = torch.cuda.device_count()
+    if place >= there or device not in ("auto", "cuda"):
+        raise RecipeError(
+            f"run.processes: found process {place + 1} of a machine with {there} GPUs, and run.device: {device}; "
+            "wanted a GPU for each process and run.device: auto, or run.device: cpu."
+        )
+    torch.cuda.set_device(place)
 
 
 @contextmanager
@@ -208,12 +228,12 @@ def _exchange(payload: bytes, timeout: float | None = None) -> list[bytes]:
     """Some bytes of each process, by rank; whoever does not come in time is named."""
     seconds = timeout or _here.timeout
     with _heard():
-        dist.monitored_barrier(timeout=timedelta(seconds=seconds), wait_all_ranks=True)
+        dist.monitored_barrier(_here.talk, timeout=timedelta(seconds=seconds), wait_all_ranks=True)
         sizes = [torch.zeros(1, dtype=torch.long) for _ in range(_here.size)]
-        dist.all_gather(sizes, torch.tensor([len(payload)]))
+        dist.all_gather(sizes, torch.tensor([len(payload)]), group=_here.talk)
         most = max(1, max(int(each) for each in sizes))
         rows = [torch.empty(most, dtype=torch.uint8) for _ in range(_here.size)]
-        dist.all_gather(rows, _bytes(payload.ljust(most, b"\0")))
+        dist.all_gather(rows, _bytes(payload.ljust(most, b"\0")), group=_here.talk)
     return [row[: int(length)].numpy().tobytes() for row, length in zip(rows, sizes, strict=True)]
 
 

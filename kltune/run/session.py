@@ -24,7 +24,7 @@ from kltune.core import ranks
 from kltune.errors import CheckpointError, Interrupted, JudgeError, PeerError, RecipeError, ServerError, StorageError
 from kltune.lm.data.chat import read_template, today
 from kltune.lm.data.documents import Result, RunRecord
-from kltune.lm.fast.threads import choose_threads, computing_with
+from kltune.lm.fast.threads import GIVEN, choose_threads, computing_with
 from kltune.lm.model.fingerprint import Fingerprint
 from kltune.lm.model.loading import pick_device
 from kltune.lm.model.opening import load_policy
@@ -105,12 +105,18 @@ class Run:
 
     def with_threads(self) -> contextlib.AbstractContextManager[None]:
         """Within: the number of threads that ``run.threads`` comes to, recorded and said; see ``choose_threads``."""
-        threads, line = ranks.from_first(
-            lambda: choose_threads(self.recipe.run.threads, self._record["threads"], os.environ)
-        )
+        threads, line = ranks.from_first(self._choose_threads)
         print(line, file=sys.stderr)
         self.record(threads=threads)
         return computing_with(threads)
+
+    def _choose_threads(self) -> tuple[int, str]:
+        wanted, recorded, beside = self.recipe.run.threads, self._record["threads"], ranks.beside()
+        threads, line = choose_threads(wanted, recorded, os.environ)
+        if beside > 1 and wanted == "auto" and recorded is None and not os.environ.get(GIVEN):
+            threads = max(1, threads // beside)
+            line = f"threads: {threads} in each of {beside} processes ({line.removeprefix('threads: ')})"
+        return threads, line
 
     @property
     def day(self) -> date:

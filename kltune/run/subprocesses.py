@@ -90,21 +90,26 @@ def run_commands(
     return received[0] if received else None
 
 
-def start_processes(arguments: Sequence[str], processes: int | str, stdout: TextIO) -> int | None:
+def start_processes(
+    arguments: Sequence[str], processes: int | str, stdout: TextIO, *, shares_threads: bool
+) -> int | None:
     """Run a command, which is this program's own, as several processes that work on one thing; the code of them all.
 
     None in a program that is one of several, as under torchrun, or where one is wanted. The first of them has
     ``stdout``, the others say nothing there. Signals are handed on, as `run_commands` does. Where one dies, the
     others end by themselves in the place where they would wait for it; who does not is killed.
+
+    shares_threads: the cores are divided among them here; a stage does that itself.
     """
     if processes == 1 or "WORLD_SIZE" in os.environ:
         return None
     if processes == "auto" and (processes := _devices()) == 1:
         return None
+    environment = thread_share(os.environ, processes) if shares_threads else os.environ
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = thread_share(os.environ, processes) | {
+    shared = {**environment} | {
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), STARTED: "1",
     }

@@ -88,7 +88,7 @@ def test_what_is_printed_and_written_is_that_of_one(recipe, tmp_path):
 
 def test_eval_kl_and_project_of_several_processes_say_what_one_says(recipe, tmp_path):
     file = recipe("sft")
-    checkpoint = run(1, "sft", file, tmp_path / "sft")
+    checkpoint = run(1, "sft", file, tmp_path / "trained")
     common = [str(checkpoint), "--prompts", str(file.parent / "many.jsonl"), "--responses", "30", "--json"]
     documents = {}
     for count in (1, 2):
