@@ -127,13 +127,18 @@ def phase(name: str) -> Iterator[None]:
     _here.phase = before        # an error that passes leaves the name of where it came from
 
 
-def spread(parts: Sequence[Part], work: Callable[[Part], Row], costs: Sequence[float] | None = None) -> list[Row]:
+def spread(
+    parts: Sequence[Part], work: Callable[[Part], Row], costs: Sequence[float] | None = None,
+    idle: Callable[[Part], None] | None = None,
+) -> list[Row]:
     """What ``work`` makes of each part, in the order of the parts; each process does its share, all know all of it.
 
     Args:
         parts: the same in every process.
         work: gives a fixed number of tensors, or None in their places.
         costs: of each part, any unit; the same for all where left out.
+        idle: what a process does that has no part left while another has: where a pass of one is a pass of all. Then
+            one that fails cannot say so, and is only seen to be gone.
 
     Raises:
         What ``work`` raises of the first part that fails, in every process. PeerError: another process is gone.
@@ -144,12 +149,18 @@ def spread(parts: Sequence[Part], work: Callable[[Part], Row], costs: Sequence[f
     width, place = 0, 0
     try:
         with _working_alone():
-            for place in shares(costs or [1.0] * len(parts), _here.size)[_here.rank]:
+            dealt = shares(costs or [1.0] * len(parts), _here.size)
+            for place in dealt[_here.rank]:
                 row = work(parts[place])
                 width = len(row)
                 done |= {f"{place}.{at}": tensor for at, tensor in enumerate(row) if tensor is not None}
                 done[f"{place}"] = torch.tensor(width)
+            for _ in range(max(map(len, dealt)) - len(dealt[_here.rank]) if idle is not None else 0):
+                idle(parts[-1])
     except Exception as error:
+        if idle is not None:
+            error.heard = error.unheard = True
+            raise
         raise _first_failure(_exchange(_failure(error, place)), error) from error
     payloads = _exchange(save({name: tensor.detach().cpu().contiguous() for name, tensor in done.items()}))
     if (failure := _first_failure(payloads)) is not None:

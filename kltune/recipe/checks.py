@@ -65,9 +65,8 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False, packaged: bool 
     """
     yield from sources(recipe)
     yield from lengths(recipe)
-    if recipe.run.shard == "full":
-        yield ("run.shard",), ("found full, wanted none: each process has the whole base. Where that does not fit a "
-                               "device, take model.dtype: bfloat16, or a smaller model")
+    if recipe.run.shard == "full" and recipe.lora is None:
+        yield ("run.shard", "lora"), "found full with lora: null, wanted none: only a base that is frozen is spread"
     yield from unread(recipe)
     yield from kept_adapter(recipe)
     yield from judges(recipe)

@@ -12,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 from kltune.core import ranks
 from kltune.core.tensors import expect_finite
 from kltune.errors import CheckpointError, DivergedError
+from kltune.lm.model.network import Network
 from kltune.recipe import OptimSection, RunSection
 
 Part = TypeVar("Part")
@@ -54,13 +55,15 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 def accumulate(
-    parameters: Iterable[nn.Parameter], parts: Sequence[Part], work: Callable[[Part], tuple[Tensor, ...]], what: str
+    network: Network, parameters: Iterable[nn.Parameter], parts: Sequence[Part],
+    work: Callable[[Part], tuple[Tensor, ...]], what: str,
 ) -> list[tuple[Tensor, ...]]:
     """Let the gradient of each parameter be that of a loss which falls into parts, each process doing its share.
 
     Parts are added up in float64 and rounded once, so that the sum does not depend on who did which.
 
     Args:
+        network: that ``work`` goes through.
         parameters: without gradients; one that no part reaches has none afterwards either.
         parts: of a batch; what goes through the model at once.
         work: from a part to its share of the loss, and whatever is to be known of it.
@@ -87,7 +90,13 @@ def accumulate(
                 parameter.grad = None
         return tuple(tensor.detach().cpu() for tensor in (loss, *told))
 
-    rows = ranks.spread(parts, one)
+    def idle(part: Part) -> None:
+        work(part)[0].backward()
+        for parameter in parameters:
+            parameter.grad = None
+
+    with network.in_step() as in_step:
+        rows = ranks.spread(parts, one, idle=idle if in_step else None)
     for parameter, total in zip(parameters, _over_ranks(parameters, sums), strict=True):
         parameter.grad = None if total is None else total.to(parameter.dtype)
     return rows

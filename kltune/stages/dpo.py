@@ -301,7 +301,8 @@ def add_loss_gradient(
         return each.sum() / len(part), each, logprobs
 
     micros = policy.network.micro_batches(part.lengths, recipe.optim.micro_batch_size, group=part.group)
-    _, values, found = zip(*accumulate(policy.trainable_parameters().values(), micros, one, "pairs"), strict=True)
+    told = accumulate(policy.network, policy.trainable_parameters().values(), micros, one, "pairs")
+    _, values, found = zip(*told, strict=True)
     nats = torch.empty(len(part.examples), dtype=torch.float64)
     for groups, logprobs in zip(micros, found, strict=True):
         nats[[part.group * at + side for at in groups for side in range(part.group)]] = logprobs
@@ -329,7 +330,7 @@ def add_kl_gradient(recipe: DPORecipe, policy: Policy, rollout: Rollout) -> None
         return (exact_kl_loss(exact, logprobs, some.logprobs, some.response_mask, rows),)
 
     micros = policy.micro_batches(rollout, recipe.optim.micro_batch_size)
-    accumulate(policy.trainable_parameters().values(), micros, one, "KL")
+    accumulate(policy.network, policy.trainable_parameters().values(), micros, one, "KL")
 
 
 def starting_price(own: Sequence[Tensor], kl: Sequence[Tensor], scale: float, share: float) -> float | None:

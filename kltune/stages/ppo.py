@@ -170,7 +170,7 @@ def policy_step(
         return whole, loss, clipped, nats, *found
 
     micros = policy.micro_batches(part.rollout, recipe.optim.micro_batch_size)
-    told = accumulate(policy.trainable_parameters().values(), micros, one, "policy")
+    told = accumulate(policy.network, policy.trainable_parameters().values(), micros, one, "policy")
     _, losses, clipped, nats, *found = zip(*told, strict=True)
     moved = sum(each.item() / rows for each in nats)
     sums = {"ppo/policy_loss": sum(each.item() for each in losses),

@@ -133,7 +133,8 @@ def learn(
         return (loss.sum() + penalty.sum()) / len(batch), loss, found.reshape(-1, len(part))       # [sides, rows]
 
     with model.policy.dropout() if recipe.lora.dropout > 0.0 else nullcontext():
-        told = accumulate(model.trainable_parameters().values(), range(len(parts)), one, "reward model")
+        trained = model.trainable_parameters().values()
+        told = accumulate(model.policy.network, trained, range(len(parts)), one, "reward model")
     _, losses, scores = zip(*told, strict=True)
     norm = guarded_step(learner.optimizers["reward"], recipe.optim.max_grad_norm, "reward model")
     whole = torch.cat(scores, dim=1)

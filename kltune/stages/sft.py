@@ -90,7 +90,7 @@ def imitate(
         return (-policy.logprobs(ids, scored).sum() / tokens,)
 
     with policy.dropout() if recipe.lora is not None and recipe.lora.dropout > 0.0 else nullcontext():
-        told = accumulate(policy.trainable_parameters().values(), range(len(parts)), one, trained)
+        told = accumulate(policy.network, policy.trainable_parameters().values(), range(len(parts)), one, trained)
     loss = sum(part.item() for (part,) in told)
     norm = guarded_step(learner.optimizers["policy"], recipe.optim.max_grad_norm, trained)
     return {"loss/mean": loss, "sft/grad_norm": norm, "sft/tokens": float(tokens)}

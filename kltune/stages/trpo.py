@@ -263,6 +263,7 @@ def policy_gradient(
         return (gaps,)
 
     micros = policy.micro_batches(experience.rollout, recipe.optim.micro_batch_size)
+    policy.network.open()
     gaps = [gap.cpu() for (gap,) in ranks.spread(micros, one)]
     total = ranks.summed(total).float()
     expect_finite("the policy gradient", total)

@@ -139,6 +139,7 @@ def moved_since(policy: Policy, rollout: Rollout, recipe: BudgetRecipe) -> float
         return (per_response(kl_k3(old.logprobs, new, mask), mask).sum(),)
 
     micros = policy.micro_batches(some, recipe.optim.micro_batch_size)
+    policy.network.open()
     moved = sum(nats.item() for (nats,) in ranks.spread(micros, one))
     expect_finite("KL(old ‖ new) of the step", moved)
     return moved / rows

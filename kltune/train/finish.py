@@ -133,6 +133,7 @@ def write_final(job: Job, learner: Learner, kl: dict[str, Any] | None) -> Path:
     """Save the model as ``final``, its KL in kltune.json; where it is."""
     info = job.about(learner.model, kl)
     with ranks.phase("saving final"):
+        learner.policy.network.close()      # as in ``save``
         if ranks.is_first():
             save_final(job.run.folder, learner.model.save, info=info)
     return job.run.folder / "final"

@@ -142,6 +142,8 @@ def take_steps(
     notes = [learner.policy.fingerprint.describe(), learner.policy.ends.note, *notes, *job.held_out.notes]
     notes += () if learner.scorer is None else (*learner.scorer.notes, *learner.scorer.examples(job.prompts))
     notes += () if job.pair_judge is None else [job.pair_judge.note]
+    if job.recipe.run.shard == "full" and ranks.size() > 1:
+        learner.policy.shard()
     expect_same_model(learner)
     with job.report, contextlib.nullcontext() if job.server is None else contextlib.closing(job.server):
         for line in dict.fromkeys(filter(None, notes)):  # one file may serve two purposes
@@ -255,6 +257,7 @@ def save(job: Job, learner: Learner, step: int, kl: dict[str, Any] | None) -> No
     with ranks.phase(f"saving step {step}"):
         expect_same_model(learner)
         info = job.about(learner.model, kl)
+        learner.policy.network.close()      # in all processes: a state_dict closes the layers of whoever saves
         if ranks.is_first():
             job.report.keep()
             save_checkpoint(

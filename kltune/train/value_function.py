@@ -73,7 +73,7 @@ class ValueFunction:
             return coef * loss, loss
 
         micros = self.policy.micro_batches(part.rollout, optim.micro_batch_size)
-        told = accumulate(self.policy.value_parameters().values(), micros, one, "value function")
+        told = accumulate(self.policy.network, self.policy.value_parameters().values(), micros, one, "value function")
         total = sum(loss.item() for _, loss in told)
         return total, guarded_step(optimizer, optim.max_grad_norm, "value function")
 

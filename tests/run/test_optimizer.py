@@ -1,6 +1,8 @@
 """The learning rate follows its schedule, a step that would do harm is not taken, and its memory comes back exactly."""
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,7 +127,7 @@ def test_a_loss_that_is_not_finite_is_named_though_its_gradient_is_finite(bad):
     weight, _ = weights_and_optimizer()
     weight.grad = None
     with pytest.raises(DivergedError, match=f"^the loss of the policy: found {bad}"):
-        accumulate([weight], [0], lambda _: (weight.sum() + bad,), "policy")
+        accumulate(SimpleNamespace(in_step=nullcontext), [weight], [0], lambda _: (weight.sum() + bad,), "policy")
     assert weight.grad is None
 
 

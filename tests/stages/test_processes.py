@@ -105,3 +105,19 @@ def test_eval_kl_and_project_of_several_processes_say_what_one_says(recipe, tmp_
     assert all((tmp_path / f"{name}2.1").read_text() == "" for name in ("measured", "projected"))
     adapters = [load_file(tmp_path / f"scaled{count}" / "adapter_model.safetensors") for count in (1, 2)]
     assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+
+
+@pytest.mark.parametrize("name", [
+    "ppo", *(pytest.param(name, marks=pytest.mark.stress) for name in ("trpo", "dpo online", "dpo", "reward", "sft")),
+])
+def test_a_base_that_is_spread_over_two_trains_what_a_whole_one_does(recipe, tmp_path, name):
+    file = recipe(name)
+    whole = run(1, name, file, tmp_path / "one")
+    spread = run(2, name, file, tmp_path / "two", "--set", "run.shard=full")
+    mine, other = saved_tensors(spread, STEPS), saved_tensors(whole, STEPS)
+    assert mine.keys() == other.keys()
+    for key, tensor in mine.items():
+        torch.testing.assert_close(tensor, other[key], rtol=1e-5, atol=1e-5)
+    again = Path(shutil.copytree(spread, tmp_path / "again"))
+    (again / "result.json").unlink()
+    assert load_file(again / "final" / "adapter_model.safetensors").keys()

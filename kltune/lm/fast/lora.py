@@ -125,6 +125,10 @@ class MergedTrunk:
             for parent, name, layer in places:
                 parent._modules[name] = layer
 
+    def forget(self) -> None:
+        """Drop the merged weights, which are made again when they are wanted."""
+        self._merged.clear()
+
     @torch.no_grad()
     def _filled(self, layer: Linear) -> nn.Linear:
         """The layer's stand-in, holding W + scaling · B A as they are now."""

@@ -69,6 +69,7 @@ class Fisher:
             for name, tensor in self._head.named_parameters() if id(tensor) in trained
         }
         network = policy.network
+        network.open()
         lengths = network.batching.lengths(ids, scored)
         cut = network.micro_batches(lengths, micro_batch, room=TWICE_DIFFERENTIABLE)
         self._parts = Parts(ids, scored, cut)

@@ -13,7 +13,7 @@ computed again later: by then another adapter may be on, and the gradient would 
 So a layer remembers how its adapters were switched.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from kltune.core.kl.fused_head import AS_THEY_ARE, AfterHead, Reader, through_he
 from kltune.core.tensors import close
 from kltune.errors import ModelError
 from kltune.lm.fast import ways
+from kltune.lm.fast.sharding import ShardedLayers
 from kltune.lm.model.adapters import AdapterSwitch
 from kltune.lm.model.batches import FixedRows, Parts
 from kltune.lm.model.files import reading
@@ -68,6 +69,8 @@ class Network:
         self.causal = causal
         self.fast: ways.FastWays | None = None
         self._recomputes = True     # layers, where a backward pass would not fit otherwise
+        self.sharded: ShardedLayers | None = None
+        self._in_step = False       # with other processes, pass by pass
         self.refresh()
         self.vocabulary = self.causal.config.get_text_config().vocab_size
         self.try_ways()
@@ -169,7 +172,8 @@ class Network:
 
         Prompts that neighbouring rows share are read once where that pays (``fast/shared_prefix.py``).
         """
-        states = None if self.fast is None or self._too_large(ids) else self.fast.states_before(ids, scored)
+        plain = self.fast is None or self._in_step or self._too_large(ids)
+        states = None if plain else self.fast.states_before(ids, scored)
         return self.hidden(ids)[:, :-1][scored[:, 1:]] if states is None else states
 
     def trunk_before(self, ids: Tensor, scored: Tensor) -> Tensor:
@@ -236,10 +240,12 @@ class Network:
 
     def merged(self) -> AbstractContextManager[None]:
         """Within: the adapter may be added into the weights that are read; for sampling, it must not be switched."""
+        self.open()
         return nullcontext() if self.fast is None else self.fast.merged_trunk.active()
 
     def parts(self, ids: Tensor, scored: Tensor) -> Parts:
         """Rows in parts that go through the trunk at once, without gradients. [B, S] each."""
+        self.open()
         return Parts(ids, scored, self.batching.to_read(ids, scored))
 
     def micro_batches(
@@ -247,6 +253,32 @@ class Network:
     ) -> list[list[int]]:
         """Cut a batch into parts that are trained on one after the other; arguments as ``Batching.micro_batches``."""
         return self.batching.micro_batches(lengths, sequences, group, room)
+
+    def shard(self, trained: Set[nn.Parameter]) -> None:
+        """Spread the frozen layers over the processes of the run; all but ``trained``."""
+        self.sharded = ShardedLayers(self.causal, trained)
+
+    def open(self) -> None:
+        """Let each process make passes of its own. Where layers are spread, all have to call it."""
+        if self.sharded is not None:
+            self.sharded.open()
+
+    def close(self) -> None:
+        """Keep this process's piece of spread layers alone, and nothing that was made of them."""
+        if self.sharded is not None:
+            self.sharded.close()
+            if self.fast is not None:
+                self.fast.merged_trunk.forget()
+
+    @contextmanager
+    def in_step(self) -> Iterator[bool]:
+        """Within: a pass of one process is a pass of all, and true, where layers are spread; of one kind then."""
+        self.close()
+        self._in_step = self.sharded is not None
+        try:
+            yield self._in_step
+        finally:
+            self._in_step = False
 
     @contextmanager
     def whole_graphs(self) -> Iterator[None]:
@@ -258,7 +290,8 @@ class Network:
             self._recomputes = True
 
     def _too_large(self, ids: Tensor) -> bool:
-        return self._recomputes and torch.is_grad_enabled() and self.batching.too_large(ids)
+        recomputes = self._recomputes and not self._in_step
+        return recomputes and torch.is_grad_enabled() and self.batching.too_large(ids)
 
     @property
     def chunk_rows(self) -> int:

@@ -23,6 +23,7 @@ from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.chat import reads_clock, template_of, today
 from kltune.lm.data.encoding import OtherTokenizer
 from kltune.lm.data.examples import RowRules
+from kltune.lm.fast.sharding import layers_of
 from kltune.lm.model.adapters import POLICY, VALUE, AdapterSwitch, config_to_fill, fill, load_compatible, wrap
 from kltune.lm.model.batches import Rollout, pad_right
 from kltune.lm.model.files import reading
@@ -48,6 +49,7 @@ class Policy:
         self._words = min(weight.shape[0] for weight in held)
         # state_dict tensors share storage with the parameters, so hashing them later sees what they hold then.
         self._reference_tensors = dict((frozen or model).state_dict())
+        self._frozen_places: dict[str, tuple[nn.Module, str]] = {}
         (frozen or model).requires_grad_(False)
         self.model = model
         self.network = Network(model)
@@ -73,6 +75,7 @@ class Policy:
 
     def load_adapter(self, folder: Path) -> None:
         """Put a saved adapter on the trunk, every tensor accounted for; raises as ``load_compatible`` and ``fill``."""
+        self.network.close()
         weights = load_compatible(folder, self.model)
         if POLICY not in getattr(self.model, "peft_config", {}):
             self._wrap(config_to_fill(folder), what=str(folder))
@@ -238,9 +241,29 @@ class Policy:
             for module in own:
                 module.eval()
 
+    def shard(self) -> None:
+        """Spread the frozen layers over the processes of the run (``lm/fast/sharding.py``).
+
+        Adapters that are there by now stay whole, and none comes later.
+        """
+        places = {
+            tensor.data_ptr(): (module, name) for layer in layers_of(self.model) for module in layer.modules()
+            for name, tensor in module._parameters.items() if tensor is not None
+        }
+        held = self._reference_tensors
+        frozen = {tensor.data_ptr() for tensor in held.values()}
+        self._frozen_places = {n: places[t.data_ptr()] for n, t in held.items() if t.data_ptr() in places}
+        # What is spread would be held whole beside its pieces.
+        self._reference_tensors = {name: tensor for name, tensor in held.items() if name not in self._frozen_places}
+        self.network.shard({tensor for tensor in self.model.parameters() if tensor.data_ptr() not in frozen})
+
     def frozen_sha256(self) -> str:
         """Hash of the frozen weights as they are now; ``fingerprint.sha256`` for as long as nothing moved them."""
-        return weights_sha256(self._reference_tensors)
+        self.network.open()
+        # Copies on a CPU: memory that NumPy has read is not given back when the layers are closed.
+        spread = {name: getattr(*place) for name, place in self._frozen_places.items()}
+        spread = {name: tensor.clone() if self.device.type == "cpu" else tensor for name, tensor in spread.items()}
+        return weights_sha256(self._reference_tensors | spread)
 
     def save(self, folder: Path) -> None:
         """Write what a loader needs: a plain PEFT adapter (or the full model) and the tokenizer."""
