@@ -333,12 +333,9 @@ class RunSection(Section):
         "auto", description="auto, cpu, mps, cuda or cuda:1"
     )
     processes: Count | Literal["auto"] = Field(
-        1, description="processes that share the work, with the same result; auto: one for each GPU, or on a CPU one "
-        "for each core, four at most"
-    )
+        1, description="that share the work, with the same result; auto: one for each GPU, or each core, four at most")
     shard: Literal["none", "full"] = Field(
-        "none", description="full: each process keeps a piece of every layer of the base, whole ones while it samples"
-    )
+        "none", description="full: each process keeps a piece of every layer of the base, whole ones while it samples")
     timeout_s: Positive = Field(1800.0, description="seconds that one process waits for the others before the run ends")
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
         "auto", description="of a CPU; auto: as many as there are cores that the process may use and others leave idle "
