@@ -150,6 +150,8 @@ def run(words: list[str]) -> None:
 def type_in(line: str) -> None:
     """Do what a line of a shell says."""
     line = re.split(r"\s+#|; | > ", line)[0].strip() if not line.startswith("for ") else line
+    if any(line.startswith(other) for other in NOT_RUN):
+        return
     if loop := re.match(r"for (\w+) in (.*); do (.*); done", line):
         for value in loop[2].split():
             type_in(loop[3].replace(f"${loop[1]}", value))
@@ -161,7 +163,7 @@ def type_in(line: str) -> None:
             for name in ("model", "data"):      # of the place, which this is to make
                 shutil.rmtree(Path(words[-1], name))
             runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-    elif not any(line.startswith(other) for other in NOT_RUN):
+    else:
         assert line.startswith("kltune "), f"{line}: run it here, or say in NOT_RUN why it is not"
         run(shlex.split(line)[1:])
 
