@@ -49,6 +49,7 @@ STANDS_FOR = {
     "[STAGE]": "", r"list\|show\|copy\|check\|schema": "list", r"TOPIC\|KEY\|METRIC\|CODE": "hacking", "...": "maths",
     "METRIC": "score/mean", "COMMAND": "ppo",
 }
+POPEN = subprocess.Popen
 LINE = re.compile(r"^(?:\$ |- run: )?((?:kltune|make|pip|python|transformers|mv|for|\.) .*)$")
 TYPED = [
     (name, language, [match[1] for line in re.sub(r"\\\n\s*", "", text).splitlines()
@@ -118,7 +119,7 @@ def lived_in(tmp_path_factory, fresh) -> Path:
         run(["project", "runs/far", "--curve", "--recipe", "R.yaml", "--output", "curve"])
         for name in ("sft", "ppo_target"):
             run([name[:3], f"kltune-demo/{name}.yaml"])
-        shutil.rmtree("kltune-demo/runs/dpo_target", ignore_errors=True)
+        shutil.copytree("kltune-demo/runs/sft", "rlhf/runs/sft")
     return place
 
 
@@ -178,7 +179,8 @@ def test_a_block_of_commands_can_be_typed(lines, place):
 
 @pytest.mark.stress
 @pytest.mark.parametrize("text", [text for _, language, text in BLOCKS if language == "make"])
-def test_a_makefile_does_what_it_says(text, place):
+def test_a_makefile_does_what_it_says(text, place, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", POPEN)
     (place / "bin").mkdir()
     (place / "bin" / "kltune").write_text(f'#!/bin/sh\nexec {sys.executable} -m kltune "$@"\n')
     (place / "bin" / "kltune").chmod(0o755)
