@@ -26,7 +26,7 @@ from kltune.run.optimizer import guarded_backward, guarded_step, make_optimizer,
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
 from kltune.train.alarms import Alarms
-from kltune.train.batch import moved_since, sample_batch
+from kltune.train.batch import moved_since, rounding_of, sample_batch
 from kltune.train.budget import Budget
 from kltune.train.experience import Experience, compute_advantages, explained_variance, rescaled, whitened
 from kltune.train.learner import ALARMS, SCORER, VALUES, Job, Learner, make_job
@@ -113,12 +113,12 @@ def improve(
     steps: list[dict[str, float]] = []
     fits: list[dict[str, float]] = []
     gaps: list[Tensor] = []
-    moved, rounding, rests = 0.0, 0.0, False
+    moved, rounding, rests = 0.0, rounding_of(experience.rollout), False
     for part in parts:
         if not rests:
             most = limit + rounding if steps else math.inf
             measured, stats = policy_step(recipe, learner, part, None if steps else gaps, limit=most)
-            rounding = rounding if steps else measured      # before any update; in bfloat16 it is as much as a step
+            rounding = rounding if steps else max(rounding, measured)       # before any update it is nothing else
             moved, rests = max(measured - rounding, 0.0), stats is None
             steps += [] if rests else [stats]
         if VALUES in learner.parts:

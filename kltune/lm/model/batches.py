@@ -11,8 +11,9 @@ the first end token and nothing after it and is built from lengths, never from `
 log-probability of response token t under the distribution it was sampled from: same temperature, nothing cut off.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,6 +150,10 @@ class FixedRows:
     def trained_rows(self, length: int) -> int:
         """Rows whose graphs may be in memory at once."""
         return ROWS
+
+    def rows_of(self, work: Callable[[Tensor], Any], peak: float, length: int) -> int:
+        """Rows whose graphs of other work may be in memory at once."""
+        return max(1, ROWS // 4)
 
     def sampled_rows(self, tokens: int) -> int:
         """Responses sampled side by side."""
