@@ -57,6 +57,7 @@ SHORT = {       # of a list that is 80 columns wide
     "ppo": "Raise a score with clipped steps, the KL held to a target.",
     "trpo": "Raise a score with natural-gradient steps inside a KL ball.",
     "dpo": "Learn from preference pairs, the KL measured and held.",
+    "distill": "Imitate a teacher on own responses, the KL held to a target.",
     "eval-kl": "How far checkpoints are from their reference; a gate for CI.",
     "project": "Scale an adapter back to a KL budget.",
     "sweep": "Run one recipe over a grid of settings.",
@@ -107,6 +108,7 @@ for name, does in {
     "ppo": "Raise a score with clipped policy steps while KL to the reference is held to its target.",
     "trpo": "Raise a score with natural-gradient steps, none of which moves the policy further than max_step_kl.",
     "dpo": "Learn from preference pairs, with a KL to the reference that is measured and can be held.",
+    "distill": "Imitate a teacher on the policy's own responses while KL to the reference is held to its target.",
 }.items():
     add_stage(name, does)
 for name, command in {

@@ -36,7 +36,10 @@ from kltune.recipe.sections import (
     TRPOSection,
 )
 from kltune.recipe.stages import (
+    REFERENCE,
     STAGES,
+    DistillRecipe,
+    DistillSection,
     DPORecipe,
     PPORecipe,
     Recipe,

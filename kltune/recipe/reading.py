@@ -280,6 +280,9 @@ def sound_part(plain: dict[str, Plain], stage: str, bad: list[KeyPath]) -> Recip
             holder.pop(path[-1], None)
     model, reward, evaluation = sound.get("model"), sound.get("reward"), sound.get("eval")
     sound["model"] = {"path": "?", **(model if isinstance(model, dict) else {})}
+    if stage == "distill":
+        distill = sound.get("distill")
+        sound["distill"] = {"teacher": "?", **(distill if isinstance(distill, dict) else {})}
     if isinstance(reward, list):
         sound["reward"] = [entry if is_scorer(entry) else {"kind": "model", "path": "?"} for entry in reward]
     if isinstance(evaluation, dict) and not is_scorer(evaluation.get("gold")):
@@ -311,9 +314,10 @@ def completed(recipe: Recipe, file: Path, output: str | None) -> Recipe:
     whole["run"]["output"] = os.path.abspath(start / os.path.expanduser(chosen))
     if recipe.stage == "ppo" and "baseline" not in recipe.ppo.model_fields_set:
         whole["ppo"]["baseline"] = "rloo" if recipe.sampling.responses_per_prompt > 1 else "value"
-    if recipe.stage == "ppo" and "minibatch_size" not in recipe.ppo.model_fields_set:
+    own = getattr(recipe, recipe.stage, None)
+    if recipe.stage in ("ppo", "distill") and "minibatch_size" not in own.model_fields_set:
         responses = responses_per_step(recipe)
-        whole["ppo"]["minibatch_size"] = next(size for size in range(64, 0, -1) if responses % size == 0)
+        whole[recipe.stage]["minibatch_size"] = next(size for size in range(64, 0, -1) if responses % size == 0)
     complete = type(recipe).model_validate(whole)
     complete._folder = folder
     return complete

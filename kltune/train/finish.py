@@ -14,7 +14,7 @@ from kltune.lm.measure.measurement import Measurement, kl_result
 from kltune.lm.model.opening import check_frozen
 from kltune.report.pages import write_page
 from kltune.run.checkpoint import save_final, saved_step, whole_checkpoints
-from kltune.train.evaluation import Metrics, before_and_after, gold_result
+from kltune.train.evaluation import Metrics, before_and_after, gold_result, teacher_result
 from kltune.train.learner import ALARMS, Job, Learner
 
 MORE_RESPONSES = 4  # times as many, where the first measurement of a final state leaves it open, and in a landing
@@ -62,7 +62,8 @@ def finish(job: Job, learner: Learner, steps: int) -> dict[str, Any]:
     told = {"kl": kl, "target": None, "score": None, "perplexity": found.metrics.get("eval/perplexity")}
     if learner.budget is not None:
         told = {"kl": kl} | budget_result(job, learner, found)
-    return conclude(job, learner, steps, found.metrics, samples=shown, told=told | gold_result(found.metrics))
+    told |= gold_result(found.metrics) | teacher_result(found.metrics)
+    return conclude(job, learner, steps, found.metrics, samples=shown, told=told)
 
 
 def budget_result(job: Job, learner: Learner, found: Final) -> dict[str, Any]:
