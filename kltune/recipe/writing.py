@@ -220,7 +220,7 @@ def _recipe_key(key: str, fields: list[_Field]) -> RecipeKey:
 
 def _example(key: str, field: _Field) -> str:
     outer = key.split(".")[:-1]
-    beside = _smallest(field.section) if "kind" in field.section.model_fields else {}
+    beside = _smallest(field.section) if outer else {}
     entry: Any = {**beside, field.name: _likely(field)}
     for name in reversed(outer):
         entry = {name: [entry] if name == "reward" else entry}
