@@ -278,7 +278,9 @@ def policy_update(recipe: Any) -> Iterator[Clash]:
     sampling, stage = recipe.sampling, recipe.stage
     section = getattr(recipe, stage)
     baseline = getattr(section, "baseline", None)
-    if baseline in ("rloo", "grpo") and sampling.responses_per_prompt < 2:
+    if stage == "ppo":
+        yield from group_losses(recipe)
+    if baseline not in (None, "value") and sampling.responses_per_prompt < 2:
         yield (("sampling.responses_per_prompt", f"{stage}.baseline"),
                f"found {sampling.responses_per_prompt}, wanted at least 2: {baseline} compares a response with the "
                "others to the same prompt")
@@ -291,6 +293,19 @@ def policy_update(recipe: Any) -> Iterator[Clash]:
         yield ((f"{stage}.minibatch_size", "sampling.prompts_per_step", "sampling.responses_per_prompt"),
                f"found {size}, wanted a divisor of the {responses} responses of a step "
                f"(prompts_per_step {sampling.prompts_per_step} x responses_per_prompt {sampling.responses_per_prompt})")
+
+
+def group_losses(recipe: Any) -> Iterator[Clash]:
+    """A loss of whole responses has one advantage for each, and is a mean over them."""
+    ppo, alone = recipe.ppo, recipe.sampling.responses_per_prompt == 1
+    if ppo.loss == "sequence" and ppo.baseline == "value" and (alone or "baseline" in ppo.model_fields_set):
+        yield (("ppo.loss", "ppo.baseline"), "found sequence with baseline: value, whose advantages differ from token "
+               "to token; wanted rloo, grpo, dr_grpo or reinforce_pp")
+    if ppo.loss == "sequence" and ppo.average != "responses":
+        yield ("ppo.average", "ppo.loss"), f"found {ppo.average} with loss: sequence, wanted responses"
+    if ppo.average == "responses" and recipe.kl.placement == "loss":
+        yield (("kl.placement", "ppo.average"), "found loss, wanted reward: a mean over each response's own tokens has "
+               "no scale on which the KL of whole responses could stand beside it")
 
 
 def responses_per_step(recipe: Any) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from kltune.core.kl.divergence import kl_k3
+from kltune.core.objectives.group_losses import averaged, sequence_logprobs, weighted_policy_loss
 from kltune.core.objectives.losses import clip_fraction, clipped_policy_loss, exact_kl_loss, k2_kl_loss
 from kltune.core.tensors import expect_finite, per_response
 from kltune.lm.model.batches import response_scatter
@@ -28,7 +29,14 @@ from kltune.run.session import Run, run_stage
 from kltune.train.alarms import Alarms
 from kltune.train.batch import moved_since, sample_batch
 from kltune.train.budget import Budget
-from kltune.train.experience import Experience, compute_advantages, explained_variance, rescaled, whitened
+from kltune.train.experience import (
+    Experience,
+    compute_advantages,
+    explained_variance,
+    rescaled,
+    spread_of,
+    whitened,
+)
 from kltune.train.learner import ALARMS, SCORER, VALUES, Job, Learner, make_job
 from kltune.train.loop import Taken, add_value_function, enforce_cap, load_data, schedule_share, step_size, take_steps
 from kltune.train.value_function import ValueFunction, unit_of_values
@@ -82,8 +90,10 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
         update |= {"ppo/value_explained": explained_variance(experience)}
         if ppo.baseline == "value" and recipe.kl.placement == "reward":
             experience = whitened(experience, batch.scores)
-        elif ppo.baseline == "rloo":
+        elif ppo.baseline in ("rloo", "dr_grpo"):
             experience = rescaled(experience, batch.spread)
+        elif ppo.baseline == "reinforce_pp":
+            experience = rescaled(experience, spread_of(experience, batch.scores))
         if VALUES in learner.optimizers:
             value_lr = schedule_share(job, step) * (ppo.value_lr or recipe.optim.lr)
             set_learning_rate(learner.optimizers[VALUES], value_lr)
@@ -128,14 +138,14 @@ def improve(
     if planned == 1:
         made, moved = 1, max(moved_since(learner.policy, part.rollout, recipe) - rounding, 0.0)
     learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, made / planned))
-    return averaged(steps) | averaged(fits) | {
+    return mean_of(steps) | mean_of(fits) | {
         "kl/step_nats_per_response": moved,
         "kl/step_limit_nats_per_response": None if math.isinf(limit) else limit,
         "ppo/minibatches": float(len(steps)),
     }
 
 
-def averaged(done: list[dict[str, float]]) -> dict[str, float]:
+def mean_of(done: list[dict[str, float]]) -> dict[str, float]:
     """Means over the minibatches of one step; nothing of none."""
     return {name: sum(stats[name] for stats in done) / len(done) for name in (done[0] if done else ())}
 
@@ -157,18 +167,39 @@ def policy_step(
         logprobs, kl_loss = current_logprobs(recipe, policy, piece)
         if first:
             check_first_ratio(logprobs, old, policy)
-        loss = clipped_policy_loss(logprobs, old.logprobs, piece.advantages, mask, recipe.ppo.clip_range, tokens)
+        loss, clipped = policy_loss(recipe, logprobs, piece, tokens=tokens, rows=rows)
         # The clipped loss averages over tokens, the KL is per response: rows / tokens puts both on one scale.
-        guarded_backward(loss + piece.kl_weight * kl_loss * len(micro) / tokens, "policy")
+        per = rows * recipe.sampling.max_new_tokens if recipe.ppo.average == "limit" else tokens
+        guarded_backward(loss + piece.kl_weight * kl_loss * len(micro) / per, "policy")
         moved += per_response(kl_k3(old.logprobs, logprobs.detach(), mask), mask).sum().item() / rows
         sums["ppo/policy_loss"] += loss.item()
-        sums["ppo/clip_fraction"] += clip_fraction(logprobs, old.logprobs, mask, recipe.ppo.clip_range, tokens).item()
+        sums["ppo/clip_fraction"] += clipped.item()
     expect_finite("KL(old ‖ new) of a minibatch", moved)
     if moved > limit:
         learner.optimizers["policy"].zero_grad(set_to_none=True)
         return moved, None
     norm = guarded_step(learner.optimizers["policy"], recipe.optim.max_grad_norm, "policy")
     return moved, sums | {"ppo/policy_grad_norm": norm}
+
+
+def policy_loss(
+    recipe: PPORecipe, logprobs: Tensor, piece: Experience, *, tokens: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """The loss that the recipe names on a micro-batch, and the share of the minibatch's tokens that it clips.
+
+    tokens, rows: of the whole minibatch.
+    """
+    ppo, old, mask = recipe.ppo, piece.rollout.logprobs, piece.rollout.response_mask
+    advantages = averaged(
+        piece.advantages, mask, ppo.average, tokens=tokens, responses=rows, limit=recipe.sampling.max_new_tokens
+    )
+    if ppo.loss == "sequence":
+        logprobs = sequence_logprobs(logprobs, old, mask)
+    clipped = clip_fraction(logprobs, old, mask, ppo.clip_range, tokens, ppo.clip_range_high)
+    if ppo.loss == "cispo":
+        high = ppo.clip_range_high or ppo.clip_range
+        return weighted_policy_loss(logprobs, old, advantages, mask, ppo.clip_range, high, tokens), clipped
+    return clipped_policy_loss(logprobs, old, advantages, mask, ppo.clip_range, tokens, ppo.clip_range_high), clipped
 
 
 def current_logprobs(recipe: PPORecipe, policy: Policy, part: Experience) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,8 @@ def compute_advantages(
     """The advantages of a batch, its KL priced in the reward (k1, detached) or left to the loss.
 
     ``value``: GAE on per-token rewards, which the value function counts in a unit of its own. ``rloo``: score − β·U
-    against the mean of the prompt's other answers, U the response's log-ratio. ``grpo``: the score in standard
+    against the mean of the prompt's other answers, U the response's log-ratio. ``dr_grpo``: the same against the mean
+    of all of them; ``reinforce_pp``: and in standard deviations of the whole batch. ``grpo``: the score in standard
     deviations of the prompt's answers, and the price; both from their mean over all of these, so that a nat costs what
     it costs.
 
@@ -80,6 +81,8 @@ def compute_advantages(
     price = beta * per_response(log_ratio, mask)
     if baseline == "rloo":
         whole = leave_one_out(scores - price, per_prompt)
+    elif baseline in ("dr_grpo", "reinforce_pp"):
+        whole = group_centred(scores - price, per_prompt)
     else:
         whole = group_normalized(scores, per_prompt) - group_centred(price, per_prompt)
     expect_finite("advantages", whole)
@@ -94,6 +97,11 @@ def whitened(experience: Experience, scores: Tensor) -> Experience:
     floor = max(WHITEN_FLOOR * scores.std().item(), 1e-8)
     mask = experience.rollout.response_mask
     return replace(experience, advantages=masked_whiten(experience.advantages, mask, floor))
+
+
+def spread_of(experience: Experience, scores: Tensor) -> float:
+    """Standard deviation of a batch's advantages, of which a response has one; floored as in ``whitened``."""
+    return max(experience.advantages[:, 0].std().item(), WHITEN_FLOOR * scores.std().item())
 
 
 def rescaled(experience: Experience, spread: float) -> Experience:

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -44,6 +45,14 @@ def load_function(entry: FunctionReward, folder: Path) -> tuple[Callable, dict[s
         raise ScorerError(f"reward {entry.path}: {path} has no function {attribute!r}.")
     identity = {"path": entry.path, "sha256": digest}
     return function, identity | ({"imports": ", ".join(sorted(p.name for p in neighbours))} if neighbours else {})
+
+
+def wants_rows(function: Callable) -> bool:
+    """Whether a reward function also takes the data row of each prompt: ``score(prompts, responses, rows)``."""
+    try:
+        return "rows" in inspect.signature(function).parameters
+    except (TypeError, ValueError):     # of something built in
+        return False
 
 
 def read_sources(entry: FunctionReward, folder: Path) -> dict[Path, bytes]:

@@ -28,7 +28,7 @@ from kltune.lm.data.forms import (
 )
 from kltune.lm.data.layouts import Layout
 from kltune.lm.data.rows import RowFault, looks_like_a_path, read_rows
-from kltune.lm.rewards.functions import load_function
+from kltune.lm.rewards.functions import load_function, wants_rows
 from kltune.recipe import (
     ClassifierReward,
     Fault,
@@ -260,9 +260,10 @@ def _function(key: str, entry: FunctionReward, recipe: Recipe) -> Iterator[Troub
         yield key, str(error).removeprefix(f"reward {entry.path}: ").rstrip(".")
         return
     try:
-        inspect.signature(function).bind([], [])
+        inspect.signature(function).bind([], [], **({"rows": []} if wants_rows(function) else {}))
     except TypeError:
         yield key, (f"{entry.path}{inspect.signature(function)} cannot be called with prompts and responses; wanted "
-                    "score(prompts: list[str], responses: list[str]) -> list[float]")
+                    "score(prompts: list[str], responses: list[str]) -> list[float], and a third parameter rows for "
+                    "the data rows of the prompts")
     except ValueError:      # built in, without a signature
         return
