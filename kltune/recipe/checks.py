@@ -298,6 +298,9 @@ def policy_update(recipe: Any) -> Iterator[Clash]:
 def group_losses(recipe: Any) -> Iterator[Clash]:
     """A loss of whole responses has one advantage for each, and is a mean over them."""
     ppo, alone = recipe.ppo, recipe.sampling.responses_per_prompt == 1
+    if ppo.entropy_floor is not None and not recipe.kl.exact:
+        yield (("ppo.entropy_floor", "kl.exact"), "found exact: false, wanted true: the entropy is measured with the "
+               "exact KL")
     if ppo.loss == "sequence" and ppo.baseline == "value" and (alone or "baseline" in ppo.model_fields_set):
         yield (("ppo.loss", "ppo.baseline"), "found sequence with baseline: value, whose advantages differ from token "
                "to token; wanted rloo, grpo, dr_grpo or reinforce_pp")

@@ -210,6 +210,10 @@ class PPOSection(Section):
         None, description="nats per response; leaves the epochs once KL(old‖new) passes it; null never does",
         examples=[0.5],
     )
+    entropy_floor: Positive | None = Field(
+        None, description="nats per token; where the policy's entropy comes down to it, entropy gets a price that a "
+        "controller raises until it is held", examples=[1.0],
+    )
     value_lr: Positive | None = Field(
         None, description="learning rate of the value function; null is optim.lr", examples=[3e-4]
     )

@@ -90,6 +90,8 @@ METRICS = (
     Metric("score/sd", "score", ABOVE_0, SCORED, 0.8, "standard deviation of the step's scores"),
     Metric("policy/entropy_nats_per_token", "nats per token", "0 to log(vocabulary)", BUDGETED, 2.1,
            "mean entropy of the policy's next-token distributions on the step's responses"),
+    Metric("policy/entropy_price", "score per nat", ABOVE_0, ("ppo",), 0.05,
+           "with ppo.entropy_floor: what a nat of entropy earns in this step; 0 far above the floor"),
     Metric("response/tokens", "tokens per response", "1 to sampling.max_new_tokens", BUDGETED, 46.2,
            "mean length of the step's responses, end token included"),
     Metric("response/truncated_fraction", "share", SHARE, BUDGETED, 0.1,

@@ -8,16 +8,18 @@ section 2.2 (KL in the reward, and a target for it).
 """
 
 import math
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from torch import Tensor
 
+from kltune.core.control.controllers import LogPI
 from kltune.core.kl.divergence import kl_k3
 from kltune.core.objectives.group_losses import averaged, sequence_logprobs, weighted_policy_loss
 from kltune.core.objectives.losses import clip_fraction, clipped_policy_loss, exact_kl_loss, k2_kl_loss
-from kltune.core.tensors import expect_finite, per_response
+from kltune.core.tensors import expect_finite, masked_mean, per_response
 from kltune.lm.model.batches import response_scatter
 from kltune.lm.model.opening import check_first_ratio
 from kltune.lm.model.policy import Policy
@@ -27,7 +29,7 @@ from kltune.run.optimizer import guarded_backward, guarded_step, make_optimizer,
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
 from kltune.train.alarms import Alarms
-from kltune.train.batch import moved_since, sample_batch
+from kltune.train.batch import Batch, moved_since, sample_batch
 from kltune.train.budget import Budget
 from kltune.train.experience import (
     Experience,
@@ -42,6 +44,51 @@ from kltune.train.loop import Taken, add_value_function, enforce_cap, load_data,
 from kltune.train.value_function import ValueFunction, unit_of_values
 
 STOP = 1.5  # times ppo.stop_step_kl: minibatches scatter
+ENTROPY_KP, ENTROPY_KI = 3.0, 0.5       # an entropy moves by shares of itself where a KL doubles
+ENTROPY = "entropy_floor"       # the stage's own part of a learner
+NEAR_FLOOR = 1.1        # times the floor: from here on entropy has a price, until that is as low as it gets
+
+
+@dataclass(frozen=True)
+class EntropyFloor:
+    """The price of entropy: the controller of the KL's, which holds floor / entropy at 1 from above."""
+
+    floor: float
+    controller: LogPI
+    active: bool = False
+    moves: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, recipe: PPORecipe) -> Self:
+        """The floor of a recipe, far from which nothing is paid."""
+        bounds = {"beta_min": recipe.kl.beta_min, "beta_max": recipe.kl.beta_max}
+        gains = {"kp": ENTROPY_KP, "ki": ENTROPY_KI, "look_ahead": 0.0, "plan": 1.0}
+        return cls(recipe.ppo.entropy_floor, LogPI(None, **gains, **bounds, near=1, arrived=True))
+
+    def observed(self, entropy: float, pull: float, responses: int) -> Self:
+        """After a batch of such an entropy, nats per token, whose scores pull as far apart."""
+        near = entropy < NEAR_FLOOR * self.floor
+        if not (near or self.active):
+            return self
+        controller = self.controller.updated(self.floor / entropy, 1.0, pull=pull, responses=responses)
+        return replace(self, controller=controller, active=near or not controller.at_bottom())
+
+    @property
+    def price(self) -> float:
+        """What a nat of entropy earns, score per nat."""
+        return self.controller.beta if self.active else 0.0
+
+    def state(self) -> dict[str, Any]:
+        """See ``Part.state``."""
+        return {"controller": asdict(self.controller), "active": self.active}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See ``Part.tensors``."""
+        return {}
+
+    def restored(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """See ``Part.restored``."""
+        return replace(self, controller=LogPI(**state["controller"]), active=state["active"])
 
 
 def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
@@ -67,6 +114,8 @@ def make_learner(recipe: PPORecipe, policy: Policy, run: Run, steps: int) -> Lea
     updates = recipe.ppo.epochs * responses // recipe.ppo.minibatch_size
     budget = Budget.of(recipe.kl, steps, updates_per_step=updates)
     learner = Learner(policy, budget=budget, parts={ALARMS: Alarms()})
+    if recipe.ppo.entropy_floor is not None:
+        learner.parts[ENTROPY] = EntropyFloor.of(recipe)
     add_value_function(recipe, recipe.ppo, learner)
     learner.optimizers["policy"] = make_optimizer(policy.trainable_parameters(), recipe.optim, "policy")
     learner.parts[SCORER] = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)
@@ -83,9 +132,11 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
     update: dict[str, float | None] = {"optim/lr": lr}
     if not went_back:
         learner.budget = learner.budget.priced(batch.rollout, batch.kl, pull=batch.spread)
+        update |= price_entropy(learner, batch)
         experience = compute_advantages(
             batch, learner.budget.price, ppo, per_prompt=recipe.sampling.responses_per_prompt,
             placement=recipe.kl.placement, unit=unit_of_values(learner),
+            entropy_price=update.get("policy/entropy_price", 0.0),
         )
         update |= {"ppo/value_explained": explained_variance(experience)}
         if ppo.baseline == "value" and recipe.kl.placement == "reward":
@@ -100,6 +151,16 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
         update |= improve(recipe, learner, experience, lr=lr, room=room, rng=job.run.rng("minibatches", step))
         clock.lap("update")
     return Taken(update, clock, batch, went_back)
+
+
+def price_entropy(learner: Learner, batch: Batch) -> dict[str, float]:
+    """Let the entropy's price hear of a batch; nothing where there is no floor."""
+    if ENTROPY not in learner.parts:
+        return {}
+    entropy = masked_mean(batch.rollout.entropy, batch.rollout.response_mask).item()
+    floor = learner.parts[ENTROPY].observed(entropy, batch.spread, len(batch.rollout.lengths))
+    learner.parts[ENTROPY] = floor
+    return {"policy/entropy_price": floor.price}
 
 
 def improve(

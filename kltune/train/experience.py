@@ -49,7 +49,7 @@ class Experience:
 
 def compute_advantages(
     batch: Batch, beta: float, section: PPOSection | TRPOSection, *, per_prompt: int, placement: str = "reward",
-    unit: tuple[float, float] = (0.0, 1.0),
+    unit: tuple[float, float] = (0.0, 1.0), entropy_price: float = 0.0,
 ) -> Experience:
     """The advantages of a batch, its KL priced in the reward (k1, detached) or left to the loss.
 
@@ -66,19 +66,23 @@ def compute_advantages(
         per_prompt: responses to each prompt.
         placement: where the price is paid, "reward" or "loss".
         unit: (mean, sd) of the scores that the value function counts in; its returns are in it, the advantages are not.
+        entropy_price: what a nat of entropy earns, above ``section.entropy_floor`` at each token.
     """
     rollout, scores, baseline = batch.rollout, batch.scores, section.baseline
     expect_finite("what a nat costs", beta)
     mask, in_reward = rollout.response_mask, placement == "reward"
     log_ratio = kl_k1(rollout.logprobs, rollout.ref_logprobs, mask) * in_reward
     kl_weight = 0.0 if in_reward else beta
+    below = torch.zeros_like(log_ratio)
+    if entropy_price > 0.0:     # −log π is a sample of the entropy; held against the floor, no length pays for itself
+        below = entropy_price * torch.where(mask, rollout.logprobs + section.entropy_floor, 0.0)
     if baseline == "value":
         mean, sd = unit
-        rewards = penalize((scores - mean) / sd, log_ratio, beta / sd, mask)
+        rewards = penalize((scores - mean) / sd, log_ratio, beta / sd, mask) - below / sd
         advantages, returns = gae(rewards, rollout.values, mask, section.gamma, section.gae_lambda)
         expect_finite("advantages and returns", advantages, returns)
         return Experience(rollout, sd * advantages, returns, kl_weight)
-    price = beta * per_response(log_ratio, mask)
+    price = beta * per_response(log_ratio, mask) + per_response(below, mask)
     if baseline == "rloo":
         whole = leave_one_out(scores - price, per_prompt)
     elif baseline in ("dr_grpo", "reinforce_pp"):

@@ -1,10 +1,14 @@
 """The losses and baselines of groups in ``kltune ppo``: what each is asked for by, learns by, and refuses."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from kltune.errors import RecipeError, ScorerError
 from kltune.lm.rewards.scorers import load_scorer
+from kltune.train.experience import compute_advantages
+from tests.oracles import Responses, tiny_policy_logits
 from tests.stages.conftest import ran, write_rows
 
 LONG = ("sampling.prompts_per_step=24", "data.prompts=many.jsonl", "sampling.responses_per_prompt=4", "run.steps=10",
@@ -69,3 +73,39 @@ def test_a_row_that_a_reward_fails_on_is_named(ppo_recipe, tmp_path):
         ran(recipe)
 
 
+
+
+# --- a floor under the entropy ---------------------------------------------------------------------------------------
+
+LOSING = ("kl.control=fixed", "kl.beta=0", "sampling.prompts_per_step=32", "data.prompts=many.jsonl",
+          "ppo.minibatch_size=32", "run.steps=24", "ppo.baseline=rloo")
+
+
+def test_entropy_is_held_above_its_floor(ppo_recipe, tmp_path):
+    _, free = ran(ppo_recipe(*LOSING, output=str(tmp_path / "free")))
+    _, held = ran(ppo_recipe(*LOSING, "ppo.entropy_floor=2.3", output=str(tmp_path / "held")))
+    name = "policy/entropy_nats_per_token"
+    assert held[0]["policy/entropy_price"] == 0.0
+    assert held[0][name] == free[0][name] > 2.2
+    assert free[-1][name] < 2.0
+    assert min(row[name] for row in held) > 0.95 * 2.3
+    assert held[-1][name] < 1.2 * 2.3
+    assert held[-1]["policy/entropy_price"] > 0.0
+    assert held[-1]["score/mean"] > 2.0 * held[0]["score/mean"]
+
+
+def test_what_is_paid_has_the_gradient_of_the_entropy_above_the_floor():
+    responses, floor, price = Responses(), 0.6, 0.3
+    logits = tiny_policy_logits().requires_grad_()
+    chances = responses.probabilities(logits)
+    logprobs = responses.logprobs(logits)
+    entropy = -(chances * logprobs.sum(-1)).sum()
+    (wanted,) = torch.autograd.grad(price * (entropy - floor * (chances * responses.lengths).sum()), logits)
+    zeros = torch.zeros_like(logprobs.detach())
+    rollout = SimpleNamespace(logprobs=logprobs.detach(), ref_logprobs=logprobs.detach(), response_mask=responses.mask)
+    batch = SimpleNamespace(rollout=rollout, scores=zeros[:, 0])
+    section = SimpleNamespace(baseline="dr_grpo", entropy_floor=floor)
+    found = compute_advantages(batch, 0.0, section, per_prompt=15, entropy_price=price).advantages
+    logprobs = responses.logprobs(logits)
+    (gradient,) = torch.autograd.grad((chances.detach()[:, None] * found * logprobs).sum(), logits)
+    assert torch.allclose(gradient, wanted, atol=1e-12)
