@@ -33,7 +33,7 @@ from kltune.cli.options import (
 )
 from kltune.cli.output import as_user_error, complain, emit, emit_document, result_text
 from kltune.cli.recipes import look_before_running, recipes
-from kltune.cli.sample import sample_command
+from kltune.cli.sample import compare_command, sample_command
 from kltune.cli.streams import guard_streams
 from kltune.cli.sweep import frontier_command, sweep_command
 from kltune.errors import KltuneError
@@ -63,6 +63,7 @@ SHORT = {       # of a list that is 80 columns wide
     "sweep": "Run one recipe over a grid of settings.",
     "frontier": "Show reward against KL, and which setting to pick.",
     "sample": "Ask a checkpoint and its reference the same prompts.",
+    "compare": "How often a judge prefers one checkpoint to another.",
     "explain": "Explain a topic, a key, a metric or an exit code.",
     "init": "Write a recipe that runs as it is for your model and data.",
     "doctor": "See whether this machine can run kltune, and what it lacks.",
@@ -113,7 +114,8 @@ for name, does in {
     add_stage(name, does)
 for name, command in {
     "eval-kl": eval_kl_command, "project": project_command, "sweep": sweep_command, "frontier": frontier_command,
-    "sample": sample_command, "explain": explain_command, "init": init_command, "doctor": doctor_command,
+    "sample": sample_command, "compare": compare_command,
+    "explain": explain_command, "init": init_command, "doctor": doctor_command,
 }.items():
     app.command(name, short_help=SHORT[name], cls=Command)(command)
 

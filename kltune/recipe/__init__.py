@@ -11,6 +11,7 @@ from kltune.recipe.reading import (
     load_recipe,
     overlap,
     packaged_recipes,
+    read_judge,
     read_scorer,
     recipe_text,
     recipes_folder,

@@ -22,6 +22,7 @@ LANDINGS = 1.0, 0.95, 0.9     # of the cap: where an evaluation does not confirm
 LANDING_SEED = 1_000_003  # beyond the run's own: a landing is not measured on the numbers that it was found on
 UNUSED = {
     "steps": "because the steps ran out: raise run.steps, or write run.until: target to go on until it is met",
+    "teacher": "because the teacher is no further from it: a nat costs as little as it may, and the KL no longer grows",
     "reward": "because the reward pulls no further: a nat costs as little as it may, and the KL no longer grows",
 }
 NEARER = "Train for fewer steps, or with a lower optim.lr"      # where no budget is held
@@ -73,9 +74,10 @@ def budget_result(job: Job, learner: Learner, found: Final) -> dict[str, Any]:
     because = None
     if unused:
         because = "reward" if budget.is_spent() else "steps"
+        why = UNUSED["teacher" if job.recipe.stage == "distill" and because == "reward" else because]
         job.report.say(
             f"final is {budget.describe(found.kl)} from its reference, below the target {budget.target:g}: the rest of "
-            f"the budget is not used, {UNUSED[because]}."
+            f"the budget is not used, {why}."
         )
     return {
         "final_step": found.step,

@@ -30,7 +30,9 @@ from kltune.lm.data.layouts import Layout
 from kltune.lm.data.rows import RowFault, looks_like_a_path, read_rows
 from kltune.lm.rewards.functions import load_function, wants_rows
 from kltune.recipe import (
+    REFERENCE,
     ClassifierReward,
+    DistillRecipe,
     Fault,
     FunctionReward,
     InputFaults,
@@ -68,6 +70,8 @@ def _model(recipe: Recipe, notes: list[str]) -> Iterator[Trouble]:
     yield from _folder("model.path", path, recipe, notes, _model_fault)
     if recipe.model.sft_adapter is not None:
         yield from _folder("model.sft_adapter", recipe.model.sft_adapter, recipe, notes, _adapter_fault)
+    if isinstance(recipe, DistillRecipe) and recipe.distill.teacher != REFERENCE:
+        yield from _folder("distill.teacher", recipe.distill.teacher, recipe, notes, _teacher_fault)
 
 
 def _folder(
@@ -142,6 +146,11 @@ def _adapter_fault(folder: Path) -> str | None:
     inside = next((name for name in ("final", "checkpoints") if (folder / name).is_dir()), None)
     way = f"; of a run write {folder / 'final'}" if inside == "final" else ""
     return f"found {folder}, which holds no adapter (adapter_config.json is missing){way}"
+
+
+def _teacher_fault(folder: Path) -> str | None:
+    known = any((folder / name).is_file() for name in ("run.json", "adapter_config.json", "config.json"))
+    return None if known else f"found {folder}, which holds no run, no adapter and no model"
 
 
 def _scorer_fault(folder: Path) -> str | None:
