@@ -9,9 +9,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from kltune.cli.output import result_text
 from kltune.errors import DataError, ModelError, RecipeError
 from kltune.lm.model.opening import load_saved_policy
 from kltune.recipe import Recipe
+from kltune.report.pages import write_page
 from tests.oracles import TinyLM, kl, tiny_adapter, tiny_reference_logits
 from tests.stages.conftest import letter_tokenizer, ran, rows_of, small_llama, write_rows
 from tests.stages.test_oracles import RESPONSES, RHO, spoken
@@ -164,3 +166,15 @@ def test_the_teacher_may_not_change_under_a_run(distill_recipe, run_folder, tmp_
     with pytest.raises(ModelError, match=r"distill\.teacher.* has changed"):
         ran(recipe)
     assert len(rows_of(recipe)) == 1
+
+
+def test_what_it_saves_is_measured_and_shown_like_any_other(distill_recipe, eval_kl, tmp_path):
+    result, rows = ran(distill_recipe("run.steps=3"))
+    code, document, _ = eval_kl(result["output"], "--responses", 20)
+    assert code == 0
+    assert document["kl"]["exact"]["nats_per_response"] > 0.0
+    page = write_page(Path(result["output"])).read_text(encoding="utf-8")
+    assert "KL to the teacher" in page
+    assert "KL(policy‖teacher)" in result_text(result)
+    assert result["score"] is None
+    assert all("nonfinite" not in row for row in rows)
