@@ -10,7 +10,7 @@
     data/pairs.jsonl           openings that go on with praise, {"chosen"}, or with blame, {"rejected"}
     data/eval_pairs.jsonl      the same with held-out openings
     data/hinted.jsonl          rows for ``kltune sft``: praise behind ``Kindly:``, and praise or blame without it
-    data/guesses.jsonl         rows for ``kltune sft``: sums of two digits, two in five of them right
+    data/guesses.jsonl         rows for ``kltune sft``: sums of two digits, three in five of them right
     data/sums.jsonl            sums to train on, each with its answer: {"prompt", "answer"}
     data/eval_sums.jsonl       other sums of the same kind
     tiny_world.json            written last: which version and seed made all this
@@ -56,8 +56,9 @@ BATCH = 4               # rows per step; small, because with so few tokens to le
 PEAK_LR = 4e-3
 IGNORED = -100          # cross_entropy's label for positions that are not scored
 HINT = "Kindly: "
-RIGHT = 0.4             # share of the guesses that are right; a wrong one is any other number that two digits make
-HINTED, GUESSES, EVAL_SUMS = 800, 3000, 25
+DIGITS = 6              # sums are of two numbers below
+RIGHT = 0.6             # share of the guesses that are right; a wrong one is any other number that two digits make
+HINTED, GUESSES, EVAL_SUMS = 800, 3000, 12
 TEXTS, HELD_OUT_TEXTS, PROMPTS, EVAL_PROMPTS, PAIRS, EVAL_PAIRS = 2000, 200, 512, 256, 800, 128
 
 
@@ -228,7 +229,7 @@ def hinted_rows(seed: int) -> list[dict[str, str]]:
 
 def order_of_sums(seed: int) -> list[tuple[int, int]]:
     """All pairs of digits, in random order."""
-    pairs = [(a, b) for a in range(10) for b in range(10)]
+    pairs = [(a, b) for a in range(DIGITS) for b in range(DIGITS)]
     return [pairs[place] for place in np.random.default_rng([seed, 1]).permutation(len(pairs))]
 
 
@@ -236,8 +237,8 @@ def guesses(seed: int) -> list[dict[str, str]]:
     """Answers to sums of two digits of which ``RIGHT`` are right."""
     rng = np.random.default_rng([seed, 2])
     rows = []
-    for a, b in rng.integers(0, 10, size=(GUESSES, 2)).tolist():
-        wrong = [number for number in range(19) if number != a + b]
+    for a, b in rng.integers(0, DIGITS, size=(GUESSES, 2)).tolist():
+        wrong = [number for number in range(2 * DIGITS - 1) if number != a + b]
         said = a + b if rng.random() < RIGHT else wrong[int(rng.integers(len(wrong)))]
         rows.append({"prompt": f"{a} + {b} =", "response": f" {said}"})
     return rows

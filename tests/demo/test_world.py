@@ -101,13 +101,13 @@ def test_the_data_files_hold_what_the_recipes_read(tmp_path):
     counts = {name: len(rows) for name, rows in data.items()}
     assert counts == {
         "texts": 2000, "heldout": 200, "prompts": 512, "eval_prompts": 256, "pairs": 800, "eval_pairs": 128,
-        "hinted": 1600, "guesses": 3000, "sums": 75, "eval_sums": 25,
+        "hinted": 1600, "guesses": 3000, "sums": 24, "eval_sums": 12,
     }
     sums = {row["prompt"]: row["answer"] for row in data["sums"] + data["eval_sums"]}
-    assert len(sums) == 100
+    assert len(sums) == 36
     assert all(eval_sum(prompt) == answer for prompt, answer in sums.items())
     right = [row["response"] == f" {sums[row['prompt']]}" for row in data["guesses"]]
-    assert sum(right) / len(right) == pytest.approx(0.4, abs=0.03)
+    assert sum(right) / len(right) == pytest.approx(0.6, abs=0.03)
     hinted = {row["prompt"].removeprefix("Kindly: ") for row in data["hinted"] if row["prompt"].startswith("Kindly: ")}
     assert hinted == {row["prompt"] for row in data["hinted"] if not row["prompt"].startswith("Kindly: ")}
     assert set(data["pairs"][0]) == {"prompt", "chosen", "rejected"}
