@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kltune.core.kl.divergence import VocabularySums
+from kltune.lm.data.examples import Prompt
 from kltune.lm.data.forms import Message
 
 ROWS = 16       # that go through a model at once where nothing says how many fit
@@ -46,7 +47,8 @@ class Samples:
     prompt_index: which prompt of the batch a response answers. [B] int64.
     truncated: True where the response reached the length limit before an end token. [B] bool.
     logprobs: as the sampler saw them, to hold against teacher forcing. [B, T].
-    prompts, responses: what was said, as text. messages: of each prompt, () where it is plain text.
+    prompts, responses: what was said, as text. messages: of each prompt, () where it is plain text. asked: the prompt
+    of each response with all that its row holds; () where that is not known.
     """
 
     ids: Tensor
@@ -58,6 +60,7 @@ class Samples:
     prompts: tuple[str, ...]
     responses: tuple[str, ...]
     messages: tuple[tuple[Message, ...], ...] = field(default=(), kw_only=True)
+    asked: tuple[Prompt, ...] = field(default=(), kw_only=True, repr=False)
 
     @property
     def lengths(self) -> Tensor:
