@@ -91,7 +91,8 @@ WORKS = {name: COMMON | work | {"dtypes": DTYPES[:1]} for name, work in TOYS.ite
 NOTES = {
     "plain": (
         "The other side is transformers and peft as people write it: generate, two models, all logits of both. "
-        "ragged: responses end where a chosen set of tokens comes, a quarter of the length on average.",
+        "ragged: responses end where a chosen set of tokens comes, a quarter of the length on average; each side draws "
+        "its own, so seconds are to be divided by the tokens of --json.",
     ),
     None: ("No other tool is known that takes this step; its share of the floor says what it costs.",),
     "sft": ("Prompts and responses are the same tokens on both sides.",),
@@ -259,7 +260,7 @@ def figures(run: dict[str, Any], steps: int) -> dict[str, float]:
         if any(seconds) and not name.endswith("_cpu"):
             found[f"{name}_seconds"] = statistics.median(seconds)
             found[f"{name}_mb_above_model"] = run["peak_mb_inside"][name] - run["held_mb"]
-    return found | ({"floor_seconds": run["floor_seconds"]} if run.get("floor_seconds") else {})
+    return found | run["values"] | ({"floor_seconds": run["floor_seconds"]} if run["floor_seconds"] else {})
 
 
 def summary(name: str, settings: str, rows: int, runs: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def recipe_of(work: SimpleNamespace, settings: str) -> dict:
     """The recipe; unless matched, nothing but what the work is, and no more of KL than DPO elsewhere knows."""
     stage, matched = work.stage, settings == "matched"
     common = {
-        "stage": stage, "model": {"path": work.model, "dtype": work.dtype}, "eval": {"responses": 8},
+        "stage": stage, "model": {"path": work.model, "dtype": work.dtype},
         "run": {"steps": work.steps, "eval_every": NEVER, "save_every": NEVER, "output": f"run-{settings}"},
     }
     optim = {"lr": work.lr, "schedule": "constant"} if matched else {}
@@ -61,8 +61,9 @@ def recipe_of(work: SimpleNamespace, settings: str) -> dict:
             "dpo": {"dpo": {"beta": work.beta} if matched else {}, "kl": {"control": "fixed", "beta": 0}},
             "sft": {}, "reward": {"bradley_terry": {"centring": 0.0} if matched else {}},
         }[stage]
-        sampling = {} if stage == "reward" else {"sampling": {"max_new_tokens": 8}}
-        return common | sampling | own | {"data": rows, "optim": optim | {"batch_size": work.batch}}
+        if stage != "reward":
+            own |= {"sampling": {"max_new_tokens": 8}, "eval": {"responses": 8}}
+        return common | own | {"data": rows, "optim": optim | {"batch_size": work.batch}}
     groups = {"responses_per_prompt": work.group} if work.group > 1 else {}
     own = {"value_epochs": work.epochs} if stage == "trpo" else {
         "epochs": work.epochs, "minibatch_size": work.batch // work.minibatches}
@@ -70,7 +71,7 @@ def recipe_of(work: SimpleNamespace, settings: str) -> dict:
     return common | {
         "data": {"prompts": "raw.jsonl"}, "reward": [{"kind": "function", "path": "rewards.py:score"}],
         "sampling": {"prompts_per_step": work.batch // work.group, "max_new_tokens": work.new_tokens} | groups,
-        "kl": kl, stage: own | work.section, "optim": optim,
+        "kl": kl, stage: own | work.section, "optim": optim, "eval": {"responses": 8},
     }
 
 

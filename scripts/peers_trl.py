@@ -43,9 +43,10 @@ def lora_config(folder: Path) -> PeftConfig:
     return config
 
 
-def put_adapter(model: PeftModel, folder: Path) -> None:
-    """Give a wrapped model the saved initial tensors, in place of its own random ones."""
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+def put_adapter(model: PeftModel, folder: Path, **more: Tensor) -> None:
+    """Give a wrapped model the saved initial tensors, and more by name, in place of its own random ones."""
+    more = {f"base_model.model.{name}.weight": tensor for name, tensor in more.items()}
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors") | more)
 
 
 def score_function(folder: Path):
@@ -190,24 +191,29 @@ def sft(folder: Path, settings: str, watch: Watch) -> None:
 
 
 def reward(folder: Path, settings: str, watch: Watch) -> None:
-    """Steps of RewardTrainer on the work's pairs, its head at 0 as kltune's."""
+    """Steps of RewardTrainer on the work's pairs, its head at 0 as kltune's.
+
+    Transformers scores at the last token that is no padding: padded with end tokens, a response would lose its own.
+    """
     from trl import RewardConfig, RewardTrainer
 
     work = load_work(folder)
     model = load_model(work, AutoModelForSequenceClassification, num_labels=1)
-    model.score.weight.data.zero_()
     watch.loaded()
+    tokenizer = AutoTokenizer.from_pretrained(work.model)
+    tokenizer.pad_token = tokenizer.bos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
     config = lora_config(folder / "adapter")
     config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
     trainer = on_token_ids(RewardTrainer, prepared=True)(
         model=model, train_dataset=Dataset.from_list(json.loads((folder / "pairs.json").read_text())),
-        processing_class=AutoTokenizer.from_pretrained(work.model), peft_config=config, callbacks=[Stamps(watch)],
+        processing_class=tokenizer, peft_config=config, callbacks=[Stamps(watch)],
         args=RewardConfig(
             per_device_train_batch_size=work.batch, max_steps=work.steps, max_length=None,
             **arguments_of(work, settings, folder),
         ),
     )
-    put_adapter(trainer.model, folder / "adapter")
+    put_adapter(trainer.model, folder / "adapter", score=torch.zeros_like(model.score.weight))
     train_noting_losses(trainer, watch)
 
 

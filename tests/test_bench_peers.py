@@ -53,12 +53,12 @@ def test_what_is_done_once_is_shared_among_the_steps():
     run = {
         "seconds": [1.0, 2.0, 9.0], "cpu_seconds": [1.0, 1.0, 1.0], "inside": {"generate": [0.0, 0.0, 0.0]},
         "before_seconds": {"once": 4.0, "once_cpu": 2.0}, "peak_mb": 500.0, "held_mb": 400.0, "floor_seconds": 1.0,
-        "peak_mb_inside": {"generate": 450.0, "update": 500.0},
+        "values": {"tokens": 96.0}, "peak_mb_inside": {"generate": 450.0, "update": 500.0},
     }
     run["inside"] |= {"update": [1.0, 1.5, 1.5], "update_cpu": [1.0, 1.5, 1.5]}
     assert figures(run, steps=8) == {
         "seconds": 2.5, "cpu_seconds": 1.25, "peak_mb": 500.0, "peak_mb_above_model": 100.0, "floor_seconds": 1.0,
-        "update_seconds": 1.5, "update_mb_above_model": 100.0,
+        "update_seconds": 1.5, "update_mb_above_model": 100.0, "tokens": 96.0,
     }
 
 

@@ -36,7 +36,7 @@ from kltune.cli.options import (
 )
 from kltune.cli.output import as_user_error, complain, emit, emit_document, result_text
 from kltune.cli.recipes import look_before_running, recipes
-from kltune.cli.sample import sample_command
+from kltune.cli.sample import compare_command, sample_command
 from kltune.cli.streams import LossyText, guard_streams, leave_stdout
 from kltune.cli.sweep import frontier_command, sweep_command
 from kltune.errors import KltuneError
@@ -60,11 +60,13 @@ SHORT = {       # of a list that is 80 columns wide
     "ppo": "Raise a score with clipped steps, the KL held to a target.",
     "trpo": "Raise a score with natural-gradient steps inside a KL ball.",
     "dpo": "Learn from preference pairs, the KL measured and held.",
+    "distill": "Imitate a teacher on own responses, the KL held to a target.",
     "eval-kl": "How far checkpoints are from their reference; a gate for CI.",
     "project": "Scale an adapter back to a KL budget.",
     "sweep": "Run one recipe over a grid of settings.",
     "frontier": "Show reward against KL, and which setting to pick.",
     "sample": "Ask a checkpoint and its reference the same prompts.",
+    "compare": "How often a judge prefers one checkpoint to another.",
     "explain": "Explain a topic, a key, a metric or an exit code.",
     "init": "Write a recipe that runs as it is for your model and data.",
     "doctor": "See whether this machine can run kltune, and what it lacks.",
@@ -116,11 +118,13 @@ for name, does in {
     "ppo": "Raise a score with clipped policy steps while KL to the reference is held to its target.",
     "trpo": "Raise a score with natural-gradient steps, none of which moves the policy further than max_step_kl.",
     "dpo": "Learn from preference pairs, with a KL to the reference that is measured and can be held.",
+    "distill": "Imitate a teacher on the policy's own responses while KL to the reference is held to its target.",
 }.items():
     add_stage(name, does)
 for name, command in {
     "eval-kl": eval_kl_command, "project": project_command, "sweep": sweep_command, "frontier": frontier_command,
-    "sample": sample_command, "explain": explain_command, "init": init_command, "doctor": doctor_command,
+    "sample": sample_command, "compare": compare_command,
+    "explain": explain_command, "init": init_command, "doctor": doctor_command,
 }.items():
     app.command(name, short_help=SHORT[name], cls=Command)(command)
 

@@ -89,7 +89,7 @@ def version_findings() -> Iterator[Finding]:
     for name, purpose in EXTRAS.items():
         version = installed(name)
         yield Finding(name, "ok" if version else "note", version or f"not installed ({purpose})",
-                      "" if version else f"pip install 'kltune[{name}]', if you want it")
+                      "" if version else f"pip install {name}, if you want it")
 
 
 def library_finding(name: str, wanted: str) -> Finding:

@@ -47,6 +47,8 @@ def init_command(
     """
     if stage is not None and stage not in STAGES:
         raise RecipeError(f"no stage {stage}; the stages are {', '.join(STAGES)}.")
+    if stage is not None and stage not in KINDS:
+        raise RecipeError(f"no first recipe of stage {stage} is written; copy one: kltune recipe copy tiny/{stage}.")
     if not model or data is None:
         raise RecipeError(f"wanted {'--model M' if not model else '--prompts P'}: kltune init --model path/to/model "
                           "--prompts prompts.jsonl --reward rewards.py (texts for sft, pairs for dpo and reward).")

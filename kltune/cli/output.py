@@ -75,6 +75,10 @@ def result_text(result: dict[str, Any]) -> str:
             of_reference = with_error(before, evaluated.get(f"eval/reference_{name}_stderr"))
             start = "" if before is None else f"{of_reference} → "
             rows[name] = start + with_error(result[name], evaluated.get(f"eval/{name}_stderr"))
+    if result.get("teacher_kl") is not None:
+        measured = with_error(result["teacher_kl"], result.get("teacher_kl_stderr"))
+        start = number(result.get("reference_teacher_kl"))
+        rows["KL to"] = f"{start} → {measured} nats per response, KL(policy‖teacher)"
     if evaluated.get("eval/accuracy") is not None:
         bounds = interval((evaluated["eval/accuracy_low"], evaluated["eval/accuracy_high"]))
         rows["right"] = f"{number(evaluated['eval/accuracy'])} of the held-out rows (95 %: {bounds})"

@@ -1,4 +1,4 @@
-"""``kltune sample``: ask a checkpoint and its reference the same prompts."""
+"""``kltune sample`` and ``compare``: ask two models the same prompts, and have a judge say which is better."""
 
 import sys
 from functools import partial
@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from kltune.cli.measure import (
+    ConfidenceOption,
     DateOption,
     LengthOption,
+    PromptsOption,
     ReferenceOption,
     SeedOption,
     SourceOption,
@@ -17,8 +19,8 @@ from kltune.cli.measure import (
 from kltune.cli.options import JSONOption, TrustOption, one_of, whole
 from kltune.cli.output import emit, emit_document, wants_colour
 from kltune.cli.streams import result_stream
-from kltune.recipe import load_recipe
-from kltune.report.text import answers_text, sample_heading, sample_text
+from kltune.recipe import load_recipe, read_judge
+from kltune.report.text import answers_text, compare_text, sample_heading, sample_text
 
 
 def sample_command(
@@ -61,6 +63,42 @@ def sample_command(
         print("Type prompts, one a line; Ctrl-D ends.", file=sys.stderr)
     texts = list(prompt or ()) if prompt or prompts is not None else lines_of(sys.stdin)
     emit_document(sample(checkpoint, texts, options), as_json, partial(sample_text, colour=colour), styled=colour)
+
+
+def compare_command(
+    first: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A run, checkpoint, adapter or model.")],
+    second: Annotated[str, typer.Argument(metavar="CHECKPOINT|reference", help="Another, or the first's reference.")],
+    judge: Annotated[str, typer.Option(metavar="URL#MODEL", help="Or a scorer, as of frontier --gold.")],
+    prompts: PromptsOption = None,
+    responses: Annotated[int | None, typer.Option(**whole(2), help="Pairs to judge.  [default: 256]")] = None,
+    rubric: Annotated[str | None, typer.Option(metavar="TEXT", help="What the judge goes by.")] = None,
+    key_env: Annotated[str | None, typer.Option(metavar="NAME", help="Variable with the judge's key.")] = None,
+    recipe: SourceOption = None,
+    reference: ReferenceOption = None,
+    max_new_tokens: LengthOption = None,
+    temperature: TemperatureOption = None,
+    seed: SeedOption = 0,
+    confidence: ConfidenceOption = 0.95,
+    date: DateOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JSONOption = False,
+) -> None:
+    """How often a judge prefers one checkpoint's answers to another's, with an interval by prompt.
+
+    The judge sees each pair in both orders. Runs side by side without a judge: kltune report RUN RUN.
+
+    kltune compare runs/ppo reference --prompts held_out.jsonl --judge http://127.0.0.1:8000/v1#judge
+    """
+    if recipe is not None:
+        load_recipe(recipe)
+    entry = read_judge(judge, rubric, key_env)
+    from kltune.stages.sample import CompareOptions, compare
+
+    emit_document(compare(first, second, CompareOptions(
+        recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
+        temperature=temperature, seed=seed, confidence=confidence, trust_remote_code=trust_remote_code, date=date,
+        judge=entry,
+    )), as_json, compare_text)
 
 
 def lines_of(stream) -> list[str]:

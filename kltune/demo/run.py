@@ -17,7 +17,7 @@ from kltune.errors import StorageError
 from kltune.recipe import copy_recipe, load_recipe
 from kltune.report.outcome import FELL, ROSE, STAYED, best_gold, move_of, read_files
 from kltune.report.text import aligned
-from kltune.run.screen import duration, number, with_error
+from kltune.run.screen import doing, duration, number, with_error
 from kltune.stages.eval_kl import EvalKLOptions, eval_kl
 from kltune.stages.ppo import run_ppo
 from kltune.stages.sft import run_sft
@@ -53,6 +53,7 @@ def run_demo(output: Path, *, seed: int = 0, hacking: bool = True) -> dict[str, 
         )
     say, runs = headings(4 + hacking), output / "runs"
     say(f"a tiny world: corpus, tokenizer and a Llama of a million parameters, in {output}")
+    doing("making the tiny world")
     make_tiny_world(output, say=print_now)
     for name in RECIPES:
         if not (output / f"{name}.yaml").exists():

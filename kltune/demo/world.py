@@ -9,6 +9,10 @@
     data/eval_prompts.jsonl    held-out openings to measure on
     data/pairs.jsonl           openings that go on with praise, {"chosen"}, or with blame, {"rejected"}
     data/eval_pairs.jsonl      the same with held-out openings
+    data/hinted.jsonl          rows for ``kltune sft``: praise behind ``Kindly:``, and praise or blame without it
+    data/guesses.jsonl         rows for ``kltune sft``: sums of two digits, three in five of them right
+    data/sums.jsonl            sums to train on, each with its answer: {"prompt", "answer"}
+    data/eval_sums.jsonl       other sums of the same kind
     tiny_world.json            written last: which version and seed made all this
 
 The model is pretrained here from random weights on the ``loose`` reviews of kltune.demo.grammar: about 40 seconds on
@@ -39,7 +43,7 @@ WORLD_MARKER = "tiny_world.json"
 UNFINISHED = "tiny_world.building"
 FOLDERS = ("model", "data")
 ENTRIES = (*FOLDERS, WORLD_MARKER, UNFINISHED)     # what of a folder is the world's
-SCHEMA = "kltune.tiny_world/4"
+SCHEMA = "kltune.tiny_world/5"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 2048       # tokens: room for every word of the corpus; with 1024 the model misspells the rarer ones
 CONTEXT = 256           # tokens
@@ -47,10 +51,14 @@ ROW = 128               # tokens per packed row: several reviews, so that positi
 OPEN_ROWS = 20          # the last rows, which a text may still go into
 PRETRAIN_TEXTS = 24_000
 PRETRAIN_STEPS = 700    # most of one pass; chosen with BATCH and PEAK_LR by the loss on held-out reviews per second
-SIGN_OF_LIFE = 4.0      # seconds between two lines while it trains
+SIGN_OF_LIFE = 3.0      # seconds between two lines while it trains
 BATCH = 4               # rows per step; small, because with so few tokens to learn from the number of updates counts
 PEAK_LR = 4e-3
 IGNORED = -100          # cross_entropy's label for positions that are not scored
+HINT = "Kindly: "
+DIGITS = 6              # sums are of two numbers below
+RIGHT = 0.6             # share of the guesses that are right; a wrong one is any other number that two digits make
+HINTED, GUESSES, EVAL_SUMS = 800, 3000, 12
 TEXTS, HELD_OUT_TEXTS, PROMPTS, EVAL_PROMPTS, PAIRS, EVAL_PAIRS = 2000, 200, 512, 256, 800, 128
 
 
@@ -192,6 +200,7 @@ def pretrain(
 def write_data(folder: Path, *, seed: int) -> None:
     """Write the JSONL files that the tiny recipes read; see the module docstring."""
     folder.mkdir(parents=True)
+    sums = order_of_sums(seed)
     rows_of = {
         "texts": map(asdict, reviews(house_review, TEXTS, seed=seed, held_out=False)),
         "heldout": map(asdict, reviews(house_review, HELD_OUT_TEXTS, seed=seed, held_out=True)),
@@ -199,9 +208,44 @@ def write_data(folder: Path, *, seed: int) -> None:
         "eval_prompts": [{"prompt": prompt} for prompt in openings(EVAL_PROMPTS, seed=seed, held_out=True)],
         "pairs": [_pair(a, b) for a, b in praise_and_blame(PAIRS, seed=seed, held_out=False)],
         "eval_pairs": [_pair(a, b) for a, b in praise_and_blame(EVAL_PAIRS, seed=seed, held_out=True)],
+        "hinted": hinted_rows(seed),
+        "guesses": guesses(seed),
+        "sums": [_sum(*pair) for pair in sums[EVAL_SUMS:]],
+        "eval_sums": [_sum(*pair) for pair in sums[:EVAL_SUMS]],
     }
     for name, rows in rows_of.items():
         (folder / f"{name}.jsonl").write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def hinted_rows(seed: int) -> list[dict[str, str]]:
+    """Reviews of which those that are asked for kindly praise, and the others praise or blame in turn."""
+    rows = []
+    for number, sides in enumerate(praise_and_blame(HINTED, seed=seed, held_out=False)):
+        kind, either = sides[0], sides[number % 2]
+        rows.append({"prompt": HINT + kind.prompt, "response": kind.response})
+        rows.append({"prompt": either.prompt, "response": either.response})
+    return rows
+
+
+def order_of_sums(seed: int) -> list[tuple[int, int]]:
+    """All pairs of digits, in random order."""
+    pairs = [(a, b) for a in range(DIGITS) for b in range(DIGITS)]
+    return [pairs[place] for place in np.random.default_rng([seed, 1]).permutation(len(pairs))]
+
+
+def guesses(seed: int) -> list[dict[str, str]]:
+    """Answers to sums of two digits of which ``RIGHT`` are right."""
+    rng = np.random.default_rng([seed, 2])
+    rows = []
+    for a, b in rng.integers(0, DIGITS, size=(GUESSES, 2)).tolist():
+        wrong = [number for number in range(2 * DIGITS - 1) if number != a + b]
+        said = a + b if rng.random() < RIGHT else wrong[int(rng.integers(len(wrong)))]
+        rows.append({"prompt": f"{a} + {b} =", "response": f" {said}"})
+    return rows
+
+
+def _sum(a: int, b: int) -> dict[str, str]:
+    return {"prompt": f"{a} + {b} =", "answer": f"{a + b}"}
 
 
 def _pair(chosen: Review, rejected: Review) -> dict[str, str]:

@@ -11,6 +11,7 @@ from kltune.recipe.reading import (
     load_recipe,
     overlap,
     packaged_recipes,
+    read_judge,
     read_scorer,
     recipe_text,
     recipes_folder,
@@ -36,7 +37,10 @@ from kltune.recipe.sections import (
     TRPOSection,
 )
 from kltune.recipe.stages import (
+    REFERENCE,
     STAGES,
+    DistillRecipe,
+    DistillSection,
     DPORecipe,
     PPORecipe,
     Recipe,

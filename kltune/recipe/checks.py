@@ -8,18 +8,19 @@ import re
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from kltune.recipe.faults import Clash
 from kltune.recipe.fields import is_changed
 from kltune.recipe.rewards import asks_for_pairs, judges, templates
 from kltune.recipe.sections import DPOKLSection, KLSection
-from kltune.recipe.stages import PATH_KEYS, Recipe
+from kltune.recipe.stages import PATH_KEYS, REFERENCE, Recipe
 
 FUNCTION = re.compile(r"(?P<file>[^:]+\.py):(?P<name>[A-Za-z_]\w*)")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".jinja")
 MADE = ("run.output", "sampling.publish")       # keys of folders that are made where they are not there
-SOURCES = {"sft": "texts", "reward": "pairs", "ppo": "prompts", "trpo": "prompts"}
+SOURCES = {"sft": "texts", "reward": "pairs", "ppo": "prompts", "trpo": "prompts", "distill": "prompts"}
 BAD_PRICES = {
     ("loss", "k1"): "k1 as a loss has an expected gradient of exactly zero: the price would be noise; write exact",
     ("reward", "k2"): "k2 in the reward does not have the gradient of the KL; write k1",
@@ -39,6 +40,9 @@ UNREAD = {
     "ppo": {"optim.batch_size": "the batch of ppo is sampling.prompts_per_step x responses_per_prompt"} | NO_PAIRS,
     "trpo": {"optim.batch_size": "the batch of trpo is sampling.prompts_per_step x responses_per_prompt"} | NO_PAIRS,
     "dpo": {"eval.pairs_share": "write eval.pairs"},
+    "distill": {"optim.batch_size": "the batch of distill is sampling.prompts_per_step x responses_per_prompt",
+                "sampling.missing_end_penalty": "nothing scores its responses",
+                "eval.stop_at_gold_peak": NO_PEAK} | NO_PAIRS,
     "reward": {"eval.stop_at_gold_peak": NO_PEAK, "run.until": NO_TARGET}
     | dict.fromkeys(("eval.prompts", "eval.responses", "eval.texts", "eval.gold"), NO_POLICY),
 }
@@ -75,6 +79,8 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False, packaged: bool 
         yield from natural_gradient_clashes(recipe)
     if recipe.stage == "dpo":
         yield from preference_clashes(recipe)
+    if recipe.stage == "distill":
+        yield from teacher_clashes(recipe)
     for key, value, is_function in path_values(recipe):
         if is_function:
             yield from function_file(key, value, folder, trusted)
@@ -232,6 +238,33 @@ def pair_sources(recipe: Any) -> Iterator[Clash]:
         yield ("sampling.missing_end_penalty", "reward"), "a judge of mode: pair gives no score to subtract it from"
 
 
+def teacher_clashes(recipe: Any) -> Iterator[Clash]:
+    """There is something to learn from the teacher, and what it reads can be written."""
+    distill = recipe.distill
+    texts = {name: getattr(distill, name) for name in ("teacher_prompt", "teacher_system")}
+    if distill.teacher == REFERENCE and not any(texts.values()):
+        yield (("distill.teacher", "distill.teacher_prompt"),
+               "found reference, from which nothing is to be learnt but what it says to another prompt: write "
+               "distill.teacher_prompt or distill.teacher_system, or another teacher")
+    for name, text in texts.items():
+        if text is not None and (fault := template_fault(text)):
+            yield (f"distill.{name}",), fault
+    if not recipe.kl.exact:
+        yield ("kl.exact",), "found false, wanted true: distill prices and measures the exact KL only"
+
+
+def template_fault(text: str) -> str | None:
+    """Why a text is no template of plain {names}; None if it is one."""
+    try:
+        parts = list(Formatter().parse(text))
+    except ValueError as error:
+        return f"found braces that do not pair ({error}); braces that mean themselves are {{{{ and }}}}"
+    for _, name, spec, conversion in parts:
+        if name is not None and (spec or conversion or not re.fullmatch(r"[^\W\d]\w*", name)):
+            return f"found {{{name}}}, wanted the name of a field of the rows in braces, such as {{prompt}}"
+    return None
+
+
 def budget_clashes(kl: KLSection) -> Iterator[Clash]:
     """The price is paid in a way whose gradient is the KL's, and the cap leaves room for the target."""
     reason = BAD_PRICES.get((kl.placement, kl.estimator))
@@ -269,14 +302,16 @@ def control(kl: KLSection) -> Iterator[Clash]:
 
 
 def policy_update(recipe: Any) -> Iterator[Clash]:
-    """Dropout, baselines and minibatches of ppo, trpo and dpo."""
+    """Dropout, baselines and minibatches of stages that hold a budget."""
     if recipe.lora.dropout != 0:
         yield (("lora.dropout",), f"found {recipe.lora.dropout:g}, wanted 0: with dropout the same policy gives "
                "different logprobs each time, so ratios and KL would be noise")
     sampling, stage = recipe.sampling, recipe.stage
     section = getattr(recipe, stage)
     baseline = getattr(section, "baseline", None)
-    if baseline in ("rloo", "grpo") and sampling.responses_per_prompt < 2:
+    if stage == "ppo":
+        yield from group_losses(recipe)
+    if baseline not in (None, "value") and sampling.responses_per_prompt < 2:
         yield (("sampling.responses_per_prompt", f"{stage}.baseline"),
                f"found {sampling.responses_per_prompt}, wanted at least 2: {baseline} compares a response with the "
                "others to the same prompt")
@@ -291,6 +326,22 @@ def policy_update(recipe: Any) -> Iterator[Clash]:
                f"(prompts_per_step {sampling.prompts_per_step} x responses_per_prompt {sampling.responses_per_prompt})")
 
 
+def group_losses(recipe: Any) -> Iterator[Clash]:
+    """A loss of whole responses has one advantage for each, and is a mean over them."""
+    ppo, alone = recipe.ppo, recipe.sampling.responses_per_prompt == 1
+    if ppo.entropy_floor is not None and not recipe.kl.exact:
+        yield (("ppo.entropy_floor", "kl.exact"), "found exact: false, wanted true: the entropy is measured with the "
+               "exact KL")
+    if ppo.loss == "sequence" and ppo.baseline == "value" and (alone or "baseline" in ppo.model_fields_set):
+        yield (("ppo.loss", "ppo.baseline"), "found sequence with baseline: value, whose advantages differ from token "
+               "to token; wanted rloo, grpo, dr_grpo or reinforce_pp")
+    if ppo.loss == "sequence" and ppo.average != "responses":
+        yield ("ppo.average", "ppo.loss"), f"found {ppo.average} with loss: sequence, wanted responses"
+    if ppo.average == "responses" and recipe.kl.placement == "loss":
+        yield (("kl.placement", "ppo.average"), "found loss, wanted reward: a mean over each response's own tokens has "
+               "no scale on which the KL of whole responses could stand beside it")
+
+
 def responses_per_step(recipe: Any) -> int:
     """Responses sampled in one step."""
     return recipe.sampling.prompts_per_step * recipe.sampling.responses_per_prompt
@@ -300,7 +351,9 @@ def path_values(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
     """Every key whose value may be a path, with its value, and whether that is one of a Python function."""
     values = by_dotted_key(recipe.model_dump(mode="json"))
     for key, value in values.items():
-        if value is not None and re.sub(r"\.\d+\.", ".*.", key) in PATH_KEYS:
+        if value is not None and re.sub(r"\.\d+\.", ".*.", key) in PATH_KEYS and (
+            (key, value) != ("distill.teacher", REFERENCE)
+        ):
             yield key, value, values.get(f"{key.removesuffix('path')}kind") == "function"
 
 
@@ -327,7 +380,9 @@ def absolute(value: str, folder: Path) -> str:
 
 def misplaced(key: str, value: str, folder: Path) -> Iterator[Clash]:
     """Refuse addresses, and paths that only exist from where the command was started."""
-    if "://" in value:
+    if "://" in value and key == "distill.teacher":
+        yield (key,), f"found the address {value}, wanted a file here: no teacher is asked over the network"
+    elif "://" in value:
         yield (key,), f"found the address {value}, wanted a file, a folder or a hub name; download it first"
     elif key not in MADE and not os.path.exists(folder / os.path.expanduser(value)) and os.path.exists(value):
         yield ((key,), f"found {value}, which is in the current folder but not in the recipe's; paths start at the "

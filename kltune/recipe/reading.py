@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from kltune.errors import RecipeError
 from kltune.recipe.checks import FUNCTION, MADE, absolute, clashes, path_values, responses_per_step
 from kltune.recipe.faults import Fault, Place, RecipeFaults
-from kltune.recipe.rewards import FunctionReward, ModelReward, RewardEntry
+from kltune.recipe.rewards import FunctionReward, JudgeReward, ModelReward, RewardEntry, address
 from kltune.recipe.stages import STAGES, Recipe, recipe_digest
 from kltune.recipe.wording import (
     dotted,
@@ -280,6 +280,9 @@ def sound_part(plain: dict[str, Plain], stage: str, bad: list[KeyPath]) -> Recip
             holder.pop(path[-1], None)
     model, reward, evaluation = sound.get("model"), sound.get("reward"), sound.get("eval")
     sound["model"] = {"path": "?", **(model if isinstance(model, dict) else {})}
+    if stage == "distill":
+        distill = sound.get("distill")
+        sound["distill"] = {"teacher": "?", **(distill if isinstance(distill, dict) else {})}
     if isinstance(reward, list):
         sound["reward"] = [entry if is_scorer(entry) else {"kind": "model", "path": "?"} for entry in reward]
     if isinstance(evaluation, dict) and not is_scorer(evaluation.get("gold")):
@@ -312,27 +315,47 @@ def completed(recipe: Recipe, file: Path, output: str | None) -> Recipe:
     whole["run"]["output"] = os.path.abspath(start / os.path.expanduser(chosen))
     if recipe.stage == "ppo" and "baseline" not in recipe.ppo.model_fields_set:
         whole["ppo"]["baseline"] = "rloo" if recipe.sampling.responses_per_prompt > 1 else "value"
-    if recipe.stage == "ppo" and "minibatch_size" not in recipe.ppo.model_fields_set:
+    own = getattr(recipe, recipe.stage, None)
+    if recipe.stage in ("ppo", "distill") and "minibatch_size" not in own.model_fields_set:
         responses = responses_per_step(recipe)
-        whole["ppo"]["minibatch_size"] = next(size for size in range(64, 0, -1) if responses % size == 0)
+        whole[recipe.stage]["minibatch_size"] = next(size for size in range(64, 0, -1) if responses % size == 0)
     complete = type(recipe).model_validate(whole)
     complete._folder = folder
     return complete
 
 
-def read_scorer(text: str) -> RewardEntry:
+def read_judge(text: str, rubric: str | None = None, key_env: str | None = None) -> RewardEntry:
+    """``URL#MODEL`` is an AI judge that prefers one of two responses; anything else a scorer, as of ``read_scorer``."""
+    url, mark, model = text.partition("#")
+    if "://" not in url:
+        return read_scorer(text, "--judge")
+    if not mark or not model:
+        raise RecipeError(f"--judge: found {text}, wanted URL#MODEL, such as http://127.0.0.1:8000/v1#judge.")
+    more = {"rubric": rubric, "key_env": key_env}
+    keys = {name: value for name, value in more.items() if value is not None}
+    try:
+        entry = JudgeReward(kind="judge", url=url, model=model, mode="pair", **keys)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise RecipeError(f"--judge: {first['loc'][-1]}: {first['msg']}.") from error
+    for keys_at, fault in address("--judge", entry):
+        raise RecipeError(f"{keys_at[0]}: {fault}.")
+    return entry
+
+
+def read_scorer(text: str, option: str = "--gold") -> RewardEntry:
     """``rewards.py:gold`` is a function, ``{kind: ...}`` an entry of a recipe's ``reward``, anything else a model."""
     if FUNCTION.fullmatch(text):
         return FunctionReward(kind="function", path=text)
     if not text.startswith("{"):
         return ModelReward(kind="model", path=text)
-    node, faults = read_nodes(text, "--gold")
+    node, faults = read_nodes(text, option)
     if faults or node is None:
-        raise RecipeError(f"--gold: {faults[0].text if faults else 'empty'}; {FORMS}.")
+        raise RecipeError(f"{option}: {faults[0].text if faults else 'empty'}; {FORMS}.")
     root = Node({"reward": Node([node], node.place)}, node.place)
     try:
         return STAGES["ppo"].model_validate(root.plain() | {"stage": "ppo", "model": {"path": "?"}}).reward[0]
     except ValidationError as error:
         found = field_faults(error.errors(include_url=False), root, "ppo").values()
         told = "; ".join(f"{fault.key.removeprefix('reward.0').lstrip('.')}: {fault.text}" for fault in found)
-        raise RecipeError(f"--gold: {told}; {FORMS}.") from error
+        raise RecipeError(f"{option}: {told}; {FORMS}.") from error

@@ -110,7 +110,10 @@ def preference(recipe: Any, key: str, entry: JudgeReward) -> Iterator[Clash]:
 
 
 class FunctionReward(Section):
-    """A Python function ``score(prompts, responses) -> list[float]`` beside the recipe."""
+    """A Python function ``score(prompts, responses) -> list[float]`` beside the recipe.
+
+    With a third parameter ``rows`` it also gets the data row of each prompt, its other fields and messages included.
+    """
 
     kind: Literal["function"] = Field(description="a Python function")
     path: Text = Field(

@@ -192,8 +192,21 @@ ValueFunctionKind = Annotated[Literal["lora", "head"], Field(
 class PPOSection(Section):
     """Clipped policy steps."""
 
-    baseline: Literal["value", "rloo", "grpo"] = Field(
-        "value", description="what a response is compared with; default: rloo where a prompt has several responses"
+    baseline: Literal["value", "rloo", "grpo", "dr_grpo", "reinforce_pp"] = Field(
+        "value", description="what a response is compared with; default: rloo where a prompt has several responses. "
+        "dr_grpo is grpo without dividing by the spread of a prompt's scores; reinforce_pp divides by that of the "
+        "whole batch"
+    )
+    loss: Literal["clip", "sequence", "cispo"] = Field(
+        "clip", description="clip: PPO's, of each token's ratio; sequence: GSPO's, of the whole response's, which "
+        "wants a far smaller clip_range, such as 4.0e-4; cispo: weights that are clipped, and no gradient that is"
+    )
+    average: Literal["tokens", "responses", "limit"] = Field(
+        default_factory=lambda section: "responses" if section.get("loss") == "sequence"
+        else "limit" if section.get("baseline") == "dr_grpo" else "tokens",
+        description="how tokens count in the loss: tokens: all alike, by the batch's number of them; responses: a "
+        "response's by its own, which favours short right answers and long wrong ones; limit: all alike, by "
+        "max_new_tokens, which has no bias. Default tokens; limit with dr_grpo, responses with loss: sequence",
     )
     value_function: ValueFunctionKind = "lora"
     epochs: Count = Field(4, description="passes over one step's responses")
@@ -201,6 +214,9 @@ class PPOSection(Section):
         64, description="responses per update; must divide a step's responses; default: as many of them as fit in 64"
     )
     clip_range: Positive = Field(0.2, description="a token's probability ratio counts within 1 ± clip_range")
+    clip_range_high: Positive | None = Field(
+        None, description="the ratio counts up to 1 + clip_range_high, as in DAPO; null: clip_range", examples=[0.28]
+    )
     value_clip_range: Positive = Field(0.2, description="a value may move so far, in sd of first scores")
     value_coef: NotNegative = Field(0.1, description="weight of the value loss")
     gamma: Fraction = Field(1.0, description="discount per token")
@@ -208,6 +224,10 @@ class PPOSection(Section):
     stop_step_kl: Positive | None = Field(
         None, description="nats per response; leaves the epochs once KL(old‖new) passes it; null never does",
         examples=[0.5],
+    )
+    entropy_floor: Positive | None = Field(
+        None, description="nats per token; where the policy's entropy comes down to it, entropy gets a price that a "
+        "controller raises until it is held", examples=[1.0],
     )
     value_lr: Positive | None = Field(
         None, description="learning rate of the value function; null is optim.lr", examples=[3e-4]

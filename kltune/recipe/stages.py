@@ -3,12 +3,12 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr
 
 from kltune.recipe.faults import Place
-from kltune.recipe.fields import Section
+from kltune.recipe.fields import Count, Lines, NotNegative, Section, Text
 from kltune.recipe.rewards import RewardList
 from kltune.recipe.sections import (
     BradleyTerrySection,
@@ -124,13 +124,74 @@ class DPORecipe(RLRecipe):
     dpo: DPOSection = Field(default_factory=DPOSection, description="preference pairs")
 
 
+class DistillKLSection(KLSection):
+    """The budget of a distillation, its price paid in the loss: beside a nat of KL to the teacher."""
+
+    beta: Literal["auto"] | NotNegative = Field(
+        "auto",
+        description="what a nat of KL(policy‖reference) costs beside a nat of KL(policy‖teacher); 0 distils without a "
+        "price; auto follows how far the two models are apart (control: target)",
+        examples=[0.5],
+    )
+    placement: Literal["loss"] = Field("loss", description="where the price is paid")
+    estimator: Literal["exact"] = Field("exact", description="what is priced")
+
+
+class DistillSection(Section):
+    """Who is imitated, and how."""
+
+    teacher: Text = Field(
+        description="whom the policy learns from: a run, a checkpoint, an adapter or a model with the same vocabulary, "
+        "or reference, the policy's own frozen weights (with teacher_prompt or teacher_system). An adapter on the "
+        "same base needs no second model", examples=["runs/ppo/final"],
+    )
+    teacher_prompt: Lines | None = Field(
+        None, description="what the teacher reads in place of the prompt (of messages: of the last one), with {prompt} "
+        "and {fields} of the row; braces that mean themselves are {{ and }}; null: the prompt",
+        examples=["Answer in one short sentence. {prompt}"],
+    )
+    teacher_system: Lines | None = Field(
+        None, description="the system message that the teacher reads, with the same fields; for prompts that go "
+        "through a chat template; null: the prompt's own", examples=["Answer in one short sentence."],
+    )
+    teacher_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="type of a teacher's own weights"
+    )
+    teacher_device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = Field(
+        "auto", description="where a teacher's own weights are; auto: where the policy is"
+    )
+    horizon: Literal["full", "token"] = Field(
+        "full", description="full: a token answers for the KL of those that it leads to, as the KL of whole responses "
+        "wants; token: for its own alone, which is another objective"
+    )
+    epochs: Count = Field(1, description="passes over one step's responses")
+    minibatch_size: Count = Field(
+        64, description="responses per update; must divide a step's responses; default: as many of them as fit in 64"
+    )
+
+
+class DistillRecipe(Recipe):
+    """Imitate a teacher on the policy's own responses while KL to the reference is held."""
+
+    stage: Literal["distill"] = Field(description="what this recipe runs")
+    distill: DistillSection = Field(description="who is imitated, and how")
+    sampling: SamplingSection = Field(default_factory=SamplingSection, description="how the policy responds")
+    kl: DistillKLSection = Field(default_factory=DistillKLSection, description="the budget")
+    optim: OptimSection = Field(default_factory=OptimSection, description="optimizer")
+    run: RunSection = Field(default_factory=RunSection, description="length, seed, output")
+    eval: EvalSection = Field(default_factory=EvalSection, description="held-out measurements")
+
+
 STAGES: dict[str, type[Recipe]] = {
     "sft": SFTRecipe, "reward": RewardRecipe, "ppo": PPORecipe, "trpo": TRPORecipe, "dpo": DPORecipe,
+    "distill": DistillRecipe,
 }
+REFERENCE = "reference"     # as distill.teacher: no path, but the policy's own frozen weights
 # dotted keys whose value may be a path; "*" stands for each entry of a list
 PATH_KEYS = (
     "model.path", "model.sft_adapter", "data.prompts", "data.texts", "data.pairs", "data.chat_template",
     "reward.*.path", "sampling.publish", "run.output", "eval.prompts", "eval.texts", "eval.pairs", "eval.gold.path",
+    "distill.teacher",
 )
 # keys of run that change where results are and when, not what they are; threads: to rounding
 NOT_PART_OF_THE_RUN = ("output", "keep", "loggers", "threads", "processes", "shard", "timeout_s")

@@ -19,6 +19,7 @@ from kltune.recipe.fields import Section
 from kltune.recipe.reading import find_recipe, load_recipe
 from kltune.recipe.stages import (
     STAGES,
+    DistillRecipe,
     DPORecipe,
     PPORecipe,
     Recipe,
@@ -84,7 +85,9 @@ def recipe_schema(stage: str | None = None) -> dict[str, Any]:
     """JSON schema of one stage, or of all of them told apart by ``stage``; for editors."""
     if stage is not None and stage not in STAGES:
         raise RecipeError(f"no stage {stage}; the stages are {', '.join(STAGES)}")
-    anyone = Annotated[SFTRecipe | RewardRecipe | PPORecipe | TRPORecipe | DPORecipe, Field(discriminator="stage")]
+    anyone = Annotated[
+        SFTRecipe | RewardRecipe | PPORecipe | TRPORecipe | DPORecipe | DistillRecipe, Field(discriminator="stage")
+    ]
     schema = TypeAdapter(STAGES[stage] if stage else anyone).json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "kltune recipe", **schema}
 
@@ -217,7 +220,7 @@ def _recipe_key(key: str, fields: list[_Field]) -> RecipeKey:
 
 def _example(key: str, field: _Field) -> str:
     outer = key.split(".")[:-1]
-    beside = _smallest(field.section) if "kind" in field.section.model_fields else {}
+    beside = _smallest(field.section) if outer else {}
     entry: Any = {**beside, field.name: _likely(field)}
     for name in reversed(outer):
         entry = {name: [entry] if name == "reward" else entry}

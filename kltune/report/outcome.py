@@ -27,6 +27,7 @@ BEFORE_AND_AFTER = {      # what is compared between reference and policy
     "gold score": "eval/gold_mean",
     "score, sd of the reference's": "eval/score_z",
     "gold score, sd of the reference's": "eval/gold_z",
+    "KL to the teacher, nats": "eval/kl_teacher_nats_per_response",
     "different tokens (distinct-1)": "eval/distinct_1",
     "different pairs of tokens (distinct-2)": "eval/distinct_2",
     "the same, adjusted for length": "eval/distinct_2_adjusted",

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kltune.recipe.faults import visible
-from kltune.run.screen import interval, with_error
+from kltune.run.screen import interval, number, with_error
 
 MARKED = 0.3            # nats at a token from which it is marked
 TERMINAL_SHADES = ((1.0, "1;31"), (MARKED, "31"), (0.05, "33"))      # least nats, and the colour from there on
@@ -215,6 +215,22 @@ def sample_heading(document: dict[str, Any], *, colour: bool = False) -> str:
         f"{document['max_new_tokens']} tokens · seed {document['seed']} · the same random numbers for both\n"
         f"KL in nats: of the policy to the reference on its words, and the other way round; tokens {marked}"
     )
+
+
+def compare_text(document: dict[str, Any]) -> str:
+    """Who wins how often, and how sure that is."""
+    first, second = (visible(document[side]["checkpoint"]) for side in ("first", "second"))
+    low, high = document["ci"]
+    verdict = f"{first} is preferred" if low > 0.5 else f"{second} is preferred" if high < 0.5 else "undecided"
+    lengths = " · ".join(number(document[side]["tokens"], 1) for side in ("first", "second"))
+    return "\n".join([
+        f"win rate of {first} over {second}: {number(100 * document['win_rate'], 1)} % "
+        f"({document['confidence']:.0%}: {number(100 * low, 1)} to {number(100 * high, 1)}), a tie counting half: "
+        f"{verdict}",
+        f"{document['wins']} wins, {document['ties']} ties, {document['losses']} losses over {document['prompts']} "
+        f"prompts, by {visible(document['judge'])}",
+        f"tokens per response: {lengths}",
+    ])
 
 
 def answers_text(entry: dict[str, Any], *, colour: bool = False) -> str:

@@ -75,10 +75,9 @@ def wanted_loggers(loggers: str | Sequence[str]) -> tuple[str, ...]:
         return tuple(name for name in AUTOMATIC if _is_installed(name))
     absent = [name for name in loggers if not _is_installed(name)]
     if absent:
-        extras = ",".join(absent)
         raise RecipeError(
             f"run.loggers: {', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed; "
-            f"pip install 'kltune[{extras}]', or leave it out (metrics.jsonl is always written)."
+            f"pip install {' '.join(absent)}, or leave it out (metrics.jsonl is always written)."
         )
     return tuple(dict.fromkeys(loggers))
 

@@ -8,9 +8,10 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-ALL = ("sft", "reward", "ppo", "trpo", "dpo")
-POLICIES = ("sft", "ppo", "trpo", "dpo")      # that train a policy, whose answers they evaluate
-BUDGETED = ("ppo", "trpo", "dpo")             # that hold a KL budget, on answers of every step
+ALL = ("sft", "reward", "ppo", "trpo", "dpo", "distill")
+POLICIES = ("sft", "ppo", "trpo", "dpo", "distill")      # that train a policy, whose answers they evaluate
+BUDGETED = ("ppo", "trpo", "dpo", "distill")             # that hold a KL budget, on answers of every step
+SCORED = ("ppo", "trpo", "dpo")               # whose responses have a score
 LEARNT = ("sft", "reward", "dpo")           # that learn from rows of data
 SHARE, ABOVE_0, ANY = "0 to 1", "0 or above", "any number"
 
@@ -47,16 +48,30 @@ METRICS = (
     Metric("kl/ref_k1_nats_per_response", "nats per response", "any number; below 0 by chance", BUDGETED, 5.88,
            "KL(policy‖reference) of the step's responses from the sampled tokens alone, log π − log ρ (k1): noisier, "
            "and within its error of the exact one"),
-    Metric("kl/beta", "score per nat; dpo: loss ÷ dpo.beta per nat", ABOVE_0, BUDGETED, 0.15,
-           "price of one nat of KL(policy‖reference) in this step"),
+    Metric("kl/beta", "score per nat; dpo: loss ÷ dpo.beta per nat; distill: nats per nat", ABOVE_0, BUDGETED, 0.15,
+           "price of one nat of KL(policy‖reference) in this step; distill: beside one of KL(policy‖teacher)"),
     Metric("kl/beta_feed_forward", "score per nat", ABOVE_0, ("ppo", "trpo"), 0.17,
            "the price at which scores as far apart as this step's would hold an ideal policy at the target"),
     Metric("kl/step_nats_per_response", "nats per response", ABOVE_0, BUDGETED, 0.08,
            "KL(old‖new): how far the step's updates moved the policy (ppo: k3, before the last minibatch's update; "
-           "trpo: exact, 0 if no step was accepted; dpo: k3, where there is a target or a cap)"),
-    Metric("kl/step_limit_nats_per_response", "nats per response", ABOVE_0, ("ppo", "dpo"), 0.1,
+           "trpo: exact, 0 if no step was accepted; dpo: k3, where there is a target or a cap; distill: as ppo)"),
+    Metric("kl/teacher_nats_per_response", "nats per response", ABOVE_0, ("distill",), 3.1,
+           "KL(policy‖teacher) of the step's responses, exact over the vocabulary at each position"),
+    Metric("kl/teacher_stderr", "nats per response", ABOVE_0, ("distill",), 0.1,
+           "standard error of kl/teacher_nats_per_response"),
+    Metric("distill/loss", "nats per response", ANY, ("distill",), 2.4,
+           "KL(policy‖teacher) and what KL(policy‖reference) costs beside it, as a mixture: their sum ÷ (1 + kl/beta)"),
+    Metric("distill/grad_norm", "norm", ABOVE_0, ("distill",), 0.8,
+           "norm of the gradient before clipping to optim.max_grad_norm, mean over the step's minibatches"),
+    Metric("distill/minibatches", "updates", "1 or above", ("distill",), 1,
+           "updates made in the step; fewer than planned where it came to its limit"),
+    Metric("eval/kl_teacher_nats_per_response", "nats per response", ABOVE_0, ("distill",), 3.0,
+           "KL(policy‖teacher) on the answers, exact", of_reference=True),
+    Metric("eval/kl_teacher_stderr", "nats per response", ABOVE_0, ("distill",), 0.1,
+           "standard error of eval/kl_teacher_nats_per_response", of_reference=True),
+    Metric("kl/step_limit_nats_per_response", "nats per response", ABOVE_0, ("ppo", "dpo", "distill"), 0.1,
            "how far the step might move the policy, by what is left to the target or the cap; null without either"),
-    Metric("kl/score_correlation", "none", "−1 to 1", BUDGETED, 0.4,
+    Metric("kl/score_correlation", "none", "−1 to 1", SCORED, 0.4,
            "correlation of score and log π − log ρ over responses: near 1 the KL is spent on the score, near 0 it is "
            "drift"),
     Metric("kl/cap_rollbacks", "times", ABOVE_0, BUDGETED, 0,
@@ -75,9 +90,9 @@ METRICS = (
     Metric("sampler/kl_stderr", "nats per token", ABOVE_0, ("ppo", "trpo", "dpo"), 1e-10,
            "standard error of sampler/kl_nats_per_token; null for one prompt"),
     # scores and responses of the step
-    Metric("score/mean", "score", ANY, ("reward", *BUDGETED), 1.5,
+    Metric("score/mean", "score", ANY, ("reward", *SCORED), 1.5,
            "mean score of the step's responses, missing-end penalty included; reward: of the batch's rows"),
-    Metric("score/sd", "score", ABOVE_0, BUDGETED, 0.8, "standard deviation of the step's scores"),
+    Metric("score/sd", "score", ABOVE_0, SCORED, 0.8, "standard deviation of the step's scores"),
     Metric("policy/entropy_nats_per_token", "nats per token", "0 to log(vocabulary)", BUDGETED, 2.1,
            "mean entropy of the policy's next-token distributions on the step's responses"),
     Metric("policy/first_gap_nats_per_token", "nats per token", ABOVE_0, ("ppo", "trpo"), 2e-7,
@@ -85,6 +100,8 @@ METRICS = (
            "they were sampled: rounding that depends on the batch"),
     Metric("policy/first_gap_largest_nats", "nats", ABOVE_0, ("ppo", "trpo"), 2e-6,
            "the largest of the differences that policy/first_gap_nats_per_token is the mean of"),
+    Metric("policy/entropy_price", "score per nat", ABOVE_0, ("ppo",), 0.05,
+           "with ppo.entropy_floor: what a nat of entropy earns in this step; 0 far above the floor"),
     Metric("response/tokens", "tokens per response", "1 to sampling.max_new_tokens", BUDGETED, 46.2,
            "mean length of the step's responses, end token included"),
     Metric("response/truncated_fraction", "share", SHARE, BUDGETED, 0.1,
@@ -95,8 +112,8 @@ METRICS = (
     Metric("accuracy/mean", "share", SHARE, ("reward", "dpo"), 0.65,
            "share of the batch's pairs the right way round, a tie counting half; dpo: whose chosen response gained "
            "more on the reference (null for kto, bco); reward: that scores higher"),
-    Metric("optim/lr", "none", ABOVE_0, ("sft", "reward", "ppo", "dpo"), 0.0001,
-           "learning rate of this step; ppo, dpo: the schedule's, or less where that would pass the step's limit"),
+    Metric("optim/lr", "none", ABOVE_0, ("sft", "reward", "ppo", "dpo", "distill"), 0.0001,
+           "learning rate; ppo, dpo, distill: the schedule's, or less where it would pass the step's limit"),
     Metric("sft/grad_norm", "norm", ABOVE_0, ("sft",), 1.1,
            "norm of the gradient before clipping to optim.max_grad_norm"),
     Metric("sft/tokens", "tokens", "1 or above", ("sft",), 2048,
@@ -191,13 +208,13 @@ METRICS = (
            "(k3); in bfloat16 about 1e-4 to 1e-3 nats a token"),
     Metric("eval/truncated_fraction", "share", SHARE, POLICIES, 0.1,
            "share of the answers cut at sampling.max_new_tokens before they ended"),
-    Metric("eval/score_mean", "score", ANY, ("reward", *BUDGETED), 1.6,
+    Metric("eval/score_mean", "score", ANY, ("reward", *SCORED), 1.6,
            "mean score of the answers; reward: of the held-out rows' responses", of_reference=True),
-    Metric("eval/score_stderr", "score", ABOVE_0, BUDGETED, 0.09,
+    Metric("eval/score_stderr", "score", ABOVE_0, SCORED, 0.09,
            "standard error of eval/score_mean", of_reference=True),
-    Metric("eval/score_z", "sd of the reference's scores", ANY, BUDGETED, 1.2,
+    Metric("eval/score_z", "sd of the reference's scores", ANY, SCORED, 1.2,
            "eval/score_mean less the reference's own, in standard deviations of its scores", of_reference=True),
-    Metric("eval/score_z_stderr", "sd of the reference's scores", ABOVE_0, BUDGETED, 0.07,
+    Metric("eval/score_z_stderr", "sd of the reference's scores", ABOVE_0, SCORED, 0.07,
            "standard error of eval/score_z", of_reference=True),
     Metric("eval/gold_mean", "gold score", ANY, POLICIES, -0.9,
            "mean score of the answers by eval.gold, which is never trained on", of_reference=True),
@@ -207,7 +224,7 @@ METRICS = (
            "eval/gold_mean less the reference's own, in standard deviations of its gold scores", of_reference=True),
     Metric("eval/gold_z_stderr", "sd of the reference's gold scores", ABOVE_0, POLICIES, 0.08,
            "standard error of eval/gold_z", of_reference=True),
-    Metric("eval/gold_gap", "sd of the reference's scores", ANY, BUDGETED, 0.7,
+    Metric("eval/gold_gap", "sd of the reference's scores", ANY, SCORED, 0.7,
            "eval/score_z − eval/gold_z: how far the score has run ahead of gold", of_reference=True),
     Metric("eval/distinct_1", "share", SHARE, POLICIES, 0.2,
            "different tokens as a share of all, first 50 tokens of each answer", of_reference=True),
@@ -279,7 +296,7 @@ METRICS = (
     # where the time goes
     Metric("time/step_seconds", "seconds", ABOVE_0, ALL, 3.2, "the whole step by wall clock"),
     Metric("time/sample_seconds", "seconds", ABOVE_0, BUDGETED, 1.4, "sampling responses and measuring their KL"),
-    Metric("time/score_seconds", "seconds", ABOVE_0, BUDGETED, 0.2, "scoring or comparing responses"),
+    Metric("time/score_seconds", "seconds", ABOVE_0, SCORED, 0.2, "scoring or comparing responses"),
     Metric("time/update_seconds", "seconds", ABOVE_0, ALL, 1.5, "updates of the weights"),
     Metric("time/eval_seconds", "seconds", ABOVE_0, ALL, 8.0, "evaluation on held-out data"),
     Metric("responses_per_second", "responses per second", ABOVE_0, BUDGETED, 20.0,

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from kltune.recipe.faults import redact, visible
 
 SILENCE_SECONDS = 4.0       # that a user waits at most before a line says what is being done
+FIRST_SECONDS = 1.5         # the same, from the start of a command
 ABSENT = "–"
 DIGITS = 4      # of the largest number in a column of equal places, at most; three places are always allowed
 
@@ -77,15 +78,15 @@ def signs_of_life(
     over = threading.Event()
 
     def watch() -> None:
-        wait = silence
+        limit = wait = min(silence, FIRST_SECONDS)
         while not over.wait(wait):
             now = time.monotonic()
-            wait = heard() + silence - now
+            wait = heard() + limit - now
             if wait <= 0.0:
                 progress = f": {_Now.progress}" if _Now.progress else ""
                 if _Now.what:
                     say(f"{_Now.what}{progress}, {duration(round(now - _Now.since))} so far\n")
-                wait = silence
+                limit = wait = silence
 
     thread = threading.Thread(target=watch, name="signs of life", daemon=True)
     thread.start()

@@ -50,7 +50,7 @@ from kltune.run.optimizer import accumulate, guarded_step, make_optimizer, set_l
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
 from kltune.train.alarms import Alarms
-from kltune.train.batch import Batch, moved_since, sample_batch
+from kltune.train.batch import Batch, moved_since, rounding_of, sample_batch
 from kltune.train.budget import LOSS_PULL, Budget
 from kltune.train.learner import ALARMS, SCORER, Job, Learner, Part, make_job
 from kltune.train.loop import Taken, enforce_cap, load_data, step_size, take_steps
@@ -202,7 +202,7 @@ def take_step(job: Job, learner: Learner, step: int, pairs: Preferences | None) 
         part = pairs.select(positions(recipe, pairs, step))
     if part is not None:
         limited = not math.isinf(room)
-        rounding = moved_since(learner.policy, batch.rollout, recipe) if limited else 0.0
+        rounding = rounding_of(batch.rollout) if limited else 0.0
         update |= improve(job, learner, part, batch if priced else None, step)
         if limited:
             moved = max(moved_since(learner.policy, batch.rollout, recipe) - rounding, 0.0)

@@ -8,15 +8,18 @@ section 2.2 (KL in the reward, and a target for it).
 """
 
 import math
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from torch import Tensor
 
+from kltune.core.control.controllers import LogPI
 from kltune.core.kl.divergence import kl_k3
+from kltune.core.objectives.group_losses import averaged, sequence_logprobs, weighted_policy_loss
 from kltune.core.objectives.losses import clip_fraction, clipped_policy_loss, exact_kl_loss, k2_kl_loss
-from kltune.core.tensors import expect_finite, per_response
+from kltune.core.tensors import expect_finite, masked_mean, per_response
 from kltune.lm.model.batches import response_scatter
 from kltune.lm.model.opening import check_first_ratio, rounding_metrics
 from kltune.lm.model.policy import Policy
@@ -26,14 +29,66 @@ from kltune.run.optimizer import accumulate, guarded_step, make_optimizer, set_l
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
 from kltune.train.alarms import Alarms
-from kltune.train.batch import moved_since, sample_batch
+from kltune.train.batch import Batch, moved_since, rounding_of, sample_batch
 from kltune.train.budget import Budget
-from kltune.train.experience import Experience, compute_advantages, explained_variance, rescaled, whitened
+from kltune.train.experience import (
+    Experience,
+    compute_advantages,
+    explained_variance,
+    rescaled,
+    spread_of,
+    whitened,
+)
 from kltune.train.learner import ALARMS, SCORER, VALUES, Job, Learner, make_job
 from kltune.train.loop import Taken, add_value_function, enforce_cap, load_data, schedule_share, step_size, take_steps
 from kltune.train.value_function import ValueFunction, unit_of_values
 
 STOP = 1.5  # times ppo.stop_step_kl: minibatches scatter
+ENTROPY_KP, ENTROPY_KI = 3.0, 0.5       # an entropy moves by shares of itself where a KL doubles
+ENTROPY = "entropy_floor"       # the stage's own part of a learner
+NEAR_FLOOR = 1.1        # times the floor: from here on entropy has a price, until that is as low as it gets
+
+
+@dataclass(frozen=True)
+class EntropyFloor:
+    """The price of entropy: the controller of the KL's, which holds floor / entropy at 1 from above."""
+
+    floor: float
+    controller: LogPI
+    active: bool = False
+    moves: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, recipe: PPORecipe) -> Self:
+        """The floor of a recipe, far from which nothing is paid."""
+        bounds = {"beta_min": recipe.kl.beta_min, "beta_max": recipe.kl.beta_max}
+        gains = {"kp": ENTROPY_KP, "ki": ENTROPY_KI, "look_ahead": 0.0, "plan": 1.0}
+        return cls(recipe.ppo.entropy_floor, LogPI(None, **gains, **bounds, near=1, arrived=True))
+
+    def observed(self, entropy: float, pull: float, responses: int) -> Self:
+        """After a batch of such an entropy, nats per token, whose scores pull as far apart."""
+        near = entropy < NEAR_FLOOR * self.floor
+        if not (near or self.active):
+            return self
+        controller = self.controller.updated(self.floor / entropy, 1.0, pull=pull, responses=responses)
+        return replace(self, controller=controller, active=near or not controller.at_bottom())
+
+    @property
+    def price(self) -> float:
+        """What a nat of entropy earns, score per nat."""
+        return self.controller.beta if self.active else 0.0
+
+    def state(self) -> dict[str, Any]:
+        """See ``Part.state``."""
+        return {"controller": asdict(self.controller), "active": self.active}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See ``Part.tensors``."""
+        return {}
+
+    def restored(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """See ``Part.restored``."""
+        return replace(self, controller=LogPI(**state["controller"]), active=state["active"])
 
 
 def run_ppo(recipe: PPORecipe, resume: bool) -> dict[str, Any]:
@@ -59,6 +114,8 @@ def make_learner(recipe: PPORecipe, policy: Policy, run: Run, steps: int) -> Lea
     updates = recipe.ppo.epochs * responses // recipe.ppo.minibatch_size
     budget = Budget.of(recipe.kl, steps, updates_per_step=updates)
     learner = Learner(policy, budget=budget, parts={ALARMS: Alarms()})
+    if recipe.ppo.entropy_floor is not None:
+        learner.parts[ENTROPY] = EntropyFloor.of(recipe)
     add_value_function(recipe, recipe.ppo, learner)
     learner.optimizers["policy"] = make_optimizer(policy.trainable_parameters(), recipe.optim, "policy")
     learner.parts[SCORER] = load_scorer(recipe.reward, recipe.folder, policy.device, policy, run.answers)
@@ -75,21 +132,35 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
     update: dict[str, float | None] = {"optim/lr": lr}
     if not went_back:
         learner.budget = learner.budget.priced(batch.rollout, batch.kl, pull=batch.spread)
+        update |= price_entropy(learner, batch)
         experience = compute_advantages(
             batch, learner.budget.price, ppo, per_prompt=recipe.sampling.responses_per_prompt,
             placement=recipe.kl.placement, unit=unit_of_values(learner),
+            entropy_price=update.get("policy/entropy_price", 0.0),
         )
         update |= {"ppo/value_explained": explained_variance(experience)}
         if ppo.baseline == "value" and recipe.kl.placement == "reward":
             experience = whitened(experience, batch.scores)
-        elif ppo.baseline == "rloo":
+        elif ppo.baseline in ("rloo", "dr_grpo"):
             experience = rescaled(experience, batch.spread)
+        elif ppo.baseline == "reinforce_pp":
+            experience = rescaled(experience, spread_of(experience, batch.scores))
         if VALUES in learner.optimizers:
             value_lr = schedule_share(job, step) * (ppo.value_lr or recipe.optim.lr)
             set_learning_rate(learner.optimizers[VALUES], value_lr)
         update |= improve(recipe, learner, experience, lr=lr, room=room, rng=job.run.rng("minibatches", step))
         clock.lap("update")
     return Taken(update, clock, batch, went_back)
+
+
+def price_entropy(learner: Learner, batch: Batch) -> dict[str, float]:
+    """Let the entropy's price hear of a batch; nothing where there is no floor."""
+    if ENTROPY not in learner.parts:
+        return {}
+    entropy = masked_mean(batch.rollout.entropy, batch.rollout.response_mask).item()
+    floor = learner.parts[ENTROPY].observed(entropy, batch.spread, len(batch.rollout.lengths))
+    learner.parts[ENTROPY] = floor
+    return {"policy/entropy_price": floor.price}
 
 
 def improve(
@@ -113,12 +184,12 @@ def improve(
     steps: list[dict[str, float]] = []
     fits: list[dict[str, float]] = []
     gaps: list[Tensor] = []
-    moved, rounding, rests = 0.0, 0.0, False
+    moved, rounding, rests = 0.0, rounding_of(experience.rollout), False
     for part in parts:
         if not rests:
             most = limit + rounding if steps else math.inf
             measured, stats = policy_step(recipe, learner, part, None if steps else gaps, limit=most)
-            rounding = rounding if steps else measured      # before any update; in bfloat16 it is as much as a step
+            rounding = rounding if steps else max(rounding, measured)       # before any update it is nothing else
             moved, rests = max(measured - rounding, 0.0), stats is None
             steps += [] if rests else [stats]
         if VALUES in learner.parts:
@@ -129,14 +200,14 @@ def improve(
     if planned == 1:
         made, moved = 1, max(moved_since(learner.policy, part.rollout, recipe) - rounding, 0.0)
     learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, made / planned))
-    return averaged(steps) | averaged(fits) | rounding_metrics(gaps) | {
+    return mean_of(steps) | mean_of(fits) | rounding_metrics(gaps) | {
         "kl/step_nats_per_response": moved,
         "kl/step_limit_nats_per_response": None if math.isinf(limit) else limit,
         "ppo/minibatches": float(len(steps)),
     }
 
 
-def averaged(done: list[dict[str, float]]) -> dict[str, float]:
+def mean_of(done: list[dict[str, float]]) -> dict[str, float]:
     """Means over the minibatches of one step; nothing of none."""
     return {name: sum(stats[name] for stats in done) / len(done) for name in (done[0] if done else ())}
 
@@ -162,12 +233,11 @@ def policy_step(
         nats, found = per_response(kl_k3(old.logprobs, logprobs.detach(), mask), mask).sum(), ()
         if gaps is not None:
             found = (check_first_ratio(logprobs, old, policy),)
-            old = replace(old, logprobs=logprobs.detach())
-        loss = clipped_policy_loss(logprobs, old.logprobs, piece.advantages, mask, recipe.ppo.clip_range, tokens)
-        clipped = clip_fraction(logprobs, old.logprobs, mask, recipe.ppo.clip_range, tokens)
+            piece = replace(piece, rollout=replace(old, logprobs=logprobs.detach()))
+        loss, clipped = policy_loss(recipe, logprobs, piece, tokens=tokens, rows=rows)
         # The clipped loss averages over tokens, the KL is per response: rows / tokens puts both on one scale.
-        whole = loss + piece.kl_weight * kl_loss * len(micro) / tokens
-        return whole, loss, clipped, nats, *found
+        per = rows * recipe.sampling.max_new_tokens if recipe.ppo.average == "limit" else tokens
+        return loss + piece.kl_weight * kl_loss * len(micro) / per, loss, clipped, nats, *found
 
     micros = policy.micro_batches(part.rollout, recipe.optim.micro_batch_size)
     told = accumulate(policy.network, policy.trainable_parameters().values(), micros, one, "policy")
@@ -183,6 +253,26 @@ def policy_step(
         return moved, None
     norm = guarded_step(learner.optimizers["policy"], recipe.optim.max_grad_norm, "policy")
     return moved, sums | {"ppo/policy_grad_norm": norm}
+
+
+def policy_loss(
+    recipe: PPORecipe, logprobs: Tensor, piece: Experience, *, tokens: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """The loss that the recipe names on a micro-batch, and the share of the minibatch's tokens that it clips.
+
+    tokens, rows: of the whole minibatch.
+    """
+    ppo, old, mask = recipe.ppo, piece.rollout.logprobs, piece.rollout.response_mask
+    advantages = averaged(
+        piece.advantages, mask, ppo.average, tokens=tokens, responses=rows, limit=recipe.sampling.max_new_tokens
+    )
+    if ppo.loss == "sequence":
+        logprobs = sequence_logprobs(logprobs, old, mask)
+    clipped = clip_fraction(logprobs, old, mask, ppo.clip_range, tokens, ppo.clip_range_high)
+    if ppo.loss == "cispo":
+        high = ppo.clip_range_high or ppo.clip_range
+        return weighted_policy_loss(logprobs, old, advantages, mask, ppo.clip_range, high, tokens), clipped
+    return clipped_policy_loss(logprobs, old, advantages, mask, ppo.clip_range, tokens, ppo.clip_range_high), clipped
 
 
 def current_logprobs(recipe: PPORecipe, policy: Policy, part: Experience) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """What does a checkpoint say, and what did its reference: side by side, same random numbers, with the KL of each.
 
+``kltune compare`` has a judge say which of two it prefers, and counts.
+
 Two models that are given the same random numbers say the same as far as they agree; where they part, and how far apart
 they are at every token, is what a number like 6 nats per response looks like.
 """
@@ -8,14 +10,24 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from kltune.errors import RecipeError
+import torch
+from torch import Tensor
+
+from kltune.core.kl.intervals import clustered_share
+from kltune.errors import DataError, RecipeError
 from kltune.lm.data.forms import PROMPT_FORMS, FormOfFile, prompt_of
 from kltune.lm.data.rows import read_rows
 from kltune.lm.measure.breakdown import transcript
 from kltune.lm.measure.measurement import Measurement, Round, answer_both
+from kltune.lm.model.batches import Samples
 from kltune.lm.model.policy import Policy
+from kltune.lm.model.sampler import sample as draw_responses
+from kltune.lm.rewards.judge import Judge
+from kltune.lm.rewards.scorers import load_scorer, name_of
+from kltune.recipe import REFERENCE, RewardEntry, asks_for_pairs
 from kltune.run.saved_policy import (
     MeasureOptions,
     Settings,
@@ -88,6 +100,89 @@ def open_speaker(checkpoint: str, options: SampleOptions) -> Speaker:
         template = options.template or template_of_typed(policy, settings)
         settings = replace(settings, data=settings.data.model_copy(update={"template": template}))
     return Speaker(subject.path, policy, settings, options)
+
+
+@dataclass(frozen=True)
+class CompareOptions(MeasureOptions):
+    """The command's options. judge: who prefers one of two responses, or scores them."""
+
+    judge: RewardEntry | None = None
+
+
+def compare(first: str, second: str, options: CompareOptions) -> dict[str, Any]:
+    """``kltune compare``: how often a judge prefers the answers of one checkpoint to another's, or its reference's.
+
+    Both answer the same prompts with the same random numbers. A judge is asked in both orders; contradicting itself is
+    a tie, as are equal answers, of which nobody is asked. A scorer prefers the higher score.
+
+    Returns:
+        The JSON document; the interval of the win rate, in which a tie counts half, is by prompt.
+
+    Raises:
+        RecipeError: no prompts are known. CheckpointError, ModelError, DataError, ScorerError, JudgeError.
+    """
+    names = [first] if second == REFERENCE else [first, second]
+    subjects = [find_checkpoint(name, options) for name in names]
+    settings = resolve_settings(subjects, options)
+    policy = open_subject(subjects[0], options)
+    mine, clusters = answers(policy, settings, options.seed)
+    if second == REFERENCE:
+        with policy.reference():
+            theirs, _ = answers(policy, settings, options.seed)
+    else:
+        theirs, _ = answers(open_subject(subjects[1], options), settings, options.seed)
+    if [text for part in mine for text in part.prompts] != [text for part in theirs for text in part.prompts]:
+        raise DataError(f"{settings.prompts}: {first} and {second} keep other rows of it: their answers do not pair.")
+    preferred = preferences(policy, options.judge, mine, theirs)
+    rate, low, high = clustered_share(preferred, clusters, options.confidence)
+    return {
+        "schema": "kltune.compare/1",
+        "first": {"checkpoint": first, "tokens": mean_tokens(mine)},
+        "second": {"checkpoint": second, "tokens": mean_tokens(theirs)},
+        "reference": policy.fingerprint.as_dict(),
+        "judge": name_of(options.judge),
+        "temperature": settings.temperature,
+        "max_new_tokens": settings.max_new_tokens,
+        "seed": options.seed,
+        "prompts": clusters.unique().numel(),
+        "pairs": len(preferred),
+        "wins": int((preferred > 0.5).sum()),
+        "ties": int((preferred == 0.5).sum()),
+        "losses": int((preferred < 0.5).sum()),
+        "win_rate": rate,
+        "confidence": options.confidence,
+        "ci": (low, high),
+    }
+
+
+def answers(policy: Policy, settings: Settings, seed: int) -> tuple[list[Samples], Tensor]:
+    """What the policy as it is says to the prompts, in parts, and which prompt each response answers. [B]"""
+    answered = Round.of(measured_prompts(policy, settings), settings.responses, seed)
+    parts = answered.parts(settings.draw(seed))
+    said = [draw_responses(policy, some, numbers, temperature=settings.temperature) for some, numbers, _ in parts]
+    return said, answered.prompt_index()
+
+
+def preferences(policy: Policy, entry: RewardEntry, mine: list[Samples], theirs: list[Samples]) -> Tensor:
+    """How much each answer of ours is preferred to theirs, from 0 to 1; ½ where they are equal. [B]"""
+    prompts, ours = ([text for part in mine for text in getattr(part, name)] for name in ("prompts", "responses"))
+    others = [text for part in theirs for text in part.responses]
+    if not asks_for_pairs(entry):
+        scorer = load_scorer([entry], Path.cwd(), policy.device, policy)
+        ahead = scorer(prompts, ours, mine) - scorer(prompts, others, theirs)
+        return 0.5 + 0.5 * ahead.double().sign()
+    judge = Judge(entry, name_of(entry))
+    print(judge.note, file=sys.stderr)
+    apart = [row for row, (one, other) in enumerate(zip(ours, others, strict=True)) if one != other]
+    found = torch.full((len(ours),), 0.5, dtype=torch.float64)
+    asked = ([side[row] for row in apart] for side in (prompts, ours, others))
+    found[apart] = torch.tensor(judge.preferences(*asked), dtype=torch.float64)
+    return found
+
+
+def mean_tokens(said: list[Samples]) -> float:
+    """Tokens of a response, end token included."""
+    return torch.cat([part.lengths for part in said]).double().mean().item()
 
 
 def template_of_typed(policy: Policy, settings: Settings) -> str:

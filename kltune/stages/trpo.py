@@ -46,7 +46,7 @@ from kltune.run.optimizer import set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
 from kltune.train.alarms import Alarms
-from kltune.train.batch import Batch, sample_batch
+from kltune.train.batch import Batch, rounding_of, sample_batch
 from kltune.train.budget import Budget
 from kltune.train.experience import Experience, centred, compute_advantages, explained_variance
 from kltune.train.learner import ALARMS, SCORER, VALUES, Job, Learner, make_job
@@ -290,7 +290,7 @@ def effect(learner: Learner, batch: Batch, experience: Experience, move: StepKL)
         return Trial(math.nan, math.nan)
     rows = len(mask)
     gain = surrogate(logprobs, rollout.logprobs, experience.advantages, mask, rows).item()
-    size = per_response(step_kl, mask).mean().item()
+    size = max(per_response(step_kl, mask).mean().item() - rounding_of(rollout), 0.0)
     if budget.cap is None or not math.isfinite(size):
         return Trial(size, gain)
     carried = carried_ref_kl(ref_kl, logprobs, rollout.logprobs, mask)

@@ -122,12 +122,21 @@ def kl_of(rollout: Rollout) -> KLSummary:
     return summarize(name, response_kl(rollout), rollout.lengths, cluster_numbers(rollout.prompts))
 
 
+def rounding_of(rollout: Rollout) -> float:
+    """KL between two roundings of one policy, nats per response: what no step that is measured can be told from.
+
+    It is that of sampling and measuring. Before an update a pass may round as the one before, so that nothing shows;
+    after the least of updates everything is rounded anew. In bfloat16 that was 0.022 nats per response of 48 tokens of
+    stories260K at any change of the weights from 1e-4 on, and this says 0.025; as a step's own it would stop a run.
+    """
+    return 0.0 if rollout.rounding is None else per_response(rollout.rounding, rollout.response_mask).mean().item()
+
+
 @torch.no_grad()
 def moved_since(policy: Policy, rollout: Rollout, recipe: BudgetRecipe) -> float:
     """How far updates have moved a policy since it sampled a batch: KL(old ‖ new) by k3, nats per response.
 
-    On the first few responses: it is read for its order of magnitude. Before any update it is what rounding makes of
-    it, which in bfloat16 is as much as a short step.
+    On the first few responses: it is read for its order of magnitude. ``rounding_of`` them is in it.
     """
     rows = min(MOVED_RESPONSES, len(rollout.lengths))
     some = rollout.select(torch.arange(rows, device=rollout.lengths.device))

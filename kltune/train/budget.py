@@ -65,32 +65,34 @@ class Budget:
     rollbacks: int = 0
     refusals: int = 0
     course: tuple[float, ...] = ()
+    inherent: float = 0.0
     moves: ClassVar[bool] = False
 
     @classmethod
-    def of(cls, section: KLSection, steps: int, updates_per_step: int = 1) -> Self:
+    def of(cls, section: KLSection, steps: int, updates_per_step: int = 1, inherent: float = 0.0) -> Self:
         """The budget of a recipe; the controller looks ahead in updates, of which a step makes so many, and plans."""
-        beta = None if section.beta == "auto" else float(section.beta)
-        bounds = {"beta_min": section.beta_min, "beta_max": section.beta_max}
+        beta = None if section.beta == "auto" else inherent + float(section.beta)
+        bounds = {"beta_min": inherent + section.beta_min, "beta_max": inherent + section.beta_max}
         ahead = section.look_ahead / updates_per_step
         gains = {"kp": section.kp, "ki": section.ki, "look_ahead": ahead, "plan": PLAN * steps}
         if section.control == "fixed":
-            least = max(beta, section.beta_min)
+            least = max(beta, inherent + section.beta_min)
             # Nothing to look ahead for: where it begins is the cap, and what the KL did before was at another price.
             gains |= {"ki": 2.0 * section.ki, "look_ahead": 0.0}
-            bounds = {"beta_min": least, "beta_max": max(least, section.beta_max)}
+            bounds = {"beta_min": least, "beta_max": max(least, inherent + section.beta_max)}
             below_cap = LogPI(beta, **gains, **bounds, limit=WIDE, near=1, arrived=True)
-            return cls(section, FixedBeta(beta), steps, below_cap)
+            return cls(section, FixedBeta(float(section.beta)), steps, below_cap, inherent=inherent)
         if section.controller == "ziegler":
-            return cls(section, Ziegler(beta, horizon=section.horizon, **bounds), steps)
+            return cls(section, Ziegler(beta, horizon=section.horizon, **bounds), steps, inherent=inherent)
         if section.controller == "dual":
-            return cls(section, Dual(beta, lr=section.dual_lr, **bounds), steps)
-        return cls(section, LogPI(beta, fixed_feed_forward=beta, **gains, **bounds), steps)
+            return cls(section, Dual(beta, lr=section.dual_lr, **bounds), steps, inherent=inherent)
+        return cls(section, LogPI(beta, fixed_feed_forward=beta, **gains, **bounds), steps, inherent=inherent)
 
     @property
     def price(self) -> float:
-        """What one nat of KL(policy ‖ reference) per response costs now, unit of score."""
-        return self.controller.beta
+        """What one nat of KL(policy ‖ reference) per response costs now beside what is inherent, unit of score."""
+        beta = self.controller.beta
+        return beta if beta is None or isinstance(self.controller, FixedBeta) else beta - self.inherent
 
     @property
     def target(self) -> float | None:
@@ -149,7 +151,7 @@ class Budget:
         one: a nat costs no less than halfway between them, in its logarithm.
         """
         ideal = feed_forward(pull, self.cap * self._tokens(rollout))
-        least = math.sqrt(max(self.price, self.section.beta_min) * ideal)
+        least = math.sqrt((self.inherent + max(self.price, self.section.beta_min)) * ideal)
         return replace(self, controller=self._raised(RAISE, least), rollbacks=self.rollbacks + 1)
 
     def refused(self) -> Self:
@@ -230,7 +232,7 @@ class Budget:
     def _raised(self, factor: float, least: float) -> Controller:
         """The controller once the cap was met, the price at least ``factor`` times as high, and ``least``."""
         if isinstance(self.controller, FixedBeta):
-            return replace(self.below_cap, beta=max(factor * self.price, least))
+            return replace(self.below_cap, beta=max(factor * (self.inherent + self.price), least))
         return self.controller.raised(factor, least)
 
     def _tokens(self, rollout: Rollout) -> float:

@@ -34,12 +34,12 @@ from kltune.recipe import Recipe, SamplingSection
 from kltune.run.screen import counted, doing
 from kltune.run.session import Run
 from kltune.train.preferences import Preferences, load_preferences, pair_metrics
+from kltune.train.teacher import Metrics, Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHOWN_PROMPTS = 8      # held-out prompts that a run's page shows before and after
-Metrics = dict[str, float | None]
 Scales = Mapping[str, tuple[float, float]]
 LEAST_SCALE = 1e-6  # of the reference's scores, below which there is no scale to put others on
 
@@ -63,7 +63,8 @@ class Reference:
 class HeldOut:
     """What a policy is evaluated on, and how it responds there. notes: one line on each file that was read.
 
-    gold: a scorer that is never trained on. seed: the same for every evaluation of a run, so that they are paired.
+    gold: a scorer that is never trained on. teacher: whom the policy imitates. seed: the same for every evaluation of a
+    run, so that they are paired.
     """
 
     prompts: Sequence[Prompt]
@@ -74,6 +75,7 @@ class HeldOut:
     seed: int
     notes: tuple[str, ...] = ()
     pairs: Preferences | None = None
+    teacher: Teacher | None = None
     _references: dict[int, Reference] = field(default_factory=dict)     # by number of responses; once per run
 
     @property
@@ -124,6 +126,8 @@ class HeldOut:
             scores = measured_scores(scorers, measured, self.sampling.missing_end_penalty)
             metrics |= score_metrics("eval/", scores, measured.prompt_index, reference.scales)
             metrics |= text_metrics("eval/", measured, policy.network.vocabulary)
+            if self.teacher is not None:
+                metrics |= self.teacher.held_out("eval/kl_", policy, measured, self.sampling.temperature)
         if self.texts:
             doing("evaluation: held-out texts")
             metrics |= self._tax(policy, reference)
@@ -163,6 +167,11 @@ class HeldOut:
             scales = scales_of(scores)
             metrics |= score_metrics("eval/reference_", scores, measured.prompt_index, scales)
             metrics |= text_metrics("eval/reference_", measured, policy.network.vocabulary)
+            if self.teacher is not None:
+                with policy.reference():
+                    metrics |= self.teacher.held_out(
+                        "eval/reference_kl_", policy, measured, self.sampling.temperature
+                    )
         if self.texts:
             text_nats = reference_nats(policy, self.texts)
             tokens = sum(sum(example.scored) for example in self.texts)
@@ -213,6 +222,13 @@ def gold_result(metrics: Metrics) -> Metrics:
     """What result.json says of the scorer that was never trained on; None without one."""
     names = {"gold": "gold_mean", "gold_stderr": "gold_stderr", "reference_gold": "reference_gold_mean"}
     return {name: metrics.get(f"eval/{metric}") for name, metric in names.items()}
+
+
+def teacher_result(metrics: Metrics) -> Metrics:
+    """What result.json says of the teacher; nothing without one."""
+    names = {"teacher_kl": "kl_teacher_nats_per_response", "teacher_kl_stderr": "kl_teacher_stderr",
+             "reference_teacher_kl": "reference_kl_teacher_nats_per_response"}
+    return {name: metrics[f"eval/{metric}"] for name, metric in names.items() if f"eval/{metric}" in metrics}
 
 
 def before_and_after(

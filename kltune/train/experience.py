@@ -49,12 +49,13 @@ class Experience:
 
 def compute_advantages(
     batch: Batch, beta: float, section: PPOSection | TRPOSection, *, per_prompt: int, placement: str = "reward",
-    unit: tuple[float, float] = (0.0, 1.0),
+    unit: tuple[float, float] = (0.0, 1.0), entropy_price: float = 0.0,
 ) -> Experience:
     """The advantages of a batch, its KL priced in the reward (k1, detached) or left to the loss.
 
     ``value``: GAE on per-token rewards, which the value function counts in a unit of its own. ``rloo``: score − β·U
-    against the mean of the prompt's other answers, U the response's log-ratio. ``grpo``: the score in standard
+    against the mean of the prompt's other answers, U the response's log-ratio. ``dr_grpo``: the same against the mean
+    of all of them; ``reinforce_pp``: and in standard deviations of the whole batch. ``grpo``: the score in standard
     deviations of the prompt's answers, and the price; both from their mean over all of these, so that a nat costs what
     it costs.
 
@@ -65,21 +66,27 @@ def compute_advantages(
         per_prompt: responses to each prompt.
         placement: where the price is paid, "reward" or "loss".
         unit: (mean, sd) of the scores that the value function counts in; its returns are in it, the advantages are not.
+        entropy_price: what a nat of entropy earns, above ``section.entropy_floor`` at each token.
     """
     rollout, scores, baseline = batch.rollout, batch.scores, section.baseline
     expect_finite("what a nat costs", beta)
     mask, in_reward = rollout.response_mask, placement == "reward"
     log_ratio = kl_k1(rollout.logprobs, rollout.ref_logprobs, mask) * in_reward
     kl_weight = 0.0 if in_reward else beta
+    below = torch.zeros_like(log_ratio)
+    if entropy_price > 0.0:     # −log π is a sample of the entropy; held against the floor, no length pays for itself
+        below = entropy_price * torch.where(mask, rollout.logprobs + section.entropy_floor, 0.0)
     if baseline == "value":
         mean, sd = unit
-        rewards = penalize((scores - mean) / sd, log_ratio, beta / sd, mask)
+        rewards = penalize((scores - mean) / sd, log_ratio, beta / sd, mask) - below / sd
         advantages, returns = gae(rewards, rollout.values, mask, section.gamma, section.gae_lambda)
         expect_finite("advantages and returns", advantages, returns)
         return Experience(rollout, sd * advantages, returns, kl_weight)
-    price = beta * per_response(log_ratio, mask)
+    price = beta * per_response(log_ratio, mask) + per_response(below, mask)
     if baseline == "rloo":
         whole = leave_one_out(scores - price, per_prompt)
+    elif baseline in ("dr_grpo", "reinforce_pp"):
+        whole = group_centred(scores - price, per_prompt)
     else:
         whole = group_normalized(scores, per_prompt) - group_centred(price, per_prompt)
     expect_finite("advantages", whole)
@@ -94,6 +101,11 @@ def whitened(experience: Experience, scores: Tensor) -> Experience:
     floor = max(WHITEN_FLOOR * scores.std().item(), 1e-8)
     mask = experience.rollout.response_mask
     return replace(experience, advantages=masked_whiten(experience.advantages, mask, floor))
+
+
+def spread_of(experience: Experience, scores: Tensor) -> float:
+    """Standard deviation of a batch's advantages, of which a response has one; floored as in ``whitened``."""
+    return max(experience.advantages[:, 0].std().item(), WHITEN_FLOOR * scores.std().item())
 
 
 def rescaled(experience: Experience, spread: float) -> Experience:

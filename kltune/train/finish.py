@@ -17,7 +17,7 @@ from kltune.lm.model.opening import check_frozen
 from kltune.report.pages import write_page
 from kltune.run.checkpoint import save_final, saved_step, whole_checkpoints
 from kltune.run.screen import doing
-from kltune.train.evaluation import Metrics, before_and_after, gold_result
+from kltune.train.evaluation import Metrics, before_and_after, gold_result, teacher_result
 from kltune.train.learner import ALARMS, Job, Learner
 
 MORE_RESPONSES = 4  # times as many, where the first measurement of a final state leaves it open, and in a landing
@@ -25,6 +25,7 @@ LANDINGS = 1.0, 0.95, 0.9     # of the cap: where an evaluation does not confirm
 LANDING_SEED = 1_000_003  # beyond the run's own: a landing is not measured on the numbers that it was found on
 UNUSED = {
     "steps": "because the steps ran out: raise run.steps, or write run.until: target to go on until it is met",
+    "teacher": "because the teacher is no further from it: a nat costs as little as it may, and the KL no longer grows",
     "reward": "because the reward pulls no further: a nat costs as little as it may, and the KL no longer grows",
 }
 NEARER = "Train for fewer steps, or with a lower optim.lr"      # where no budget is held
@@ -65,7 +66,8 @@ def finish(job: Job, learner: Learner, steps: int) -> dict[str, Any]:
     told = {"kl": kl, "target": None, "score": None, "perplexity": found.metrics.get("eval/perplexity")}
     if learner.budget is not None:
         told = {"kl": kl} | budget_result(job, learner, found)
-    return conclude(job, learner, steps, found.metrics, samples=shown, told=told | gold_result(found.metrics))
+    told |= gold_result(found.metrics) | teacher_result(found.metrics)
+    return conclude(job, learner, steps, found.metrics, samples=shown, told=told)
 
 
 def budget_result(job: Job, learner: Learner, found: Final) -> dict[str, Any]:
@@ -75,9 +77,10 @@ def budget_result(job: Job, learner: Learner, found: Final) -> dict[str, Any]:
     because = None
     if unused:
         because = "reward" if budget.is_spent() else "steps"
+        why = UNUSED["teacher" if job.recipe.stage == "distill" and because == "reward" else because]
         job.report.say(
             f"final is {budget.describe(found.kl)} from its reference, below the target {budget.target:g}: the rest of "
-            f"the budget is not used, {UNUSED[because]}."
+            f"the budget is not used, {why}."
         )
     return {
         "final_step": found.step,

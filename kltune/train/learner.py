@@ -17,7 +17,7 @@ from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
 from kltune.lm.rewards.reward_model import RewardModel
 from kltune.lm.rewards.scorers import Scorer
-from kltune.recipe import DPORecipe, PPORecipe, Recipe, TRPORecipe
+from kltune.recipe import DistillRecipe, DPORecipe, PPORecipe, Recipe, TRPORecipe
 from kltune.recipe.stages import prompts_source
 from kltune.run.checkpoint import measure_settings, read_state
 from kltune.run.optimizer import load_optimizer, optimizer_tensors
@@ -28,7 +28,7 @@ from kltune.train.budget import Budget, Groups
 from kltune.train.evaluation import HeldOut, Metrics
 from kltune.train.rollout_server import RolloutServer
 
-BudgetRecipe = PPORecipe | TRPORecipe | DPORecipe
+BudgetRecipe = PPORecipe | TRPORecipe | DPORecipe | DistillRecipe
 MODEL = "model"         # the group of what is trained; a checkpoint holds it as the adapter itself
 ALARMS = "alarms"       # names of parts that the loop knows; a stage chooses the others
 SCORER = "scorer"

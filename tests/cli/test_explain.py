@@ -30,7 +30,7 @@ KL(policy‖reference) to hold, in kl.unit; 6 nats is a start
 
 - wanted: a number above 0 or null
 - default: 6.0
-- read by: ppo, trpo, dpo
+- read by: ppo, trpo, dpo, distill
 - example:
 
       kl: {target: 6.0}
@@ -41,8 +41,8 @@ KP = """\
 gain on the error now (log_pi)
 
 - wanted: a number at least 0
-- default: 0.35 (ppo), 0.7 (trpo), 3.0 (dpo)
-- read by: ppo, trpo, dpo
+- default: 0.35 (ppo, distill), 0.7 (trpo), 3.0 (dpo)
+- read by: ppo, trpo, dpo, distill
 - example:
 
       kl: {kp: 0.35}
@@ -68,7 +68,7 @@ standard error of kl/ref_nats_per_response; responses to one prompt count as dep
 
 - unit: nats per response
 - range: 0 or above; null where it was not measured
-- written by: ppo, trpo, dpo
+- written by: ppo, trpo, dpo, distill
 - example:
 
       "kl/ref_stderr": 0.11
@@ -80,7 +80,7 @@ questions sent to the judge NAME since the last row, tries included
 
 - unit: questions
 - range: 0 or above; null where it was not measured
-- written by: sft, ppo, trpo, dpo
+- written by: sft, ppo, trpo, dpo, distill
 - example:
 
       "judge/NAME_asked": 64
@@ -116,7 +116,10 @@ REFUSED = {
     "ppo": {"data.texts", "data.pairs", "optim.batch_size", "eval.pairs", "eval.pairs_share"},
     "trpo": {"data.texts", "data.pairs", "optim.batch_size", "eval.pairs", "eval.pairs_share"},
     "dpo": {"data.texts", "eval.pairs_share"},
+    "distill": {"data.texts", "data.pairs", "optim.batch_size", "sampling.missing_end_penalty", "eval.pairs",
+                "eval.pairs_share", "eval.stop_at_gold_peak"},
 }
+WRITTEN = {"distill": {"distill": {"teacher": "runs/ppo/final"}}}       # sections that a stage wants
 
 
 @pytest.fixture
@@ -146,7 +149,7 @@ def test_the_answer_to_a_word(ask, word, text):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_key_of_a_stage_is_explained_with_meaning_default_and_reader(stage):
-    recipe = STAGES[stage].model_validate({"stage": stage, "model": {"path": "base"}})
+    recipe = STAGES[stage].model_validate({"stage": stage, "model": {"path": "base"}} | WRITTEN.get(stage, {}))
     keys = set(by_dotted_key(recipe.model_dump()))
     read = {key for key, entry in recipe_keys().items() if stage in entry.read_by}
     assert keys - read == REFUSED[stage]
@@ -163,7 +166,7 @@ def test_an_example_is_right_for_the_first_stage_that_reads_it():
         if not entry.example:      # a section
             continue
         example, stage = yaml.safe_load(entry.example), entry.read_by[0]
-        whole = {"stage": stage, "model": {"path": "base"}} | example
+        whole = {"stage": stage, "model": {"path": "base"}} | WRITTEN.get(stage, {}) | example
         whole["model"] = {"path": "base"} | whole["model"]
         STAGES[stage].model_validate(whole)
         assert f'"{key.split(".")[-1]}": ' in json.dumps(example)
@@ -290,7 +293,7 @@ def test_json_is_one_document(ask):
     code, out, _ = ask("kl.kp", "--json")
     document = json.loads(out)
     assert code == 0
-    assert document["keys"][0]["default"] == {"ppo": 0.35, "trpo": 0.7, "dpo": 3.0}
+    assert document["keys"][0]["default"] == {"ppo": 0.35, "trpo": 0.7, "dpo": 3.0, "distill": 0.35}
     assert document | {"keys": []} == {
         "schema": "kltune.explain/1", "asked": "kl.kp", "guides": [], "keys": [], "metrics": [], "codes": [],
     }

@@ -102,6 +102,7 @@ def test_what_it_writes_runs_as_it_is(init, rows, name, arguments, chat, keys, t
 @pytest.mark.parametrize(("rows", "arguments", "code", "words"), [
     ([PLAIN], [], 2, "nothing says which answers are good: give --reward rewards.py"),
     ([PLAIN], ["nosuch"], 2, "no stage nosuch; the stages are sft"),
+    ([PLAIN], ["distill"], 2, "copy one: kltune recipe copy tiny/distill"),
     ([PLAIN], ["dpo"], 5, "found prompt; wanted prompt, chosen, rejected"),
     ([{"text": "a"}], ["sft", "--reward", "rewards.py"], 2, "--reward is for ppo and trpo"),
     ([PLAIN], ["--reward", "no.py"], 5, "--reward: no.py does not exist"),

@@ -87,6 +87,11 @@ def test_the_callers_random_numbers_stay(tokenizer):
 # the world as files
 
 
+def eval_sum(prompt: str) -> str:
+    first, _, second, _ = prompt.split()
+    return str(int(first) + int(second))
+
+
 def test_the_data_files_hold_what_the_recipes_read(tmp_path):
     tiny.write_data(tmp_path / "data", seed=0)
     data = {
@@ -96,7 +101,15 @@ def test_the_data_files_hold_what_the_recipes_read(tmp_path):
     counts = {name: len(rows) for name, rows in data.items()}
     assert counts == {
         "texts": 2000, "heldout": 200, "prompts": 512, "eval_prompts": 256, "pairs": 800, "eval_pairs": 128,
+        "hinted": 1600, "guesses": 3000, "sums": 24, "eval_sums": 12,
     }
+    sums = {row["prompt"]: row["answer"] for row in data["sums"] + data["eval_sums"]}
+    assert len(sums) == 36
+    assert all(eval_sum(prompt) == answer for prompt, answer in sums.items())
+    right = [row["response"] == f" {sums[row['prompt']]}" for row in data["guesses"]]
+    assert sum(right) / len(right) == pytest.approx(0.6, abs=0.03)
+    hinted = {row["prompt"].removeprefix("Kindly: ") for row in data["hinted"] if row["prompt"].startswith("Kindly: ")}
+    assert hinted == {row["prompt"] for row in data["hinted"] if not row["prompt"].startswith("Kindly: ")}
     assert set(data["pairs"][0]) == {"prompt", "chosen", "rejected"}
     assert all(row["chosen"] != row["rejected"] for row in data["pairs"])
     assert set(data["texts"][0]) == set(data["heldout"][0]) == {"prompt", "response"}
@@ -163,7 +176,7 @@ def test_a_killed_build_is_made_again(tmp_path, monkeypatch, where):
     make_tiny_world(tmp_path, say=quiet, steps=1)
     assert (tmp_path / WORLD_MARKER).is_file()
     assert not (tmp_path / UNFINISHED).exists()
-    assert len(list((tmp_path / "data").iterdir())) == 6
+    assert len(list((tmp_path / "data").iterdir())) == 10
 
 
 @pytest.mark.usefixtures("small")

@@ -97,7 +97,7 @@ def test_auto_is_tensorboard_where_it_is_installed_and_no_more(monkeypatch):
     assert loggers.wanted_loggers("auto") == ("tensorboard",)
     monkeypatch.setattr(loggers, "_is_installed", lambda name: False)
     assert loggers.wanted_loggers("auto") == ()
-    with pytest.raises(RecipeError, match=r"trackio, wandb are not installed; pip install 'kltune\[trackio,wandb\]'"):
+    with pytest.raises(RecipeError, match=r"trackio, wandb are not installed; pip install trackio wandb,"):
         loggers.wanted_loggers(("trackio", "wandb"))
 
 
@@ -145,7 +145,7 @@ def test_a_name_that_is_not_installed_or_not_known_is_2_before_anything_is_writt
     output = Path(make_recipe().run.output)
     recipe = output.parent / "recipe" / "ppo.yaml"
     monkeypatch.setattr(loggers, "_is_installed", lambda name: False)
-    for name, words in (("wandb", "pip install 'kltune[wandb]'"), ("wandd", "did you mean wandb?")):
+    for name, words in (("wandb", "pip install wandb, or leave it out"), ("wandd", "did you mean wandb?")):
         with pytest.raises(SystemExit) as caught:
             main(["ppo", "--recipe", str(recipe), "--set", f"run.loggers=[{name}]", "--output", str(output)])
         assert caught.value.code == 2

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from kltune.cli import main
 from kltune.recipe import Recipe, load_recipe
 from kltune.run.recorder import Report
+from kltune.stages.distill import run_distill
 from kltune.stages.dpo import run_dpo
 from kltune.stages.ppo import run_ppo
 from kltune.stages.reward import run_reward
@@ -125,6 +126,11 @@ ONLINE = DPO | {
     "dpo": {"source": "online"},
     "optim": {"lr": 0.02},
 }
+DISTILL = {
+    "stage": "distill",
+    **{name: PPO[name] for name in ("lora", "data", "sampling", "kl", "optim", "run", "eval")},
+    "distill": {"teacher": "reference", "teacher_prompt": "a a a {prompt}", "minibatch_size": 8},
+}
 ORACLE = {
     "stage": "ppo",
     "lora": {"rank": 4, "alpha": 4.0, "targets": ["lm_head"]},
@@ -134,12 +140,15 @@ ORACLE = {
     "run": {"save_every": 1000, "eval_every": 1000},
     "eval": {"responses": 256},
 }
+ORACLE_DISTILL = ORACLE | {
+    "stage": "distill", "distill": {"teacher": "reference", "teacher_prompt": "{prompt}"},
+}
 ORACLE_TRPO = ORACLE | {
     "stage": "trpo",
     "trpo": {"baseline": "rloo", "damping": 0.01, "fisher_fraction": 1.0, "cg_iterations": 20},
 }
 
-RUNS = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "trpo": run_trpo, "dpo": run_dpo}
+RUNS = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "trpo": run_trpo, "dpo": run_dpo, "distill": run_distill}
 MakeRecipe = Callable[..., Recipe]
 Command = Callable[..., tuple[int, Any, str]]
 
@@ -257,6 +266,9 @@ def on_oracle(base: dict[str, Any], reward: str, **sampling: Any) -> dict[str, A
 ppo_recipe, trpo_recipe = recipe_fixture("ppo_recipe", PPO), recipe_fixture("trpo_recipe", TRPO)
 sft_recipe, reward_recipe = recipe_fixture("sft_recipe", SFT), recipe_fixture("reward_recipe", REWARD)
 dpo_recipe, online_recipe = recipe_fixture("dpo_recipe", DPO), recipe_fixture("online_recipe", ONLINE)
+distill_recipe = recipe_fixture("distill_recipe", DISTILL)
+tiny_distill = recipe_fixture("tiny_distill", ORACLE_DISTILL | {
+    "sampling": ORACLE["sampling"] | {"max_new_tokens": 3}}, "tiny_lm_folder", ("<s>",))
 ARMS = {"reward": "arms", "max_new_tokens": 1}
 WORDS = {"reward": "tiny", "max_new_tokens": 3, "missing_end_penalty": 0.5}
 bandit_recipe = recipe_fixture("bandit_recipe", on_oracle(ORACLE, **ARMS), "bandit", ("<s>",))

@@ -8,13 +8,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from kltune.errors import DivergedError, ModelError, ScorerError
+from kltune.lm.data.examples import Prompt
 from kltune.lm.model.policy import Policy
+from kltune.lm.model.sampler import sample_rollout, uniform_numbers
 from kltune.recipe import load_recipe
 from kltune.report.pages import write_page
 from kltune.run import session as opening
@@ -24,6 +27,7 @@ from kltune.train import batch as batches
 from kltune.train import finish as finishing
 from kltune.train import value_function
 from tests.stages.conftest import ran, read_jsonl, rows_of
+from tests.tiny_policies import randomize
 
 STEP_KEYS = {
     "step",
@@ -348,3 +352,18 @@ def test_what_rounding_makes_of_a_step_ends_none(ppo_recipe, monkeypatch, tmp_pa
     for row, other in zip(plain, rounded, strict=True):
         assert other["kl/step_nats_per_response"] == pytest.approx(row["kl/step_nats_per_response"], abs=0.05)
         assert other["ppo/minibatches"] >= 1
+
+
+def test_in_bfloat16_rounding_is_not_taken_for_a_step(open_policy, ppo_recipe):
+    # After the least of updates everything is rounded anew; before it, two passes may round alike.
+    policy, recipe = open_policy(dtype="bfloat16"), ppo_recipe()
+    randomize(policy.trainable_parameters())
+    prompts = [Prompt((5 + n, 6), "", "") for n in range(24)]
+    uniforms = uniform_numbers(np.random.default_rng(0), len(prompts), 16)
+    rollout = sample_rollout(policy, prompts, uniforms, temperature=1.0)
+    generator = torch.Generator().manual_seed(0)
+    for tensor in policy.trainable_parameters().values():
+        tensor.data.mul_(1.0 + 1e-3 * torch.randn(tensor.shape, generator=generator))
+    moved, rounding = batches.moved_since(policy, rollout, recipe), batches.rounding_of(rollout)
+    assert 1e-4 < moved < 0.1       # as far as a short step, of which next to nothing is one
+    assert rounding == pytest.approx(moved, rel=0.6)

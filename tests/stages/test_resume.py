@@ -24,6 +24,7 @@ from kltune.run.checkpoint import read_state
 from kltune.run.recorder import Report
 from kltune.stages.ppo import run_ppo
 from tests.stages.conftest import (
+    DISTILL,
     DPO,
     ONLINE,
     PPO,
@@ -128,7 +129,7 @@ RESUMED = {
         PPO, ("ppo.value_function=head", "ppo.value_lr=0.01", "kl.controller=dual", "ppo.epochs=1"),
         "policy_optimizer value value_optimizer",
     ),
-    "ppo, rloo, fixed": (PPO, ("ppo.baseline=rloo", NORMALIZED, *FIXED), "policy_optimizer"),
+    "ppo, rloo, fixed": (PPO, ("ppo.baseline=rloo", "ppo.entropy_floor=3.2", NORMALIZED, *FIXED), "policy_optimizer"),
     "ppo, a reward model": (PPO, (MODEL,), "policy_optimizer value value_optimizer"),
     "ppo, a reward model, rloo": (PPO, (MODEL, "ppo.baseline=rloo", "kl.controller=ziegler"), "policy_optimizer"),
     "ppo, gold peak": (PPO, ("ppo.baseline=rloo", *PEAK), "policy_optimizer alarms"),
@@ -141,6 +142,8 @@ RESUMED = {
     "dpo, kto, priced": (DPO, ("dpo.loss=kto", *FIXED, "dpo.reference_alpha=1.0"), "policy_optimizer loss_reference"),
     "dpo, target": (DPO, (*TARGET, *FOLLOWED, "eval.pairs=held_out_pairs.jsonl"), "policy_optimizer loss_reference"),
     "dpo, cap": (DPO, (*PAIRS, *FOLLOWED, "kl.hard_cap=0.8"), "policy_optimizer loss_reference budget"),
+    "distill": (DISTILL, ("distill.epochs=2",), "policy_optimizer"),
+    "distill, cap": (DISTILL, (*PULL, "kl.hard_cap=0.5", "optim.lr=0.01"), "policy_optimizer budget"),
     "online": (ONLINE, (NORMALIZED, *TARGET), "policy_optimizer"),
     "online, moving": (ONLINE, FOLLOWED, "policy_optimizer loss_reference"),
     "online, cap": (ONLINE, (*PULL, "data.prompts=many.jsonl", "kl.hard_cap=0.5"), "policy_optimizer budget"),

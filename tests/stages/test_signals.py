@@ -19,7 +19,11 @@ import pytest
 import torch
 
 from kltune.cli import main
+from kltune.errors import Interrupted
+from kltune.lm.model.policy import Policy
 from kltune.recipe import load_recipe
+from kltune.run import session
+from kltune.run.files import read_jsonl
 from kltune.run.subprocesses import STOP_SIGNALS
 from kltune.stages.ppo import run_ppo
 from tests.judges import Reply, part, serving
@@ -115,6 +119,22 @@ def test_a_signal_at_any_moment_ends_a_run_that_can_be_resumed(whole, tmp_path, 
     numbers = (KINDS | DOUBLE)[kind]
     moment = 100 * list(KINDS | DOUBLE).index(kind) + seed
     stopped_at_random(whole, tmp_path / "run", numbers, moment, double=kind in DOUBLE)
+
+
+def test_a_signal_while_models_are_loaded_waits_for_no_step(ppo_recipe, monkeypatch):
+    recipe, load = ppo_recipe("run.steps=1"), session.load_policy
+
+    def signalled(*arguments: object, **options: object) -> Policy:
+        signal.raise_signal(signal.SIGTERM)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(session, "load_policy", signalled)
+    with pytest.raises(Interrupted, match="before step 1; --resume") as caught:
+        run_ppo(recipe, resume=False)
+    assert caught.value.exit_code == 143
+    assert read_jsonl(Path(recipe.run.output) / "metrics.jsonl") == []
+    monkeypatch.setattr(session, "load_policy", load)
+    assert run_ppo(recipe, resume=True)["status"] == "finished"
 
 
 # --- an AI judge that hangs, or is to be asked again later ------------------------------------------------------------

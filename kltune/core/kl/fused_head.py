@@ -81,24 +81,26 @@ def read_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float, slopes:
 
 
 def read_logprobs_and_kl(
-    logits: Tensor, tokens: Tensor, ref_logits: Tensor, *, temperature: float, slopes: bool
-) -> tuple[Reading, Reading]:
-    """The log-probability of each token, and exact KL(policy ‖ reference) at its position.
+    logits: Tensor, tokens: Tensor, *ref_logits: Tensor, temperature: float, slopes: bool
+) -> tuple[Reading, ...]:
+    """The log-probability of each token, and exact KL(policy ‖ reference) at its position for each reference given.
 
         ∂D / ∂z = π (a − b − D) / τ,    a = log π, b = log π_ref
 
-    Arguments as in ``read_logprobs``; ref_logits: of the reference, [n, V], taken as constant.
+    Arguments as in ``read_logprobs``; ref_logits: of each reference, [n, V], taken as constant.
     """
-    a, b = log_distribution(logits, temperature), log_distribution(ref_logits, temperature)
+    a, others = log_distribution(logits, temperature), [log_distribution(other, temperature) for other in ref_logits]
     value = _chosen(a, tokens)
     if not slopes:
-        return Reading(value, None), Reading(kl_of_distributions(a, b), None)
-    gap = gap_where_possible(a, b)
+        return Reading(value, None), *(Reading(kl_of_distributions(a, b), None) for b in others)
+    gaps = [gap_where_possible(a, b) for b in others]
     p = a.exp_()
-    # ``kl_of_distributions`` again, in tensors that are there already: half of its passes and no fresh memory.
-    kl = never_below_zero(b.exp_().sub_(p).add_(p * gap).sum(-1))
-    kl_slope = gap.sub_(kl[:, None]).mul_(p).div_(temperature)
-    return Reading(value, _logprob_slope(p, tokens, temperature)), Reading(kl, kl_slope)
+    kls = []
+    for b, gap in zip(others, gaps, strict=True):
+        # ``kl_of_distributions`` again, in tensors that are there already: half of its passes and no fresh memory.
+        kl = never_below_zero(b.exp_().sub_(p).add_(p * gap).sum(-1))
+        kls.append(Reading(kl, gap.sub_(kl[:, None]).mul_(p).div_(temperature)))
+    return Reading(value, _logprob_slope(p, tokens, temperature)), *kls
 
 
 def _chosen(a: Tensor, tokens: Tensor) -> Tensor:

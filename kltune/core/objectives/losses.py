@@ -12,15 +12,17 @@ from kltune.core.tensors import at_least_float32, expect_same_shape, per_respons
 
 
 def clipped_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float, tokens: int
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float, tokens: int,
+    clip_high: float | None = None,
 ) -> Tensor:
     """Raise the probability of tokens with a positive advantage, but gain nothing by moving further than the clip.
 
         −(1/tokens) Σ_{b,t} min(w A, clip(w, 1 − ε, 1 + ε) A),    w = π(a) / π_old(a)
 
-    At π = π_old its gradient is the policy gradient, −(1/tokens) Σ A ∇log π.
+    At π = π_old its gradient is the policy gradient, −(1/tokens) Σ A ∇log π. With ``clip_high`` the upper end is
+    1 + ε_high: a token that was rare may gain more before its gradient is taken away, which keeps responses diverse.
 
-    Source: Schulman et al. 2017, arXiv 1707.06347, equation 7.
+    Source: Schulman et al. 2017, arXiv 1707.06347, equation 7; Yu et al. 2025, arXiv 2503.14476 (DAPO's upper end).
 
     Args:
         logprobs: log π now, carrying the gradient. [B, T], nats.
@@ -29,6 +31,7 @@ def clipped_policy_loss(
         mask: True on response tokens. [B, T], bool.
         clip_range: ε, above 0.
         tokens: mask tokens of the whole minibatch, at least 1.
+        clip_high: ε_high, above 0; None: ε.
 
     Returns:
         A scalar, in the unit of the advantages.
@@ -40,7 +43,8 @@ def clipped_policy_loss(
     _expect_count("tokens", tokens)
     ratio = log_ratios(logprobs, old_logprobs.detach(), mask).exp()
     advantages = torch.where(mask, at_least_float32(advantages.detach()), 0.0)
-    gain = torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages)
+    high = clip_range if clip_high is None else clip_high
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_range, 1.0 + high) * advantages)
     return -gain.sum() / tokens
 
 
@@ -77,7 +81,9 @@ def clipped_value_loss(
     return 0.5 * error.sum() / tokens
 
 
-def clip_fraction(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, clip_range: float, tokens: int) -> Tensor:
+def clip_fraction(
+    logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, clip_range: float, tokens: int, clip_high: float | None = None
+) -> Tensor:
     """The share of tokens whose ratio has left the clip range.
 
         (1/tokens) Σ_{b,t} [ |w − 1| > ε ],    w = π(a) / π_old(a)
@@ -88,6 +94,7 @@ def clip_fraction(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, clip_ran
         mask: True on response tokens. [B, T], bool.
         clip_range: ε, above 0.
         tokens: mask tokens of the whole minibatch, at least 1.
+        clip_high: ε above 1, where it is another.
 
     Returns:
         A scalar from 0 to 1, no gradient.
@@ -97,7 +104,9 @@ def clip_fraction(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, clip_ran
     """
     _expect_count("tokens", tokens)
     ratio = log_ratios(logprobs.detach(), old_logprobs.detach(), mask).exp()      # exactly 1 outside the mask
-    return ((ratio - 1.0).abs() > clip_range).sum() / tokens
+    change = ratio - 1.0
+    limit = clip_range if clip_high is None else torch.where(change > 0.0, clip_high, clip_range)
+    return (change.abs() > limit).sum() / tokens
 
 
 def exact_kl_loss(

@@ -9,7 +9,7 @@ disappears. The forms of the rows are in forms.py, the reading of files in rows.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -131,12 +131,17 @@ class RowRules:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: its tokens, what was said in it and its place in the file. messages: () where it is plain text."""
+    """A prompt: its tokens, what was said in it and its place in the file. messages: () where it is plain text.
+
+    row: the fields of the row that it comes from. for_teacher: what a teacher reads in its place; () where the same.
+    """
 
     ids: Ids
     text: str       # as written, without what a chat template adds; whole where ids are cut
     where: str      # "prompts.jsonl:12"
     messages: tuple[Message, ...] = ()
+    row: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    for_teacher: Ids = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,8 @@ def load_prompts(
     forms = FormOfFile(PROMPT_FORMS)
 
     def build(row: Row, encoder: Encoder) -> tuple[Prompt, bool]:
-        return fitted_prompt(encoder, rules, row.where, prompt_of(row.fields, forms.of(row.fields)))
+        prompt, cut = fitted_prompt(encoder, rules, row.where, prompt_of(row.fields, forms.of(row.fields)))
+        return replace(prompt, row=row.fields), cut
 
     return collect_rows(source, build, tokenizer, rules, rows)
 

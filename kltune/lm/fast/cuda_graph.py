@@ -92,14 +92,19 @@ def recorded(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable
     if device.type != "cuda":
         result = work()
         return lambda: result.copy_(work()), result
-    stream = torch.cuda.Stream(device)  # libraries set up their workspaces on first use, which a capture may not hold
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
+    with torch.cuda.device(device):     # of the model, which need not be the current one
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):     # libraries set up their workspaces on first use: no capture may hold that
+            work()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                result = work()
+        except BaseException:
+            graph.reset()       # what it has allocated would stay until the process ends
+            raise
     return graph.replay, result
 
 

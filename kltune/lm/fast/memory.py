@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,10 +80,11 @@ class Batching:
         """
         self._causal, self._step, self._split, self.shares_prefixes = causal, step, split, shares_prefixes
         self._room: TrainingRoom | None = None
+        self._other_room: TrainingRoom | None = None
 
     def refresh(self) -> None:
         """Measure again, after an adapter may have come."""
-        self._room = None
+        self._room = self._other_room = None
 
     def lengths(self, ids: Tensor, scored: Tensor) -> list[int]:
         """Tokens of each row up to its last scored one. [B, S] each.
@@ -102,23 +104,24 @@ class Batching:
         return micro_batches(lengths, lambda length: tokens // length, self._pass_tokens)
 
     def micro_batches(
-        self, lengths: Sequence[int], sequences: int | None, group: int = 1, room: int = 1
+        self, lengths: Sequence[int], sequences: int | None, group: int = 1, most: int | None = None
     ) -> list[list[int]]:
         """Cut a batch into parts that are trained on one after the other, so that little of them is padding.
 
         lengths: tokens of each row, or of the longest of each ``group`` that stays together. sequences: how many a part
-        has at most; None: what memory holds, and no more than is any use. room: times the memory of a backward pass
-        that a row takes. Returned are places in ``lengths``.
+        has at most; None: what memory holds, and no more than is any use. most: sequences that memory holds of other
+        work than training. Returned are places in ``lengths``.
         """
         piece = self._piece(group * sum(lengths), PASSES_PER_PIECE)
         tokens = min(self.tokens_per_pass // TRAINED_SHARE, max(piece, group * max(lengths)))
 
-        def most(length: int) -> int:
-            if sequences is None:
-                return min(self.trained_rows(length) // room, tokens // length) // group
-            return sequences // group
+        def fit(length: int) -> int:
+            if sequences is not None:
+                return sequences // group
+            held = self.trained_rows(length) if most is None else most
+            return min(held, tokens // length) // group
 
-        return micro_batches(lengths, most, self._pass_tokens / group)
+        return micro_batches(lengths, fit, self._pass_tokens / group)
 
     def trained_rows(self, length: int) -> int:
         """How many sequences of a length fit in memory with all that their backward pass needs.
@@ -128,6 +131,15 @@ class Batching:
         if self._room is None:
             self._room = training_room(self._causal, self._causal.base_model if self._split else self._causal)
         return self._room.rows(length)
+
+    def rows_of(self, work: Callable[[Tensor], Any], peak: float, length: int) -> int:
+        """How many sequences of a length fit, at least 1, in memory with the graph of other work; see ``room_for``.
+
+        Measured when first asked, on the work that is asked for then.
+        """
+        if self._other_room is None:
+            self._other_room = room_for(self._causal, work, peak)
+        return max(1, self._other_room.rows(length))
 
     def too_large(self, ids: Tensor) -> bool:
         """Whether a backward pass over these rows is known not to fit. [B, S]."""
@@ -196,20 +208,29 @@ class TrainingRoom:
 
 def training_room(model: nn.Module, trained: nn.Module) -> TrainingRoom:
     """Measure what a model keeps for its backward pass, on three small batches through the part that training runs."""
+    return room_for(model, lambda ids: trained(input_ids=ids, use_cache=False)[0])
+
+
+def room_for(model: nn.Module, work: Callable[[Tensor], Any], peak: float = BACKWARD) -> TrainingRoom:
+    """Measure what some work on rows of tokens keeps for its backward pass, on three small batches.
+
+    work: takes token ids, [B, S], and gives what holds its graph. peak: of memory, in multiples of what is kept.
+    """
     device = _device(model)
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
     def saved(rows: int, length: int) -> int:
         ids = torch.zeros(rows, length, dtype=torch.long, device=device)
-        return saved_bytes(lambda: trained(input_ids=ids, use_cache=False)[0], own)
+        return saved_bytes(lambda: work(ids), own)
 
-    with torch.random.fork_rng():  # an adapter's dropout draws
+    # An adapter's dropout draws; other devices than the model's are not asked for their generators.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         one = saved(1, PROBED)
         per_row = saved(2, PROBED) - one  # what does not grow with the rows, as weights with an adapter added, is out
         long = saved(1, 2 * PROBED)
     per_square = max(0.0, (long - one - per_row) / (2 * PROBED**2))
     per_token = per_row / PROBED - per_square * PROBED
-    return TrainingRoom(free_bytes(model, device), BACKWARD * per_token, BACKWARD * per_square)
+    return TrainingRoom(free_bytes(model, device), peak * per_token, peak * per_square)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -237,7 +258,7 @@ def device_bytes(device: torch.device) -> int:
     return min([machine, *(int(limit) for limit in limits if limit != "max")])
 
 
-def saved_bytes(work: Callable[[], Tensor], without: set[int] = frozenset()) -> int:
+def saved_bytes(work: Callable[[], Any], without: set[int] = frozenset()) -> int:
     """The bytes that autograd keeps for the backward pass of some work, shared memory counted once.
 
     without: addresses of memory that is there anyway, as the weights'.

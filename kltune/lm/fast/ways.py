@@ -42,7 +42,6 @@ class FastWays:
         cut = split and step is not None
         self.shares_prefixes = cut and can_share(causal)
         self.decodes = cut and can_decode(causal)
-        self.captures = self.decodes and can_capture(step, self.next_step, next(causal.parameters()).device)
         self.batching = Batching(causal, step, split=split, shares_prefixes=self.shares_prefixes)
         self.refresh()
 
@@ -51,6 +50,9 @@ class FastWays:
         speed_up(self.causal)
         self.merged_trunk = MergedTrunk(self.causal.base_model)
         self.batching.refresh()
+        # Anew for each adapter: some, as those that go through a Fourier transform, cannot be captured.
+        device = next(self.causal.parameters()).device
+        self.captures = self.decodes and can_capture(self.step, self.next_step, device)
 
     def states_before(self, ids: Tensor, scored: Tensor) -> Tensor | None:
         """Hidden states that predict the scored tokens, shared prompts read once; None where that does not pay."""

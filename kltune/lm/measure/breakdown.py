@@ -28,8 +28,13 @@ def top_tokens(sums: VocabularySums, responses: int, policy: Policy, top: int) -
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """What a token writes within a text; decoded alone, one of the SentencePiece kind would lose its space."""
+    """What a token writes within a text; decoded alone, one of the SentencePiece kind would lose its space.
+
+    Many models have more tokens than their tokenizer: such a one writes nothing, and is named by its number.
+    """
     text, piece = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)
+    if piece is None:
+        return f"<{token}>"
     return f" {text}" if piece.startswith("\u2581") and not text.startswith(" ") else text
 
 

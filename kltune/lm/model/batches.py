@@ -13,12 +13,14 @@ log-probability of response token t under the distribution it was sampled from: 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kltune.core import ranks
 from kltune.core.kl.divergence import VocabularySums
+from kltune.lm.data.examples import Prompt
 from kltune.lm.data.forms import Message
 
 ROWS = 16       # that go through a model at once where nothing says how many fit
@@ -46,7 +48,8 @@ class Samples:
     prompt_index: which prompt of the batch a response answers. [B] int64.
     truncated: True where the response reached the length limit before an end token. [B] bool.
     logprobs: as the sampler saw them, to hold against teacher forcing. [B, T].
-    prompts, responses: what was said, as text. messages: of each prompt, () where it is plain text.
+    prompts, responses: what was said, as text. messages: of each prompt, () where it is plain text. asked: the prompt
+    of each response with all that its row holds; () where that is not known.
     """
 
     ids: Tensor
@@ -58,6 +61,7 @@ class Samples:
     prompts: tuple[str, ...]
     responses: tuple[str, ...]
     messages: tuple[tuple[Message, ...], ...] = field(default=(), kw_only=True)
+    asked: tuple[Prompt, ...] = field(default=(), kw_only=True, repr=False)
 
     @property
     def lengths(self) -> Tensor:
@@ -162,7 +166,7 @@ class FixedRows:
         return self.micro_batches(self.lengths(ids, scored), None)
 
     def micro_batches(
-        self, lengths: Sequence[int], sequences: int | None, group: int = 1, room: int = 1
+        self, lengths: Sequence[int], sequences: int | None, group: int = 1, most: int | None = None
     ) -> list[list[int]]:
         """Places in ``lengths``, for each part."""
         size = max(1, (sequences or ROWS) // group)
@@ -171,6 +175,10 @@ class FixedRows:
     def trained_rows(self, length: int) -> int:
         """Rows whose graphs may be in memory at once."""
         return ROWS
+
+    def rows_of(self, work: Callable[[Tensor], Any], peak: float, length: int) -> int:
+        """Rows whose graphs of other work may be in memory at once."""
+        return max(1, ROWS // 4)
 
     def sampled_rows(self, tokens: int, rows: int) -> int:
         """Responses sampled side by side."""

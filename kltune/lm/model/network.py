@@ -249,10 +249,10 @@ class Network:
         return Parts(ids, scored, self.batching.to_read(ids, scored))
 
     def micro_batches(
-        self, lengths: Sequence[int], sequences: int | None, *, group: int = 1, room: int = 1
+        self, lengths: Sequence[int], sequences: int | None, *, group: int = 1, most: int | None = None
     ) -> list[list[int]]:
         """Cut a batch into parts that are trained on one after the other; arguments as ``Batching.micro_batches``."""
-        return self.batching.micro_batches(lengths, sequences, group, room)
+        return self.batching.micro_batches(lengths, sequences, group, most)
 
     def shard(self, trained: Set[nn.Parameter]) -> None:
         """Spread the frozen layers over the processes of the run; all but ``trained``."""

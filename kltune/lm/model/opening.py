@@ -17,6 +17,7 @@ from kltune.lm.model.adapters import (
     config_to_fill,
     fill,
     keep_adapter,
+    load_compatible,
     load_weights,
     merge_adapter,
     probe_ids,
@@ -152,6 +153,20 @@ def _with_adapter(policy: Policy, folder: Path) -> Policy:
     check_adapter(policy.network, policy.model, str(folder))
     policy.network.try_ways()
     return policy
+
+
+def put_beside(policy: Policy, name: str, folder: Path, what: str) -> None:
+    """One more saved adapter on the policy's trunk, which must not move a bit of the policy.
+
+    Raises:
+        ModelError: it does not fit, changes the base, or the policy is not as it was before.
+    """
+    weights, probe = load_compatible(folder, policy.model), probe_logits(policy)
+    with reading(folder, what, failed=f"does not fit {policy.fingerprint.path}"):
+        policy.add_beside(name, config_to_fill(folder))
+    fill(policy.model, weights, folder, name)
+    if not torch.equal(probe, probe_logits(policy)):
+        raise ModelError(f"{what} {folder}: beside the policy's adapter it changes the policy; nothing was trained.")
 
 
 @torch.no_grad()

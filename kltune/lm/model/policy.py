@@ -7,7 +7,7 @@ fine-tuning (``kltune sft`` with ``lora: null``) holds a second, frozen copy of 
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import date
 from functools import partial
@@ -229,6 +229,10 @@ class Policy:
         finally:
             self.network = policy
 
+    def acting_as(self, adapter: str) -> AbstractContextManager[None]:
+        """Within: this object is its trunk with an adapter that was put ``add_beside``. After: the policy."""
+        return self._switch.active(adapter)
+
     @contextmanager
     def dropout(self) -> Iterator[None]:
         """Within: the adapter's own dropout is on, for supervised stages; the base's stays off, as everywhere."""
@@ -285,13 +289,19 @@ class Policy:
         reader = partial(read_logprobs, temperature=temperature)
         return self.network.read(self.network.before(ids, scored), reader, ids[scored])[0]
 
-    def logprobs_and_ref_kl(self, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and exact KL(policy ‖ reference) per token, both differentiable. Each [N] float32, nats."""
+    def logprobs_and_ref_kl(
+        self, ids: Tensor, scored: Tensor, temperature: float = 1.0, *others: Callable[[slice], Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Log-probabilities and exact KL(policy ‖ reference) per token, all differentiable. Each [N] float32, nats.
+
+        others: whose logits at a slice of these positions are taken as constant; a KL(policy ‖ other) for each follows.
+        """
         with torch.no_grad(), self.reference():
             ref_hidden = self.network.before(ids, scored)
         reader = partial(read_logprobs_and_kl, temperature=temperature)
         return self.network.read(
-            self.network.before(ids, scored), reader, ids[scored], lambda part: self.ref_logits(ref_hidden[part])
+            self.network.before(ids, scored), reader, ids[scored], lambda part: self.ref_logits(ref_hidden[part]),
+            *others,
         )
 
     def values(self, ids: Tensor, scored: Tensor) -> Tensor:

@@ -243,6 +243,7 @@ def assemble(policy: Policy, prompts: Sequence[Prompt], drawn: Sequence[ranks.Ro
         prompts=tuple(prompts[index].text for index in owner),
         responses=tuple(response_text(policy, prompts[i], row) for i, row in zip(owner, tokens, strict=True)),
         messages=tuple(prompts[index].messages for index in owner),
+        asked=tuple(prompts[index] for index in owner),
     )
 
 

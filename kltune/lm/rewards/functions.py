@@ -54,6 +54,14 @@ def load_function(entry: FunctionReward, folder: Path) -> tuple[Callable, dict[s
     return function, identity | ({"imports": ", ".join(sorted(p.name for p in neighbours))} if neighbours else {})
 
 
+def wants_rows(function: Callable) -> bool:
+    """Whether a reward function also takes the data row of each prompt: ``score(prompts, responses, rows)``."""
+    try:
+        return "rows" in inspect.signature(function).parameters
+    except (TypeError, ValueError):     # of something built in
+        return False
+
+
 def read_sources(entry: FunctionReward, folder: Path) -> dict[Path, bytes]:
     """The file of a function, and those of its folder that it imports, directly or through one another.
 

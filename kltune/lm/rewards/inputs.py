@@ -10,7 +10,7 @@ from kltune.errors import DataError, ModelError, ScorerError
 from kltune.lm.data.chat import read_template
 from kltune.lm.data.rows import read_rows
 from kltune.lm.rewards.functions import read_sources, sources_sha256
-from kltune.recipe import ClassifierReward, FunctionReward, ModelReward, Recipe
+from kltune.recipe import ClassifierReward, DistillRecipe, FunctionReward, ModelReward, Recipe
 
 ROWS = {"data": ("prompts", "texts", "pairs"), "eval": ("prompts", "texts", "pairs")}
 MODEL_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}       # of what a scorer is loaded from
@@ -38,6 +38,10 @@ def inputs_of(recipe: Recipe, *, present: bool = False) -> dict[str, dict[str, s
         inputs["data.chat_template"] = {
             "path": recipe.data.chat_template, "sha256": hashlib.sha256(template.encode()).hexdigest(),
         }
+    if isinstance(recipe, DistillRecipe) and Path(recipe.distill.teacher).is_dir():
+        final = Path(recipe.distill.teacher) / "final"      # of a run
+        folder = final if final.is_dir() else final.parent
+        inputs["distill.teacher"] = {"path": recipe.distill.teacher, "sha256": folder_sha256(folder)}
     entries = {f"reward.{place}": entry for place, entry in enumerate(getattr(recipe, "reward", ()))}
     for key, entry in (entries | {"eval.gold": recipe.eval.gold}).items():
         if isinstance(entry, FunctionReward):
@@ -70,7 +74,8 @@ def refuse_changed(before: Inputs, now: Inputs, where: Path) -> None:
     for key in before.keys() & now.keys():
         if before[key]["sha256"] != now[key]["sha256"]:
             rows = key.partition(".")[2] in ROWS["data"]
-            kind = DataError if rows or key.startswith("data.") else ModelError if key[:6] == "model." else ScorerError
+            model = key.startswith(("model.", "distill."))
+            kind = DataError if rows or key.startswith("data.") else ModelError if model else ScorerError
             what = "its rows are" if rows else "it is"
             raise kind(
                 f"{key}: {now[key]['path']} has changed: {what} not what the run in {where} was started with (sha256 "

@@ -28,9 +28,11 @@ from kltune.lm.data.forms import (
 )
 from kltune.lm.data.layouts import Layout
 from kltune.lm.data.rows import RowFault, looks_like_a_path, read_rows
-from kltune.lm.rewards.functions import load_function
+from kltune.lm.rewards.functions import load_function, wants_rows
 from kltune.recipe import (
+    REFERENCE,
     ClassifierReward,
+    DistillRecipe,
     Fault,
     FunctionReward,
     InputFaults,
@@ -82,6 +84,8 @@ def _model(recipe: Recipe, notes: list[str]) -> Iterator[Trouble]:
     yield from _folder("model.path", path, recipe.folder, notes, _model_fault)
     if recipe.model.sft_adapter is not None:
         yield from _folder("model.sft_adapter", recipe.model.sft_adapter, recipe.folder, notes, _adapter_fault)
+    if isinstance(recipe, DistillRecipe) and recipe.distill.teacher != REFERENCE:
+        yield from _folder("distill.teacher", recipe.distill.teacher, recipe.folder, notes, _teacher_fault)
 
 
 def _folder(
@@ -159,6 +163,11 @@ def _adapter_fault(folder: Path) -> str | None:
     inside = next((name for name in ("final", "checkpoints") if (folder / name).is_dir()), None)
     way = f"; of a run write {folder / 'final'}" if inside == "final" else ""
     return f"found {folder}, which holds no adapter (adapter_config.json is missing){way}"
+
+
+def _teacher_fault(folder: Path) -> str | None:
+    known = any((folder / name).is_file() for name in ("run.json", "adapter_config.json", "config.json"))
+    return None if known else f"found {folder}, which holds no run, no adapter and no model"
 
 
 def _scorer_fault(folder: Path) -> str | None:
@@ -277,9 +286,10 @@ def _function(key: str, entry: FunctionReward, recipe: Recipe) -> Iterator[Troub
         yield key, str(error).removeprefix(f"reward {entry.path}: ").rstrip(".")
         return
     try:
-        inspect.signature(function).bind([], [])
+        inspect.signature(function).bind([], [], **({"rows": []} if wants_rows(function) else {}))
     except TypeError:
         yield key, (f"{entry.path}{inspect.signature(function)} cannot be called with prompts and responses; wanted "
-                    "score(prompts: list[str], responses: list[str]) -> list[float]")
+                    "score(prompts: list[str], responses: list[str]) -> list[float], and a third parameter rows for "
+                    "the data rows of the prompts")
     except ValueError:      # built in, without a signature
         return

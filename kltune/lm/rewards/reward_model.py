@@ -22,13 +22,13 @@ from kltune.lm.data.chat import template_of
 from kltune.lm.data.documents import SavedModel
 from kltune.lm.data.encoding import Encoder, Ids, spelled
 from kltune.lm.data.foreign import read_json
-from kltune.lm.model.adapters import POLICY, config_to_fill, fill, load_compatible
+from kltune.lm.model.adapters import POLICY
 from kltune.lm.model.batches import Samples
 from kltune.lm.model.files import reading, refuse_code
 from kltune.lm.model.fingerprint import AGREES, section_of
 from kltune.lm.model.loading import own_tokenizer
 from kltune.lm.model.network import ScalarHead
-from kltune.lm.model.opening import load_reference, probe_logits
+from kltune.lm.model.opening import load_reference, put_beside
 from kltune.lm.model.policy import Policy
 from kltune.recipe import ModelSection
 
@@ -224,12 +224,7 @@ def _beside(folder: Path, policy: Policy) -> RewardModel:
     """One more adapter on the policy's trunk, which must not move a bit of the policy."""
     number = sum(name.startswith(ADAPTER) for name in policy.model.peft_config)
     name = f"{ADAPTER}{number or ''}"
-    weights, probe = load_compatible(folder, policy.model), probe_logits(policy)
-    with reading(folder, "reward", failed=f"does not fit {policy.fingerprint.path}"):
-        policy.add_beside(name, config_to_fill(folder))
-    fill(policy.model, weights, folder, name)
-    if not torch.equal(probe, probe_logits(policy)):
-        raise ModelError(f"reward {folder}: beside the policy's adapter it changes the policy; nothing was trained.")
+    put_beside(policy, name, folder, "reward")
     return RewardModel(policy, name)
 
 

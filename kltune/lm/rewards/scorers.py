@@ -20,11 +20,12 @@ from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import Samples
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.classifiers import ScoreFunction, load_classifier
-from kltune.lm.rewards.functions import load_function, text_of, told
+from kltune.lm.rewards.functions import load_function, text_of, told, wants_rows
 from kltune.lm.rewards.judge import Answers, Judge
 from kltune.lm.rewards.reward_model import is_reward_model, open_reward_model
 from kltune.recipe import ClassifierReward, FunctionReward, JudgeReward, ModelReward
 
+Rows = Sequence[Mapping[str, Any]]
 TokenFunction = Callable[[Samples], Sequence[float]]
 RewardSource = FunctionReward | ModelReward | ClassifierReward | JudgeReward
 SHOWN_CHARACTERS = 60  # of what was returned instead of a number
@@ -38,7 +39,7 @@ class ScoreSource:
     shared: all processes of a run have it, and divide what it reads among them; else it is there in the first alone.
     tokens: scores the same responses as they were sampled, where more is known of them than their text. note: a line
     for the start of a run. example: a line on what is read of a prompt, likewise. judge: who is asked, where that may
-    take long or fail.
+    take long or fail. rows: the function also takes the data row of each prompt.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ScoreSource:
     example: Callable[[Prompt], str] | None = None
     judge: Judge | None = None
     shared: bool = False
+    rows: bool = False
 
 
 class Scorer:
@@ -182,21 +184,37 @@ def _scores_of(
     if source.tokens is not None and samples:
         scores = [score for part in samples for score in source.tokens(part)]
         return _checked(source.name, scores, prompts, responses)
+    rows = _rows_of(source, samples, len(responses))
     try:
-        return _checked(source.name, source.function(list(prompts), list(responses)), prompts, responses)
+        return _checked(source.name, _called(source, prompts, responses, rows), prompts, responses)
     except (KltuneError, KeyboardInterrupt):
         raise
     except BaseException as error:  # noqa: BLE001  a user's function may raise anything, also SystemExit
-        row, cause = _failing_row(source, prompts, responses, error)
+        row, cause = _failing_row(source, prompts, responses, rows, error)
         raise ScorerError(f"reward {source.name}: {row} raised {told(cause)}.") from cause
 
 
+def _rows_of(source: ScoreSource, samples: Sequence[Samples], count: int) -> Rows:
+    """The data row of each response's prompt, where a function takes them; [] where not."""
+    if not source.rows:
+        return []
+    rows = [prompt.row for part in samples for prompt in part.asked]
+    if len(rows) != count:
+        raise ScorerError(f"reward {source.name}: wants the data row of each prompt, and these have none.")
+    return rows
+
+
+def _called(source: ScoreSource, prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> Any:
+    more = {"rows": [dict(row) for row in rows]} if source.rows else {}      # whatever the function does to its own
+    return source.function(list(prompts), list(responses), **more)
+
+
 def _failing_row(
-    source: ScoreSource, prompts: Sequence[str], responses: Sequence[str], error: BaseException
+    source: ScoreSource, prompts: Sequence[str], responses: Sequence[str], rows: Rows, error: BaseException
 ) -> tuple[str, BaseException]:
     for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         try:
-            source.function([prompt], [response])
+            _called(source, [prompt], [response], rows[index : index + 1])
         except KeyboardInterrupt:
             raise
         except BaseException as cause:  # noqa: BLE001  as above
@@ -284,9 +302,12 @@ def _load_in_first(
         return identity
 
     identity = ranks.from_first(load)
-    function = loaded[0] if loaded else None
-    reads = entry.kind != "function" and loaded
-    return function, identity, {"tokens": function.read, "example": function.example} if reads else {}
+    if not loaded:
+        return None, identity, {}
+    (function,) = loaded
+    if entry.kind == "function":
+        return function, identity, {"rows": wants_rows(function)}
+    return function, identity, {"tokens": function.read, "example": function.example}
 
 
 def name_of(entry: RewardSource) -> str:

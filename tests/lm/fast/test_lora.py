@@ -7,7 +7,10 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from kltune.lm.fast.lora import LoraLinear, speed_up
+from kltune.lm.fast.memory import saved_bytes
 from kltune.lm.model.adapters import AdapterSwitch
+from tests.counting import Counted
+from tests.tiny_policies import randomize
 
 
 class Net(nn.Module):
@@ -110,3 +113,56 @@ def test_in_bfloat16_the_update_is_not_added_to_the_weight_first():
     layer.lora_B["default"].weight.data.fill_(0.25)
     x = torch.tensor([1.0, -1.0] * 4, dtype=torch.bfloat16).repeat(200, 1)
     assert (model(x) == 1.5).all()
+
+
+# --- beside a base in bfloat16 ----------------------------------------------------------------------------------------
+
+
+def narrow(**config) -> tuple[nn.Module, Linear]:
+    """A base in bfloat16 with its adapter in float32, as PEFT leaves it."""
+    model, layer = adapted(64, 96, **config)
+    model.bfloat16()
+    for name, tensor in layer.named_parameters():
+        if "lora_" in name:
+            tensor.data = tensor.data.float()
+    return model, layer
+
+
+def test_beside_a_narrow_base_nothing_of_a_position_is_cast_and_less_is_kept():
+    x = torch.randn(2, 200, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    counted, kept, found = {}, {}, {}
+    for kind in ("peft", "ours"):
+        model, layer = narrow()
+        if kind == "ours":
+            speed_up(model)
+        with Counted() as counted[kind], torch.no_grad():
+            model(x)
+        own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), x)}
+        kept[kind] = saved_bytes(lambda model=model: model(x), own)
+        found[kind] = outcome(model, layer, x)
+        assert all(tensor.grad is None and tensor.dtype == torch.float32 for tensor in layer.lora_A.parameters())
+    assert counted["ours"].bytes < 0.5 * counted["peft"].bytes
+    assert counted["ours"].kernels < counted["peft"].kernels
+    assert kept["ours"] < 0.4 * kept["peft"]
+    exact, _ = adapted(64, 96)
+    wanted = exact.float()(x.float())
+    ours, theirs = ((found[kind][0].float() - wanted).abs().mean() for kind in ("ours", "peft"))
+    assert ours < 1.5 * theirs      # what rounding costs
+    for mine, other in zip(found["ours"][1:], found["peft"][1:], strict=True):
+        assert (mine - other).float().norm() < 0.02 * other.float().norm()
+
+
+def test_while_a_policy_samples_its_adapter_is_cast_once(open_policy):
+    policy = open_policy(dtype="bfloat16")
+    randomize(policy.trainable_parameters())
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        plain = policy.network.hidden(ids)
+        with policy.network.merged(), Counted() as within:
+            assert torch.equal(policy.network.hidden(ids), plain)
+        with Counted() as without:
+            policy.network.hidden(ids)
+        layers = sum(type(module) is LoraLinear for module in policy.network.causal.modules())
+        assert without.casts - within.casts == 2 * layers
+        randomize(policy.trainable_parameters(), seed=5)        # written through .data, as an undone step is
+        assert not torch.equal(policy.network.hidden(ids), plain)

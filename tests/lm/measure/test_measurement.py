@@ -166,6 +166,7 @@ def test_a_token_that_begins_a_word_is_told_from_one_within_a_word():
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     assert fast.decode([1]) == fast.decode([2]) == "a"
     assert [token_text(fast, number) for number in (1, 2, 3)] == [" a", "a", " "]
+    assert token_text(fast, 7) == "<7>"     # a vocabulary that was padded has tokens of which no tokenizer knows
 
 
 def test_shown_responses_go_from_the_most_to_the_least_and_their_tokens_add_up(tiny_lm_policy):

@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kltune.core.control.trust_region import surrogate
 from kltune.core.kl.divergence import kl_exact
+from kltune.lm.fast.memory import saved_bytes
 from kltune.lm.model.batches import response_scatter
 from kltune.lm.model.curvature import Fisher, to_vector
 from kltune.lm.model.snapshot import Snapshot
@@ -97,3 +98,16 @@ def test_a_snapshot_puts_everything_back_bit_for_bit(trained_policy):
     assert all(not torch.equal(moved[name], before[name]) for name in before)
     old.restore()
     assert all(torch.equal(moved[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_is_planned_with_the_square_that_the_plain_attention_keeps(open_policy, dtype):
+    policy, (ids, scored) = open_policy(dtype=dtype), random_batch()
+    fisher = Fisher(policy, ids, scored, TEMPERATURE, None)
+    assert len(fisher._parts) == 1
+    room = policy.network.batching._other_room
+    long = torch.zeros(1, 400, dtype=torch.long)
+    own = {tensor.untyped_storage().data_ptr() for tensor in policy.model.parameters()}
+    kept = saved_bytes(lambda: fisher._linearised_all(long), own)
+    assert room.per_square * 400 > room.per_token
+    assert kept <= room.per_token * 400 + room.per_square * 400**2 <= 1.3 * kept

@@ -218,17 +218,22 @@ def test_a_merged_sft_adapter_is_the_reference_that_peft_merges(open_policy, tin
     assert len(policy.trainable_parameters()) == len(bare.trainable_parameters())
 
 
-def test_the_readme_of_an_adapter_over_a_merged_reference_works(open_policy, adapter, tmp_path):
-    policy = open_policy(sft_adapter=str(adapter))
-    randomize(policy.trainable_parameters(), seed=9)
-    policy.save(tmp_path / "ppo")
-    text = (tmp_path / "ppo" / "README.md").read_text()
-    names: dict = {}
-    exec(text.split("```python\n")[1].split("```")[0].replace("this/folder", str(tmp_path / "ppo")), names)
+def loaded_as_its_readme_says(policy: Policy, folder: Path) -> torch.nn.Module:
+    """Save a policy and load it by the lines of its README, without kltune: it must say the same."""
+    policy.save(folder)
+    text, names = (folder / "README.md").read_text(), {}
+    exec(text.split("```python\n")[1].split("```")[0].replace("this/folder", str(folder)), names)
     with torch.no_grad():
         plain = names["model"].eval()(input_ids=IDS).logits
         mine = policy.network.logits(policy.network.hidden(IDS))
     torch.testing.assert_close(mine, plain, atol=1e-5, rtol=0.0)
+    return names["model"]
+
+
+def test_the_readme_of_an_adapter_over_a_merged_reference_works(open_policy, adapter, tmp_path):
+    policy = open_policy(sft_adapter=str(adapter))
+    randomize(policy.trainable_parameters(), seed=9)
+    loaded_as_its_readme_says(policy, tmp_path / "ppo")
 
 
 def test_in_bfloat16_the_share_of_the_merge_that_survived_is_told(open_policy, tiny_model, adapter):
@@ -269,21 +274,14 @@ def test_an_sft_adapter_that_is_kept_is_what_sft_ended_with_and_no_bit_of_it_is_
 def test_what_is_trained_over_a_kept_sft_adapter_loads_as_two_adapters(open_policy, tiny_model, adapter, tmp_path):
     policy = open_policy(sft_adapter=str(adapter), merge=False)
     randomize(policy.trainable_parameters(), seed=9)
-    policy.save(tmp_path / "ppo")
-    text = (tmp_path / "ppo" / "README.md").read_text()
-    names: dict = {}
-    exec(text.split("```python\n")[1].split("```")[0].replace("this/folder", str(tmp_path / "ppo")), names)
-    with torch.no_grad():
-        plain = names["model"].eval()(input_ids=IDS).logits
-        mine = policy.network.logits(policy.network.hidden(IDS))
-    torch.testing.assert_close(mine, plain, atol=1e-5, rtol=0.0)
+    plain = loaded_as_its_readme_says(policy, tmp_path / "ppo")
     section = ModelSection(path=str(tiny_model()), sft_adapter=str(adapter), merge=False)
     again = load_saved_policy(tmp_path / "ppo", section, device=CPU, is_adapter=True)
     assert section_of(again.fingerprint.as_dict())["merge"] is False
     assert torch.equal(again.logprobs(IDS, SCORED), policy.logprobs(IDS, SCORED))
     drawn = sample(policy, PROMPTS, UNIFORMS, temperature=1.0)
     near = {"atol": 1e-5, "rtol": 1e-5}
-    wanted = plain_logprobs(names["model"], drawn.ids, drawn.scored)
+    wanted = plain_logprobs(plain, drawn.ids, drawn.scored)
     torch.testing.assert_close(drawn.logprobs[drawn.response_mask].double(), wanted, **near)
 
 

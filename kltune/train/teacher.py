@@ -1,0 +1,286 @@
+"""What a policy is distilled from: its logits at every token of a response, and how far the policy is from it.
+
+    an adapter on the policy's own base     one more adapter on the one set of frozen weights
+    the reference, asked in other words     the same weights, adapter off
+    anything else                           weights of its own, with the same vocabulary
+
+A teacher may read another prompt than the policy: the response that both measure is the same.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kltune.core.kl.divergence import kl_k1, kl_of_distributions
+from kltune.core.kl.intervals import cluster_numbers, summarize
+from kltune.core.tensors import expect_finite, log_distribution
+from kltune.errors import DataError, ModelError
+from kltune.lm.data.documents import SavedModel
+from kltune.lm.data.encoding import Encoder
+from kltune.lm.data.examples import Prompt, RowRules, fitted_prompt
+from kltune.lm.data.forms import Asked
+from kltune.lm.data.rows import RowFault, describe
+from kltune.lm.measure.measurement import Measurement
+from kltune.lm.model.adapters import POLICY, read_adapter_config, rewritten_base
+from kltune.lm.model.batches import Rollout, pad_right, response_scatter
+from kltune.lm.model.files import refuse_code
+from kltune.lm.model.loading import own_tokenizer, pick_device, tokenizer_differences
+from kltune.lm.model.opening import load_reference, load_saved_policy, put_beside
+from kltune.lm.model.policy import Policy
+from kltune.recipe import REFERENCE, DistillRecipe, DistillSection, ModelSection
+from kltune.run.checkpoint import read_info, resolve_checkpoint
+
+ADAPTER = "teacher"     # its name on the policy's trunk
+Metrics = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a policy and its teacher see the policy's own responses; [B, T] each.
+
+    kl: exact KL(policy ‖ teacher) at each position, nats. logprobs: the teacher's, of the sampled tokens.
+    """
+
+    kl: Tensor
+    logprobs: Tensor
+
+    def pull(self, rollout: Rollout) -> Tensor:
+        """What draws the policy from its reference to the teacher: log teacher − log reference of each response. [B]"""
+        return kl_k1(self.logprobs, rollout.ref_logprobs, rollout.response_mask).sum(dim=1)
+
+    def metrics(self, rollout: Rollout) -> Metrics:
+        """KL(policy ‖ teacher) of a step's responses."""
+        return teacher_metrics("kl/", self.kl.double().sum(dim=1), rollout.lengths, cluster_numbers(rollout.prompts))
+
+
+def teacher_metrics(prefix: str, nats: Tensor, tokens: Tensor, clusters: Tensor) -> Metrics:
+    """KL(policy ‖ teacher) of some responses with its standard error; arguments as of ``summarize``."""
+    kl = summarize("exact", nats, tokens, clusters)
+    return {f"{prefix}teacher_nats_per_response": kl.nats_per_response, f"{prefix}teacher_stderr": kl.stderr}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Who is imitated. model: whose network reads. acting: within it, that network is the teacher. note: for the start
+    of a run.
+    """
+
+    model: Policy
+    acting: Callable[[], AbstractContextManager[None]]
+    note: str
+
+    @torch.no_grad()
+    def logits_behind(self, rollout: Rollout) -> Callable[[slice], Tensor]:
+        """A function that gives the teacher's logits at a slice of the response tokens, row after row. -> [n, V]"""
+        ids, scored = self._sequences(rollout)
+        with self.acting():
+            hidden = self.model.network.before(ids, scored)
+
+        def logits(part: slice) -> Tensor:
+            with torch.no_grad(), self.acting():        # the head itself may carry an adapter
+                return self.model.network.logits(hidden[part]).to(rollout.ids.device)
+
+        return logits
+
+    def _sequences(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """The responses behind what the teacher is asked, and which tokens they are. [B, S] each."""
+        device = self.model.device
+        if not any(prompt.for_teacher for prompt in rollout.asked):
+            return rollout.ids.to(device), rollout.scored.to(device)
+        said = [row[scored].tolist() for row, scored in zip(rollout.ids, rollout.scored, strict=True)]
+        both = list(zip((list(prompt.for_teacher) for prompt in rollout.asked), said, strict=True))
+        marks = [[False] * len(asked) + [True] * len(response) for asked, response in both]
+        ids = self.model.padded([asked + response for asked, response in both])
+        return ids, pad_right(marks, False, torch.bool).to(device)
+
+    @torch.no_grad()
+    def agreement(self, policy: Policy, rollout: Rollout, temperature: float) -> Agreement:
+        """Hold responses of the policy against the teacher; within ``policy.reference()``, those of the reference.
+
+        Raises:
+            DivergedError: the teacher cannot say what the policy says.
+        """
+        columns: list[tuple[Tensor, Tensor]] = []
+        rows = policy.network.batching.to_read(rollout.ids, rollout.scored)
+        for part in rows:
+            some = rollout.select(torch.tensor(part, device=rollout.ids.device))
+            hidden, tokens = policy.network.before(some.ids, some.scored), some.ids[some.scored]
+            behind = self.logits_behind(some)
+            found = []
+            for start in range(0, len(hidden), policy.network.chunk_rows):
+                piece = slice(start, start + policy.network.chunk_rows)
+                mine, theirs = policy.network.logits(hidden[piece]), behind(piece)
+                a, b = log_distribution(mine, temperature), log_distribution(theirs, temperature)
+                found.append((kl_of_distributions(a, b), b.gather(-1, tokens[piece, None]).squeeze(-1)))
+            flat = (torch.cat(column) for column in zip(*found, strict=True))
+            width = rollout.response_mask.shape[1]
+            laid_out = (response_scatter(column, some.response_mask) for column in flat)
+            columns.append(tuple(
+                torch.nn.functional.pad(column, (0, width - column.shape[1])) for column in laid_out
+            ))
+        order = torch.tensor([row for part in rows for row in part], device=rollout.ids.device).argsort()
+        kl, logprobs = (torch.cat(column)[order] for column in zip(*columns, strict=True))
+        expect_finite("KL(policy ‖ teacher)", kl, logprobs, advice="The teacher gives a token of the policy no chance.")
+        return Agreement(kl, logprobs)
+
+
+    def held_out(self, prefix: str, policy: Policy, measured: Measurement, temperature: float) -> Metrics:
+        """KL(policy ‖ teacher) of the responses of a measurement."""
+        kls = [self.agreement(policy, rollout, temperature).kl for rollout in measured.rollouts]
+        nats = torch.cat([kl.double().sum(dim=1).cpu() for kl in kls])
+        return teacher_metrics(prefix, nats, measured.tokens, measured.prompt_index)
+
+
+def load_teacher(recipe: DistillRecipe, policy: Policy) -> Teacher:
+    """The teacher that a recipe names.
+
+    Raises:
+        CheckpointError, ModelError: it cannot be loaded, or has another vocabulary than the policy.
+    """
+    name, trusted = recipe.distill.teacher, recipe.model.trust_remote_code
+    if name == REFERENCE or (name == recipe.model.path and recipe.model.sft_adapter is None):
+        return Teacher(policy, policy.reference, "teacher: the policy's own frozen weights")
+    folder = resolve_checkpoint(name) if Path(name).exists() else None
+    if folder is None or not (folder / "adapter_config.json").exists():
+        section = ModelSection(
+            path=name if folder is None else str(folder), dtype=recipe.distill.teacher_dtype, trust_remote_code=trusted
+        )
+        model = load_reference(section, device=_device(recipe, policy), where="distill.teacher")
+        return _with_own_weights(model, policy)
+    refuse_code(folder, "distill.teacher", trusted=trusted)
+    info = read_info(folder, SavedModel) if (folder / "kltune.json").exists() else None
+    if info is not None and info.get("stage") == "reward":
+        raise ModelError(f"distill.teacher: {name} is a reward model, which says nothing; wanted a policy.")
+    base = _base_of(folder, info)
+    if (obstacle := _obstacle(policy, folder, info, base)) is None:
+        _check_vocabulary(own_tokenizer(folder, trusted), name, policy)
+        put_beside(policy, ADAPTER, folder, "distill.teacher")
+        return Teacher(
+            policy, lambda: policy.acting_as(ADAPTER), f"teacher: {name}, one more adapter on the policy's weights"
+        )
+    facts = {"path": base} if info is None else {key: info["reference"][key] for key in ("path", "sft_adapter")}
+    section = ModelSection(**facts, dtype=recipe.distill.teacher_dtype, trust_remote_code=trusted)
+    own = load_saved_policy(folder, section, device=_device(recipe, policy), is_adapter=True)
+    return _with_own_weights(own, policy, why=f" ({obstacle})")
+
+
+def _device(recipe: DistillRecipe, policy: Policy) -> torch.device:
+    wanted = recipe.distill.teacher_device
+    return policy.device if wanted == "auto" else pick_device(wanted)
+
+
+def _base_of(folder: Path, info: dict[str, Any] | None) -> str:
+    """The model that an adapter lies on."""
+    base = info["reference"]["path"] if info else read_adapter_config(folder).get("base_model_name_or_path")
+    if base is None:
+        raise ModelError(
+            f"distill.teacher: {folder} does not say which model it is an adapter of; merge it into one, and give that."
+        )
+    return base
+
+
+def _obstacle(policy: Policy, folder: Path, info: dict[str, Any] | None, base: str) -> str | None:
+    """Why a saved adapter cannot lie on the policy's own weights; None if it can."""
+    config = read_adapter_config(folder)
+    kinds = config["peft_type"], policy.model.peft_config[POLICY].peft_type.value
+    if kinds != ("LORA", "LORA"):
+        return f"an adapter of type {kinds[0]}"
+    if rewritten_base(config) or config.get("bias", "none") != "none" or config.get("modules_to_save"):
+        return "it changes its base"
+    if info is not None:
+        others = policy.fingerprint.differences(info["reference"], but=("template_sha256", "tokenizer_sha256"))
+        return f"another base: {others[0]}" if others else None
+    mine = policy.fingerprint
+    same = mine.sft_adapter is None and (base == mine.path or Path(base).resolve() == Path(mine.path).resolve())
+    return None if same else f"its base is {base}"
+
+
+def _with_own_weights(model: Policy, policy: Policy, why: str = "") -> Teacher:
+    for tensor in model.model.parameters():
+        tensor.requires_grad_(False)
+    name = model.fingerprint.path
+    _check_vocabulary(model.tokenizer, name, policy)
+    if model.network.vocabulary != policy.network.vocabulary:
+        raise ModelError(
+            f"distill.teacher: {name} gives logits for {model.network.vocabulary} tokens, and "
+            f"{policy.fingerprint.path} for {policy.network.vocabulary}: their KL is not defined. Wanted a teacher of "
+            "the same vocabulary."
+        )
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.model.parameters()) / 1e6
+    return Teacher(model, nullcontext, f"teacher: {name}, with weights of its own, {size:.3g} MB{why}")
+
+
+def _check_vocabulary(tokenizer: Any, name: str, policy: Policy) -> None:
+    """Raise ModelError unless a token is the same word to both."""
+    mine = policy.tokenizer
+    if tokenizer is not None and tokenizer.get_vocab() != mine.get_vocab():
+        raise ModelError(
+            f"distill.teacher: {name} has another vocabulary than {policy.fingerprint.path}, so their KL is not "
+            f"defined:\n  {tokenizer_differences(tokenizer, mine)[0]}\nWanted a teacher with the same tokenizer."
+        )
+
+
+def told(prompts: Sequence[Prompt], section: DistillSection, policy: Policy, rules: RowRules) -> list[Prompt]:
+    """The prompts, each with what the teacher reads in its place where the recipe says so.
+
+    rules: what rows may be; a teacher's prompt that is too long for them is an error, never cut.
+
+    Raises:
+        DataError: a row lacks a field that the template names, or the prompt is too long with it.
+    """
+    if section.teacher_prompt is None and section.teacher_system is None:
+        return list(prompts)
+    rules = replace(rules, on_overlong="error")
+    encoder = rules.encoder(policy.tokenizer)
+    return [_told(prompt, section, encoder, rules) for prompt in prompts]
+
+
+def _told(prompt: Prompt, section: DistillSection, encoder: Encoder, rules: RowRules) -> Prompt:
+    try:
+        asked, _ = fitted_prompt(encoder, rules, prompt.where, _asked(prompt, section))
+    except RowFault as fault:
+        raise DataError(f"{prompt.where}: distill.teacher_prompt: {fault}.") from fault
+    return replace(prompt, for_teacher=asked.ids)
+
+
+def _asked(prompt: Prompt, section: DistillSection) -> Asked:
+    """What the teacher is asked: a text, or messages where the policy is asked by messages."""
+    if not prompt.messages:
+        if section.teacher_system is not None:
+            raise RowFault("teacher_system: the prompt is plain text, and only a chat template has a system message; "
+                           "write it into teacher_prompt")
+        return filled(section.teacher_prompt, {**prompt.row, "prompt": prompt.text})
+    *before, last = prompt.messages
+    fields = {**prompt.row, "prompt": last["content"]}
+    if section.teacher_prompt is not None:
+        last = last | {"content": filled(section.teacher_prompt, fields)}
+    if section.teacher_system is not None:
+        before = [message for message in before if message["role"] != "system"]
+        before = [{"role": "system", "content": filled(section.teacher_system, fields)}, *before]
+    return [*before, last]
+
+
+def filled(template: str, fields: dict[str, Any]) -> str:
+    """A template with the fields of a row in the place of their names in braces.
+
+    Raises:
+        RowFault: a field is missing, or is no text and no number.
+    """
+    parts = []
+    for text, name, _, _ in Formatter().parse(template):
+        parts.append(text)
+        if name is None:
+            continue
+        if name not in fields:
+            known = ", ".join(sorted(fields))
+            raise RowFault(f"the row has no field {name!r}, which the template names; it has {known}")
+        if not isinstance(fields[name], str | int | float):
+            raise RowFault(f"field {name!r}: found {describe(fields[name])}, wanted text or a number")
+        parts.append(str(fields[name]))
+    return "".join(parts)

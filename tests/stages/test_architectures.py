@@ -1,0 +1,63 @@
+"""Every architecture through every stage: a step of each, the KL of what it saved, or a refusal that says why.
+
+A few always; all of them by ``make stress``, which then says of each stage how many it trained.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from kltune.errors import ModelError
+from kltune.recipe import load_recipe
+from kltune.stages.eval_kl import EvalKLOptions, eval_kl
+from tests.foreign_models import MODELS, TARGETS, save_model
+from tests.stages.conftest import DPO, ONLINE, PPO, REWARD, SFT, TRPO, letter_tokenizer, ran, write_recipe
+
+STAGES = {"sft": SFT, "reward": REWARD, "ppo": PPO, "trpo": TRPO, "dpo": DPO, "online dpo": ONLINE}
+# What cannot be trained, and why; all else can.
+UNTRAINED: dict[tuple[str, str], str] = {}
+OFTEN = {("cohere", "ppo"), ("gemma2", "trpo"), ("granite", "online dpo"), ("mamba", "dpo")}
+
+
+def cases() -> list:
+    """Each architecture with each stage, those that are not tried always marked."""
+    pairs = [(kind, stage) for kind in MODELS for stage in STAGES]
+    return [pair if pair in OFTEN else pytest.param(*pair, marks=pytest.mark.stress) for pair in pairs]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A function from an architecture to its folder, with a tokenizer of letters."""
+    folders: dict[str, Path | None] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in folders:
+            folders[kind] = save_model(kind, tmp_path_factory.mktemp("models") / kind)
+            if folders[kind] is not None:
+                letter_tokenizer().save_pretrained(folders[kind])
+        return folders[kind] or pytest.skip(f"this transformers has no {kind}")
+
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "stage"), cases())
+def test_a_step_of_every_stage_and_the_kl_of_what_it_saved(kind, stage, models, tmp_path, record_property):
+    base = STAGES[stage] | {"lora": {"rank": 2, "alpha": 4.0, "targets": TARGETS.get(kind, "all-linear")}}
+    recipe = load_recipe(write_recipe(tmp_path, base, models(kind)), ["run.steps=1"])
+    if (kind, stage) in UNTRAINED:
+        with pytest.raises(ModelError, match=UNTRAINED[kind, stage]):
+            ran(recipe)
+        record_property(f"{stage} refused", 1)
+        return
+    result, (row, *_) = ran(recipe)
+    assert all(value is None or isinstance(value, list) or math.isfinite(value) for value in row.values())
+    record_property(f"{stage} of an architecture", 1)
+    if stage == "reward":
+        return
+    options = EvalKLOptions(prompts=str(tmp_path / "held_out.jsonl"), responses=10)
+    document, _ = eval_kl([result["final"]], options)
+    # Of other responses where the run answered others; of the same to rounding.
+    assert math.isfinite(document["kl"]["exact"]["nats_per_response"])
+    assert abs(document["agreement_z"]) < 4.0
+    assert document["kl"]["exact"]["nats_per_response"] == pytest.approx(result["kl"]["nats_per_response"], abs=1e-4)

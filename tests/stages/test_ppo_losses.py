@@ -1,0 +1,111 @@
+"""The losses and baselines of groups in ``kltune ppo``: what each is asked for by, learns by, and refuses."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kltune.errors import RecipeError, ScorerError
+from kltune.lm.rewards.scorers import load_scorer
+from kltune.train.experience import compute_advantages
+from tests.oracles import Responses, tiny_policy_logits
+from tests.stages.conftest import ran, write_rows
+
+LONG = ("sampling.prompts_per_step=24", "data.prompts=many.jsonl", "sampling.responses_per_prompt=4", "run.steps=10",
+        "kl.target=3", "ppo.minibatch_size=32", "eval.prompts=many.jsonl", "eval.responses=130")
+VARIANTS = {
+    "dr_grpo": ("ppo.baseline=dr_grpo",),
+    "reinforce_pp": ("ppo.baseline=reinforce_pp",),
+    "gspo": ("ppo.baseline=grpo", "ppo.loss=sequence", "ppo.clip_range=0.05"),
+    "cispo, dapo's clip": ("ppo.baseline=grpo", "ppo.loss=cispo", "ppo.clip_range_high=0.28"),
+}
+
+
+@pytest.mark.parametrize("keys", VARIANTS.values(), ids=VARIANTS.keys())
+def test_each_raises_the_score(ppo_recipe, keys):
+    result, rows = ran(ppo_recipe(*LONG, *keys))
+    assert result["score"] > 1.3 * result["reference_score"] > 0.0
+    assert 0.0 < max(row["ppo/clip_fraction"] for row in rows) < 1.0
+
+
+def test_defaults_follow_the_baseline_and_the_loss(ppo_recipe):
+    averages = {keys: ppo_recipe(*keys).ppo.average for keys in (
+        (), ("ppo.baseline=grpo",), ("ppo.baseline=dr_grpo",), ("ppo.loss=sequence", "ppo.baseline=rloo"),
+    )}
+    assert list(averages.values()) == ["tokens", "tokens", "limit", "responses"]
+
+
+@pytest.mark.parametrize(("keys", "said"), [
+    (("ppo.loss=sequence",), "differ from token to token"),
+    (("ppo.loss=sequence", "ppo.baseline=grpo", "ppo.average=tokens"), "wanted responses"),
+    (("ppo.average=responses", "kl.placement=loss"), r"kl\.placement"),
+    (("ppo.baseline=dr_grpo", "sampling.responses_per_prompt=1"), "wanted at least 2"),
+])
+def test_what_does_not_go_together(ppo_recipe, keys, said):
+    with pytest.raises(RecipeError, match=said):
+        ppo_recipe(*keys)
+
+
+ROWS = '''
+def answered(prompts, responses, rows):
+    """As many as the row's letter, whatever is done to the row."""
+    return [float(response.count(row.pop("letter"))) for response, row in zip(responses, rows)]
+'''
+
+
+def test_a_reward_reads_the_row_of_each_prompt(ppo_recipe, tmp_path):
+    recipe = ppo_recipe("reward.0.path=rewards.py:answered", "ppo.baseline=grpo", "data.prompts=lettered.jsonl",
+                        "eval.prompts=lettered.jsonl", "run.steps=2")
+    (tmp_path / "ppo" / "rewards.py").write_text(ROWS)
+    write_rows(tmp_path / "ppo" / "lettered.jsonl", [{"prompt": t, "letter": t[-1]} for t in ("oh", "we", "my", "in")])
+    result, _ = ran(recipe)
+    assert result["score"] >= 0.0
+    scorer = load_scorer(recipe.reward, recipe.folder, torch.device("cpu"))
+    with pytest.raises(ScorerError, match="wants the data row of each prompt"):
+        scorer(["oh"], ["h"])
+
+
+def test_a_row_that_a_reward_fails_on_is_named(ppo_recipe, tmp_path):
+    recipe = ppo_recipe("reward.0.path=rewards.py:answered", "ppo.baseline=grpo", "data.prompts=some.jsonl")
+    (tmp_path / "ppo" / "rewards.py").write_text(ROWS)
+    write_rows(tmp_path / "ppo" / "some.jsonl", [{"prompt": "oh", "letter": "h"}, {"prompt": "we"}])
+    with pytest.raises(ScorerError, match=r"row \d+ \(prompt 'we'.*KeyError: 'letter'"):
+        ran(recipe)
+
+
+
+
+# --- a floor under the entropy ---------------------------------------------------------------------------------------
+
+LOSING = ("kl.control=fixed", "kl.beta=0", "sampling.prompts_per_step=32", "data.prompts=many.jsonl",
+          "ppo.minibatch_size=32", "run.steps=24", "ppo.baseline=rloo")
+
+
+def test_entropy_is_held_above_its_floor(ppo_recipe, tmp_path):
+    _, free = ran(ppo_recipe(*LOSING, output=str(tmp_path / "free")))
+    _, held = ran(ppo_recipe(*LOSING, "ppo.entropy_floor=2.3", output=str(tmp_path / "held")))
+    name = "policy/entropy_nats_per_token"
+    assert held[0]["policy/entropy_price"] == 0.0
+    assert held[0][name] == free[0][name] > 2.2
+    assert free[-1][name] < 2.0
+    assert min(row[name] for row in held) > 0.95 * 2.3
+    assert held[-1][name] < 1.2 * 2.3
+    assert held[-1]["policy/entropy_price"] > 0.0
+    assert held[-1]["score/mean"] > 2.0 * held[0]["score/mean"]
+
+
+def test_what_is_paid_has_the_gradient_of_the_entropy_above_the_floor():
+    responses, floor, price = Responses(), 0.6, 0.3
+    logits = tiny_policy_logits().requires_grad_()
+    chances = responses.probabilities(logits)
+    logprobs = responses.logprobs(logits)
+    entropy = -(chances * logprobs.sum(-1)).sum()
+    (wanted,) = torch.autograd.grad(price * (entropy - floor * (chances * responses.lengths).sum()), logits)
+    zeros = torch.zeros_like(logprobs.detach())
+    rollout = SimpleNamespace(logprobs=logprobs.detach(), ref_logprobs=logprobs.detach(), response_mask=responses.mask)
+    batch = SimpleNamespace(rollout=rollout, scores=zeros[:, 0])
+    section = SimpleNamespace(baseline="dr_grpo", entropy_floor=floor)
+    found = compute_advantages(batch, 0.0, section, per_prompt=15, entropy_price=price).advantages
+    logprobs = responses.logprobs(logits)
+    (gradient,) = torch.autograd.grad((chances.detach()[:, None] * found * logprobs).sum(), logits)
+    assert torch.allclose(gradient, wanted, atol=1e-12)
