@@ -38,7 +38,7 @@ def _estimates(document: dict[str, Any]) -> Iterator[str]:
     yield (
         f"{document['direction']} · {visible(document['checkpoint'])} · {document['responses']} responses to "
         f"{document['prompts']} prompts · temperature {document['temperature']:g} · "
-        f"at most {document['max_new_tokens']} tokens"
+        f"at most {document['max_new_tokens']} tokens · {document['dtype']}"
     )
     rows = [(ESTIMATOR_NAMES[name], kl) for name, kl in document["kl"].items()]
     if document["forward"]:

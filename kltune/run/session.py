@@ -22,7 +22,7 @@ from kltune.errors import CheckpointError, Interrupted, JudgeError, RecipeError,
 from kltune.lm.data.chat import read_template, today
 from kltune.lm.data.documents import Result, RunRecord
 from kltune.lm.model.fingerprint import Fingerprint
-from kltune.lm.model.loading import pick_device
+from kltune.lm.model.loading import prepare_device
 from kltune.lm.model.opening import load_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.inputs import base_of, inputs_of, refuse_changed
@@ -142,8 +142,9 @@ def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
     with open_run(recipe, resume=resume) as run:
         run.set_inputs(inputs_of(recipe))
         torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
-        device, template = pick_device(recipe.run.device), read_template(recipe.data.chat_template)
+        device, template = prepare_device(recipe.run), read_template(recipe.data.chat_template)
         policy = load_policy(recipe.model, recipe.lora, device=device, chat_template=template)
+        policy.plan_memory(recipe.run.memory_fraction, recipe.optim.checkpoint_layers)
         run.set_reference(policy.fingerprint)
         run.record(base=base_of(recipe))
         if run.resume_from is not None:

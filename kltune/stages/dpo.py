@@ -203,7 +203,7 @@ def take_step(job: Job, learner: Learner, step: int, pairs: Preferences | None) 
     if part is not None:
         limited = not math.isinf(room)
         rounding = moved_since(learner.policy, batch.rollout, recipe) if limited else 0.0
-        update |= improve(job, learner, part, batch if priced else None, step)
+        update |= learner.update(partial(improve, job, learner, part, batch if priced else None, step))
         if limited:
             moved = max(moved_since(learner.policy, batch.rollout, recipe) - rounding, 0.0)
             learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, share=1.0))

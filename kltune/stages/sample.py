@@ -19,6 +19,7 @@ from kltune.lm.model.policy import Policy
 from kltune.run.saved_policy import (
     MeasureOptions,
     Settings,
+    computed_on,
     find_checkpoint,
     measured_prompts,
     open_subject,
@@ -73,6 +74,7 @@ class Speaker:
             "temperature": self.settings.temperature,
             "max_new_tokens": self.settings.max_new_tokens,
             "seed": self.options.seed,
+            **computed_on(self.policy),
             "prompts": prompts,
         }
 

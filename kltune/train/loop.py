@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kltune.core.control.controllers import feed_forward
-from kltune.errors import Interrupted, JudgeError, RecipeError, ScorerError
+from kltune.errors import Interrupted, JudgeError, OutOfMemory, RecipeError, ScorerError
 from kltune.lm.data.examples import Prompt, counts_line, distinct_prompts, load_prompts
 from kltune.lm.model.opening import check_fresh_policy
 from kltune.lm.model.policy import Policy
@@ -173,7 +173,7 @@ def whole_step(job: Job, learner: Learner, step: int, evaluates: bool) -> Iterat
     judge is asked what it did not answer.
 
     Raises:
-        JudgeError, ScorerError: a scorer's, with what was saved.
+        JudgeError, ScorerError: a scorer's, with what was saved. OutOfMemory: with the step to go on from.
     """
     # Responses are scored before the update that learns from them: only what is scored after it, in an evaluation or
     # where a run may end at its cap, wants a copy of model and optimizer to go back to.
@@ -182,6 +182,10 @@ def whole_step(job: Job, learner: Learner, step: int, evaluates: bool) -> Iterat
     before = learner.undo(copied=scored_after)
     try:
         yield
+    except OutOfMemory as error:
+        newest = latest_checkpoint(job.run.folder)
+        way = "nothing is saved yet" if newest is None else f"--resume goes on after step {saved_step(newest)}"
+        raise OutOfMemory(f"step {step}: {error} {way.capitalize() if newest is None else way}.") from error
     except (JudgeError, ScorerError) as error:
         learner.go_back(before)
         newest = latest_checkpoint(job.run.folder)

@@ -18,7 +18,7 @@ from transformers import Cache
 from kltune.lm.fast.decoding import Step, bytes_held, is_plain
 from kltune.lm.fast.shared_prefix import begins_another, scored_spans
 
-SHARE = 0.8             # of the memory is planned with; the rest is for kernels, fragments and other processes
+SHARE = 0.8             # of the memory is planned with unless told otherwise; the rest is for kernels and fragments
 TRAINED_BYTES = 16      # float32 gradient and Adam's moments per trained number; in full fine-tuning the frozen copy
 BACKWARD = 1.7          # times what a forward pass saves: the peak of the backward pass over it
 CACHE = 1.5             # times the keys and values: room to grow, and a layer's copy while rows are dropped
@@ -70,6 +70,7 @@ class Batching:
         """
         self._causal, self._step, self._split, self.shares_prefixes = causal, step, split, shares_prefixes
         self._room: TrainingRoom | None = None
+        self.fraction, self.checkpoint_layers = SHARE, "auto"
 
     def refresh(self) -> None:
         """Measure again, after an adapter may have come."""
@@ -100,9 +101,10 @@ class Batching:
         tokens = self.tokens_per_pass // TRAINED_SHARE
 
         def most(length: int) -> int:
-            if sequences is None:
-                return min(self.trained_rows(length), tokens // length) // group
-            return sequences // group
+            if sequences is not None:
+                return sequences // group
+            fits = sys.maxsize if self.checkpoint_layers == "always" else self.trained_rows(length)
+            return min(fits, tokens // length) // group
 
         return micro_batches(lengths, most, self._pass_tokens / group)
 
@@ -112,7 +114,8 @@ class Batching:
         Measured when first asked, with the adapter that is on then; from then on larger passes checkpoint their layers.
         """
         if self._room is None:
-            self._room = training_room(self._causal, self._causal.base_model if self._split else self._causal)
+            trained = self._causal.base_model if self._split else self._causal
+            self._room = training_room(self._causal, trained, self.fraction)
         return self._room.rows(length)
 
     def too_large(self, ids: Tensor) -> bool:
@@ -123,7 +126,7 @@ class Batching:
         """How many responses may be sampled side by side, with so many tokens each, the prompt's included."""
         if self._step is None:
             return max(1, self.tokens_per_pass // tokens)
-        free = free_bytes(self._causal, _device(self._causal))
+        free = free_bytes(self._causal, _device(self._causal), self.fraction)
         fit = int(free / (CACHE * max(1.0, bytes_held(self._token_cache)) * tokens))
         return max(1, min(ROWS_PER_PASS, fit))
 
@@ -171,10 +174,13 @@ class TrainingRoom:
         return max(0, int(self.bytes / each)) if each else sys.maxsize
 
 
-def training_room(model: nn.Module, trained: nn.Module) -> TrainingRoom:
-    """Measure what a model keeps for its backward pass, on three small batches through the part that training runs."""
+def training_room(model: nn.Module, trained: nn.Module, fraction: float = SHARE) -> TrainingRoom:
+    """Measure what a model keeps for its backward pass, on three small batches through the part that training runs.
+
+    fraction: of the device's memory that is planned with.
+    """
     device = _device(model)
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def saved(rows: int, length: int) -> int:
         ids = torch.zeros(rows, length, dtype=torch.long, device=device)
@@ -186,21 +192,21 @@ def training_room(model: nn.Module, trained: nn.Module) -> TrainingRoom:
         long = saved(1, 2 * PROBED)
     per_square = max(0.0, (long - one - per_row) / (2 * PROBED**2))
     per_token = per_row / PROBED - per_square * PROBED
-    return TrainingRoom(free_bytes(model, device), BACKWARD * per_token, BACKWARD * per_square)
+    return TrainingRoom(free_bytes(model, device, fraction), BACKWARD * per_token, BACKWARD * per_square)
 
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def free_bytes(model: nn.Module, device: torch.device) -> float:
+def free_bytes(model: nn.Module, device: torch.device, fraction: float = SHARE) -> float:
     """The bytes planned to be free on a device beside a model and its optimizer; may be negative.
 
     Other models on the device, as a reward model with weights of its own, are not known here.
     """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     trained = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
-    return SHARE * device_bytes(device) - weights - TRAINED_BYTES * trained
+    return fraction * device_bytes(device) - weights - TRAINED_BYTES * trained
 
 
 def device_bytes(device: torch.device) -> int:
@@ -217,12 +223,12 @@ def device_bytes(device: torch.device) -> int:
 def saved_bytes(work: Callable[[], Tensor], without: set[int] = frozenset()) -> int:
     """The bytes that autograd keeps for the backward pass of some work, shared memory counted once.
 
-    without: addresses of memory that is there anyway, as the weights'.
+    without: storages that are there anyway, as the weights'.
     """
     kept: dict[int, Tensor] = {}  # the tensors themselves, or their memory would be used again and counted as theirs
 
     def keep(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
+        address = tensor.untyped_storage()._cdata       # not data_ptr, which is 0 for all that is shapes alone
         if address not in without:
             kept[address] = tensor
         return tensor

@@ -45,7 +45,8 @@ class Fingerprint:
     the SFT adapter's update that survived rounding to that dtype (1 in float32). untied: the base's head and embedding
     are one matrix, and have one each since the SFT adapter was merged, which acts on one of them. config: the settings
     of config.json that can move a logit. ends: the fields of its EndTokens. probe: a few of its logits on a few tokens,
-    as ``probed`` picks them. The last three are empty where they are not known.
+    as ``probed`` picks them. The last three are empty where they are not known, the probe also of a model that computes
+    in another dtype than its own.
     """
 
     path: str
@@ -103,7 +104,7 @@ class Fingerprint:
             f"end of a response: {name} found {self.ends.get(name)} ({here}), wanted {wanted} ({there})"
             for name, wanted in (other.get("ends") or {}).items() if self.ends.get(name) != wanted
         ]
-        if not found and other.get("probe") and not self._says(other["probe"]):
+        if not found and self.probe and other.get("probe") and not self._says(other["probe"]):
             found = [f"logits: found {self.probe[:3]} … for a few tokens ({here}), wanted {other['probe'][:3]} … "
                      f"({there}), though weights and settings are the same: is it run by other code?"]
         return found
