@@ -48,7 +48,7 @@ def facts_of(files: Files) -> dict[str, Fact]:
     result, evaluated, last = files.result, files.evaluated, files.metrics[-1] if files.metrics else {}
     kl = result.get("kl") or {}
     value, error = (kl.get("nats_per_response"), kl.get("stderr")) if result else newest_kl(files)
-    distinct = "distinct_2_adjusted"
+    distinct, machine = "distinct_2_adjusted", files.record.get("machine") or {}
     return {
         "KL, nats per response": Fact(value, error, kl.get("ci95")),
         "target": Fact(limits_of(files).target),
@@ -68,6 +68,8 @@ def facts_of(files: Files) -> dict[str, Fact]:
             evaluated.get("eval/tax_nats_per_token"), evaluated.get("eval/tax_stderr")
         ),
         "steps": Fact(result.get("steps", last.get("step"))),
+        "tokens per second": Fact(machine.get("tokens_per_second")),
+        "peak memory, GB": Fact(machine.get("peak_gb")),
         "time": Fact(
             result.get("seconds", sum(row.get("time/step_seconds") or 0 for row in files.metrics)), seconds=True
         ),

@@ -103,6 +103,11 @@ class Run:
         """The day that chat templates are told, for as long as the run goes on."""
         return date.fromisoformat(self._record["template_date"])
 
+    @property
+    def machine(self) -> dict[str, Any] | None:
+        """What the run computes on, as it was recorded."""
+        return self._record["machine"]
+
     def record(self, **facts: Any) -> None:
         """Put facts in run.json, as where the scores came from."""
         self._record = {**self._record, **facts}
@@ -297,6 +302,7 @@ def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Pa
         "reference": continued.get("reference"),
         "inputs": continued.get("inputs"),
         "base": continued.get("base"),
+        "machine": None,
         "template_date": continued.get("template_date") or recipe.data.date or today().isoformat(),
         "versions": versions,
         "started": continued.get("started", _now()),

@@ -211,7 +211,8 @@ def take_step(job: Job, learner: Learner, step: int, pairs: Preferences | None) 
     if moving is not None and step % recipe.dpo.reference_every == 0:
         moving.snapshot.approach(recipe.dpo.reference_alpha)
     clock.lap("update")
-    return Taken(update, clock, batch, examples=examples)
+    tokens = 0 if online else sum(len(example.ids) for example in part.examples)
+    return Taken(update, clock, batch, examples=examples, tokens=tokens)
 
 
 def sampled_pairs(job: Job, batch: Batch, clock: Clock) -> Preferences | None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kltune.lm.data.chat import read_template
 from kltune.lm.data.examples import Counts, Prompt, load_examples, load_prompts
 from kltune.lm.data.pairs import answers, hold_out, load_comparisons
@@ -20,11 +22,14 @@ from kltune.lm.measure.measurement import RESPONSES_PER_PASS
 from kltune.lm.model.loading import pick_device
 from kltune.lm.model.opening import empty_policy
 from kltune.lm.model.policy import Policy
-from kltune.recipe import ClassifierReward, ModelReward, Recipe, dump_recipe
+from kltune.recipe import STAGES, ClassifierReward, ModelReward, ModelSection, Recipe, dump_recipe
 from kltune.run.optimizer import total_steps
 from kltune.run.screen import number
 
 GB = 1e9
+ASKED, ANSWERED = 256, 128      # tokens of a usual row
+MODEL_STAGES = {"sft": {"texts": "t"}, "ppo": {"prompts": "p"}, "trpo": {"prompts": "p"}, "dpo": {"pairs": "p"},
+                "eval-kl": {"texts": "t"}}
 MOMENTS = 12            # bytes a trained number of a copy of it and of its optimizer's memory
 VECTORS = 36            # of TRPO's gradient, direction and snapshot, the four of its solver, the step before, one more
 
@@ -44,22 +49,22 @@ class Sizes:
     tokens: int
 
 
-def plan(recipe: Recipe, *, there: float | None = None) -> dict[str, Any]:
+def plan(recipe: Recipe, *, device: torch.device | None = None, there: float | None = None) -> dict[str, Any]:
     """What a run of this recipe would do and take; nothing is written.
 
-    there: bytes of memory, instead of the device's own.
+    device, there: a device that need not be here, and the bytes of its memory, instead of the recipe's own.
 
     Raises:
         KltuneError: what the run would raise over its recipe, its rows, its tokenizer or a model's configuration.
     """
-    device = pick_device(recipe.run.device)
+    device = device or pick_device(recipe.run.device)
     template = read_template(recipe.data.chat_template)
     policy = empty_policy(recipe.model, recipe.lora, device=device, chat_template=template)
     files: dict[str, dict[str, int]] = {}
     sizes = read_sizes(recipe, policy, files)
     steps = total_steps(recipe.run, sizes.rows, sizes.per_step)
     there = there or device_bytes(device)
-    memory = memory_of(recipe, policy, sizes, there=there, on_cpu=device.type == "cpu", steps=steps)
+    memory = memory_of(recipe, policy, sizes, there=there, device=device.type, steps=steps)
     return {
         "schema": "kltune.plan/1",
         "stage": recipe.stage,
@@ -120,7 +125,8 @@ def read_sizes(recipe: Recipe, policy: Policy, files: dict[str, dict[str, int]])
 
 
 def memory_of(
-    recipe: Recipe, policy: Policy, sizes: Sizes, *, there: float, on_cpu: bool, steps: int
+    recipe: Recipe, policy: Policy, sizes: Sizes, *, there: float, device: str, steps: int,
+    trains: bool = True,
 ) -> dict[str, Any]:
     """Bytes by phase, and what is there; how many rows are trained on at once, and how many could be."""
     stage, section = recipe.stage, getattr(recipe, recipe.stage, None)
@@ -129,8 +135,10 @@ def memory_of(
         policy.add_value_function(recipe.lora if section.value_function == "lora" else None)
     footprint = Footprint(
         policy, there, fraction=recipe.run.memory_fraction, checkpoint_layers=recipe.optim.checkpoint_layers,
-        on_cpu=on_cpu,
+        device=device,
     )
+    if not trains:
+        return measured_only(footprint, sizes, recipe)
     held = footprint.held(optimizer=stage != "trpo" or valued, copies=copies_of(recipe, steps))
     held += scorer_bytes(recipe)
     rows, sequences = sizes.trained, recipe.optim.micro_batch_size
@@ -138,7 +146,8 @@ def memory_of(
         rows = rows.of(recipe.ppo.minibatch_size)
     size, checkpointed = footprint.micro_rows(rows, sequences)
     scalar = stage == "reward"
-    phases = {"train": footprint.training(rows.of(size), checkpointed=checkpointed, scalar=scalar)}
+    kind = {"checkpointed": checkpointed, "scalar": scalar, "accumulates": size < rows.count}
+    phases = {"train": footprint.training(rows.of(size), **kind)}
     if stage == "trpo":
         count = max(1, round(section.fisher_fraction * rows.count))
         phases["curvature"] = footprint.curvature(rows.of(count), sequences)
@@ -154,8 +163,18 @@ def memory_of(
         "there": int(there), "planned": int(footprint.planned), "held": held, "phases": phases, "peak": peak,
         "fits": peak <= footprint.planned, "trained_at_once": size, "tokens_of_a_row": rows.length,
         "checkpointed": checkpointed,
-        "largest_micro_batch": footprint.largest(unit, held, checkpointed=checkpointed, scalar=scalar),
+        "largest_micro_batch": footprint.largest(unit, held, **kind),
     }
+
+
+def measured_only(footprint: Footprint, sizes: Sizes, recipe: Recipe) -> dict[str, Any]:
+    """The same of ``eval-kl``, which trains nothing."""
+    held = footprint.weights + footprint.merged
+    some = Rows(RESPONSES_PER_PASS, sizes.asked, recipe.sampling.max_new_tokens)
+    phases = {"sample": footprint.sampling(some), "measure": footprint.measuring(some, by_token=True)}
+    peak = held + max(phases.values())
+    return {"there": int(footprint.there), "planned": int(footprint.planned), "held": held, "phases": phases,
+            "peak": peak, "fits": peak <= footprint.planned}
 
 
 def answered_rows(recipe: Recipe, sizes: Sizes) -> Iterator[Rows]:
@@ -204,6 +223,23 @@ def disk_of(recipe: Recipe, policy: Policy) -> dict[str, int]:
     while not folder.exists():
         folder = folder.parent
     return {"needed": checkpoint * (recipe.run.keep + 1) + 4 * trained, "free": shutil.disk_usage(folder).free}
+
+
+def plans_for(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What each stage would take on a model with its default keys, on rows of a usual length; raises as ``plan``."""
+    section, device = ModelSection(path=model), pick_device("auto")
+    for stage, data in MODEL_STAGES.items():
+        recipe = STAGES["sft" if stage == "eval-kl" else stage].model_validate(
+            {"stage": "sft" if stage == "eval-kl" else stage, "model": {"path": model}, "data": data}
+        )
+        policy = empty_policy(section, recipe.lora, device=device)
+        context = (policy.max_context or ASKED + ANSWERED) - 1
+        prompt, response = min(ASKED, context // 2), min(ANSWERED, context - context // 2)
+        count, group = (64, 1) if stage in ("ppo", "trpo") else (2 * recipe.optim.batch_size, 2)
+        sizes = Sizes(count, count, Rows(count, prompt, response, group), prompt, count * (prompt + response))
+        yield stage, memory_of(
+            recipe, policy, sizes, there=device_bytes(device), device=device.type, steps=1, trains=stage != "eval-kl"
+        )
 
 
 def plan_text(document: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from kltune.stages.ppo import run_ppo
 from kltune.stages.reward import run_reward
 from kltune.stages.sft import run_sft
 from kltune.stages.trpo import run_trpo
+from kltune.train import finish
 from kltune.train.plan import plan
 from tests.tiny_policies import SPECIAL, word_tokenizer
 
@@ -92,7 +93,8 @@ def measured_peak(work) -> float:
 
 @pytest.mark.parametrize("stage", RUN)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_memory_told_is_what_a_run_takes(tmp_path, shape, stage):
+def test_the_memory_told_is_what_a_run_takes(tmp_path, monkeypatch, shape, stage):
+    monkeypatch.setattr(finish, "write_page", lambda folder: None)
     recipe = load_recipe(write_recipe(tmp_path, stage, shape))
     told = plan(recipe)["memory"]
     assert not (tmp_path / "run").exists()

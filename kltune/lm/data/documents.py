@@ -208,6 +208,7 @@ class RunRecord(TypedDict):
     inputs: NotRequired[dict[str, InputFacts] | None]
     rewards: NotRequired[list[dict[str, Any]]]
     template_date: NotRequired[Day]
+    machine: NotRequired[dict[str, Any] | None]
     versions: NotRequired[dict[str, Text] | None]
     started: NotRequired[Text]
     ended: NotRequired[Text]

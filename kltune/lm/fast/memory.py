@@ -5,6 +5,7 @@ cut their batches alike, or they differ in the last bits and a resumed run is no
 """
 
 import os
+import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -204,9 +205,29 @@ def free_bytes(model: nn.Module, device: torch.device, fraction: float = SHARE) 
 
     Other models on the device, as a reward model with weights of its own, are not known here.
     """
+    return fraction * device_bytes(device) - held_bytes(model)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """The bytes of a model's weights, with gradients and optimizer of those that are trained."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-    trained = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
-    return fraction * device_bytes(device) - weights - TRAINED_BYTES * trained
+    return weights + TRAINED_BYTES * sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory in use: on a GPU in tensors, since this was last asked; else of the process, since it began."""
+    if device.type != "cuda":
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called: a GPU by its maker, a CPU with the threads that compute."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device}, {torch.get_num_threads()} threads"
 
 
 def device_bytes(device: torch.device) -> int:
@@ -225,16 +246,18 @@ def saved_bytes(work: Callable[[], Tensor], without: set[int] = frozenset()) -> 
 
     without: storages that are there anyway, as the weights'.
     """
-    kept: dict[int, Tensor] = {}  # the tensors themselves, or their memory would be used again and counted as theirs
+    # The memory itself, or it would be used again and counted as another's. No tensors: one that has a gradient leads
+    # back to this hook, and such a ring is not freed before Python looks for rings.
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         address = tensor.untyped_storage()._cdata       # not data_ptr, which is 0 for all that is shapes alone
         if address not in without:
-            kept[address] = tensor
-        return tensor
+            kept[address] = tensor.untyped_storage()
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         graph = work()
-    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    total = sum(storage.nbytes() for storage in kept.values())
     del graph
     return total

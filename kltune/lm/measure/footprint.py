@@ -34,7 +34,7 @@ from kltune.lm.model.curvature import TWICE_DIFFERENTIABLE, Fisher
 from kltune.lm.model.network import ScalarHead
 from kltune.lm.model.policy import Policy
 
-ADAM = 8                # bytes a trained number of the optimizer's memory, and 4 of its gradient
+ADAM = 8                # bytes a trained number of the optimizer's memory
 DRAWN = 6 * 2**20       # what drawing tokens makes of a few rows of logits at a time
 
 
@@ -60,15 +60,17 @@ class Rows:
 class Footprint:
     """The memory of a policy on a device of so many bytes, by phase; phases in bytes above what is ``held``."""
 
-    def __init__(self, policy: Policy, there: float, *, fraction: float, checkpoint_layers: str, on_cpu: bool):
-        """Take an ``empty_policy`` with all its adapters; fraction, checkpoint_layers: as ``Policy.plan_memory``."""
-        self.policy, self.planned, self.on_cpu = policy, fraction * there, on_cpu
+    def __init__(self, policy: Policy, there: float, *, fraction: float, checkpoint_layers: str, device: str):
+        """Take an ``empty_policy`` with all its adapters, for a type of device, as cpu.
+
+        fraction, checkpoint_layers: as ``Policy.plan_memory``.
+        """
+        self.policy, self.there, self.planned, self.on_cpu = policy, there, fraction * there, device == "cpu"
         self.checkpoint_layers = checkpoint_layers
         speed_up(policy.model)
         self.trained = [*policy.trainable_parameters().values(), *policy.value_parameters().values()]
-        for tensor in self.trained:
-            tensor.grad = torch.empty_like(tensor)
         network = policy.network
+        network.stands_for = device
         with traced(1):
             found = training_room(network.causal, network.causal.base_model if network.split else network.causal)
         numbers = sum(tensor.numel() for tensor in self.trained)
@@ -88,10 +90,10 @@ class Footprint:
         return sum(4 * layer.in_features * layer.out_features for layer in layers) if wanted else 0
 
     def held(self, *, optimizer: bool = True, copies: float = 0.0) -> int:
-        """Bytes that are there all the time: weights, gradients, Adam's memory; copies: bytes a trained number."""
+        """Bytes that are there all the time: weights and Adam's memory; copies: more bytes a trained number."""
         numbers = sum(tensor.numel() for tensor in self.trained)
         start = counted(self.policy.untrained)
-        return self.weights + start + int(numbers * (4 + (ADAM if optimizer else 0) + copies))
+        return self.weights + start + int(numbers * ((ADAM if optimizer else 0) + copies))
 
     def micro_rows(self, rows: Rows, sequences: int | None) -> tuple[int, bool]:
         """How many rows are trained on at once, as ``Batching.micro_batches`` has it, and whether layers are kept."""
@@ -104,9 +106,17 @@ class Footprint:
         size = min(rows.count, max(1, most // rows.group) * rows.group)
         return size, kept == "always" or (kept == "auto" and size > fits)
 
-    def training(self, rows: Rows, *, checkpointed: bool = False, scalar: bool = False) -> int:
-        """A forward and backward pass over rows; ``scalar``: of one number a row, as a reward model's."""
+    def training(
+        self, rows: Rows, *, checkpointed: bool = False, scalar: bool = False, accumulates: bool = False
+    ) -> int:
+        """A forward and backward pass over rows; ``scalar``: of one number a row, as a reward model's.
+
+        accumulates: gradients of other rows are there, and these are added to them.
+        """
         network = self.policy.network
+        for tensor in self.trained:
+            tensor.grad = torch.empty_like(tensor) if accumulates else None
+        there = counted([tensor.grad for tensor in self.trained])
         selected = rows.count if scalar else rows.count * rows.response
         way = network._layers.active() if checkpointed else self._shared(rows)
         with self._traced(selected) as live, way:
@@ -116,7 +126,7 @@ class Footprint:
             else:
                 values = self.policy.logprobs(ids, scored)
             values.sum().backward()
-        return live.peak - live.before
+        return live.peak - live.before + there
 
     def measuring(self, rows: Rows, *, by_token: bool = False) -> int:
         """Policy and reference over as many rows as go through at once, and exact KL a chunk of positions at a time.

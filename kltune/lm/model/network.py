@@ -56,6 +56,7 @@ class Network:
     def __init__(self, causal: nn.Module):
         self.causal = causal
         self.fast: ways.FastWays | None = None
+        self.stands_for: str | None = None      # the type of device, of a model of shapes
         self.halved = False         # what is trained on at once, since memory ran out
         self._recomputes = True     # layers, where a backward pass would not fit otherwise
         self.refresh()
@@ -263,7 +264,8 @@ class Network:
     @property
     def chunk_rows(self) -> int:
         """Positions whose float32 logits may exist at once."""
-        return max(64, CHUNK_BYTES.get(self.device.type, CHUNK_BYTES["cpu"]) // (4 * self.vocabulary))
+        most = CHUNK_BYTES.get(self.stands_for or self.device.type, CHUNK_BYTES["cpu"])
+        return max(64, most // (4 * self.vocabulary))
 
 
 class Decoder:
