@@ -10,6 +10,7 @@ from kltune.core.control.controllers import feed_forward
 from kltune.errors import Interrupted, JudgeError, OutOfMemory, RecipeError, ScorerError
 from kltune.lm.data.examples import Prompt, counts_line, distinct_prompts, load_prompts
 from kltune.lm.fast.memory import device_bytes, device_name, held_bytes, peak_bytes
+from kltune.lm.fast.out_of_memory import SAMPLING, phase
 from kltune.lm.model.opening import check_fresh_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
@@ -109,7 +110,8 @@ def begin(job: Job, learner: Learner) -> None:
         drop_oldest(run.resume_from, recipe.run.keep)      # a kill may have come between a save and this
         return
     if job.prompts:
-        check_fresh_policy(learner.policy, job.prompts)
+        with phase(SAMPLING, learner.policy.device):
+            check_fresh_policy(learner.policy, job.prompts)
     if learner.scorer is not None and learner.scorer.wants_reference_samples:
         learner.parts[SCORER] = standardize(learner.scorer, learner.policy, job)
 

@@ -27,7 +27,8 @@ def config(kind: type, hidden: int, layers: int, vocabulary: int, **more) -> Pre
     """A model of a shape, with a context that takes the rows below."""
     return kind(
         hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, vocab_size=vocabulary,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, head_dim=hidden // 4, **SPECIAL, **more,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, head_dim=hidden // 4,
+        **SPECIAL, **more,
     )
 
 
@@ -59,7 +60,7 @@ def write_recipe(folder: Path, stage: str, shape: str, **sections) -> Path:
     }
     for name, lines in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "rewards.py").write_text("def score(prompts, responses):\n    return [float(len(set(r.split()))) for r in responses]\n")
+    (folder / "rewards.py").write_text("def score(prompts, responses):\n    return [float(len(r)) for r in responses]\n")
     recipe = {
         "stage": stage, "model": {"path": "model", "dtype": dtype}, "lora": {"rank": 4},
         "data": {"texts": "texts.jsonl"} if stage == "sft" else {"prompts": "prompts.jsonl"} if stage in ("ppo", "trpo")
@@ -99,5 +100,5 @@ def test_the_memory_told_is_what_a_run_takes(tmp_path, monkeypatch, shape, stage
     told = plan(recipe)["memory"]
     assert not (tmp_path / "run").exists()
     taken = measured_peak(lambda: RUN[stage](recipe, resume=False))
-    print("RATIO", shape, stage, told["peak"] / taken, told["peak"], {k: v+told["held"] for k, v in told["phases"].items()}, told["held"], told["trained_at_once"])
+    print("RATIO", shape, stage, told["peak"] / taken)
     assert told["peak"] == pytest.approx(taken, rel=0.1)

@@ -17,6 +17,8 @@ SAMPLING = ("sampling responses and measuring them", "lower run.memory_fraction,
 SCORING = ("scoring responses", "lower sampling.prompts_per_step, or score with a smaller model")
 UPDATING = ("updating", "lower optim.micro_batch_size or write optim.checkpoint_layers: always, which change no "
             "result; or lower data.max_prompt_tokens")
+ANYTHING = ("running a stage", "lower optim.micro_batch_size or the tokens of a row; the same command with --dry-run "
+            "says what each phase takes")
 CURVATURE = ("measuring the curvature", "lower optim.micro_batch_size or trpo.fisher_fraction")
 
 

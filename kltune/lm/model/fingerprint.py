@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import sys
+import time
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -34,6 +36,7 @@ MOVES_NO_LOGIT = re.compile(
     r"|chunk_size_feed_forward|gradient_checkpointing|task_specific_params)$"
 )
 AGREES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}     # of what a model says, elsewhere measured
+SAID_EVERY = 3.0        # seconds
 PROBED_PLACES, PROBED_WORDS = 4, 8
 
 
@@ -149,8 +152,11 @@ def weights_sha256(tensors: dict[str, Tensor], where: str = "the model") -> str:
     Raises:
         ModelError: a number in a tensor is NaN or infinite; ``where`` begins the message.
     """
-    digest, seen = hashlib.sha256(), set()
+    digest, seen, said, hashed = hashlib.sha256(), set(), time.monotonic(), 0
     for name in sorted(tensors):
+        if time.monotonic() - said > SAID_EVERY:
+            said = time.monotonic()
+            print(f"{where}: {hashed / 1e9:.1f} GB of weights hashed", file=sys.stderr, flush=True)
         tensor = tensors[name].detach()
         if tensor.numel() == 0 or tensor.data_ptr() in seen:
             continue
@@ -162,6 +168,7 @@ def weights_sha256(tensors: dict[str, Tensor], where: str = "the model") -> str:
                 "ones. Are its files whole? Save it again, or in float32 where it was converted."
             )
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        hashed += tensor.numel() * tensor.element_size()
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
