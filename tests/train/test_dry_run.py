@@ -8,6 +8,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
 
+from kltune.cli import main
 from kltune.lm.fast.live_bytes import LiveBytes
 from kltune.recipe import load_recipe
 from kltune.stages.dpo import run_dpo
@@ -60,7 +61,7 @@ def write_recipe(folder: Path, stage: str, shape: str, **sections) -> Path:
     }
     for name, lines in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "rewards.py").write_text("def score(prompts, responses):\n    return [float(len(r)) for r in responses]\n")
+    (folder / "rewards.py").write_text("def score(prompts, responses):\n    return [float(len(r)) for r in responses]")
     recipe = {
         "stage": stage, "model": {"path": "model", "dtype": dtype}, "lora": {"rank": 4},
         "data": {"texts": "texts.jsonl"} if stage == "sft" else {"prompts": "prompts.jsonl"} if stage in ("ppo", "trpo")
@@ -92,13 +93,70 @@ def measured_peak(work) -> float:
     return live.peak
 
 
-@pytest.mark.parametrize("stage", RUN)
-@pytest.mark.parametrize("shape", SHAPES)
+FAST = [("deep", "sft"), ("deep", "trpo"), ("tied, bfloat16", "dpo"), ("wide", "ppo")]
+EACH = [(shape, stage) for shape in SHAPES for stage in RUN if (shape, stage) not in FAST]
+
+
+@pytest.mark.parametrize(
+    ("shape", "stage"), [*FAST, *(pytest.param(*pair, marks=pytest.mark.stress) for pair in EACH)]
+)
 def test_the_memory_told_is_what_a_run_takes(tmp_path, monkeypatch, shape, stage):
     monkeypatch.setattr(finish, "write_page", lambda folder: None)
     recipe = load_recipe(write_recipe(tmp_path, stage, shape))
     told = plan(recipe)["memory"]
     assert not (tmp_path / "run").exists()
     taken = measured_peak(lambda: RUN[stage](recipe, resume=False))
-    print("RATIO", shape, stage, told["peak"] / taken)
     assert told["peak"] == pytest.approx(taken, rel=0.1)
+
+
+def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(tmp_path, capsys):
+    path = write_recipe(tmp_path, "ppo", "deep", run={"steps": 4}, optim={"micro_batch_size": 4})
+    files = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as left:
+        main(["ppo", str(path), "--dry-run", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert left.value.code == 0
+    assert sorted(tmp_path.rglob("*")) == files
+    assert (told["schema"], told["stage"], told["steps"], told["device"]) == ("kltune.plan/1", "ppo", 4, "cpu")
+    assert told["rows"]["data.prompts"] == {"read": 16, "kept": 16, "truncated": 0, "dropped": 0, "skipped": 0}
+    assert told["tokens"] == {"per_step": 16 * (PROMPT + RESPONSE), "total": 64 * (PROMPT + RESPONSE)}
+    memory = told["memory"]
+    assert memory["phases"].keys() == {"train", "sample", "measure"}
+    assert memory["fits"]
+    assert (memory["trained_at_once"], memory["tokens_of_a_row"]) == (4, PROMPT + RESPONSE)
+    assert memory["peak"] == memory["held"] + max(memory["phases"].values())
+    assert "memory_fraction: 0.8" in told["recipe"]     # every default written out
+    with pytest.raises(SystemExit):
+        main(["ppo", str(path), "--dry-run"])
+    text = capsys.readouterr().out
+    assert "data.prompts: 16 of 16 rows" in text
+    assert "4 steps, 2 times through the rows" in text
+    assert "fits: " in text
+
+
+def test_what_does_not_fit_is_said_and_as_many_rows_as_do_are_named(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path, "sft", "deep"))
+    whole, little = (plan(recipe, there=there)["memory"] for there in (1e9, 10e6))
+    assert whole["fits"]
+    assert not little["fits"]       # responses of 16 prompts are not drawn within 8 MB
+    assert little["trained_at_once"] < whole["trained_at_once"] == 8
+    assert 8 < whole["largest_micro_batch"] < 1000
+    fits = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={
+        "batch_size": whole["largest_micro_batch"], "micro_batch_size": whole["largest_micro_batch"]})})
+    assert plan(fits, there=1e9)["memory"]["peak"] == pytest.approx(0.8e9, rel=0.05)
+
+
+def test_checkpointed_layers_take_less(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path, "sft", "deep"))
+    always = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"checkpoint_layers": "always"})})
+    kept, again = (plan(one)["memory"] for one in (recipe, always))
+    assert again["checkpointed"]
+    assert again["phases"]["train"] < 0.5 * kept["phases"]["train"]
+
+
+def test_a_dry_run_refuses_what_the_run_would(tmp_path, capsys):
+    path = write_recipe(tmp_path, "sft", "deep", data={"texts": "nowhere.jsonl"})
+    with pytest.raises(SystemExit) as left:
+        main(["sft", str(path), "--dry-run"])
+    assert left.value.code == 5
+    assert "nowhere.jsonl" in capsys.readouterr().err
