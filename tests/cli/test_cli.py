@@ -168,7 +168,7 @@ def test_a_stage_gets_its_recipe_and_prints_one_json_document(recipe, run, stage
 def test_without_json_the_result_is_said_in_a_few_lines(recipe, run, stage):
     stage("kltune.stages.ppo", run_ppo=lambda loaded, resume: RESULT)
     code, out, err = run("ppo", "-r", recipe)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "kltune ppo: loading the libraries\n")
     assert "5.93 ± 0.11 nats per response, KL(policy‖reference), target 6" in out
     assert "runs/x/final" in out
 
@@ -271,7 +271,7 @@ def test_eval_kl_passes_its_options_and_its_exit_code(run, stage, monkeypatch):
         "recipe": None, "reference": None, "prompts": None, "responses": 64, "max_new_tokens": None,
         "temperature": None, "seed": 0, "max_kl": 8.0, "unit": "nats_per_token", "confidence": 0.95,
         "direction": "both", "texts": None, "top": 10, "show": 3, "auto": False, "max_responses": 4096,
-        "top_p": None, "top_k": None, "trust_remote_code": False, "date": None,
+        "top_p": None, "top_k": None, "trust_remote_code": False, "date": None, "device": "auto", "dtype": None,
     })]
     monkeypatch.setattr("kltune.cli.measure.eval_kl_text", lambda document, colour: "for people")
     code, out, _ = run("eval-kl", "a")
