@@ -21,6 +21,7 @@ from kltune.cli.init import init_command
 from kltune.cli.measure import eval_kl_command, project_command
 from kltune.cli.options import (
     Command,
+    DryRunOption,
     JSONOption,
     OutputOption,
     RecipeArgument,
@@ -95,12 +96,16 @@ def add_stage(stage: str, summary: str) -> None:
     def run(
         positional: RecipeArgument = None, recipe: RecipeOption = None, overrides: SetOption = None,
         output: OutputOption = None, resume: ResumeOption = False, trust_remote_code: TrustOption = False,
-        as_json: JSONOption = False,
+        dry_run: DryRunOption = False, as_json: JSONOption = False,
     ) -> None:
         loaded = load_recipe(recipe_named(positional, recipe, stage), overrides or (), stage, output)
         refuse_untrusted(loaded, trust_remote_code)
         print(f"{stage} {loaded.name}: looking at what it names, then loading the libraries", file=sys.stderr)
         look_before_running(loaded)
+        if dry_run:
+            from kltune.train.plan import plan, plan_text
+
+            return emit_document(plan(loaded), as_json, plan_text)
         doing("loading the libraries")
         run_stage = getattr(import_module(f"kltune.stages.{stage}"), f"run_{stage}")
         emit_document(run_stage(loaded, resume), as_json, result_text)

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +16,7 @@ from kltune.lm.measure.measurement import Measurement, kl_result
 from kltune.lm.model.opening import check_frozen
 from kltune.report.pages import write_page
 from kltune.run.checkpoint import save_final, saved_step, whole_checkpoints
+from kltune.run.files import read_jsonl
 from kltune.run.screen import doing
 from kltune.train.evaluation import Metrics, before_and_after, gold_result, teacher_result
 from kltune.train.learner import ALARMS, Job, Learner
@@ -111,6 +114,7 @@ def conclude(
         told: what result.json says besides what it says of every run; its ``kl`` goes into kltune.json as well.
     """
     final = save_final(job.run.folder, learner.model.save, info=job.about(learner.model, told["kl"]))
+    job.run.record(machine=(job.run.machine or {}) | speed_and_peak(job.run.folder))
     job.report.samples(steps, [{"final": True, **row} for row in samples])
     result = job.run.finish({
         "schema": "kltune.result/1",
@@ -127,6 +131,16 @@ def conclude(
     doing("drawing the page")
     write_page(job.run.folder)
     return result
+
+
+def speed_and_peak(folder: Path) -> dict[str, float | None]:
+    """Median tokens a second of a run's steps, and the most memory that one took, GB; None where there are none."""
+    rows = read_jsonl(folder / "metrics.jsonl")
+    found = {}
+    for name, key, of_all in (("tokens_per_second", "tokens_per_second", median), ("peak_gb", "memory/peak_gb", max)):
+        values = [row[key] for row in rows if row.get(key) is not None]
+        found[name] = of_all(values) if values else None
+    return found
 
 
 def watch_over(job: Job, learner: Learner, step: int, metrics: Mapping[str, float | None]) -> None:
