@@ -3,7 +3,15 @@
 Anything else that escapes is a bug in kltune: exit code 1, with a traceback.
 """
 
+import re
 from dataclasses import dataclass
+
+# How libraries and drivers say that there is no memory left, on the machine or on a device. A handle of cuBLAS that
+# cannot be made is that too: it is the first to want memory of its own.
+NO_MEMORY = re.compile(
+    r"out ?of ?memory|alloc(ation)?_failed|(can't|cannot|unable to|failed to) allocate|not enough memory|bad_alloc"
+    r"|MemoryAllocation|CUBLAS_STATUS_NOT_INITIALIZED", re.IGNORECASE
+)
 
 
 class KltuneError(Exception):
@@ -62,6 +70,20 @@ class StorageError(KltuneError, OSError):
     """Nothing more can be written, or memory ran out."""
 
     exit_code = 74
+
+
+class OutOfMemory(StorageError):
+    """Memory ran out, on the machine or on a device."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception that is none of these says that memory ran out, by its kind or its words."""
+    if isinstance(error, KltuneError):
+        return False
+    # by name: torch has classes of its own, and importing it to compare them would slow every other error
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return NO_MEMORY.search(str(error)) is not None
 
 
 class BusyError(KltuneError, RuntimeError):
@@ -148,8 +170,9 @@ EXIT_CODES = {entry.code: entry for entry in (
     ),
     ExitCode(
         74, "nothing more can be written (the disk is full, a folder is read-only), or memory ran out",
-        "make room on the disk; for memory lower optim.micro_batch_size, which does not change the result, or "
-        "sampling.max_new_tokens; then --resume", "kltune ppo --recipe my.yaml --resume",
+        "make room on the disk; for memory lower the key that the message names; optim.micro_batch_size and "
+        "run.memory_fraction change no result, nor does optim.checkpoint_layers: always, and with these --resume goes "
+        "on; kltune STAGE R.yaml --dry-run says what a run takes", "kltune ppo --recipe my.yaml --resume",
     ),
     ExitCode(
         75, "try again later: another run has the output folder, an AI judge or a server does not answer, or another "

@@ -21,6 +21,7 @@ from kltune.cli.init import init_command
 from kltune.cli.measure import eval_kl_command, project_command
 from kltune.cli.options import (
     Command,
+    DryRunOption,
     JSONOption,
     OutputOption,
     ProcessesOption,
@@ -98,7 +99,7 @@ def add_stage(stage: str, summary: str) -> None:
         context: typer.Context,
         positional: RecipeArgument = None, recipe: RecipeOption = None, overrides: SetOption = None,
         output: OutputOption = None, resume: ResumeOption = False, processes: ProcessesOption = None,
-        trust_remote_code: TrustOption = False, as_json: JSONOption = False,
+        trust_remote_code: TrustOption = False, dry_run: DryRunOption = False, as_json: JSONOption = False,
     ) -> None:
         changes = [*(overrides or ()), *([] if processes is None else [f"run.processes={processes}"])]
         loaded = load_recipe(recipe_named(positional, recipe, stage), changes, stage, output)
@@ -106,6 +107,10 @@ def add_stage(stage: str, summary: str) -> None:
         if STARTED not in os.environ:       # else who started this process has said it, and looked
             print(f"{stage} {loaded.name}: looking at what it names, then loading the libraries", file=sys.stderr)
         look_before_running(loaded)
+        if dry_run:
+            from kltune.train.plan import plan, plan_text
+
+            return emit_document(plan(loaded), as_json, plan_text)
         in_processes(context, loaded.run.processes, stage=True)
         doing("loading the libraries")
         run_stage = getattr(import_module(f"kltune.stages.{stage}"), f"run_{stage}")

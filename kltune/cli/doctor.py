@@ -51,7 +51,7 @@ def doctor_command(
     findings = [*version_findings(), *device_findings(), *setting_findings()]
     if all(finding.state != "bad" for finding in findings):     # an unfit library would only fail in its own words
         findings.append(step_finding(None))
-        findings += [step_finding(model)] if model is not None else []
+        findings += model_findings(model) if model is not None else []
     fit = all(finding.state != "bad" for finding in findings)
     document = {"schema": "kltune.doctor/1", "kltune_version": __version__, "ok": fit,
                 "findings": [asdict(finding) for finding in findings]}
@@ -166,6 +166,28 @@ def setting_findings() -> Iterator[Finding]:
     models = len(list(Path(HF_HUB_CACHE).glob("models--*")))
     asked = "not asked (HF_HUB_OFFLINE)" if HF_HUB_OFFLINE else "asked for names that are no folder here"
     yield Finding("hub", "ok", f"{asked}; {models} models in {HF_HUB_CACHE}")
+
+
+def model_findings(model: str) -> list[Finding]:
+    """What each stage would take on a model, against what is there; then a step with it, where that fits."""
+    print(f"looking at {model}: its configuration, then a step with it", file=sys.stderr)
+    from kltune.train.plan import ANSWERED, ASKED, GB, plans_for
+
+    found: list[Finding] = []
+    try:
+        plans = dict(plans_for(str(Path(model).absolute()) if Path(model).is_dir() else model))
+    except KltuneError as error:
+        return [Finding(f"memory of {model}", "bad", str(error), "correct what it names")]
+    for stage, memory in plans.items():
+        what = f"memory of {stage}"
+        told = f"{memory['peak'] / GB:.2f} GB at the peak of {memory['planned'] / GB:.2f} GB planned with"
+        if "largest_micro_batch" in memory:
+            told += f"; up to {memory['largest_micro_batch']} rows of {ASKED} + {ANSWERED} tokens trained on at once"
+        to_do = "" if memory["fits"] else "lower optim.micro_batch_size or the rows' lengths, or take a smaller model"
+        found.append(Finding(what, "ok" if memory["fits"] else "note", told, to_do))
+    if plans["sft"]["held"] > plans["sft"]["planned"]:
+        return [*found, Finding(f"a step on {model}", "note", "not tried: the weights alone do not fit")]
+    return [*found, step_finding(model)]
 
 
 def step_finding(model: str | None) -> Finding:

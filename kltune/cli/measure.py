@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from kltune.cli.options import JSONOption, ProcessesOption, TrustOption, in_processes, one_of, real, whole
+from kltune.cli.options import (
+    DeviceOption,
+    DTypeOption,
+    JSONOption,
+    ProcessesOption,
+    TrustOption,
+    in_processes,
+    one_of,
+    real,
+    whole,
+)
 from kltune.cli.output import emit_document, on_github, wants_colour
 from kltune.cli.streams import result_stream
 from kltune.errors import KltuneError
@@ -72,6 +82,8 @@ def eval_kl_command(
     show: Annotated[int, typer.Option(**whole(), help="How many responses to show token by token.")] = 3,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML.")] = None,
     date: DateOption = None,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="One line for a checkpoint: verdict and KL.")] = False,
     processes: ProcessesOption = None,
     trust_remote_code: TrustOption = False,
@@ -93,7 +105,7 @@ def eval_kl_command(
             recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
             temperature=temperature, seed=seed, max_kl=max_kl, unit=unit, confidence=confidence, direction=direction,
             texts=texts, top=top, show=show, auto=auto, max_responses=max_responses, top_p=top_p, top_k=top_k,
-            trust_remote_code=trust_remote_code, date=date,
+            trust_remote_code=trust_remote_code, date=date, device=device, dtype=dtype,
         )
         document, code = eval_kl(checkpoints, options)
         if is_extra_process():
@@ -140,6 +152,8 @@ def project_command(
     confidence: ConfidenceOption = 0.95,
     date: DateOption = None,
     processes: ProcessesOption = None,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JSONOption = False,
 ) -> None:
@@ -155,6 +169,7 @@ def project_command(
     options = ProjectOptions(
         recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
         temperature=temperature, seed=seed, max_kl=max_kl, unit=unit, confidence=confidence, output=output,
-        curve=curve, max_responses=max_responses, trust_remote_code=trust_remote_code, date=date,
+        curve=curve, max_responses=max_responses, trust_remote_code=trust_remote_code, date=date, device=device,
+        dtype=dtype,
     )
     emit_document(project(checkpoint, options), as_json, project_text)

@@ -88,6 +88,13 @@ def one_of(*names: str) -> dict[str, Any]:
     return {"metavar": "|".join(names), "parser": parse}
 
 
+def device_name(text: str) -> str:
+    """The name of a device as a recipe's run.device has it."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", text):
+        raise typer.BadParameter(f"found {text}, wanted auto, cpu, cuda or cuda:1")
+    return text
+
+
 def recipe_named(positional: str | None, option: str | None, command: str) -> str:
     """The recipe of a command, given by its place or as --recipe; RecipeError if neither or both are."""
     if positional is not None and option is not None and positional != option:
@@ -138,7 +145,16 @@ OutputOption = Annotated[
     str | None, typer.Option("--output", "-o", metavar="DIR", help="Folder of the run, instead of run.output.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run from its newest checkpoint.")]
+DeviceOption = Annotated[str, typer.Option(
+    metavar="auto|cpu|cuda|cuda:N", help="auto is the first GPU, or the CPU.", parser=device_name,
+)]
+DTypeOption = Annotated[str | None, typer.Option(
+    **one_of("float32", "bfloat16", "float16"), help="Computed in, and in the result.  [default: as it was trained]",
+)]
 ProcessesOption = Annotated[Any, typer.Option(
     "--processes", metavar="N|auto", parser=_processes, help="Share the work; the result is the same.",
+)]
+DryRunOption = Annotated[bool, typer.Option(
+    "--dry-run", help="Say what would run and what memory it would take; load no weights, write nothing.",
 )]
 JSONOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]

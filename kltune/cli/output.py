@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kltune.cli.streams import drop_buffered, result_stream
-from kltune.errors import Interrupted, KltuneError, StorageError
+from kltune.errors import Interrupted, KltuneError, OutOfMemory, StorageError, is_out_of_memory
 from kltune.recipe import RecipeFaults
 from kltune.recipe.faults import redact, visible
 from kltune.report.ci import escaped
@@ -136,9 +136,4 @@ def as_user_error(error: Exception) -> KltuneError | None:
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         name = f" {error.filename}" if error.filename else ""
         return StorageError(f"cannot read or write{name}: {error.strerror}")
-    # by name: torch has its own class, and importing torch to compare classes would slow every other error
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    ):
-        return StorageError(OUT_OF_MEMORY)
-    return None
+    return OutOfMemory(OUT_OF_MEMORY) if is_out_of_memory(error) else None

@@ -16,7 +16,7 @@ from kltune.cli.measure import (
     SourceOption,
     TemperatureOption,
 )
-from kltune.cli.options import JSONOption, TrustOption, one_of, whole
+from kltune.cli.options import DeviceOption, DTypeOption, JSONOption, TrustOption, one_of, whole
 from kltune.cli.output import emit, emit_document, wants_colour
 from kltune.cli.streams import result_stream
 from kltune.recipe import load_recipe, read_judge
@@ -37,6 +37,8 @@ def sample_command(
     temperature: TemperatureOption = None,
     seed: SeedOption = 0,
     date: DateOption = None,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JSONOption = False,
 ) -> None:
@@ -53,7 +55,7 @@ def sample_command(
     options = SampleOptions(
         recipe=recipe, reference=reference, prompts=prompts, max_new_tokens=max_new_tokens, temperature=temperature,
         seed=seed, per_prompt=responses, template=None if template == "auto" else template,
-        trust_remote_code=trust_remote_code, date=date,
+        trust_remote_code=trust_remote_code, date=date, device=device, dtype=dtype,
     )
     colour = wants_colour(result_stream())
     if not prompt and prompts is None and sys.stdin.isatty():

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from kltune.cli.options import (
+    DeviceOption,
+    DTypeOption,
     JSONOption,
     RecipeArgument,
     RecipeOption,
@@ -101,6 +103,8 @@ def frontier_command(
         typer.Option("--recipe", "-r", metavar="R.yaml", help="Measure afresh, with its prompts and rewards."),
     ] = None,
     seed: Annotated[int, typer.Option(**whole(), help="Same seed, same machine: same numbers.")] = 0,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = None,
     as_json: JSONOption = False,
 ) -> None:
     """Show reward against KL: runs, sweeps and alpha curves, beside best of n and the law of over-optimisation.
@@ -121,6 +125,6 @@ def frontier_command(
 
     document = frontier(runs, FrontierOptions(
         gold=scorer, output=output, budget=budget, at=tuple(at or ()), best_of=best_of, responses=responses,
-        recipe=recipe, seed=seed,
+        recipe=recipe, seed=seed, device=device, dtype=dtype,
     ))
     emit_document(document, as_json, frontier_text)

@@ -24,7 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from kltune import errors
-from kltune.errors import KltuneError, PeerError, RecipeError
+from kltune.errors import KltuneError, OutOfMemory, PeerError, RecipeError
 
 Part = TypeVar("Part")
 Row = tuple[Tensor | None, ...]
@@ -251,6 +251,7 @@ def _exchange(payload: bytes, timeout: float | None = None) -> list[bytes]:
 def _failure(error: Exception, place: int = -1) -> bytes:
     """An error as the others hear of it: its kind where a user can put it right, and what it says."""
     kind = next((cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__), None)
+    kind = OutOfMemory.__name__ if errors.is_out_of_memory(error) else kind
     text = str(error) if kind is not None else f"{type(error).__name__}: {error}"
     code = getattr(error, "exit_code", 1)
     told = {"place": place, "rank": _here.rank, "kind": kind, "text": text, "code": code}

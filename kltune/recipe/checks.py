@@ -20,6 +20,8 @@ from kltune.recipe.stages import PATH_KEYS, REFERENCE, Recipe
 FUNCTION = re.compile(r"(?P<file>[^:]+\.py):(?P<name>[A-Za-z_]\w*)")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".jinja")
 MADE = ("run.output", "sampling.publish")       # keys of folders that are made where they are not there
+NO_MPS = ("found mps, which has no float64, in which probabilities are summed over the vocabulary, and KL over "
+          "responses; write cpu")
 SOURCES = {"sft": "texts", "reward": "pairs", "ppo": "prompts", "trpo": "prompts", "distill": "prompts"}
 BAD_PRICES = {
     ("loss", "k1"): "k1 as a loss has an expected gradient of exactly zero: the price would be noise; write exact",
@@ -75,6 +77,8 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False, packaged: bool 
     yield from kept_adapter(recipe)
     yield from judges(recipe)
     yield from templates(recipe)
+    if recipe.run.device == "mps":
+        yield ("run.device",), NO_MPS
     if recipe.stage == "trpo":
         yield from natural_gradient_clashes(recipe)
     if recipe.stage == "dpo":
@@ -180,6 +184,9 @@ def natural_gradient_clashes(recipe: Any) -> Iterator[Clash]:
 
     The natural gradient is no optimizer's: ``optim`` is that of the value function.
     """
+    if recipe.model.attention == "flash_attention_2":
+        yield (("model.attention",), "found flash_attention_2, wanted auto, sdpa or eager: attention is differentiated "
+               "twice for the curvature, and its backward pass cannot be")
     if recipe.kl.placement == "loss":
         yield ("kl.placement",), "found loss, wanted reward: the trust-region step prices KL in the reward only"
     if recipe.trpo.baseline == "value":

@@ -28,6 +28,10 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type of the frozen weights; adapters are always trained in float32"
     )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="how attention is computed; auto is what transformers takes for the model, "
+        "flash_attention_2 needs that package and a GPU"
+    )
     trust_remote_code: bool = Field(False, description="run Python that ships with the model; off unless you read it")
 
 
@@ -318,6 +322,10 @@ class OptimSection(Section):
         None, description="sequences in memory at once; changes memory and speed, not the result; null chooses",
         examples=[8],
     )
+    checkpoint_layers: Literal["auto", "always", "never"] = Field(
+        "auto", description="layers are computed again in the backward pass, and only their inputs kept: less memory, "
+        "about a third more time; auto: where a sequence does not fit otherwise"
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="course of lr after the warm-up"
     )
@@ -350,7 +358,17 @@ class RunSection(Section):
     )
     output: Text = Field("runs/name", description="folder of the run; default runs/ and the recipe file's name")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = Field(
-        "auto", description="auto, cpu, mps, cuda or cuda:1"
+        "auto", description="auto (the first GPU, or the CPU), cpu, cuda or cuda:1"
+    )
+    memory_fraction: float = Field(
+        0.8, gt=0, le=1, description="share of the device's memory that batches are planned for"
+    )
+    tf32: bool = Field(
+        False, description="a GPU multiplies float32 in TF32: several times as fast, with 10 bits of 23 (3 digits)"
+    )
+    deterministic: bool = Field(
+        False, description="only kernels that give the same bits each time, which on a GPU are slower and on a CPU all "
+        "there are; without it two runs on one GPU agree to rounding"
     )
     processes: Count | Literal["auto"] = Field(
         1, description="that share the work, with the same result; auto: one for each GPU, or each core, four at most")

@@ -193,17 +193,23 @@ PATH_KEYS = (
     "reward.*.path", "sampling.publish", "run.output", "eval.prompts", "eval.texts", "eval.pairs", "eval.gold.path",
     "distill.teacher",
 )
-# keys of run that change where results are and when, not what they are; threads: to rounding
-NOT_PART_OF_THE_RUN = ("output", "keep", "loggers", "threads", "processes", "shard", "timeout_s")
+# Keys that change where results are, when, or how much is computed at once, and not what comes out but for rounding.
+NOT_PART_OF_THE_RUN = {
+    "run": ("output", "keep", "loggers", "memory_fraction", "threads", "processes", "shard", "timeout_s"),
+    "optim": ("micro_batch_size", "checkpoint_layers"),
+}
 HOW_A_SERVER_IS_REACHED = ("url", "publish", "timeout_s")        # that samples, and not what it draws
 HOW_A_JUDGE_IS_REACHED = ("concurrency", "timeout_s", "retries", "key_env")     # and not what it answers
 
 
 def comparable(recipe: Recipe) -> dict[str, Any]:
-    """What decides the numbers of a run: everything but where it is kept, and how patiently a judge is asked."""
+    """What decides the numbers of a run, up to rounding: not where it is kept, in which parts it is computed, and how
+    patiently a judge is asked.
+    """
     whole = recipe.model_dump(mode="json")
-    for key in NOT_PART_OF_THE_RUN:
-        del whole["run"][key]
+    for section, keys in NOT_PART_OF_THE_RUN.items():
+        for key in keys:
+            del whole[section][key]
     for key in HOW_A_SERVER_IS_REACHED:
         whole.get("sampling", {}).pop(key, None)
     for entry in (*whole.get("reward", ()), whole.get("eval", {}).get("gold") or {}):

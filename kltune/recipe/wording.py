@@ -82,7 +82,8 @@ SHORTHAND = {       # sections of which only the most needed value was written
 REFUSED_VALUES = {
     ("kl.estimator", "k3"): "as a loss k3 has the gradient of the forward KL(reference‖policy), and in the reward it "
                             "can point uphill; k3 is only measured, by eval-kl",
-    ("model.dtype", "float16"): "float16 loses small probabilities",
+    ("model.dtype", "float16"): "in float16 gradients below 6e-8 become 0 and activations above 65,504 infinite; a GPU "
+                                "without bfloat16 (T4, V100) computes float32, and measures with --dtype float16",
     ("sampling.temperature", 0): "greedy decoding has no distribution to measure a KL on",
 }
 

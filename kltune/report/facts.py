@@ -52,6 +52,7 @@ def facts_of(files: Files) -> dict[str, Fact]:
     kl = result.get("kl") or {}
     value, error = (kl.get("nats_per_response"), kl.get("stderr")) if result else newest_kl(files)
     distinct, floor = "distinct_2_adjusted", (kl.get("noise_floor") or {}).get("nats_per_response")
+    machine = files.record.get("machine") or {}
     return {
         "KL, nats per response": Fact(value, error, kl.get("ci95")),
         "target": Fact(limits_of(files).target),
@@ -72,6 +73,8 @@ def facts_of(files: Files) -> dict[str, Fact]:
         ),
         ROUNDING: Fact(floor if floor and floor >= SEEN_ROUNDING else None),
         "steps": Fact(result.get("steps", last.get("step"))),
+        "tokens per second": Fact(machine.get("tokens_per_second")),
+        "peak memory, GB": Fact(machine.get("peak_gb")),
         "time": Fact(
             result.get("seconds", sum(row.get("time/step_seconds") or 0 for row in files.metrics)), seconds=True
         ),

@@ -36,10 +36,11 @@ def eval_kl_text(document: dict[str, Any], *, colour: bool = False) -> str:
 
 
 def _estimates(document: dict[str, Any]) -> Iterator[str]:
+    dtype = f" · {document['dtype']}" if "dtype" in document else ""
     yield (
         f"{document['direction']} · {visible(document['checkpoint'])} · {document['responses']} responses to "
         f"{document['prompts']} prompts · temperature {document['temperature']:g} · "
-        f"at most {document['max_new_tokens']} tokens"
+        f"at most {document['max_new_tokens']} tokens{dtype}"
     )
     rows = [(ESTIMATOR_NAMES[name], kl) for name, kl in document["kl"].items()]
     if document["forward"]:

@@ -301,6 +301,11 @@ METRICS = (
     Metric("time/eval_seconds", "seconds", ABOVE_0, ALL, 8.0, "evaluation on held-out data"),
     Metric("responses_per_second", "responses per second", ABOVE_0, BUDGETED, 20.0,
            "responses of the step ÷ its seconds, evaluation left out"),
+    Metric("tokens_per_second", "tokens per second", ABOVE_0, ALL, 2100.0,
+           "tokens that the step sampled or learnt from, prompts included, ÷ its seconds without evaluation"),
+    Metric("memory/peak_gb", "GB", ABOVE_0, ALL, 3.1,
+           "the most memory there was in use: on a GPU in tensors, during the step; on a CPU of the whole process, "
+           "since it began"),
     Metric("examples_per_second", "rows per second", ABOVE_0, LEARNT, 40.0,
            "rows of data learnt from ÷ the step's seconds, evaluation left out"),
 )

@@ -41,6 +41,8 @@ COLUMNS = (
     ("accuracy", ("eval/accuracy", "accuracy/mean"), ".3f", ""),
     ("beta", ("kl/beta",), ".4g", ""),
     ("", ("responses_per_second", "examples_per_second"), ".1f", "/s"),
+    ("", ("tokens_per_second",), ",.0f", " tokens/s"),
+    ("", ("memory/peak_gb",), ".1f", " GB"),
 )
 
 
@@ -57,13 +59,14 @@ class Clock:
         self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now
 
-    def metrics(self, rows: int, what: str = "responses") -> dict[str, float]:
-        """Seconds by lap and in all, and rows per second of everything but evaluation."""
+    def metrics(self, rows: int, what: str = "responses", tokens: int = 0) -> dict[str, float]:
+        """Seconds by lap and in all, and rows and tokens per second of everything but evaluation."""
         whole = time.perf_counter() - self._began
         working = max(whole - self._laps.get("eval", 0.0), 1e-9)
         return {f"time/{name}_seconds": seconds for name, seconds in self._laps.items()} | {
             "time/step_seconds": whole,
             f"{what}_per_second": rows / working,
+            "tokens_per_second": tokens / working,
         }
 
 

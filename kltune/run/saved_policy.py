@@ -29,7 +29,8 @@ from kltune.run.screen import doing
 class MeasureOptions:
     """What these commands can be asked; None takes the checkpoint's own settings, then the defaults of ``Settings``.
 
-    date: the day that a chat template is told, as 2026-01-31.
+    date: the day that a chat template is told, as 2026-01-31. device: auto, cpu, cuda or cuda:1. dtype: of computing;
+    None: that of the training.
     """
 
     recipe: str | None = None
@@ -44,6 +45,8 @@ class MeasureOptions:
     confidence: float = 0.95
     trust_remote_code: bool = False
     date: str | None = None
+    device: str = "auto"
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,14 +114,17 @@ def _opened(subject: Subject, options: MeasureOptions) -> Policy:
     folder, info = subject.folder, subject.info
     is_adapter = (folder / "adapter_config.json").exists()
     if info is None:
+        narrow = options.dtype == "float16"     # which is none to load a reference in: it is computed in
         facts = {"path": options.reference or _named_base(folder, is_adapter)}
+        facts |= {} if narrow or options.dtype is None else {"dtype": options.dtype}
     else:
         facts = section_of(info["reference"])
         facts["path"] = options.reference or facts["path"]
     section = ModelSection(**facts, trust_remote_code=options.trust_remote_code)
     template = template_made_with(subject, options)
     policy = load_saved_policy(
-        folder, section, device=pick_device("auto"), is_adapter=is_adapter, chat_template=template
+        folder, section, device=pick_device(options.device, "--device"), is_adapter=is_adapter, chat_template=template,
+        computed_in=options.dtype,
     )
     by_rows = "tokenizer_sha256", "template_sha256"
     if info is not None and (differences := policy.fingerprint.differences(info["reference"], but=by_rows)):
@@ -131,7 +137,24 @@ def _opened(subject: Subject, options: MeasureOptions) -> Policy:
         policy.day = parsed_day(options.date or recorded)
     print(f"{subject.path}: {policy.fingerprint.describe()}", *filter(None, [policy.ends.note]), sep="\n",
           file=sys.stderr)
+    for warning in other_dtype(subject, policy):
+        print(f"warning: {subject.path}: {warning}", file=sys.stderr)
     return policy
+
+
+def computed_on(policy: Policy) -> dict[str, str]:
+    """What of the machine moves the last digits of a measurement, for a document."""
+    return {"dtype": str(policy.dtype).removeprefix("torch."), "device": policy.device.type}
+
+
+def other_dtype(subject: Subject, policy: Policy) -> list[str]:
+    """What there is to say of a checkpoint that was trained in another dtype than it is measured in, or []."""
+    trained = None if subject.info is None else subject.info["reference"]["dtype"]
+    measured = computed_on(policy)["dtype"]
+    if trained in (None, measured):
+        return []
+    return [f"trained in {trained} and measured in {measured}, where logits are rounded in another way: the KL is not "
+            "quite that of the training, nor to be held against a gate that was passed in the other"]
 
 
 def template_made_with(subject: Subject, options: MeasureOptions) -> str | None:

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, date, datetime
 from functools import partial
 from pathlib import Path
@@ -21,15 +21,25 @@ import torch
 
 import kltune
 from kltune.core import ranks
-from kltune.errors import CheckpointError, Interrupted, JudgeError, PeerError, RecipeError, ServerError, StorageError
+from kltune.errors import (
+    CheckpointError,
+    Interrupted,
+    JudgeError,
+    ModelError,
+    PeerError,
+    RecipeError,
+    ServerError,
+    StorageError,
+)
 from kltune.lm.data.chat import read_template, today
 from kltune.lm.data.documents import Result, RunRecord
+from kltune.lm.fast.out_of_memory import ANYTHING, phase
 from kltune.lm.fast.threads import GIVEN, choose_threads, computing_with
 from kltune.lm.model.fingerprint import Fingerprint
-from kltune.lm.model.loading import pick_device
-from kltune.lm.model.opening import load_policy
+from kltune.lm.model.loading import prepare_device
+from kltune.lm.model.opening import load_policy, load_reference
 from kltune.lm.model.policy import Policy
-from kltune.lm.rewards.inputs import base_of, inputs_of, refuse_changed
+from kltune.lm.rewards.inputs import WEIGHTS, base_of, inputs_of, refuse_changed
 from kltune.recipe import Recipe, differing_keys, dump_recipe, load_recipe, recipe_digest
 from kltune.recipe.faults import redact
 from kltune.run.caches import StoredAnswers, StoredLogprobs
@@ -123,6 +133,11 @@ class Run:
         """The day that chat templates are told, for as long as the run goes on."""
         return date.fromisoformat(self._record["template_date"])
 
+    @property
+    def machine(self) -> dict[str, Any] | None:
+        """What the run computes on, as it was recorded."""
+        return self._record["machine"]
+
     def record(self, **facts: Any) -> None:
         """Put facts in run.json, as where the scores came from."""
         self._record = {**self._record, **facts}
@@ -169,21 +184,35 @@ def run_stage(recipe: Recipe, resume: bool, train: Train) -> dict[str, Any]:
         if (done := ranks.from_first(partial(finished_result, recipe))) is not None:
             return done
         wanted_loggers(recipe.run.loggers)      # what is not installed is said before anything slow
-        with open_run(recipe, resume=resume) as run, contextlib.ExitStack() as stack, ranks.phase("loading the model"):
-            doing("reading what the recipe names")
-            ranks.from_first(lambda: run.set_inputs(inputs_of(recipe)))
-            stack.enter_context(run.with_threads())
-            torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
-            device, template = pick_device(recipe.run.device), read_template(recipe.data.chat_template)
-            doing(f"loading {recipe.model.path}")
-            policy = load_policy(recipe.model, recipe.lora, device=device, chat_template=template)
-            run.set_reference(policy.fingerprint)
-            run.record(base=base_of(recipe))
-            if run.resume_from is not None:
-                policy.hold_against(run.resume_from, "checkpoint", recipe.model.trust_remote_code)
-            policy.day = run.day
-            doing("reading rows and rewards")
+        with open_run(recipe, resume=resume) as run, ranks.phase("loading the model"):
+            return _opened(recipe, run, train)
+
+
+def _opened(recipe: Recipe, run: Run, train: Train) -> dict[str, Any]:
+    """Read what the recipe names, and train."""
+    doing("reading what the recipe names")
+    ranks.from_first(lambda: run.set_inputs(inputs_of(recipe)))
+    with run.with_threads():
+        torch.manual_seed(recipe.run.seed)  # the adapter's initial weights; everything later has its own numbers
+        print(f"{recipe.stage}: reading {recipe.model.path}{size_of(recipe.model.path)}", file=sys.stderr, flush=True)
+        doing(f"loading {recipe.model.path}")
+        device, template = prepare_device(recipe.run), read_template(recipe.data.chat_template)
+        policy = load_policy(recipe.model, recipe.lora, device=device, chat_template=template)
+        policy.plan_memory(recipe.run.memory_fraction, recipe.optim.checkpoint_layers)
+        run.set_reference(policy.fingerprint)
+        run.record(base=base_of(recipe))
+        if run.resume_from is not None:
+            policy.hold_against(run.resume_from, "checkpoint", recipe.model.trust_remote_code)
+        policy.day = run.day
+        doing("reading rows and rewards")
+        with phase(ANYTHING, device):
             return train(recipe, policy, run)
+
+
+def size_of(path: str) -> str:
+    """How much there is to read of a model in a folder, in words; nothing of a name on the hub."""
+    total = sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) if Path(path).is_dir() else 0
+    return f" ({total / 1e9:.2f} GB)" if total else ""
 
 
 @contextlib.contextmanager
@@ -245,9 +274,34 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
     record = read_json(folder / "run.json", RunRecord)
     _refuse_another_recipe(recipe, record)
     refuse_changed(record.get("inputs") or {}, inputs_of(recipe, present=True), folder)
-    refuse_changed(record.get("base") or {}, base_of(recipe), folder)
+    refuse_changed_base(record, recipe, folder)
     print(f"{folder}: finished on {record['ended']}; nothing was run.", file=sys.stderr)
     return read_json(folder / "result.json", Result)
+
+
+def refuse_changed_base(record: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
+    """Refuse a model that is not the one a finished run was made with.
+
+    Files of weights with another time or size are loaded, and what is in them is held against the reference.
+
+    Raises:
+        ModelError: it is another.
+    """
+    before, now = record.get("base") or {}, base_of(recipe)
+    others = [key for key in before.keys() & now.keys() if key.endswith(WEIGHTS) and before[key] != now[key]]
+    refuse_changed({key: before[key] for key in before if key not in others}, now, folder)
+    reference = record.get("reference")
+    if not others or not reference:
+        return
+    section = recipe.model.model_copy(update={"dtype": reference["dtype"]})
+    found = load_reference(section, device=torch.device("cpu")).fingerprint
+    if found.sha256 != reference["sha256"]:
+        key = sorted(others)[-1].removesuffix(WEIGHTS)
+        raise ModelError(
+            f"{key}: {before[key]['path']} has changed: it is not what the run in {folder} was started with (weights "
+            f"sha256 {reference['sha256'][:12]}, now {found.sha256[:12]}); put the file back, or start a new run with "
+            "another --output."
+        )
 
 
 def _where_to_start(recipe: Recipe, previous: dict[str, Any] | None, *, resume: bool) -> Path | None:
@@ -339,6 +393,7 @@ def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Pa
         "reference": continued.get("reference"),
         "inputs": continued.get("inputs"),
         "base": continued.get("base"),
+        "machine": None,
         "template_date": continued.get("template_date") or recipe.data.date or today().isoformat(),
         "versions": versions,
         "threads": continued.get("threads"),

@@ -138,7 +138,8 @@ def improve(
     moved, rounding, rests = 0.0, rounding_of(lesson.rollout), False
     for part in (part for _ in range(section.epochs) for part in lesson.minibatches(section.minibatch_size, rng)):
         most = room + rounding if steps else math.inf
-        measured, stats = policy_step(recipe, learner, teacher, part, first=not steps, limit=most)
+        take = partial(policy_step, recipe, learner, teacher, part, first=not steps, limit=most)
+        measured, stats = learner.update(take)
         rounding = rounding if steps else max(rounding, measured)       # before any update it is nothing else
         moved, rests = max(measured - rounding, 0.0), stats is None
         if rests:

@@ -203,7 +203,7 @@ def take_step(job: Job, learner: Learner, step: int, pairs: Preferences | None) 
     if part is not None:
         limited = not math.isinf(room)
         rounding = rounding_of(batch.rollout) if limited else 0.0
-        update |= improve(job, learner, part, batch if priced else None, step)
+        update |= learner.update(partial(improve, job, learner, part, batch if priced else None, step))
         if limited:
             moved = max(moved_since(learner.policy, batch.rollout, recipe) - rounding, 0.0)
             learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, share=1.0))
@@ -211,7 +211,8 @@ def take_step(job: Job, learner: Learner, step: int, pairs: Preferences | None) 
     if moving is not None and step % recipe.dpo.reference_every == 0:
         moving.snapshot.approach(recipe.dpo.reference_alpha)
     clock.lap("update")
-    return Taken(update, clock, batch, examples=examples)
+    tokens = 0 if online else sum(len(example.ids) for example in part.examples)
+    return Taken(update, clock, batch, examples=examples, tokens=tokens)
 
 
 def sampled_pairs(job: Job, batch: Batch, clock: Clock) -> Preferences | None:

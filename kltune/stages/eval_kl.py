@@ -27,10 +27,12 @@ from kltune.run.saved_policy import (
     MeasureOptions,
     Settings,
     Subject,
+    computed_on,
     find_checkpoint,
     measured_prompts,
     measured_texts,
     open_subject,
+    other_dtype,
     resolve_settings,
 )
 
@@ -144,12 +146,13 @@ def measure_checkpoint(
         "top_p": options.top_p,
         "top_k": options.top_k,
         "seed": options.seed,
+        **computed_on(policy),
         "template_date": None if policy.template_day is None else policy.template_day.isoformat(),
         "confidence": options.confidence,
         **described_kl(measured, policy, confidence=options.confidence, top=options.top, show=options.show),
-        "warnings": does_nothing(subject, policy, measured.reverse),
+        "warnings": [*other_dtype(subject, policy), *does_nothing(subject, policy, measured.reverse)],
     }
-    for warning in document["warnings"]:
+    for warning in document["warnings"][len(other_dtype(subject, policy)) :]:     # that was said when it was opened
         print(f"warning: {subject.path}: {warning}", file=sys.stderr)
     return document, (measured.reverse.exact, measured.reverse.prompt_index)
 

@@ -32,7 +32,14 @@ from kltune.report.frontier.points import (
 from kltune.report.frontier.pooling import PromptShares, curves_at, efficiency, fits, pick, pooled
 from kltune.report.outcome import final_figures
 from kltune.run.recorder import counting
-from kltune.run.saved_policy import MeasureOptions, find_checkpoint, measured_prompts, open_subject, resolve_settings
+from kltune.run.saved_policy import (
+    MeasureOptions,
+    computed_on,
+    find_checkpoint,
+    measured_prompts,
+    open_subject,
+    resolve_settings,
+)
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,11 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
     points = points_of(sources)
     trained = [source for source in sources if source.folder is not None]
     reference = recorded_reference(sources)
-    best_of_n, shares = None, {}
+    best_of_n, shares, computed = None, {}, dict.fromkeys(("dtype", "device"))
     if trained and (options.afresh or options.best_of):
         measured = measured_afresh(trained, points, reference, options)
         points, reference, best_of_n, shares = measured.points, measured.reference, measured.best_of_n, measured.shares
-        notes += measured.notes
+        notes, computed = notes + measured.notes, measured.computed
     elif options.afresh:
         raise RecipeError("--gold, --recipe and --responses measure runs again; found none among what was given.")
     name = "gold" if options.gold is not None or all(point.gold is not None for point in points) else "score"
@@ -92,6 +99,7 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
         "reference": sources[0].reference | reference,
         "judge": name,
         "measured": "afresh" if options.afresh else "by the runs themselves",
+        **computed,
         "notes": notes,
         "points": [asdict(point) for point in points],
         "settings": [asdict(setting) | efficiency(setting, name, reference, best_of_n) for setting in settings],
@@ -110,13 +118,14 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Afresh:
-    """What was measured anew: points, the reference's own scores, best of n, notes, and each run's prompt shares."""
+    """What was measured anew, and on what: points, the reference's scores, best of n, notes, prompt shares by run."""
 
     points: list[FrontierPoint]
     reference: dict[str, Any]
     best_of_n: dict[str, Any] | None
     notes: list[str]
     shares: dict[str, PromptShares]
+    computed: dict[str, str]
 
 
 def recorded_reference(sources: Sequence[FrontierSource]) -> dict[str, Any]:
@@ -179,7 +188,7 @@ def measured_afresh(
         if others:
             notes.append(f"not measured afresh, but as they were: {', '.join(others)}")
         points = [replace(point, **fresh.get(point.run, {})) for point in points]
-    return Afresh(points, reference, best_of_n, notes, shares)
+    return Afresh(points, reference, best_of_n, notes, shares, computed_on(policy))
 
 
 def refuse_changed_code(run: FrontierSource, entries: Sequence[RewardEntry], folder: Path) -> None:

@@ -10,6 +10,7 @@ section 2.2 (KL in the reward, and a target for it).
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -188,12 +189,13 @@ def improve(
     for part in parts:
         if not rests:
             most = limit + rounding if steps else math.inf
-            measured, stats = policy_step(recipe, learner, part, None if steps else gaps, limit=most)
+            take = partial(policy_step, recipe, learner, part, None if steps else gaps, limit=most)
+            measured, stats = learner.update(take)
             rounding = rounding if steps else max(rounding, measured)       # before any update it is nothing else
             moved, rests = max(measured - rounding, 0.0), stats is None
             steps += [] if rests else [stats]
         if VALUES in learner.parts:
-            fits.append(value_step(recipe, learner, part))
+            fits.append(learner.update(partial(value_step, recipe, learner, part)))
         elif rests:
             break
     made = len(steps) if rests else len(steps) - 1      # updates that the last measurement saw

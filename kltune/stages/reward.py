@@ -108,9 +108,9 @@ def take_step(job: Job, learner: Learner, step: int, rows: Sequence[Comparison])
     lr = learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr
     set_learning_rate(learner.optimizers["reward"], lr)
     seeds = job.run.rng("dropout", step).integers(2**62, size=size).tolist()     # keyed by the step: resuming is exact
-    update = learn(recipe, learner, [rows[i] for i in positions], seeds) | {"optim/lr": lr}
+    update = learner.update(partial(learn, recipe, learner, [rows[i] for i in positions], seeds)) | {"optim/lr": lr}
     clock.lap("update")
-    return Taken(update, clock, examples=size)
+    return Taken(update, clock, examples=size, tokens=sum(map(len, sequences([rows[i] for i in positions]))))
 
 
 def learn(

@@ -31,6 +31,7 @@ from kltune.recipe import REFERENCE, RewardEntry, asks_for_pairs
 from kltune.run.saved_policy import (
     MeasureOptions,
     Settings,
+    computed_on,
     find_checkpoint,
     measured_prompts,
     open_subject,
@@ -87,6 +88,7 @@ class Speaker:
             "temperature": self.settings.temperature,
             "max_new_tokens": self.settings.max_new_tokens,
             "seed": self.options.seed,
+            **computed_on(self.policy),
             "prompts": prompts,
         }
 

@@ -67,9 +67,10 @@ def take_step(job: Job, learner: Learner, step: int, examples: list[Example]) ->
     lr = learning_rate_share(recipe.optim, step, job.steps) * recipe.optim.lr
     set_learning_rate(learner.optimizers["policy"], lr)
     seeds = job.run.rng("dropout", step).integers(2**62, size=size).tolist()     # keyed by the step: resuming is exact
-    update = imitate(recipe, learner, [examples[i] for i in positions], seeds) | {"optim/lr": lr}
+    batch = [examples[i] for i in positions]
+    update = learner.update(partial(imitate, recipe, learner, batch, seeds)) | {"optim/lr": lr}
     clock.lap("update")
-    return Taken(update, clock, examples=size)
+    return Taken(update, clock, examples=size, tokens=sum(len(examples[i].ids) for i in positions))
 
 
 def imitate(

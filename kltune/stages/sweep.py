@@ -19,7 +19,7 @@ from typing import Any
 
 from kltune.errors import BusyError, Interrupted, RecipeError
 from kltune.lm.data.documents import Result, Sweep
-from kltune.lm.rewards.inputs import base_of, inputs_of, refuse_changed
+from kltune.lm.rewards.inputs import inputs_of, refuse_changed
 from kltune.recipe import (
     Axis,
     GridPoint,
@@ -285,7 +285,9 @@ def refuse_another_run(folder: Path, point: GridPoint) -> None:
     refuse_changed(record.get("inputs") or {}, inputs_of(point.recipe, present=True), folder)
     if record.get("status") != "finished":
         return
-    refuse_changed(record.get("base") or {}, base_of(point.recipe), folder)
+    from kltune.run.session import refuse_changed_base  # imports torch, which only a finished point is worth
+
+    refuse_changed_base(record, point.recipe, folder)
     if record.get("recipe_sha256") != recipe_digest(point.recipe):
         raise another_recipe(folder, differing_keys(load_recipe(folder / "recipe.yaml"), point.recipe))
 

@@ -15,6 +15,7 @@ docs/maths.md 13 to 16.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -35,6 +36,7 @@ from kltune.core.control.trust_region import (
 )
 from kltune.core.kl.intervals import cluster_numbers, summarize
 from kltune.core.tensors import expect_finite, per_response
+from kltune.lm.fast.out_of_memory import CURVATURE, phase
 from kltune.lm.model.batches import response_scatter
 from kltune.lm.model.curvature import Fisher, from_vector, to_vector
 from kltune.lm.model.opening import check_first_ratio, rounding_metrics
@@ -156,12 +158,13 @@ def trust_region_step(
     parameters = learner.policy.trainable_parameters()
     old = Snapshot(parameters)
     experience = centred(experience)
-    gradient, rounding = policy_gradient(job.recipe, learner.policy, experience)
+    gradient, rounding = learner.update(partial(policy_gradient, job.recipe, learner.policy, experience))
     region, fresh_gain = region.observed(gradient, price)
     room = learner.budget.room(batch.rollout, batch.kl, share=1.0)
     radius = region.radius.allowed(min(trpo.max_step_kl, room), price)
-    fisher = fisher_on_some(job.recipe, learner.policy, experience, rng)
-    natural = natural_gradient(fisher, gradient, region.damping, trpo.cg_iterations, rng)
+    with phase(CURVATURE, learner.policy.device):
+        fisher = fisher_on_some(job.recipe, learner.policy, experience, rng)
+        natural = natural_gradient(fisher, gradient, region.damping, trpo.cg_iterations, rng)
     first = step_scale(natural.curvature_along, natural.slope, radius, price)
     expect_finite("the length of the step", first)
     direction = dict(zip(parameters, from_vector(natural.direction, list(parameters.values())), strict=True))
@@ -307,6 +310,7 @@ def fit_values(
     done: list[tuple[float, float]] = []
     for _ in range(recipe.trpo.value_epochs):
         for part in experience.minibatches(recipe.trpo.value_minibatch_size, rng):
-            done.append(values.step(learner.optimizers[VALUES], part, recipe.optim, clip_range=math.inf, coef=1.0))
+            take = partial(values.step, learner.optimizers[VALUES], part, recipe.optim, clip_range=math.inf, coef=1.0)
+            done.append(learner.update(take))
     loss, norm = (sum(column) / len(done) for column in zip(*done, strict=True))
     return {"trpo/value_loss": loss, "trpo/value_grad_norm": norm}

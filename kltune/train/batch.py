@@ -14,6 +14,7 @@ from kltune.core.objectives.bradley_terry import correlation
 from kltune.core.tensors import expect_finite, masked_mean, per_response
 from kltune.errors import ScoreOverflow
 from kltune.lm.data.examples import shuffled_positions
+from kltune.lm.fast.out_of_memory import SAMPLING, SCORING, phase
 from kltune.lm.measure.breakdown import transcript
 from kltune.lm.model.batches import Rollout, response_scatter
 from kltune.lm.model.policy import Policy
@@ -45,12 +46,12 @@ class Batch:
 def sample_batch(job: Job, learner: Learner, step: int, clock: Clock) -> Batch:
     """Respond to the step's prompts, measure and, where something scores, score."""
     sampling = job.recipe.sampling
-    with ranks.phase(f"sampling for step {step}"):
+    with ranks.phase(f"sampling for step {step}"), phase(SAMPLING, learner.policy.device):
         rollout, more = sample_responses(job, learner.policy, step)
     clock.lap("sample")
     if learner.scorer is None:
         return Batch(rollout, kl_of(rollout), more=more)
-    with ranks.phase(f"scoring the responses of step {step}"):
+    with ranks.phase(f"scoring the responses of step {step}"), phase(SCORING, learner.policy.device):
         scores = learner.scorer.total(
             rollout.prompts, rollout.responses, [rollout], rollout.truncated, sampling.missing_end_penalty
         )

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, NoReturn
 
 import torch
@@ -16,6 +17,7 @@ from kltune.lm.measure.measurement import Measurement, kl_result
 from kltune.lm.model.opening import check_frozen
 from kltune.report.pages import write_page
 from kltune.run.checkpoint import save_final, saved_step, whole_checkpoints
+from kltune.run.files import read_jsonl
 from kltune.run.screen import doing
 from kltune.train.evaluation import Metrics, before_and_after, gold_result, teacher_result
 from kltune.train.learner import ALARMS, Job, Learner
@@ -113,6 +115,8 @@ def conclude(
         told: what result.json says besides what it says of every run; its ``kl`` goes into kltune.json as well.
     """
     final = write_final(job, learner, told["kl"])
+    if ranks.is_first():
+        job.run.record(machine=(job.run.machine or {}) | speed_and_peak(job.run.folder))
     job.report.samples(steps, [{"final": True, **row} for row in samples])
     result = job.run.finish({
         "schema": "kltune.result/1",
@@ -140,6 +144,16 @@ def write_final(job: Job, learner: Learner, kl: dict[str, Any] | None) -> Path:
         if ranks.is_first():
             save_final(job.run.folder, learner.model.save, info=info)
     return job.run.folder / "final"
+
+
+def speed_and_peak(folder: Path) -> dict[str, float | None]:
+    """Median tokens a second of a run's steps, and the most memory that one took, GB; None where there are none."""
+    rows = read_jsonl(folder / "metrics.jsonl")
+    found = {}
+    for name, key, of_all in (("tokens_per_second", "tokens_per_second", median), ("peak_gb", "memory/peak_gb", max)):
+        values = [row[key] for row in rows if row.get(key) is not None]
+        found[name] = of_all(values) if values else None
+    return found
 
 
 def watch_over(job: Job, learner: Learner, step: int, metrics: Mapping[str, float | None]) -> None:

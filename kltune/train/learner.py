@@ -1,18 +1,22 @@
 """All that training changes, and so all that a checkpoint holds."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from kltune.core import ranks
 from kltune.core.tensors import expect_finite
-from kltune.errors import CheckpointError
+from kltune.errors import CheckpointError, OutOfMemory
 from kltune.lm.data.examples import Prompt
+from kltune.lm.fast.out_of_memory import UPDATING, phase
+from kltune.lm.measure.rollout_server import RolloutServer
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
 from kltune.lm.rewards.reward_model import RewardModel
@@ -26,8 +30,8 @@ from kltune.run.session import Run
 from kltune.train.alarms import Alarms
 from kltune.train.budget import Budget, Groups
 from kltune.train.evaluation import HeldOut, Metrics
-from kltune.train.rollout_server import RolloutServer
 
+Result = TypeVar("Result")
 BudgetRecipe = PPORecipe | TRPORecipe | DPORecipe | DistillRecipe
 MODEL = "model"         # the group of what is trained; a checkpoint holds it as the adapter itself
 ALARMS = "alarms"       # names of parts that the loop knows; a stage chooses the others
@@ -205,6 +209,33 @@ class Learner:
     def model_copied(self) -> dict[str, Tensor]:
         """The model's trainable tensors as they are now."""
         return {name: tensor.detach().clone() for name, tensor in self.model.trainable_parameters().items()}
+
+    def update(self, work: Callable[[], Result]) -> Result:
+        """What an update gives. Where memory runs out in one, it is begun again with half as many sequences at once,
+        for the rest of the run, and that is said; a second time it is not.
+
+        work: gradients and a step. What it changes before its optimizer's step, ``undo`` puts back.
+
+        Raises:
+            OutOfMemory: it ran out once before, or in the halves as well.
+        """
+        network, before = self.policy.network, self.undo(copied=False)
+        try:
+            with phase(UPDATING, self.policy.device):
+                return work()
+        except OutOfMemory as error:
+            if network.halved:
+                raise
+            print(f"warning: {error} Half as many sequences are trained on at once from now on.", file=sys.stderr)
+        # Out of the handler, whose traceback holds the tensors of what failed.
+        network.halved = True
+        self.go_back(before)
+        for tensor in (*self.model.trainable_parameters().values(), *self.policy.value_parameters().values()):
+            tensor.grad = None
+        if self.policy.device.type == "cuda":
+            torch.cuda.empty_cache()
+        with phase(UPDATING, self.policy.device):
+            return work()
 
     def undo(self, *, copied: bool = True) -> Undo:
         """This state, to ``go_back`` to; without ``copied`` for as long as no update was made."""

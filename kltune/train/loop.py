@@ -15,6 +15,7 @@ from kltune.core.control.controllers import feed_forward
 from kltune.errors import (
     Interrupted,
     JudgeError,
+    OutOfMemory,
     RecipeError,
     SamplerError,
     ScoreOverflow,
@@ -22,6 +23,8 @@ from kltune.errors import (
     ServerError,
 )
 from kltune.lm.data.examples import Prompt, counts_line, distinct_prompts, load_prompts
+from kltune.lm.fast.memory import device_bytes, device_name, held_bytes, peak_bytes
+from kltune.lm.fast.out_of_memory import SAMPLING, phase
 from kltune.lm.model.opening import check_fresh_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
@@ -50,7 +53,7 @@ class Taken:
 
     update: metrics of its update. clock: of the step. batch: the responses it sampled; None where there are none, and
     so no KL. went_back: the policy is another now than the one that sampled them. examples: rows of data learnt from,
-    to count a step's speed by; None counts responses.
+    to count a step's speed by; None counts responses. tokens: of these, prompts included; of a batch they are known.
     """
 
     update: Mapping[str, float | None]
@@ -58,6 +61,18 @@ class Taken:
     batch: Batch | None = None
     went_back: bool = False
     examples: int | None = None
+    tokens: int = 0
+
+    @property
+    def counted(self) -> tuple[int, str, int]:
+        """What its speed is counted by, as ``Clock.metrics`` takes it: rows, what they are, and tokens."""
+        read = self.tokens
+        if self.batch is not None:
+            starts = self.batch.rollout.scored.int().argmax(dim=1)
+            read += int(starts.sum() + self.batch.rollout.lengths.sum())
+        if self.examples is not None:
+            return self.examples, "examples", read
+        return len(self.batch.rollout.lengths), "responses", read
 
 
 TakeStep = Callable[[Job, Learner, int], Taken]
@@ -113,7 +128,8 @@ def begin(job: Job, learner: Learner) -> None:
             drop_oldest(run.resume_from, recipe.run.keep)      # a kill may have come between a save and this
         return
     if job.prompts:
-        check_fresh_policy(learner.policy, job.prompts)
+        with phase(SAMPLING, learner.policy.device):
+            check_fresh_policy(learner.policy, job.prompts)
     if learner.scorer is not None and learner.scorer.wants_reference_samples:
         learner.parts[SCORER] = standardize(learner.scorer, learner.policy, job)
 
@@ -139,7 +155,8 @@ def take_steps(
     begin(job, learner)
     if job.run.stop_signal:
         raise Interrupted(f"before step {job.run.start_step + 1}; --resume begins there.", job.run.stop_signal)
-    notes = [learner.policy.fingerprint.describe(), learner.policy.ends.note, *notes, *job.held_out.notes]
+    said = [learner.policy.fingerprint.describe(), planned(job, learner), learner.policy.ends.note]
+    notes = [*said, *notes, *job.held_out.notes]
     notes += () if learner.scorer is None else (*learner.scorer.notes, *learner.scorer.examples(job.prompts))
     notes += () if job.pair_judge is None else [job.pair_judge.note]
     if job.recipe.run.shard == "full" and ranks.size() > 1:
@@ -156,6 +173,22 @@ def take_steps(
                 close_step(job, learner, step, take_step(job, learner, step))
         with whole_step(job, learner, step + 1, evaluates=True):
             return finish(job, learner, step)
+
+
+def planned(job: Job, learner: Learner) -> str:
+    """What is computed on, in what, with how much memory; one line, put in run.json too."""
+    policy, fraction = learner.policy, job.recipe.run.memory_fraction
+    there, held = device_bytes(policy.device), held_bytes(policy.model)
+    trained = sum(tensor.numel() for tensor in learner.model.trainable_parameters().values())
+    whole = sum(tensor.numel() for tensor in policy.model.parameters())
+    facts = {
+        "device": str(policy.device), "name": device_name(policy.device), "dtype": str(policy.dtype)[6:],
+        "parameters": whole, "trained_parameters": trained, "memory_bytes": there,
+        "planned_bytes": int(fraction * there), "held_bytes": held,
+    }
+    job.run.record(machine=facts)
+    return (f"{facts['name']}, {facts['dtype']}: {whole:,} parameters, {trained:,} trained; {held / 1e9:.2f} GB for "
+            f"them, {fraction * there / 1e9:.2f} GB planned with of {there / 1e9:.2f}")
 
 
 def goes_on(job: Job, learner: Learner, step: int) -> bool:
@@ -200,7 +233,8 @@ def whole_step(job: Job, learner: Learner, step: int, evaluates: bool) -> Iterat
     judge is asked what it did not answer.
 
     Raises:
-        JudgeError, ScorerError, ScoreOverflow: a scorer's, with what was saved.
+        JudgeError, ScorerError, ScoreOverflow: a scorer's, with what was saved. OutOfMemory: with the step to go on
+            from.
     """
     # Responses are scored before the update that learns from them: only what is scored after it, in an evaluation or
     # where a run may end at its cap, wants a copy of model and optimizer to go back to.
@@ -209,6 +243,10 @@ def whole_step(job: Job, learner: Learner, step: int, evaluates: bool) -> Iterat
     before = learner.undo(copied=scored_after)
     try:
         yield
+    except OutOfMemory as error:
+        newest = ranks.from_first(lambda: _newest_step(job.run.folder))
+        way = f"--resume goes on after step {newest}" if newest else "Nothing is saved yet"
+        raise OutOfMemory(f"step {step}: {error} {way}.") from error
     except (JudgeError, SamplerError, ScorerError, ScoreOverflow, ServerError) as error:
         learner.go_back(before)
         if step > 1 and ranks.from_first(lambda: _newest_step(job.run.folder)) < step - 1:
@@ -346,8 +384,8 @@ def close_step(job: Job, learner: Learner, step: int, taken: Taken) -> None:
         clock.lap("eval")
     for judge in judges_of(job, learner):
         metrics |= judge.reported()
-    counted = (len(batch.rollout.lengths),) if taken.examples is None else (taken.examples, "examples")
-    job.report.step(step, metrics | clock.metrics(*counted))
+    metrics["memory/peak_gb"] = peak_bytes(learner.policy.device) / 1e9
+    job.report.step(step, metrics | clock.metrics(*taken.counted))
     if learner.scorer is not None and step == min(FLAT_STEPS, job.steps) and ranks.is_first():
         warn_of_flat_scores(job, learner.scorer)
     ends = not goes_on(job, learner, step)

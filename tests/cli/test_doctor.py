@@ -27,6 +27,7 @@ def test_a_machine_that_can_run_kltune_takes_a_step(run, tiny_model):
     assert (code, document["ok"]) == (0, True)
     assert "KL to its reference" in found["a step on a tiny model"]["found"]
     assert found[f"a step on {tiny_model('llama')}"]["state"] == "ok"
+    assert "GB at the peak of" in found["memory of ppo"]["found"]
     assert {"python", "hub", "memory", "disk"} <= found.keys()
 
 

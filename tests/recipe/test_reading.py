@@ -70,7 +70,7 @@ WRONG = {
     "no model": (PPO.replace("model: {path: base}", ""), 1, ["model", "missing"]),
     "no model path": (PPO.replace("{path: base}", "{dtype: auto}"), 2, ["model.path", "missing"]),
     "key given twice": (PPO + "kl: {target: 3}\nkl: {target: 4}\n", 8, ["kl", "given twice", "line 7"]),
-    "float16": (PPO.replace("{path: base}", "{path: base, dtype: float16}"), 2, ["bfloat16", "small probabilities"]),
+    "float16": (PPO.replace("{path: base}", "{path: base, dtype: float16}"), 2, ["bfloat16", "gradients below 6e-8"]),
     "nothing to keep": (PPO.replace("base}", "base, merge: false}"), 2, ["model.merge", "nothing to keep"]),
     "greedy": (PPO + "sampling: {temperature: 0}\n", 7, ["sampling.temperature", "at least 0.1", "greedy"]),
     # names from elsewhere

@@ -79,7 +79,7 @@ def test_a_reference_that_has_not_moved_yet_changes_no_bit(dpo_recipe, tmp_path,
 
 
 def _without_own(row: dict) -> dict:
-    left_out = ("time/", *OWN_KEYS)
+    left_out = ("time/", "memory/", *OWN_KEYS)
     return {name: value for name, value in row.items() if not name.startswith(left_out) and "per_second" not in name}
 
 

@@ -48,8 +48,9 @@ LONG = 24
 
 def timeless(folder: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what a clock measured, and how often a judge was asked."""
+    clocked = "time/", "judge/", "memory/"
     return [
-        {n: value for n, value in row.items() if not n.startswith(("time/", "judge/")) and "per_second" not in n}
+        {n: value for n, value in row.items() if not n.startswith(clocked) and "per_second" not in n}
         for row in read_jsonl(folder / "metrics.jsonl")
     ]
 

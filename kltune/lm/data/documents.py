@@ -210,6 +210,7 @@ class RunRecord(TypedDict):
     inputs: NotRequired[dict[str, InputFacts] | None]
     rewards: NotRequired[list[dict[str, Any]]]
     template_date: NotRequired[Day]
+    machine: NotRequired[dict[str, Any] | None]
     versions: NotRequired[dict[str, Text] | None]
     threads: NotRequired[Annotated[int, Field(ge=1, le=1024)] | None]
     started: NotRequired[Text]

@@ -6,6 +6,7 @@ cut their batches alike, or they differ in the last bits and a resumed run is no
 
 import math
 import os
+import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from kltune.core import ranks
 from kltune.lm.fast.decoding import Step, bytes_held, is_plain
 from kltune.lm.fast.shared_prefix import begins_another, scored_spans
 
-SHARE = 0.8             # of the memory is planned with; the rest is for kernels, fragments and other processes
+SHARE = 0.8             # of the memory is planned with unless told otherwise; the rest is for kernels and fragments
 TRAINED_BYTES = 24      # float32 gradient, its sum in float64 and Adam's moments per trained number; a frozen copy too
 BACKWARD = 1.7          # times what a forward pass saves: the peak of the backward pass over it
 CACHE = 1.5             # times the keys and values: room to grow, and a layer's copy while rows are dropped
@@ -81,6 +82,7 @@ class Batching:
         self._causal, self._step, self._split, self.shares_prefixes = causal, step, split, shares_prefixes
         self._room: TrainingRoom | None = None
         self._other_room: TrainingRoom | None = None
+        self.fraction, self.checkpoint_layers = SHARE, "auto"
 
     def refresh(self) -> None:
         """Measure again, after an adapter may have come."""
@@ -118,7 +120,8 @@ class Batching:
         def fit(length: int) -> int:
             if sequences is not None:
                 return sequences // group
-            held = self.trained_rows(length) if most is None else most
+            checkpoints = self.checkpoint_layers == "always" and most is None
+            held = sys.maxsize if checkpoints else self.trained_rows(length) if most is None else most
             return min(held, tokens // length) // group
 
         return micro_batches(lengths, fit, self._pass_tokens / group)
@@ -129,7 +132,8 @@ class Batching:
         Measured when first asked, with the adapter that is on then; from then on larger passes checkpoint their layers.
         """
         if self._room is None:
-            self._room = training_room(self._causal, self._causal.base_model if self._split else self._causal)
+            trained = self._causal.base_model if self._split else self._causal
+            self._room = training_room(self._causal, trained, self.fraction)
         return self._room.rows(length)
 
     def rows_of(self, work: Callable[[Tensor], Any], peak: float, length: int) -> int:
@@ -138,7 +142,7 @@ class Batching:
         Measured when first asked, on the work that is asked for then.
         """
         if self._other_room is None:
-            self._other_room = room_for(self._causal, work, peak)
+            self._other_room = room_for(self._causal, work, peak, self.fraction)
         return max(1, self._other_room.rows(length))
 
     def too_large(self, ids: Tensor) -> bool:
@@ -149,7 +153,7 @@ class Batching:
         """How many of so many responses may be sampled side by side, of so many tokens each, the prompt's included."""
         if self._step is None:
             return max(1, self.tokens_per_pass // tokens)
-        free = free_bytes(self._causal, _device(self._causal))
+        free = free_bytes(self._causal, _device(self._causal), self.fraction)
         fit = int(free / (CACHE * max(1.0, bytes_held(self._token_cache)) * tokens))
         return max(1, min(ROWS_PER_PASS, fit, self._piece(rows, PASSES_PER_SAMPLE)))
 
@@ -206,18 +210,21 @@ class TrainingRoom:
         return max(0, int(self.bytes / each)) if each else sys.maxsize
 
 
-def training_room(model: nn.Module, trained: nn.Module) -> TrainingRoom:
-    """Measure what a model keeps for its backward pass, on three small batches through the part that training runs."""
-    return room_for(model, lambda ids: trained(input_ids=ids, use_cache=False)[0])
+def training_room(model: nn.Module, trained: nn.Module, fraction: float = SHARE) -> TrainingRoom:
+    """Measure what a model keeps for its backward pass, on three small batches through the part that training runs.
+
+    fraction: of the device's memory that is planned with.
+    """
+    return room_for(model, lambda ids: trained(input_ids=ids, use_cache=False)[0], BACKWARD, fraction)
 
 
-def room_for(model: nn.Module, work: Callable[[Tensor], Any], peak: float = BACKWARD) -> TrainingRoom:
+def room_for(model: nn.Module, work: Callable[[Tensor], Any], peak: float, fraction: float = SHARE) -> TrainingRoom:
     """Measure what some work on rows of tokens keeps for its backward pass, on three small batches.
 
     work: takes token ids, [B, S], and gives what holds its graph. peak: of memory, in multiples of what is kept.
     """
     device = _device(model)
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def saved(rows: int, length: int) -> int:
         ids = torch.zeros(rows, length, dtype=torch.long, device=device)
@@ -230,21 +237,41 @@ def room_for(model: nn.Module, work: Callable[[Tensor], Any], peak: float = BACK
         long = saved(1, 2 * PROBED)
     per_square = max(0.0, (long - one - per_row) / (2 * PROBED**2))
     per_token = per_row / PROBED - per_square * PROBED
-    return TrainingRoom(free_bytes(model, device), peak * per_token, peak * per_square)
+    return TrainingRoom(free_bytes(model, device, fraction), peak * per_token, peak * per_square)
 
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def free_bytes(model: nn.Module, device: torch.device) -> float:
+def free_bytes(model: nn.Module, device: torch.device, fraction: float = SHARE) -> float:
     """The bytes planned to be free on a device beside a model and its optimizer; may be negative.
 
     Other models on the device, as a reward model with weights of its own, are not known here.
     """
+    return fraction * device_bytes(device) - held_bytes(model)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """The bytes of a model's weights, with gradients and optimizer of those that are trained."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-    trained = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
-    return SHARE * device_bytes(device) - weights - TRAINED_BYTES * trained
+    return weights + TRAINED_BYTES * sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory in use: on a GPU in tensors, since this was last asked; else of the process, since it began."""
+    if device.type != "cuda":
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called: a GPU by its maker, a CPU with the threads that compute."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device}, {torch.get_num_threads()} threads"
 
 
 def device_bytes(device: torch.device) -> int:
@@ -261,18 +288,20 @@ def device_bytes(device: torch.device) -> int:
 def saved_bytes(work: Callable[[], Any], without: set[int] = frozenset()) -> int:
     """The bytes that autograd keeps for the backward pass of some work, shared memory counted once.
 
-    without: addresses of memory that is there anyway, as the weights'.
+    without: storages that are there anyway, as the weights'.
     """
-    kept: dict[int, Tensor] = {}  # the tensors themselves, or their memory would be used again and counted as theirs
+    # The memory itself, or it would be used again and counted as another's. No tensors: one that has a gradient leads
+    # back to this hook, and such a ring is not freed before Python looks for rings.
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
+        address = tensor.untyped_storage()._cdata       # not data_ptr, which is 0 for all that is shapes alone
         if address not in without:
-            kept[address] = tensor
-        return tensor
+            kept[address] = tensor.untyped_storage()
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         graph = work()
-    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    total = sum(storage.nbytes() for storage in kept.values())
     del graph
     return total

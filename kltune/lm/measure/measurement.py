@@ -13,6 +13,7 @@ from kltune.core.kl.intervals import KLSummary, agreement_z, cluster_numbers, su
 from kltune.core.kl.sequences import control_variate
 from kltune.core.tensors import per_response
 from kltune.lm.data.examples import Prompt
+from kltune.lm.fast.out_of_memory import SAMPLING, phase
 from kltune.lm.model.batches import Rollout
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import Draw, sample_rollout
@@ -200,7 +201,8 @@ def measure_kl(
     sides = {"temperature": draw.temperature, "from_reference": from_reference, "by_token": by_token}
     rollouts = []
     for prompts, uniforms, done in answered.parts(draw):
-        rollouts.append(sample_rollout(policy, prompts, uniforms, **sides))
+        with phase(SAMPLING, policy.device):
+            rollouts.append(sample_rollout(policy, prompts, uniforms, **sides))
         progress(done)
     masks = [rollout.response_mask for rollout in rollouts]
 

@@ -157,6 +157,8 @@ def _width(scored: Tensor) -> int:
 class FixedRows:
     """Cuts batches into parts of as many rows each, as they come: what ``fast.memory.Batching`` does better."""
 
+    checkpoint_layers = "auto"
+
     def lengths(self, ids: Tensor, scored: Tensor) -> list[int]:
         """Tokens of each row, padding included."""
         return [ids.shape[1]] * len(ids)

@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from kltune.errors import KltuneError, ModelError
+from kltune.errors import KltuneError, ModelError, is_out_of_memory
 from kltune.lm.data.documents import SHAPES
 from kltune.lm.data.foreign import LARGEST, read_json
 
@@ -154,10 +154,10 @@ def reading(
     """
     try:
         yield
-    except (KltuneError, MemoryError, torch.OutOfMemoryError):
+    except KltuneError:
         raise
     except BaseException as cause:
-        memory = (isinstance(cause, OSError) and cause.errno in FULL_DISK) or "can't allocate memory" in str(cause)
+        memory = (isinstance(cause, OSError) and cause.errno in FULL_DISK) or is_out_of_memory(cause)
         # What Rust panics over is no Exception.
         if memory or not (isinstance(cause, Exception) or type(cause).__name__ == "PanicException"):
             raise

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import sys
+import time
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -38,6 +40,7 @@ MOVES_NO_LOGIT = re.compile(
     r"|chunk_size_feed_forward|gradient_checkpointing|task_specific_params)$"
 )
 AGREES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}     # of what a model says, elsewhere measured
+SAID_EVERY = 3.0        # seconds
 PROBED_PLACES, PROBED_WORDS = 4, 8
 
 
@@ -50,7 +53,8 @@ class Fingerprint:
     in float32). untied: the base's head and embedding are one matrix, and have one each since the SFT adapter was
     merged, which acts on one of them. merge_kl: nats a token from what SFT ended with to the rounded merge; None in
     float32. config: the settings of config.json that can move a logit. ends: the fields of its EndTokens. probe: a few
-    of its logits on a few tokens, as ``probed`` picks them. The last three are empty where they are not known.
+    of its logits on a few tokens, as ``probed`` picks them. The last three are empty where they are not known, the
+    probe also of a model that computes in another dtype than its own.
     """
 
     path: str
@@ -107,7 +111,7 @@ class Fingerprint:
             f"end of a response: {name} found {self.ends.get(name)} ({here}), wanted {wanted} ({there})"
             for name, wanted in (other.get("ends") or {}).items() if self.ends.get(name) != wanted
         ]
-        if not found and other.get("probe") and not self._says(other["probe"]):
+        if not found and self.probe and other.get("probe") and not self._says(other["probe"]):
             found = [f"logits: found {self.probe[:3]} … for a few tokens ({here}), wanted {other['probe'][:3]} … "
                      f"({there}), though weights and settings are the same: is it run by other code?"]
         return found
@@ -163,8 +167,11 @@ def weights_sha256(tensors: dict[str, Tensor], where: str = "the model") -> str:
     Raises:
         ModelError: a number in a tensor is NaN or infinite; ``where`` begins the message.
     """
-    digest, seen = hashlib.sha256(), set()
+    digest, seen, said, hashed = hashlib.sha256(), set(), time.monotonic(), 0
     for name in sorted(tensors):
+        if time.monotonic() - said > SAID_EVERY:
+            said = time.monotonic()
+            print(f"{where}: {hashed / 1e9:.1f} GB of weights hashed", file=sys.stderr, flush=True)
         tensor = tensors[name].detach()
         if tensor.numel() == 0 or tensor.data_ptr() in seen:
             continue
@@ -176,6 +183,7 @@ def weights_sha256(tensors: dict[str, Tensor], where: str = "the model") -> str:
                 "ones. Are its files whole? Save it again, or in float32 where it was converted."
             )
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        hashed += tensor.numel() * tensor.element_size()
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

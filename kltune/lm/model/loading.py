@@ -1,5 +1,7 @@
 """Read models and tokenizers from a folder or the hub, and say exactly which ones they were."""
 
+import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.chat import EndTokens, template_of
 from kltune.lm.data.documents import AdapterSettings, SavedModel
 from kltune.lm.data.foreign import read_json
+from kltune.lm.fast.out_of_memory import LOADING, phase
 from kltune.lm.model.files import (
     check_all_read,
     reading,
@@ -27,7 +30,8 @@ from kltune.lm.model.fingerprint import (
     tokenizer_sha256,
     weights_sha256,
 )
-from kltune.recipe import ModelSection
+from kltune.recipe import ModelSection, RunSection
+from kltune.recipe.checks import NO_MPS
 
 NO_CAUSAL = "could not be loaded as a causal language model"
 CUTS = "The  Ferry's 2,024 lamps — don't\twait...\n\n  naïve cafe\u0301 日本語 Привет שלום 🙂 a_b(c) HTTPServer"
@@ -35,16 +39,31 @@ PIPELINE = ("normalizer", "pre_tokenizer", "model", "decoder")
 LISTED = "special tokens listed"        # a difference between tokenizers that changes the ids of no text
 
 
-def pick_device(name: str) -> torch.device:
-    """The device a recipe's ``run.device`` means: ``auto`` is the first GPU, or the CPU; RecipeError if absent."""
+def pick_device(name: str, where: str = "run.device") -> torch.device:
+    """The device that a key or option means: ``auto`` is the first GPU, or the CPU; RecipeError if absent."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "mps":
+        raise RecipeError(f"{where}: {NO_MPS}.")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(
-            f"run.device: found {name!r}, which is not available here ({str(error).splitlines()[0]})."
+            f"{where}: found {name!r}, which is not available here ({str(error).splitlines()[0]})."
         ) from None
+
+
+def prepare_device(run: RunSection) -> torch.device:
+    """The device of a run, its kernels chosen as ``run.tf32`` and ``run.deterministic`` say; raises as ``pick_device``.
+
+    It is the process's setting, not a model's.
+    """
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when the first product is made
+    torch.use_deterministic_algorithms(run.deterministic)
+    torch.set_float32_matmul_precision("high" if run.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = run.tf32
+    return pick_device(run.device)
 
 
 def end_tokens(model: nn.Module, tokenizer, vocabulary: int) -> EndTokens:
@@ -132,6 +151,45 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
         ModelError: missing, damaged, not a causal LM, pickled weights only, a tensor missing or of another shape, or
             an adapter, which leaves the reference unsaid.
     """
+    path, config = section.path, read_config(section, where)
+    named = where if section.attention == "auto" else "model.attention"
+    with phase(LOADING, device), reading(path, named, failed=NO_CAUSAL):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=_dtype(section.dtype, config, device),
+            use_safetensors=True,
+            trust_remote_code=section.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below
+            **_attention(section.attention, device),
+            **_locality(path),
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(f"{where}: {path} is an adapter, not a model; give its base as model.path.")
+    check_all_read(model, report, path, where)
+    with phase(LOADING, device):
+        return model.to(device)
+
+
+def empty_base(section: ModelSection, device: torch.device, where: str = "model.path") -> nn.Module:
+    """What ``load_base`` would put on a device, as shapes without weights, on the meta device; raises as it does."""
+    config = read_config(section, where)
+    with reading(section.path, where, failed=NO_CAUSAL), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=_dtype(section.dtype, config, device), trust_remote_code=section.trust_remote_code,
+            **_attention(section.attention, device),
+        )
+    model.name_or_path = section.path
+    return model
+
+
+def read_config(section: ModelSection, where: str = "model.path") -> Any:
+    """The configuration of a causal LM that can be loaded, as far as can be seen without its weights.
+
+    Raises:
+        ModelError: missing, no causal LM, an adapter, quantised, or one that would have code run.
+    """
     path = section.path
     if Path(path).is_dir():
         _refuse_adapter(Path(path), where)
@@ -143,21 +201,19 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
     refuse_quantised(config, path, where)
     refuse_other_heads(config, path, where)
     refuse_oversized(config, path, where, ModelError, AutoModelForCausalLM.from_config)
-    with reading(path, where, failed=NO_CAUSAL):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=_dtype(section.dtype, config, device),
-            use_safetensors=True,
-            trust_remote_code=section.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported, and refused below
-            **_locality(path),
-        )
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ModelError(f"{where}: {path} is an adapter, not a model; give its base as model.path.")
-    check_all_read(model, report, path, where)
-    return model.to(device)
+    return config
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The same model, computing in a dtype: its weights rounded to it, but those that its class keeps in float32."""
+    if model.get_input_embeddings().weight.dtype == dtype:
+        return model
+    kept = [*(getattr(model, "_keep_in_fp32_modules", None) or ()),
+            *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not any(part in name.split(".") for part in kept):
+            tensor.data = tensor.data.to(dtype)
+    return model        # buffers stay: angles of positions are float32 in every dtype
 
 
 def own_tokenizer(folder: Path, trust_remote_code: bool = False):
@@ -246,6 +302,16 @@ def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
     published = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
     half = published in (torch.bfloat16, torch.float16)
     return torch.bfloat16 if half and device.type == "cuda" else torch.float32
+
+
+def _attention(name: str, device: torch.device) -> dict[str, str]:
+    """What transformers is told of ``model.attention``; RecipeError for one that this machine cannot compute."""
+    if name == "flash_attention_2" and (device.type != "cuda" or importlib.util.find_spec("flash_attn") is None):
+        raise RecipeError(
+            f"model.attention: found flash_attention_2, which needs a GPU and the package flash-attn, on {device}; "
+            "write auto or sdpa."
+        )
+    return {} if name == "auto" else {"attn_implementation": name}
 
 
 def _locality(path: str) -> dict[str, bool]:

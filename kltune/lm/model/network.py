@@ -68,6 +68,8 @@ class Network:
     def __init__(self, causal: nn.Module):
         self.causal = causal
         self.fast: ways.FastWays | None = None
+        self.stands_for: str | None = None      # the type of device, of a model of shapes
+        self.halved = False         # what is trained on at once, since memory ran out
         self._recomputes = True     # layers, where a backward pass would not fit otherwise
         self.sharded: ShardedLayers | None = None
         self._in_step = False       # with other processes, pass by pass
@@ -90,6 +92,8 @@ class Network:
         Raises:
             ModelError: it gives no logits for token ids alone.
         """
+        if self.device.type == "meta":
+            return self._assume_ways()
         probe = torch.tensor([[0, 1, 0]], device=self.device)
         with reading(self.causal.name_or_path, "model", failed="cannot read token ids alone"):
             whole = self._whole(self.causal, probe).logits
@@ -103,6 +107,14 @@ class Network:
         step = self.step if self.caches else None
         self.fast = ways.FastWays(self.causal, step, split=self.split) if ways.wanted else None
         self.batching = FixedRows() if self.fast is None else self.fast.batching
+
+    def _assume_ways(self) -> None:
+        """What most models can do, of one that has shapes and no weights to try it with."""
+        config = self.causal.config.get_text_config()
+        scales = [getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")]
+        self._width = config.hidden_size
+        self.split = self._trunk is not None and self.head is not None and all(one in (None, 1.0) for one in scales)
+        self.caches, self.batching = True, FixedRows()
 
     def _cut(self, states: Tensor) -> Tensor | None:
         """What the head alone makes of hidden states; None where there is no such head, or one of another width."""
@@ -144,6 +156,11 @@ class Network:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.causal.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, adapters aside."""
+        return self.causal.get_input_embeddings().weight.dtype
 
     @property
     def hidden_size(self) -> int:
@@ -252,7 +269,11 @@ class Network:
         self, lengths: Sequence[int], sequences: int | None, *, group: int = 1, most: int | None = None
     ) -> list[list[int]]:
         """Cut a batch into parts that are trained on one after the other; arguments as ``Batching.micro_batches``."""
-        return self.batching.micro_batches(lengths, sequences, group, most)
+        parts = self.batching.micro_batches(lengths, sequences, group, most)
+        if not self.halved:
+            return parts
+        halves = [(part[: -(-len(part) // 2)], part[-(-len(part) // 2) :]) for part in parts]
+        return [half for both in halves for half in both if half]
 
     def shard(self, trained: Set[nn.Parameter]) -> None:
         """Spread the frozen layers over the processes of the run; all but ``trained``."""
@@ -290,13 +311,16 @@ class Network:
             self._recomputes = True
 
     def _too_large(self, ids: Tensor) -> bool:
-        recomputes = self._recomputes and not self._in_step
-        return recomputes and torch.is_grad_enabled() and self.batching.too_large(ids)
+        never = self._in_step or not self._recomputes or self.batching.checkpoint_layers == "never"
+        if never or not torch.is_grad_enabled():
+            return False
+        return self.batching.checkpoint_layers == "always" or self.batching.too_large(ids)
 
     @property
     def chunk_rows(self) -> int:
         """Positions whose float32 logits may exist at once."""
-        return max(64, CHUNK_BYTES.get(self.device.type, CHUNK_BYTES["cpu"]) // (4 * self.vocabulary))
+        most = CHUNK_BYTES.get(self.stands_for or self.device.type, CHUNK_BYTES["cpu"])
+        return max(64, most // (4 * self.vocabulary))
 
 
 class Decoder:

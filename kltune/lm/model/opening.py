@@ -29,7 +29,7 @@ from kltune.lm.model.adapters import (
 from kltune.lm.model.batches import Rollout, pad_right
 from kltune.lm.model.files import reading, refuse_code
 from kltune.lm.model.fingerprint import Fingerprint, probed
-from kltune.lm.model.loading import check_made_for, context_of, load_base, load_tokenizer
+from kltune.lm.model.loading import check_made_for, compute_in, context_of, empty_base, load_base, load_tokenizer
 from kltune.lm.model.network import Network
 from kltune.lm.model.policy import Policy
 from kltune.recipe import LoraSection, ModelSection
@@ -67,11 +67,12 @@ def load_policy(
 
 def load_reference(
     section: ModelSection, *, device: torch.device, where: str = "model.path", full: bool = False,
-    chat_template: str | None = None,
+    chat_template: str | None = None, computed_in: str | None = None,
 ) -> Policy:
     """A Policy without an adapter: policy and reference are still the same weights (two copies if ``full``).
 
-    chat_template: in the place of the tokenizer's own.
+    chat_template: in the place of the tokenizer's own. computed_in: a dtype to compute in, other than that of the
+    section, by which the weights are loaded and told from others.
     """
     if full:
         if section.dtype == "bfloat16":
@@ -90,40 +91,68 @@ def load_reference(
         model, merge = merge_adapter(model, adapter) if section.merge else (keep_adapter(model, adapter), Merge())
     fingerprint = Fingerprint.of(section, model, tokenizer)
     fingerprint = replace(fingerprint, merge_survived=merge.survived, untied=merge.untied, merge_kl=merge.kl)
+    if moved := computed_in not in (None, fingerprint.dtype):
+        model = compute_in(model, getattr(torch, computed_in))
     trained, frozen = (copy.deepcopy(model), model) if full else (model, None)
     policy = Policy(trained, tokenizer, fingerprint, frozen=frozen)
     if section.sft_adapter is not None:
         policy.hold_against(Path(section.sft_adapter), "model.sft_adapter", section.trust_remote_code)
     check_causal(policy.network, f"{where}: {section.path}")
     ends = {name: list(ids) if isinstance(ids, tuple) else ids for name, ids in asdict(policy.ends).items()}
-    policy.fingerprint = replace(fingerprint, ends=ends, probe=probed(probe_logits(policy)))
+    probe = [] if moved else probed(probe_logits(policy))      # rounding in another dtype is no other model
+    policy.fingerprint = replace(fingerprint, ends=ends, probe=probe)
+    return policy
+
+
+def empty_policy(
+    section: ModelSection, lora: LoraSection | None, *, device: torch.device, chat_template: str | None = None
+) -> Policy:
+    """What ``load_policy`` would put on a device, as shapes without weights, on the meta device: to plan and to count.
+
+    Its tokenizer is real, so that rows become tokens; raises as ``load_policy``, but for what is wrong with weights.
+    """
+    section = section if lora is not None else section.model_copy(update={"dtype": "float32"})
+    model = empty_base(section, device)
+    tokenizer = load_tokenizer(section.path, section.trust_remote_code)
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    fingerprint = Fingerprint(section.path, section.sft_adapter, dtype, "", "", "")
+    policy = Policy(model, tokenizer, fingerprint, frozen=copy.deepcopy(model) if lora is None else None)
+    if section.sft_adapter is not None:
+        policy.hold_against(Path(section.sft_adapter), "model.sft_adapter", section.trust_remote_code)
+    if lora is not None:
+        policy.add_adapter(lora)
     return policy
 
 
 def load_saved_policy(
-    folder: Path, section: ModelSection, *, device: torch.device, is_adapter: bool, chat_template: str | None = None
+    folder: Path, section: ModelSection, *, device: torch.device, is_adapter: bool, chat_template: str | None = None,
+    computed_in: str | None = None,
 ) -> Policy:
     """What a folder holds over its reference (``section``): a model has weights of its own beside the reference's.
 
-    So has an adapter that also trained parts of the base; any other lies on the reference's own weights. chat_template:
-    in the place of the one that the reference's tokenizer has.
+    So has an adapter that also trained parts of the base; any other lies on the reference's own weights. chat_template,
+    computed_in: as for ``load_reference``.
 
     Raises:
         ModelError: it cannot be loaded, or is a model with another vocabulary or tokenizer than the reference.
     """
     refuse_code(folder, "checkpoint", trusted=section.trust_remote_code)
-    policy = load_reference(section, device=device, where="reference", chat_template=chat_template)
+    policy = load_reference(
+        section, device=device, where="reference", chat_template=chat_template, computed_in=computed_in
+    )
     policy.hold_against(folder, "checkpoint", section.trust_remote_code)
     second = section.model_copy(update={"dtype": policy.fingerprint.dtype})
     if is_adapter:
         config, weights = read_adapter_config(folder), load_weights(folder)
         if rewritten_base(config) or not trained_base(config, weights, policy.model):
             return _with_adapter(policy, folder)
-        trained = load_base(second, device, "checkpoint")
+        trained = compute_in(load_base(second, device, "checkpoint"), policy.dtype)
         wrapped = wrap(trained, config_to_fill(folder), str(folder))
         fill(wrapped, weights, folder)  # in place
     else:
-        trained = wrapped = load_base(second.model_copy(update={"path": str(folder)}), device, "checkpoint")
+        whole = load_base(second.model_copy(update={"path": str(folder)}), device, "checkpoint")
+        trained = wrapped = compute_in(whole, policy.dtype)
     saved = Policy(trained, policy.tokenizer, policy.fingerprint, frozen=policy.model)
     saved.other_tokenizers = policy.other_tokenizers
     if is_adapter:

@@ -60,6 +60,11 @@ class Policy:
         self._switch = AdapterSwitch(model)
         model.eval()  # dropout anywhere would make old, new and reference log-probs disagree
 
+    def plan_memory(self, fraction: float, checkpoint_layers: str) -> None:
+        """Plan batches for this share of the device's memory; recompute layers as ``optim.checkpoint_layers`` says."""
+        for network in (self.network, self._reference_network):
+            network.batching.fraction, network.batching.checkpoint_layers = fraction, checkpoint_layers
+
     def add_adapter(self, lora: LoraSection) -> None:
         """Put a fresh LoRA adapter on the trunk: until it is trained, policy = reference."""
         targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
@@ -140,8 +145,8 @@ class Policy:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the frozen weights; adapters and heads are float32."""
-        return getattr(torch, self.fingerprint.dtype)
+        """What the frozen weights are computed in; adapters and heads are float32."""
+        return self._reference_network.dtype
 
     @property
     def end_ids(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from kltune.recipe import ClassifierReward, DistillRecipe, FunctionReward, Model
 
 ROWS = {"data": ("prompts", "texts", "pairs"), "eval": ("prompts", "texts", "pairs")}
 MODEL_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}       # of what a scorer is loaded from
+WEIGHTS = " (weights)"          # after a key: what is told of the files of weights alone
 Inputs = Mapping[str, Mapping[str, str]]
 
 
@@ -55,14 +56,17 @@ def inputs_of(recipe: Recipe, *, present: bool = False) -> dict[str, dict[str, s
 def base_of(recipe: Recipe) -> dict[str, dict[str, str]]:
     """The same of the folders that the reference is loaded from, of those that are here; of a name on the hub nothing.
 
-    A run that goes on holds the weights themselves against those that it was started with; this is for one that has
-    ended, whose model nobody loads again.
+    Of the weights it is names, sizes and times of their files: they are hashed once a run, as they are loaded, and that
+    is the reference's own sha256. A run that goes on holds that against what it was started with; this is for one that
+    has ended, whose model nobody loads again unless its files look like others.
     """
     named = {"model.path": recipe.model.path, "model.sft_adapter": recipe.model.sft_adapter}
-    return {
-        key: {"path": path, "sha256": folder_sha256(Path(path))} for key, path in named.items()
-        if path is not None and Path(path).is_dir()
-    }
+    folders = {key: Path(path) for key, path in named.items() if path is not None and Path(path).is_dir()}
+    found = {}
+    for key, folder in folders.items():
+        found[key] = {"path": str(folder), "sha256": folder_sha256(folder, weights=False)}
+        found[f"{key}{WEIGHTS}"] = {"path": str(folder), "sha256": stamps_sha256(folder)}
+    return found
 
 
 def refuse_changed(before: Inputs, now: Inputs, where: Path) -> None:
@@ -99,9 +103,17 @@ def _rows_sha256(source: str, stamp: tuple[int, int] | None) -> str:
     return digest.hexdigest()
 
 
-def folder_sha256(folder: Path) -> str:
-    """Hex digest of what a model in a folder is loaded from, names included."""
-    paths = sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES and path.is_file())
+def stamps_sha256(folder: Path) -> str:
+    """Hex digest of names, sizes and times of change of the files of weights in a folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    stamps = [(file.name, status.st_size, status.st_mtime_ns) for file in files for status in [file.stat()]]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()
+
+
+def folder_sha256(folder: Path, *, weights: bool = True) -> str:
+    """Hex digest of what a model in a folder is loaded from, names included; or of all of it but the weights."""
+    suffixes = MODEL_SUFFIXES if weights else MODEL_SUFFIXES - {".safetensors"}
+    paths = sorted(path for path in folder.iterdir() if path.suffix in suffixes and path.is_file())
     stamps = ((path, path.stat()) for path in paths)
     return _files_sha256(tuple((path, stamp.st_mtime_ns, stamp.st_size) for path, stamp in stamps))
 

@@ -38,7 +38,6 @@ from kltune.lm.model.sampler import assemble, measure_samples
 from kltune.lm.model.snapshot import Snapshot
 from kltune.recipe import SamplingSection
 from kltune.recipe.faults import printable
-from kltune.run.files import storing
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)      # of adapters that vLLM knows
 # Nats per token that rounding may put between the two; in float32 it gave 1e-11, a wrong adapter gives 1e-3 and more.
@@ -185,11 +184,10 @@ class RolloutServer:
         """Give the server the adapter as it is now, take the one before away; the name it has there."""
         name = f"{self.run}-{secrets.token_hex(6)}"
         folder = Path(self.sampling.publish) / name
-        with storing(folder):
-            hidden = folder.with_name(f".tmp-{name}")
-            hidden.mkdir(parents=True)
-            policy.save(hidden)
-            hidden.rename(folder)
+        hidden = folder.with_name(f".tmp-{name}")
+        hidden.mkdir(parents=True)
+        policy.save(hidden)
+        hidden.rename(folder)
         self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())})
         for old, _ in self._published[-1:]:
             self._ask("/v1/unload_lora_adapter", {"lora_name": old})

@@ -1,0 +1,265 @@
+"""What a recipe would take, told before a weight is loaded: rows, steps, tokens, memory by phase, disk.
+
+Rows become tokens as in a run; the memory is that of the worst moment of the worst step, with the longest rows there
+are (``lm/measure/footprint.py``).
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kltune.lm.data.chat import read_template
+from kltune.lm.data.examples import Counts, Prompt, load_examples, load_prompts
+from kltune.lm.data.pairs import answers, hold_out, load_comparisons
+from kltune.lm.fast.memory import device_bytes
+from kltune.lm.measure.footprint import Footprint, Rows
+from kltune.lm.measure.likelihood import text_rules
+from kltune.lm.measure.measurement import RESPONSES_PER_PASS
+from kltune.lm.model.loading import pick_device
+from kltune.lm.model.opening import empty_policy
+from kltune.lm.model.policy import Policy
+from kltune.recipe import STAGES, ClassifierReward, ModelReward, ModelSection, Recipe, dump_recipe
+from kltune.run.optimizer import total_steps
+from kltune.run.screen import number
+
+GB = 1e9
+ASKED, ANSWERED = 256, 128      # tokens of a usual row
+MODEL_STAGES = {"sft": {"texts": "t"}, "ppo": {"prompts": "p"}, "trpo": {"prompts": "p"}, "dpo": {"pairs": "p"},
+                "eval-kl": {"texts": "t"}}
+MOMENTS = 12            # bytes a trained number of a copy of it and of its optimizer's memory
+VECTORS = 36            # of TRPO's gradient, direction and snapshot, the four of its solver, the step before, one more
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the files of a recipe come to: rows to learn from, and the most tokens that one has.
+
+    rows: distinct ones, of which ``per_step`` are taken in a step. trained: shape of a batch of those that are learnt
+    from. asked: longest prompt that is responded to; 0 where nothing is sampled. tokens: of a step, at most.
+    """
+
+    rows: int
+    per_step: int
+    trained: Rows
+    asked: int
+    tokens: int
+
+
+def plan(recipe: Recipe, *, device: torch.device | None = None, there: float | None = None) -> dict[str, Any]:
+    """What a run of this recipe would do and take; nothing is written.
+
+    device, there: a device that need not be here, and the bytes of its memory, instead of the recipe's own.
+
+    Raises:
+        KltuneError: what the run would raise over its recipe, its rows, its tokenizer or a model's configuration.
+    """
+    device = device or pick_device(recipe.run.device)
+    template = read_template(recipe.data.chat_template)
+    policy = empty_policy(recipe.model, recipe.lora, device=device, chat_template=template)
+    files: dict[str, dict[str, int]] = {}
+    sizes = read_sizes(recipe, policy, files)
+    steps = total_steps(recipe.run, sizes.rows, sizes.per_step)
+    there = there or device_bytes(device)
+    memory = memory_of(recipe, policy, sizes, there=there, device=device.type, steps=steps)
+    return {
+        "schema": "kltune.plan/1",
+        "stage": recipe.stage,
+        "output": recipe.run.output,
+        "device": str(device),
+        "dtype": policy.fingerprint.dtype,
+        "parameters": memory.pop("parameters"),
+        "rows": files,
+        "steps": steps,
+        "epochs": steps * sizes.per_step / sizes.rows,
+        "tokens": {"per_step": sizes.tokens, "total": steps * sizes.tokens},
+        "memory": memory,
+        "disk": disk_of(recipe, policy),
+        "recipe": dump_recipe(recipe),
+    }
+
+
+def read_sizes(recipe: Recipe, policy: Policy, files: dict[str, dict[str, int]]) -> Sizes:
+    """Read every file of rows as a run would, and put what became of them into ``files``, by recipe key."""
+    data, held, sampling, optim = recipe.data, recipe.eval, getattr(recipe, "sampling", None), recipe.optim
+    prompts: dict[str, list[Prompt]] = {}
+
+    def note(key: str, counts: Counts) -> None:
+        files[key] = {name: getattr(counts, name) for name in ("read", "kept", "truncated", "dropped", "skipped")}
+
+    if sampling is not None:
+        limit = policy.prompt_limit(data.max_prompt_tokens, sampling.max_new_tokens)
+        rules = policy.row_rules(data, limit)
+        asked = {"data.prompts": data.prompts, "eval.prompts": held.prompts, "data.pairs": data.pairs}
+        for key in [key for key in asked if asked[key] is not None]:
+            prompts[key], counts = load_prompts(asked[key], policy.tokenizer, rules)
+            note(key, counts)
+    longest = max((len(prompt.ids) for each in prompts.values() for prompt in each), default=0)
+    if recipe.stage in ("ppo", "trpo") or (recipe.stage == "dpo" and recipe.dpo.source == "online"):
+        new, each = sampling.max_new_tokens, sampling.responses_per_prompt
+        count = sampling.prompts_per_step * each
+        trained = Rows(count, longest, new, 2 if recipe.stage == "dpo" else each)
+        return Sizes(len(prompts["data.prompts"]), sampling.prompts_per_step, trained, longest, count * (longest + new))
+    rules, key = text_rules(policy, data), "data.texts" if recipe.stage == "sft" else "data.pairs"
+    if recipe.stage == "sft":
+        rows, counts = load_examples(data.texts, policy.tokenizer, rules)
+        lengths, group = [(len(row.ids) - sum(row.scored), sum(row.scored)) for row in rows], 1
+    else:
+        rows, counts = load_comparisons(data.pairs, policy.tokenizer, rules)
+        if recipe.stage == "reward" and held.pairs is None:
+            rows, _ = hold_out(rows, held.pairs_share, recipe.run.seed, data.pairs)
+        lengths = [(len(row.prompt.ids), max(len(answer.ids) for answer in answers(row))) for row in rows]
+        group = len(answers(rows[0]))
+    note(key, counts)
+    for key, path in ("eval.texts", held.texts), ("eval.pairs", held.pairs):
+        if path is not None:
+            load = load_examples if key == "eval.texts" else load_comparisons
+            note(key, load(path, policy.tokenizer, rules)[1])
+    prompt, response = max(lengths, key=sum)
+    mean = sum(map(sum, lengths)) / len(lengths)
+    trained = Rows(optim.batch_size * group, prompt, response, group)
+    return Sizes(len(rows), optim.batch_size, trained, longest, round(mean * group * optim.batch_size))
+
+
+def memory_of(
+    recipe: Recipe, policy: Policy, sizes: Sizes, *, there: float, device: str, steps: int,
+    trains: bool = True,
+) -> dict[str, Any]:
+    """Bytes by phase, and what is there; how many rows are trained on at once, and how many could be."""
+    stage, section = recipe.stage, getattr(recipe, recipe.stage, None)
+    valued = getattr(section, "baseline", None) == "value"
+    if valued:
+        policy.add_value_function(recipe.lora if section.value_function == "lora" else None)
+    footprint = Footprint(
+        policy, there, fraction=recipe.run.memory_fraction, checkpoint_layers=recipe.optim.checkpoint_layers,
+        device=device,
+    )
+    if not trains:
+        return measured_only(footprint, sizes, recipe)
+    held = footprint.held(optimizer=stage != "trpo" or valued, copies=copies_of(recipe, steps))
+    held += scorer_bytes(recipe)
+    rows, sequences = sizes.trained, recipe.optim.micro_batch_size
+    if stage == "ppo":
+        rows = rows.of(recipe.ppo.minibatch_size)
+    size, checkpointed = footprint.micro_rows(rows, sequences)
+    scalar = stage == "reward"
+    kind = {"checkpointed": checkpointed, "scalar": scalar, "accumulates": size < rows.count}
+    phases = {"train": footprint.training(rows.of(size), **kind)}
+    if stage == "trpo":
+        count = max(1, round(section.fisher_fraction * rows.count))
+        phases["curvature"] = footprint.curvature(rows.of(count), sequences)
+    if sizes.asked:
+        answered = list(answered_rows(recipe, sizes))
+        held += footprint.merged
+        phases["sample"] = max(footprint.sampling(some) for some in answered)
+        phases["measure"] = max(footprint.measuring(some) for some in answered)
+    peak = held + max(phases.values())
+    unit = rows.of(rows.group)
+    return {
+        "parameters": {"all": numbers(policy, trained=False), "trained": numbers(policy, trained=True)},
+        "there": int(there), "planned": int(footprint.planned), "held": held, "phases": phases, "peak": peak,
+        "fits": peak <= footprint.planned, "trained_at_once": size, "tokens_of_a_row": rows.length,
+        "checkpointed": checkpointed,
+        "largest_micro_batch": footprint.largest(unit, held, **kind),
+    }
+
+
+def measured_only(footprint: Footprint, sizes: Sizes, recipe: Recipe) -> dict[str, Any]:
+    """The same of ``eval-kl``, which trains nothing."""
+    held = footprint.weights + footprint.merged
+    some = Rows(RESPONSES_PER_PASS, sizes.asked, recipe.sampling.max_new_tokens)
+    phases = {"sample": footprint.sampling(some), "measure": footprint.measuring(some, by_token=True)}
+    peak = held + max(phases.values())
+    return {"there": int(footprint.there), "planned": int(footprint.planned), "held": held, "phases": phases,
+            "peak": peak, "fits": peak <= footprint.planned}
+
+
+def answered_rows(recipe: Recipe, sizes: Sizes) -> Iterator[Rows]:
+    """Batches of responses: those of an evaluation and, where a step samples, of a step."""
+    sampling = recipe.sampling
+    count = min(RESPONSES_PER_PASS, recipe.eval.responses)
+    yield Rows(count, sizes.asked, sampling.max_new_tokens)
+    kl = getattr(recipe, "kl", None)
+    if recipe.stage in ("ppo", "trpo") or (kl is not None and (kl.control == "target" or kl.beta or kl.hard_cap)):
+        each = sampling.responses_per_prompt
+        yield Rows(sampling.prompts_per_step * each, sizes.asked, sampling.max_new_tokens, each)
+
+
+def copies_of(recipe: Recipe, steps: int) -> float:
+    """Bytes a trained number of copies to go back to, and of what an update keeps beside its gradient."""
+    kl, scored = getattr(recipe, "kl", None), bool(getattr(recipe, "reward", ())) or recipe.eval.gold is not None
+    capped = kl is not None and kl.hard_cap is not None
+    total = 2 * MOMENTS if capped else 0
+    if scored and (capped or recipe.run.eval_every <= steps):
+        total += MOMENTS
+    total += 4 if recipe.eval.stop_at_gold_peak else 0
+    total += VECTORS if recipe.stage == "trpo" else 0
+    if recipe.stage == "dpo":
+        total += 4 * (recipe.dpo.reference_alpha is not None) + 4 * (kl.control == "target" or kl.beta != 0)
+    return total
+
+
+def scorer_bytes(recipe: Recipe) -> int:
+    """Bytes of the files of scorers that are here; one that is a name on the hub is not known."""
+    entries = [*getattr(recipe, "reward", ()), recipe.eval.gold]
+    folders = [Path(entry.path) for entry in entries if isinstance(entry, ModelReward | ClassifierReward)]
+    return sum(file.stat().st_size for folder in folders if folder.is_dir() for file in folder.glob("*.safetensors"))
+
+
+def numbers(policy: Policy, *, trained: bool) -> int:
+    """Parameters of the model with its adapters, or those that are trained."""
+    own = [*policy.trainable_parameters().values(), *policy.value_parameters().values()]
+    return sum(tensor.numel() for tensor in (own if trained else policy.model.parameters()))
+
+
+def disk_of(recipe: Recipe, policy: Policy) -> dict[str, int]:
+    """Bytes that a run leaves in its folder at most, and those that are free there."""
+    trained = numbers(policy, trained=True)
+    checkpoint = trained * (4 + 8)
+    folder = Path(recipe.run.output)
+    while not folder.exists():
+        folder = folder.parent
+    return {"needed": checkpoint * (recipe.run.keep + 1) + 4 * trained, "free": shutil.disk_usage(folder).free}
+
+
+def plans_for(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What each stage would take on a model with its default keys, on rows of a usual length; raises as ``plan``."""
+    section, device = ModelSection(path=model), pick_device("auto")
+    for stage, data in MODEL_STAGES.items():
+        recipe = STAGES["sft" if stage == "eval-kl" else stage].model_validate(
+            {"stage": "sft" if stage == "eval-kl" else stage, "model": {"path": model}, "data": data}
+        )
+        policy = empty_policy(section, recipe.lora, device=device)
+        context = (policy.max_context or ASKED + ANSWERED) - 1
+        prompt, response = min(ASKED, context // 2), min(ANSWERED, context - context // 2)
+        count, group = (64, 1) if stage in ("ppo", "trpo") else (2 * recipe.optim.batch_size, 2)
+        sizes = Sizes(count, count, Rows(count, prompt, response, group), prompt, count * (prompt + response))
+        yield stage, memory_of(
+            recipe, policy, sizes, there=device_bytes(device), device=device.type, steps=1, trains=stage != "eval-kl"
+        )
+
+
+def plan_text(document: dict[str, Any]) -> str:
+    """The document of a dry run for people."""
+    memory, disk, tokens = document["memory"], document["disk"], document["tokens"]
+    lines = [f"{document['stage']} would run on {document['device']} in {document['dtype']}: "
+             f"{number(document['parameters']['all'])} parameters, {number(document['parameters']['trained'])} trained"]
+    for key, rows in document["rows"].items():
+        lost = [f"{rows[name]:,} {name}" for name in ("truncated", "dropped", "skipped") if rows[name]]
+        lines.append(f"  {key}: {rows['kept']:,} of {rows['read']:,} rows{f' ({chr(44).join(lost)})' if lost else ''}")
+    lines.append(f"  {document['steps']:,} steps, {document['epochs']:.3g} times through the rows; at most "
+                 f"{tokens['per_step']:,} tokens a step, {tokens['total']:,} in all")
+    phases = {name: memory["held"] + more for name, more in ({"held all the time": 0} | memory["phases"]).items()}
+    lines += [f"  memory, {name:<17} {value / GB:8.2f} GB" for name, value in phases.items()]
+    verdict = "fits" if memory["fits"] else "DOES NOT FIT"
+    lines.append(f"  {verdict}: {memory['peak'] / GB:.2f} GB at the peak; {memory['planned'] / GB:.2f} GB are planned "
+                 f"with, of {memory['there'] / GB:.2f} GB")
+    lines.append(f"  trained on at once: {memory['trained_at_once']} rows of {memory['tokens_of_a_row']} tokens"
+                 + (", their layers computed again" if memory["checkpointed"] else "")
+                 + f"; up to {memory['largest_micro_batch']} would fit")
+    lines.append(f"  disk: {disk['needed'] / GB:.2f} GB in {document['output']}, {disk['free'] / GB:.1f} GB free")
+    lines.append("nothing was loaded and nothing written; the recipe as it would run: kltune recipe check")
+    return "\n".join(lines)

@@ -1,0 +1,163 @@
+"""What a dry run tells is what a run takes: memory counted tensor by tensor, rows, steps, and nothing left behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
+
+from kltune.cli import main
+from kltune.lm.fast.live_bytes import LiveBytes
+from kltune.recipe import load_recipe
+from kltune.stages.dpo import run_dpo
+from kltune.stages.ppo import run_ppo
+from kltune.stages.reward import run_reward
+from kltune.stages.sft import run_sft
+from kltune.stages.trpo import run_trpo
+from kltune.train import finish
+from kltune.train.plan import plan
+from tests.tiny_policies import SPECIAL, word_tokenizer
+
+RUN = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "trpo": run_trpo, "dpo": run_dpo}
+PROMPT, RESPONSE = 40, 24
+
+
+def config(kind: type, hidden: int, layers: int, vocabulary: int, **more) -> PreTrainedConfig:
+    """A model of a shape, with a context that takes the rows below."""
+    return kind(
+        hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, vocab_size=vocabulary,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, head_dim=hidden // 4,
+        **SPECIAL, **more,
+    )
+
+
+SHAPES = {
+    "wide vocabulary": (config(LlamaConfig, 64, 2, 4000), "float32"),
+    "deep": (config(LlamaConfig, 64, 8, 300), "float32"),
+    "tied, bfloat16": (config(Qwen3Config, 128, 4, 1000, tie_word_embeddings=True), "bfloat16"),
+    "wide": (config(LlamaConfig, 256, 2, 500), "float32"),
+    "capped logits": (config(Gemma2Config, 64, 3, 500, final_logit_softcapping=30.0), "float32"),
+}
+
+
+def words(start: int, count: int, vocabulary: int) -> str:
+    return " ".join(f"w{3 + (start + 7 * place) % (vocabulary - 3)}" for place in range(count))
+
+
+def write_recipe(folder: Path, stage: str, shape: str, **sections) -> Path:
+    """A stage of two steps on rows of one length, with the model of a shape."""
+    made, dtype = SHAPES[shape]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(made).save_pretrained(folder / "model")
+    word_tokenizer(made.vocab_size - 3).save_pretrained(folder / "model")
+    prompts = [words(11 * row, PROMPT, made.vocab_size) for row in range(16)]
+    answers = [[words(13 * row + side, RESPONSE - 1, made.vocab_size) for side in (0, 5)] for row in range(16)]
+    rows = {
+        "prompts": [{"prompt": prompt} for prompt in prompts],
+        "texts": [{"prompt": prompt, "response": one} for prompt, (one, _) in zip(prompts, answers, strict=True)],
+        "pairs": [{"prompt": p, "chosen": a, "rejected": b} for p, (a, b) in zip(prompts, answers, strict=True)],
+    }
+    for name, lines in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "rewards.py").write_text("def score(prompts, responses):\n    return [float(len(r)) for r in responses]")
+    recipe = {
+        "stage": stage, "model": {"path": "model", "dtype": dtype}, "lora": {"rank": 4},
+        "data": {"texts": "texts.jsonl"} if stage == "sft" else {"prompts": "prompts.jsonl"} if stage in ("ppo", "trpo")
+        else {"pairs": "pairs.jsonl"},
+        "run": {"steps": 2, "eval_every": 100, "output": "run", "loggers": []}, "eval": {},
+    }
+    if stage != "reward":
+        recipe |= {"sampling": {"max_new_tokens": RESPONSE}, "eval": {"prompts": "prompts.jsonl", "responses": 16}}
+    if stage in ("ppo", "trpo"):
+        recipe["sampling"] |= {"prompts_per_step": 8, "responses_per_prompt": 2}
+        recipe |= {"reward": [{"kind": "function", "path": "rewards.py:score"}], stage: {"baseline": "rloo"}}
+    if stage in ("sft", "reward", "dpo"):
+        recipe["optim"] = {"batch_size": 8}
+    if stage == "dpo":
+        recipe |= {"kl": {"control": "fixed", "beta": 0}}
+        recipe["eval"].pop("prompts")
+        recipe["sampling"] |= {"prompts_per_step": 8}
+    for name, keys in sections.items():
+        recipe[name] = recipe.get(name, {}) | keys
+    path = folder / f"{stage}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def measured_peak(work) -> float:
+    """The most bytes of tensors that lived at once while some work was done."""
+    with LiveBytes() as live:
+        work()
+    return live.peak
+
+
+FAST = [("deep", "sft"), ("deep", "trpo"), ("tied, bfloat16", "dpo"), ("wide", "ppo")]
+EACH = [(shape, stage) for shape in SHAPES for stage in RUN if (shape, stage) not in FAST]
+
+
+@pytest.mark.parametrize(
+    ("shape", "stage"), [*FAST, *(pytest.param(*pair, marks=pytest.mark.stress) for pair in EACH)]
+)
+def test_the_memory_told_is_what_a_run_takes(tmp_path, monkeypatch, shape, stage):
+    monkeypatch.setattr(finish, "write_page", lambda folder: None)
+    recipe = load_recipe(write_recipe(tmp_path, stage, shape))
+    told = plan(recipe)["memory"]
+    assert not (tmp_path / "run").exists()
+    taken = measured_peak(lambda: RUN[stage](recipe, resume=False))
+    doubly_narrow = stage == "trpo" and SHAPES[shape][1] == "bfloat16"      # what a graph twice differentiated casts
+    assert told["peak"] == pytest.approx(taken, rel=0.25 if doubly_narrow else 0.1)
+
+
+def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(tmp_path, capsys):
+    path = write_recipe(tmp_path, "ppo", "deep", run={"steps": 4}, optim={"micro_batch_size": 4})
+    files = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as left:
+        main(["ppo", str(path), "--dry-run", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert left.value.code == 0
+    assert sorted(tmp_path.rglob("*")) == files
+    assert (told["schema"], told["stage"], told["steps"], told["device"]) == ("kltune.plan/1", "ppo", 4, "cpu")
+    assert told["rows"]["data.prompts"] == {"read": 16, "kept": 16, "truncated": 0, "dropped": 0, "skipped": 0}
+    assert told["tokens"] == {"per_step": 16 * (PROMPT + RESPONSE), "total": 64 * (PROMPT + RESPONSE)}
+    memory = told["memory"]
+    assert memory["phases"].keys() == {"train", "sample", "measure"}
+    assert memory["fits"]
+    assert (memory["trained_at_once"], memory["tokens_of_a_row"]) == (4, PROMPT + RESPONSE)
+    assert memory["peak"] == memory["held"] + max(memory["phases"].values())
+    assert "memory_fraction: 0.8" in told["recipe"]     # every default written out
+    with pytest.raises(SystemExit):
+        main(["ppo", str(path), "--dry-run"])
+    text = capsys.readouterr().out
+    assert "data.prompts: 16 of 16 rows" in text
+    assert "4 steps, 2 times through the rows" in text
+    assert "fits: " in text
+
+
+def test_what_does_not_fit_is_said_and_as_many_rows_as_do_are_named(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path, "sft", "deep"))
+    whole, little = (plan(recipe, there=there)["memory"] for there in (1e9, 10e6))
+    assert whole["fits"]
+    assert not little["fits"]       # responses of 16 prompts are not drawn within 8 MB
+    assert little["trained_at_once"] < whole["trained_at_once"] == 8
+    assert 8 < whole["largest_micro_batch"] < 1000
+    fits = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={
+        "batch_size": whole["largest_micro_batch"], "micro_batch_size": whole["largest_micro_batch"]})})
+    assert plan(fits, there=1e9)["memory"]["peak"] == pytest.approx(0.8e9, rel=0.05)
+
+
+def test_checkpointed_layers_take_less(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path, "sft", "deep"))
+    always = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"checkpoint_layers": "always"})})
+    kept, again = (plan(one)["memory"] for one in (recipe, always))
+    assert again["checkpointed"]
+    assert again["phases"]["train"] < 0.5 * kept["phases"]["train"]
+
+
+def test_a_dry_run_refuses_what_the_run_would(tmp_path, capsys):
+    path = write_recipe(tmp_path, "sft", "deep", data={"texts": "nowhere.jsonl"})
+    with pytest.raises(SystemExit) as left:
+        main(["sft", str(path), "--dry-run"])
+    assert left.value.code == 5
+    assert "nowhere.jsonl" in capsys.readouterr().err
