@@ -110,6 +110,9 @@ class PeerError(KltuneError, RuntimeError):
     exit_code = 75      # what became of that one is said, and decides the code of the whole
 
 
+GOES_ON_LATER = JudgeError, PeerError, ServerError       # of a run with which nothing is wrong
+
+
 class Interrupted(KltuneError):
     """A signal asked the run to stop; a checkpoint was saved first."""
 

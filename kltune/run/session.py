@@ -21,20 +21,12 @@ import torch
 
 import kltune
 from kltune.core import ranks
-from kltune.errors import (
-    CheckpointError,
-    Interrupted,
-    JudgeError,
-    ModelError,
-    PeerError,
-    RecipeError,
-    ServerError,
-    StorageError,
-)
+from kltune.errors import GOES_ON_LATER, CheckpointError, Interrupted, ModelError, RecipeError, StorageError
 from kltune.lm.data.chat import read_template, today
 from kltune.lm.data.documents import Result, RunRecord
 from kltune.lm.fast.out_of_memory import ANYTHING, phase
-from kltune.lm.fast.threads import GIVEN, choose_threads, computing_with
+from kltune.lm.fast.threads import choose_threads, computing_with
+from kltune.lm.model.files import size_of
 from kltune.lm.model.fingerprint import Fingerprint
 from kltune.lm.model.loading import prepare_device
 from kltune.lm.model.opening import load_policy, load_reference
@@ -115,18 +107,11 @@ class Run:
 
     def with_threads(self) -> contextlib.AbstractContextManager[None]:
         """Within: the number of threads that ``run.threads`` comes to, recorded and said; see ``choose_threads``."""
-        threads, line = ranks.from_first(self._choose_threads)
+        wanted, recorded = self.recipe.run.threads, self._record["threads"]
+        threads, line = ranks.from_first(lambda: choose_threads(wanted, recorded, os.environ, ranks.beside()))
         print(line, file=sys.stderr)
         self.record(threads=threads)
         return computing_with(threads)
-
-    def _choose_threads(self) -> tuple[int, str]:
-        wanted, recorded, beside = self.recipe.run.threads, self._record["threads"], ranks.beside()
-        threads, line = choose_threads(wanted, recorded, os.environ)
-        if beside > 1 and wanted == "auto" and recorded is None and not os.environ.get(GIVEN):
-            threads = max(1, threads // beside)
-            line = f"threads: {threads} in each of {beside} processes ({line.removeprefix('threads: ')})"
-        return threads, line
 
     @property
     def day(self) -> date:
@@ -161,7 +146,7 @@ class Run:
     def _close(self, error: BaseException | None) -> None:
         if self._record["status"] != "running":
             return
-        status = "interrupted" if isinstance(error, Interrupted | JudgeError | PeerError | ServerError) else "failed"
+        status = "interrupted" if isinstance(error, (Interrupted, *GOES_ON_LATER)) else "failed"
         with contextlib.suppress(StorageError):      # on a full disk the error that is on its way says more
             self.record(status=status, ended=_now(), error=_one_line(error))
 
@@ -209,12 +194,6 @@ def _opened(recipe: Recipe, run: Run, train: Train) -> dict[str, Any]:
             return train(recipe, policy, run)
 
 
-def size_of(path: str) -> str:
-    """How much there is to read of a model in a folder, in words; nothing of a name on the hub."""
-    total = sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) if Path(path).is_dir() else 0
-    return f" ({total / 1e9:.2f} GB)" if total else ""
-
-
 @contextlib.contextmanager
 def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
     """Take the run's folder, decide where to start, and record how it ended.
@@ -236,7 +215,7 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
             with on_stop_signals(run._on_signal):
                 yield run
         except BaseException as error:
-            if isinstance(error, JudgeError | ServerError) and run.stop_signal is not None:     # it was not waited for
+            if isinstance(error, GOES_ON_LATER) and run.stop_signal is not None:     # it was not waited for
                 error = Interrupted(str(error), run.stop_signal)
             run._close(error)
             raise error

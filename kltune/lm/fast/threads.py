@@ -32,7 +32,7 @@ def computing_with(threads: int) -> Iterator[None]:
 
 
 def choose_threads(
-    wanted: int | Literal["auto"], recorded: int | None, environment: Mapping[str, str]
+    wanted: int | Literal["auto"], recorded: int | None, environment: Mapping[str, str], processes: int = 1
 ) -> tuple[int, str]:
     """Threads of a run, and a line on how they were chosen.
 
@@ -43,6 +43,7 @@ def choose_threads(
         wanted: the recipe's ``run.threads``.
         recorded: of the run so far; None for one that begins.
         environment: of this process, as it was when torch was imported.
+        processes: of the run on this machine, who share what is free.
     """
     import torch
 
@@ -55,6 +56,7 @@ def choose_threads(
         threads, why = recorded, "as the run began"
     else:
         threads, why = free_threads(torch.get_num_threads())
+        threads, why = max(1, threads // processes), why + (f"; {processes} processes share them" * (processes > 1))
     if recorded not in (None, threads):
         why += f"; the run began with {recorded}, so numbers may differ in their last digits"
     return threads, f"threads: {threads} ({why})"

@@ -287,3 +287,9 @@ def _some(names: list[str]) -> str:
 def say_once(line: str) -> None:
     """Print a line on stderr, however often it comes up."""
     print(line, file=sys.stderr)
+
+
+def size_of(path: str) -> str:
+    """How much there is to read of a model in a folder, in words; nothing of a name on the hub."""
+    total = sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) if Path(path).is_dir() else 0
+    return f" ({total / 1e9:.2f} GB)" if total else ""
