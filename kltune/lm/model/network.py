@@ -311,8 +311,9 @@ class Network:
             self._recomputes = True
 
     def _too_large(self, ids: Tensor) -> bool:
-        never = self._in_step or not self._recomputes or self.batching.checkpoint_layers == "never"
-        if never or not torch.is_grad_enabled():
+        if self._in_step or not self._recomputes or not torch.is_grad_enabled():
+            return False
+        if self.batching.checkpoint_layers == "never":
             return False
         return self.batching.checkpoint_layers == "always" or self.batching.too_large(ids)
 
