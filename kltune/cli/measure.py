@@ -19,7 +19,9 @@ from kltune.run.screen import undressed
 SourceOption = Annotated[
     str | None, typer.Option("--recipe", "-r", metavar="R.yaml", help="Where prompts and sampling come from.")
 ]
-ReferenceOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Instead of the recorded reference.")]
+ReferenceOption = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Instead of its own: a model, adapter, run or checkpoint.")
+]
 PromptsOption = Annotated[
     str | None, typer.Option(metavar="FILE", help="Prompts to respond to.  [default: those of the run]")
 ]
@@ -44,6 +46,9 @@ def eval_kl_command(
     checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Runs, checkpoints or adapters.")],
     recipe: SourceOption = None,
     reference: ReferenceOption = None,
+    against: Annotated[
+        list[str] | None, typer.Option("--against", metavar="MODEL", help="A further reference; may be repeated.")
+    ] = None,
     prompts: PromptsOption = None,
     responses: Annotated[
         int | None, typer.Option(**whole(2), help="Responses to sample.  [default: 256]")
@@ -89,7 +94,7 @@ def eval_kl_command(
             recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
             temperature=temperature, seed=seed, max_kl=max_kl, unit=unit, confidence=confidence, direction=direction,
             texts=texts, top=top, show=show, auto=auto, max_responses=max_responses, top_p=top_p, top_k=top_k,
-            trust_remote_code=trust_remote_code, date=date,
+            trust_remote_code=trust_remote_code, date=date, against=tuple(against or ()),
         )
         document, code = eval_kl(checkpoints, options)
     except KltuneError as error:

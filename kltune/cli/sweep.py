@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kltune.cli.measure import ReferenceOption
 from kltune.cli.options import (
     JSONOption,
     RecipeArgument,
@@ -100,13 +101,14 @@ def frontier_command(
         str | None,
         typer.Option("--recipe", "-r", metavar="R.yaml", help="Measure afresh, with its prompts and rewards."),
     ] = None,
+    reference: ReferenceOption = None,
     seed: Annotated[int, typer.Option(**whole(), help="Same seed, same machine: same numbers.")] = 0,
     as_json: JSONOption = False,
 ) -> None:
     """Show reward against KL: runs, sweeps and alpha curves, beside best of n and the law of over-optimisation.
 
-    All runs must share one reference. Seeds of one setting are one point. Each run's own final measurement is used,
-    unless --gold, --recipe or --responses ask for a fresh one.
+    All runs must share one reference, or be measured against --reference. Seeds of one setting are one point. Each run's own final measurement is used,
+    unless --gold, --recipe, --responses or --reference ask for a fresh one.
 
     \b
     kltune frontier sweeps/target --budget 4 -o frontier
@@ -121,6 +123,6 @@ def frontier_command(
 
     document = frontier(runs, FrontierOptions(
         gold=scorer, output=output, budget=budget, at=tuple(at or ()), best_of=best_of, responses=responses,
-        recipe=recipe, seed=seed,
+        recipe=recipe, reference=reference, seed=seed,
     ))
     emit_document(document, as_json, frontier_text)

@@ -1,5 +1,6 @@
 """What ``eval-kl``, ``project`` and ``sample`` measure: a checkpoint over its reference, and how it is measured."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -7,20 +8,24 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kltune.errors import CheckpointError, DataError, KltuneError, RecipeError
 from kltune.lm.data.chat import read_template, template_of, today
 from kltune.lm.data.documents import SavedModel
 from kltune.lm.data.examples import Example, Prompt, RowRules, counts_line, load_examples, load_prompts
 from kltune.lm.data.rows import Row, looks_like_a_path
-from kltune.lm.model.adapters import read_adapter_config
+from kltune.lm.model.adapters import load_weights, read_adapter_config
 from kltune.lm.model.files import refuse_code
 from kltune.lm.model.loading import own_tokenizer, pick_device
-from kltune.lm.model.opening import load_saved_policy
-from kltune.lm.model.policy import Policy
+from kltune.lm.model.opening import hold_adapter, hold_model, load_reference, load_saved_policy
+from kltune.lm.model.policy import Policy, Reference
 from kltune.lm.model.sampler import Draw
 from kltune.recipe import DataSection, ModelSection, load_recipe
 from kltune.recipe.stages import prompts_source
 from kltune.run.checkpoint import read_info, resolve_checkpoint
+
+BY_ROWS = "tokenizer_sha256", "template_sha256"     # held against each other over every row
 
 
 @dataclass(frozen=True)
@@ -89,46 +94,143 @@ def find_checkpoint(path: str, options: MeasureOptions) -> Subject:
 
 
 def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
-    """A checkpoint over its own reference; for one that kltune did not make, its base or ``--reference``.
+    """A checkpoint over its own reference, or held against ``--reference``.
 
     Raises:
-        CheckpointError: the reference found is not the one the checkpoint was trained against, or none is known.
+        CheckpointError: its own reference is not the one that it was trained against, or none is known.
         ModelError: one of the two cannot be loaded, or they do not fit together.
     """
     try:
-        return _opened(subject, options)
+        policy = _opened(subject, options)
     except (KltuneError, OSError):
         if subject.folder.exists():
             raise
-    # The run that it belongs to goes on, and has taken it away for a newer one.
-    return _opened(find_checkpoint(subject.path, options), options)
+        # The run that it belongs to goes on, and has taken it away for a newer one.
+        subject = find_checkpoint(subject.path, options)
+        policy = _opened(subject, options)
+    print(f"{subject.path}: {policy.fingerprint.describe(own=policy.held.own)}", *filter(None, [policy.ends.note]),
+          sep="\n", file=sys.stderr)
+    return policy
 
 
 def _opened(subject: Subject, options: MeasureOptions) -> Policy:
-    folder, info = subject.folder, subject.info
-    is_adapter = (folder / "adapter_config.json").exists()
-    if info is None:
-        facts = {"path": options.reference or _named_base(folder, is_adapter)}
+    if options.reference is None:
+        return _over(subject, _own_base(subject, options), options)
+    if _is_base(subject, options.reference):
+        return _over(subject, _section(subject, options.reference, options), options)
+    policy = _alone(subject, options)
+    policy.hold(open_reference(policy, subject, options.reference, options))
+    return policy
+
+
+def open_reference(policy: Policy, subject: Subject, path: str, options: MeasureOptions) -> Reference:
+    """What another reference than its own is for a policy that is open: whatever a checkpoint may be.
+
+    An adapter on the same base lies on the policy's weights, the same model is the policy's own base; any other model
+    is loaded beside it.
+
+    Raises:
+        CheckpointError, ModelError: it cannot be loaded, or does not speak in the same tokens.
+    """
+    if not Path(path).exists():
+        other = load_reference(
+            ModelSection(path=path, dtype=_name_of(policy.dtype), trust_remote_code=options.trust_remote_code),
+            device=policy.device, where="--reference",
+        )
+        return hold_model(policy, other, other.fingerprint)
+    named = find_checkpoint(path, options)
+    is_adapter = (named.folder / "adapter_config.json").exists()
+    if is_adapter and _same_base(policy, subject, named, options):
+        reference = hold_adapter(policy, named.folder, path)
+        if reference is not None:
+            policy.hold_against(named.folder, "--reference", options.trust_remote_code)
+            return reference
+    other = _alone(named, options, dtype=_name_of(policy.dtype))
+    policy.hold_against(named.folder, "--reference", options.trust_remote_code)
+    if is_adapter:
+        fingerprint = other.fingerprint.of_adapter(path, load_weights(named.folder))
     else:
-        facts = {name: info["reference"][name] for name in ("path", "sft_adapter", "dtype")}
-        facts["path"] = options.reference or facts["path"]
-    section = ModelSection(**facts, trust_remote_code=options.trust_remote_code)
-    template = template_made_with(subject, options)
+        fingerprint = replace(other.fingerprint, path=path)
+        own = policy.held
+        if own.own and not policy.full and fingerprint.same_model(own.fingerprint):
+            return replace(own, fingerprint=replace(own.fingerprint, path=path))
+    return hold_model(policy, other, fingerprint)
+
+
+def _is_base(subject: Subject, path: str) -> bool:
+    """Whether ``--reference`` can only be the base that an adapter lies on, which it names otherwise or not at all.
+
+    A model, where what the adapter names is not here; or the very folder that it names.
+    """
+    if (Path(path) / "adapter_config.json").exists() or (Path(path) / "run.json").exists():
+        return False
+    if not (subject.folder / "adapter_config.json").exists():
+        return subject.info is None
+    if subject.info is None:
+        named = read_adapter_config(subject.folder).get("base_model_name_or_path")
+    else:
+        named = subject.info["reference"]["path"]
+    return named is None or not Path(named).exists() or os.path.realpath(named) == os.path.realpath(path)
+
+
+def _same_base(policy: Policy, subject: Subject, other: Subject, options: MeasureOptions) -> bool:
+    """Whether another adapter lies on the policy's own base: the same folder, or the same weights as recorded."""
+    if policy.full or not policy.held.own or not (subject.folder / "adapter_config.json").exists():
+        return False
+    if other.info is not None:
+        return not policy.fingerprint.differences(other.info["reference"], but=BY_ROWS)
+    mine, theirs = (_own_base(one, options) for one in (subject, other))
+    return mine.sft_adapter is None and os.path.realpath(mine.path) == os.path.realpath(theirs.path)
+
+
+def _own_base(subject: Subject, options: MeasureOptions) -> ModelSection:
+    """The model that a checkpoint lies on, or was trained from."""
+    if subject.info is not None:
+        return _section(subject, subject.info["reference"]["path"], options)
+    return _section(subject, _named_base(subject.folder, (subject.folder / "adapter_config.json").exists()), options)
+
+
+def _section(subject: Subject, path: str, options: MeasureOptions) -> ModelSection:
+    facts = {} if subject.info is None else {name: subject.info["reference"][name] for name in ("sft_adapter", "dtype")}
+    return ModelSection(path=path, **facts, trust_remote_code=options.trust_remote_code)
+
+
+def _alone(subject: Subject, options: MeasureOptions, dtype: str = "auto") -> Policy:
+    """A checkpoint whatever it is held against: an adapter on its own base, a model by itself."""
+    if (subject.folder / "adapter_config.json").exists():
+        return _over(subject, _own_base(subject, options), options)
+    dtype = dtype if subject.info is None else subject.info["reference"]["dtype"]
+    section = ModelSection(path=str(subject.folder), dtype=dtype, trust_remote_code=options.trust_remote_code)
+    policy = load_reference(section, device=pick_device("auto"), where=subject.path,
+                            chat_template=template_made_with(subject, options))
+    _tell_day(policy, subject, options)
+    return policy
+
+
+def _over(subject: Subject, section: ModelSection, options: MeasureOptions) -> Policy:
+    """A checkpoint over a reference, which has to be the recorded one if kltune made the checkpoint."""
+    folder, info = subject.folder, subject.info
     policy = load_saved_policy(
-        folder, section, device=pick_device("auto"), is_adapter=is_adapter, chat_template=template
+        folder, section, device=pick_device("auto"), is_adapter=(folder / "adapter_config.json").exists(),
+        chat_template=template_made_with(subject, options),
     )
-    by_rows = "tokenizer_sha256", "template_sha256"
-    if info is not None and (differences := policy.fingerprint.differences(info["reference"], but=by_rows)):
+    if info is not None and (differences := policy.fingerprint.differences(info["reference"], but=BY_ROWS)):
         raise CheckpointError(
             f"{folder}: this is not the reference it was trained against.\n  " + "\n  ".join(differences)
             + "\nPut the model's files back, or give the folder of those as --reference."
         )
-    recorded = None if info is None else info["measure"].get("template_date")
+    _tell_day(policy, subject, options)
+    return policy
+
+
+def _tell_day(policy: Policy, subject: Subject, options: MeasureOptions) -> None:
+    recorded = None if subject.info is None else subject.info["measure"].get("template_date")
     if options.date or recorded:
         policy.day = parsed_day(options.date or recorded)
-    print(f"{subject.path}: {policy.fingerprint.describe()}", *filter(None, [policy.ends.note]), sep="\n",
-          file=sys.stderr)
-    return policy
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def template_made_with(subject: Subject, options: MeasureOptions) -> str | None:

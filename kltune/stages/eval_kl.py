@@ -17,10 +17,16 @@ from kltune.core.kl.truncation import Cut
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.examples import Example, Prompt
 from kltune.lm.measure.deployed import Deployed, measure_deployed
-from kltune.lm.measure.kl_document import DIRECTIONS, CheckpointKL, described_kl, paired_differences
+from kltune.lm.measure.kl_document import (
+    DIRECTIONS,
+    CheckpointKL,
+    described_against,
+    described_kl,
+    paired_differences,
+)
 from kltune.lm.measure.likelihood import alignment_tax, document_nats, reference_nats
-from kltune.lm.measure.measurement import Measurement, Round, measure_kl
-from kltune.lm.model.policy import Policy
+from kltune.lm.measure.measurement import Measurement, Round, against, measure_kl
+from kltune.lm.model.policy import Policy, Reference
 from kltune.run.recorder import counting
 from kltune.run.saved_policy import (
     MeasureOptions,
@@ -29,6 +35,7 @@ from kltune.run.saved_policy import (
     find_checkpoint,
     measured_prompts,
     measured_texts,
+    open_reference,
     open_subject,
     resolve_settings,
 )
@@ -42,7 +49,7 @@ class EvalKLOptions(MeasureOptions):
     """The command's options.
 
     auto: keep sampling until the gate is decided or there are ``max_responses``. top_p, top_k: also measure the policy
-    as it is deployed with these.
+    as it is deployed with these. against: further references for the same responses.
     """
 
     direction: str = "reverse"
@@ -53,6 +60,7 @@ class EvalKLOptions(MeasureOptions):
     max_responses: int = 4096
     top_p: float | None = None
     top_k: int | None = None
+    against: tuple[str, ...] = ()
 
     @property
     def cut(self) -> Cut | None:
@@ -79,7 +87,8 @@ def eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, A
     subjects = [find_checkpoint(path, options) for path in checkpoints]
     settings = resolve_settings(subjects, options)
     documents, measured = zip(*(measure_checkpoint(subject, settings, options) for subject in subjects), strict=True)
-    verdicts = {document["gate"]["verdict"] for document in documents if document["gate"] is not None}
+    gates = [part["gate"] for document in documents for part in (document, *document["against"])]
+    verdicts = {gate["verdict"] for gate in gates if gate is not None}
     code = next((code for name, code in VERDICT_CODES.items() if name in verdicts), 0)
     if len(documents) == 1:
         return documents[0], code
@@ -101,6 +110,9 @@ def check_options(options: EvalKLOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise RecipeError(f"--{name.replace('_', '-')}: found {value}, wanted at least 1.")
+    if options.against and options.direction != "reverse":
+        raise RecipeError("--against: holds the policy's own responses against several references; found --direction "
+                          f"{options.direction}, wanted reverse.")
     if options.auto and options.max_kl is None:
         raise RecipeError("--auto: samples until a budget is decided; give the budget as --max-kl.")
 
@@ -114,6 +126,7 @@ class OpenCheckpoint:
     prompts: list[Prompt]
     settings: Settings
     options: EvalKLOptions
+    against: tuple[Reference, ...] = ()
 
     @property
     def first_round(self) -> Round:
@@ -126,13 +139,15 @@ def measure_checkpoint(
 ) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
     """The document of one checkpoint; and exact KL [B] and prompt [B] of its responses, to compare it with others."""
     policy = open_subject(subject, options)
-    opened = OpenCheckpoint(subject.path, policy, measured_prompts(policy, settings), settings, options)
+    others = tuple(open_reference(policy, subject, path, options) for path in options.against)
+    opened = OpenCheckpoint(subject.path, policy, measured_prompts(policy, settings), settings, options, others)
     if note := opened.first_round.drawn_note(options.seed):
         print(f"{subject.path}: {note}", file=sys.stderr)
     measured = measure(opened)
     document = {
         "schema": "kltune.eval_kl/1",
         "checkpoint": subject.path,
+        "own_reference": policy.held.own,
         "temperature": settings.temperature,
         "max_new_tokens": settings.max_new_tokens,
         "top_p": options.top_p,
@@ -141,6 +156,10 @@ def measure_checkpoint(
         "template_date": None if policy.template_day is None else policy.template_day.isoformat(),
         "confidence": options.confidence,
         **described_kl(measured, policy, confidence=options.confidence, top=options.top, show=options.show),
+        "against": [
+            described_against(other, reference, gate, options.confidence)
+            for reference, (other, gate) in zip(others, measured.against, strict=True)
+        ],
         "warnings": does_nothing(subject, policy, measured.reverse),
     }
     for warning in document["warnings"]:
@@ -153,7 +172,7 @@ def does_nothing(subject: Subject, policy: Policy, measured: Measurement) -> lis
     trained = (subject.folder / "adapter_config.json").exists() and any(
         tensor.any() for tensor in policy.trainable_parameters().values()
     )
-    if not trained or measured.exact.any():
+    if not trained or not policy.held.own or measured.exact.any():
         return []
     return [
         f"the KL is exactly 0 on all {len(measured.exact)} responses though the adapter's tensors are not all 0: it "
@@ -166,12 +185,12 @@ def measure(opened: OpenCheckpoint) -> CheckpointKL:
     options, forward = opened.options, None
     texts = measured_texts(opened.policy, opened.settings)
     if options.direction == "forward":
-        forward, gate = sample_and_gate(opened, from_reference=True)
-        reverse, _ = sample_and_gate(opened, gated=False)
+        (forward, gate), = sample_and_gate(opened, from_reference=True)
+        (reverse, _), *further = sample_and_gate(opened, gated=False)
     else:
-        reverse, gate = sample_and_gate(opened)
+        (reverse, gate), *further = sample_and_gate(opened)
         if options.direction == "both":
-            forward, _ = sample_and_gate(opened, gated=False, from_reference=True)
+            (forward, _), = sample_and_gate(opened, gated=False, from_reference=True)
     return CheckpointKL(
         reverse=reverse,
         forward=forward,
@@ -179,63 +198,99 @@ def measure(opened: OpenCheckpoint) -> CheckpointKL:
         tax=tax_document(opened.policy, texts, options.confidence) if texts else None,
         gate=gate,
         prompts_in_file=len(opened.prompts),
+        against=tuple(further),
     )
 
 
 def sample_and_gate(
     opened: OpenCheckpoint, *, gated: bool = True, from_reference: bool = False
-) -> tuple[Measurement, dict[str, Any] | None]:
+) -> list[tuple[Measurement, dict[str, Any] | None]]:
     """Sample one side, and hold it against the budget if there is one; with ``auto``, as often as it takes.
 
     How often to look is fixed before the first look, and each look's interval is as much wider as that takes for all
-    of them to hold together: to stop when it pleases is then no advantage.
+    of them to hold together: to stop when it pleases is then no advantage. Each further reference is held against the
+    budget too, on the same responses, and ``auto`` goes on until all are decided.
 
     Returns:
-        (the measurement, the gate's part of the document or None).
+        (the measurement, the gate's part of the document or None), of the reference and of each further one.
     """
     settings, options = opened.settings, opened.options
     gated = gated and options.max_kl is not None
     counts = (settings.responses,)
     if gated and options.auto:
         counts = looks(settings.responses, options.max_responses)
-    confidence = confidence_per_look(options.confidence, len(counts))
     side = "the reference" if from_reference else "the policy"
 
-    def measure_round(answered: Round) -> Measurement:
+    def measure_round(answered: Round) -> list[Measurement]:
+        draw = settings.draw(options.seed)
         with counting("sampling the reference" if from_reference else "sampling", answered.responses) as progress:
-            return measure_kl(
-                opened.policy, answered, settings.draw(options.seed), progress=progress,
-                from_reference=from_reference, by_token=not from_reference,
+            first = measure_kl(
+                opened.policy, answered, draw, progress=progress, from_reference=from_reference,
+                by_token=not from_reference,
             )
+        return [first, *(against(opened.policy, other, first, draw.temperature) for other in opened.against)]
 
     answered = Round.of(opened.prompts, counts[0], options.seed)
     measured = measure_round(answered)
-    seen: list[dict[str, Any]] = []
+    gates = [Gate(options, len(counts), from_reference, opened.policy.fingerprint.path)]
+    gates += [Gate(options, len(counts), from_reference, other.fingerprint.path) for other in opened.against]
     for count in counts:
-        while len(measured.exact) < count:
-            answered = answered.following(count - len(measured.exact))
-            measured += measure_round(answered)
-        check_agreement(opened.path, side, measured.z)
+        while len(measured[0].exact) < count:
+            answered = answered.following(count - len(measured[0].exact))
+            measured = [sofar + more for sofar, more in zip(measured, measure_round(answered), strict=True)]
+        for one in measured:
+            check_agreement(opened.path, side, one.z)
         if not gated:
-            return measured, None
-        kl = measured.summary("exact", confidence)
-        gate = verdict(kl, options.max_kl, options.unit, confidence, fresh_prompts=answered.leaves_prompts)
-        ci = kl.ci if options.unit == "nats_per_response" else kl.token_ci
-        seen.append({"responses": kl.responses, "confidence": confidence, "ci": ci, "verdict": gate.verdict})
-        if gate.verdict != "inconclusive" or gate.wants_prompts:
+            return [(one, None) for one in measured]
+        decided = [gate.look(one, answered.leaves_prompts) for gate, one in zip(gates, measured, strict=True)]
+        if all(decided):
             break
-    return measured, {
-        "max_kl": options.max_kl,
-        "unit": options.unit,
-        "confidence": options.confidence,
-        "direction": DIRECTIONS["forward" if from_reference else "reverse"],
-        "verdict": gate.verdict,
-        "reason": gate.reason,
-        "more_responses": gate.more_responses,
-        "wants_prompts": gate.wants_prompts,
-        "planned_looks": len(counts),
-        "looks": seen,
-    }
+    return [(one, gate.document()) for gate, one in zip(gates, measured, strict=True)]
+
+
+class Gate:
+    """A budget that one measurement is held against, as often as it takes."""
+
+    def __init__(self, options: EvalKLOptions, planned: int, from_reference: bool, reference: str):
+        """Plan so many looks; ``reference``: which one it is about."""
+        self.options, self.planned = options, planned
+        self.direction, self.reference = DIRECTIONS["forward" if from_reference else "reverse"], reference
+        self.seen: list[dict[str, Any]] = []
+        self.confidence = confidence_per_look(options.confidence, planned)
+
+    def look(self, measured: Measurement, leaves_prompts: bool) -> bool:
+        """Hold what was measured so far against the budget, unless that is decided; whether more would not help."""
+        if self.seen and self.ended:
+            return True
+        options = self.options
+        kl = measured.summary("exact", self.confidence)
+        self.gate = verdict(kl, options.max_kl, options.unit, self.confidence, fresh_prompts=leaves_prompts)
+        ci = kl.ci if options.unit == "nats_per_response" else kl.token_ci
+        self.seen.append({
+            "responses": kl.responses, "confidence": self.confidence, "ci": ci, "verdict": self.gate.verdict,
+        })
+        return self.ended
+
+    @property
+    def ended(self) -> bool:
+        """No further response would change the verdict."""
+        return self.gate.verdict != "inconclusive" or self.gate.wants_prompts
+
+    def document(self) -> dict[str, Any]:
+        """The gate's part of the document."""
+        return {
+            "max_kl": self.options.max_kl,
+            "unit": self.options.unit,
+            "confidence": self.options.confidence,
+            "direction": self.direction,
+            "reference": self.reference,
+            "verdict": self.gate.verdict,
+            "reason": self.gate.reason,
+            "more_responses": self.gate.more_responses,
+            "wants_prompts": self.gate.wants_prompts,
+            "planned_looks": self.planned,
+            "looks": self.seen,
+        }
 
 
 def deploy(opened: OpenCheckpoint) -> Deployed:

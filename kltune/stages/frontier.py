@@ -52,7 +52,7 @@ class FrontierOptions(MeasureOptions):
     @property
     def afresh(self) -> bool:
         """Whether all runs are measured again, rather than taken as they measured themselves."""
-        return self.gold is not None or self.recipe is not None or self.responses is not None
+        return any(asked is not None for asked in (self.gold, self.recipe, self.responses, self.reference))
 
 
 def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
@@ -66,20 +66,25 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
             options that make no sense. ScorerError, ModelError, DataError: what cannot be measured.
     """
     sources = find_sources(runs)
-    check_one_reference(sources)
+    if options.reference is None:
+        check_one_reference(sources)
+    elif curves := [source.path for source in sources if source.folder is None]:
+        raise RecipeError(f"--reference: {curves[0]} is a curve, measured against its own reference; give runs alone.")
     if options.recipe is None:
         check_one_reward(sources)
     notes = [] if options.afresh else differing_measures(sources)
     points = points_of(sources)
     trained = [source for source in sources if source.folder is not None]
     reference = recorded_reference(sources)
-    best_of_n, shares = None, {}
+    best_of_n, shares, against = None, {}, sources[0].reference
     if trained and (options.afresh or options.best_of):
         measured = measured_afresh(trained, points, reference, options)
         points, reference, best_of_n, shares = measured.points, measured.reference, measured.best_of_n, measured.shares
         notes += measured.notes
+        against = against if measured.against is None else measured.against
     elif options.afresh:
-        raise RecipeError("--gold, --recipe and --responses measure runs again; found none among what was given.")
+        raise RecipeError("--gold, --recipe, --responses and --reference measure runs again; found none among what was "
+                          "given.")
     name = "gold" if options.gold is not None or all(point.gold is not None for point in points) else "score"
     unscored = sorted({point.curve for point in points if getattr(point, name) is None})
     if unscored:
@@ -89,7 +94,7 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
         "schema": "kltune.frontier/1",
         "direction": "KL(policy||reference)",
         "unit": "nats_per_response",
-        "reference": sources[0].reference | reference,
+        "reference": against | reference,
         "judge": name,
         "measured": "afresh" if options.afresh else "by the runs themselves",
         "notes": notes,
@@ -110,13 +115,17 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Afresh:
-    """What was measured anew: points, the reference's own scores, best of n, notes, and each run's prompt shares."""
+    """What was measured anew: points, the reference's own scores, best of n, notes, and each run's prompt shares.
+
+    against: ``--reference``, where one was given.
+    """
 
     points: list[FrontierPoint]
     reference: dict[str, Any]
     best_of_n: dict[str, Any] | None
     notes: list[str]
     shares: dict[str, PromptShares]
+    against: dict[str, Any] | None = None
 
 
 def recorded_reference(sources: Sequence[FrontierSource]) -> dict[str, Any]:
@@ -179,7 +188,8 @@ def measured_afresh(
         if others:
             notes.append(f"not measured afresh, but as they were: {', '.join(others)}")
         points = [replace(point, **fresh.get(point.run, {})) for point in points]
-    return Afresh(points, reference, best_of_n, notes, shares)
+    against = None if options.reference is None else policy.fingerprint.as_dict()
+    return Afresh(points, reference, best_of_n, notes, shares, against)
 
 
 def refuse_changed_code(run: FrontierSource, entries: Sequence[RewardEntry], folder: Path) -> None:

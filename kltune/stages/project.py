@@ -61,6 +61,9 @@ def project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
     subject = find_checkpoint(checkpoint, options)
     settings = resolve_settings([subject], options)
     policy = open_subject(subject, options)
+    if not policy.held.own:
+        raise RecipeError(f"--reference: {options.reference} is not the base of this adapter, and to scale the adapter "
+                          "down leads to its base alone; leave --reference out.")
     interpolation = make_interpolation(policy, settings, options)
     document: dict[str, Any] = {
         "schema": "kltune.project/1",

@@ -12,7 +12,7 @@ from kltune.core.kl.sequences import jensen_shannon, tails, total_variation
 from kltune.lm.measure.breakdown import by_position, examples, token_part, top_prompts, top_tokens
 from kltune.lm.measure.deployed import Deployed
 from kltune.lm.measure.measurement import Measurement
-from kltune.lm.model.policy import Policy
+from kltune.lm.model.policy import Policy, Reference
 
 FIGURES = ("nats_per_response", "stderr", "ci", "nats_per_token", "token_stderr", "token_ci")
 ESTIMATORS = ("exact", "k1", "k3", "cv")
@@ -25,7 +25,7 @@ class CheckpointKL:
 
     reverse: on the policy's responses, also by token of the vocabulary. forward: on the reference's. deployed: with
     top-p and top-k. tax: log-perplexity on held-out texts. gate: the budget's part. prompts_in_file: lines that
-    prompts were drawn from.
+    prompts were drawn from. against: the same responses against each further reference, and the budget's part of it.
     """
 
     reverse: Measurement
@@ -34,6 +34,7 @@ class CheckpointKL:
     tax: dict[str, Any] | None
     gate: dict[str, Any] | None
     prompts_in_file: int
+    against: tuple[tuple[Measurement, dict[str, Any] | None], ...] = ()
 
 
 def described_kl(measured: CheckpointKL, policy: Policy, *, confidence: float, top: int, show: int) -> dict[str, Any]:
@@ -76,6 +77,18 @@ def described_kl(measured: CheckpointKL, policy: Policy, *, confidence: float, t
         "examples": examples(reverse, policy, show),
         "alignment_tax": measured.tax,
         "gate": measured.gate,
+    }
+
+
+def described_against(
+    measured: Measurement, reference: Reference, gate: dict[str, Any] | None, confidence: float
+) -> dict[str, Any]:
+    """What the document says of one further reference."""
+    return {
+        "reference": reference.fingerprint.as_dict(),
+        "kl": {name: kl_figures(measured.summary(name, confidence)) for name in ESTIMATORS},
+        "agreement_z": measured.z,
+        "gate": gate,
     }
 
 

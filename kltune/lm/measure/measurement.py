@@ -14,8 +14,8 @@ from kltune.core.kl.sequences import control_variate
 from kltune.core.tensors import per_response
 from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import Rollout
-from kltune.lm.model.policy import Policy
-from kltune.lm.model.sampler import Draw, sample_rollout
+from kltune.lm.model.policy import Policy, Reference
+from kltune.lm.model.sampler import Draw, measured_rollout, sample_rollout
 from kltune.lm.rewards.scorers import Scorer
 
 RESPONSES_PER_PASS = 256  # bounds what is kept per token while a large evaluation runs
@@ -188,6 +188,22 @@ def measure_kl(
     for prompts, uniforms, done in answered.parts(draw):
         rollouts.append(sample_rollout(policy, prompts, uniforms, **sides))
         progress(done)
+    return measurement_of(rollouts, answered.prompt_index())
+
+
+def against(policy: Policy, reference: Reference, measured: Measurement, temperature: float) -> Measurement:
+    """The same responses of the policy, and their KL from another reference; raises as ``measure_kl``."""
+    before = policy.held
+    policy.hold(reference)
+    try:
+        rollouts = [measured_rollout(policy, rollout, temperature) for rollout in measured.rollouts]
+    finally:
+        policy.hold(before)
+    return measurement_of(rollouts, measured.prompt_index)
+
+
+def measurement_of(rollouts: Sequence[Rollout], prompt_index: Tensor) -> Measurement:
+    """Sums by response of what was measured by token. prompt_index: which prompt each response answers. [B]"""
     masks = [rollout.response_mask for rollout in rollouts]
 
     def gather(values: list[Tensor]) -> Tensor:
@@ -198,7 +214,7 @@ def measure_kl(
         k1=gather([kl_k1(r.logprobs, r.ref_logprobs, r.response_mask) for r in rollouts]),
         k3=gather([kl_k3(r.logprobs, r.ref_logprobs, r.response_mask) for r in rollouts]),
         tokens=torch.cat([r.lengths for r in rollouts]).cpu(),
-        prompt_index=answered.prompt_index(),
+        prompt_index=prompt_index,
         truncated=torch.cat([r.truncated for r in rollouts]).cpu(),
         entropy=gather([r.entropy for r in rollouts]),
         ref_entropy=gather([r.ref_entropy for r in rollouts]),

@@ -8,7 +8,7 @@ fine-tuning (``kltune sft`` with ``lora: null``) holds a second, frozen copy of 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,20 @@ from kltune.lm.model.network import Network, ScalarHead
 from kltune.recipe import DataSection, LoraSection
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What a policy is held against: its own frozen weights, unless another was asked for.
+
+    network: the model that gives its logits. adapter: which one is on meanwhile where that is the policy's own trunk.
+    own: it is what the policy's adapter lies on, or was trained from.
+    """
+
+    network: Network
+    fingerprint: Fingerprint
+    adapter: str | None = None
+    own: bool = True
+
+
 class Policy:
     """A causal language model with a trainable adapter, and the reference behind it."""
 
@@ -39,7 +53,7 @@ class Policy:
         """Take a loaded model. With ``frozen``, all of ``model`` is trained and ``frozen`` is the reference."""
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
-        self.device = next(model.parameters()).device
+        self.device, self.dtype = next(model.parameters()).device, next(model.parameters()).dtype
         self.max_context = context_of(model)
         self.value_head: ScalarHead | None = None
         self.untrained: dict[str, Tensor] = {}
@@ -54,7 +68,7 @@ class Policy:
         self.ends = end_tokens(model, tokenizer, self.network.vocabulary)
         self.day = today()  # what a chat template is told that asks for the date
         self.other_tokenizers: tuple[OtherTokenizer, ...] = ()  # that have to make the same of every row
-        self._reference_network = Network(frozen) if self.full else self.network
+        self._held = Reference(Network(frozen) if self.full else self.network, fingerprint)
         self._switch = AdapterSwitch(model)
         model.eval()  # dropout anywhere would make old, new and reference log-probs disagree
 
@@ -115,6 +129,16 @@ class Policy:
         for tensor in self.value_parameters().values():
             tensor.requires_grad_(True)
 
+    def load_beside(self, name: str, folder: Path) -> dict[str, Tensor]:
+        """Put a saved adapter on the trunk beside the policy's, as ``add_beside`` does; its tensors as they were saved.
+
+        Raises as ``load_adapter``.
+        """
+        weights = load_compatible(folder, self.model)
+        self.add_beside(name, config_to_fill(folder))
+        fill(self.model, weights, folder, name)
+        return weights
+
     def add_beside(self, name: str, config: PeftConfig) -> None:
         """Put one more adapter on the trunk, switched off and frozen; the policy stays as it is, to the last bit."""
         trained = {id(tensor) for tensor in self.model.parameters() if tensor.requires_grad}
@@ -134,11 +158,6 @@ class Policy:
         """Put saved tensors of the value function back; names and shapes must be its own."""
         for name, parameter in self.value_parameters().items():
             parameter.data.copy_(tensors[name])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the frozen weights; adapters and heads are float32."""
-        return getattr(torch, self.fingerprint.dtype)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -218,13 +237,29 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within: this object is the reference, the frozen weights alone. After, exceptions included: the policy."""
-        policy, self.network = self.network, self._reference_network
+        """Within: this object is the reference: unless another is held, the frozen weights alone.
+
+        After, exceptions included: the policy.
+        """
+        policy, self.network = self.network, self._held.network
         try:
-            with self._switch.active(None):
+            with self._switch.active(self._held.adapter):
                 yield
         finally:
             self.network = policy
+
+    @property
+    def held(self) -> Reference:
+        """What the policy is held against."""
+        return replace(self._held, fingerprint=self.fingerprint)
+
+    def hold(self, reference: Reference) -> None:
+        """Be held against another reference from here on; rows have to fit both models."""
+        causal = reference.network.causal
+        self._held, self.fingerprint = reference, reference.fingerprint
+        limits = self.max_context, context_of(causal)
+        self.max_context = min((limit for limit in limits if limit), default=None)
+        self._words = min(self._words, causal.get_input_embeddings().weight.shape[0])
 
     @contextmanager
     def dropout(self) -> Iterator[None]:

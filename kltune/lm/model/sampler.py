@@ -72,16 +72,35 @@ def sample_rollout(
     """
     with policy.reference() if from_reference else nullcontext():
         samples = sample(policy, prompts, uniforms, temperature=temperature)
-    mask = samples.response_mask
+    rollout = measured_rollout(
+        policy, samples, temperature, exact=exact, from_reference=from_reference, by_token=by_token
+    )
+    check_sampler(samples, rollout.logprobs, samples.response_mask, policy.dtype)
+    return rollout
+
+
+def measured_rollout(
+    policy: Policy, samples: Samples, temperature: float, *, exact: bool = True, from_reference: bool = False,
+    by_token: bool = False,
+) -> Rollout:
+    """Responses that are there, measured by teacher forcing; arguments as ``sample_rollout``.
+
+    samples: of a ``Rollout``, all that was measured of it is measured anew.
+
+    Raises:
+        DivergedError: a log-probability or KL is not finite.
+    """
     sums = VocabularySums.zero(policy.network.vocabulary) if by_token else None
     measured = policy.measure(samples.ids, samples.scored, temperature, exact=exact, swap=from_reference, sums=sums)
     flat = measured._asdict()
     for name, values in flat.items():
         if values is not None and not torch.isfinite(values).all():
             raise DivergedError(f"{name} of sampled tokens is not finite; lower optim.lr or raise kl.beta.")
-    tensors = {name: None if values is None else response_scatter(values, mask) for name, values in flat.items()}
-    check_sampler(samples, tensors["logprobs"], mask, policy.dtype)
-    return Rollout(**(vars(samples) | tensors), sums=sums)
+    tensors = {
+        name: None if values is None else response_scatter(values, samples.response_mask)
+        for name, values in flat.items()
+    }
+    return Rollout(**(vars(samples) | tensors | {"sums": sums}))
 
 
 def check_sampler(samples: Samples, logprobs: Tensor, counted: Tensor, dtype: torch.dtype) -> None:
