@@ -1,4 +1,4 @@
-"""``kltune eval-kl`` and ``kltune project``: measure checkpoints, and scale one back to a budget."""
+"""``kltune eval-kl``, ``project`` and ``merge``: measure checkpoints, scale one back to a budget, make one a model."""
 
 import sys
 from functools import partial
@@ -154,3 +154,42 @@ def project_command(
         curve=curve, max_responses=max_responses, trust_remote_code=trust_remote_code, date=date,
     )
     emit_document(project(checkpoint, options), as_json, project_text)
+
+
+def merge_command(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A run, checkpoint or adapter.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder for the model.")],
+    dtype: Annotated[str, typer.Option(
+        **one_of("auto", "float32", "bfloat16", "float16"), help="Of its weights; auto: as the base's files.",
+    )] = "auto",
+    max_kl: Annotated[float | None, typer.Option("--max-kl", **BUDGET, help="Save it only within this KL.")] = None,
+    recipe: SourceOption = None,
+    reference: Annotated[str | None, typer.Option(metavar="MODEL", help="The adapter's base, where it moved.")] = None,
+    prompts: PromptsOption = None,
+    responses: Annotated[int | None, typer.Option(**whole(2), help="Responses to sample.  [default: 256]")] = None,
+    max_new_tokens: LengthOption = None,
+    temperature: TemperatureOption = None,
+    seed: SeedOption = 0,
+    unit: UnitOption = "nats_per_response",
+    confidence: ConfidenceOption = 0.95,
+    date: DateOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JSONOption = False,
+) -> None:
+    """Add an adapter into its base's weights: a model for plain transformers, with its own KL to the unmerged policy.
+
+    Exit code 3 or 4: not shown to be within --max-kl, and not saved.
+
+    kltune merge runs/ppo --output release --dtype bfloat16 --max-kl 0.05
+    """
+    if recipe is not None:
+        load_recipe(recipe)
+    from kltune.stages.merge import MergeOptions, merge, merge_text
+
+    document, code = merge(checkpoint, MergeOptions(
+        recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
+        temperature=temperature, seed=seed, max_kl=max_kl, unit=unit, confidence=confidence, output=output,
+        dtype=dtype, trust_remote_code=trust_remote_code, date=date,
+    ))
+    emit_document(document, as_json, merge_text)
+    raise typer.Exit(code)

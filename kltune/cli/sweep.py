@@ -107,8 +107,8 @@ def frontier_command(
 ) -> None:
     """Show reward against KL: runs, sweeps and alpha curves, beside best of n and the law of over-optimisation.
 
-    All runs must share one reference, or be measured against --reference. Seeds of one setting are one point. Each run's own final measurement is used,
-    unless --gold, --recipe, --responses or --reference ask for a fresh one.
+    All runs must share one reference, or be measured against --reference. Seeds of one setting are one point. Each
+    run's own final measurement is used, unless --gold, --recipe, --responses or --reference ask for a fresh one.
 
     \b
     kltune frontier sweeps/target --budget 4 -o frontier

@@ -1,5 +1,6 @@
 """What ``eval-kl``, ``project`` and ``sample`` measure: a checkpoint over its reference, and how it is measured."""
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -75,6 +76,18 @@ class Settings:
         return Draw(self.max_new_tokens, self.temperature, seed)
 
 
+def check_budget(options: MeasureOptions) -> None:
+    """Raise RecipeError for a ``--max-kl`` that is no budget."""
+    if options.max_kl is not None and not (math.isfinite(options.max_kl) and options.max_kl > 0.0):
+        raise RecipeError(f"--max-kl: found {options.max_kl}, wanted a number of nats above 0.")
+
+
+def refuse_filled(folder: Path) -> None:
+    """Raise RecipeError for an output folder that holds something, or is none: nothing there is overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RecipeError(f"--output: {folder} is not empty; choose another folder.")
+
+
 def find_checkpoint(path: str, options: MeasureOptions) -> Subject:
     """Find what a path means, and refuse it if its files would have code run.
 
@@ -115,7 +128,7 @@ def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
 
 def _opened(subject: Subject, options: MeasureOptions) -> Policy:
     if options.reference is None:
-        return _over(subject, _own_base(subject, options), options)
+        return _over(subject, own_base(subject, options), options)
     if _is_base(subject, options.reference):
         return _over(subject, _section(subject, options.reference, options), options)
     policy = _alone(subject, options)
@@ -179,11 +192,11 @@ def _same_base(policy: Policy, subject: Subject, other: Subject, options: Measur
         return False
     if other.info is not None:
         return not policy.fingerprint.differences(other.info["reference"], but=BY_ROWS)
-    mine, theirs = (_own_base(one, options) for one in (subject, other))
+    mine, theirs = (own_base(one, options) for one in (subject, other))
     return mine.sft_adapter is None and os.path.realpath(mine.path) == os.path.realpath(theirs.path)
 
 
-def _own_base(subject: Subject, options: MeasureOptions) -> ModelSection:
+def own_base(subject: Subject, options: MeasureOptions) -> ModelSection:
     """The model that a checkpoint lies on, or was trained from."""
     if subject.info is not None:
         return _section(subject, subject.info["reference"]["path"], options)
@@ -198,7 +211,7 @@ def _section(subject: Subject, path: str, options: MeasureOptions) -> ModelSecti
 def _alone(subject: Subject, options: MeasureOptions, dtype: str = "auto") -> Policy:
     """A checkpoint whatever it is held against: an adapter on its own base, a model by itself."""
     if (subject.folder / "adapter_config.json").exists():
-        return _over(subject, _own_base(subject, options), options)
+        return _over(subject, own_base(subject, options), options)
     dtype = dtype if subject.info is None else subject.info["reference"]["dtype"]
     section = ModelSection(path=str(subject.folder), dtype=dtype, trust_remote_code=options.trust_remote_code)
     policy = load_reference(section, device=pick_device("auto"), where=subject.path,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kltune.core.kl.gate import confidence_per_look, looks, verdict
 from kltune.core.kl.truncation import Cut
-from kltune.errors import ModelError, RecipeError
+from kltune.errors import RecipeError
 from kltune.lm.data.examples import Example, Prompt
 from kltune.lm.measure.deployed import Deployed, measure_deployed
 from kltune.lm.measure.kl_document import (
@@ -25,13 +25,14 @@ from kltune.lm.measure.kl_document import (
     paired_differences,
 )
 from kltune.lm.measure.likelihood import alignment_tax, document_nats, reference_nats
-from kltune.lm.measure.measurement import Measurement, Round, against, measure_kl
+from kltune.lm.measure.measurement import Measurement, Round, against, check_agreement, measure_kl
 from kltune.lm.model.policy import Policy, Reference
 from kltune.run.recorder import counting
 from kltune.run.saved_policy import (
     MeasureOptions,
     Settings,
     Subject,
+    check_budget,
     find_checkpoint,
     measured_prompts,
     measured_texts,
@@ -41,7 +42,6 @@ from kltune.run.saved_policy import (
 )
 
 VERDICT_CODES = {"fail": 3, "inconclusive": 4, "pass": 0}      # worst first
-WORST_Z = 4.0  # |k1 − exact| in standard errors; chance alone passes it once in 16,000 runs
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,7 @@ def eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, A
 
 def check_options(options: EvalKLOptions) -> None:
     """Raise RecipeError for numbers that no measurement could be made with."""
-    if options.max_kl is not None and not (math.isfinite(options.max_kl) and options.max_kl > 0.0):
-        raise RecipeError(f"--max-kl: found {options.max_kl}, wanted a number of nats above 0.")
+    check_budget(options)
     if not 0.5 <= options.confidence < 1.0:
         raise RecipeError(f"--confidence: found {options.confidence}, wanted at least 0.5 and below 1, as 0.95.")
     if options.temperature is not None and not (math.isfinite(options.temperature) and options.temperature > 0.0):
@@ -301,15 +300,6 @@ def deploy(opened: OpenCheckpoint) -> Deployed:
     for name in ("vs_base", "both"):
         check_agreement(opened.path, "the deployed policy", deployed.z(name))
     return deployed
-
-
-def check_agreement(path: str, who: str, z: float) -> None:
-    """Raise ModelError if the sampled and the exact KL differ by more than chance: then neither can be trusted."""
-    if not abs(z) <= WORST_Z:  # NaN must not pass
-        raise ModelError(
-            f"{path}: the sampled KL (k1) and the exact KL of {who} differ by {z:.1f} standard errors, so the "
-            "responses were not drawn from the distribution that was measured. No KL of this checkpoint is reported."
-        )
 
 
 def tax_document(policy: Policy, examples: list[Example], confidence: float) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from kltune.core.kl.divergence import VocabularySums, kl_k1, kl_k3
 from kltune.core.kl.intervals import KLSummary, agreement_z, cluster_numbers, summarize
 from kltune.core.kl.sequences import control_variate
 from kltune.core.tensors import per_response
+from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import Rollout
 from kltune.lm.model.policy import Policy, Reference
@@ -20,6 +21,7 @@ from kltune.lm.rewards.scorers import Scorer
 
 RESPONSES_PER_PASS = 256  # bounds what is kept per token while a large evaluation runs
 STREAM = 0xE7A1           # keeps these random numbers apart from those of training with the same seed
+WORST_Z = 4.0  # |k1 − exact| in standard errors; chance alone passes it once in 16,000 runs
 Progress = Callable[[int], None]
 
 
@@ -72,6 +74,15 @@ class Measurement:
         """Prompts and responses, in order."""
         prompts = [text for rollout in self.rollouts for text in rollout.prompts]
         return prompts, [text for rollout in self.rollouts for text in rollout.responses]
+
+
+def check_agreement(path: str, who: str, z: float) -> None:
+    """Raise ModelError if the sampled and the exact KL differ by more than chance: then neither can be trusted."""
+    if not abs(z) <= WORST_Z:  # NaN must not pass
+        raise ModelError(
+            f"{path}: the sampled KL (k1) and the exact KL of {who} differ by {z:.1f} standard errors, so the "
+            "responses were not drawn from the distribution that was measured. No KL of this checkpoint is reported."
+        )
 
 
 def kl_result(measured: Measurement) -> dict[str, Any]:

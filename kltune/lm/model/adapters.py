@@ -282,24 +282,28 @@ def _untie(model: nn.Module) -> bool:
     return True
 
 
-def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, float, bool]:
-    """Add an SFT adapter into the weights of its base; the result is the reference from then on.
+def merge_adapter(
+    model: nn.Module, folder: Path, dtype: torch.dtype | None = None, *, where: str = "model.sft_adapter",
+    whole: bool = False,
+) -> tuple[nn.Module, float, bool]:
+    """Add an adapter into the weights of its base: an SFT adapter, and the result is the reference from then on.
 
-    Done once, before anything is frozen or hashed, in float32, and rounded to the model's dtype at the end: in
-    bfloat16 small updates are partly lost to that rounding, so the share that survived is returned too, as a projection
-    on what was asked for; 1 in float32. The last says whether head and embedding were one matrix and are two now.
+    Done once, before anything is frozen or hashed, in float32, and rounded to ``dtype`` (the model's own) at the end:
+    in bfloat16 small updates are partly lost to that rounding, so the share that survived is returned too, as a
+    projection on what was asked for; 1 in float32. The last says whether head and embedding were one matrix and are two
+    now. where: who asks, for errors. whole: also one that trained parts of the base.
 
     Raises:
         ModelError: it changes the base in other ways, does not fit it one to one, changes nothing, or changes more
             merged than on its base.
     """
-    weights = load_compatible(folder, model)
-    dtype = next(model.parameters()).dtype
+    weights = load_weights(folder) if whole else load_compatible(folder, model)
+    dtype = dtype or next(model.parameters()).dtype
     before = {name: tensor.detach().clone() for name, tensor in model.named_parameters(remove_duplicate=False)}
     adapted = wrap(model.float(), config_to_fill(folder), str(folder))
     fill(adapted, weights, folder)
     untied = _untie(model)
-    with torch.no_grad(), reading(folder, "model.sft_adapter", failed="cannot be merged into its base"):
+    with torch.no_grad(), reading(folder, where, failed="cannot be merged into its base"):
         ids = probe_ids(model, adapted.peft_config[POLICY])
         wanted = adapted.eval()(input_ids=ids, use_cache=False).logits
         merged = adapted.merge_and_unload()

@@ -239,11 +239,22 @@ def _refuse_adapter(path: Path, where: str) -> None:
         raise ModelError(f"{where}: {path} holds no model (config.json is missing).")
 
 
+def published_dtype(path: str, trust_remote_code: bool = False) -> torch.dtype:
+    """The dtype that a model's files are in, as its config.json has it; float32 where it does not say."""
+    with reading(path, "reference", failed=NO_CAUSAL):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **_locality(path))
+    return _published(config) or torch.float32
+
+
+def _published(config: Any) -> torch.dtype | None:
+    return getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+
+
 def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
     """``auto`` is float32 on a CPU; on a GPU, bfloat16 for models published in half precision."""
     if name != "auto":
         return getattr(torch, name)
-    published = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    published = _published(config)
     half = published in (torch.bfloat16, torch.float16)
     return torch.bfloat16 if half and device.type == "cuda" else torch.float32
 
