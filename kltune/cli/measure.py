@@ -20,7 +20,7 @@ SourceOption = Annotated[
     str | None, typer.Option("--recipe", "-r", metavar="R.yaml", help="Where prompts and sampling come from.")
 ]
 ReferenceOption = Annotated[
-    str | None, typer.Option(metavar="MODEL", help="Instead of its own: a model, adapter, run or checkpoint.")
+    str | None, typer.Option(metavar="MODEL", help="Instead of its own: whatever CHECKPOINT may be.")
 ]
 PromptsOption = Annotated[
     str | None, typer.Option(metavar="FILE", help="Prompts to respond to.  [default: those of the run]")
@@ -43,7 +43,9 @@ DateOption = Annotated[
 
 
 def eval_kl_command(
-    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Runs, checkpoints or adapters.")],
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="Runs, checkpoints, adapters, models; or URL#MODEL.")
+    ],
     recipe: SourceOption = None,
     reference: ReferenceOption = None,
     against: Annotated[
@@ -75,6 +77,10 @@ def eval_kl_command(
     show: Annotated[int, typer.Option(**whole(), help="How many responses to show token by token.")] = 3,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML.")] = None,
     date: DateOption = None,
+    top_logprobs: Annotated[int, typer.Option(**whole(1), help="Log-probs to ask a server for, at each token.")] = 20,
+    key_env: Annotated[
+        str | None, typer.Option("--key-env", metavar="NAME", help="Environment variable with a server's key.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="One line for a checkpoint: verdict and KL.")] = False,
     trust_remote_code: TrustOption = False,
     as_json: JSONOption = False,
@@ -95,6 +101,7 @@ def eval_kl_command(
             temperature=temperature, seed=seed, max_kl=max_kl, unit=unit, confidence=confidence, direction=direction,
             texts=texts, top=top, show=show, auto=auto, max_responses=max_responses, top_p=top_p, top_k=top_k,
             trust_remote_code=trust_remote_code, date=date, against=tuple(against or ()),
+            top_logprobs=top_logprobs, key_env=key_env,
         )
         document, code = eval_kl(checkpoints, options)
     except KltuneError as error:

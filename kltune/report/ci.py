@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kltune.recipe.faults import printable, redact, visible
-from kltune.report.text import measured_pairs, pair_name, verdict_and_kl, verdict_line
+from kltune.report.text import headline, measured_pairs, pair_name, verdict_and_kl, verdict_line
 from kltune.run.files import storing, write_whole
 from kltune.run.screen import interval, with_error
 
@@ -20,7 +20,7 @@ def write_junit(path: Path, document: dict[str, Any]) -> None:
     cases = []
     for one in measured_pairs(document):
         case = ET.Element("testcase", classname="kltune.eval-kl", name=visible(pair_name(one)))
-        gate, exact, properties = one["gate"], one["kl"]["exact"], ET.SubElement(case, "properties")
+        gate, exact, properties = one["gate"], headline(one), ET.SubElement(case, "properties")
         for name in ("nats_per_response", "stderr", "nats_per_token"):
             ET.SubElement(properties, "property", name=name, value=str(exact[name]))
         for name in ("path", "sha256"):
@@ -72,7 +72,7 @@ def write_step_summary(document: dict[str, Any]) -> None:
         "|---|---|---|---|---|",
     ]
     for one in measured_pairs(document):
-        exact, gate = one["kl"]["exact"], one["gate"]
+        exact, gate = headline(one), one["gate"]
         cells = (
             pair_name(one), with_error(exact["nats_per_response"], exact["stderr"]), interval(exact["ci"]),
             str(one["responses"]), "" if gate is None else verdict_line(gate),

@@ -30,6 +30,8 @@ def eval_kl_text(document: dict[str, Any], *, colour: bool = False) -> str:
         texts = [eval_kl_text(one, colour=colour) for one in document["checkpoints"]]
         return "\n\n".join([*texts, "\n".join(_differences(document["differences"]))])
     lines = [] if document["gate"] is None else [verdict_line(document["gate"])]
+    if "server" in document:
+        return "\n".join([*lines, *_served(document)])
     lines += [*_estimates(document), *_checks_and_spread(document), *_where_the_kl_is(document, colour)]
     return "\n".join([*lines, *(f"  warning: {visible(warning)}" for warning in document.get("warnings", ()))])
 
@@ -56,6 +58,29 @@ def _estimates(document: dict[str, Any]) -> Iterator[str]:
             for unit, error in (("response", "stderr"), ("token", "token_stderr"))
         )
         yield f"  {name:<{width}}{per_response:<26}{per_token}"
+
+
+def _served(document: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"{document['direction']} · {visible(pair_name(document))} · {document['responses']} responses to "
+        f"{document['prompts']} prompts · temperature 1 · at most {document['max_new_tokens']} tokens"
+    )
+    server, topk, k1 = document["server"], document["kl"]["topk"], document["kl"]["k1"]
+    ends = "" if topk["ci"] is None else f", {interval(topk['ci'])} at {document['confidence']:.0%}"
+    kl, sampled = (with_error(one["nats_per_response"], one["stderr"]) for one in (topk, k1))
+    yield (
+        f"  {kl} nats per response{ends}: the {server['top_logprobs']} likeliest tokens summed "
+        f"({server['mass']:.1%} of the probability), the others sampled"
+    )
+    yield f"  k1 {sampled}; agrees to {document['agreement_z']:+.1f} standard errors"
+    yield f"  the responses are a sample of their log-probs to {document['surprise_z']:+.1f} standard errors"
+    for warning in document["warnings"]:
+        yield f"  warning: {visible(warning)}"
+
+
+def headline(document: dict[str, Any]) -> dict[str, Any]:
+    """The figures that a verdict is about: exact, or of a served model those from top-k log-probs."""
+    return document["kl"].get("exact") or document["kl"]["topk"]
 
 
 def _checks_and_spread(document: dict[str, Any]) -> Iterator[str]:
@@ -151,7 +176,7 @@ def measured_pairs(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 def verdict_and_kl(document: dict[str, Any]) -> str:
     """One checkpoint's verdict, if there is one, its KL and its warnings in a line."""
-    exact = document["kl"]["exact"]
+    exact = headline(document)
     kl = f"KL {with_error(exact['nats_per_response'], exact['stderr'])} nats per response"
     verdict = [] if document["gate"] is None else [verdict_line(document["gate"])]
     warnings = [f"warning: {warning}" for warning in document.get("warnings", ())]

@@ -131,7 +131,7 @@ def _opened(subject: Subject, options: MeasureOptions) -> Policy:
         return _over(subject, own_base(subject, options), options)
     if _is_base(subject, options.reference):
         return _over(subject, _section(subject, options.reference, options), options)
-    policy = _alone(subject, options)
+    policy = open_alone(subject, options)
     policy.hold(open_reference(policy, subject, options.reference, options))
     return policy
 
@@ -158,7 +158,7 @@ def open_reference(policy: Policy, subject: Subject, path: str, options: Measure
         if reference is not None:
             policy.hold_against(named.folder, "--reference", options.trust_remote_code)
             return reference
-    other = _alone(named, options, dtype=_name_of(policy.dtype))
+    other = open_alone(named, options, dtype=_name_of(policy.dtype))
     policy.hold_against(named.folder, "--reference", options.trust_remote_code)
     if is_adapter:
         fingerprint = other.fingerprint.of_adapter(path, load_weights(named.folder))
@@ -208,7 +208,7 @@ def _section(subject: Subject, path: str, options: MeasureOptions) -> ModelSecti
     return ModelSection(path=path, **facts, trust_remote_code=options.trust_remote_code)
 
 
-def _alone(subject: Subject, options: MeasureOptions, dtype: str = "auto") -> Policy:
+def open_alone(subject: Subject, options: MeasureOptions, dtype: str = "auto") -> Policy:
     """A checkpoint whatever it is held against: an adapter on its own base, a model by itself."""
     if (subject.folder / "adapter_config.json").exists():
         return _over(subject, own_base(subject, options), options)

@@ -7,12 +7,12 @@ very distribution that was measured, and a checkpoint where it does not is refus
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from kltune.core.kl.gate import confidence_per_look, looks, verdict
+from kltune.core.kl.gate import looks
 from kltune.core.kl.truncation import Cut
 from kltune.errors import RecipeError
 from kltune.lm.data.examples import Example, Prompt
@@ -20,12 +20,15 @@ from kltune.lm.measure.deployed import Deployed, measure_deployed
 from kltune.lm.measure.kl_document import (
     DIRECTIONS,
     CheckpointKL,
+    Gate,
     described_against,
     described_kl,
     paired_differences,
 )
 from kltune.lm.measure.likelihood import alignment_tax, document_nats, reference_nats
 from kltune.lm.measure.measurement import Measurement, Round, against, check_agreement, measure_kl
+from kltune.lm.measure.served import check_sampled, described_served, measure_served
+from kltune.lm.measure.server import Server, is_address
 from kltune.lm.model.policy import Policy, Reference
 from kltune.run.recorder import counting
 from kltune.run.saved_policy import (
@@ -36,6 +39,7 @@ from kltune.run.saved_policy import (
     find_checkpoint,
     measured_prompts,
     measured_texts,
+    open_alone,
     open_reference,
     open_subject,
     resolve_settings,
@@ -50,6 +54,7 @@ class EvalKLOptions(MeasureOptions):
 
     auto: keep sampling until the gate is decided or there are ``max_responses``. top_p, top_k: also measure the policy
     as it is deployed with these. against: further references for the same responses.
+    top_logprobs: tokens at each place whose log-probs a server is asked for. key_env: names the variable of its key.
     """
 
     direction: str = "reverse"
@@ -61,6 +66,8 @@ class EvalKLOptions(MeasureOptions):
     top_p: float | None = None
     top_k: int | None = None
     against: tuple[str, ...] = ()
+    top_logprobs: int = 20
+    key_env: str | None = None
 
     @property
     def cut(self) -> Cut | None:
@@ -84,6 +91,8 @@ def eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, A
         DivergedError: a number is not finite.
     """
     check_options(options)
+    if any(is_address(path) for path in (*checkpoints, options.reference or "", *options.against)):
+        return eval_served(checkpoints, options)
     subjects = [find_checkpoint(path, options) for path in checkpoints]
     settings = resolve_settings(subjects, options)
     documents, measured = zip(*(measure_checkpoint(subject, settings, options) for subject in subjects), strict=True)
@@ -114,6 +123,52 @@ def check_options(options: EvalKLOptions) -> None:
                           f"{options.direction}, wanted reverse.")
     if options.auto and options.max_kl is None:
         raise RecipeError("--auto: samples until a budget is decided; give the budget as --max-kl.")
+
+
+def eval_served(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, Any], int]:
+    """The same where one of the two models is served: from top-k log-probs, at temperature 1."""
+    path, reference = checkpoints[0], options.reference
+    asked = {
+        "more than one checkpoint": len(checkpoints) > 1, "--against": options.against, "--auto": options.auto,
+        f"--direction {options.direction}": options.direction != "reverse", "--texts": options.texts,
+        "--top-p and --top-k": options.cut,
+        f"--temperature {options.temperature}": options.temperature not in (None, 1),
+    }
+    if too_much := [name for name, given in asked.items() if given]:
+        raise RecipeError(f"{too_much[0]}: not with a server; wanted one checkpoint against one reference, at "
+                          "temperature 1.")
+    if reference is None or is_address(path) == is_address(reference):
+        raise RecipeError(f"{path}: wanted one served model and one that is here, whose tokenizer is used; give the "
+                          "other as --reference.")
+    served = Server(path if is_address(path) else reference, options.top_logprobs, options.key_env)
+    here = reference if is_address(path) else path
+    subject = find_checkpoint(here, options)
+    settings = replace(resolve_settings([subject], options), temperature=1.0)
+    local = open_alone(subject, options)
+    served.top = min(served.top, local.network.vocabulary)
+    prompts = measured_prompts(local, settings)
+    answered = Round.of(prompts, settings.responses, options.seed)
+    with counting("asking the server", answered.responses) as progress:
+        measured = measure_served(
+            served, local, answered, settings.draw(options.seed), policy_is_served=is_address(path), progress=progress
+        )
+    checks = measured.checks()
+    check_sampled(served.path, checks)
+    gate = None
+    if options.max_kl is not None:
+        gate = Gate(options.max_kl, options.unit, options.confidence, 1, DIRECTIONS["reverse"], reference)
+        gate.look(measured.summary("topk", gate.confidence), answered.leaves_prompts)
+    document = {
+        "schema": "kltune.eval_kl/1", "checkpoint": path, "own_reference": False,
+        "max_new_tokens": settings.max_new_tokens, "seed": options.seed, "confidence": options.confidence,
+        **described_served(measured, checks, served, options.confidence),
+        "reference": {"path": reference, "sha256": None} if served.path == reference
+        else replace(local.fingerprint, path=reference).as_dict(),
+        "prompts_in_file": len(prompts), "gate": None if gate is None else gate.document(), "against": [],
+    }
+    for note in document["warnings"]:
+        print(f"warning: {served.path}: {note}", file=sys.stderr)
+    return document, 0 if gate is None else VERDICT_CODES[document["gate"]["verdict"]]
 
 
 @dataclass(frozen=True)
@@ -231,8 +286,11 @@ def sample_and_gate(
 
     answered = Round.of(opened.prompts, counts[0], options.seed)
     measured = measure_round(answered)
-    gates = [Gate(options, len(counts), from_reference, opened.policy.fingerprint.path)]
-    gates += [Gate(options, len(counts), from_reference, other.fingerprint.path) for other in opened.against]
+    direction = DIRECTIONS["forward" if from_reference else "reverse"]
+    gates = [
+        Gate(options.max_kl, options.unit, options.confidence, len(counts), direction, one.fingerprint.path)
+        for one in (opened.policy.held, *opened.against)
+    ]
     for count in counts:
         while len(measured[0].exact) < count:
             answered = answered.following(count - len(measured[0].exact))
@@ -241,55 +299,13 @@ def sample_and_gate(
             check_agreement(opened.path, side, one.z)
         if not gated:
             return [(one, None) for one in measured]
-        decided = [gate.look(one, answered.leaves_prompts) for gate, one in zip(gates, measured, strict=True)]
+        decided = [
+            gate.look(one.summary("exact", gate.confidence), answered.leaves_prompts)
+            for gate, one in zip(gates, measured, strict=True)
+        ]
         if all(decided):
             break
     return [(one, gate.document()) for gate, one in zip(gates, measured, strict=True)]
-
-
-class Gate:
-    """A budget that one measurement is held against, as often as it takes."""
-
-    def __init__(self, options: EvalKLOptions, planned: int, from_reference: bool, reference: str):
-        """Plan so many looks; ``reference``: which one it is about."""
-        self.options, self.planned = options, planned
-        self.direction, self.reference = DIRECTIONS["forward" if from_reference else "reverse"], reference
-        self.seen: list[dict[str, Any]] = []
-        self.confidence = confidence_per_look(options.confidence, planned)
-
-    def look(self, measured: Measurement, leaves_prompts: bool) -> bool:
-        """Hold what was measured so far against the budget, unless that is decided; whether more would not help."""
-        if self.seen and self.ended:
-            return True
-        options = self.options
-        kl = measured.summary("exact", self.confidence)
-        self.gate = verdict(kl, options.max_kl, options.unit, self.confidence, fresh_prompts=leaves_prompts)
-        ci = kl.ci if options.unit == "nats_per_response" else kl.token_ci
-        self.seen.append({
-            "responses": kl.responses, "confidence": self.confidence, "ci": ci, "verdict": self.gate.verdict,
-        })
-        return self.ended
-
-    @property
-    def ended(self) -> bool:
-        """No further response would change the verdict."""
-        return self.gate.verdict != "inconclusive" or self.gate.wants_prompts
-
-    def document(self) -> dict[str, Any]:
-        """The gate's part of the document."""
-        return {
-            "max_kl": self.options.max_kl,
-            "unit": self.options.unit,
-            "confidence": self.options.confidence,
-            "direction": self.direction,
-            "reference": self.reference,
-            "verdict": self.gate.verdict,
-            "reason": self.gate.reason,
-            "more_responses": self.gate.more_responses,
-            "wants_prompts": self.gate.wants_prompts,
-            "planned_looks": self.planned,
-            "looks": self.seen,
-        }
 
 
 def deploy(opened: OpenCheckpoint) -> Deployed:

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from kltune.core.kl.gate import verdict
 from kltune.errors import ModelError, RecipeError
-from kltune.lm.measure.kl_document import kl_figures
+from kltune.lm.measure.kl_document import Gate, kl_figures
 from kltune.lm.measure.measurement import Measurement, Round, check_agreement, measure_kl
 from kltune.lm.model.adapters import load_weights, merge_adapter
 from kltune.lm.model.loading import published_dtype
@@ -102,7 +101,7 @@ def merge(checkpoint: str, options: MergeOptions) -> tuple[dict[str, Any], int]:
         document["survived"] = write_merged(hidden, policy, subject, dtype)
         if settings.prompts is not None:
             measured = measured_against(policy, subject, hidden, settings, options)
-            document.update(figures(measured, options))
+            document.update(figures(measured, subject.path, options))
         (hidden / "README.md").write_text(readme(document), encoding="utf-8")
         info["merged"] = {name: document[name] for name in ("checkpoint", "dtype", "survived", "kl")}
         if document["gate"] is not None and document["gate"]["verdict"] != "pass":
@@ -147,17 +146,14 @@ def measured_against(
     return measured
 
 
-def figures(measured: Measurement, options: MergeOptions) -> dict[str, Any]:
+def figures(measured: Measurement, unmerged: str, options: MergeOptions) -> dict[str, Any]:
     """What was measured, and what the budget says of it, for the document."""
     kl = measured.summary("exact", options.confidence)
     document = {"responses": kl.responses, "kl": kl_figures(kl), "gate": None}
     if options.max_kl is not None:
-        gate = verdict(kl, options.max_kl, options.unit, options.confidence)
-        document["gate"] = {
-            "max_kl": options.max_kl, "unit": options.unit, "confidence": options.confidence, "direction": DIRECTION,
-            "verdict": gate.verdict, "reason": gate.reason, "more_responses": gate.more_responses,
-            "wants_prompts": gate.wants_prompts, "planned_looks": 1, "looks": [{"responses": kl.responses}],
-        }
+        gate = Gate(options.max_kl, options.unit, options.confidence, 1, DIRECTION, unmerged)
+        gate.look(kl)
+        document["gate"] = gate.document()
     return document
 
 

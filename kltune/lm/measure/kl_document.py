@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kltune.core.kl.gate import confidence_per_look, verdict
 from kltune.core.kl.intervals import KLSummary, summarize
 from kltune.core.kl.sequences import jensen_shannon, tails, total_variation
 from kltune.lm.measure.breakdown import by_position, examples, token_part, top_prompts, top_tokens
@@ -78,6 +79,45 @@ def described_kl(measured: CheckpointKL, policy: Policy, *, confidence: float, t
         "alignment_tax": measured.tax,
         "gate": measured.gate,
     }
+
+
+class Gate:
+    """A budget that one measurement is held against, as often as it takes."""
+
+    def __init__(
+        self, max_kl: float, unit: str, confidence: float, planned: int, direction: str, reference: str
+    ):
+        """Plan so many looks, all of which hold together at ``confidence``; the last two say what it is about."""
+        self.max_kl, self.unit, self.planned, self.overall = max_kl, unit, planned, confidence
+        self.confidence = confidence_per_look(confidence, planned)
+        self.about = {"direction": direction, "reference": reference}
+        self.seen: list[dict[str, Any]] = []
+
+    def look(self, kl: KLSummary, leaves_prompts: bool = False) -> bool:
+        """Hold what was measured so far against the budget, unless that is decided; whether more would not help.
+
+        kl: at the gate's own confidence. leaves_prompts: there are prompts that were not answered.
+        """
+        if not self.seen or not self.ended:
+            self.verdict = verdict(kl, self.max_kl, self.unit, self.confidence, fresh_prompts=leaves_prompts)
+            self.seen.append({
+                "responses": kl.responses, "confidence": self.confidence,
+                "ci": kl.ci if self.unit == "nats_per_response" else kl.token_ci, "verdict": self.verdict.verdict,
+            })
+        return self.ended
+
+    @property
+    def ended(self) -> bool:
+        """No further response would change the verdict."""
+        return self.verdict.verdict != "inconclusive" or self.verdict.wants_prompts
+
+    def document(self) -> dict[str, Any]:
+        """The gate's part of the document."""
+        said = {name: getattr(self.verdict, name) for name in ("verdict", "reason", "more_responses", "wants_prompts")}
+        return {
+            "max_kl": self.max_kl, "unit": self.unit, "confidence": self.overall, **self.about, **said,
+            "planned_looks": self.planned, "looks": self.seen,
+        }
 
 
 def described_against(
