@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kltune.cli.options import JSONOption, TrustOption, one_of, real, whole
+from kltune.cli.options import JSONOption, TrustOption, count_or_file, one_of, real, whole
 from kltune.cli.output import emit_document, on_github, wants_colour
 from kltune.cli.streams import result_stream
 from kltune.errors import KltuneError
@@ -53,7 +53,7 @@ def eval_kl_command(
     ] = None,
     prompts: PromptsOption = None,
     responses: Annotated[
-        int | None, typer.Option(**whole(2), help="Responses to sample.  [default: 256]")
+        str | None, typer.Option(**count_or_file(2), help="Responses to sample, or recorded ones.  [default: 256]")
     ] = None,
     max_new_tokens: LengthOption = None,
     temperature: TemperatureOption = None,
@@ -96,12 +96,13 @@ def eval_kl_command(
             load_recipe(recipe)      # its faults are told before anything slow is imported
         from kltune.stages.eval_kl import EvalKLOptions, eval_kl
 
+        count, transcripts = (None, responses) if isinstance(responses, str) else (responses, None)
         options = EvalKLOptions(
-            recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
+            recipe=recipe, reference=reference, prompts=prompts, responses=count, max_new_tokens=max_new_tokens,
             temperature=temperature, seed=seed, max_kl=max_kl, unit=unit, confidence=confidence, direction=direction,
             texts=texts, top=top, show=show, auto=auto, max_responses=max_responses, top_p=top_p, top_k=top_k,
             trust_remote_code=trust_remote_code, date=date, against=tuple(against or ()),
-            top_logprobs=top_logprobs, key_env=key_env,
+            top_logprobs=top_logprobs, key_env=key_env, transcripts=transcripts,
         )
         document, code = eval_kl(checkpoints, options)
     except KltuneError as error:

@@ -56,6 +56,16 @@ def number_parser(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Call
     return parse
 
 
+def count_or_file(least: int) -> dict[str, Any]:
+    """Arguments of an option that takes a whole number, or a file."""
+    count = number_parser(int, f"a whole number of at least {least}, or a file", lambda n: n >= least)
+
+    def parse(text: str) -> int | str:
+        return count(text) if re.fullmatch(r"[-+]?[\d.]*", text) else text
+
+    return {"metavar": "N|FILE", "parser": parse}
+
+
 def one_of(*names: str) -> dict[str, Any]:
     """Arguments of an option that takes one of some words."""
 

@@ -16,6 +16,7 @@ from kltune.lm.data.chat import read_template, template_of, today
 from kltune.lm.data.documents import SavedModel
 from kltune.lm.data.examples import Example, Prompt, RowRules, counts_line, load_examples, load_prompts
 from kltune.lm.data.rows import Row, looks_like_a_path
+from kltune.lm.measure.transcripts import Transcript, read_transcripts
 from kltune.lm.model.adapters import load_weights, read_adapter_config
 from kltune.lm.model.files import refuse_code
 from kltune.lm.model.loading import own_tokenizer, pick_device
@@ -347,6 +348,14 @@ def measured_prompts(policy: Policy, settings: Settings) -> list[Prompt]:
     prompts, counts = load_prompts(settings.prompts, policy.tokenizer, _row_rules(policy, settings))
     print(counts_line(settings.prompts, counts), file=sys.stderr)
     return prompts
+
+
+def measured_transcripts(policy: Policy, settings: Settings, source: str) -> list[Transcript]:
+    """Recorded responses, with their prompts, as this policy's tokens; raises as ``read_transcripts``."""
+    rules = replace(_row_rules(policy, settings), turns="last")
+    found = read_transcripts(source, policy, rules, settings.max_new_tokens)
+    print(f"{source}: {len(found)} recorded responses", file=sys.stderr)
+    return found
 
 
 def typed_prompts(policy: Policy, settings: Settings, texts: Sequence[str]) -> list[Prompt]:

@@ -29,6 +29,7 @@ from kltune.lm.measure.likelihood import alignment_tax, document_nats, reference
 from kltune.lm.measure.measurement import Measurement, Round, against, check_agreement, measure_kl
 from kltune.lm.measure.served import check_sampled, described_served, measure_served
 from kltune.lm.measure.server import Server, is_address
+from kltune.lm.measure.transcripts import recorded
 from kltune.lm.model.policy import Policy, Reference
 from kltune.run.recorder import counting
 from kltune.run.saved_policy import (
@@ -39,6 +40,7 @@ from kltune.run.saved_policy import (
     find_checkpoint,
     measured_prompts,
     measured_texts,
+    measured_transcripts,
     open_alone,
     open_reference,
     open_subject,
@@ -55,6 +57,7 @@ class EvalKLOptions(MeasureOptions):
     auto: keep sampling until the gate is decided or there are ``max_responses``. top_p, top_k: also measure the policy
     as it is deployed with these. against: further references for the same responses.
     top_logprobs: tokens at each place whose log-probs a server is asked for. key_env: names the variable of its key.
+    transcripts: a file of responses that were sampled elsewhere, measured in place of fresh ones.
     """
 
     direction: str = "reverse"
@@ -68,6 +71,7 @@ class EvalKLOptions(MeasureOptions):
     against: tuple[str, ...] = ()
     top_logprobs: int = 20
     key_env: str | None = None
+    transcripts: str | None = None
 
     @property
     def cut(self) -> Cut | None:
@@ -94,7 +98,7 @@ def eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, A
     if any(is_address(path) for path in (*checkpoints, options.reference or "", *options.against)):
         return eval_served(checkpoints, options)
     subjects = [find_checkpoint(path, options) for path in checkpoints]
-    settings = resolve_settings(subjects, options)
+    settings = resolve_settings(subjects, options, needs_prompts=options.transcripts is None)
     documents, measured = zip(*(measure_checkpoint(subject, settings, options) for subject in subjects), strict=True)
     gates = [part["gate"] for document in documents for part in (document, *document["against"])]
     verdicts = {gate["verdict"] for gate in gates if gate is not None}
@@ -121,6 +125,12 @@ def check_options(options: EvalKLOptions) -> None:
     if options.against and options.direction != "reverse":
         raise RecipeError("--against: holds the policy's own responses against several references; found --direction "
                           f"{options.direction}, wanted reverse.")
+    if options.transcripts is not None:
+        fresh = {"--auto": options.auto, "--top-p and --top-k": options.cut, "--prompts": options.prompts,
+                 f"--direction {options.direction}": options.direction != "reverse"}
+        if asked := [name for name, given in fresh.items() if given]:
+            raise RecipeError(f"{asked[0]}: takes fresh responses, and --responses {options.transcripts} has recorded "
+                              "ones; leave one of the two out.")
     if options.auto and options.max_kl is None:
         raise RecipeError("--auto: samples until a budget is decided; give the budget as --max-kl.")
 
@@ -131,6 +141,7 @@ def eval_served(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[st
     asked = {
         "more than one checkpoint": len(checkpoints) > 1, "--against": options.against, "--auto": options.auto,
         f"--direction {options.direction}": options.direction != "reverse", "--texts": options.texts,
+        "--responses FILE": options.transcripts,
         "--top-p and --top-k": options.cut,
         f"--temperature {options.temperature}": options.temperature not in (None, 1),
     }
@@ -181,6 +192,7 @@ class OpenCheckpoint:
     settings: Settings
     options: EvalKLOptions
     against: tuple[Reference, ...] = ()
+    recorded: Measurement | None = None
 
     @property
     def first_round(self) -> Round:
@@ -194,7 +206,14 @@ def measure_checkpoint(
     """The document of one checkpoint; and exact KL [B] and prompt [B] of its responses, to compare it with others."""
     policy = open_subject(subject, options)
     others = tuple(open_reference(policy, subject, path, options) for path in options.against)
-    opened = OpenCheckpoint(subject.path, policy, measured_prompts(policy, settings), settings, options, others)
+    if options.transcripts is None:
+        opened = OpenCheckpoint(subject.path, policy, measured_prompts(policy, settings), settings, options, others)
+    else:
+        rows = measured_transcripts(policy, settings, options.transcripts)
+        read = recorded(policy, rows, settings.temperature, options.transcripts)
+        prompts = [prompt for prompt, _ in rows]
+        settings = replace(settings, responses=len(rows))
+        opened = OpenCheckpoint(subject.path, policy, prompts, settings, options, others, read)
     if note := opened.first_round.drawn_note(options.seed):
         print(f"{subject.path}: {note}", file=sys.stderr)
     measured = measure(opened)
@@ -207,6 +226,7 @@ def measure_checkpoint(
         "top_p": options.top_p,
         "top_k": options.top_k,
         "seed": options.seed,
+        "recorded": options.transcripts,
         "template_date": None if policy.template_day is None else policy.template_day.isoformat(),
         "confidence": options.confidence,
         **described_kl(measured, policy, confidence=options.confidence, top=options.top, show=options.show),
@@ -277,6 +297,9 @@ def sample_and_gate(
 
     def measure_round(answered: Round) -> list[Measurement]:
         draw = settings.draw(options.seed)
+        if opened.recorded is not None:
+            return [opened.recorded, *(against(opened.policy, other, opened.recorded, draw.temperature)
+                                       for other in opened.against)]
         with counting("sampling the reference" if from_reference else "sampling", answered.responses) as progress:
             first = measure_kl(
                 opened.policy, answered, draw, progress=progress, from_reference=from_reference,

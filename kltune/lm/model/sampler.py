@@ -151,7 +151,7 @@ def sample(
             drawn, seen = _decode(policy, part, uniforms[rows].to(policy.device), temperature, cut)
             tokens += drawn
             logprobs += seen
-    return _assemble(policy, prompts, tokens, logprobs, limit=uniforms.shape[1])
+    return assemble(policy, prompts, tokens, logprobs, limit=uniforms.shape[1])
 
 
 def _decode(
@@ -218,13 +218,14 @@ def _draw_part(logits: Tensor, uniforms: Tensor, temperature: float, cut: Cut | 
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
 
 
-def _assemble(
+def assemble(
     policy: Policy,
     prompts: Sequence[Prompt],
     tokens: list[list[int]],
     logprobs: list[list[float]],
     limit: int,
 ) -> Samples:
+    """Responses as ``Samples``, from the tokens and log-probabilities of each; ``limit``: of their lengths."""
     owner = [row * len(prompts) // len(tokens) for row in range(len(tokens))]
     asked = [list(prompts[index].ids) for index in owner]
     both = list(zip(asked, tokens, strict=True))
