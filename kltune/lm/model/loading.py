@@ -1,9 +1,14 @@
 """Read models and tokenizers from a folder or the hub, and say exactly which ones they were."""
 
+import importlib.util
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -85,8 +90,13 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, where: str = "mod
     """
     refuse_code(path, where, trusted=trust_remote_code)
     with reading(path, where, failed="no tokenizer could be loaded from it"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **_locality(path))
-    tokenizer = as_in_file(tokenizer, path)
+        if is_gguf(path):
+            with alone(path, where) as source:
+                tokenizer = AutoTokenizer.from_pretrained(**source)
+            tokenizer.name_or_path = path
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **_locality(path))
+            tokenizer = as_in_file(tokenizer, path)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise ModelError(f"{where}: the tokenizer of {path} names no end token; set eos_token in its config.")
     if tokenizer.pad_token_id is None:
@@ -133,6 +143,8 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
             an adapter, which leaves the reference unsaid.
     """
     path = section.path
+    if is_gguf(path):
+        return _unpacked(section, device, where)
     if Path(path).is_dir():
         _refuse_adapter(Path(path), where)
     elif Path(path).is_absolute():  # recipes make the paths they know absolute; hub names never are
@@ -160,9 +172,43 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
     return model.to(device)
 
 
+def is_gguf(path: str | Path) -> bool:
+    """Whether a model is one GGUF file."""
+    return str(path).endswith(".gguf") and Path(path).is_file()
+
+
+@contextmanager
+def alone(path: str | Path, where: str) -> Iterator[dict[str, Any]]:
+    """Within: what tells transformers to read a GGUF file and nothing that lies beside it.
+
+    Raises:
+        ModelError: the package that reads such files is not installed.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"{where}: {path} is a GGUF file, and the package gguf, which reads them, is not installed: "
+                         "pip install 'kltune[quant]'.")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "model.gguf").symlink_to(Path(path).resolve())
+        yield {"pretrained_model_name_or_path": folder, "gguf_file": "model.gguf", "local_files_only": True}
+
+
+def _unpacked(section: ModelSection, device: torch.device, where: str) -> nn.Module:
+    """The model in a GGUF file, its weights as the numbers that they stand for: the quantised model, exactly."""
+    packed = getattr(transformers, "GgufConfig", None)      # newer versions may keep weights packed unless told not to
+    unpacking = {} if packed is None else {"quantization_config": packed(dequantize=True)}
+    with reading(section.path, where, failed=NO_CAUSAL), alone(section.path, where) as source:
+        config = AutoConfig.from_pretrained(**source)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=_dtype(section.dtype, config, device), output_loading_info=True, **unpacking
+        )
+    model.name_or_path = section.path
+    check_all_read(model, report, section.path, where)
+    return model.to(device)
+
+
 def own_tokenizer(folder: Path, trust_remote_code: bool = False):
-    """The tokenizer that a checkpoint's folder brings; None without one."""
-    if not (folder / "tokenizer_config.json").exists():
+    """The tokenizer that a checkpoint's folder, or its file, brings; None without one."""
+    if not is_gguf(folder) and not (folder / "tokenizer_config.json").exists():
         return None
     return load_tokenizer(str(folder), trust_remote_code)
 
