@@ -50,8 +50,8 @@ def test_one_that_is_not_decided_fails_and_says_what_would_decide_it(tiny):
 
 
 def test_a_checkpoint_at_its_budget_fails_one_build_in_forty_at_most():
-    # 1,000 builds, each of 64 prompts, 4 answers to each, looked at after 128 and 256; a lognormal KL with a part of its
-    # spread between prompts, whose mean is the budget itself
+    # 1,000 builds of 64 prompts with 4 answers each, looked at after 128 and 256; a lognormal KL, part of its spread
+    # between prompts, whose mean is the budget itself
     numbers, spread = np.random.default_rng(0), 0.8
     budget = float(np.exp(spread**2 / 2 + 0.4**2 / 2))
     planned = looks(128, 256)
