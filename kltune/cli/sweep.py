@@ -102,6 +102,10 @@ def frontier_command(
         typer.Option("--recipe", "-r", metavar="R.yaml", help="Measure afresh, with its prompts and rewards."),
     ] = None,
     reference: ReferenceOption = None,
+    scores: Annotated[
+        list[str] | None,
+        typer.Option("--scores", metavar="FILE", help="Results of lm-evaluation-harness or inspect; may be repeated."),
+    ] = None,
     seed: Annotated[int, typer.Option(**whole(), help="Same seed, same machine: same numbers.")] = 0,
     as_json: JSONOption = False,
 ) -> None:
@@ -123,6 +127,6 @@ def frontier_command(
 
     document = frontier(runs, FrontierOptions(
         gold=scorer, output=output, budget=budget, at=tuple(at or ()), best_of=best_of, responses=responses,
-        recipe=recipe, reference=reference, seed=seed,
+        recipe=recipe, reference=reference, scores=tuple(scores or ()), seed=seed,
     ))
     emit_document(document, as_json, frontier_text)

@@ -19,6 +19,7 @@ from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.functions import read_sources, sources_sha256
 from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import FunctionReward, RewardEntry, asks_for_pairs, load_recipe
+from kltune.report.frontier.held_out import held_out_document
 from kltune.report.frontier.page import write_frontier
 from kltune.report.frontier.points import (
     FrontierPoint,
@@ -40,7 +41,7 @@ class FrontierOptions(MeasureOptions):
     """The command's options.
 
     gold: a second scorer, None for none. best_of: reference responses to each prompt, 0 for none. budget: nats to pick
-    a setting for. at: KLs to compare curves at.
+    a setting for. at: KLs to compare curves at. scores: files of held-out benchmarks.
     """
 
     gold: RewardEntry | None = None
@@ -48,6 +49,7 @@ class FrontierOptions(MeasureOptions):
     budget: float | None = None
     best_of: int = 16
     at: tuple[float, ...] = ()
+    scores: tuple[str, ...] = ()
 
     @property
     def afresh(self) -> bool:
@@ -104,6 +106,7 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
         "fits": fits(points, name, reference, best_of_n),
         "at": [curves_at(points, kl, name) for kl in options.at],
         "pick": None if options.budget is None else pick(settings, options.budget, name, reference),
+        "held_out": held_out_document(points, options.scores) if options.scores else None,
         "output": options.output,
     }
     if best_of_n is not None:

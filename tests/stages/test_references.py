@@ -176,6 +176,14 @@ def test_frontier_holds_all_runs_against_one_reference(command, two, run_folder)
     assert other["points"][0]["kl"] > own["points"][0]["kl"]
 
 
+def test_frontier_draws_held_out_scores_against_kl(command, run_folder, tmp_path):
+    (tmp_path / "scores.json").write_text(json.dumps({str(run_folder): 0.4}))
+    arguments = ("frontier", run_folder, "--best-of", 0, "--scores", tmp_path / "scores.json", "-o", tmp_path / "out")
+    _, document, _ = command(*arguments)
+    assert document["held_out"]["points"][0]["score"] == 0.4
+    assert "rank correlation not known over 1 runs" in (tmp_path / "out" / "frontier.html").read_text()
+
+
 # --- on a real model, against transformers and PEFT alone ------------------------------------------------------------
 
 
