@@ -22,6 +22,7 @@ SourceOption = Annotated[
 ReferenceOption = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Instead of its own: whatever CHECKPOINT may be.")
 ]
+BaseOption = Annotated[str | None, typer.Option(metavar="MODEL", help="The adapter's base, where it moved.")]
 PromptsOption = Annotated[
     str | None, typer.Option(metavar="FILE", help="Prompts to respond to.  [default: those of the run]")
 ]
@@ -133,7 +134,7 @@ def project_command(
         str | None,
         typer.Option("--recipe", "-r", metavar="R.yaml", help="Prompts, sampling, and the rewards to score with."),
     ] = None,
-    reference: ReferenceOption = None,
+    reference: BaseOption = None,
     prompts: PromptsOption = None,
     responses: Annotated[
         int | None, typer.Option(**whole(2), help="Responses to sample at each α, at first.  [default: 256]")
@@ -172,7 +173,7 @@ def merge_command(
     )] = "auto",
     max_kl: Annotated[float | None, typer.Option("--max-kl", **BUDGET, help="Save it only within this KL.")] = None,
     recipe: SourceOption = None,
-    reference: Annotated[str | None, typer.Option(metavar="MODEL", help="The adapter's base, where it moved.")] = None,
+    reference: BaseOption = None,
     prompts: PromptsOption = None,
     responses: Annotated[int | None, typer.Option(**whole(2), help="Responses to sample.  [default: 256]")] = None,
     max_new_tokens: LengthOption = None,

@@ -4,6 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 
 import torch
 
-from kltune.errors import CheckpointError, DataError, KltuneError, RecipeError
+from kltune.errors import CheckpointError, DataError, KltuneError, ModelError, RecipeError
 from kltune.lm.data.chat import read_template, template_of, today
 from kltune.lm.data.documents import SavedModel
 from kltune.lm.data.examples import Example, Prompt, RowRules, counts_line, load_examples, load_prompts
 from kltune.lm.data.rows import Row, looks_like_a_path
+from kltune.lm.measure.server import is_address
 from kltune.lm.measure.transcripts import Transcript, read_transcripts
 from kltune.lm.model.adapters import load_weights, read_adapter_config
 from kltune.lm.model.files import refuse_code
@@ -94,8 +96,11 @@ def find_checkpoint(path: str, options: MeasureOptions) -> Subject:
 
     Raises:
         CheckpointError: there is nothing to load, it is damaged, or a reward model. ModelError: it names code, or
-            pickled weights.
+            pickled weights. RecipeError: it is a server's address, or ``--reference`` is.
     """
+    for named in (str(path), options.reference or ""):
+        if is_address(named):
+            raise RecipeError(f"{named}: a served model has a KL (kltune eval-kl) and no more; give a folder here.")
     folder = resolve_checkpoint(path)
     refuse_code(folder, str(path), trusted=options.trust_remote_code)
     info = read_info(folder, SavedModel) if (folder / "kltune.json").exists() else None
@@ -130,8 +135,12 @@ def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
 def _opened(subject: Subject, options: MeasureOptions) -> Policy:
     if options.reference is None:
         return _over(subject, own_base(subject, options), options)
+    base = _section(subject, options.reference, options)
     if _is_base(subject, options.reference):
-        return _over(subject, _section(subject, options.reference, options), options)
+        return _over(subject, base, options)
+    if subject.info is not None and not _lies_on_another(options.reference):
+        with suppress(CheckpointError, ModelError):     # another model: it is looked at again, as a reference
+            return _over(subject, base, options)        # the base that was recorded, wherever it lies now
     policy = open_alone(subject, options)
     policy.hold(open_reference(policy, subject, options.reference, options))
     return policy
@@ -176,7 +185,7 @@ def _is_base(subject: Subject, path: str) -> bool:
 
     A model, where what the adapter names is not here; or the very folder that it names.
     """
-    if (Path(path) / "adapter_config.json").exists() or (Path(path) / "run.json").exists():
+    if _lies_on_another(path):
         return False
     if not (subject.folder / "adapter_config.json").exists():
         return subject.info is None
@@ -185,6 +194,11 @@ def _is_base(subject: Subject, path: str) -> bool:
     else:
         named = subject.info["reference"]["path"]
     return named is None or not Path(named).exists() or os.path.realpath(named) == os.path.realpath(path)
+
+
+def _lies_on_another(path: str) -> bool:
+    """Whether it is an adapter or a run, rather than a model."""
+    return any((Path(path) / name).exists() for name in ("adapter_config.json", "run.json"))
 
 
 def _same_base(policy: Policy, subject: Subject, other: Subject, options: MeasureOptions) -> bool:

@@ -153,9 +153,10 @@ def eval_served(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[st
                           "other as --reference.")
     served = Server(path if is_address(path) else reference, options.top_logprobs, options.key_env)
     here = reference if is_address(path) else path
-    subject = find_checkpoint(here, options)
-    settings = replace(resolve_settings([subject], options), temperature=1.0)
-    local = open_alone(subject, options)
+    alone = replace(options, reference=None)
+    subject = find_checkpoint(here, alone)
+    settings = replace(resolve_settings([subject], alone), temperature=1.0)
+    local = open_alone(subject, alone)
     served.top = min(served.top, local.network.vocabulary)
     prompts = measured_prompts(local, settings)
     answered = Round.of(prompts, settings.responses, options.seed)

@@ -114,6 +114,21 @@ def test_a_copy_of_the_base_is_the_base_and_another_base_is_loaded_beside(eval_k
         assert f"reference = {other}, frozen" in err
 
 
+def test_a_base_that_was_replaced_is_found_where_reference_says(eval_kl, llama, run_folder, prompts, tmp_path):
+    taken = shutil.copytree(llama, tmp_path / "taken")
+    small_llama(json.loads((llama / "config.json").read_text())["vocab_size"], seed=1).save_pretrained(taken)
+    moved = shutil.copytree(run_folder / "final", tmp_path / "moved")
+    (moved / "manifest.json").unlink()
+    record = (moved / "kltune.json").read_text()
+    (moved / "kltune.json").write_text(record.replace(str(llama), str(taken)))
+    code, _, err = eval_kl(moved, *prompts)
+    assert (code, "not the reference it was trained against" in err) == (5, True)
+    code, document, _ = eval_kl(moved, "--reference", llama, *prompts)
+    assert (code, document["own_reference"]) == (0, True)
+    assert exact(document) == exact(eval_kl(run_folder, *prompts)[1])
+    assert eval_kl(moved, "--reference", taken, *prompts)[0] == 5
+
+
 def test_one_policy_against_several_references_in_one_pass(eval_kl, llama, two, run_folder, prompts, tmp_path):
     singles = [exact(eval_kl(two[0], "--reference", path, *prompts)[1]) for path in (two[1], run_folder)]
     own = exact(eval_kl(two[0], *prompts)[1])

@@ -149,3 +149,14 @@ def test_an_address_that_others_can_listen_to_or_that_is_none_is_refused(eval_kl
 def test_what_a_server_cannot_be_asked_is_refused(eval_kl, llama, prompts, more):
     assert eval_kl("http://127.0.0.1:1/v1#m", "--reference", llama, *prompts, *more)[0] == 2
     assert eval_kl("http://127.0.0.1:1/v1#m", "--reference", "http://127.0.0.1:1/v1#n", *prompts)[0] == 2
+
+
+@pytest.mark.parametrize("command_line", [
+    ("sample", "http://127.0.0.1:1/v1#m", "--prompt", "a"), ("merge", "http://127.0.0.1:1/v1#m", "--output", "out"),
+    ("sample", "ADAPTER", "--reference", "http://127.0.0.1:1/v1#m", "--prompt", "a"),
+    ("project", "http://127.0.0.1:1/v1#m", "--max-kl", 1, "--output", "out"),
+])
+def test_what_needs_weights_does_not_take_a_server(command, adapter, command_line):
+    code, _, err = command(*(adapter if word == "ADAPTER" else word for word in command_line))
+    assert code == 2
+    assert "a served model has a KL" in err
