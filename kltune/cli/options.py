@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -61,7 +62,8 @@ def count_or_file(least: int) -> dict[str, Any]:
     count = number_parser(int, f"a whole number of at least {least}, or a file", lambda n: n >= least)
 
     def parse(text: str) -> int | str:
-        return count(text) if re.fullmatch(r"[-+]?[\d.]*", text) else text
+        named = Path(text).is_file() or re.search(r"\.[a-z]\w*$", text)     # one that is not there is said by its name
+        return text if named else count(text)
 
     return {"metavar": "N|FILE", "parser": parse}
 
