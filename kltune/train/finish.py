@@ -1,6 +1,7 @@
 """How a run ends: the newest state within the cap, landed on its target, saved as ``final`` and measured afresh."""
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from kltune.errors import DivergedError
 from kltune.lm.measure.interpolation import Interpolation
 from kltune.lm.measure.measurement import Measurement, kl_result
 from kltune.lm.model.opening import check_frozen
+from kltune.recipe.sections import KLSection
 from kltune.report.pages import write_page
 from kltune.run.checkpoint import save_final, saved_step, whole_checkpoints
 from kltune.run.files import read_jsonl
-from kltune.run.screen import doing
+from kltune.run.screen import doing, interval, number, with_error
 from kltune.train.evaluation import Metrics, before_and_after, gold_result, teacher_result
 from kltune.train.learner import ALARMS, Job, Learner
 
@@ -113,7 +115,7 @@ def conclude(
         samples: rows for samples.jsonl.
         told: what result.json says besides what it says of every run; its ``kl`` goes into kltune.json as well.
     """
-    final = save_final(job.run.folder, learner.model.save, info=job.about(learner.model, told["kl"]))
+    final = save_with_card(job, learner, told["kl"])
     job.run.record(machine=(job.run.machine or {}) | speed_and_peak(job.run.folder))
     job.report.samples(steps, [{"final": True, **row} for row in samples])
     result = job.run.finish({
@@ -143,6 +145,47 @@ def speed_and_peak(folder: Path) -> dict[str, float | None]:
     return found
 
 
+def save_with_card(job: Job, learner: Learner, kl: dict[str, Any] | None) -> Path:
+    """Save the model as ``final``; its README says how far it is from which reference, and how to measure that."""
+    info = job.about(learner.model, kl)
+
+    def write(folder: Path) -> None:
+        learner.model.save(folder)
+        if kl is not None:
+            with open(folder / "README.md", "a", encoding="utf-8") as file:
+                file.write(model_card(info, getattr(job.recipe, "kl", None)))
+
+    return save_final(job.run.folder, write, info=info)
+
+
+def model_card(info: dict[str, Any], budget: KLSection | None) -> str:
+    """The part of a model's README about its KL. info: as kltune.json has it; budget: what the run was held to."""
+    kl, measure, reference = info["kl"], info["measure"], info["reference"]
+    ends = "no interval, of one prompt" if kl["ci95"] is None else f"95 %: {interval(kl['ci95'])}"
+    held = [f"{name.replace('_', ' ')} {value:g} {budget.unit.replace('_', ' ')}" for name, value in (
+        ("target", budget.target if budget.control == "target" else None), ("hard_cap", budget.hard_cap),
+    ) if value is not None] if budget is not None else []
+    how = "merged" if reference["merge"] else "beside it"
+    sft = "" if reference["sft_adapter"] is None else f" with {reference['sft_adapter']} {how}"
+    command = ["kltune", "eval-kl", "this/folder", "--responses", str(kl["responses"]), "--temperature",
+               f"{measure['temperature']:g}", "--max-new-tokens", str(measure["max_new_tokens"])]
+    if measure["prompts"] is not None:
+        command += ["--prompts", str(measure["prompts"])]
+    if budget is not None and budget.hard_cap is not None:
+        command += ["--max-kl", f"{budget.hard_cap:g}", "--unit", budget.unit]
+    return (
+        "\n## How far it is from its reference\n\n"
+        f"- KL(policy ‖ reference): {with_error(kl['nats_per_response'], kl['stderr'])} nats per response ({ends}), "
+        f"{number(kl['nats_per_token'])} per token, exact over the vocabulary\n"
+        f"- measured on {kl['responses']} responses to {kl['prompts']} prompts of {measure['prompts']}, at temperature "
+        f"{measure['temperature']:g}, cut at {measure['max_new_tokens']} tokens\n"
+        f"- budget: {', '.join(held) or 'none'}\n"
+        f"- reference: {reference['path']}{sft}, {reference['dtype']}; sha256 of its weights {reference['sha256']}, "
+        f"tokenizer {reference['tokenizer_sha256']}, chat template {reference['template_sha256']}\n\n"
+        f"```\n{shlex.join(command)}      # measures it again\n```\n"
+    )
+
+
 def watch_over(job: Job, learner: Learner, step: int, metrics: Mapping[str, float | None]) -> None:
     """Let the alarms hear of an evaluation of the policy after a step; they may end the run."""
     if learner.alarms is None:
@@ -164,7 +207,7 @@ def return_to_peak(job: Job, learner: Learner) -> int:
 def stop(job: Job, learner: Learner, reason: str) -> NoReturn:
     """End a run at its cap: ``final`` is the state gone back to, once it is measured afresh."""
     found = settle(job, learner, learner.budget.last_within.step)
-    save_final(job.run.folder, learner.model.save, info=job.about(learner.model, kl_result(found.measured)))
+    save_with_card(job, learner, kl_result(found.measured))
     write_page(job.run.folder)
     size = "trpo.max_step_kl" if job.recipe.stage == "trpo" else "optim.lr"
     raise DivergedError(

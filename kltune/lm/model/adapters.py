@@ -281,7 +281,7 @@ def _untie(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Merge:
-    """What became of an SFT adapter that was merged.
+    """What became of an adapter that was merged.
 
     survived: share of its update that rounding to the dtype of the weights left; 1 in float32. untied: head and
     embedding were one matrix and are two now. kl: from the base with the adapter on to the merged one, nats per token
@@ -293,18 +293,27 @@ class Merge:
     kl: float | None = None
 
 
-def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, Merge]:
-    """Add an SFT adapter into the weights of its base; the result is the reference from then on.
+def merge_adapter(
+    model: nn.Module, folder: Path, *, where: str = "model.sft_adapter", whole: bool = False,
+    rounded: torch.dtype | None = None,
+) -> tuple[nn.Module, Merge]:
+    """Add an adapter into the weights of its base: an SFT adapter, and the result is the reference from then on.
 
     Done once, before anything is frozen or hashed, a layer at a time: in float32, and rounded to the layer's dtype. In
     bfloat16 small updates are partly lost to that rounding, so what survived is measured: as a projection on what was
     asked for, and as a KL.
 
+    Args:
+        model, folder: the base and its adapter.
+        where: who asks, for errors.
+        whole: take also an adapter that trained parts of the base.
+        rounded: what the result is rounded to in the end, if not as its layers are.
+
     Raises:
         ModelError: it changes the base in other ways, does not fit it one to one, changes nothing, or changes more
             merged than on its base.
     """
-    weights = load_compatible(folder, model)
+    weights = load_weights(folder) if whole else load_compatible(folder, model)
     adapted = wrap(model, config_to_fill(folder), str(folder)).eval()
     fill(adapted, weights, folder)
     del weights
@@ -312,7 +321,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, Merge]:
     narrow = next(model.parameters()).dtype not in (torch.float32, torch.float64)
     layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
     updates: list[tuple[float, float]] = []
-    with torch.no_grad(), reading(folder, "model.sft_adapter", failed="cannot be merged into its base"):
+    with torch.no_grad(), reading(folder, where, failed="cannot be merged into its base"):
         ids = probe_ids(model, adapted.peft_config[POLICY])
         wanted, unread = _logits_and_unread(adapted, ids, layers)
         kl, said = None, _spoken(adapted) if narrow else None
@@ -320,7 +329,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, Merge]:
         if narrow:
             _expect_own_matrices(layers, folder)
         for layer in layers:
-            layer.merge = partial(_merge_wide, layer, layer.merge, updates)
+            layer.merge = partial(_merge_wide, layer, layer.merge, updates, rounded)
         for layer in unread:    # what the model reads past the adapter must not change with it, by a single bit
             layer.merge()
         if unread:
@@ -329,7 +338,8 @@ def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, Merge]:
         _expect_same(merged(input_ids=ids, use_cache=False).logits, wanted, folder)
         if said is not None:
             kl = kl_exact(spoken, merged(input_ids=said, use_cache=False).logits, 1.0).mean().item()
-    asked, arrived = map(sum, zip(*updates, strict=True))
+    # None of an adapter that is made of parts of the base alone.
+    asked, arrived = map(sum, zip(*updates, strict=True)) if updates else (1.0, 1.0)
     if asked == 0.0:
         raise ModelError(f"{folder}: this adapter changes nothing (every merged update is 0); is it the trained one?")
     return merged, Merge(arrived / asked, untied, kl)
@@ -372,7 +382,10 @@ def keep_adapter(model: nn.Module, folder: Path) -> nn.Module:
     return adapted.unload()
 
 
-def _merge_wide(layer: BaseTunerLayer, merge: Callable, updates: list[tuple[float, float]], *args, **kwargs) -> None:
+def _merge_wide(
+    layer: BaseTunerLayer, merge: Callable, updates: list[tuple[float, float]], rounded: torch.dtype | None, *args,
+    **kwargs,
+) -> None:
     """Merge one layer in float32 and round it; put |asked|² and asked · arrived of its update to the others."""
     before = {name: tensor.data for name, tensor in layer.get_base_layer().named_parameters()}
     for tensor in layer.get_base_layer().parameters():
@@ -381,8 +394,8 @@ def _merge_wide(layer: BaseTunerLayer, merge: Callable, updates: list[tuple[floa
     for name, tensor in layer.get_base_layer().named_parameters():
         old, new = before[name], tensor.data
         tensor.data = new.to(old.dtype)
-        asked = new - old
-        updates.append((asked.square().sum().item(), ((tensor.data - old.to(new.dtype)) * asked).sum().item()))
+        asked, arrived = new - old, tensor.data if rounded is None else new.to(rounded)
+        updates.append((asked.square().sum().item(), ((arrived - old.to(new.dtype)) * asked).sum().item()))
 
 
 def _logits_and_unread(

@@ -11,7 +11,7 @@ distribution another one than the distribution that is measured.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -76,17 +76,37 @@ def sample_rollout(
     """
     with policy.reference() if from_reference else nullcontext():
         samples = sample(policy, prompts, uniforms, temperature=temperature)
+    rollout = measured_rollout(
+        policy, samples, temperature, exact=exact, from_reference=from_reference, by_token=by_token
+    )
     mask = samples.response_mask
+    check_sampler(samples, rollout.logprobs, mask, policy.dtype)
+    # The sampler saw the tokens one at a time in other batches: in a narrow dtype as another policy would.
+    return replace(rollout, rounding=kl_k3(samples.logprobs, rollout.logprobs, mask))
+
+
+def measured_rollout(
+    policy: Policy, samples: Samples, temperature: float, *, exact: bool = True, from_reference: bool = False,
+    by_token: bool = False,
+) -> Rollout:
+    """Responses that are there, measured by teacher forcing; arguments as ``sample_rollout``.
+
+    samples: of a ``Rollout``, all that was measured of it is measured anew.
+
+    Raises:
+        DivergedError: a log-probability or KL is not finite.
+    """
     sums = VocabularySums.zero(policy.network.vocabulary) if by_token else None
     measured = policy.measure(samples.ids, samples.scored, temperature, exact=exact, swap=from_reference, sums=sums)
     flat = measured._asdict()
     for name, values in flat.items():
         if values is not None and not torch.isfinite(values).all():
             raise DivergedError(f"{name} of sampled tokens is not finite; lower optim.lr or raise kl.beta.")
-    tensors = {name: None if values is None else response_scatter(values, mask) for name, values in flat.items()}
-    check_sampler(samples, tensors["logprobs"], mask, policy.dtype)
-    # The sampler saw the tokens one at a time in other batches: in a narrow dtype as another policy would.
-    return Rollout(**(vars(samples) | tensors), sums=sums, rounding=kl_k3(samples.logprobs, tensors["logprobs"], mask))
+    tensors = {
+        name: None if values is None else response_scatter(values, samples.response_mask)
+        for name, values in flat.items()
+    }
+    return Rollout(**(vars(samples) | tensors | {"sums": sums}))
 
 
 def check_sampler(samples: Samples, logprobs: Tensor, counted: Tensor, dtype: torch.dtype) -> None:
@@ -137,7 +157,7 @@ def sample(
             drawn, seen = _decode(policy, part, uniforms[rows].to(policy.device), temperature, cut)
             tokens += drawn
             logprobs += seen
-    return _assemble(policy, prompts, tokens, logprobs, limit=uniforms.shape[1])
+    return assemble(policy, prompts, tokens, logprobs, limit=uniforms.shape[1])
 
 
 def _decode(
@@ -207,13 +227,14 @@ def _draw_part(logits: Tensor, uniforms: Tensor, temperature: float, cut: Cut | 
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
 
 
-def _assemble(
+def assemble(
     policy: Policy,
     prompts: Sequence[Prompt],
     tokens: list[list[int]],
     logprobs: list[list[float]],
     limit: int,
 ) -> Samples:
+    """Responses as ``Samples``, from the tokens and log-probabilities of each; ``limit``: of their lengths."""
     owner = [row * len(prompts) // len(tokens) for row in range(len(tokens))]
     asked = [list(prompts[index].ids) for index in owner]
     both = list(zip(asked, tokens, strict=True))
