@@ -61,7 +61,7 @@ def sweep_command(
     unlike = {named_files(point.recipe): point.recipe for point in points}
     for one in unlike.values():
         look_before_running(one)
-    from kltune.stages.sweep import SweepOptions, sweep, sweep_text
+    from kltune.stages.sweeps.sweep import SweepOptions, sweep, sweep_text
 
     document, code = sweep(axes, points, SweepOptions(recipe, output, tuple(overrides or ()), jobs, trust_remote_code))
     emit_document(document, as_json, sweep_text)
@@ -127,7 +127,7 @@ def frontier_command(
         load_recipe(recipe)
     scorer = None if gold is None else read_scorer(gold)
     from kltune.report.frontier.page import frontier_text
-    from kltune.stages.frontier import FrontierOptions, frontier
+    from kltune.stages.sweeps.frontier import FrontierOptions, frontier
 
     document = frontier(runs, FrontierOptions(
         gold=scorer, output=output, budget=budget, at=tuple(at or ()), best_of=best_of, responses=responses,

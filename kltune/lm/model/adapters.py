@@ -44,6 +44,10 @@ WANT_OTHERS = ("XLORA", "SHADOW")
 OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")    # as PEFT calls them
 PATTERN_SECONDS = 2
 SAID_ROWS, SAID_TOKENS = 8, 16      # on which a merged adapter is held against the same one unmerged
+ANOTHER_MODEL = (
+    "{}: merged into its base, this adapter gives another model than on it: {}. Layers that share a matrix would take "
+    "its update twice; leave them out of lora.targets."
+)
 ROUNDED = 0.1           # of the mean logit that merging in a narrow dtype may move logits by
 PROBED = 16             # tokens on which a model is tried when it is opened
 SwitchState = list[tuple[bool, list[str]]]  # by layer: whether adapters are off, and which is on otherwise
@@ -383,14 +387,13 @@ def keep_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def _merge_wide(
-    layer: BaseTunerLayer, merge: Callable, updates: list[tuple[float, float]], rounded: torch.dtype | None, *args,
-    **kwargs,
+    layer: BaseTunerLayer, merge: Callable, updates: list[tuple[float, float]], rounded: torch.dtype | None, **how
 ) -> None:
     """Merge one layer in float32 and round it; put |asked|² and asked · arrived of its update to the others."""
     before = {name: tensor.data for name, tensor in layer.get_base_layer().named_parameters()}
     for tensor in layer.get_base_layer().parameters():
         tensor.data = at_least_float32(tensor.data).clone()
-    merge(*args, **kwargs)
+    merge(**how)
     for name, tensor in layer.get_base_layer().named_parameters():
         old, new = before[name], tensor.data
         tensor.data = new.to(old.dtype)
@@ -398,9 +401,7 @@ def _merge_wide(
         updates.append((asked.square().sum().item(), ((arrived - old.to(new.dtype)) * asked).sum().item()))
 
 
-def _logits_and_unread(
-    adapted: PeftModel, ids: Tensor, layers: Sequence[BaseTunerLayer]
-) -> tuple[Tensor, list[BaseTunerLayer]]:
+def _logits_and_unread(adapted: PeftModel, ids: Tensor, layers: Sequence[BaseTunerLayer]) -> tuple[Tensor, list]:
     """Logits on some tokens, and the layers that were not called for them."""
     called: set[nn.Module] = set()
     hooks = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in layers]
@@ -416,7 +417,7 @@ def _expect_same(found: Tensor, wanted: Tensor, folder: Path, exactly: bool = Fa
     # In a narrow dtype, through many layers, the largest may be far off.
     near = close(found, wanted) if found.dtype == torch.float32 else gap.mean() <= ROUNDED * size.mean()
     if not (torch.equal(found, wanted) if exactly else near):
-        raise _another_model(folder, f"a logit differs by {gap.max().item():.3g}")
+        raise ModelError(ANOTHER_MODEL.format(folder, f"a logit differs by {gap.max().item():.3g}"))
 
 
 def _expect_own_matrices(layers: Sequence[BaseTunerLayer], folder: Path) -> None:
@@ -424,14 +425,7 @@ def _expect_own_matrices(layers: Sequence[BaseTunerLayer], folder: Path) -> None
     bases = {id(base): base for base in (layer.get_base_layer() for layer in layers)}
     weights = [tensor.data_ptr() for base in bases.values() for tensor in base.parameters()]
     if len(set(weights)) < len(weights):
-        raise _another_model(folder, "two of its layers have one weight")
-
-
-def _another_model(folder: Path, found: str) -> ModelError:
-    return ModelError(
-        f"{folder}: merged into its base, this adapter gives another model than on it: {found}. Layers that share a "
-        "matrix would take its update twice; leave them out of lora.targets."
-    )
+        raise ModelError(ANOTHER_MODEL.format(folder, "two of its layers have one weight"))
 
 
 def _spoken(adapted: PeftModel) -> Tensor:

@@ -15,12 +15,12 @@ from kltune.errors import DivergedError
 from kltune.lm.measure.interpolation import Interpolation
 from kltune.lm.measure.measurement import Measurement, kl_result
 from kltune.lm.model.opening import check_frozen
-from kltune.recipe.sections import KLSection
+from kltune.recipe.sections.methods import KLSection
 from kltune.report.pages import write_page
 from kltune.run.checkpoint import save_final, saved_step, whole_checkpoints
 from kltune.run.files import read_jsonl
 from kltune.run.screen import doing, interval, number, with_error
-from kltune.train.evaluation import Metrics, before_and_after, gold_result, teacher_result
+from kltune.train.evaluation.held_out import Metrics, before_and_after, gold_result, teacher_result
 from kltune.train.learner import ALARMS, Job, Learner
 
 MORE_RESPONSES = 4  # times as many, where the first measurement of a final state leaves it open, and in a landing
