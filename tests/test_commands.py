@@ -94,7 +94,7 @@ def lived_in(tmp_path_factory, fresh) -> Path:
     place = shutil.copytree(fresh, tmp_path_factory.mktemp("typed") / "place")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr("kltune.train.finish.write_page", lambda folder: None)
+        patch.setattr("kltune.train.evaluation.finish.write_page", lambda folder: None)
         patch.setattr(subprocesses.subprocess, "Popen", Forked)
         shutil.copy("first.yaml", "R.yaml")
         for folder in ("kltune-demo", "rlhf"):

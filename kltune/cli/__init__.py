@@ -18,7 +18,7 @@ from kltune import __version__
 from kltune.cli.doctor import doctor_command
 from kltune.cli.explain import explain_command
 from kltune.cli.init import init_command
-from kltune.cli.measure import eval_kl_command, project_command
+from kltune.cli.measure import eval_kl_command, merge_command, project_command
 from kltune.cli.options import (
     Command,
     DryRunOption,
@@ -64,6 +64,7 @@ SHORT = {       # of a list that is 80 columns wide
     "distill": "Imitate a teacher on own responses, the KL held to a target.",
     "eval-kl": "How far checkpoints are from their reference; a gate for CI.",
     "project": "Scale an adapter back to a KL budget.",
+    "merge": "Make an adapter and its base one model.",
     "sweep": "Run one recipe over a grid of settings.",
     "frontier": "Show reward against KL, and which setting to pick.",
     "sample": "Ask a checkpoint and its reference the same prompts.",
@@ -127,8 +128,8 @@ for name, does in {
 }.items():
     add_stage(name, does)
 for name, command in {
-    "eval-kl": eval_kl_command, "project": project_command, "sweep": sweep_command, "frontier": frontier_command,
-    "sample": sample_command, "compare": compare_command,
+    "eval-kl": eval_kl_command, "project": project_command, "merge": merge_command, "sweep": sweep_command,
+    "frontier": frontier_command, "sample": sample_command, "compare": compare_command,
     "explain": explain_command, "init": init_command, "doctor": doctor_command,
 }.items():
     app.command(name, short_help=SHORT[name], cls=Command)(command)

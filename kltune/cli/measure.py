@@ -1,4 +1,4 @@
-"""``kltune eval-kl`` and ``kltune project``: measure checkpoints, and scale one back to a budget."""
+"""``kltune eval-kl``, ``project`` and ``merge``: measure checkpoints, scale one back to a budget, make one a model."""
 
 import sys
 from functools import partial
@@ -13,6 +13,7 @@ from kltune.cli.options import (
     JSONOption,
     ProcessesOption,
     TrustOption,
+    count_or_file,
     in_processes,
     one_of,
     real,
@@ -30,7 +31,10 @@ from kltune.run.subprocesses import is_extra_process
 SourceOption = Annotated[
     str | None, typer.Option("--recipe", "-r", metavar="R.yaml", help="Where prompts and sampling come from.")
 ]
-ReferenceOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Instead of the recorded reference.")]
+ReferenceOption = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Instead of its own: whatever CHECKPOINT may be.")
+]
+BaseOption = Annotated[str | None, typer.Option(metavar="MODEL", help="The adapter's base, where it moved.")]
 PromptsOption = Annotated[
     str | None, typer.Option(metavar="FILE", help="Prompts to respond to.  [default: those of the run]")
 ]
@@ -53,12 +57,17 @@ DateOption = Annotated[
 
 def eval_kl_command(
     context: typer.Context,
-    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Runs, checkpoints or adapters.")],
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="Runs, checkpoints, adapters, models; or URL#MODEL.")
+    ],
     recipe: SourceOption = None,
     reference: ReferenceOption = None,
+    against: Annotated[
+        list[str] | None, typer.Option("--against", metavar="MODEL", help="A further reference; may be repeated.")
+    ] = None,
     prompts: PromptsOption = None,
     responses: Annotated[
-        int | None, typer.Option(**whole(2), help="Responses to sample.  [default: 256]")
+        str | None, typer.Option(**count_or_file(2), help="Responses to sample, or recorded ones.  [default: 256]")
     ] = None,
     max_new_tokens: LengthOption = None,
     temperature: TemperatureOption = None,
@@ -84,6 +93,10 @@ def eval_kl_command(
     date: DateOption = None,
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
+    top_logprobs: Annotated[int, typer.Option(**whole(1), help="Log-probs to ask a server for, at each token.")] = 20,
+    key_env: Annotated[
+        str | None, typer.Option("--key-env", metavar="NAME", help="Environment variable with a server's key.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="One line for a checkpoint: verdict and KL.")] = False,
     processes: ProcessesOption = None,
     trust_remote_code: TrustOption = False,
@@ -101,11 +114,13 @@ def eval_kl_command(
         in_processes(context, processes)
         from kltune.stages.eval_kl import EvalKLOptions, eval_kl
 
+        count, transcripts = (None, responses) if isinstance(responses, str) else (responses, None)
         options = EvalKLOptions(
-            recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
+            recipe=recipe, reference=reference, prompts=prompts, responses=count, max_new_tokens=max_new_tokens,
             temperature=temperature, seed=seed, max_kl=max_kl, unit=unit, confidence=confidence, direction=direction,
             texts=texts, top=top, show=show, auto=auto, max_responses=max_responses, top_p=top_p, top_k=top_k,
-            trust_remote_code=trust_remote_code, date=date, device=device, dtype=dtype,
+            trust_remote_code=trust_remote_code, date=date, device=device, dtype=dtype, against=tuple(against or ()),
+            top_logprobs=top_logprobs, key_env=key_env, transcripts=transcripts,
         )
         document, code = eval_kl(checkpoints, options)
         if is_extra_process():
@@ -139,7 +154,7 @@ def project_command(
         str | None,
         typer.Option("--recipe", "-r", metavar="R.yaml", help="Prompts, sampling, and the rewards to score with."),
     ] = None,
-    reference: ReferenceOption = None,
+    reference: BaseOption = None,
     prompts: PromptsOption = None,
     responses: Annotated[
         int | None, typer.Option(**whole(2), help="Responses to sample at each α, at first.  [default: 256]")
@@ -173,3 +188,42 @@ def project_command(
         dtype=dtype,
     )
     emit_document(project(checkpoint, options), as_json, project_text)
+
+
+def merge_command(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A run, checkpoint or adapter.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder for the model.")],
+    dtype: Annotated[str, typer.Option(
+        **one_of("auto", "float32", "bfloat16", "float16"), help="Of its weights; auto: as the base's files.",
+    )] = "auto",
+    max_kl: Annotated[float | None, typer.Option("--max-kl", **BUDGET, help="Save it only within this KL.")] = None,
+    recipe: SourceOption = None,
+    reference: BaseOption = None,
+    prompts: PromptsOption = None,
+    responses: Annotated[int | None, typer.Option(**whole(2), help="Responses to sample.  [default: 256]")] = None,
+    max_new_tokens: LengthOption = None,
+    temperature: TemperatureOption = None,
+    seed: SeedOption = 0,
+    unit: UnitOption = "nats_per_response",
+    confidence: ConfidenceOption = 0.95,
+    date: DateOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JSONOption = False,
+) -> None:
+    """Add an adapter into its base's weights: a model for plain transformers, with its own KL to the unmerged policy.
+
+    Exit code 3 or 4: not shown to be within --max-kl, and not saved.
+
+    kltune merge runs/ppo --output release --dtype bfloat16 --max-kl 0.05
+    """
+    if recipe is not None:
+        load_recipe(recipe)
+    from kltune.stages.merge import MergeOptions, merge, merge_text
+
+    document, code = merge(checkpoint, MergeOptions(
+        recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
+        temperature=temperature, seed=seed, max_kl=max_kl, unit=unit, confidence=confidence, output=output,
+        dtype=dtype, trust_remote_code=trust_remote_code, date=date,
+    ))
+    emit_document(document, as_json, merge_text)
+    raise typer.Exit(code)

@@ -4,6 +4,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -75,6 +76,17 @@ def number_parser(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Call
 
     parse.__name__ = kind.__name__      # what typer calls the type
     return parse
+
+
+def count_or_file(least: int) -> dict[str, Any]:
+    """Arguments of an option that takes a whole number, or a file."""
+    count = number_parser(int, f"a whole number of at least {least}, or a file", lambda n: n >= least)
+
+    def parse(text: str) -> int | str:
+        named = Path(text).is_file() or re.search(r"\.[a-z]\w*$", text)     # one that is not there is said by its name
+        return text if named else count(text)
+
+    return {"metavar": "N|FILE", "parser": parse}
 
 
 def one_of(*names: str) -> dict[str, Any]:

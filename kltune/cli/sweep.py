@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kltune.cli.measure import ReferenceOption
 from kltune.cli.options import (
     DeviceOption,
     DTypeOption,
@@ -60,7 +61,7 @@ def sweep_command(
     unlike = {named_files(point.recipe): point.recipe for point in points}
     for one in unlike.values():
         look_before_running(one)
-    from kltune.stages.sweep import SweepOptions, sweep, sweep_text
+    from kltune.stages.sweeps.sweep import SweepOptions, sweep, sweep_text
 
     document, code = sweep(axes, points, SweepOptions(recipe, output, tuple(overrides or ()), jobs, trust_remote_code))
     emit_document(document, as_json, sweep_text)
@@ -102,6 +103,11 @@ def frontier_command(
         str | None,
         typer.Option("--recipe", "-r", metavar="R.yaml", help="Measure afresh, with its prompts and rewards."),
     ] = None,
+    reference: ReferenceOption = None,
+    scores: Annotated[
+        list[str] | None,
+        typer.Option("--scores", metavar="FILE", help="Results of lm-evaluation-harness or inspect; may be repeated."),
+    ] = None,
     seed: Annotated[int, typer.Option(**whole(), help="Same seed, same machine: same numbers.")] = 0,
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
@@ -109,8 +115,8 @@ def frontier_command(
 ) -> None:
     """Show reward against KL: runs, sweeps and alpha curves, beside best of n and the law of over-optimisation.
 
-    All runs must share one reference. Seeds of one setting are one point. Each run's own final measurement is used,
-    unless --gold, --recipe or --responses ask for a fresh one.
+    All runs must share one reference, or be measured against --reference. Seeds of one setting are one point. Each
+    run's own final measurement is used, unless --gold, --recipe, --responses or --reference ask for a fresh one.
 
     \b
     kltune frontier sweeps/target --budget 4 -o frontier
@@ -121,10 +127,10 @@ def frontier_command(
         load_recipe(recipe)
     scorer = None if gold is None else read_scorer(gold)
     from kltune.report.frontier.page import frontier_text
-    from kltune.stages.frontier import FrontierOptions, frontier
+    from kltune.stages.sweeps.frontier import FrontierOptions, frontier
 
     document = frontier(runs, FrontierOptions(
         gold=scorer, output=output, budget=budget, at=tuple(at or ()), best_of=best_of, responses=responses,
-        recipe=recipe, seed=seed, device=device, dtype=dtype,
+        recipe=recipe, reference=reference, scores=tuple(scores or ()), seed=seed, device=device, dtype=dtype,
     ))
     emit_document(document, as_json, frontier_text)

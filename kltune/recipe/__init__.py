@@ -24,17 +24,14 @@ from kltune.recipe.rewards import (
     RewardEntry,
     asks_for_pairs,
 )
-from kltune.recipe.sections import (
+from kltune.recipe.sections.methods import DPOSection, KLSection, PPOSection, TRPOSection
+from kltune.recipe.sections.shared import (
     DataSection,
-    DPOSection,
-    KLSection,
     LoraSection,
     ModelSection,
     OptimSection,
-    PPOSection,
     RunSection,
     SamplingSection,
-    TRPOSection,
 )
 from kltune.recipe.stages import (
     REFERENCE,

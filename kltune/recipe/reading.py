@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from kltune.errors import RecipeError
-from kltune.recipe.checks import FUNCTION, MADE, absolute, clashes, path_values, responses_per_step
+from kltune.recipe.checks import FUNCTION, MADE, absolute, clashes, path_values
 from kltune.recipe.faults import Fault, Place, RecipeFaults
+from kltune.recipe.method_checks import responses_per_step
 from kltune.recipe.rewards import FunctionReward, JudgeReward, ModelReward, RewardEntry, address
 from kltune.recipe.stages import STAGES, Recipe, recipe_digest
 from kltune.recipe.wording import (

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from kltune.recipe.faults import Clash
-from kltune.recipe.fields import Count, Lines, NotNegative, Positive, Section, Text, is_changed
+from kltune.recipe.sections.fields import Count, Lines, NotNegative, Positive, Section, Text, is_changed
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 NO_SCORES = "a preference between two responses is no score: write mode: score"

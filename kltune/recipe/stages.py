@@ -8,23 +8,25 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr
 
 from kltune.recipe.faults import Place
-from kltune.recipe.fields import Count, Lines, NotNegative, Section, Text
 from kltune.recipe.rewards import RewardList
-from kltune.recipe.sections import (
+from kltune.recipe.sections.fields import Count, Lines, NotNegative, Section, Text
+from kltune.recipe.sections.methods import (
     BradleyTerrySection,
-    DataSection,
     DPOKLSection,
     DPOSection,
-    EvalSection,
     KLSection,
+    PPOSection,
+    TRPOKLSection,
+    TRPOSection,
+)
+from kltune.recipe.sections.shared import (
+    DataSection,
+    EvalSection,
     LoraSection,
     ModelSection,
     OptimSection,
-    PPOSection,
     RunSection,
     SamplingSection,
-    TRPOKLSection,
-    TRPOSection,
 )
 from kltune.recipe.yaml_tree import Node
 

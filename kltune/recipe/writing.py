@@ -15,8 +15,8 @@ from pydantic import Field, TypeAdapter
 
 from kltune.errors import RecipeError, StorageError
 from kltune.recipe.checks import SOURCES, UNREAD, by_dotted_key, path_values
-from kltune.recipe.fields import Section
 from kltune.recipe.reading import find_recipe, load_recipe
+from kltune.recipe.sections.fields import Section
 from kltune.recipe.stages import (
     STAGES,
     DistillRecipe,

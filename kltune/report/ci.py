@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kltune.recipe.faults import printable, redact, visible
-from kltune.report.text import verdict_and_kl, verdict_line
+from kltune.report.text import headline, measured_pairs, pair_name, verdict_and_kl, verdict_line
 from kltune.run.files import storing, write_whole
 from kltune.run.screen import interval, with_error
 
@@ -18,11 +18,14 @@ ANNOTATION_LEVELS = {"pass": "notice", "fail": "error", "inconclusive": "warning
 def write_junit(path: Path, document: dict[str, Any]) -> None:
     """Write one test case per checkpoint: passed, or failed where the gate did not pass."""
     cases = []
-    for one in document.get("checkpoints", [document]):
-        case = ET.Element("testcase", classname="kltune.eval-kl", name=visible(one["checkpoint"]))
-        gate, exact, properties = one["gate"], one["kl"]["exact"], ET.SubElement(case, "properties")
+    for one in measured_pairs(document):
+        case = ET.Element("testcase", classname="kltune.eval-kl", name=visible(pair_name(one)))
+        gate, exact, properties = one["gate"], headline(one), ET.SubElement(case, "properties")
         for name in ("nats_per_response", "stderr", "nats_per_token"):
             ET.SubElement(properties, "property", name=name, value=str(exact[name]))
+        for name in ("path", "sha256"):
+            value = visible(str(one.get("reference", {}).get(name)))
+            ET.SubElement(properties, "property", name=f"reference.{name}", value=value)
         for warning in one.get("warnings", ()):
             ET.SubElement(properties, "property", name="warning", value=visible(warning))
         if gate is not None and gate["verdict"] != "pass":
@@ -52,7 +55,7 @@ def annotations(document: dict[str, Any]) -> list[str]:
     """GitHub workflow commands, one per checkpoint that was held against a budget."""
     return [
         f"::{ANNOTATION_LEVELS[one['gate']['verdict']]} title=kltune eval-kl::{escaped(verdict_and_kl(one))}"
-        for one in document.get("checkpoints", [document])
+        for one in measured_pairs(document)
         if one["gate"] is not None
     ]
 
@@ -68,10 +71,10 @@ def write_step_summary(document: dict[str, Any]) -> None:
         "| checkpoint | KL(policy‖reference), nats per response | interval | responses | verdict |",
         "|---|---|---|---|---|",
     ]
-    for one in document.get("checkpoints", [document]):
-        exact, gate = one["kl"]["exact"], one["gate"]
+    for one in measured_pairs(document):
+        exact, gate = headline(one), one["gate"]
         cells = (
-            one["checkpoint"], with_error(exact["nats_per_response"], exact["stderr"]), interval(exact["ci"]),
+            pair_name(one), with_error(exact["nats_per_response"], exact["stderr"]), interval(exact["ci"]),
             str(one["responses"]), "" if gate is None else verdict_line(gate),
         )
         told = (html.escape(printable(redact(cell)), quote=False).replace("|", "\\|") for cell in cells)

@@ -31,14 +31,17 @@ def eval_kl_text(document: dict[str, Any], *, colour: bool = False) -> str:
         texts = [eval_kl_text(one, colour=colour) for one in document["checkpoints"]]
         return "\n\n".join([*texts, "\n".join(_differences(document["differences"]))])
     lines = [] if document["gate"] is None else [verdict_line(document["gate"])]
+    if "server" in document:
+        return "\n".join([*lines, *_served(document)])
     lines += [*_estimates(document), *_checks_and_spread(document), *_where_the_kl_is(document, colour)]
     return "\n".join([*lines, *(f"  warning: {visible(warning)}" for warning in document.get("warnings", ()))])
 
 
 def _estimates(document: dict[str, Any]) -> Iterator[str]:
     dtype = f" · {document['dtype']}" if "dtype" in document else ""
+    other = "" if document.get("own_reference", True) else f" · reference {visible(document['reference']['path'])}"
     yield (
-        f"{document['direction']} · {visible(document['checkpoint'])} · {document['responses']} responses to "
+        f"{document['direction']} · {visible(document['checkpoint'])}{other} · {document['responses']} responses to "
         f"{document['prompts']} prompts · temperature {document['temperature']:g} · "
         f"at most {document['max_new_tokens']} tokens{dtype}"
     )
@@ -57,6 +60,29 @@ def _estimates(document: dict[str, Any]) -> Iterator[str]:
             for unit, error in (("response", "stderr"), ("token", "token_stderr"))
         )
         yield f"  {name:<{width}}{per_response:<26}{per_token}"
+
+
+def _served(document: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"{document['direction']} · {visible(pair_name(document))} · {document['responses']} responses to "
+        f"{document['prompts']} prompts · temperature 1 · at most {document['max_new_tokens']} tokens"
+    )
+    server, topk, k1 = document["server"], document["kl"]["topk"], document["kl"]["k1"]
+    ends = "" if topk["ci"] is None else f", {interval(topk['ci'])} at {document['confidence']:.0%}"
+    kl, sampled = (with_error(one["nats_per_response"], one["stderr"]) for one in (topk, k1))
+    yield (
+        f"  {kl} nats per response{ends}: the {server['top_logprobs']} likeliest tokens summed "
+        f"({server['mass']:.1%} of the probability), the others sampled"
+    )
+    yield f"  k1 {sampled}; agrees to {document['agreement_z']:+.1f} standard errors"
+    yield f"  the responses are a sample of their log-probs to {document['surprise_z']:+.1f} standard errors"
+    for warning in document["warnings"]:
+        yield f"  warning: {visible(warning)}"
+
+
+def headline(document: dict[str, Any]) -> dict[str, Any]:
+    """The figures that a verdict is about: exact, or of a served model those from top-k log-probs."""
+    return document["kl"].get("exact") or document["kl"]["topk"]
 
 
 def _checks_and_spread(document: dict[str, Any]) -> Iterator[str]:
@@ -95,7 +121,14 @@ def _checks_and_spread(document: dict[str, Any]) -> Iterator[str]:
             f"on {tax['documents']} held-out texts"
         )
     if exact["nats_per_response"] == 0.0:
-        yield "  this checkpoint equals its reference: nothing in it was trained, or nothing of it was loaded"
+        why = ": nothing in it was trained, or nothing of it was loaded" if document.get("own_reference", True) else ""
+        yield f"  this checkpoint equals its reference{why}"
+    for row in document.get("against", ()):
+        kl = row["kl"]["exact"]
+        ends = "" if kl["ci"] is None else f", {interval(kl['ci'])}"
+        gate = "" if row["gate"] is None else f"; {verdict_line(row['gate'])}"
+        measured = with_error(kl["nats_per_response"], kl["stderr"])
+        yield f"  against {visible(row['reference']['path'])}: {measured} nats per response{ends}{gate}"
 
 
 def _where_the_kl_is(document: dict[str, Any], colour: bool) -> Iterator[str]:
@@ -137,16 +170,31 @@ def _differences(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def eval_kl_lines(document: dict[str, Any]) -> str:
     """The document of ``eval-kl`` in a line for each checkpoint: the gate's verdict, if there is one, and the KL."""
-    return "\n".join(verdict_and_kl(one) for one in document.get("checkpoints", [document]))
+    return "\n".join(verdict_and_kl(one) for one in measured_pairs(document))
+
+
+def measured_pairs(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each checkpoint of a document with each of its references, as the document of that pair alone."""
+    checkpoints = document.get("checkpoints", [document])
+    return [
+        one | {"own_reference": False} | part if number else one
+        for one in checkpoints for number, part in enumerate((one, *one.get("against", ())))
+    ]
 
 
 def verdict_and_kl(document: dict[str, Any]) -> str:
     """One checkpoint's verdict, if there is one, its KL and its warnings in a line."""
-    exact = document["kl"]["exact"]
+    exact = headline(document)
     kl = f"KL {with_error(exact['nats_per_response'], exact['stderr'])} nats per response"
     verdict = [] if document["gate"] is None else [verdict_line(document["gate"])]
     warnings = [f"warning: {warning}" for warning in document.get("warnings", ())]
-    return f"{visible(document['checkpoint'])}: {'; '.join([*verdict, kl, *warnings])}"
+    return f"{visible(pair_name(document))}: {'; '.join([*verdict, kl, *warnings])}"
+
+
+def pair_name(document: dict[str, Any]) -> str:
+    """A checkpoint, and what it is held against where that is not its own reference."""
+    own = document.get("own_reference", True)
+    return document["checkpoint"] + ("" if own else f" against {document['reference']['path']}")
 
 
 def verdict_line(gate: dict[str, Any]) -> str:
@@ -212,7 +260,7 @@ def sample_heading(document: dict[str, Any], *, colour: bool = False) -> str:
     """What was asked how, and how to read it."""
     marked = "coloured by it" if colour else f"of {MARKED:g} or more marked"
     return (
-        f"{visible(document['checkpoint'])} · temperature {document['temperature']:g} · at most "
+        f"{visible(pair_name(document))} · temperature {document['temperature']:g} · at most "
         f"{document['max_new_tokens']} tokens · seed {document['seed']} · the same random numbers for both\n"
         f"KL in nats: of the policy to the reference on its words, and the other way round; tokens {marked}"
     )

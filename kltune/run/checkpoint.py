@@ -200,7 +200,9 @@ def _folder_of(path: str | Path) -> Path:
 
 
 def _proven(folder: Path, path: str | Path) -> Path:
-    """The folder, which ``path`` means, if it can be loaded."""
+    """The folder, or the file of a quantised model, which ``path`` means, if it can be loaded."""
+    if folder.suffix == ".gguf" and folder.is_file():
+        return folder
     if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
         raise CheckpointError(
             f"{path} holds no checkpoint: wanted a run folder, a checkpoint, a PEFT adapter or a model "

@@ -1,28 +1,37 @@
 """What ``eval-kl``, ``project`` and ``sample`` measure: a checkpoint over its reference, and how it is measured."""
 
+import math
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from kltune.errors import CheckpointError, DataError, KltuneError, RecipeError
+import torch
+
+from kltune.errors import CheckpointError, DataError, KltuneError, ModelError, RecipeError
 from kltune.lm.data.chat import read_template, template_of, today
 from kltune.lm.data.documents import SavedModel
 from kltune.lm.data.examples import Example, Prompt, RowRules, counts_line, load_examples, load_prompts
 from kltune.lm.data.rows import Row, looks_like_a_path
-from kltune.lm.model.adapters import read_adapter_config
+from kltune.lm.measure.server import is_address
+from kltune.lm.measure.transcripts import Transcript, read_transcripts
+from kltune.lm.model.adapters import load_weights, read_adapter_config
 from kltune.lm.model.files import refuse_code
 from kltune.lm.model.fingerprint import section_of
 from kltune.lm.model.loading import own_tokenizer, pick_device
-from kltune.lm.model.opening import load_saved_policy
-from kltune.lm.model.policy import Policy
+from kltune.lm.model.opening import hold_adapter, hold_model, load_reference, load_saved_policy
+from kltune.lm.model.policy import Policy, Reference
 from kltune.lm.model.sampler import Draw
 from kltune.recipe import DataSection, ModelSection, load_recipe
 from kltune.recipe.stages import prompts_source
 from kltune.run.checkpoint import read_info, resolve_checkpoint
 from kltune.run.screen import doing
+
+BY_ROWS = "tokenizer_sha256", "template_sha256"     # held against each other over every row
 
 
 @dataclass(frozen=True)
@@ -75,13 +84,28 @@ class Settings:
         return Draw(self.max_new_tokens, self.temperature, seed)
 
 
+def check_budget(options: MeasureOptions) -> None:
+    """Raise RecipeError for a ``--max-kl`` that is no budget."""
+    if options.max_kl is not None and not (math.isfinite(options.max_kl) and options.max_kl > 0.0):
+        raise RecipeError(f"--max-kl: found {options.max_kl}, wanted a number of nats above 0.")
+
+
+def refuse_filled(folder: Path) -> None:
+    """Raise RecipeError for an output folder that holds something, or is none: nothing there is overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RecipeError(f"--output: {folder} is not empty; choose another folder.")
+
+
 def find_checkpoint(path: str, options: MeasureOptions) -> Subject:
     """Find what a path means, and refuse it if its files would have code run.
 
     Raises:
         CheckpointError: there is nothing to load, it is damaged, or a reward model. ModelError: it names code, or
-            pickled weights.
+            pickled weights. RecipeError: it is a server's address, or ``--reference`` is.
     """
+    for named in (str(path), options.reference or ""):
+        if is_address(named):
+            raise RecipeError(f"{named}: a served model has a KL (kltune eval-kl) and no more; give a folder here.")
     folder = resolve_checkpoint(path)
     refuse_code(folder, str(path), trusted=options.trust_remote_code)
     info = read_info(folder, SavedModel) if (folder / "kltune.json").exists() else None
@@ -94,57 +118,166 @@ def find_checkpoint(path: str, options: MeasureOptions) -> Subject:
 
 
 def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
-    """A checkpoint over its own reference; for one that kltune did not make, its base or ``--reference``.
+    """A checkpoint over its own reference, or held against ``--reference``.
 
     Raises:
-        CheckpointError: the reference found is not the one the checkpoint was trained against, or none is known.
+        CheckpointError: its own reference is not the one that it was trained against, or none is known.
         ModelError: one of the two cannot be loaded, or they do not fit together.
     """
     doing(f"loading {subject.path}")
     try:
-        return _opened(subject, options)
+        policy = _opened(subject, options)
     except (KltuneError, OSError):
         if subject.folder.exists():
             raise
-    # The run that it belongs to goes on, and has taken it away for a newer one.
-    return _opened(find_checkpoint(subject.path, options), options)
-
-
-def _opened(subject: Subject, options: MeasureOptions) -> Policy:
-    folder, info = subject.folder, subject.info
-    is_adapter = (folder / "adapter_config.json").exists()
-    if info is None:
-        narrow = options.dtype == "float16"     # which is none to load a reference in: it is computed in
-        facts = {"path": options.reference or _named_base(folder, is_adapter)}
-        facts |= {} if narrow or options.dtype is None else {"dtype": options.dtype}
-    else:
-        facts = section_of(info["reference"])
-        facts["path"] = options.reference or facts["path"]
-    section = ModelSection(**facts, trust_remote_code=options.trust_remote_code)
-    template = template_made_with(subject, options)
-    policy = load_saved_policy(
-        folder, section, device=pick_device(options.device, "--device"), is_adapter=is_adapter, chat_template=template,
-        computed_in=options.dtype,
-    )
-    by_rows = "tokenizer_sha256", "template_sha256"
-    if info is not None and (differences := policy.fingerprint.differences(info["reference"], but=by_rows)):
-        raise CheckpointError(
-            f"{folder}: this is not the reference it was trained against.\n  " + "\n  ".join(differences)
-            + "\nPut the model's files back, or give the folder of those as --reference."
-        )
-    recorded = None if info is None else info["measure"].get("template_date")
-    if options.date or recorded:
-        policy.day = parsed_day(options.date or recorded)
-    print(f"{subject.path}: {policy.fingerprint.describe()}", *filter(None, [policy.ends.note]), sep="\n",
-          file=sys.stderr)
+        # The run that it belongs to goes on, and has taken it away for a newer one.
+        subject = find_checkpoint(subject.path, options)
+        policy = _opened(subject, options)
+    print(f"{subject.path}: {policy.fingerprint.describe(own=policy.held.own)}", *filter(None, [policy.ends.note]),
+          sep="\n", file=sys.stderr)
     for warning in other_dtype(subject, policy):
         print(f"warning: {subject.path}: {warning}", file=sys.stderr)
     return policy
 
 
+def _opened(subject: Subject, options: MeasureOptions) -> Policy:
+    if options.reference is None:
+        return _over(subject, own_base(subject, options), options)
+    base = _section(subject, options.reference, options)
+    if _is_base(subject, options.reference):
+        return _over(subject, base, options)
+    if subject.info is not None and not _lies_on_another(options.reference):
+        with suppress(CheckpointError, ModelError):     # another model: it is looked at again, as a reference
+            return _over(subject, base, options)        # the base that was recorded, wherever it lies now
+    policy = open_alone(subject, options)
+    policy.hold(open_reference(policy, subject, options.reference, options))
+    return policy
+
+
+def open_reference(policy: Policy, subject: Subject, path: str, options: MeasureOptions) -> Reference:
+    """What another reference than its own is for a policy that is open: whatever a checkpoint may be.
+
+    An adapter on the same base lies on the policy's weights, the same model is the policy's own base; any other model
+    is loaded beside it.
+
+    Raises:
+        CheckpointError, ModelError: it cannot be loaded, or does not speak in the same tokens.
+    """
+    if not Path(path).exists():
+        other = load_reference(
+            ModelSection(path=path, dtype=_name_of(policy.dtype), trust_remote_code=options.trust_remote_code),
+            device=policy.device, where="--reference",
+        )
+        return hold_model(policy, other, other.fingerprint)
+    named = find_checkpoint(path, options)
+    is_adapter = (named.folder / "adapter_config.json").exists()
+    if is_adapter and _same_base(policy, subject, named, options):
+        reference = hold_adapter(policy, named.folder, path)
+        if reference is not None:
+            policy.hold_against(named.folder, "--reference", options.trust_remote_code)
+            return reference
+    other = open_alone(named, options, dtype=_name_of(policy.dtype))
+    policy.hold_against(named.folder, "--reference", options.trust_remote_code)
+    if is_adapter:
+        fingerprint = other.fingerprint.of_adapter(path, load_weights(named.folder))
+    else:
+        fingerprint = replace(other.fingerprint, path=path)
+        own = policy.held
+        if own.own and not policy.full and fingerprint.same_model(own.fingerprint):
+            return replace(own, fingerprint=replace(own.fingerprint, path=path))
+    return hold_model(policy, other, fingerprint)
+
+
+def _is_base(subject: Subject, path: str) -> bool:
+    """Whether ``--reference`` can only be the base that an adapter lies on, which it names otherwise or not at all.
+
+    A model, where what the adapter names is not here; or the very folder that it names.
+    """
+    if _lies_on_another(path):
+        return False
+    if not (subject.folder / "adapter_config.json").exists():
+        return subject.info is None
+    if subject.info is None:
+        named = read_adapter_config(subject.folder).get("base_model_name_or_path")
+    else:
+        named = subject.info["reference"]["path"]
+    return named is None or not Path(named).exists() or os.path.realpath(named) == os.path.realpath(path)
+
+
+def _lies_on_another(path: str) -> bool:
+    """Whether it is an adapter or a run, rather than a model."""
+    return any((Path(path) / name).exists() for name in ("adapter_config.json", "run.json"))
+
+
+def _same_base(policy: Policy, subject: Subject, other: Subject, options: MeasureOptions) -> bool:
+    """Whether another adapter lies on the policy's own base: the same folder, or the same weights as recorded."""
+    if policy.full or not policy.held.own or not (subject.folder / "adapter_config.json").exists():
+        return False
+    if other.info is not None:
+        return not policy.fingerprint.differences(other.info["reference"], but=BY_ROWS)
+    mine, theirs = (own_base(one, options) for one in (subject, other))
+    return mine.sft_adapter is None and os.path.realpath(mine.path) == os.path.realpath(theirs.path)
+
+
+def own_base(subject: Subject, options: MeasureOptions) -> ModelSection:
+    """The model that a checkpoint lies on, or was trained from."""
+    if subject.info is not None:
+        return _section(subject, subject.info["reference"]["path"], options)
+    return _section(subject, _named_base(subject.folder, (subject.folder / "adapter_config.json").exists()), options)
+
+
+def _section(subject: Subject, path: str, options: MeasureOptions) -> ModelSection:
+    if subject.info is not None:
+        facts = section_of(subject.info["reference"])
+    else:       # float16 is none to load a reference in: it is computed in
+        facts = {} if options.dtype in (None, "float16") else {"dtype": options.dtype}
+    return ModelSection(**(facts | {"path": path}), trust_remote_code=options.trust_remote_code)
+
+
+def open_alone(subject: Subject, options: MeasureOptions, dtype: str = "auto") -> Policy:
+    """A checkpoint whatever it is held against: an adapter on its own base, a model by itself."""
+    if (subject.folder / "adapter_config.json").exists():
+        return _over(subject, own_base(subject, options), options)
+    dtype = dtype if subject.info is None else subject.info["reference"]["dtype"]
+    section = ModelSection(path=str(subject.folder), dtype=dtype, trust_remote_code=options.trust_remote_code)
+    policy = load_reference(
+        section, device=pick_device(options.device, "--device"), where=subject.path,
+        chat_template=template_made_with(subject, options), computed_in=options.dtype,
+    )
+    _tell_day(policy, subject, options)
+    return policy
+
+
+def _over(subject: Subject, section: ModelSection, options: MeasureOptions) -> Policy:
+    """A checkpoint over a reference, which has to be the recorded one if kltune made the checkpoint."""
+    folder, info = subject.folder, subject.info
+    policy = load_saved_policy(
+        folder, section, device=pick_device(options.device, "--device"),
+        is_adapter=(folder / "adapter_config.json").exists(), chat_template=template_made_with(subject, options),
+        computed_in=options.dtype,
+    )
+    if info is not None and (differences := policy.fingerprint.differences(info["reference"], but=BY_ROWS)):
+        raise CheckpointError(
+            f"{folder}: this is not the reference it was trained against.\n  " + "\n  ".join(differences)
+            + "\nPut the model's files back, or give the folder of those as --reference."
+        )
+    _tell_day(policy, subject, options)
+    return policy
+
+
+def _tell_day(policy: Policy, subject: Subject, options: MeasureOptions) -> None:
+    recorded = None if subject.info is None else subject.info["measure"].get("template_date")
+    if options.date or recorded:
+        policy.day = parsed_day(options.date or recorded)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def computed_on(policy: Policy) -> dict[str, str]:
     """What of the machine moves the last digits of a measurement, for a document."""
-    return {"dtype": str(policy.dtype).removeprefix("torch."), "device": policy.device.type}
+    return {"dtype": _name_of(policy.dtype), "device": policy.device.type}
 
 
 def other_dtype(subject: Subject, policy: Policy) -> list[str]:
@@ -258,6 +391,14 @@ def measured_prompts(policy: Policy, settings: Settings) -> list[Prompt]:
     prompts, counts = load_prompts(settings.prompts, policy.tokenizer, _row_rules(policy, settings))
     print(counts_line(settings.prompts, counts), file=sys.stderr)
     return prompts
+
+
+def measured_transcripts(policy: Policy, settings: Settings, source: str) -> list[Transcript]:
+    """Recorded responses, with their prompts, as this policy's tokens; raises as ``read_transcripts``."""
+    rules = replace(_row_rules(policy, settings), turns="last")
+    found = read_transcripts(source, policy, rules, settings.max_new_tokens)
+    print(f"{source}: {len(found)} recorded responses", file=sys.stderr)
+    return found
 
 
 def typed_prompts(policy: Policy, settings: Settings, texts: Sequence[str]) -> list[Prompt]:

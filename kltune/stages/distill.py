@@ -34,9 +34,9 @@ from kltune.recipe import DistillRecipe
 from kltune.run.optimizer import accumulate, guarded_step, make_optimizer, set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
-from kltune.train.alarms import Alarms
 from kltune.train.batch import moved_since, rounding_of, sample_batch
 from kltune.train.budget import Budget
+from kltune.train.evaluation.alarms import Alarms
 from kltune.train.learner import ALARMS, Job, Learner, make_job
 from kltune.train.loop import Taken, enforce_cap, load_data, step_size, take_steps
 from kltune.train.teacher import Teacher, load_teacher, told

@@ -49,9 +49,9 @@ from kltune.recipe import DPORecipe, DPOSection, asks_for_pairs
 from kltune.run.optimizer import accumulate, guarded_step, make_optimizer, set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
-from kltune.train.alarms import Alarms
 from kltune.train.batch import Batch, moved_since, rounding_of, sample_batch
 from kltune.train.budget import LOSS_PULL, Budget
+from kltune.train.evaluation.alarms import Alarms
 from kltune.train.learner import ALARMS, SCORER, Job, Learner, Part, make_job
 from kltune.train.loop import Taken, enforce_cap, load_data, step_size, take_steps
 from kltune.train.preferences import (

@@ -7,37 +7,50 @@ very distribution that was measured, and a checkpoint where it does not is refus
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from kltune.core import ranks
-from kltune.core.kl.gate import confidence_per_look, looks, verdict
+from kltune.core.kl.gate import looks
 from kltune.core.kl.truncation import Cut
-from kltune.errors import ModelError, RecipeError
+from kltune.errors import RecipeError
 from kltune.lm.data.examples import Example, Prompt
 from kltune.lm.measure.deployed import Deployed, measure_deployed
-from kltune.lm.measure.kl_document import DIRECTIONS, CheckpointKL, described_kl, paired_differences
+from kltune.lm.measure.kl_document import (
+    DIRECTIONS,
+    CheckpointKL,
+    Gate,
+    described_against,
+    described_kl,
+    paired_differences,
+)
 from kltune.lm.measure.likelihood import alignment_tax, document_nats, reference_nats
-from kltune.lm.measure.measurement import Measurement, Round, measure_kl
-from kltune.lm.model.policy import Policy
+from kltune.lm.measure.measurement import Measurement, Round, against, check_agreement, measure_kl
+from kltune.lm.measure.served import check_sampled, described_served, measure_served
+from kltune.lm.measure.server import Server, is_address
+from kltune.lm.measure.transcripts import recorded
+from kltune.lm.model.policy import Policy, Reference
 from kltune.run.recorder import counting
 from kltune.run.saved_policy import (
     MeasureOptions,
     Settings,
     Subject,
+    check_budget,
     computed_on,
     find_checkpoint,
     measured_prompts,
     measured_texts,
+    measured_transcripts,
+    open_alone,
+    open_reference,
     open_subject,
     other_dtype,
     resolve_settings,
 )
 
 VERDICT_CODES = {"fail": 3, "inconclusive": 4, "pass": 0}      # worst first
-WORST_Z = 4.0  # |k1 − exact| in standard errors; chance alone passes it once in 16,000 runs
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,9 @@ class EvalKLOptions(MeasureOptions):
     """The command's options.
 
     auto: keep sampling until the gate is decided or there are ``max_responses``. top_p, top_k: also measure the policy
-    as it is deployed with these.
+    as it is deployed with these. against: further references for the same responses.
+    top_logprobs: tokens at each place whose log-probs a server is asked for. key_env: names the variable of its key.
+    transcripts: a file of responses that were sampled elsewhere, measured in place of fresh ones.
     """
 
     direction: str = "reverse"
@@ -56,6 +71,10 @@ class EvalKLOptions(MeasureOptions):
     max_responses: int = 4096
     top_p: float | None = None
     top_k: int | None = None
+    against: tuple[str, ...] = ()
+    top_logprobs: int = 20
+    key_env: str | None = None
+    transcripts: str | None = None
 
     @property
     def cut(self) -> Cut | None:
@@ -80,14 +99,17 @@ def eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, A
     """
     check_options(options)
     with ranks.joined("auto", ranks.TIMEOUT, "auto"):
+        if any(is_address(path) for path in (*checkpoints, options.reference or "", *options.against)):
+            return ranks.from_first(lambda: eval_served(checkpoints, options))
         return _eval_kl(checkpoints, options)
 
 
 def _eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, Any], int]:
     subjects = [find_checkpoint(path, options) for path in checkpoints]
-    settings = resolve_settings(subjects, options)
+    settings = resolve_settings(subjects, options, needs_prompts=options.transcripts is None)
     documents, measured = zip(*(measure_checkpoint(subject, settings, options) for subject in subjects), strict=True)
-    verdicts = {document["gate"]["verdict"] for document in documents if document["gate"] is not None}
+    gates = [part["gate"] for document in documents for part in (document, *document["against"])]
+    verdicts = {gate["verdict"] for gate in gates if gate is not None}
     code = next((code for name, code in VERDICT_CODES.items() if name in verdicts), 0)
     if len(documents) == 1:
         return documents[0], code
@@ -97,8 +119,7 @@ def _eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, 
 
 def check_options(options: EvalKLOptions) -> None:
     """Raise RecipeError for numbers that no measurement could be made with."""
-    if options.max_kl is not None and not (math.isfinite(options.max_kl) and options.max_kl > 0.0):
-        raise RecipeError(f"--max-kl: found {options.max_kl}, wanted a number of nats above 0.")
+    check_budget(options)
     if not 0.5 <= options.confidence < 1.0:
         raise RecipeError(f"--confidence: found {options.confidence}, wanted at least 0.5 and below 1, as 0.95.")
     if options.temperature is not None and not (math.isfinite(options.temperature) and options.temperature > 0.0):
@@ -109,8 +130,65 @@ def check_options(options: EvalKLOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise RecipeError(f"--{name.replace('_', '-')}: found {value}, wanted at least 1.")
+    if options.against and options.direction != "reverse":
+        raise RecipeError("--against: holds the policy's own responses against several references; found --direction "
+                          f"{options.direction}, wanted reverse.")
+    if options.transcripts is not None:
+        fresh = {"--auto": options.auto, "--top-p and --top-k": options.cut, "--prompts": options.prompts,
+                 f"--direction {options.direction}": options.direction != "reverse"}
+        if asked := [name for name, given in fresh.items() if given]:
+            raise RecipeError(f"{asked[0]}: takes fresh responses, and --responses {options.transcripts} has recorded "
+                              "ones; leave one of the two out.")
     if options.auto and options.max_kl is None:
         raise RecipeError("--auto: samples until a budget is decided; give the budget as --max-kl.")
+
+
+def eval_served(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, Any], int]:
+    """The same where one of the two models is served: from top-k log-probs, at temperature 1."""
+    path, reference = checkpoints[0], options.reference
+    asked = {
+        "more than one checkpoint": len(checkpoints) > 1, "--against": options.against, "--auto": options.auto,
+        f"--direction {options.direction}": options.direction != "reverse", "--texts": options.texts,
+        "--responses FILE": options.transcripts,
+        "--top-p and --top-k": options.cut,
+        f"--temperature {options.temperature}": options.temperature not in (None, 1),
+    }
+    if too_much := [name for name, given in asked.items() if given]:
+        raise RecipeError(f"{too_much[0]}: not with a server; wanted one checkpoint against one reference, at "
+                          "temperature 1.")
+    if reference is None or is_address(path) == is_address(reference):
+        raise RecipeError(f"{path}: wanted one served model and one that is here, whose tokenizer is used; give the "
+                          "other as --reference.")
+    served = Server(path if is_address(path) else reference, options.top_logprobs, options.key_env)
+    here = reference if is_address(path) else path
+    alone = replace(options, reference=None)
+    subject = find_checkpoint(here, alone)
+    settings = replace(resolve_settings([subject], alone), temperature=1.0)
+    local = open_alone(subject, alone)
+    served.top = min(served.top, local.network.vocabulary)
+    prompts = measured_prompts(local, settings)
+    answered = Round.of(prompts, settings.responses, options.seed)
+    with counting("asking the server", answered.responses) as progress:
+        measured = measure_served(
+            served, local, answered, settings.draw(options.seed), policy_is_served=is_address(path), progress=progress
+        )
+    checks = measured.checks()
+    check_sampled(served.path, checks)
+    gate = None
+    if options.max_kl is not None:
+        gate = Gate(options.max_kl, options.unit, options.confidence, 1, DIRECTIONS["reverse"], reference)
+        gate.look(measured.summary("topk", gate.confidence), answered.leaves_prompts)
+    document = {
+        "schema": "kltune.eval_kl/1", "checkpoint": path, "own_reference": False,
+        "max_new_tokens": settings.max_new_tokens, "seed": options.seed, "confidence": options.confidence,
+        **described_served(measured, checks, served, options.confidence),
+        "reference": {"path": reference, "sha256": None} if served.path == reference
+        else replace(local.fingerprint, path=reference).as_dict(),
+        "prompts_in_file": len(prompts), "gate": None if gate is None else gate.document(), "against": [],
+    }
+    for note in document["warnings"]:
+        print(f"warning: {served.path}: {note}", file=sys.stderr)
+    return document, 0 if gate is None else VERDICT_CODES[document["gate"]["verdict"]]
 
 
 @dataclass(frozen=True)
@@ -122,6 +200,8 @@ class OpenCheckpoint:
     prompts: list[Prompt]
     settings: Settings
     options: EvalKLOptions
+    against: tuple[Reference, ...] = ()
+    recorded: Measurement | None = None
 
     @property
     def first_round(self) -> Round:
@@ -134,22 +214,36 @@ def measure_checkpoint(
 ) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
     """The document of one checkpoint; and exact KL [B] and prompt [B] of its responses, to compare it with others."""
     policy = open_subject(subject, options)
-    opened = OpenCheckpoint(subject.path, policy, measured_prompts(policy, settings), settings, options)
+    others = tuple(open_reference(policy, subject, path, options) for path in options.against)
+    if options.transcripts is None:
+        opened = OpenCheckpoint(subject.path, policy, measured_prompts(policy, settings), settings, options, others)
+    else:
+        rows = measured_transcripts(policy, settings, options.transcripts)
+        read = recorded(policy, rows, settings.temperature, options.transcripts)
+        prompts = [prompt for prompt, _ in rows]
+        settings = replace(settings, responses=len(rows))
+        opened = OpenCheckpoint(subject.path, policy, prompts, settings, options, others, read)
     if note := opened.first_round.drawn_note(options.seed):
         print(f"{subject.path}: {note}", file=sys.stderr)
     measured = measure(opened)
     document = {
         "schema": "kltune.eval_kl/1",
         "checkpoint": subject.path,
+        "own_reference": policy.held.own,
         "temperature": settings.temperature,
         "max_new_tokens": settings.max_new_tokens,
         "top_p": options.top_p,
         "top_k": options.top_k,
         "seed": options.seed,
         **computed_on(policy),
+        "recorded": options.transcripts,
         "template_date": None if policy.template_day is None else policy.template_day.isoformat(),
         "confidence": options.confidence,
         **described_kl(measured, policy, confidence=options.confidence, top=options.top, show=options.show),
+        "against": [
+            described_against(other, reference, gate, options.confidence)
+            for reference, (other, gate) in zip(others, measured.against, strict=True)
+        ],
         "warnings": [*other_dtype(subject, policy), *does_nothing(subject, policy, measured.reverse)],
     }
     for warning in document["warnings"][len(other_dtype(subject, policy)) :]:     # that was said when it was opened
@@ -162,7 +256,7 @@ def does_nothing(subject: Subject, policy: Policy, measured: Measurement) -> lis
     trained = (subject.folder / "adapter_config.json").exists() and any(
         tensor.any() for tensor in policy.trainable_parameters().values()
     )
-    if not trained or measured.exact.any():
+    if not trained or not policy.held.own or measured.exact.any():
         return []
     return [
         f"the KL is exactly 0 on all {len(measured.exact)} responses though the adapter's tensors are not all 0: it "
@@ -175,12 +269,12 @@ def measure(opened: OpenCheckpoint) -> CheckpointKL:
     options, forward = opened.options, None
     texts = measured_texts(opened.policy, opened.settings)
     if options.direction == "forward":
-        forward, gate = sample_and_gate(opened, from_reference=True)
-        reverse, _ = sample_and_gate(opened, gated=False)
+        (forward, gate), = sample_and_gate(opened, from_reference=True)
+        (reverse, _), *further = sample_and_gate(opened, gated=False)
     else:
-        reverse, gate = sample_and_gate(opened)
+        (reverse, gate), *further = sample_and_gate(opened)
         if options.direction == "both":
-            forward, _ = sample_and_gate(opened, gated=False, from_reference=True)
+            (forward, _), = sample_and_gate(opened, gated=False, from_reference=True)
     return CheckpointKL(
         reverse=reverse,
         forward=forward,
@@ -188,67 +282,64 @@ def measure(opened: OpenCheckpoint) -> CheckpointKL:
         tax=tax_document(opened.policy, texts, options.confidence) if texts else None,
         gate=gate,
         prompts_in_file=len(opened.prompts),
+        against=tuple(further),
     )
 
 
 def sample_and_gate(
     opened: OpenCheckpoint, *, gated: bool = True, from_reference: bool = False
-) -> tuple[Measurement, dict[str, Any] | None]:
+) -> list[tuple[Measurement, dict[str, Any] | None]]:
     """Sample one side, and hold it against the budget if there is one; with ``auto``, as often as it takes.
 
     How often to look is fixed before the first look, and each look's interval is as much wider as that takes for all
-    of them to hold together: to stop when it pleases is then no advantage.
+    of them to hold together: to stop when it pleases is then no advantage. Each further reference is held against the
+    budget too, on the same responses, and ``auto`` goes on until all are decided.
 
     Returns:
-        (the measurement, the gate's part of the document or None).
+        (the measurement, the gate's part of the document or None), of the reference and of each further one.
     """
     settings, options = opened.settings, opened.options
     gated = gated and options.max_kl is not None
     counts = (settings.responses,)
     if gated and options.auto:
         counts = looks(settings.responses, options.max_responses)
-    confidence = confidence_per_look(options.confidence, len(counts))
     side = "the reference" if from_reference else "the policy"
 
-    def measure_round(answered: Round) -> Measurement:
+    def measure_round(answered: Round) -> list[Measurement]:
+        draw = settings.draw(options.seed)
+        if opened.recorded is not None:
+            return [opened.recorded, *(against(opened.policy, other, opened.recorded, draw.temperature)
+                                       for other in opened.against)]
         with counting("sampling the reference" if from_reference else "sampling", answered.responses) as progress:
-            return measure_kl(
-                opened.policy, answered, settings.draw(options.seed), progress=progress,
-                from_reference=from_reference, by_token=not from_reference,
+            first = measure_kl(
+                opened.policy, answered, draw, progress=progress, from_reference=from_reference,
+                by_token=not from_reference,
             )
+        return [first, *(against(opened.policy, other, first, draw.temperature) for other in opened.against)]
 
     answered = Round.of(opened.prompts, counts[0], options.seed)
     measured = measure_round(answered)
-    seen: list[dict[str, Any]] = []
+    direction = DIRECTIONS["forward" if from_reference else "reverse"]
+    gates = [
+        Gate(options.max_kl, options.unit, options.confidence, len(counts), direction, one.fingerprint.path)
+        for one in (opened.policy.held, *opened.against)
+    ]
     for count in counts:
-        while len(measured.exact) < count:
-            answered = answered.following(count - len(measured.exact))
-            measured += measure_round(answered)
-        check_agreement(opened.path, side, measured.z)
+        while len(measured[0].exact) < count:
+            answered = answered.following(count - len(measured[0].exact))
+            measured = [sofar + more for sofar, more in zip(measured, measure_round(answered), strict=True)]
+        for one in measured:
+            check_agreement(opened.path, side, one.z)
         if not gated:
-            return measured, None
-        kl = measured.summary("exact", confidence)
-        gate = verdict(
-            kl, options.max_kl, options.unit, confidence, fresh_prompts=answered.leaves_prompts,
-            rounding=measured.noise_floor[options.unit],
-        )
-        ci = kl.ci if options.unit == "nats_per_response" else kl.token_ci
-        seen.append({"responses": kl.responses, "confidence": confidence, "ci": ci, "verdict": gate.verdict})
-        if gate.verdict != "inconclusive" or gate.wants_prompts:
+            return [(one, None) for one in measured]
+        decided = [
+            gate.look(
+                one.summary("exact", gate.confidence), answered.leaves_prompts, one.noise_floor[options.unit]
+            ) for gate, one in zip(gates, measured, strict=True)
+        ]
+        if all(decided):
             break
-    return measured, {
-        "max_kl": options.max_kl,
-        "unit": options.unit,
-        "confidence": options.confidence,
-        "direction": DIRECTIONS["forward" if from_reference else "reverse"],
-        "verdict": gate.verdict,
-        "reason": gate.reason,
-        "noise_floor": measured.noise_floor[options.unit],
-        "more_responses": gate.more_responses,
-        "wants_prompts": gate.wants_prompts,
-        "planned_looks": len(counts),
-        "looks": seen,
-    }
+    return [(one, gate.document()) for gate, one in zip(gates, measured, strict=True)]
 
 
 def deploy(opened: OpenCheckpoint) -> Deployed:
@@ -259,15 +350,6 @@ def deploy(opened: OpenCheckpoint) -> Deployed:
     for name in ("vs_base", "both"):
         check_agreement(opened.path, "the deployed policy", deployed.z(name))
     return deployed
-
-
-def check_agreement(path: str, who: str, z: float) -> None:
-    """Raise ModelError if the sampled and the exact KL differ by more than chance: then neither can be trusted."""
-    if not abs(z) <= WORST_Z:  # NaN must not pass
-        raise ModelError(
-            f"{path}: the sampled KL (k1) and the exact KL of {who} differ by {z:.1f} standard errors, so the "
-            "responses were not drawn from the distribution that was measured. No KL of this checkpoint is reported."
-        )
 
 
 def tax_document(policy: Policy, examples: list[Example], confidence: float) -> dict[str, Any]:

@@ -29,9 +29,9 @@ from kltune.recipe import PPORecipe
 from kltune.run.optimizer import accumulate, guarded_step, make_optimizer, set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
-from kltune.train.alarms import Alarms
 from kltune.train.batch import Batch, moved_since, rounding_of, sample_batch
 from kltune.train.budget import Budget
+from kltune.train.evaluation.alarms import Alarms
 from kltune.train.experience import (
     Experience,
     compute_advantages,

@@ -8,7 +8,6 @@ about 1.5 less than one that was trained for the KL it is scaled to (docs/projec
 docs/maths.md 17).
 """
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +28,12 @@ from kltune.run.saved_policy import (
     MeasureOptions,
     Settings,
     Subject,
+    check_budget,
     computed_on,
     find_checkpoint,
     measured_prompts,
     open_subject,
+    refuse_filled,
     resolve_settings,
 )
 from kltune.run.screen import doing, with_error
@@ -68,6 +69,9 @@ def _project(checkpoint: str, options: ProjectOptions) -> dict[str, Any]:
     subject = find_checkpoint(checkpoint, options)
     settings = resolve_settings([subject], options)
     policy = open_subject(subject, options)
+    if not policy.held.own:
+        raise RecipeError(f"--reference: {options.reference} is not the base of this adapter, and to scale the adapter "
+                          "down leads to its base alone; leave --reference out.")
     doing("measuring shares of the adapter")
     interpolation = make_interpolation(policy, settings, options)
     document: dict[str, Any] = {
@@ -105,14 +109,11 @@ def check_options(options: ProjectOptions) -> None:
     """Raise RecipeError for what could not end well, before anything is loaded."""
     if options.max_kl is None and not options.curve:
         raise RecipeError("--max-kl: missing; give the budget to scale down to, or --curve to measure what is between.")
-    if options.max_kl is not None and not (math.isfinite(options.max_kl) and options.max_kl > 0.0):
-        raise RecipeError(f"--max-kl: found {options.max_kl}, wanted a number of nats above 0.")
+    check_budget(options)
     if options.max_kl is not None and options.output is None:
         raise RecipeError("--output: missing; the scaled adapter has to go somewhere.")
     if options.output is not None:
-        folder = Path(options.output)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RecipeError(f"--output: {folder} is not empty; choose another folder.")
+        refuse_filled(Path(options.output))
 
 
 def make_interpolation(policy: Policy, settings: Settings, options: ProjectOptions) -> Interpolation:

@@ -36,7 +36,7 @@ from kltune.run.optimizer import (
 )
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
-from kltune.train.finish import conclude
+from kltune.train.evaluation.finish import conclude
 from kltune.train.learner import Job, Learner, make_job
 from kltune.train.loop import Taken, take_steps
 

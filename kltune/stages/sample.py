@@ -82,6 +82,7 @@ class Speaker:
         return {
             "schema": "kltune.sample/1",
             "checkpoint": self.path,
+            "own_reference": self.policy.held.own,
             "reference": self.policy.fingerprint.as_dict(),
             "direction": SIDE_DIRECTIONS,
             "template": self.settings.data.template,

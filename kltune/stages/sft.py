@@ -29,8 +29,8 @@ from kltune.run.optimizer import (
 )
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
-from kltune.train.alarms import Alarms
-from kltune.train.evaluation import HeldOut, load_held_out
+from kltune.train.evaluation.alarms import Alarms
+from kltune.train.evaluation.held_out import HeldOut, load_held_out
 from kltune.train.learner import ALARMS, Job, Learner, make_job
 from kltune.train.loop import Taken, take_steps
 

@@ -47,9 +47,9 @@ from kltune.recipe import TRPORecipe
 from kltune.run.optimizer import set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
-from kltune.train.alarms import Alarms
 from kltune.train.batch import Batch, rounding_of, sample_batch
 from kltune.train.budget import Budget
+from kltune.train.evaluation.alarms import Alarms
 from kltune.train.experience import Experience, centred, compute_advantages, explained_variance
 from kltune.train.learner import ALARMS, SCORER, VALUES, Job, Learner, make_job
 from kltune.train.loop import Taken, add_value_function, enforce_cap, load_data, schedule_share, take_steps

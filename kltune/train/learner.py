@@ -27,9 +27,9 @@ from kltune.run.checkpoint import measure_settings, read_state
 from kltune.run.optimizer import load_optimizer, optimizer_tensors
 from kltune.run.recorder import Report
 from kltune.run.session import Run
-from kltune.train.alarms import Alarms
 from kltune.train.budget import Budget, Groups
-from kltune.train.evaluation import HeldOut, Metrics
+from kltune.train.evaluation.alarms import Alarms
+from kltune.train.evaluation.held_out import HeldOut, Metrics
 
 Result = TypeVar("Result")
 BudgetRecipe = PPORecipe | TRPORecipe | DPORecipe | DistillRecipe

@@ -37,8 +37,8 @@ from kltune.run.recorder import Clock
 from kltune.run.screen import doing
 from kltune.run.session import Run
 from kltune.train.batch import UNMEASURED, Batch, batch_metrics, response_kl, sample_rows, standardize
-from kltune.train.evaluation import HeldOut, load_held_out
-from kltune.train.finish import finish, stop, watch_over
+from kltune.train.evaluation.finish import finish, stop, watch_over
+from kltune.train.evaluation.held_out import HeldOut, load_held_out
 from kltune.train.learner import ALARMS, SCORER, VALUES, BudgetRecipe, Job, Learner, expect_finite_metrics
 from kltune.train.value_function import ValueFunction
 

@@ -115,8 +115,8 @@ def test_a_wrong_first_step(folder, capsys, command, changed, code, words):
 
 
 COMMANDS = [
-    "sft", "reward", "ppo", "trpo", "dpo", "eval-kl", "project", "sweep", "frontier", "sample", "explain", "init",
-    "doctor", "demo", "report", "recipe list", "recipe show", "recipe copy", "recipe check", "recipe schema",
+    "sft", "reward", "ppo", "trpo", "dpo", "eval-kl", "project", "merge", "sweep", "frontier", "sample", "explain",
+    "init", "doctor", "demo", "report", "recipe list", "recipe show", "recipe copy", "recipe check", "recipe schema",
 ]
 
 

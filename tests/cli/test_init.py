@@ -92,7 +92,7 @@ def test_what_it_writes_runs_as_it_is(init, rows, name, arguments, chat, keys, t
     for place, key in shown:
         assert lines[int(place.rpartition(":")[2]) - 1].strip().startswith((key.rpartition(".")[2], "- {"))
     more = [word for key in QUICK[: 1 if recipe.stage == "reward" else None] for word in ("--set", key)]
-    monkeypatch.setattr("kltune.train.finish.write_page", lambda folder: None)
+    monkeypatch.setattr("kltune.train.evaluation.finish.write_page", lambda folder: None)
     with pytest.raises(SystemExit) as left:
         main([recipe.stage, "--recipe", str(file), *more])
     assert left.value.code == 0

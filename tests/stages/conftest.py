@@ -24,8 +24,8 @@ from kltune.stages.ppo import run_ppo
 from kltune.stages.reward import run_reward
 from kltune.stages.sft import run_sft
 from kltune.stages.trpo import run_trpo
-from kltune.train import finish as finishing
 from kltune.train.budget import Budget
+from kltune.train.evaluation import finish as finishing
 from tests.known_metrics import known_only
 from tests.oracles import BANDIT_REFERENCE, save_tiny_lm
 

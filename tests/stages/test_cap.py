@@ -18,8 +18,8 @@ from kltune.lm.model.opening import load_saved_policy
 from kltune.lm.model.sampler import Draw
 from kltune.stages import dpo, ppo
 from kltune.stages.ppo import run_ppo
-from kltune.train.evaluation import HeldOut
-from kltune.train.finish import finish
+from kltune.train.evaluation.finish import finish
+from kltune.train.evaluation.held_out import HeldOut
 from tests.stages.conftest import ran, rows_of
 from tests.stages.test_resume import timeless
 

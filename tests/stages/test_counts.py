@@ -44,7 +44,7 @@ def second_step(llama, tmp_path, monkeypatch) -> Callable[..., dict[str, float]]
             seen["positions"] += rows * width if width > 1 else 0
 
         monkeypatch.setattr(module, "take_step", watched)
-        monkeypatch.setattr("kltune.train.finish.write_page", lambda folder: None)
+        monkeypatch.setattr("kltune.train.evaluation.finish.write_page", lambda folder: None)
         path = write_recipe(tmp_path, stage, str(llama), RESPONSES, TOKENS, 2, PROMPT_TOKENS)
         recipe = load_recipe(path, overrides=[*changes, "run.loggers=[]", "sampling.temperature=1.0"])
         getattr(module, f"run_{stage}")(recipe, resume=False)

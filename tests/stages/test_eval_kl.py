@@ -222,10 +222,14 @@ def test_a_budget_that_is_none_is_refused(eval_kl, run_folder, budget):
 # --- what cannot be measured -----------------------------------------------------------------------------------------
 
 
-def test_a_reference_with_other_weights_is_refused_and_both_are_named(eval_kl, run_folder, llama, tmp_path):
+def test_a_base_with_other_weights_is_refused_and_both_are_named(eval_kl, run_folder, llama, tmp_path):
     other = shutil.copytree(llama, tmp_path / "other")
     small_llama(vocabulary=small_llama_vocabulary(llama), seed=1).save_pretrained(other)
-    code, document, err = eval_kl(run_folder, "--reference", other)
+    moved = shutil.copytree(run_folder / "final", tmp_path / "final")
+    (moved / "manifest.json").unlink()
+    record = (moved / "kltune.json").read_text()        # the base that it names is gone: only --reference can be it
+    (moved / "kltune.json").write_text(record.replace(str(llama), f"{llama}-gone"))
+    code, document, err = eval_kl(moved, "--reference", other)
     assert code == 5
     assert document == ""
     assert str(other) in err

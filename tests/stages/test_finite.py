@@ -46,9 +46,9 @@ SAMPLED = {
     "kltune.lm.rewards.scorers:Scorer.__call__": ("the spread of the scores: found",),
 }
 HELD_OUT = {
-    "kltune.train.evaluation:measure_kl entropy": ("eval/entropy_nats_per_token: found", *EVALUATED),
-    "kltune.train.evaluation:measured_scores score": ("eval/score_mean: found", *EVALUATED),
-    "kltune.train.evaluation:clustered_mean 0": (r"eval/score_mean: found", *EVALUATED),
+    "kltune.train.evaluation.held_out:measure_kl entropy": ("eval/entropy_nats_per_token: found", *EVALUATED),
+    "kltune.train.evaluation.held_out:measured_scores score": ("eval/score_mean: found", *EVALUATED),
+    "kltune.train.evaluation.held_out:clustered_mean 0": (r"eval/score_mean: found", *EVALUATED),
 }
 PPO_AND_TRPO = SAMPLED | HELD_OUT | {
     "kltune.lm.model.policy:Policy.measure_values 0": ("advantages|spread of the scores",),
@@ -87,8 +87,8 @@ SITES: dict[str, dict[str, tuple[str, ...]]] = {
         "kltune.stages.dpo:dynamic_beta": ("the loss of the pairs: found", "dpo.dynamic_beta=0.6"),
         f"{ROLLOUT} entropy": ("policy/entropy_nats_per_token: found", *PRICED),
         f"{ROLLOUT} ref_logprobs": ("kl/ref_k1_nats_per_response: found", *PRICED),
-        "kltune.train.evaluation:measure_kl entropy": ("eval/entropy_nats_per_token: found", *EVALUATED),
-        "kltune.train.evaluation:pair_metrics eval/margin_nats": (
+        "kltune.train.evaluation.held_out:measure_kl entropy": ("eval/entropy_nats_per_token: found", *EVALUATED),
+        "kltune.train.evaluation.held_out:pair_metrics eval/margin_nats": (
             "eval/margin_nats: found", "eval.pairs=held_out_pairs.jsonl", "eval.prompts=null", *EVALUATED),
         **OPTIMIZER,
     },
@@ -101,9 +101,9 @@ SITES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "sft": {
         "kltune.lm.model.policy:Policy.logprobs": ("the loss of the policy: found",),
-        "kltune.train.evaluation:document_nats 0": ("eval/(texts|tax)_nats_per_token: found", *EVALUATED),
-        "kltune.train.evaluation:measure_kl entropy": ("eval/entropy_nats_per_token: found", *EVALUATED),
-        "kltune.train.evaluation:diversity self_bleu": ("eval/self_bleu: found", *EVALUATED),
+        "kltune.train.evaluation.held_out:document_nats 0": ("eval/(texts|tax)_nats_per_token: found", *EVALUATED),
+        "kltune.train.evaluation.held_out:measure_kl entropy": ("eval/entropy_nats_per_token: found", *EVALUATED),
+        "kltune.train.evaluation.held_out:diversity self_bleu": ("eval/self_bleu: found", *EVALUATED),
         **OPTIMIZER,
     },
     "reward": {

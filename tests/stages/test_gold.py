@@ -12,7 +12,7 @@ from kltune.stages.dpo import run_dpo
 from kltune.stages.ppo import run_ppo
 from kltune.stages.sft import run_sft
 from kltune.stages.trpo import run_trpo
-from kltune.train import finish as finishing
+from kltune.train.evaluation import finish as finishing
 from tests.stages.conftest import ran, read_jsonl, rows_of
 from tests.stages.test_resume import assert_same_run
 

@@ -24,8 +24,8 @@ from kltune.run import session as opening
 from kltune.stages import ppo
 from kltune.stages.ppo import run_ppo
 from kltune.train import batch as batches
-from kltune.train import finish as finishing
 from kltune.train import value_function
+from kltune.train.evaluation import finish as finishing
 from tests.stages.conftest import ran, read_jsonl, rows_of
 from tests.tiny_policies import randomize
 

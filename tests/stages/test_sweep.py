@@ -19,7 +19,7 @@ import torch
 from kltune.cli import main
 from kltune.run import recorder
 from kltune.run import subprocesses as children
-from kltune.stages import sweep as sweep_stage
+from kltune.stages.sweeps import sweep as sweep_stage
 from tests.run.killing import exit_code, start
 from tests.stages.conftest import PPO, write_recipe
 

@@ -19,7 +19,7 @@ from kltune.lm.rewards.scorers import Scorer
 from kltune.report.pages import write_page
 from kltune.stages import trpo
 from kltune.stages.trpo import run_trpo
-from kltune.train import finish as finishing
+from kltune.train.evaluation import finish as finishing
 from tests.oracles import kl
 from tests.stages.conftest import ran, rows_of
 from tests.stages.test_oracles import BEST, BEST_KL, RHO, spoken

@@ -16,7 +16,7 @@ from kltune.stages.ppo import run_ppo
 from kltune.stages.reward import run_reward
 from kltune.stages.sft import run_sft
 from kltune.stages.trpo import run_trpo
-from kltune.train import finish
+from kltune.train.evaluation import finish
 from kltune.train.plan import plan
 from tests.tiny_policies import SPECIAL, word_tokenizer
 

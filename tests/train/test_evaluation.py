@@ -13,7 +13,7 @@ from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model.sampler import Draw
 from kltune.lm.rewards.scorers import Scorer, ScoreSource
 from kltune.recipe import SamplingSection
-from kltune.train.evaluation import (
+from kltune.train.evaluation.held_out import (
     HeldOut,
     before_and_after,
     response_tokens,
@@ -90,7 +90,7 @@ def test_the_reference_is_drawn_once_and_is_its_own_scale(trained_policy, monkey
         drawn.append(from_reference)
         return measure_kl(*arguments, from_reference=from_reference, **keys)
 
-    monkeypatch.setattr("kltune.train.evaluation.measure_kl", counted)
+    monkeypatch.setattr("kltune.train.evaluation.held_out.measure_kl", counted)
     held, proxy = held_out(seed=3, gold=scorer("gold", len)), scorer("score", lambda text: text.count("1"))
     first, second = (held.measured(trained_policy, proxy)[0] for _ in range(2))
     assert drawn == [True, False, False]

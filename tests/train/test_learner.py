@@ -23,8 +23,8 @@ from kltune.run.checkpoint import save_checkpoint
 from kltune.run.optimizer import guarded_step, make_optimizer
 from kltune.stages.dpo import LossReference, RunningMeans
 from kltune.stages.trpo import TrustRegion
-from kltune.train.alarms import Alarms
 from kltune.train.budget import Budget
+from kltune.train.evaluation.alarms import Alarms
 from kltune.train.learner import Learner, Part
 from kltune.train.value_function import ValueFunction
 from tests.tiny_policies import randomize

@@ -15,9 +15,9 @@ from kltune.recipe import PPORecipe
 from kltune.run.optimizer import guarded_step, learning_rate_share, make_optimizer, set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
-from kltune.train.alarms import Alarms
 from kltune.train.batch import sample_batch
 from kltune.train.budget import Budget
+from kltune.train.evaluation.alarms import Alarms
 from kltune.train.learner import ALARMS, SCORER, Job, Learner, make_job
 from kltune.train.loop import Taken, enforce_cap, load_data, take_steps
 from tests.stages import conftest as stages

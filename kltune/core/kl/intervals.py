@@ -20,6 +20,7 @@ from kltune.core.kl.bounds import FEW, REACH_BELOW, effective_number, upper_reac
 
 Interval = tuple[float, float]
 NO_SPREAD = 1e-12           # of the mean, for its standard error: prompts that differ by rounding alone
+NEARLY_ONE = 1.0 - 1e-9     # a correlation whose artanh is finite
 ROUNDING = 1e-4             # nats per response: what float32 log-probabilities of a response may be off by
 
 
@@ -334,6 +335,40 @@ def wilson(share: float, count: float, confidence: float = 0.95) -> Interval:
     middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     scale = 1 + z * z / count
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def rank_correlation(
+    first: Sequence[float], second: Sequence[float], confidence: float = 0.95
+) -> tuple[float | None, Interval | None]:
+    """Spearman's rank correlation of pairs, and its interval by Fisher's z.
+
+        tanh(artanh ρ ± z √((1 + ρ²/2) / (n − 3)))
+
+    Source: Bonett and Wright 2000.
+
+    Args:
+        first, second: n numbers each; equal ones share their mean rank.
+        confidence: of the interval, two-sided.
+
+    Returns:
+        (ρ, its interval); ρ is None where one of the two does not vary, the interval also below 4 pairs.
+    """
+    ranks = [_ranks(np.asarray(values, dtype=float)) for values in (first, second)]
+    spread = [values - values.mean() for values in ranks]
+    size = math.sqrt(float((spread[0] ** 2).sum() * (spread[1] ** 2).sum()))
+    if size == 0.0:
+        return None, None
+    rho = max(-1.0, min(1.0, float((spread[0] * spread[1]).sum()) / size))
+    if len(first) < 4:
+        return rho, None
+    half = NormalDist().inv_cdf(0.5 + 0.5 * confidence) * math.sqrt((1.0 + rho * rho / 2.0) / (len(first) - 3))
+    middle = math.atanh(max(-NEARLY_ONE, min(NEARLY_ONE, rho)))
+    return rho, (math.tanh(middle - half), math.tanh(middle + half))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Of each value from 1, the mean rank for equal ones."""
+    return (values[:, None] > values).sum(1) + 0.5 * ((values[:, None] == values).sum(1) + 1)
 
 
 def clustered_share(outcomes: Tensor, prompt_index: Tensor, confidence: float = 0.95) -> tuple[float, float, float]:

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kltune.core.kl.gate import confidence_per_look, verdict
 from kltune.core.kl.intervals import KLSummary, summarize
 from kltune.core.kl.sequences import jensen_shannon, tails, total_variation
 from kltune.lm.measure.breakdown import by_position, examples, token_part, top_prompts, top_tokens
 from kltune.lm.measure.deployed import Deployed
 from kltune.lm.measure.measurement import Measurement
-from kltune.lm.model.policy import Policy
+from kltune.lm.model.policy import Policy, Reference
 
 FIGURES = ("nats_per_response", "stderr", "ci", "nats_per_token", "token_stderr", "token_ci")
 ESTIMATORS = ("exact", "k1", "k3", "cv")
@@ -25,7 +26,7 @@ class CheckpointKL:
 
     reverse: on the policy's responses, also by token of the vocabulary. forward: on the reference's. deployed: with
     top-p and top-k. tax: log-perplexity on held-out texts. gate: the budget's part. prompts_in_file: lines that
-    prompts were drawn from.
+    prompts were drawn from. against: the same responses against each further reference, and the budget's part of it.
     """
 
     reverse: Measurement
@@ -34,6 +35,7 @@ class CheckpointKL:
     tax: dict[str, Any] | None
     gate: dict[str, Any] | None
     prompts_in_file: int
+    against: tuple[tuple[Measurement, dict[str, Any] | None], ...] = ()
 
 
 def described_kl(measured: CheckpointKL, policy: Policy, *, confidence: float, top: int, show: int) -> dict[str, Any]:
@@ -77,6 +79,60 @@ def described_kl(measured: CheckpointKL, policy: Policy, *, confidence: float, t
         "examples": examples(reverse, policy, show),
         "alignment_tax": measured.tax,
         "gate": measured.gate,
+    }
+
+
+class Gate:
+    """A budget that one measurement is held against, as often as it takes."""
+
+    def __init__(
+        self, max_kl: float, unit: str, confidence: float, planned: int, direction: str, reference: str
+    ):
+        """Plan so many looks, all of which hold together at ``confidence``; the last two say what it is about."""
+        self.max_kl, self.unit, self.planned, self.overall = max_kl, unit, planned, confidence
+        self.confidence = confidence_per_look(confidence, planned)
+        self.about = {"direction": direction, "reference": reference}
+        self.seen: list[dict[str, Any]] = []
+
+    def look(self, kl: KLSummary, leaves_prompts: bool = False, rounding: float = 0.0) -> bool:
+        """Hold what was measured so far against the budget, unless that is decided; whether more would not help.
+
+        kl: at the gate's own confidence. leaves_prompts: there are prompts that were not answered. rounding: KL that it
+        alone makes, in the gate's unit.
+        """
+        if not self.seen or not self.ended:
+            self.rounding, self.verdict = rounding, verdict(
+                kl, self.max_kl, self.unit, self.confidence, fresh_prompts=leaves_prompts, rounding=rounding
+            )
+            self.seen.append({
+                "responses": kl.responses, "confidence": self.confidence,
+                "ci": kl.ci if self.unit == "nats_per_response" else kl.token_ci, "verdict": self.verdict.verdict,
+            })
+        return self.ended
+
+    @property
+    def ended(self) -> bool:
+        """No further response would change the verdict."""
+        return self.verdict.verdict != "inconclusive" or self.verdict.wants_prompts
+
+    def document(self) -> dict[str, Any]:
+        """The gate's part of the document."""
+        said = {name: getattr(self.verdict, name) for name in ("verdict", "reason", "more_responses", "wants_prompts")}
+        return {
+            "max_kl": self.max_kl, "unit": self.unit, "confidence": self.overall, **self.about, **said,
+            "noise_floor": self.rounding, "planned_looks": self.planned, "looks": self.seen,
+        }
+
+
+def described_against(
+    measured: Measurement, reference: Reference, gate: dict[str, Any] | None, confidence: float
+) -> dict[str, Any]:
+    """What the document says of one further reference."""
+    return {
+        "reference": reference.fingerprint.as_dict(),
+        "kl": {name: kl_figures(measured.summary(name, confidence)) for name in ESTIMATORS},
+        "agreement_z": measured.z,
+        "gate": gate,
     }
 
 

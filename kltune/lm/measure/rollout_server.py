@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
@@ -34,7 +34,7 @@ from kltune.errors import SamplerError, ServerError
 from kltune.lm.data.examples import Prompt
 from kltune.lm.model.batches import Rollout, Samples, response_scatter
 from kltune.lm.model.policy import Policy
-from kltune.lm.model.sampler import assemble, measure_samples
+from kltune.lm.model.sampler import assemble, measured_rollout
 from kltune.lm.model.snapshot import Snapshot
 from kltune.recipe import SamplingSection
 from kltune.recipe.faults import printable
@@ -94,8 +94,9 @@ class RolloutServer:
         self._before, self._now = self._now, Snapshot(policy.trainable_parameters())
         name = ranks.from_first(lambda: self._publish(policy))
         samples = self._answers(policy, name, prompts, uniforms)
-        rollout = measure_samples(policy, samples, self.sampling.temperature, exact=exact)
+        rollout = measured_rollout(policy, samples, self.sampling.temperature, exact=exact)
         kl = self._held(policy, samples, name, rollout)
+        rollout = replace(rollout, rounding=kl_k3(samples.logprobs, rollout.logprobs, samples.response_mask))
         return rollout, {"sampler/kl_nats_per_token": kl.nats_per_token, "sampler/kl_stderr": kl.token_stderr}
 
     # --- the same distribution -----------------------------------------------------------------------------------
@@ -224,8 +225,9 @@ class RolloutServer:
             lengths = [len(row) for row in tokens]
             return torch.tensor(lengths), torch.tensor([*chain(*tokens)]), torch.tensor([*chain(*logprobs)])
 
-        (row,) = ranks.spread([None], all_of_them)
-        return assemble(policy, prompts, [row], limit)
+        ((lengths, *flat),) = ranks.spread([None], all_of_them)
+        rows = ([row.tolist() for row in part.split(lengths.tolist())] for part in flat)
+        return assemble(policy, prompts, *rows, limit=limit)
 
     def _read_answer(self, policy: Policy, answer: Any, limit: int) -> tuple[list[int], list[float]]:
         """Tokens and log-probabilities of one answer, if it is whole and could be the policy's."""

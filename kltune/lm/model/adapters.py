@@ -44,6 +44,10 @@ WANT_OTHERS = ("XLORA", "SHADOW")
 OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")    # as PEFT calls them
 PATTERN_SECONDS = 2
 SAID_ROWS, SAID_TOKENS = 8, 16      # on which a merged adapter is held against the same one unmerged
+ANOTHER_MODEL = (
+    "{}: merged into its base, this adapter gives another model than on it: {}. Layers that share a matrix would take "
+    "its update twice; leave them out of lora.targets."
+)
 ROUNDED = 0.1           # of the mean logit that merging in a narrow dtype may move logits by
 PROBED = 16             # tokens on which a model is tried when it is opened
 SwitchState = list[tuple[bool, list[str]]]  # by layer: whether adapters are off, and which is on otherwise
@@ -281,7 +285,7 @@ def _untie(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Merge:
-    """What became of an SFT adapter that was merged.
+    """What became of an adapter that was merged.
 
     survived: share of its update that rounding to the dtype of the weights left; 1 in float32. untied: head and
     embedding were one matrix and are two now. kl: from the base with the adapter on to the merged one, nats per token
@@ -293,18 +297,27 @@ class Merge:
     kl: float | None = None
 
 
-def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, Merge]:
-    """Add an SFT adapter into the weights of its base; the result is the reference from then on.
+def merge_adapter(
+    model: nn.Module, folder: Path, *, where: str = "model.sft_adapter", whole: bool = False,
+    rounded: torch.dtype | None = None,
+) -> tuple[nn.Module, Merge]:
+    """Add an adapter into the weights of its base: an SFT adapter, and the result is the reference from then on.
 
     Done once, before anything is frozen or hashed, a layer at a time: in float32, and rounded to the layer's dtype. In
     bfloat16 small updates are partly lost to that rounding, so what survived is measured: as a projection on what was
     asked for, and as a KL.
 
+    Args:
+        model, folder: the base and its adapter.
+        where: who asks, for errors.
+        whole: take also an adapter that trained parts of the base.
+        rounded: what the result is rounded to in the end, if not as its layers are.
+
     Raises:
         ModelError: it changes the base in other ways, does not fit it one to one, changes nothing, or changes more
             merged than on its base.
     """
-    weights = load_compatible(folder, model)
+    weights = load_weights(folder) if whole else load_compatible(folder, model)
     adapted = wrap(model, config_to_fill(folder), str(folder)).eval()
     fill(adapted, weights, folder)
     del weights
@@ -312,7 +325,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, Merge]:
     narrow = next(model.parameters()).dtype not in (torch.float32, torch.float64)
     layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
     updates: list[tuple[float, float]] = []
-    with torch.no_grad(), reading(folder, "model.sft_adapter", failed="cannot be merged into its base"):
+    with torch.no_grad(), reading(folder, where, failed="cannot be merged into its base"):
         ids = probe_ids(model, adapted.peft_config[POLICY])
         wanted, unread = _logits_and_unread(adapted, ids, layers)
         kl, said = None, _spoken(adapted) if narrow else None
@@ -320,7 +333,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, Merge]:
         if narrow:
             _expect_own_matrices(layers, folder)
         for layer in layers:
-            layer.merge = partial(_merge_wide, layer, layer.merge, updates)
+            layer.merge = partial(_merge_wide, layer, layer.merge, updates, rounded)
         for layer in unread:    # what the model reads past the adapter must not change with it, by a single bit
             layer.merge()
         if unread:
@@ -329,7 +342,8 @@ def merge_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, Merge]:
         _expect_same(merged(input_ids=ids, use_cache=False).logits, wanted, folder)
         if said is not None:
             kl = kl_exact(spoken, merged(input_ids=said, use_cache=False).logits, 1.0).mean().item()
-    asked, arrived = map(sum, zip(*updates, strict=True))
+    # None of an adapter that is made of parts of the base alone.
+    asked, arrived = map(sum, zip(*updates, strict=True)) if updates else (1.0, 1.0)
     if asked == 0.0:
         raise ModelError(f"{folder}: this adapter changes nothing (every merged update is 0); is it the trained one?")
     return merged, Merge(arrived / asked, untied, kl)
@@ -372,22 +386,22 @@ def keep_adapter(model: nn.Module, folder: Path) -> nn.Module:
     return adapted.unload()
 
 
-def _merge_wide(layer: BaseTunerLayer, merge: Callable, updates: list[tuple[float, float]], *args, **kwargs) -> None:
+def _merge_wide(
+    layer: BaseTunerLayer, merge: Callable, updates: list[tuple[float, float]], rounded: torch.dtype | None, **how
+) -> None:
     """Merge one layer in float32 and round it; put |asked|² and asked · arrived of its update to the others."""
     before = {name: tensor.data for name, tensor in layer.get_base_layer().named_parameters()}
     for tensor in layer.get_base_layer().parameters():
         tensor.data = at_least_float32(tensor.data).clone()
-    merge(*args, **kwargs)
+    merge(**how)
     for name, tensor in layer.get_base_layer().named_parameters():
         old, new = before[name], tensor.data
         tensor.data = new.to(old.dtype)
-        asked = new - old
-        updates.append((asked.square().sum().item(), ((tensor.data - old.to(new.dtype)) * asked).sum().item()))
+        asked, arrived = new - old, tensor.data if rounded is None else new.to(rounded)
+        updates.append((asked.square().sum().item(), ((arrived - old.to(new.dtype)) * asked).sum().item()))
 
 
-def _logits_and_unread(
-    adapted: PeftModel, ids: Tensor, layers: Sequence[BaseTunerLayer]
-) -> tuple[Tensor, list[BaseTunerLayer]]:
+def _logits_and_unread(adapted: PeftModel, ids: Tensor, layers: Sequence[BaseTunerLayer]) -> tuple[Tensor, list]:
     """Logits on some tokens, and the layers that were not called for them."""
     called: set[nn.Module] = set()
     hooks = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in layers]
@@ -403,7 +417,7 @@ def _expect_same(found: Tensor, wanted: Tensor, folder: Path, exactly: bool = Fa
     # In a narrow dtype, through many layers, the largest may be far off.
     near = close(found, wanted) if found.dtype == torch.float32 else gap.mean() <= ROUNDED * size.mean()
     if not (torch.equal(found, wanted) if exactly else near):
-        raise _another_model(folder, f"a logit differs by {gap.max().item():.3g}")
+        raise ModelError(ANOTHER_MODEL.format(folder, f"a logit differs by {gap.max().item():.3g}"))
 
 
 def _expect_own_matrices(layers: Sequence[BaseTunerLayer], folder: Path) -> None:
@@ -411,14 +425,7 @@ def _expect_own_matrices(layers: Sequence[BaseTunerLayer], folder: Path) -> None
     bases = {id(base): base for base in (layer.get_base_layer() for layer in layers)}
     weights = [tensor.data_ptr() for base in bases.values() for tensor in base.parameters()]
     if len(set(weights)) < len(weights):
-        raise _another_model(folder, "two of its layers have one weight")
-
-
-def _another_model(folder: Path, found: str) -> ModelError:
-    return ModelError(
-        f"{folder}: merged into its base, this adapter gives another model than on it: {found}. Layers that share a "
-        "matrix would take its update twice; leave them out of lora.targets."
-    )
+        raise ModelError(ANOTHER_MODEL.format(folder, "two of its layers have one weight"))
 
 
 def _spoken(adapted: PeftModel) -> Tensor:

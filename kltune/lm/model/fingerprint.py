@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -54,7 +54,8 @@ class Fingerprint:
     merged, which acts on one of them. merge_kl: nats a token from what SFT ended with to the rounded merge; None in
     float32. config: the settings of config.json that can move a logit. ends: the fields of its EndTokens. probe: a few
     of its logits on a few tokens, as ``probed`` picks them. The last three are empty where they are not known, the
-    probe also of a model that computes in another dtype than its own.
+    probe also of a model that computes in another dtype than its own. base: of an adapter at ``path`` that is the
+    reference, the model it lies on; sha256 is then of both.
     """
 
     path: str
@@ -70,6 +71,7 @@ class Fingerprint:
     config: dict[str, Any] = field(default_factory=dict)
     ends: dict[str, Any] = field(default_factory=dict)
     probe: list[float] = field(default_factory=list)
+    base: str | None = None
 
     @classmethod
     def of(cls, section: ModelSection, model: nn.Module, tokenizer) -> "Fingerprint":
@@ -84,6 +86,15 @@ class Fingerprint:
             template_sha256=sha256_text(template_of(tokenizer)),
             config=settings_of(model.config),
         )
+
+    def of_adapter(self, path: str, weights: dict[str, Tensor]) -> "Fingerprint":
+        """This model with the tensors of an adapter, of the file at ``path``, on it: another reference."""
+        both = sha256_text(self.sha256 + weights_sha256(weights, path))
+        return replace(self, path=path, base=self.path, sha256=both, probe=[])
+
+    def same_model(self, other: "Fingerprint") -> bool:
+        """Whether weights and settings are the same, wherever they lie."""
+        return (self.sha256, self.dtype, self.config) == (other.sha256, other.dtype, other.config)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for run.json and kltune.json."""
@@ -123,15 +134,17 @@ class Fingerprint:
         gap = sum(abs(mine - theirs) for mine, theirs in zip(self.probe, probe, strict=True))
         return gap <= AGREES.get(getattr(torch, self.dtype), AGREES[torch.float32]) * sum(map(abs, probe))
 
-    def describe(self) -> str:
-        """One line for the top of a run."""
+    def describe(self, *, own: bool = True) -> str:
+        """One line for the top of a run. own: it is the policy with its adapter off."""
         merged = ""
         if self.sft_adapter:
             lost = 1.0 - self.merge_survived
             said = [f"{lost:.1%} of its update lost to rounding"] * (lost > 0.01)
             said += [] if self.merge_kl is None else [f"{self.merge_kl:.2g} nats a token from it unmerged"]
             merged = f" + {self.sft_adapter}" + (f" ({', '.join(said)})" if said else "")
-        return f"reference = {self.path}{merged}, frozen, {self.dtype}, sha256 {self.sha256[:12]} (adapter off)"
+        merged = ("" if self.base is None else f" on {self.base}") + merged
+        off = " (adapter off)" if own else ""
+        return f"reference = {self.path}{merged}, frozen, {self.dtype}, sha256 {self.sha256[:12]}{off}"
 
     def how_to_load(self, what: str = "LoRA adapter", imports: str = "", use: str = "") -> str:
         """README of a saved adapter: the lines that load it without kltune, ``use`` after them."""

@@ -2,10 +2,14 @@
 
 import importlib.util
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -104,8 +108,13 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, where: str = "mod
     """
     refuse_code(path, where, trusted=trust_remote_code)
     with reading(path, where, failed="no tokenizer could be loaded from it"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **_locality(path))
-    tokenizer = as_in_file(tokenizer, path)
+        if is_gguf(path):
+            with alone(path, where) as source:
+                tokenizer = AutoTokenizer.from_pretrained(**source)
+            tokenizer.name_or_path = path
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **_locality(path))
+            tokenizer = as_in_file(tokenizer, path)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise ModelError(f"{where}: the tokenizer of {path} names no end token; set eos_token in its config.")
     if tokenizer.pad_token_id is None:
@@ -151,7 +160,10 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
         ModelError: missing, damaged, not a causal LM, pickled weights only, a tensor missing or of another shape, or
             an adapter, which leaves the reference unsaid.
     """
-    path, config = section.path, read_config(section, where)
+    path = section.path
+    if is_gguf(path):
+        return _unpacked(section, device, where)
+    config = read_config(section, where)
     named = where if section.attention == "auto" else "model.attention"
     with phase(LOADING, device), reading(path, named, failed=NO_CAUSAL):
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -191,6 +203,9 @@ def read_config(section: ModelSection, where: str = "model.path") -> Any:
         ModelError: missing, no causal LM, an adapter, quantised, or one that would have code run.
     """
     path = section.path
+    if is_gguf(path):
+        with reading(path, where, failed=NO_CAUSAL), alone(path, where) as source:
+            return AutoConfig.from_pretrained(**source)
     if Path(path).is_dir():
         _refuse_adapter(Path(path), where)
     elif Path(path).is_absolute():  # recipes make the paths they know absolute; hub names never are
@@ -216,9 +231,43 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model        # buffers stay: angles of positions are float32 in every dtype
 
 
+def is_gguf(path: str | Path) -> bool:
+    """Whether a model is one GGUF file."""
+    return str(path).endswith(".gguf") and Path(path).is_file()
+
+
+@contextmanager
+def alone(path: str | Path, where: str) -> Iterator[dict[str, Any]]:
+    """Within: what tells transformers to read a GGUF file and nothing that lies beside it.
+
+    Raises:
+        ModelError: the package that reads such files is not installed.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"{where}: {path} is a GGUF file, and the package gguf, which reads them, is not installed: "
+                         "pip install 'kltune[quant]'.")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "model.gguf").symlink_to(Path(path).resolve())
+        yield {"pretrained_model_name_or_path": folder, "gguf_file": "model.gguf", "local_files_only": True}
+
+
+def _unpacked(section: ModelSection, device: torch.device, where: str) -> nn.Module:
+    """The model in a GGUF file, its weights as the numbers that they stand for: the quantised model, exactly."""
+    packed = getattr(transformers, "GgufConfig", None)      # newer versions may keep weights packed unless told not to
+    unpacking = {} if packed is None else {"quantization_config": packed(dequantize=True)}
+    with reading(section.path, where, failed=NO_CAUSAL), alone(section.path, where) as source:
+        config = AutoConfig.from_pretrained(**source)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=_dtype(section.dtype, config, device), output_loading_info=True, **unpacking
+        )
+    model.name_or_path = section.path
+    check_all_read(model, report, section.path, where)
+    return model.to(device)
+
+
 def own_tokenizer(folder: Path, trust_remote_code: bool = False):
-    """The tokenizer that a checkpoint's folder brings; None without one."""
-    if not (folder / "tokenizer_config.json").exists():
+    """The tokenizer that a checkpoint's folder, or its file, brings; None without one."""
+    if not is_gguf(folder) and not (folder / "tokenizer_config.json").exists():
         return None
     return load_tokenizer(str(folder), trust_remote_code)
 
@@ -295,11 +344,22 @@ def _refuse_adapter(path: Path, where: str) -> None:
         raise ModelError(f"{where}: {path} holds no model (config.json is missing).")
 
 
+def published_dtype(path: str, trust_remote_code: bool = False) -> torch.dtype:
+    """The dtype that a model's files are in, as its config.json has it; float32 where it does not say."""
+    with reading(path, "reference", failed=NO_CAUSAL):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **_locality(path))
+    return _published(config) or torch.float32
+
+
+def _published(config: Any) -> torch.dtype | None:
+    return getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+
+
 def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
     """``auto`` is float32 on a CPU; on a GPU, bfloat16 for models published in half precision."""
     if name != "auto":
         return getattr(torch, name)
-    published = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    published = _published(config)
     half = published in (torch.bfloat16, torch.float16)
     return torch.bfloat16 if half and device.type == "cuda" else torch.float32
 

@@ -31,7 +31,7 @@ from kltune.lm.model.files import reading, refuse_code
 from kltune.lm.model.fingerprint import Fingerprint, probed
 from kltune.lm.model.loading import check_made_for, compute_in, context_of, empty_base, load_base, load_tokenizer
 from kltune.lm.model.network import Network
-from kltune.lm.model.policy import Policy
+from kltune.lm.model.policy import Policy, Reference
 from kltune.recipe import LoraSection, ModelSection
 
 # Shares of the logits' size that rounding may move them by: what comes after a position, and what is beside a text. In
@@ -167,6 +167,59 @@ def load_saved_policy(
     return saved
 
 
+def hold_adapter(policy: Policy, folder: Path, name: str) -> Reference | None:
+    """A saved adapter on the policy's own weights as another reference; None where the two cannot lie on one trunk.
+
+    Both are then LoRAs, each with tensors of its own: what PEFT lets lie beside one another may share some.
+
+    Raises:
+        ModelError: it cannot be loaded, or the policy is another with it there.
+    """
+    mine = getattr(policy.model, "peft_config", {}).get(POLICY)
+    config = read_adapter_config(folder)
+    if policy.full or mine is None or {mine.peft_type.value, config["peft_type"]} != {"LORA"}:
+        return None
+    if trained_base(config, load_weights(folder), policy.model):
+        return None
+    before, beside = probe_logits(policy), f"reference{len(policy.model.peft_config)}"
+    weights = policy.load_beside(beside, folder)
+    if not torch.equal(before, probe_logits(policy)):
+        raise ModelError(f"{folder}: with this adapter beside the policy's, the policy is another; merge it into a "
+                         "model (kltune merge) and give that as the reference.")
+    held = policy.held
+    policy.hold(Reference(policy.network, held.fingerprint.of_adapter(name, weights), beside, own=False))
+    with policy.reference():
+        check_adapter(policy.network, policy.model, str(folder), beside)
+    reference = policy.held
+    policy.hold(held)
+    return reference
+
+
+def hold_model(policy: Policy, other: Policy, fingerprint: Fingerprint) -> Reference:
+    """Another model, as it is opened, as the reference of a policy: beside it, with weights of its own.
+
+    Raises:
+        ModelError: the two do not give logits for the same tokens, by what their ids mean.
+    """
+    name = fingerprint.path
+    if other.network.vocabulary != policy.network.vocabulary:
+        raise ModelError(
+            f"--reference {name}: it gives logits for {other.network.vocabulary} tokens, the policy for "
+            f"{policy.network.vocabulary}: they cannot be compared."
+        )
+    mine, theirs = (
+        {id: token for token, id in one.tokenizer.get_vocab().items() if id < policy.network.vocabulary}
+        for one in (policy, other)
+    )
+    moved = [id for id in sorted(mine.keys() & theirs.keys()) if mine[id] != theirs[id]]
+    if moved:
+        raise ModelError(
+            f"--reference {name}: its tokenizer means other tokens by the same ids, {len(moved)} of them; token "
+            f"{moved[0]} is {theirs[moved[0]]!r} there and {mine[moved[0]]!r} for the policy."
+        )
+    return Reference(other.network, fingerprint, own=False)
+
+
 def _with_adapter(policy: Policy, folder: Path) -> Policy:
     """The adapter on the reference's own weights; switched off, it must leave every logit as it was."""
     before = probe_logits(policy)
@@ -205,13 +258,13 @@ def probe_logits(policy: Policy) -> Tensor:
 
 
 @torch.no_grad()
-def check_adapter(network: Network, wrapped: nn.Module, what: str) -> None:
+def check_adapter(network: Network, wrapped: nn.Module, what: str, name: str = POLICY) -> None:
     """Raise ModelError unless an adapter that is on acts through layers alone: a causal model runs them as PEFT does.
 
     Some act through arguments or hooks of PEFT's own forward pass, by what they find in the whole text. ``wrapped`` is
-    PEFT's model of the network's.
+    PEFT's model of the network's. name: of the adapter that is on.
     """
-    config = wrapped.peft_config[POLICY]
+    config = wrapped.peft_config[name]
     kind = f"an adapter of type {config.peft_type.value}" + "".join(
         f" with {field.name}" for field in fields(config)
         if field.metadata.get("is_lora_variant") and getattr(config, field.name)

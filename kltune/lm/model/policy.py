@@ -8,7 +8,7 @@ fine-tuning (``kltune sft`` with ``lora: null``) holds a second, frozen copy of 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,20 @@ from kltune.lm.model.fingerprint import Fingerprint, weights_sha256
 from kltune.lm.model.loading import context_of, end_tokens, own_tokenizer, tokenizer_differences
 from kltune.lm.model.network import Network, ScalarHead
 from kltune.recipe import DataSection, LoraSection
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a policy is held against: its own frozen weights, unless another was asked for.
+
+    network: the model that gives its logits. adapter: which one is on meanwhile where that is the policy's own trunk.
+    own: it is what the policy's adapter lies on, or was trained from.
+    """
+
+    network: Network
+    fingerprint: Fingerprint
+    adapter: str | None = None
+    own: bool = True
 
 
 class Policy:
@@ -56,13 +70,14 @@ class Policy:
         self.ends = end_tokens(model, tokenizer, self.network.vocabulary)
         self.day = today()  # what a chat template is told that asks for the date
         self.other_tokenizers: tuple[OtherTokenizer, ...] = ()  # that have to make the same of every row
-        self._reference_network = Network(frozen) if self.full else self.network
+        self._base = Network(frozen) if self.full else self.network
+        self._held = Reference(self._base, fingerprint)
         self._switch = AdapterSwitch(model)
         model.eval()  # dropout anywhere would make old, new and reference log-probs disagree
 
     def plan_memory(self, fraction: float, checkpoint_layers: str) -> None:
         """Plan batches for this share of the device's memory; recompute layers as ``optim.checkpoint_layers`` says."""
-        for network in (self.network, self._reference_network):
+        for network in (self.network, self._base):
             network.batching.fraction, network.batching.checkpoint_layers = fraction, checkpoint_layers
 
     def add_adapter(self, lora: LoraSection) -> None:
@@ -123,6 +138,16 @@ class Policy:
         for tensor in self.value_parameters().values():
             tensor.requires_grad_(True)
 
+    def load_beside(self, name: str, folder: Path) -> dict[str, Tensor]:
+        """Put a saved adapter on the trunk beside the policy's, as ``add_beside`` does; its tensors as they were saved.
+
+        Raises as ``load_adapter``.
+        """
+        weights = load_compatible(folder, self.model)
+        self.add_beside(name, config_to_fill(folder))
+        fill(self.model, weights, folder, name)
+        return weights
+
     def add_beside(self, name: str, config: PeftConfig) -> None:
         """Put one more adapter on the trunk, switched off and frozen; the policy stays as it is, to the last bit."""
         trained = {id(tensor) for tensor in self.model.parameters() if tensor.requires_grad}
@@ -146,7 +171,7 @@ class Policy:
     @property
     def dtype(self) -> torch.dtype:
         """What the frozen weights are computed in; adapters and heads are float32."""
-        return self._reference_network.dtype
+        return self._base.dtype
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -226,10 +251,13 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within: this object is the reference, the frozen weights alone. After, exceptions included: the policy."""
-        policy, self.network = self.network, self._reference_network
+        """Within: this object is the reference: unless another is held, the frozen weights alone.
+
+        After, exceptions included: the policy.
+        """
+        policy, self.network = self.network, self._held.network
         try:
-            with self._switch.active(None):
+            with self._switch.active(self._held.adapter):
                 yield
         finally:
             self.network = policy
@@ -237,6 +265,19 @@ class Policy:
     def acting_as(self, adapter: str) -> AbstractContextManager[None]:
         """Within: this object is its trunk with an adapter that was put ``add_beside``. After: the policy."""
         return self._switch.active(adapter)
+
+    @property
+    def held(self) -> Reference:
+        """What the policy is held against."""
+        return replace(self._held, fingerprint=self.fingerprint)
+
+    def hold(self, reference: Reference) -> None:
+        """Be held against another reference from here on; rows have to fit both models."""
+        causal = reference.network.causal
+        self._held, self.fingerprint = reference, reference.fingerprint
+        limits = self.max_context, context_of(causal)
+        self.max_context = min((limit for limit in limits if limit), default=None)
+        self._words = min(self._words, causal.get_input_embeddings().weight.shape[0])
 
     @contextmanager
     def dropout(self) -> Iterator[None]:

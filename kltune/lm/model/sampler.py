@@ -11,7 +11,7 @@ distribution another one than the distribution that is measured.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -77,28 +77,37 @@ def sample_rollout(
     """
     with policy.reference() if from_reference else nullcontext():
         samples = sample(policy, prompts, uniforms, temperature=temperature)
-    rollout = measure_samples(
+    rollout = measured_rollout(
         policy, samples, temperature, exact=exact, from_reference=from_reference, by_token=by_token
     )
-    check_sampler(samples, rollout.logprobs, samples.response_mask, policy.dtype)
-    return rollout
+    mask = samples.response_mask
+    check_sampler(samples, rollout.logprobs, mask, policy.dtype)
+    # The sampler saw the tokens one at a time in other batches: in a narrow dtype as another policy would.
+    return replace(rollout, rounding=kl_k3(samples.logprobs, rollout.logprobs, mask))
 
 
-def measure_samples(
+def measured_rollout(
     policy: Policy, samples: Samples, temperature: float, *, exact: bool = True, from_reference: bool = False,
     by_token: bool = False,
 ) -> Rollout:
-    """Samples, whoever drew them, with their log-probabilities and KL; arguments and errors of ``sample_rollout``."""
-    mask = samples.response_mask
+    """Responses that are there, measured by teacher forcing; arguments as ``sample_rollout``.
+
+    samples: of a ``Rollout``, all that was measured of it is measured anew.
+
+    Raises:
+        DivergedError: a log-probability or KL is not finite.
+    """
     sums = VocabularySums.zero(policy.network.vocabulary) if by_token else None
     measured = policy.measure(samples.ids, samples.scored, temperature, exact=exact, swap=from_reference, sums=sums)
     flat = measured._asdict()
     for name, values in flat.items():
         if values is not None and not torch.isfinite(values).all():
             raise DivergedError(f"{name} of sampled tokens is not finite; lower optim.lr or raise kl.beta.")
-    tensors = {name: None if values is None else response_scatter(values, mask) for name, values in flat.items()}
-    # The sampler saw the tokens one at a time in other batches: in a narrow dtype as another policy would.
-    return Rollout(**(vars(samples) | tensors), sums=sums, rounding=kl_k3(samples.logprobs, tensors["logprobs"], mask))
+    tensors = {
+        name: None if values is None else response_scatter(values, samples.response_mask)
+        for name, values in flat.items()
+    }
+    return Rollout(**(vars(samples) | tensors | {"sums": sums}))
 
 
 def check_sampler(samples: Samples, logprobs: Tensor, counted: Tensor, dtype: torch.dtype) -> None:
@@ -149,7 +158,9 @@ def sample(
 
     with policy.network.merged():
         found = ranks.spread(range(0, len(prompts), step), some)
-    return assemble(policy, prompts, found, limit=uniforms.shape[1])
+    lengths, tokens, logprobs = (torch.cat(column).cpu() for column in zip(*found, strict=True))
+    rows = ([row.tolist() for row in flat.split(lengths.tolist())] for flat in (tokens, logprobs))
+    return assemble(policy, prompts, *rows, limit=uniforms.shape[1])
 
 
 def _decode(
@@ -216,13 +227,14 @@ def _draw_part(logits: Tensor, uniforms: Tensor, temperature: float, cut: Cut | 
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
 
 
-def assemble(policy: Policy, prompts: Sequence[Prompt], drawn: Sequence[ranks.Row], limit: int) -> Samples:
-    """Samples from what was drawn for the prompts, those of one side by side.
-
-    drawn: part by part, how long each response is [R], and tokens and log-probabilities of all [N]. limit: of a length.
-    """
-    lengths, flat_tokens, flat = (torch.cat(column).cpu() for column in zip(*drawn, strict=True))
-    tokens = [part.tolist() for part in flat_tokens.split(lengths.tolist())]
+def assemble(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    tokens: list[list[int]],
+    logprobs: list[list[float]],
+    limit: int,
+) -> Samples:
+    """Responses as ``Samples``, from the tokens and log-probabilities of each; ``limit``: of their lengths."""
     owner = [row * len(prompts) // len(tokens) for row in range(len(tokens))]
     asked = [list(prompts[index].ids) for index in owner]
     both = list(zip(asked, tokens, strict=True))
@@ -230,6 +242,7 @@ def assemble(policy: Policy, prompts: Sequence[Prompt], drawn: Sequence[ranks.Ro
     scored = pad_right([[False] * len(p) + [True] * len(r) for p, r in both], False, torch.bool)
     response_mask = pad_right([[True] * len(row) for row in tokens], False, torch.bool)
     truncated = torch.tensor([len(row) == limit and row[-1] not in policy.end_ids for row in tokens])
+    flat = torch.tensor([value for row in logprobs for value in row])
     if not torch.isfinite(flat).all():
         raise DivergedError("sampling: the policy's logits are not finite; lower optim.lr or raise kl.beta.")
     device = policy.device

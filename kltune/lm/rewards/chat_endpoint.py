@@ -1,190 +1,33 @@
-"""One question to an OpenAI-compatible chat endpoint.
+"""One question to an OpenAI-compatible chat endpoint, and the text of its answer."""
 
-No redirect is followed: the key would go along. Nothing that the endpoint says is shown with the key in it.
-"""
-
-import contextlib
-import http.client
-import ipaddress
 import json
-import os
-import socket
-import threading
-import time
-import urllib.error
-import urllib.request
 from typing import Any
-from urllib.parse import urlsplit
 
 from kltune.errors import ScorerError
+from kltune.lm.rewards.http_client import Address, Client
 from kltune.recipe import JudgeReward
-from kltune.recipe.faults import printable
 
-LONGEST_ANSWER = 1 << 20  # bytes
-PASSING = {408, 409, 425, 429}  # statuses that another try may not meet, as all from 500 on
 Messages = list[dict[str, str]]
-
-
-class Unanswered(Exception):
-    """A question that may be asked again: why, and after how many seconds at the earliest if the endpoint said so."""
-
-    def __init__(self, reason: str, after: float = 0.0):
-        super().__init__(reason)
-        self.after = after
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-class _Hurried:
-    """A connection whose timeout is for the whole head of an answer, not from one byte to the next."""
-
-    def getresponse(self) -> http.client.HTTPResponse:
-        late = threading.Event()
-        timer = threading.Timer(self.timeout, self._give_up, (late,))
-        timer.daemon = True
-        timer.start()
-        try:
-            response = super().getresponse()
-        except (OSError, http.client.HTTPException):
-            if late.is_set():
-                raise TimeoutError from None
-            raise
-        finally:
-            timer.cancel()
-        if late.is_set():       # a head that was cut short reads as one that ended
-            raise TimeoutError
-        return response
-
-    def _give_up(self, late: threading.Event) -> None:
-        late.set()
-        with contextlib.suppress(OSError, AttributeError):      # it has just been closed
-            self.sock.shutdown(socket.SHUT_RDWR)
-
-
-class _Plain(_Hurried, http.client.HTTPConnection):
-    pass
-
-
-class _Encrypted(_Hurried, http.client.HTTPSConnection):
-    pass
-
-
-class _PlainHandler(urllib.request.HTTPHandler):
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_Plain, request)
-
-
-class _EncryptedHandler(urllib.request.HTTPSHandler):
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_Encrypted, request)
 
 
 class Endpoint:
     """A chat endpoint that answers one question at a time. Threads may share one."""
 
     def __init__(self, entry: JudgeReward):
-        """Look the key up; nothing is sent yet.
-
-        Raises:
-            ScorerError: the environment variable that the recipe names is not set, or holds what no header may hold.
-        """
+        """Look the key up; nothing is sent yet; raises ScorerError as ``Client``."""
         self.entry = entry
-        self._key = None if entry.key_env is None else _key_from(entry.key_env, entry.url)
-        # A proxy would look for itself at a loopback address.
-        direct = [urllib.request.ProxyHandler({})] if _is_loopback(entry.url) else []
-        self._opener = urllib.request.build_opener(_NoRedirect(), _PlainHandler(), _EncryptedHandler(), *direct)
+        self._client = Client(Address(
+            entry.url, f"judge {entry.model}", ScorerError, entry.key_env, entry.timeout_s,
+            busy=f", with up to {entry.concurrency} questions under way",
+        ))
 
     def ask(self, messages: Messages) -> str:
-        """The text of one answer; "" where the endpoint gives none.
-
-        Raises:
-            Unanswered: no answer, or one that says to come again.
-            ScorerError: the endpoint refuses the question, and would refuse it again.
-        """
-        deadline = time.monotonic() + self.entry.timeout_s
-        try:
-            with self._opener.open(self._request(messages), timeout=self.entry.timeout_s) as response:
-                return _content(_read(response, deadline))
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._refusal(error, deadline) from None
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
-            if isinstance(reason, TimeoutError):
-                entry = self.entry
-                limits = f"{entry.timeout_s:g} s, with up to {entry.concurrency} questions under way"
-                raise Unanswered(f"no answer within {limits}") from None
-            raise Unanswered(self._shown(getattr(reason, "strerror", None) or str(reason) or repr(reason))) from None
-
-    def _request(self, messages: Messages) -> urllib.request.Request:
+        """The text of one answer; "" where the endpoint gives none. Raises as ``Client.post``, ScorerError."""
         entry = self.entry
         optional = {"temperature": entry.temperature, "max_tokens": entry.max_tokens}
-        body = {"model": entry.model, "messages": messages, "stream": False}
+        body: dict[str, Any] = {"model": entry.model, "messages": messages, "stream": False}
         body |= {name: value for name, value in optional.items() if value is not None}
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "kltune"}
-        if self._key is not None:
-            headers["Authorization"] = f"Bearer {self._key}"
-        address = entry.url.rstrip("/") + "/chat/completions"
-        # JSON in ASCII: a lone surrogate in a response has no UTF-8 form.
-        return urllib.request.Request(address, json.dumps(body).encode("ascii"), headers, method="POST")
-
-    def _refusal(self, error: urllib.error.HTTPError, deadline: float) -> Exception:
-        try:
-            said = self._shown(_read(error.fp, deadline).decode("utf-8", "replace"))
-        except (OSError, http.client.HTTPException):
-            said = ""
-        if error.code in PASSING or error.code >= 500:
-            # For some servers 500 is also a model that is not there, or one without a chat template.
-            why = "; its own log may say why" if error.code == 500 else ""
-            reason = f"HTTP {error.code}{why}" + (f" ({said})" if said else "")
-            return Unanswered(reason, _seconds(error.headers.get("Retry-After", "")))
-        advice = {
-            401: "; is the key right that key_env names?", 403: "; is the key right that key_env names?",
-            404: "; are url and model right?",
-        }.get(error.code, ".")
-        return ScorerError(
-            f"judge {self.entry.model}: {self.entry.url} refuses with HTTP {error.code}{advice} "
-            f"It says: {said or 'nothing'}"
-        )
-
-    def _shown(self, text: str) -> str:
-        """What a stranger says, in one line that cannot steer a terminal."""
-        text = text if self._key is None else text.replace(self._key, "[redacted]")
-        return printable(" ".join(text.split())[:200])
-
-
-def _key_from(name: str, url: str) -> str:
-    key = os.environ.get(name, "")
-    if not key:
-        raise ScorerError(f"judge at {url}: the environment variable {name}, key_env, is not set.")
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise ScorerError(f"judge at {url}: the environment variable {name}, key_env, holds a space or a character "
-                          "that no key may have.")
-    return key
-
-
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The whole body; the socket's own timeout counts from one byte to the next, which is no limit."""
-    parts, size = [], 0
-    while part := response.read1(1 << 16):
-        size += len(part)
-        parts.append(part)
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        if size > LONGEST_ANSWER:
-            return b""
-    return b"".join(parts)
+        return _content(self._client.post("/chat/completions", body))
 
 
 def _content(body: bytes) -> str:
@@ -199,8 +42,3 @@ def _content(body: bytes) -> str:
     # The last word of a text that was cut may be the first half of one: 1 of 10. A server that only counts tokens calls
     # an answer cut that ended with the last one allowed.
     return text.rpartition(" ")[0] if cut and not text.endswith("}") else text
-
-
-def _seconds(text: str) -> float:
-    """Retry-After in seconds; its other form, a date, is left to the waiting times of our own."""
-    return float(text) if text.isascii() and text.isdecimal() and len(text) < 9 else 0.0

@@ -17,7 +17,8 @@ from contextlib import suppress
 from queue import Empty, Queue
 
 from kltune.errors import JudgeError, ScorerError
-from kltune.lm.rewards.chat_endpoint import Endpoint, Messages, Unanswered
+from kltune.lm.rewards.chat_endpoint import Endpoint, Messages
+from kltune.lm.rewards.http_client import Unanswered
 from kltune.lm.rewards.verdicts import read_preference, read_score
 from kltune.recipe import JudgeReward
 from kltune.recipe.faults import redact

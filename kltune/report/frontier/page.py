@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from kltune.core.hacking.overoptimization import tilt_gain
 from kltune.recipe.faults import visible
+from kltune.report.frontier.held_out import held_out_lines, held_out_svg
 from kltune.report.pages import environment
 from kltune.report.plots import Z95, Curve, CurvePoint, Frame, curve_svg
 from kltune.report.text import Table, aligned
@@ -36,13 +37,15 @@ def write_frontier(folder: Path, document: dict[str, Any]) -> None:
 def frontier_html(document: dict[str, Any]) -> str:
     """The page: pictures, tables and fits."""
     names = [document["judge"], *(["score"] if document["judge"] == "gold" else [])]
+    held = [] if document.get("held_out") is None else list(held_out_lines(document["held_out"]))[:1]
     return environment().get_template("frontier.html.j2").render(
         document=document,
         headline=(advice := advice_on_budget(document))[:1].upper() + advice[1:],
         picked=picked_row(document),
         pictures=[
             # safe: matplotlib escapes what it writes
-            (f"{name} against KL", Markup(frontier_svg(document, name, inside=True))) for name in names
+            *((f"{name} against KL", Markup(frontier_svg(document, name, inside=True))) for name in names),
+            *((line, Markup(held_out_svg(document["held_out"], inside=True))) for line in held),
         ],
         settings=settings_table(document),
         best_of_n=best_of_n_table(document),
@@ -132,6 +135,8 @@ def frontier_text(document: dict[str, Any]) -> str:
         lines += ["", f"{name} at equal KL", *aligned(at_table(document))]
     lines += ["", "Gao's law of over-optimisation"] if document["fits"] else []
     lines += [f"  {visible(fit['curve'])}: {fit_line(fit)}" for fit in document["fits"]]
+    if document.get("held_out") is not None:
+        lines += ["", *(visible(line) for line in held_out_lines(document["held_out"]))]
     lines += [f"note: {visible(note)}" for note in document["notes"]]
     lines += ["", advice_on_budget(document)] if document["pick"] is not None else []
     if document["output"] is not None:

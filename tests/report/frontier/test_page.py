@@ -5,7 +5,7 @@ import re
 import pytest
 
 from kltune.report.frontier.page import fit_line, frontier_html, frontier_svg, settings_table
-from kltune.stages.frontier import FrontierOptions, frontier
+from kltune.stages.sweeps.frontier import FrontierOptions, frontier
 from tests.report.test_pages import Tags, assert_loads_and_runs_nothing
 
 

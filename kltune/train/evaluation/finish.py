@@ -1,6 +1,7 @@
 """How a run ends: the newest state within the cap, landed on its target, saved as ``final`` and measured afresh."""
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +16,12 @@ from kltune.errors import DivergedError
 from kltune.lm.measure.interpolation import Interpolation
 from kltune.lm.measure.measurement import Measurement, kl_result
 from kltune.lm.model.opening import check_frozen
+from kltune.recipe.sections.methods import KLSection
 from kltune.report.pages import write_page
 from kltune.run.checkpoint import save_final, saved_step, whole_checkpoints
 from kltune.run.files import read_jsonl
-from kltune.run.screen import doing
-from kltune.train.evaluation import Metrics, before_and_after, gold_result, teacher_result
+from kltune.run.screen import doing, interval, number, with_error
+from kltune.train.evaluation.held_out import Metrics, before_and_after, gold_result, teacher_result
 from kltune.train.learner import ALARMS, Job, Learner
 
 MORE_RESPONSES = 4  # times as many, where the first measurement of a final state leaves it open, and in a landing
@@ -114,7 +116,7 @@ def conclude(
         samples: rows for samples.jsonl.
         told: what result.json says besides what it says of every run; its ``kl`` goes into kltune.json as well.
     """
-    final = write_final(job, learner, told["kl"])
+    final = save_with_card(job, learner, told["kl"])
     if ranks.is_first():
         job.run.record(machine=(job.run.machine or {}) | speed_and_peak(job.run.folder))
     job.report.samples(steps, [{"final": True, **row} for row in samples])
@@ -136,16 +138,6 @@ def conclude(
     return result
 
 
-def write_final(job: Job, learner: Learner, kl: dict[str, Any] | None) -> Path:
-    """Save the model as ``final``, its KL in kltune.json; where it is."""
-    info = job.about(learner.model, kl)
-    with ranks.phase("saving final"):
-        learner.policy.network.close()      # as in ``save``
-        if ranks.is_first():
-            save_final(job.run.folder, learner.model.save, info=info)
-    return job.run.folder / "final"
-
-
 def speed_and_peak(folder: Path) -> dict[str, float | None]:
     """Median tokens a second of a run's steps, and the most memory that one took, GB; None where there are none."""
     rows = read_jsonl(folder / "metrics.jsonl")
@@ -154,6 +146,51 @@ def speed_and_peak(folder: Path) -> dict[str, float | None]:
         values = [row[key] for row in rows if row.get(key) is not None]
         found[name] = of_all(values) if values else None
     return found
+
+
+def save_with_card(job: Job, learner: Learner, kl: dict[str, Any] | None) -> Path:
+    """Save the model as ``final``; its README says how far it is from which reference, and how to measure that."""
+    info = job.about(learner.model, kl)
+
+    def write(folder: Path) -> None:
+        learner.model.save(folder)
+        if kl is not None:
+            with open(folder / "README.md", "a", encoding="utf-8") as file:
+                file.write(model_card(info, getattr(job.recipe, "kl", None)))
+
+    with ranks.phase("saving final"):
+        learner.policy.network.close()      # as in ``save``
+        if ranks.is_first():
+            save_final(job.run.folder, write, info=info)
+    return job.run.folder / "final"
+
+
+def model_card(info: dict[str, Any], budget: KLSection | None) -> str:
+    """The part of a model's README about its KL. info: as kltune.json has it; budget: what the run was held to."""
+    kl, measure, reference = info["kl"], info["measure"], info["reference"]
+    ends = "no interval, of one prompt" if kl["ci95"] is None else f"95 %: {interval(kl['ci95'])}"
+    held = [f"{name.replace('_', ' ')} {value:g} {budget.unit.replace('_', ' ')}" for name, value in (
+        ("target", budget.target if budget.control == "target" else None), ("hard_cap", budget.hard_cap),
+    ) if value is not None] if budget is not None else []
+    how = "merged" if reference["merge"] else "beside it"
+    sft = "" if reference["sft_adapter"] is None else f" with {reference['sft_adapter']} {how}"
+    command = ["kltune", "eval-kl", "this/folder", "--responses", str(kl["responses"]), "--temperature",
+               f"{measure['temperature']:g}", "--max-new-tokens", str(measure["max_new_tokens"])]
+    if measure["prompts"] is not None:
+        command += ["--prompts", str(measure["prompts"])]
+    if budget is not None and budget.hard_cap is not None:
+        command += ["--max-kl", f"{budget.hard_cap:g}", "--unit", budget.unit]
+    return (
+        "\n## How far it is from its reference\n\n"
+        f"- KL(policy ‖ reference): {with_error(kl['nats_per_response'], kl['stderr'])} nats per response ({ends}), "
+        f"{number(kl['nats_per_token'])} per token, exact over the vocabulary\n"
+        f"- measured on {kl['responses']} responses to {kl['prompts']} prompts of {measure['prompts']}, at temperature "
+        f"{measure['temperature']:g}, cut at {measure['max_new_tokens']} tokens\n"
+        f"- budget: {', '.join(held) or 'none'}\n"
+        f"- reference: {reference['path']}{sft}, {reference['dtype']}; sha256 of its weights {reference['sha256']}, "
+        f"tokenizer {reference['tokenizer_sha256']}, chat template {reference['template_sha256']}\n\n"
+        f"```\n{shlex.join(command)}      # measures it again\n```\n"
+    )
 
 
 def watch_over(job: Job, learner: Learner, step: int, metrics: Mapping[str, float | None]) -> None:
@@ -177,7 +214,7 @@ def return_to_peak(job: Job, learner: Learner) -> int:
 def stop(job: Job, learner: Learner, reason: str) -> NoReturn:
     """End a run at its cap: ``final`` is the state gone back to, once it is measured afresh."""
     found = settle(job, learner, learner.budget.last_within.step)
-    write_final(job, learner, kl_result(found.measured))
+    save_with_card(job, learner, kl_result(found.measured))
     if ranks.is_first():
         write_page(job.run.folder)
     size = "trpo.max_step_kl" if job.recipe.stage == "trpo" else "optim.lr"

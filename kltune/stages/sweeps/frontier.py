@@ -19,6 +19,7 @@ from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.functions import read_sources, sources_sha256
 from kltune.lm.rewards.scorers import load_scorer
 from kltune.recipe import FunctionReward, RewardEntry, asks_for_pairs, load_recipe
+from kltune.report.frontier.held_out import held_out_document
 from kltune.report.frontier.page import write_frontier
 from kltune.report.frontier.points import (
     FrontierPoint,
@@ -47,7 +48,7 @@ class FrontierOptions(MeasureOptions):
     """The command's options.
 
     gold: a second scorer, None for none. best_of: reference responses to each prompt, 0 for none. budget: nats to pick
-    a setting for. at: KLs to compare curves at.
+    a setting for. at: KLs to compare curves at. scores: files of held-out benchmarks.
     """
 
     gold: RewardEntry | None = None
@@ -55,11 +56,12 @@ class FrontierOptions(MeasureOptions):
     budget: float | None = None
     best_of: int = 16
     at: tuple[float, ...] = ()
+    scores: tuple[str, ...] = ()
 
     @property
     def afresh(self) -> bool:
         """Whether all runs are measured again, rather than taken as they measured themselves."""
-        return self.gold is not None or self.recipe is not None or self.responses is not None
+        return any(asked is not None for asked in (self.gold, self.recipe, self.responses, self.reference))
 
 
 def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
@@ -73,20 +75,26 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
             options that make no sense. ScorerError, ModelError, DataError: what cannot be measured.
     """
     sources = find_sources(runs)
-    check_one_reference(sources)
+    if options.reference is None:
+        check_one_reference(sources)
+    elif curves := [source.path for source in sources if source.folder is None]:
+        raise RecipeError(f"--reference: {curves[0]} is a curve, measured against its own reference; give runs alone.")
     if options.recipe is None:
         check_one_reward(sources)
     notes = [] if options.afresh else differing_measures(sources)
     points = points_of(sources)
     trained = [source for source in sources if source.folder is not None]
     reference = recorded_reference(sources)
-    best_of_n, shares, computed = None, {}, dict.fromkeys(("dtype", "device"))
+    best_of_n, shares, against = None, {}, sources[0].reference
+    computed = dict.fromkeys(("dtype", "device"))
     if trained and (options.afresh or options.best_of):
         measured = measured_afresh(trained, points, reference, options)
         points, reference, best_of_n, shares = measured.points, measured.reference, measured.best_of_n, measured.shares
         notes, computed = notes + measured.notes, measured.computed
+        against = against if measured.against is None else measured.against
     elif options.afresh:
-        raise RecipeError("--gold, --recipe and --responses measure runs again; found none among what was given.")
+        raise RecipeError("--gold, --recipe, --responses and --reference measure runs again; found none among what was "
+                          "given.")
     name = "gold" if options.gold is not None or all(point.gold is not None for point in points) else "score"
     unscored = sorted({point.curve for point in points if getattr(point, name) is None})
     if unscored:
@@ -96,7 +104,7 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
         "schema": "kltune.frontier/1",
         "direction": "KL(policy||reference)",
         "unit": "nats_per_response",
-        "reference": sources[0].reference | reference,
+        "reference": against | reference,
         "judge": name,
         "measured": "afresh" if options.afresh else "by the runs themselves",
         **computed,
@@ -107,6 +115,7 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
         "fits": fits(points, name, reference, best_of_n),
         "at": [curves_at(points, kl, name) for kl in options.at],
         "pick": None if options.budget is None else pick(settings, options.budget, name, reference),
+        "held_out": held_out_document(points, options.scores) if options.scores else None,
         "output": options.output,
     }
     if best_of_n is not None:
@@ -118,7 +127,10 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Afresh:
-    """What was measured anew, and on what: points, the reference's scores, best of n, notes, prompt shares by run."""
+    """What was measured anew, and on what: points, the reference's scores, best of n, notes, prompt shares by run.
+
+    against: ``--reference``, where one was given.
+    """
 
     points: list[FrontierPoint]
     reference: dict[str, Any]
@@ -126,6 +138,7 @@ class Afresh:
     notes: list[str]
     shares: dict[str, PromptShares]
     computed: dict[str, str]
+    against: dict[str, Any] | None = None
 
 
 def recorded_reference(sources: Sequence[FrontierSource]) -> dict[str, Any]:
@@ -188,7 +201,8 @@ def measured_afresh(
         if others:
             notes.append(f"not measured afresh, but as they were: {', '.join(others)}")
         points = [replace(point, **fresh.get(point.run, {})) for point in points]
-    return Afresh(points, reference, best_of_n, notes, shares, computed_on(policy))
+    against = None if options.reference is None else policy.fingerprint.as_dict()
+    return Afresh(points, reference, best_of_n, notes, shares, computed_on(policy), against)
 
 
 def refuse_changed_code(run: FrontierSource, entries: Sequence[RewardEntry], folder: Path) -> None:

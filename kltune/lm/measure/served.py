@@ -1,0 +1,234 @@
+"""KL between a model that is served and one that is here, from the log-probs of a few tokens (``core/kl/topk.py``).
+
+A served policy answers, and its answers are read by the reference here; or the policy here answers, and a served
+reference says what it makes of that. Temperature 1, and no filters. What a server applied is found out: by the answers
+themselves (what they say is as likely as their own log-probs have it, on average), and by scoring some of them again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kltune.core.kl.intervals import KLSummary, agreement_z, summarize
+from kltune.core.kl.topk import TopKDivergence, topk_divergence
+from kltune.core.tensors import log_distribution
+from kltune.errors import ModelError
+from kltune.lm.data.examples import Prompt
+from kltune.lm.measure.kl_document import DIRECTIONS, kl_figures
+from kltune.lm.measure.measurement import WORST_Z, Progress, Round
+from kltune.lm.measure.server import Answer, CannotScore, Server
+from kltune.lm.model.batches import pad_right
+from kltune.lm.model.policy import Policy
+from kltune.lm.model.sampler import Draw, sample
+
+ROWS = 16           # read by the local model at once
+PROBED = 4          # responses that are scored again
+PROBE_GAP = 0.05    # mean nats per token by which two scores of one token may differ: bfloat16 gives 0.01
+WRONG_WORDS = 0.1   # share of ids whose text may be spelled in another way than here
+
+
+@dataclass(frozen=True)
+class ServedMeasurement:
+    """KL(policy ‖ reference) on fresh responses, one of the two served.
+
+    by_token: what ``TopKDivergence`` says of a token, summed over each response; kl: of it, nats per response. tokens,
+    prompt_index, truncated: of the responses. [B] each.
+    """
+
+    by_token: TopKDivergence
+    tokens: Tensor
+    prompt_index: Tensor
+    truncated: Tensor
+
+    def __add__(self, other: "ServedMeasurement") -> "ServedMeasurement":
+        """Both together; their prompts are numbered alike."""
+        sums = TopKDivergence(*(torch.cat(pair) for pair in zip(self.by_token, other.by_token, strict=True)))
+        rest = ((getattr(self, name), getattr(other, name)) for name in ("tokens", "prompt_index", "truncated"))
+        return ServedMeasurement(sums, *(torch.cat(pair) for pair in rest))
+
+    def summary(self, estimator: str = "topk", confidence: float = 0.95) -> KLSummary:
+        """Mean with clustered standard error and interval, per response and per token; estimator: topk or k1."""
+        nats = self.by_token.k1 if estimator == "k1" else self.by_token.kl
+        return summarize(estimator, nats, self.tokens, self.prompt_index, confidence)
+
+    @property
+    def mass(self) -> float:
+        """Mean probability of the head."""
+        return (self.by_token.mass.sum() / self.tokens.sum()).item()
+
+    def checks(self) -> dict[str, float]:
+        """Standard errors by which what was sampled is off what the log-probs say; beyond ±4 they are no sample."""
+        sums, zero = self.by_token, torch.zeros_like(self.by_token.kl)
+        return {
+            name: agreement_z(found, wanted, self.prompt_index, variance.clamp(min=0.0))
+            for name, found, wanted, variance in (
+                ("agreement_z", sums.k1, sums.kl, sums.gap_variance),
+                ("surprise_z", sums.surprise, zero, sums.surprise_variance),
+                ("tail_z", sums.missed, zero, sums.missed_variance),
+            )
+        }
+
+
+def measure_served(
+    served: Server, local: Policy, answered: Round, draw: Draw, *, policy_is_served: bool,
+    progress: Progress = lambda done: None,
+) -> ServedMeasurement:
+    """Let the policy answer, served or here, and hold it against the other of the two.
+
+    Raises:
+        ModelError: the server does not give what it takes, or other numbers than those that it samples by.
+    """
+    parts = []
+    for prompts, uniforms, done in answered.parts(draw):
+        rows = [list(prompt.ids) for prompt in prompts for _ in range(answered.per_prompt)]
+        if policy_is_served:
+            answers = served.sample(rows, draw.max_new_tokens, draw.seed + 7919 * len(parts) + answered.number)
+            answers = [_to_first_end(answer, local.end_ids) for answer in answers]
+        else:
+            answers = _scored(served, local, prompts, uniforms, answered.per_prompt)
+        if not parts:
+            probe(served, local, rows, answers)
+        parts.append(_divergences(served, local, rows, answers, policy_is_served))
+        progress(done)
+    *sums, counts, cuts = (torch.cat(column) for column in zip(*parts, strict=True))
+    return ServedMeasurement(TopKDivergence(*sums), counts, answered.prompt_index(), cuts)
+
+
+def _scored(
+    served: Server, local: Policy, prompts: Sequence[Prompt], uniforms: Tensor, per_prompt: int
+) -> list[Answer]:
+    """Responses of the policy here as the server sees them."""
+    drawn = sample(local, prompts, uniforms, temperature=1.0)
+    responses = [ids[marks].tolist() for ids, marks in zip(drawn.ids, drawn.scored, strict=True)]
+    rows = [prompt.ids for prompt in prompts for _ in range(per_prompt)]
+    answers = served.score(list(zip(rows, responses, strict=True)))
+    return [Answer(answer.places, cut) for answer, cut in zip(answers, drawn.truncated.tolist(), strict=True)]
+
+
+def _to_first_end(answer: Answer, ends: Sequence[int]) -> Answer:
+    """A response up to the first token that ends one here: a server may know fewer of them."""
+    for number, place in enumerate(answer.places, start=1):
+        if place.token in ends:
+            return Answer(answer.places[:number], False)
+    return answer
+
+
+def _divergences(
+    served: Server, local: Policy, rows: Sequence[list[int]], answers: Sequence[Answer], policy_is_served: bool
+) -> tuple[Tensor, ...]:
+    """The sums of ``TopKDivergence``, tokens and truncated of each response. [B] each."""
+    places = [place for answer in answers for place in answer.places]
+    heads = torch.tensor([sorted(place.head) for place in places])
+    if int(heads.max()) >= local.network.vocabulary:
+        raise ModelError(f"{served.path}: it gives log-probs of token {int(heads.max())}, and the model here has "
+                         f"{local.network.vocabulary} tokens: they cannot be compared.")
+    theirs = torch.tensor([[place.head[token] for token in sorted(place.head)] for place in places]).double()
+    said = torch.tensor([place.token for place in places])
+    spoken = torch.tensor([place.logprob for place in places]).double()
+    mine = logprobs_of(local, rows, [answer.ids for answer in answers], torch.cat([said[:, None], heads], dim=1))
+    sides = [(theirs, spoken), (mine[:, 1:], mine[:, 0])]
+    policy, reference = sides if policy_is_served else reversed(sides)
+    found = topk_divergence(policy[0], reference[0], policy[1], reference[1], (heads == said[:, None]).any(dim=1))
+    counts = torch.tensor([len(answer.places) for answer in answers])
+    cuts = torch.tensor([answer.truncated for answer in answers])
+    return (*_per_response(found, counts), counts, cuts)
+
+
+def _per_response(found: TopKDivergence, counts: Tensor) -> list[Tensor]:
+    owner = torch.arange(len(counts)).repeat_interleave(counts)
+    return [torch.zeros(len(counts), dtype=torch.float64).index_add_(0, owner, column) for column in found]
+
+
+@torch.no_grad()
+def logprobs_of(
+    policy: Policy, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], tokens: Tensor
+) -> Tensor:
+    """Log-probabilities that a model here gives some tokens at each place of responses. [N, K] ids -> [N, K] float64.
+
+    N: all tokens of the responses, one after the other.
+    """
+    found, start = [], 0
+    for first in range(0, len(prompts), ROWS):
+        both = list(zip(prompts[first : first + ROWS], responses[first : first + ROWS], strict=True))
+        ids = policy.padded([[*prompt, *response] for prompt, response in both])
+        marks = [[False] * len(prompt) + [True] * len(response) for prompt, response in both]
+        scored = pad_right(marks, False, torch.bool).to(policy.device)
+        hidden = policy.network.before(ids, scored)
+        for states in hidden.split(policy.network.chunk_rows):
+            asked = tokens[start : start + len(states)].to(policy.device)
+            found.append(log_distribution(policy.network.logits(states), 1.0).gather(-1, asked).double().cpu())
+            start += len(states)
+    return torch.cat(found)
+
+
+def probe(served: Server, local: Policy, rows: Sequence[list[int]], answers: Sequence[Answer]) -> None:
+    """Score a few responses again: the numbers must be the same, and the ids mean the same tokens as here.
+
+    Raises:
+        ModelError: they are not, and why that may be.
+    """
+    few = [(row, answer.ids) for row, answer in zip(rows[:PROBED], answers[:PROBED], strict=True)]
+    try:
+        again = served.score(few)
+    except CannotScore:
+        served.notes.append("it does not score given tokens, so what it samples by could not be scored again")
+        return
+    gaps = torch.tensor([
+        one.logprob - other.logprob
+        for answer, second in zip(answers, again, strict=False)
+        for one, other in zip(answer.places, second.places, strict=True)
+    ])
+    if not (gap := gaps.abs().mean().item()) <= PROBE_GAP:
+        raise ModelError(
+            f"{served.path}: the same tokens scored twice differ by {gap:.3g} nats each on average (allowed: "
+            f"{PROBE_GAP}). It may sample at another temperature or with filters, answer from several replicas, or "
+            "have changed its weights or adapter meanwhile."
+        )
+    words = {token: text for answer in again for place in answer.places for token, text in place.words.items()}
+    wrong = [token for token, text in words.items() if not _means(local.tokenizer, token, text)]
+    if words and len(wrong) > WRONG_WORDS * len(words):
+        token = wrong[0]
+        raise ModelError(
+            f"{served.path}: {len(wrong)} of {len(words)} ids mean other tokens there; {token} is {words[token]!r}, "
+            f"and here {local.tokenizer.decode([token])!r}. The two cannot be compared."
+        )
+
+
+def _means(tokenizer: Any, token: int, text: str) -> bool:
+    """Whether a token is spelled so, but for spaces around it, or is no text by itself."""
+    here = [tokenizer.decode([token]), str(tokenizer.convert_ids_to_tokens(token))]
+    return "\ufffd" in text + here[0] or text.strip(" ▁Ġ") in {one.strip(" ▁Ġ") for one in here}
+
+
+def check_sampled(path: str, checks: dict[str, float]) -> None:
+    """Raise ModelError unless responses are as likely as their own log-probs have it, to chance."""
+    for name, z in checks.items():
+        if not abs(z) <= WORST_Z:
+            raise ModelError(
+                f"{path}: its responses are not a sample of the distribution whose log-probs it gives: {name} is "
+                f"{z:.1f} standard errors. It may sample at another temperature or with filters (top-p, top-k, "
+                "penalties; generation_config.json of a served model sets some), or give log-probs of another stage "
+                "(vllm serve --logprobs-mode)."
+            )
+
+
+def described_served(
+    measured: ServedMeasurement, checks: dict[str, float], served: Server, confidence: float
+) -> dict[str, Any]:
+    """The measured part of the document; ``exact`` is null, which no server lets one know."""
+    topk = measured.summary("topk", confidence)
+    return {
+        "direction": DIRECTIONS["reverse"],
+        "temperature": 1.0,
+        "prompts": topk.prompts,
+        "responses": topk.responses,
+        "tokens": topk.tokens,
+        "truncated_fraction": measured.truncated.double().mean().item(),
+        "kl": {"exact": None} | {name: kl_figures(measured.summary(name, confidence)) for name in ("topk", "k1")},
+        **checks,
+        "server": {"path": served.path, "top_logprobs": served.top, "mass": measured.mass},
+        "warnings": list(served.notes),
+    }

@@ -1,0 +1,1 @@
+"""Held-out measurements of a run, what they warn of, and how it ends."""

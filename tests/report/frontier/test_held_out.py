@@ -1,0 +1,101 @@
+"""Held-out scores that other tools wrote, against KL: which run a file is about, and the rank correlation."""
+
+import json
+
+import numpy as np
+import pytest
+
+from kltune.core.kl.intervals import rank_correlation
+from kltune.errors import DataError
+from kltune.report.frontier.held_out import held_out_document, held_out_lines, held_out_svg, read_scores
+from kltune.report.frontier.points import FrontierPoint
+
+KLS = {"a": 1.0, "b": 2.0, "c": 4.0, "d": 7.0, "e": 9.0}
+
+
+def point(folder, name: str, kl: float) -> FrontierPoint:
+    return FrontierPoint(str(folder / name), name, "curve", name, 0, 1.0, kl, 0.1, None, None, None)
+
+
+@pytest.fixture
+def points(tmp_path):
+    return [point(tmp_path, name, kl) for name, kl in KLS.items()]
+
+
+def written(path, content) -> str:
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def harness(folder, name, value, **more):
+    return written(folder / f"{name}.json", {
+        "results": {"arc": {"alias": "arc", "acc,none": 0.1, "acc_norm,none": value, "acc_norm_stderr,none": 0.02},
+                    "story": {"exact_match,strict": value / 2, "exact_match_stderr,strict": 0.01}, **more},
+        "config": {"model": "hf", "model_args": f"pretrained=base,peft={folder / name / 'final'},dtype=float32"},
+    })
+
+
+def inspect(folder, name, value):
+    return written(folder / f"{name}-log.json", {
+        "eval": {"task": "gsm", "model": f"hf/{folder / name}", "model_args": {}},
+        "results": {"scores": [
+            {"name": "match", "metrics": {"accuracy": {"value": value}, "stderr": {"value": 0.03}}},
+        ]},
+    })
+
+
+def test_results_of_the_harness_are_matched_to_runs_by_the_adapter_they_name(tmp_path, points):
+    files = [harness(tmp_path, name, 0.9 - 0.05 * number) for number, name in enumerate("abcd")]
+    document = held_out_document(points, files)
+    assert document["tasks"] == ["arc", "story"]
+    assert [row["score"] for row in document["points"]] == pytest.approx([0.75 * (0.9 - 0.05 * n) for n in range(4)])
+    assert document["points"][0]["stderr"] == pytest.approx((0.02**2 + 0.01**2) ** 0.5 / 2)
+    assert document["rank_correlation"] == -1.0
+    assert document["ci95"][1] < 0
+    assert document["unscored"] == [str(tmp_path / "e")]
+    lines = list(held_out_lines(document))
+    assert "rank correlation −1.00 (95 %: −1.00 to " in lines[0]
+    assert held_out_svg(document).startswith("<svg")
+
+
+def test_logs_of_inspect_and_plain_scores_are_read_too(tmp_path, points):
+    (one,) = read_scores(inspect(tmp_path, "a", 0.4))
+    assert one.tasks == {"gsm/match": (0.4, 0.03)}
+    document = held_out_document(points, [inspect(tmp_path, name, 0.5) for name in "abc"])
+    assert (document["rank_correlation"], document["ci95"]) == (None, None)
+    plain = written(tmp_path / "plain.json", {str(tmp_path / name): kl for name, kl in KLS.items()})
+    assert held_out_document(points, [plain])["rank_correlation"] == 1.0
+
+
+def test_only_tasks_that_all_have_are_compared(tmp_path, points):
+    files = [harness(tmp_path, "a", 0.5, more={"acc,none": 0.1}), harness(tmp_path, "b", 0.6)]
+    assert held_out_document(points, files)["tasks"] == ["arc", "story"]
+    with pytest.raises(DataError, match="no task is known of all"):
+        held_out_document(points, [files[0], inspect(tmp_path, "b", 0.4)])
+
+
+@pytest.mark.parametrize("content", [
+    [], {}, {"a": "b"}, {"results": {}}, {"results": {"arc": 3}, "config": {"model_args": "peft=x"}}, {"results": "x"},
+    {"eval": {}, "results": {"scores": 4}}, {"results": {"arc": {"acc,none": 0.1}}, "config": []},
+])
+def test_a_file_of_another_kind_is_refused_by_its_name(tmp_path, content):
+    with pytest.raises(DataError, match=r"other\.json"):
+        read_scores(written(tmp_path / "other.json", content))
+
+
+def test_a_file_about_no_run_is_refused(tmp_path, points):
+    with pytest.raises(DataError, match="which is none of the runs"):
+        held_out_document(points, [harness(tmp_path, "z", 0.5)])
+
+
+def test_rank_correlation_by_hand_and_its_interval_holds():
+    # ranks 1 2 3 4 5 against 2 1 4 3 5: 1 − 6 · 4 / (5 · 24)
+    assert rank_correlation([1, 2, 3, 4, 5], [20, 10, 40, 30, 50])[0] == pytest.approx(0.8)
+    assert rank_correlation([1, 1, 2], [5, 5, 9])[0] == pytest.approx(1.0)
+    numbers, held, rho = np.random.default_rng(0), 0, 0.6
+    truth = 6 / np.pi * np.arcsin(rho / 2)      # Spearman's of two normals
+    for _ in range(1000):
+        x, noise = numbers.standard_normal((2, 20))
+        low, high = rank_correlation(x, rho * x + (1 - rho**2) ** 0.5 * noise)[1]
+        held += low <= truth <= high
+    assert 0.93 <= held / 1000 <= 0.97

@@ -1,0 +1,162 @@
+"""A served model against one that is here: the same KL, and each thing that a server may do wrong by its name."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kltune.lm.measure import server as asking
+from tests.servers import StandIn, standing_in
+from tests.stages.conftest import HELD_OUT, small_llama, write_rows
+from tests.stages.test_references import adapter_on
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch):
+    monkeypatch.setattr(asking, "FIRST_PAUSE", 0.0)
+
+
+@pytest.fixture
+def adapter(tmp_path, llama):
+    return adapter_on(llama, tmp_path / "adapter", 1)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": text} for text in HELD_OUT])
+    return "--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", 5, "--top-logprobs", 8
+
+
+def model_of(llama, adapter=None):
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
+
+
+@pytest.fixture
+def serve(llama, adapter):
+    """A context: the adapter, or the base, behind a server with some switches."""
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    return lambda served=adapter, **switches: standing_in(StandIn(model_of(llama, served), tokenizer, **switches))
+
+
+def kl_of(document, name):
+    return document["kl"][name]["nats_per_response"], document["kl"][name]["stderr"]
+
+
+def test_both_ways_round_the_kl_is_the_exact_one(eval_kl, serve, adapter, llama, prompts):
+    exact, error = kl_of(eval_kl(adapter, *prompts[:4], "--responses", 400)[1], "exact")
+    for served, here in ((adapter, llama), (None, adapter)):
+        with serve(served) as standing:
+            policy, reference = (standing.url, here) if served else (here, standing.url)
+            code, document, err = eval_kl(policy, "--reference", reference, *prompts, "--responses", 100)
+        assert code == 0, err
+        topk, spread = kl_of(document, "topk")
+        assert topk == pytest.approx(exact, abs=3 * (error**2 + spread**2) ** 0.5)
+        assert document["kl"]["exact"] is None
+        assert document["reference"]["path"] == str(reference)
+        assert 0.3 < document["server"]["mass"] < 0.99
+        assert max(abs(document[name]) for name in ("agreement_z", "surprise_z", "tail_z")) < 4
+        if served:
+            sampled = [body for body in standing.asked if "seed" in body]
+            assert len({body["seed"] for body in sampled}) == 100
+            assert all(body["temperature"] == body["top_p"] == 1 and body["top_k"] == 0 for body in sampled)
+
+
+def test_the_gate_and_its_files_know_a_server(eval_kl, serve, llama, prompts, tmp_path):
+    with serve() as standing:
+        arguments = (standing.url, "--reference", llama, *prompts, "--responses", 40, "--junit", tmp_path / "kl.xml")
+        assert eval_kl(*arguments, "--max-kl", 50)[0] == 0
+        code, document, _ = eval_kl(*arguments, "--max-kl", 0.001)
+        assert (code, document["gate"]["reference"]) == (3, str(llama))
+        assert standing.url in (tmp_path / "kl.xml").read_text()
+        text = eval_kl(*arguments, as_json=False)[1]
+    assert "8 likeliest tokens summed (" in text
+    assert f"against {llama}" in text
+
+
+STALE = small_llama(32, seed=5)
+FAULTS = {
+    "another temperature, raw": ({"temperature": 0.5}, "not a sample of the distribution"),
+    "another temperature, processed": ({"temperature": 0.3, "processed": True}, "scored twice differ by"),
+    "top-k": ({"keep": 4}, "not a sample of the distribution"),
+    "a stale adapter": ({"stale": STALE}, "scored twice differ by"),
+    "other tokens": ({"other_words": True}, "ids mean other tokens there"),
+    "a token before the prompt": ({"prefix": (0,)}, "put a token before them"),
+    "few log-probs": ({"cap": 5}, "asked for 8 log-probs at each token, got"),
+    "no ids": ({"drops": ("token_ids",)}, "its answer has no token ids"),
+    "no log-probs": ({"drops": ("logprobs",)}, "its answer has no log-probs"),
+    "a short answer": ({"short": True}, "it cut a response at 4 tokens, asked for 5"),
+    "another model": ({"called": "gpt"}, "it answers as the model gpt"),
+    "no completion": ({"body": b"<html>"}, "no completion in JSON"),
+    "aborted": ({"says": {"finish_reason": "abort"}}, "ended for 'abort'"),
+    "a redirect": ({"fails": [302]}, "HTTP 302"),
+    "no such model": ({"fails": [404]}, "are url and model right?"),
+    "no key": ({"fails": [401]}, "is the key right"),
+    "always busy": ({"fails": [503] * 999}, "no answer in 4 tries; the last: HTTP 503"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_of_a_server_is_named(eval_kl, serve, llama, prompts, fault):
+    switches, words = FAULTS[fault]
+    with serve(**switches) as standing:
+        count = 120 if "sample" in words else 10
+        code, document, err = eval_kl(standing.url, "--reference", llama, *prompts, "--responses", count)
+    assert (code, document) == (5, "")
+    assert words in err
+
+
+def test_what_passes_is_asked_again(eval_kl, serve, llama, prompts):
+    with serve(fails=[503, 0, 429]) as standing:
+        assert eval_kl(standing.url, "--reference", llama, *prompts, "--responses", 20)[0] == 0
+
+
+def test_a_server_that_scores_no_prompts_can_be_a_policy_and_no_reference(eval_kl, serve, adapter, llama, prompts):
+    with serve(scores=False) as standing:
+        code, document, err = eval_kl(standing.url, "--reference", llama, *prompts, "--responses", 20)
+        assert code == 0
+        assert "could not be scored again" in err
+        assert len(document["warnings"]) == 1
+        code, _, err = eval_kl(adapter, "--reference", standing.url, *prompts, "--responses", 20)
+    assert code == 5
+    assert "cannot be a reference" in err
+
+
+def test_a_key_comes_from_the_environment_and_goes_nowhere_else(eval_kl, serve, llama, prompts, monkeypatch, tmp_path):
+    monkeypatch.setenv("MY_KEY", "sk-very-secret")
+    with serve() as standing:
+        arguments = (standing.url, "--reference", llama, *prompts, "--responses", 10)
+        _, document, err = eval_kl(*arguments, "--key-env", "MY_KEY")
+        assert {headers["Authorization"] for headers in standing.headers} == {"Bearer sk-very-secret"}
+        assert "sk-very-secret" not in json.dumps(document) + err
+        assert eval_kl(*arguments, "--key-env", "NO_SUCH_KEY")[0] == 2
+
+
+@pytest.mark.parametrize("address", [
+    "http://192.0.2.1/v1#m", "http://127.0.0.1:8000/v1", "http://user:pw@127.0.0.1/v1#m", "http://127.0.0.1:x/v1#m",
+])
+def test_an_address_that_others_can_listen_to_or_that_is_none_is_refused(eval_kl, llama, prompts, address):
+    code, _, err = eval_kl(address, "--reference", llama, *prompts)
+    assert code == 2
+    assert "pw" not in err
+
+
+@pytest.mark.parametrize("more", [
+    ("--temperature", 0.7), ("--direction", "both"), ("--auto", "--max-kl", 1), ("--top-p", 0.9), ("--against", "x"),
+])
+def test_what_a_server_cannot_be_asked_is_refused(eval_kl, llama, prompts, more):
+    assert eval_kl("http://127.0.0.1:1/v1#m", "--reference", llama, *prompts, *more)[0] == 2
+    assert eval_kl("http://127.0.0.1:1/v1#m", "--reference", "http://127.0.0.1:1/v1#n", *prompts)[0] == 2
+
+
+@pytest.mark.parametrize("command_line", [
+    ("sample", "http://127.0.0.1:1/v1#m", "--prompt", "a"), ("merge", "http://127.0.0.1:1/v1#m", "--output", "out"),
+    ("sample", "ADAPTER", "--reference", "http://127.0.0.1:1/v1#m", "--prompt", "a"),
+    ("project", "http://127.0.0.1:1/v1#m", "--max-kl", 1, "--output", "out"),
+])
+def test_what_needs_weights_does_not_take_a_server(command, adapter, command_line):
+    code, _, err = command(*(adapter if word == "ADAPTER" else word for word in command_line))
+    assert code == 2
+    assert "a served model has a KL" in err
