@@ -26,7 +26,7 @@ def install(fault: dict[str, Any] | None) -> None:
     from kltune.lm.model import sampler
     from kltune.stages import ppo
     from kltune.train import loop
-    from kltune.train.evaluation import HeldOut
+    from kltune.train.evaluation.held_out import HeldOut
 
     memory.PASSES_PER_PIECE = memory.PASSES_PER_SAMPLE = 0
     if fault is None or fault["rank"] != int(os.environ.get("RANK", 0)):

@@ -16,7 +16,6 @@ from kltune.core.tensors import expect_finite
 from kltune.errors import CheckpointError, OutOfMemory
 from kltune.lm.data.examples import Prompt
 from kltune.lm.fast.out_of_memory import UPDATING, phase
-from kltune.lm.measure.rollout_server import RolloutServer
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
 from kltune.lm.rewards.reward_model import RewardModel
@@ -30,6 +29,7 @@ from kltune.run.session import Run
 from kltune.train.budget import Budget, Groups
 from kltune.train.evaluation.alarms import Alarms
 from kltune.train.evaluation.held_out import HeldOut, Metrics
+from kltune.train.rollout_server import RolloutServer
 
 Result = TypeVar("Result")
 BudgetRecipe = PPORecipe | TRPORecipe | DPORecipe | DistillRecipe

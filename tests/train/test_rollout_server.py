@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from kltune.errors import RecipeError, SamplerError, ServerError
-from kltune.lm.measure import rollout_server
 from kltune.recipe import load_recipe
 from kltune.run.files import read_record
 from kltune.stages.dpo import run_dpo
 from kltune.stages.ppo import run_ppo
 from kltune.stages.trpo import run_trpo
+from kltune.train import rollout_server
 from tests.rollout_servers import serving
 from tests.stages.conftest import ONLINE, PPO, TRPO, letter_tokenizer, read_jsonl, small_llama, write_recipe
 
