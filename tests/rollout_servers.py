@@ -147,7 +147,7 @@ def serving(folder: Path, fault: str | None = None, since: int = 1, **told: dict
                     return self.answer({"error": "busy"}, 503)
                 if fault != "slow":
                     return self.answer(stand_in.complete(body))
-            time.sleep(8.0)
+            time.sleep(16.0)
             return None
 
         def log_message(self, *_: Any) -> None:

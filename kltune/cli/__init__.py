@@ -178,6 +178,11 @@ def alive() -> AbstractContextManager[None]:
     return signs_of_life(sys.stderr.write, lambda: stream.written_at)
 
 
+def show_bug() -> None:
+    """Let a traceback be seen, in whichever process."""
+    sys.stderr = sys.__stderr__ if is_extra_process() else sys.stderr
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run one command (default ``sys.argv[1:]``) and exit with the code of its outcome."""
     for name, value in (QUIET_LIBRARIES | ({} if "OMP_WAIT_POLICY" in os.environ else SPINNING)).items():
@@ -198,9 +203,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (OSError, MemoryError, RuntimeError) as error:
         known = as_user_error(error)
         if known is None:
-            sys.stderr = sys.__stderr__ if is_extra_process() else sys.stderr
+            show_bug()
             raise
         sys.exit(complain(known))
+    except Exception:
+        show_bug()
+        raise
     finally:
         if arguments is None:       # else it is a program's, which goes on
             leave_stdout()

@@ -30,7 +30,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(rollout_server, "PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(rollout_server, "PAUSES", (0.01,) * 6)
 
 
 def recipe_of(tmp_path: Path, model: Path, server, base=PPO, **sampling):
@@ -65,7 +65,7 @@ CAUSES = {
     "503": (2, ServerError, r"does not answer: HTTP 503 \(.*busy"),
     "short answer": (2, SamplerError, "wanted one that ends with an end token, or at 6 tokens"),
     "two replicas": (2, SamplerError, r"of 16 responses are of the right weights: .*data_parallel_size"),
-    "slow": (2, ServerError, r"no answer within 4 s \(sampling\.timeout_s\)"),
+    "slow": (2, ServerError, r"no answer within 12 s \(sampling\.timeout_s\)"),
     "no token ids": (1, SamplerError, "return_token_ids"),
     "refuses adapters": (0, SamplerError, "refuses /v1/load_lora_adapter with HTTP 404"),
     "other base": (0, SamplerError, "its base is .* nats per token, .*another base"),
@@ -76,7 +76,7 @@ CAUSES = {
 def test_a_server_that_fails_is_caught_within_a_step_and_the_run_goes_on_later(tmp_path, model, fault):
     since, kind, cause = CAUSES[fault]
     with serving(model, fault, since) as server:
-        recipe = recipe_of(tmp_path, model, server, **({"timeout_s": 4.0} if fault == "slow" else {}))
+        recipe = recipe_of(tmp_path, model, server, **({"timeout_s": 12.0} if fault == "slow" else {}))
         with pytest.raises(kind, match=cause) as raised:
             run_ppo(recipe, resume=False)
     output = Path(recipe.run.output)
