@@ -223,7 +223,7 @@ def merge_command(
     document, code = merge(checkpoint, MergeOptions(
         recipe=recipe, reference=reference, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens,
         temperature=temperature, seed=seed, max_kl=max_kl, unit=unit, confidence=confidence, output=output,
-        dtype=dtype, trust_remote_code=trust_remote_code, date=date,
+        saved_as=dtype, trust_remote_code=trust_remote_code, date=date,
     ))
     emit_document(document, as_json, merge_text)
     raise typer.Exit(code)

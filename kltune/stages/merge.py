@@ -41,10 +41,10 @@ DIRECTION = "KL(merged||policy)"
 
 @dataclass(frozen=True)
 class MergeOptions(MeasureOptions):
-    """The command's options. output: folder of the model. dtype: of its weights; auto is that of the base's files."""
+    """The command's options. output: folder of the model. saved_as: dtype of its weights; auto: as the base's files."""
 
     output: str = ""
-    dtype: str = "auto"
+    saved_as: str = "auto"
 
 
 class NotSaved(Exception):
@@ -72,7 +72,7 @@ def merge(checkpoint: str, options: MergeOptions) -> tuple[dict[str, Any], int]:
         raise RecipeError(f"--reference: {options.reference} is not the base of this adapter; leave --reference out.")
     dtype = published_dtype(
         policy.fingerprint.path, options.trust_remote_code
-    ) if options.dtype == "auto" else getattr(torch, options.dtype)
+    ) if options.saved_as == "auto" else getattr(torch, options.saved_as)
     document: dict[str, Any] = {
         "schema": "kltune.merge/1",
         "checkpoint": subject.path,

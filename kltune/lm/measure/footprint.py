@@ -30,7 +30,7 @@ from kltune.lm.fast.memory import (
 )
 from kltune.lm.fast.shared_prefix import WORTH_IT, SharedPrefixes, attends_to_all, states_before
 from kltune.lm.model.adapters import POLICY
-from kltune.lm.model.curvature import TWICE_DIFFERENTIABLE, Fisher
+from kltune.lm.model.curvature import Fisher
 from kltune.lm.model.network import ScalarHead
 from kltune.lm.model.policy import Policy
 
@@ -164,11 +164,15 @@ class Footprint:
         return int(max(reading + begun, cached + said + DRAWN))
 
     def curvature(self, rows: Rows, sequences: int | None) -> int:
-        """Products with the Fisher matrix of rows, whose graph is differentiated twice."""
-        size = sequences or max(1, self.room.rows(rows.length) // TWICE_DIFFERENTIABLE)
-        some = rows.of(min(rows.count, size))
-        with self._traced(some.count * some.response, fused=False) as live:     # differentiated twice, it keeps squares
-            fisher = Fisher(self.policy, *shapes(some), 1.0, some.count)
+        """Products with the Fisher matrix of rows, ``sequences`` at once, or as many as fit."""
+        if sequences is None:
+            one, two = (self._products(rows.of(count)) for count in (1, 2))
+            sequences = 1 + max(0, int((self.room.bytes - one) / max(1, two - one)))
+        return self._products(rows.of(min(rows.count, sequences)))
+
+    def _products(self, rows: Rows) -> int:
+        with self._traced(rows.count * rows.response, fused=False) as live:     # differentiated twice, it keeps squares
+            fisher = Fisher(self.policy, *shapes(rows), 1.0, rows.count)
             own = list(self.policy.trainable_parameters().values())
             fisher(torch.empty(sum(tensor.numel() for tensor in own), device="meta"))
         return live.peak - live.before
@@ -180,7 +184,7 @@ class Footprint:
         return 0 if free < 0 else rows.group * (1 + int(free / max(1, two - one)))
 
     def _models(self) -> list[Any]:
-        networks = {id(one): one for one in (self.policy.network, self.policy._reference_network)}
+        networks = {id(one): one for one in (self.policy.network, self.policy.base_network)}
         models = [self.policy.model, *(network.causal for network in networks.values()), self.policy.value_head]
         return [[*model.parameters(), *model.buffers()] for model in models if model is not None]
 

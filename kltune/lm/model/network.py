@@ -110,10 +110,8 @@ class Network:
 
     def _assume_ways(self) -> None:
         """What most models can do, of one that has shapes and no weights to try it with."""
-        config = self.causal.config.get_text_config()
-        scales = [getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")]
-        self._width = config.hidden_size
-        self.split = self._trunk is not None and self.head is not None and all(one in (None, 1.0) for one in scales)
+        self.after, self._width = AS_THEY_ARE, self.causal.config.get_text_config().hidden_size
+        self.split = self._trunk is not None and self.head is not None
         self.caches, self.batching = True, FixedRows()
 
     def _cut(self, states: Tensor) -> Tensor | None:

@@ -70,14 +70,14 @@ class Policy:
         self.ends = end_tokens(model, tokenizer, self.network.vocabulary)
         self.day = today()  # what a chat template is told that asks for the date
         self.other_tokenizers: tuple[OtherTokenizer, ...] = ()  # that have to make the same of every row
-        self._base = Network(frozen) if self.full else self.network
-        self._held = Reference(self._base, fingerprint)
+        self.base_network = Network(frozen) if self.full else self.network
+        self._held = Reference(self.base_network, fingerprint)
         self._switch = AdapterSwitch(model)
         model.eval()  # dropout anywhere would make old, new and reference log-probs disagree
 
     def plan_memory(self, fraction: float, checkpoint_layers: str) -> None:
         """Plan batches for this share of the device's memory; recompute layers as ``optim.checkpoint_layers`` says."""
-        for network in (self.network, self._base):
+        for network in (self.network, self.base_network):
             network.batching.fraction, network.batching.checkpoint_layers = fraction, checkpoint_layers
 
     def add_adapter(self, lora: LoraSection) -> None:
@@ -171,7 +171,7 @@ class Policy:
     @property
     def dtype(self) -> torch.dtype:
         """What the frozen weights are computed in; adapters and heads are float32."""
-        return self._base.dtype
+        return self.base_network.dtype
 
     @property
     def end_ids(self) -> tuple[int, ...]:

@@ -137,7 +137,7 @@ def test_beside_a_narrow_base_nothing_of_a_position_is_cast_and_less_is_kept():
             speed_up(model)
         with Counted() as counted[kind], torch.no_grad():
             model(x)
-        own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), x)}
+        own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), x)}
         kept[kind] = saved_bytes(lambda model=model: model(x), own)
         found[kind] = outcome(model, layer, x)
         assert all(tensor.grad is None and tensor.dtype == torch.float32 for tensor in layer.lora_A.parameters())

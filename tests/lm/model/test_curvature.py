@@ -107,7 +107,7 @@ def test_memory_is_planned_with_the_square_that_the_plain_attention_keeps(open_p
     assert len(fisher._parts) == 1
     room = policy.network.batching._other_room
     long = torch.zeros(1, 400, dtype=torch.long)
-    own = {tensor.untyped_storage().data_ptr() for tensor in policy.model.parameters()}
+    own = {tensor.untyped_storage()._cdata for tensor in policy.model.parameters()}
     kept = saved_bytes(lambda: fisher._linearised_all(long), own)
     assert room.per_square * 400 > room.per_token
     assert kept <= room.per_token * 400 + room.per_square * 400**2 <= 1.3 * kept

@@ -54,7 +54,7 @@ def scored(policy: Policy, responses: int = RESPONSES, tokens: int = TOKENS) -> 
 def trained(policy: Policy, responses: int = RESPONSES, tokens: int = TOKENS) -> dict[str, int]:
     found = counted(lambda: policy.logprobs(*rows_of(responses, tokens)).sum().backward())
     policy.model.zero_grad()
-    there = {tensor.untyped_storage().data_ptr() for tensor in policy.model.parameters()}
+    there = {tensor.untyped_storage()._cdata for tensor in policy.model.parameters()}
     return found | {"bytes": saved_bytes(lambda: policy.logprobs(*rows_of(responses, tokens)).sum(), there)}
 
 
