@@ -40,14 +40,15 @@ class Batch:
     kl: KLSummary
     scores: Tensor | None = None
     spread: float | None = None
-    more: Mapping[str, float] = field(default_factory=dict)
+    more: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def sample_batch(job: Job, learner: Learner, step: int, clock: Clock) -> Batch:
     """Respond to the step's prompts, measure and, where something scores, score."""
     sampling = job.recipe.sampling
     with ranks.phase(f"sampling for step {step}"), phase(SAMPLING, learner.policy.device):
-        rollout, more = sample_responses(job, learner.policy, step)
+        rollout = sample_responses(job, learner.policy, step)
+    more = {} if job.server is None else job.server.reported()
     clock.lap("sample")
     if learner.scorer is None:
         return Batch(rollout, kl_of(rollout), more=more)
@@ -83,7 +84,7 @@ def pulling_spread(job: Job, learner: Learner, rollout: Rollout, scores: Tensor)
     return min(whole, spread_within_groups(scores - unit * rollout.values[:, 0], 1))
 
 
-def sample_responses(job: Job, policy: Policy, step: int) -> tuple[Rollout, Mapping[str, float]]:
+def sample_responses(job: Job, policy: Policy, step: int) -> Rollout:
     """The responses of a step, measured under policy, reference and, if there is one, the value function.
 
     Each epoch goes through all training prompts in a new order; a step's random numbers are its own.
@@ -93,18 +94,18 @@ def sample_responses(job: Job, policy: Policy, step: int) -> tuple[Rollout, Mapp
     chosen = [job.prompts[i] for i in shuffled_positions(len(job.prompts), (step - 1) * size, size, seed)]
     rng = job.run.rng("sampling", step)
     uniforms = uniform_numbers(rng, size * sampling.responses_per_prompt, sampling.max_new_tokens)
-    exact, more = job.recipe.kl.exact, {}
+    exact = job.recipe.kl.exact
     if job.server is None:
         rollout = sample_rollout(policy, chosen, uniforms, temperature=sampling.temperature, exact=exact)
     else:
-        rollout, more = job.server.respond(policy, chosen, uniforms, exact)
+        rollout = job.server.respond(policy, chosen, uniforms, exact)
     if policy.value_head is None:
-        return rollout, more
+        return rollout
     values, states = (
         None if flat is None else response_scatter(flat, rollout.response_mask)
         for flat in policy.measure_values(rollout.ids, rollout.scored)
     )
-    return replace(rollout, values=values, value_states=states), more
+    return replace(rollout, values=values, value_states=states)
 
 
 def standardize(scorer: Scorer, policy: Policy, job: Job) -> Scorer:

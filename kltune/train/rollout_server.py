@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
@@ -65,6 +65,7 @@ class RolloutServer:
     _published: list[tuple[str, Path]] = field(default_factory=list)
     _before: Snapshot | None = None
     _now: Snapshot | None = None
+    _apart: KLSummary | None = None
 
     def greet(self, policy: Policy, prompts: Sequence[Prompt]) -> None:
         """See that it serves the policy's base as it is trained on, and can take its adapters.
@@ -81,10 +82,8 @@ class RolloutServer:
         with policy.reference():
             self._held(policy, self._answers(policy, self.base, some, uniforms), "its base")
 
-    def respond(
-        self, policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, exact: bool
-    ) -> tuple[Rollout, Mapping[str, float]]:
-        """Publish the policy, let it answer as ``sample_rollout`` does, and measure the answers; and what to report.
+    def respond(self, policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, exact: bool) -> Rollout:
+        """Publish the policy, let it answer as ``sample_rollout`` does, and measure the answers.
 
         uniforms: a row per response, whose first number is its seed. [B, T].
 
@@ -95,9 +94,13 @@ class RolloutServer:
         name = ranks.from_first(lambda: self._publish(policy))
         samples = self._answers(policy, name, prompts, uniforms)
         rollout = measured_rollout(policy, samples, self.sampling.temperature, exact=exact)
-        kl = self._held(policy, samples, name, rollout)
-        rollout = replace(rollout, rounding=kl_k3(samples.logprobs, rollout.logprobs, samples.response_mask))
-        return rollout, {"sampler/kl_nats_per_token": kl.nats_per_token, "sampler/kl_stderr": kl.token_stderr}
+        self._apart = self._held(policy, samples, name, rollout)
+        return replace(rollout, rounding=kl_k3(samples.logprobs, rollout.logprobs, samples.response_mask))
+
+    def reported(self) -> dict[str, float | None]:
+        """How far the server's distribution of the last responses was from the trainer's, by metric."""
+        kl = self._apart
+        return {"sampler/kl_nats_per_token": kl.nats_per_token, "sampler/kl_stderr": kl.token_stderr}
 
     # --- the same distribution -----------------------------------------------------------------------------------
 
