@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_the_response_tokens_alone(sft_recipe, micro):
 
     optimizer = Kept(parameters.values(), lr=1.0)
     optimizer.zero_grad()
-    imitate(recipe, Learner(policy, {"policy": optimizer}), examples)
+    imitate(recipe, Learner(policy, {"policy": optimizer}), examples, range(len(examples)))
     assert max(grad.abs().max().item() for grad in by_hand.values()) > 1e-3
     for name, grad in by_hand.items():
         assert torch.allclose(optimizer.kept[name], grad, atol=1e-6), name
@@ -161,7 +161,7 @@ def test_full_fine_tuning_trains_every_weight_and_leaves_the_reference_alone(sft
     base, _ = plain(recipe)
     examples, _ = load_examples(recipe.data.texts, policy.tokenizer, RowRules(20, 20, end_token=1))
     optimizer = make_optimizer(policy.trainable_parameters(), recipe.optim, "model")
-    imitate(recipe, Learner(policy, {"policy": optimizer}), examples)
+    imitate(recipe, Learner(policy, {"policy": optimizer}), examples, range(len(examples)))
     for name, tensor in base.state_dict().items():
         assert not torch.equal(policy.model.state_dict()[name], tensor), f"{name} was not trained"
         assert torch.equal(policy._reference_tensors[name], tensor), f"{name} of the reference moved"
