@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 STORIES = Path(__file__).resolve().parents[1].parent / "shared" / "models" / "stories260K"
 
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))      # a run's threads are not those of a busy moment
+signal.signal(signal.SIGHUP, signal.SIG_DFL)       # under nohup, what tests start would ignore it
 
 
 RECIPE = """
