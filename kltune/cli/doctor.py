@@ -135,7 +135,7 @@ def device_findings() -> Iterator[Finding]:
         return
     import torch
 
-    from kltune.lm.fast.threads import choose_threads
+    from kltune.lm.machine.threads import choose_threads
 
     if torch.cuda.is_available():
         for place in range(torch.cuda.device_count()):

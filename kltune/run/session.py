@@ -24,8 +24,8 @@ from kltune.core import ranks
 from kltune.errors import GOES_ON_LATER, CheckpointError, Interrupted, ModelError, RecipeError, StorageError
 from kltune.lm.data.chat import read_template, today
 from kltune.lm.data.documents import Result, RunRecord
-from kltune.lm.fast.out_of_memory import ANYTHING, phase
-from kltune.lm.fast.threads import choose_threads, computing_with
+from kltune.lm.machine.out_of_memory import ANYTHING, phase
+from kltune.lm.machine.threads import choose_threads, computing_with
 from kltune.lm.model.files import size_of
 from kltune.lm.model.fingerprint import Fingerprint
 from kltune.lm.model.loading import prepare_device

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TextIO
 
 from kltune.errors import PeerError
-from kltune.lm.fast.threads import allowed_cores
+from kltune.lm.machine.threads import allowed_cores
 from kltune.run.files import storing
 
 POLL_SECONDS = 0.05

@@ -36,7 +36,7 @@ from kltune.core.control.trust_region import (
 )
 from kltune.core.kl.intervals import cluster_numbers, summarize
 from kltune.core.tensors import expect_finite, per_response
-from kltune.lm.fast.out_of_memory import CURVATURE, phase
+from kltune.lm.machine.out_of_memory import CURVATURE, phase
 from kltune.lm.model.batches import response_scatter
 from kltune.lm.model.curvature import Fisher, from_vector, to_vector
 from kltune.lm.model.opening import check_first_ratio, rounding_metrics

@@ -14,7 +14,7 @@ from kltune.core.objectives.bradley_terry import correlation
 from kltune.core.tensors import expect_finite, masked_mean, per_response
 from kltune.errors import ScoreOverflow
 from kltune.lm.data.examples import shuffled_positions
-from kltune.lm.fast.out_of_memory import SAMPLING, SCORING, phase
+from kltune.lm.machine.out_of_memory import SAMPLING, SCORING, phase
 from kltune.lm.measure.breakdown import transcript
 from kltune.lm.model.batches import Rollout, response_scatter
 from kltune.lm.model.policy import Policy

@@ -15,7 +15,7 @@ from kltune.core import ranks
 from kltune.core.tensors import expect_finite
 from kltune.errors import CheckpointError, OutOfMemory
 from kltune.lm.data.examples import Prompt
-from kltune.lm.fast.out_of_memory import UPDATING, phase
+from kltune.lm.machine.out_of_memory import UPDATING, phase
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
 from kltune.lm.rewards.reward_model import RewardModel

@@ -23,8 +23,8 @@ from kltune.errors import (
     ServerError,
 )
 from kltune.lm.data.examples import Prompt, counts_line, distinct_prompts, load_prompts
-from kltune.lm.fast.memory import device_bytes, device_name, held_bytes, peak_bytes
-from kltune.lm.fast.out_of_memory import SAMPLING, phase
+from kltune.lm.machine.device_memory import device_bytes, device_name, held_bytes, peak_bytes
+from kltune.lm.machine.out_of_memory import SAMPLING, phase
 from kltune.lm.model.opening import check_fresh_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge

@@ -15,7 +15,7 @@ import torch
 from kltune.lm.data.chat import read_template
 from kltune.lm.data.examples import Counts, Prompt, load_examples, load_prompts
 from kltune.lm.data.pairs import answers, hold_out, load_comparisons
-from kltune.lm.fast.memory import device_bytes
+from kltune.lm.machine.device_memory import device_bytes
 from kltune.lm.measure.footprint import Footprint, Rows
 from kltune.lm.measure.likelihood import text_rules
 from kltune.lm.measure.measurement import RESPONSES_PER_PASS

@@ -408,7 +408,7 @@ def test_secrets_stay_out_of_the_folder(make_recipe, monkeypatch, tmp_path):
 def test_a_run_that_goes_on_keeps_the_threads_that_it_began_with(make_recipe, monkeypatch, capsys):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     free = iter([3])
-    monkeypatch.setattr("kltune.lm.fast.threads.free_threads", lambda most: (next(free), "three are free"))
+    monkeypatch.setattr("kltune.lm.machine.threads.free_threads", lambda most: (next(free), "three are free"))
     recipe, before = make_recipe(), torch.get_num_threads()
     with contextlib.suppress(Interrupted), open_run(recipe, resume=False) as run, run.with_threads():
         assert torch.get_num_threads() == record_of(recipe)["threads"] == 3

@@ -9,7 +9,7 @@ import yaml
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from kltune.cli import main
-from kltune.lm.fast.live_bytes import LiveBytes
+from kltune.lm.machine.live_bytes import LiveBytes
 from kltune.recipe import load_recipe
 from kltune.stages.dpo import run_dpo
 from kltune.stages.ppo import run_ppo

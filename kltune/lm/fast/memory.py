@@ -5,13 +5,10 @@ cut their batches alike, or they differ in the last bits and a resumed run is no
 """
 
 import math
-import os
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +18,8 @@ from transformers import Cache
 from kltune.core import ranks
 from kltune.lm.fast.decoding import Step, bytes_held, is_plain
 from kltune.lm.fast.shared_prefix import begins_another, scored_spans
+from kltune.lm.machine.device_memory import SHARE, free_bytes
 
-SHARE = 0.8             # of the memory is planned with unless told otherwise; the rest is for kernels and fragments
-TRAINED_BYTES = 24      # float32 gradient, its sum in float64 and Adam's moments per trained number; a frozen copy too
 BACKWARD = 1.7          # times what a forward pass saves: the peak of the backward pass over it
 CACHE = 1.5             # times the keys and values: room to grow, and a layer's copy while rows are dropped
 PROBED = 32              # tokens
@@ -44,7 +40,7 @@ PASS_READS = 64
 PIECES = 4
 PASSES_PER_PIECE = 6
 PASSES_PER_SAMPLE = 0.25    # a pass of sampling takes one token of each response
-CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container: v2, v1
+
 
 
 def micro_batches(lengths: Sequence[int], most: Callable[[int], int], cost: float) -> list[list[int]]:
@@ -242,47 +238,6 @@ def room_for(model: nn.Module, work: Callable[[Tensor], Any], peak: float, fract
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def free_bytes(model: nn.Module, device: torch.device, fraction: float = SHARE) -> float:
-    """The bytes planned to be free on a device beside a model and its optimizer; may be negative.
-
-    Other models on the device, as a reward model with weights of its own, are not known here.
-    """
-    return fraction * device_bytes(device) - held_bytes(model)
-
-
-def held_bytes(model: nn.Module) -> int:
-    """The bytes of a model's weights, with gradients and optimizer of those that are trained."""
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-    return weights + TRAINED_BYTES * sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory in use: on a GPU in tensors, since this was last asked; else of the process, since it began."""
-    if device.type != "cuda":
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
-
-
-def device_name(device: torch.device) -> str:
-    """What a device is called: a GPU by its maker, a CPU with the threads that compute."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device}, {torch.get_num_threads()} threads"
-
-
-def device_bytes(device: torch.device) -> int:
-    """All the memory of a device; on the CPU what the machine or its container has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    limits = [Path(path).read_text().strip() for path in CGROUPS if os.path.exists(path)]
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([machine, *(int(limit) for limit in limits if limit != "max")])
 
 
 def saved_bytes(work: Callable[[], Any], without: set[int] = frozenset()) -> int:

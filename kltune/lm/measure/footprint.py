@@ -1,9 +1,9 @@
 """What each phase of a stage takes of a device's memory, told on a model of shapes before a weight is loaded.
 
-The functions that a run calls are called on the meta device (``lm/fast/live_bytes.py``), on a batch of the longest rows
-cut as a run cuts it; only the growth of a cache while tokens are drawn is a sum. Measured on a CPU the same operations
-hold the same bytes; a device adds its context, kernels' scratch space and fragments, which ``run.memory_fraction``
-leaves room for.
+The functions that a run calls are called on the meta device (``lm/machine/live_bytes.py``), on a batch of the longest
+rows cut as a run cuts it; only the growth of a cache while tokens are drawn is a sum. Measured on a CPU the same
+operations hold the same bytes; a device adds its context, kernels' scratch space and fragments, which
+``run.memory_fraction`` leaves room for.
 """
 
 import math
@@ -17,18 +17,18 @@ from torch import Tensor
 
 from kltune.core.kl.divergence import measure_tokens
 from kltune.lm.fast.decoding import GROWTH, bytes_held
-from kltune.lm.fast.live_bytes import LiveBytes, traced
 from kltune.lm.fast.lora import LoraLinear, speed_up
 from kltune.lm.fast.memory import (
     CACHE,
     ROWS_PER_PASS,
     TOKENS_PER_PASS,
-    TRAINED_BYTES,
     TRAINED_SHARE,
     TrainingRoom,
     training_room,
 )
 from kltune.lm.fast.shared_prefix import WORTH_IT, SharedPrefixes, attends_to_all, states_before
+from kltune.lm.machine.device_memory import TRAINED_BYTES
+from kltune.lm.machine.live_bytes import LiveBytes, traced
 from kltune.lm.model.adapters import POLICY
 from kltune.lm.model.curvature import Fisher
 from kltune.lm.model.network import ScalarHead

@@ -14,7 +14,7 @@ from kltune.core.kl.sequences import control_variate
 from kltune.core.tensors import per_response
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
-from kltune.lm.fast.out_of_memory import SAMPLING, phase
+from kltune.lm.machine.out_of_memory import SAMPLING, phase
 from kltune.lm.model.batches import Rollout
 from kltune.lm.model.policy import Policy, Reference
 from kltune.lm.model.sampler import Draw, measured_rollout, sample_rollout

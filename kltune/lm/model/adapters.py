@@ -387,13 +387,13 @@ def keep_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def _merge_wide(
-    layer: BaseTunerLayer, merge: Callable, updates: list[tuple[float, float]], rounded: torch.dtype | None, **how
+    layer: BaseTunerLayer, merge: Callable, updates: list, rounded: torch.dtype | None, *how: Any, **more: Any
 ) -> None:
     """Merge one layer in float32 and round it; put |asked|² and asked · arrived of its update to the others."""
     before = {name: tensor.data for name, tensor in layer.get_base_layer().named_parameters()}
     for tensor in layer.get_base_layer().parameters():
         tensor.data = at_least_float32(tensor.data).clone()
-    merge(**how)
+    merge(*how, **more)
     for name, tensor in layer.get_base_layer().named_parameters():
         old, new = before[name], tensor.data
         tensor.data = new.to(old.dtype)

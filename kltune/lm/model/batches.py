@@ -151,7 +151,7 @@ class Parts:
 
 
 def _width(scored: Tensor) -> int:
-    return int(scored.nonzero()[:, 1].max()) + 1
+    return scored.shape[1] if scored.is_meta else int(scored.nonzero()[:, 1].max()) + 1
 
 
 class FixedRows:

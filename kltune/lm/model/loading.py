@@ -17,7 +17,7 @@ from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.chat import EndTokens, template_of
 from kltune.lm.data.documents import AdapterSettings, SavedModel
 from kltune.lm.data.foreign import read_json
-from kltune.lm.fast.out_of_memory import LOADING, phase
+from kltune.lm.machine.out_of_memory import LOADING, phase
 from kltune.lm.model.files import (
     check_all_read,
     reading,

@@ -29,7 +29,7 @@ from kltune.core.kl.fused_head import AS_THEY_ARE, AfterHead, Reader, through_he
 from kltune.core.tensors import close
 from kltune.errors import ModelError
 from kltune.lm.fast import ways
-from kltune.lm.fast.sharding import ShardedLayers
+from kltune.lm.machine.sharding import ShardedLayers
 from kltune.lm.model.adapters import AdapterSwitch
 from kltune.lm.model.batches import FixedRows, Parts
 from kltune.lm.model.files import reading

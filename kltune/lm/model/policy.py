@@ -23,7 +23,7 @@ from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.chat import reads_clock, template_of, today
 from kltune.lm.data.encoding import OtherTokenizer
 from kltune.lm.data.examples import RowRules
-from kltune.lm.fast.sharding import layers_of
+from kltune.lm.machine.sharding import layers_of
 from kltune.lm.model.adapters import POLICY, VALUE, AdapterSwitch, config_to_fill, fill, load_compatible, wrap
 from kltune.lm.model.batches import Rollout, pad_right
 from kltune.lm.model.files import reading
@@ -292,7 +292,7 @@ class Policy:
                 module.eval()
 
     def shard(self) -> None:
-        """Spread the frozen layers over the processes of the run (``lm/fast/sharding.py``).
+        """Spread the frozen layers over the processes of the run (``lm/machine/sharding.py``).
 
         Adapters that are there by now stay whole, and none comes later.
         """

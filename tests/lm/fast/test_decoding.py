@@ -101,15 +101,16 @@ def test_a_trained_policy_draws_the_same_responses_either_way(open_policy, monke
         with policy.reference():
             reference = tokens_of(draw(policy, PROMPTS, UNIFORMS))
         with policy.network.merged():
-            merged = sampler._decode(policy, PROMPTS, UNIFORMS, 1.0, None)[0]
-        apart = sampler._decode(policy, PROMPTS, UNIFORMS, 1.0, None)[0]
-        return [tokens_of(draw(policy, PROMPTS, UNIFORMS)), apart, reference, merged]
+            merged = sampler._decode(policy, PROMPTS, UNIFORMS, 1.0, None)[1]
+        apart = sampler._decode(policy, PROMPTS, UNIFORMS, 1.0, None)[1]
+        return [tokens_of(draw(policy, PROMPTS, UNIFORMS)), reference, apart.tolist(), merged.tolist()]
 
     assert policy.network.fast.decodes
     found = drawn()
     monkeypatch.setattr(policy.network.fast, "decodes", False)
     assert found == drawn()
-    assert found[0] == found[1] == found[3] != found[2]
+    assert [token for row in found[0] for token in row] == found[2] == found[3]
+    assert found[0] != found[1]
 
 
 def test_architectures_of_the_other_tests_are_all_accounted_for():

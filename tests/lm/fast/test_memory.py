@@ -11,7 +11,9 @@ from torch import Tensor
 from kltune.lm.data.examples import Prompt
 from kltune.lm.fast import memory
 from kltune.lm.fast.decoding import bytes_held
-from kltune.lm.fast.memory import device_bytes, free_bytes, micro_batches, saved_bytes
+from kltune.lm.fast.memory import micro_batches, saved_bytes
+from kltune.lm.machine import device_memory
+from kltune.lm.machine.device_memory import device_bytes, free_bytes
 from kltune.lm.model.batches import Parts
 from kltune.lm.model.curvature import Fisher
 from kltune.lm.model.policy import Policy
@@ -34,8 +36,8 @@ def both(open_policy) -> Policy:
 
 def hold(monkeypatch, policy: Policy, beside: float) -> None:
     """Let the device have so many bytes beside the weights and what training adds to them."""
-    needed = memory.SHARE * device_bytes(policy.device) - free_bytes(policy.network.causal, policy.device)
-    monkeypatch.setattr(memory, "device_bytes", lambda _: (needed + beside) / memory.SHARE)
+    needed = device_memory.SHARE * device_bytes(policy.device) - free_bytes(policy.network.causal, policy.device)
+    monkeypatch.setattr(device_memory, "device_bytes", lambda _: (needed + beside) / device_memory.SHARE)
     policy.network.refresh()
     policy.network.batching.trained_rows(1)
 
@@ -134,7 +136,7 @@ def test_memory_that_tensors_share_counts_once():
 def test_measuring_draws_no_random_numbers_and_asks_for_the_devices_memory_once(open_policy, monkeypatch):
     policy = open_policy(lora=LoraSection(rank=4, alpha=8.0, dropout=0.5))
     asked = []
-    monkeypatch.setattr(memory, "device_bytes", lambda device: asked.append(device) or 10**9)
+    monkeypatch.setattr(device_memory, "device_bytes", lambda device: asked.append(device) or 10**9)
     torch.manual_seed(3)
     with policy.dropout():
         rows = [policy.network.batching.trained_rows(50), policy.network.batching.trained_rows(100)]
@@ -151,7 +153,7 @@ def test_a_trunk_that_is_not_trained_fits_always(tiny_lm_policy):
 
 def test_a_container_may_hold_less_than_its_machine(monkeypatch, tmp_path):
     whole = device_bytes(torch.device("cpu"))
-    monkeypatch.setattr(memory, "CGROUPS", (str(tmp_path / "max"), str(tmp_path / "none")))
+    monkeypatch.setattr(device_memory, "CGROUPS", (str(tmp_path / "max"), str(tmp_path / "none")))
     (tmp_path / "max").write_text("12345678\n")
     assert device_bytes(torch.device("cpu")) == 12345678
     (tmp_path / "max").write_text("max\n")

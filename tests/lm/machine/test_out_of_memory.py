@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kltune.errors import DataError, OutOfMemory, is_out_of_memory
-from kltune.lm.fast.out_of_memory import SAMPLING, UPDATING, asked_for, phase
+from kltune.lm.machine.out_of_memory import SAMPLING, UPDATING, asked_for, phase
 
 CPU = torch.device("cpu")
 RAN_OUT = (

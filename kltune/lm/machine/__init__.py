@@ -1,0 +1,1 @@
+"""What is computed on: threads, devices, their memory, and layers spread over several."""
