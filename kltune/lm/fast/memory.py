@@ -155,8 +155,7 @@ class Batching:
 
     def _piece(self, size: int, passes: float) -> int:
         """How much of a batch of a size may go through at once, for processes to share it; each costs some passes."""
-        pieces = min(self._pieces, int(size // max(1.0, passes * self._pass_tokens)))
-        return math.ceil(size / pieces) if pieces > 1 else sys.maxsize
+        return piece_of(size, passes * self._pass_tokens, self._pieces)
 
     @property
     def _pieces(self) -> int:
@@ -176,17 +175,27 @@ class Batching:
     @cached_property
     def _pass_tokens(self) -> float:
         """How many tokens of padding cost what one more pass costs."""
-        words = self._causal.get_input_embeddings().weight.numel()
-        layers = getattr(self._causal.config.get_text_config(), "num_hidden_layers", 1)
-        weights = sum(tensor.numel() for tensor in self._causal.base_model.parameters()) - words
-        products = PASS_PRODUCTS.get(_device(self._causal).type, PASS_PRODUCTS["cpu"])
-        return PASS_READS + products * layers / max(1, weights)
+        return pass_tokens(self._causal, _device(self._causal).type)
 
     @property
     def tokens_per_pass(self) -> int:
         """Tokens that may go through a model at once without gradients."""
         vocabulary = self._causal.config.get_text_config().vocab_size
         return TOKENS_PER_PASS if self._split else max(64, PASS_BYTES // (4 * vocabulary))
+
+
+def piece_of(size: int, cost: float, pieces: int) -> int:
+    """How much of a batch of a size may go through at once, cut into so many pieces where one is worth its cost."""
+    pieces = min(pieces, int(size // max(1.0, cost)))
+    return math.ceil(size / pieces) if pieces > 1 else sys.maxsize
+
+
+def pass_tokens(causal: nn.Module, device: str) -> float:
+    """How many tokens of padding cost what one more pass costs, on a type of device."""
+    words = causal.get_input_embeddings().weight.numel()
+    layers = getattr(causal.config.get_text_config(), "num_hidden_layers", 1)
+    weights = sum(tensor.numel() for tensor in causal.base_model.parameters()) - words
+    return PASS_READS + PASS_PRODUCTS.get(device, PASS_PRODUCTS["cpu"]) * layers / max(1, weights)
 
 
 @dataclass(frozen=True)

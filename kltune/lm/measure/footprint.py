@@ -20,10 +20,15 @@ from kltune.lm.fast.decoding import GROWTH, bytes_held
 from kltune.lm.fast.lora import LoraLinear, speed_up
 from kltune.lm.fast.memory import (
     CACHE,
+    PASSES_PER_PIECE,
+    PASSES_PER_SAMPLE,
+    PIECES,
     ROWS_PER_PASS,
     TOKENS_PER_PASS,
     TRAINED_SHARE,
     TrainingRoom,
+    pass_tokens,
+    piece_of,
     training_room,
 )
 from kltune.lm.fast.shared_prefix import WORTH_IT, SharedPrefixes, attends_to_all, states_before
@@ -100,7 +105,8 @@ class Footprint:
         kept = self.checkpoint_layers
         fits = self.room.rows(rows.length)
         if sequences is None:
-            most = min(TOKENS_PER_PASS // TRAINED_SHARE // rows.length, fits if kept != "always" else rows.count)
+            tokens = min(TOKENS_PER_PASS // TRAINED_SHARE, self._piece(rows.count * rows.length, PASSES_PER_PIECE))
+            most = min(tokens // rows.length, fits if kept != "always" else rows.count)
         else:
             most = sequences
         size = min(rows.count, max(1, most // rows.group) * rows.group)
@@ -134,7 +140,8 @@ class Footprint:
         by_token: also what each token of the vocabulary adds, as ``eval-kl`` sums it.
         """
         network, policy = self.policy.network, self.policy
-        some = rows.of(min(rows.count, max(1, TOKENS_PER_PASS // rows.length)))
+        tokens = min(TOKENS_PER_PASS, self._piece(rows.count * rows.length, PASSES_PER_PIECE))
+        some = rows.of(min(rows.count, max(1, tokens // rows.length)))
         with self._traced(some.count * some.response) as live, torch.no_grad():
             ids, scored = shapes(some)
             with self._shared(some):
@@ -155,7 +162,8 @@ class Footprint:
             each = bytes_held(cache) / (prompts * rows.prompt)      # a token's keys and values
             reading = live.peak - live.before
         fit = int((self.planned - self.held()) / (CACHE * each * longest))
-        side_by_side = max(1, min(ROWS_PER_PASS, fit, rows.count) // rows.group) * rows.group
+        most = min(ROWS_PER_PASS, fit, rows.count, self._piece(rows.count, PASSES_PER_SAMPLE))
+        side_by_side = max(1, most // rows.group) * rows.group
         width = rows.prompt + math.ceil(rows.response / GROWTH) * GROWTH
         layers = max(1, len(cache.layers))
         cached = each * side_by_side * width * (1 + 1 / layers)
@@ -176,6 +184,10 @@ class Footprint:
             own = list(self.policy.trainable_parameters().values())
             fisher(torch.empty(sum(tensor.numel() for tensor in own), device="meta"))
         return live.peak - live.before
+
+    def _piece(self, size: int, passes: float) -> int:
+        causal, device = self.policy.network.causal, "cpu" if self.on_cpu else "cuda"
+        return piece_of(size, passes * pass_tokens(causal, device), PIECES if self.on_cpu else 1)
 
     def largest(self, rows: Rows, held: int, **kind: Any) -> int:
         """How many rows of this shape could be trained on at once in what is planned; 0: not one."""
