@@ -96,7 +96,7 @@ def joined(processes: int | str, timeout: float, device: str) -> Iterator[None]:
     with _heard():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=seconds, rank=rank, world_size=count)
         _here.talk = dist.new_group(backend="gloo", timeout=seconds)
-    _here.rank, _here.size, _here.timeout = rank, count, timeout
+    _here.rank, _here.size, _here.timeout, _here.phase = rank, count, timeout, "starting"
     try:
         yield
         gathered(lambda: None)     # nobody leaves while another still reads what it sent, or has yet to fail

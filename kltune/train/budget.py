@@ -22,6 +22,7 @@ from kltune.recipe import KLSection
 from kltune.run.screen import interval
 
 RAISE = 1.1             # of the price, when the policy was found beyond the cap, or a line search met it
+AGAIN = 2.0             # the same of a price that was fixed, when the policy is found beyond the cap once more
 BELOW_CAP = 0.9         # of the cap: where a price that was fixed is steered once the cap was met
 WIDE = 6.0              # limit of the integral from then on: pairs are held by a hundredth of what scores would need
 PLAN = 0.5              # of the steps: by then the KL should have arrived at its target
@@ -148,11 +149,14 @@ class Budget:
         """After a batch beyond the cap: a nat costs a tenth more, and a price that was fixed is steered from then on.
 
         At this price the KL grew, and one that would hold an ideal policy at the cap may be ten times too high for this
-        one: a nat costs no less than halfway between them, in its logarithm.
+        one: a nat costs no less than halfway between them, in its logarithm. Where that was not enough for a price that
+        was fixed, it is doubled.
         """
         ideal = feed_forward(pull, self.cap * self._tokens(rollout))
         least = math.sqrt((self.inherent + max(self.price, self.section.beta_min)) * ideal)
-        return replace(self, controller=self._raised(RAISE, least), rollbacks=self.rollbacks + 1)
+        again = self.below_cap is not None and self.rollbacks > 0
+        controller = self._raised(AGAIN, 0.0) if again else self._raised(RAISE, least)
+        return replace(self, controller=controller, rollbacks=self.rollbacks + 1)
 
     def refused(self) -> Self:
         """After a step that a line search cut or left out because of the cap: a nat costs a tenth more."""

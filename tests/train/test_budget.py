@@ -81,9 +81,9 @@ def test_going_back_raises_the_price_at_least_halfway_to_an_ideal_policys(unit):
     assert held.rolled_back(ROLLOUT, pull=3.0).price == pytest.approx(math.sqrt(0.5 * ideal))
     free = budget(0.0, hard_cap=cap, unit=unit).rolled_back(ROLLOUT, pull=1.0)
     assert free.price == pytest.approx(math.sqrt(1e-4 * 0.5))           # from the least that a price may be
-    assert free.rolled_back(ROLLOUT, pull=1.0).price == pytest.approx(math.sqrt(free.price * 0.5))
+    assert free.rolled_back(ROLLOUT, pull=1.0).price == pytest.approx(2.0 * free.price)     # that was not enough
     twice = held.rolled_back(ROLLOUT, pull=1.0).rolled_back(ROLLOUT, pull=1.0)
-    assert (twice.price, twice.rollbacks, held.rollbacks) == (pytest.approx(0.605), 2, 0)
+    assert (twice.price, twice.rollbacks, held.rollbacks) == (pytest.approx(1.1), 2, 0)
 
 
 @pytest.mark.parametrize("met", [lambda held: held.rolled_back(ROLLOUT, 1.0), lambda held: held.refused()])
