@@ -293,7 +293,9 @@ def effect(learner: Learner, batch: Batch, experience: Experience, move: StepKL)
         return Trial(math.nan, math.nan)
     rows = len(mask)
     gain = surrogate(logprobs, rollout.logprobs, experience.advantages, mask, rows).item()
-    size = max(per_response(step_kl, mask).mean().item() - rounding_of(rollout), 0.0)
+    size = per_response(step_kl, mask).mean().item()
+    if math.isfinite(size):     # −∞ is no step of length 0
+        size = max(size - rounding_of(rollout), 0.0)
     if budget.cap is None or not math.isfinite(size):
         return Trial(size, gain)
     carried = carried_ref_kl(ref_kl, logprobs, rollout.logprobs, mask)

@@ -69,7 +69,7 @@ SITES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "trpo": PPO_AND_TRPO | {
         "kltune.stages.trpo:surrogate": ("the policy gradient|shortest step tried",),
-        "kltune.stages.trpo:policy_gradient": ("curvature|natural gradient|slope|trpo/gradient_norm",),
+        "kltune.stages.trpo:policy_gradient 0": ("curvature|natural gradient|slope|trpo/gradient_norm",),
         "kltune.stages.trpo:mean_curvature": ("curvature along|natural gradient|the curvature of a step",),
         "kltune.lm.model.curvature:Fisher.__call__": ("the mean curvature: found",),
         "kltune.stages.trpo:conjugate_gradient x": ("the (curvature|slope) of a step|natural gradient",),
