@@ -80,7 +80,7 @@ def test_reinforce_pp_divides_by_the_spread_of_the_whole_batch():
     chances, worth, price = (0.3, 0.8), (1.0, 5.0), 0.4
     found, by_hand, scores = ([0.0, 0.0] for _ in range(3))
     for batch in itertools.product((0, 1), repeat=6):
-        weight = math.prod(p if yes else 1 - p for p, yes in zip([chances[0]] * 3 + [chances[1]] * 3, batch))
+        weight = math.prod(p if yes else 1 - p for p, yes in zip((chances[0],) * 3 + (chances[1],) * 3, batch, strict=True))
         owed = [price * yes for yes in batch]       # a yes lies that many nats from the reference
         gains = [worth[place // 3] * yes - owed[place] for place, yes in enumerate(batch)]
         centred = [gain - sum(gains[place // 3 * 3 :][:3]) / 3 for place, gain in enumerate(gains)]

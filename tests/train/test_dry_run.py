@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTra
 from kltune.cli import main
 from kltune.lm.fast.live_bytes import LiveBytes
 from kltune.recipe import load_recipe
+from kltune.stages.distill import run_distill
 from kltune.stages.dpo import run_dpo
 from kltune.stages.ppo import run_ppo
 from kltune.stages.reward import run_reward
@@ -20,7 +21,9 @@ from kltune.train.evaluation import finish
 from kltune.train.plan import plan
 from tests.tiny_policies import SPECIAL, word_tokenizer
 
-RUN = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "trpo": run_trpo, "dpo": run_dpo}
+RUN = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "trpo": run_trpo, "dpo": run_dpo,
+       "distill": run_distill}
+SAMPLED = "ppo", "trpo", "distill"
 PROMPT, RESPONSE = 40, 24
 
 
@@ -64,14 +67,17 @@ def write_recipe(folder: Path, stage: str, shape: str, **sections) -> Path:
     (folder / "rewards.py").write_text("def score(prompts, responses):\n    return [float(len(r)) for r in responses]")
     recipe = {
         "stage": stage, "model": {"path": "model", "dtype": dtype}, "lora": {"rank": 4},
-        "data": {"texts": "texts.jsonl"} if stage == "sft" else {"prompts": "prompts.jsonl"} if stage in ("ppo", "trpo")
+        "data": {"texts": "texts.jsonl"} if stage == "sft" else {"prompts": "prompts.jsonl"} if stage in SAMPLED
         else {"pairs": "pairs.jsonl"},
         "run": {"steps": 2, "eval_every": 100, "output": "run", "loggers": []}, "eval": {},
     }
     if stage != "reward":
         recipe |= {"sampling": {"max_new_tokens": RESPONSE}, "eval": {"prompts": "prompts.jsonl", "responses": 16}}
-    if stage in ("ppo", "trpo"):
+    if stage in SAMPLED:
         recipe["sampling"] |= {"prompts_per_step": 8, "responses_per_prompt": 2}
+    if stage == "distill":
+        recipe |= {"distill": {"teacher": "reference", "teacher_prompt": "w5 {prompt}"}}
+    elif stage in SAMPLED:
         recipe |= {"reward": [{"kind": "function", "path": "rewards.py:score"}], stage: {"baseline": "rloo"}}
     if stage in ("sft", "reward", "dpo"):
         recipe["optim"] = {"batch_size": 8}
@@ -93,7 +99,7 @@ def measured_peak(work) -> float:
     return live.peak
 
 
-FAST = [("deep", "sft"), ("deep", "trpo"), ("tied, bfloat16", "dpo"), ("wide", "ppo")]
+FAST = [("deep", "sft"), ("deep", "trpo"), ("tied, bfloat16", "dpo"), ("wide", "ppo"), ("wide", "distill")]
 EACH = [(shape, stage) for shape in SHAPES for stage in RUN if (shape, stage) not in FAST]
 
 
