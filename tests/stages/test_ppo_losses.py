@@ -80,12 +80,13 @@ def test_reinforce_pp_divides_by_the_spread_of_the_whole_batch():
     chances, worth, price = (0.3, 0.8), (1.0, 5.0), 0.4
     found, by_hand, scores = ([0.0, 0.0] for _ in range(3))
     for batch in itertools.product((0, 1), repeat=6):
-        weight = math.prod(p if yes else 1 - p for p, yes in zip((chances[0],) * 3 + (chances[1],) * 3, batch, strict=True))
+        likely = [chances[place // 3] for place in range(6)]
+        weight = math.prod(p if yes else 1 - p for p, yes in zip(likely, batch, strict=True))
         owed = [price * yes for yes in batch]       # a yes lies that many nats from the reference
         gains = [worth[place // 3] * yes - owed[place] for place, yes in enumerate(batch)]
         centred = [gain - sum(gains[place // 3 * 3 :][:3]) / 3 for place, gain in enumerate(gains)]
         spread = math.sqrt(sum(each**2 for each in centred) / 5)
-        slopes = [yes - chances[place // 3] for place, yes in enumerate(batch)]       # d log p / d its logit
+        slopes = [yes - p for p, yes in zip(likely, batch, strict=True)]        # d log p / d its logit
         advantages = _advantages("reinforce_pp", batch, worth, price)
         for place, slope in enumerate(slopes):
             found[place // 3] += weight * advantages[place] * slope

@@ -9,6 +9,7 @@ import yaml
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from kltune.cli import main
+from kltune.errors import DataError
 from kltune.lm.fast.live_bytes import LiveBytes
 from kltune.recipe import load_recipe
 from kltune.stages.distill import run_distill
@@ -21,8 +22,7 @@ from kltune.train.evaluation import finish
 from kltune.train.plan import plan
 from tests.tiny_policies import SPECIAL, word_tokenizer
 
-RUN = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "trpo": run_trpo, "dpo": run_dpo,
-       "distill": run_distill}
+RUN = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "trpo": run_trpo, "dpo": run_dpo}
 SAMPLED = "ppo", "trpo", "distill"
 PROMPT, RESPONSE = 40, 24
 
@@ -99,7 +99,7 @@ def measured_peak(work) -> float:
     return live.peak
 
 
-FAST = [("deep", "sft"), ("deep", "trpo"), ("tied, bfloat16", "dpo"), ("wide", "ppo"), ("wide", "distill")]
+FAST = [("deep", "sft"), ("deep", "trpo"), ("tied, bfloat16", "dpo"), ("wide", "ppo")]
 EACH = [(shape, stage) for shape in SHAPES for stage in RUN if (shape, stage) not in FAST]
 
 
@@ -114,6 +114,18 @@ def test_the_memory_told_is_what_a_run_takes(tmp_path, monkeypatch, shape, stage
     taken = measured_peak(lambda: RUN[stage](recipe, resume=False))
     doubly_narrow = stage == "trpo" and SHAPES[shape][1] == "bfloat16"      # what a graph twice differentiated casts
     assert told["peak"] == pytest.approx(taken, rel=0.25 if doubly_narrow else 0.1)
+
+
+def test_what_a_distillation_takes_is_not_more_than_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(finish, "write_page", lambda folder: None)
+    path = write_recipe(tmp_path, "distill", "wide")
+    told = plan(load_recipe(path))
+    assert told["tokens"]["per_step"] == 16 * (PROMPT + 1 + RESPONSE)       # the teacher's prompt has a word more
+    taken = measured_peak(lambda: run_distill(load_recipe(path), resume=False))
+    assert 0.9 * taken < told["memory"]["peak"] < 1.5 * taken       # whose rows are trained on in smaller parts
+    path = write_recipe(tmp_path, "distill", "wide", distill={"teacher_prompt": "{hint} {prompt}"})
+    with pytest.raises(DataError, match="no field 'hint'"):
+        plan(load_recipe(path))
 
 
 def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(tmp_path, capsys):
