@@ -39,7 +39,7 @@ from kltune.train.budget import Budget
 from kltune.train.evaluation.alarms import Alarms
 from kltune.train.learner import ALARMS, Job, Learner, make_job
 from kltune.train.loop import Taken, enforce_cap, load_data, step_size, take_steps
-from kltune.train.teacher import Teacher, load_teacher, told
+from kltune.train.teacher import Teacher, load_teacher, rules_of, told
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,6 @@ def train(recipe: DistillRecipe, policy: Policy, run: Run) -> dict[str, Any]:
     held_out = replace(held_out, prompts=ask(held_out.prompts), teacher=teacher)
     job = make_job(recipe, run, held_out, steps, prompts=ask(prompts))
     return take_steps(job, make_learner(recipe, policy, steps), partial(take_step, teacher=teacher), [teacher.note])
-
-
-def rules_of(recipe: DistillRecipe, policy: Policy) -> Any:
-    """What a teacher's prompt may be: as long as the context leaves beside a response."""
-    return policy.row_rules(recipe.data, policy.prompt_limit(None, recipe.sampling.max_new_tokens))
 
 
 def make_learner(recipe: DistillRecipe, policy: Policy, steps: int) -> Learner:

@@ -22,12 +22,15 @@ from kltune.lm.measure.measurement import RESPONSES_PER_PASS
 from kltune.lm.model.loading import pick_device
 from kltune.lm.model.opening import empty_policy
 from kltune.lm.model.policy import Policy
-from kltune.recipe import STAGES, ClassifierReward, ModelReward, ModelSection, Recipe, dump_recipe
+from kltune.recipe import STAGES, ClassifierReward, DistillRecipe, ModelReward, ModelSection, Recipe, dump_recipe
+from kltune.run.checkpoint import resolve_checkpoint
 from kltune.run.optimizer import total_steps
 from kltune.run.screen import number
+from kltune.train.teacher import rules_of, told
 
 GB = 1e9
 ASKED, ANSWERED = 256, 128      # tokens of a usual row
+SAMPLED = "ppo", "trpo", "distill"      # stages that learn from what the policy says
 MODEL_STAGES = {"sft": {"texts": "t"}, "ppo": {"prompts": "p"}, "trpo": {"prompts": "p"}, "dpo": {"pairs": "p"},
                 "eval-kl": {"texts": "t"}}
 MOMENTS = 12            # bytes a trained number of a copy of it and of its optimizer's memory
@@ -97,8 +100,11 @@ def read_sizes(recipe: Recipe, policy: Policy, files: dict[str, dict[str, int]])
         for key in [key for key in asked if asked[key] is not None]:
             prompts[key], counts = load_prompts(asked[key], policy.tokenizer, rules)
             note(key, counts)
-    longest = max((len(prompt.ids) for each in prompts.values() for prompt in each), default=0)
-    if recipe.stage in ("ppo", "trpo") or (recipe.stage == "dpo" and recipe.dpo.source == "online"):
+            if recipe.stage == "distill":
+                prompts[key] = told(prompts[key], recipe.distill, policy, rules_of(recipe, policy))
+    every = [prompt for each in prompts.values() for prompt in each]
+    longest = max((max(len(prompt.ids), len(prompt.for_teacher or ())) for prompt in every), default=0)
+    if recipe.stage in SAMPLED or (recipe.stage == "dpo" and recipe.dpo.source == "online"):
         new, each = sampling.max_new_tokens, sampling.responses_per_prompt
         count = sampling.prompts_per_step * each
         trained = Rows(count, longest, new, 2 if recipe.stage == "dpo" else each)
@@ -140,13 +146,14 @@ def memory_of(
     if not trains:
         return measured_only(footprint, sizes, recipe)
     held = footprint.held(optimizer=stage != "trpo" or valued, copies=copies_of(recipe, steps))
-    held += scorer_bytes(recipe)
+    held += scorer_bytes(recipe) + teacher_bytes(recipe)
     rows, sequences = sizes.trained, recipe.optim.micro_batch_size
-    if stage == "ppo":
-        rows = rows.of(recipe.ppo.minibatch_size)
+    if stage in ("ppo", "distill"):
+        rows = rows.of(section.minibatch_size)
     size, checkpointed = footprint.micro_rows(rows, sequences)
     scalar = stage == "reward"
-    kind = {"checkpointed": checkpointed, "scalar": scalar, "accumulates": size < rows.count}
+    kind = {"checkpointed": checkpointed, "scalar": scalar, "accumulates": size < rows.count,
+            "distils": stage == "distill"}
     phases = {"train": footprint.training(rows.of(size), **kind)}
     if stage == "trpo":
         count = max(1, round(section.fisher_fraction * rows.count))
@@ -183,7 +190,7 @@ def answered_rows(recipe: Recipe, sizes: Sizes) -> Iterator[Rows]:
     count = min(RESPONSES_PER_PASS, recipe.eval.responses)
     yield Rows(count, sizes.asked, sampling.max_new_tokens)
     kl = getattr(recipe, "kl", None)
-    if recipe.stage in ("ppo", "trpo") or (kl is not None and (kl.control == "target" or kl.beta or kl.hard_cap)):
+    if recipe.stage in SAMPLED or (kl is not None and (kl.control == "target" or kl.beta or kl.hard_cap)):
         each = sampling.responses_per_prompt
         yield Rows(sampling.prompts_per_step * each, sizes.asked, sampling.max_new_tokens, each)
 
@@ -207,6 +214,13 @@ def scorer_bytes(recipe: Recipe) -> int:
     entries = [*getattr(recipe, "reward", ()), recipe.eval.gold]
     folders = [Path(entry.path) for entry in entries if isinstance(entry, ModelReward | ClassifierReward)]
     return sum(file.stat().st_size for folder in folders if folder.is_dir() for file in folder.glob("*.safetensors"))
+
+
+def teacher_bytes(recipe: Recipe) -> int:
+    """Bytes of the files of the teacher of a distillation; one that is a name on the hub is not known."""
+    if not isinstance(recipe, DistillRecipe) or not Path(recipe.distill.teacher).is_dir():
+        return 0
+    return sum(file.stat().st_size for file in resolve_checkpoint(recipe.distill.teacher).glob("*.safetensors"))
 
 
 def numbers(policy: Policy, *, trained: bool) -> int:

@@ -226,6 +226,11 @@ def _check_vocabulary(tokenizer: Any, name: str, policy: Policy) -> None:
         )
 
 
+def rules_of(recipe: DistillRecipe, policy: Policy) -> RowRules:
+    """What a teacher's prompt may be: as long as the context leaves beside a response."""
+    return policy.row_rules(recipe.data, policy.prompt_limit(None, recipe.sampling.max_new_tokens))
+
+
 def told(prompts: Sequence[Prompt], section: DistillSection, policy: Policy, rules: RowRules) -> list[Prompt]:
     """The prompts, each with what the teacher reads in its place where the recipe says so.
 

@@ -1,5 +1,7 @@
 """The losses and baselines of groups in ``kltune ppo``: what each is asked for by, learns by, and refuses."""
 
+import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from kltune.errors import RecipeError, ScorerError
 from kltune.lm.rewards.scorers import load_scorer
-from kltune.train.experience import compute_advantages
+from kltune.train.experience import compute_advantages, rescaled, spread_of
 from tests.oracles import Responses, tiny_policy_logits
 from tests.stages.conftest import ran, write_rows
 
@@ -73,6 +75,40 @@ def test_a_row_that_a_reward_fails_on_is_named(ppo_recipe, tmp_path):
         ran(recipe)
 
 
+def test_reinforce_pp_divides_by_the_spread_of_the_whole_batch():
+    # All batches of two prompts, each answered three times yes or no: p of yes, and what a yes is worth.
+    chances, worth, price = (0.3, 0.8), (1.0, 5.0), 0.4
+    found, by_hand, scores = ([0.0, 0.0] for _ in range(3))
+    for batch in itertools.product((0, 1), repeat=6):
+        likely = [chances[place // 3] for place in range(6)]
+        weight = math.prod(p if yes else 1 - p for p, yes in zip(likely, batch, strict=True))
+        owed = [price * yes for yes in batch]       # a yes lies that many nats from the reference
+        gains = [worth[place // 3] * yes - owed[place] for place, yes in enumerate(batch)]
+        centred = [gain - sum(gains[place // 3 * 3 :][:3]) / 3 for place, gain in enumerate(gains)]
+        spread = math.sqrt(sum(each**2 for each in centred) / 5)
+        slopes = [yes - p for p, yes in zip(likely, batch, strict=True)]        # d log p / d its logit
+        advantages = _advantages("reinforce_pp", batch, worth, price)
+        for place, slope in enumerate(slopes):
+            found[place // 3] += weight * advantages[place] * slope
+            by_hand[place // 3] += weight * (centred[place] / spread if spread else 0.0) * slope
+            scores[place // 3] += weight * _advantages("dr_grpo", batch, worth, price)[place] * slope
+    assert found == pytest.approx(by_hand, rel=1e-9)
+    # without the division: (n − 1) d E[worth − price] / d logit, to the prompt that is worth less a larger part of it
+    exact = [2 * (w - price) * p * (1 - p) for w, p in zip(worth, chances, strict=True)]
+    assert scores == pytest.approx(exact, rel=1e-9)
+    assert found[0] / found[1] > 1.1 * exact[0] / exact[1]
+
+
+def _advantages(baseline: str, batch: tuple[int, ...], worth: tuple[float, float], price: float) -> list[float]:
+    """Of six answers of one token, three to each prompt, as the stage uses them."""
+    yes = torch.tensor(batch, dtype=torch.float64)[:, None]
+    rollout = SimpleNamespace(logprobs=yes, ref_logprobs=torch.zeros_like(yes), response_mask=torch.ones(6, 1).bool())
+    scores = yes[:, 0] * torch.tensor(worth, dtype=torch.float64).repeat_interleave(3)
+    section = SimpleNamespace(baseline=baseline)
+    experience = compute_advantages(SimpleNamespace(rollout=rollout, scores=scores), price, section, per_prompt=3)
+    if baseline == "reinforce_pp":
+        experience = rescaled(experience, spread_of(experience, scores))
+    return experience.advantages[:, 0].tolist()
 
 
 # --- a floor under the entropy ---------------------------------------------------------------------------------------

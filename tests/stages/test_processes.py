@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.stages.conftest import DPO, ONLINE, PPO, REWARD, SFT, TRPO, write_recipe
+from tests.stages.conftest import DISTILL, DPO, ONLINE, PPO, REWARD, SFT, TRPO, write_recipe
 from tests.stages.test_resume import assert_same_run, saved_tensors, timeless
 from tests.together import codes, together
 
@@ -26,8 +26,9 @@ STAGES = {
     "reward": REWARD | {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1}},
     "dpo": DPO | {"kl": {"target": 0.5}},
     "dpo online": ONLINE,
+    "distill": DISTILL | {"kl": {"target": 0.5, "hard_cap": 3.0}},
 }
-FAST = ("ppo", "trpo", "sft", "reward", "dpo online")
+FAST = ("ppo", "trpo", "sft", "reward", "dpo online", "distill")
 
 
 def stage_of(name: str) -> str:

@@ -9,8 +9,10 @@ import yaml
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from kltune.cli import main
+from kltune.errors import DataError
 from kltune.lm.machine.live_bytes import LiveBytes
 from kltune.recipe import load_recipe
+from kltune.stages.distill import run_distill
 from kltune.stages.dpo import run_dpo
 from kltune.stages.ppo import run_ppo
 from kltune.stages.reward import run_reward
@@ -21,6 +23,7 @@ from kltune.train.plan import plan
 from tests.tiny_policies import SPECIAL, word_tokenizer
 
 RUN = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "trpo": run_trpo, "dpo": run_dpo}
+SAMPLED = "ppo", "trpo", "distill"
 PROMPT, RESPONSE = 40, 24
 
 
@@ -64,14 +67,17 @@ def write_recipe(folder: Path, stage: str, shape: str, **sections) -> Path:
     (folder / "rewards.py").write_text("def score(prompts, responses):\n    return [float(len(r)) for r in responses]")
     recipe = {
         "stage": stage, "model": {"path": "model", "dtype": dtype}, "lora": {"rank": 4},
-        "data": {"texts": "texts.jsonl"} if stage == "sft" else {"prompts": "prompts.jsonl"} if stage in ("ppo", "trpo")
+        "data": {"texts": "texts.jsonl"} if stage == "sft" else {"prompts": "prompts.jsonl"} if stage in SAMPLED
         else {"pairs": "pairs.jsonl"},
         "run": {"steps": 2, "eval_every": 100, "output": "run", "loggers": []}, "eval": {},
     }
     if stage != "reward":
         recipe |= {"sampling": {"max_new_tokens": RESPONSE}, "eval": {"prompts": "prompts.jsonl", "responses": 16}}
-    if stage in ("ppo", "trpo"):
+    if stage in SAMPLED:
         recipe["sampling"] |= {"prompts_per_step": 8, "responses_per_prompt": 2}
+    if stage == "distill":
+        recipe |= {"distill": {"teacher": "reference", "teacher_prompt": "w5 {prompt}"}}
+    elif stage in SAMPLED:
         recipe |= {"reward": [{"kind": "function", "path": "rewards.py:score"}], stage: {"baseline": "rloo"}}
     if stage in ("sft", "reward", "dpo"):
         recipe["optim"] = {"batch_size": 8}
@@ -108,6 +114,18 @@ def test_the_memory_told_is_what_a_run_takes(tmp_path, monkeypatch, shape, stage
     taken = measured_peak(lambda: RUN[stage](recipe, resume=False))
     doubly_narrow = stage == "trpo" and SHAPES[shape][1] == "bfloat16"      # what a graph twice differentiated casts
     assert told["peak"] == pytest.approx(taken, rel=0.25 if doubly_narrow else 0.1)
+
+
+def test_what_a_distillation_takes_is_not_more_than_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(finish, "write_page", lambda folder: None)
+    path = write_recipe(tmp_path, "distill", "wide")
+    told = plan(load_recipe(path))
+    assert told["tokens"]["per_step"] == 16 * (PROMPT + 1 + RESPONSE)       # the teacher's prompt has a word more
+    taken = measured_peak(lambda: run_distill(load_recipe(path), resume=False))
+    assert 0.9 * taken < told["memory"]["peak"] < 1.5 * taken       # whose rows are trained on in smaller parts
+    path = write_recipe(tmp_path, "distill", "wide", distill={"teacher_prompt": "{hint} {prompt}"})
+    with pytest.raises(DataError, match="no field 'hint'"):
+        plan(load_recipe(path))
 
 
 def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(tmp_path, capsys):

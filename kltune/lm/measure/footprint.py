@@ -113,11 +113,13 @@ class Footprint:
         return size, kept == "always" or (kept == "auto" and size > fits)
 
     def training(
-        self, rows: Rows, *, checkpointed: bool = False, scalar: bool = False, accumulates: bool = False
+        self, rows: Rows, *, checkpointed: bool = False, scalar: bool = False, accumulates: bool = False,
+        distils: bool = False,
     ) -> int:
         """A forward and backward pass over rows; ``scalar``: of one number a row, as a reward model's.
 
-        accumulates: gradients of other rows are there, and these are added to them.
+        accumulates: gradients of other rows are there, and these are added to them. distils: exact KL to the reference
+        and to a teacher are read off beside.
         """
         network = self.policy.network
         for tensor in self.trained:
@@ -129,6 +131,11 @@ class Footprint:
             ids, scored = shapes(rows)
             if scalar:
                 values = self.policy.read(POLICY, ScalarHead(network.hidden_size).to("meta"), ids, scored)
+            elif distils:
+                with torch.no_grad():
+                    taught = network.before(ids, scored)
+                read = self.policy.logprobs_and_ref_kl(ids, scored, 1.0, lambda part: network.logits(taught[part]))
+                values = torch.stack(read)
             else:
                 values = self.policy.logprobs(ids, scored)
             values.sum().backward()
