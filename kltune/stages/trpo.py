@@ -121,7 +121,8 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
     """One turn of the loop: respond, measure, score, price, step within the ball, fit the values."""
     recipe, trpo = job.recipe, job.recipe.trpo
     clock = Clock()
-    batch = sample_batch(job, learner, step, clock)
+    keep = ["states"] if learner.budget.cap is None else ["states", "ref_states"]
+    batch = sample_batch(job, learner, step, clock, keep)
     if enforce_cap(job, learner, step, batch, pull=batch.spread):
         learner.parts[TRUST_REGION] = replace(learner.parts[TRUST_REGION], last_step=None)
         return Taken({}, clock, batch, went_back=True)

@@ -82,11 +82,11 @@ class RolloutServer:
             self._held(policy, self._answers(policy, self.base, some, uniforms), "its base")
 
     def respond(
-        self, policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, exact: bool
+        self, policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, exact: bool, keep: Sequence[str] = ()
     ) -> tuple[Rollout, Mapping[str, float]]:
         """Publish the policy, let it answer as ``sample_rollout`` does, and measure the answers; and what to report.
 
-        uniforms: a row per response, whose first number is its seed. [B, T].
+        uniforms: a row per response, whose first number is its seed. [B, T]. keep: as ``sample_rollout``.
 
         Raises:
             ServerError: the server does not answer. SamplerError: it answers with other weights, or otherwise.
@@ -94,7 +94,7 @@ class RolloutServer:
         self._before, self._now = self._now, Snapshot(policy.trainable_parameters())
         name = ranks.from_first(lambda: self._publish(policy))
         samples = self._answers(policy, name, prompts, uniforms)
-        rollout = measured_rollout(policy, samples, self.sampling.temperature, exact=exact)
+        rollout = measured_rollout(policy, samples, self.sampling.temperature, exact=exact, keep=keep)
         kl = self._held(policy, samples, name, rollout)
         rollout = replace(rollout, rounding=kl_k3(samples.logprobs, rollout.logprobs, samples.response_mask))
         return rollout, {"sampler/kl_nats_per_token": kl.nats_per_token, "sampler/kl_stderr": kl.token_stderr}

@@ -20,9 +20,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from kltune.errors import ModelError
+from kltune.recipe import LoraSection
 
 EXACT = (torch.float32, torch.float64)
 NARROW = {torch.float32, torch.bfloat16}        # of an adapter and its base
@@ -80,6 +84,19 @@ def _adds_first(out: int, inside: int, rank: int, positions: int, trains: bool) 
     if not trains:
         return positions * saved > 2 * rank * inside * out
     return positions * (3 * saved - 2 * inside * out) > 6 * rank * inside * out
+
+
+def lora_config(lora: LoraSection, model: nn.Module, path: str) -> LoraConfig:
+    """PEFT's configuration of a recipe's adapter on a model; ModelError if a target names none of its layers."""
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    names = [name for name, _ in model.named_modules()]
+    if isinstance(targets, list):       # PEFT is content if one of several names matches
+        unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+        if unknown:
+            raise ModelError(f"lora.targets: {', '.join(unknown)} names no layer of {path}.")
+    return LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
 
 
 def speed_up(model: nn.Module) -> None:
