@@ -171,7 +171,8 @@ def policy_step(
         old, mask = piece.rollout, piece.rollout.response_mask
         logprobs, ref_kl, teacher_kl = (
             response_scatter(flat, mask) for flat in policy.logprobs_and_ref_kl(
-                old.ids, old.scored, temperature, teacher.logits_behind(old), ref_states=old.kept("ref_states")
+                old.ids, old.scored, temperature, teacher.logits_behind(old), ref_states=old.kept("ref_states"),
+                lower=old.lower,
             )
         )
         if first:

@@ -329,7 +329,8 @@ def add_kl_gradient(recipe: DPORecipe, policy: Policy, rollout: Rollout) -> None
         logprobs, exact = (
             response_scatter(found, some.response_mask)
             for found in policy.logprobs_and_ref_kl(
-                some.ids, some.scored, recipe.sampling.temperature, ref_states=some.kept("ref_states")
+                some.ids, some.scored, recipe.sampling.temperature, ref_states=some.kept("ref_states"),
+                lower=some.lower,
             )
         )
         return (exact_kl_loss(exact, logprobs, some.logprobs, some.response_mask, rows),)

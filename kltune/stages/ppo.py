@@ -288,11 +288,11 @@ def current_logprobs(recipe: PPORecipe, policy: Policy, part: Experience) -> tup
     rows = len(mask)
     if part.kl_weight and recipe.kl.estimator == "exact":
         flat, exact = policy.logprobs_and_ref_kl(
-            old.ids, old.scored, temperature, ref_states=old.kept("ref_states")
+            old.ids, old.scored, temperature, ref_states=old.kept("ref_states"), lower=old.lower
         )
         logprobs = response_scatter(flat, mask)
         return logprobs, exact_kl_loss(response_scatter(exact, mask), logprobs, old.logprobs, mask, rows)
-    logprobs = response_scatter(policy.logprobs(old.ids, old.scored, temperature), mask)
+    logprobs = response_scatter(policy.logprobs(old.ids, old.scored, temperature, old.lower), mask)
     if part.kl_weight:
         return logprobs, k2_kl_loss(logprobs, old.ref_logprobs, old.logprobs, mask, rows)
     return logprobs, logprobs.new_zeros(())

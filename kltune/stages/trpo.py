@@ -260,7 +260,8 @@ def policy_gradient(
     def one(micro: Tensor) -> tuple[Tensor]:
         piece = experience.select(micro)
         batch, mask = piece.rollout, piece.rollout.response_mask
-        logprobs = response_scatter(policy.logprobs(batch.ids, batch.scored, recipe.sampling.temperature), mask)
+        flat = policy.logprobs(batch.ids, batch.scored, recipe.sampling.temperature, batch.lower)
+        logprobs = response_scatter(flat, mask)
         gaps = check_first_ratio(logprobs, batch, policy)
         gain = surrogate(logprobs, logprobs.detach(), piece.advantages, mask, rows)
         total.add_(to_vector(torch.autograd.grad(gain, parameters, allow_unused=True, materialize_grads=True)))

@@ -100,7 +100,7 @@ def sample_responses(
     uniforms = uniform_numbers(rng, size * sampling.responses_per_prompt, sampling.max_new_tokens)
     exact, more = job.recipe.kl.exact, {}
     # Before any update policy and reference differ by nothing, and only passes over the same batches say so.
-    keep = [name for name in keep if step > 1 or name != "ref_states"]
+    keep = ["lower", *(name for name in keep if step > 1 or name != "ref_states")]
     keep += ["states"] if policy.head_reads_states and "states" not in keep else []
     if job.server is None:
         rollout = sample_rollout(policy, chosen, uniforms, temperature=sampling.temperature, exact=exact, keep=keep)
@@ -112,7 +112,7 @@ def sample_responses(
     kept = rollout.states[mask] if policy.head_reads_states else None
     values, states = (
         None if flat is None else response_scatter(flat, mask)
-        for flat in policy.measure_values(rollout.ids, rollout.scored, kept)
+        for flat in policy.measure_values(rollout.ids, rollout.scored, kept, rollout.lower)
     )
     return replace(rollout, values=values, value_states=states), more
 
@@ -154,7 +154,7 @@ def moved_since(policy: Policy, rollout: Rollout, recipe: BudgetRecipe) -> float
 
     def one(micro: Tensor) -> tuple[Tensor]:
         old = some.select(micro)
-        flat = policy.logprobs(old.ids, old.scored, recipe.sampling.temperature)
+        flat = policy.logprobs(old.ids, old.scored, recipe.sampling.temperature, old.lower)
         new, mask = response_scatter(flat, old.response_mask), old.response_mask
         return (per_response(kl_k3(old.logprobs, new, mask), mask).sum(),)
 

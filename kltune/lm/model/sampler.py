@@ -71,7 +71,7 @@ def sample_rollout(
         exact: sum over the vocabulary for exact KL and entropies; without it they are None.
         from_reference: let the two change places: the reference responds, and ``ref_kl`` is KL(reference ‖ policy).
         by_token: also add up by token of the vocabulary.
-        keep: "states", "ref_states": the hidden states that are measured by, for passes that want them again.
+        keep: "states", "ref_states", "lower": the hidden states that are measured by, for passes that want them again.
 
     Raises:
         DivergedError: a log-probability or KL is not finite.
@@ -102,9 +102,11 @@ def measured_rollout(
     sums = VocabularySums.zero(policy.network.vocabulary) if by_token else None
     # A model whose head cannot be cut off gives logits for hidden states: too large to keep.
     cut = policy.network.split and policy.held.network.split
-    states: dict[str, Tensor | None] = dict.fromkeys(keep if cut else ())
+    states: dict[str, Tensor | None] = dict.fromkeys(set(keep) - {"lower"} if cut else ())
+    lower = policy.network.lower_states(samples.ids, samples.scored)
     measured = policy.measure(
-        samples.ids, samples.scored, temperature, exact=exact, swap=from_reference, sums=sums, states=states
+        samples.ids, samples.scored, temperature, exact=exact, swap=from_reference, sums=sums, states=states,
+        lower=lower,
     )
     flat = measured._asdict()
     for name, values in flat.items():
@@ -114,7 +116,7 @@ def measured_rollout(
         name: None if values is None else response_scatter(values, samples.response_mask)
         for name, values in (flat | {"states": None, "ref_states": None} | states).items()
     }
-    return Rollout(**(vars(samples) | tensors | {"sums": sums}))
+    return Rollout(**(vars(samples) | tensors | {"sums": sums, "lower": lower if "lower" in keep else None}))
 
 
 def check_sampler(samples: Samples, logprobs: Tensor, counted: Tensor, dtype: torch.dtype) -> None:
