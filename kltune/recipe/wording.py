@@ -23,7 +23,7 @@ CALLED = {
     "kl.target": "kl_target", "kl.horizon": "kl_horizon", "kl.estimator": "kl_estimator",
     "optim.lr": "learning_rate actor_learning_rate", "ppo.value_lr": "critic_learning_rate",
     "lora.rank": "r lora_r lora_rank", "lora.alpha": "lora_alpha", "lora.dropout": "lora_dropout",
-    "lora.targets": "target_modules lora_target_modules lora_target",
+    "lora.targets": "target_modules lora_target_modules lora_target", "lora.layers": "layers_to_transform",
     "run.epochs": "num_train_epochs num_epochs total_epochs", "ppo.epochs": "num_ppo_epochs ppo_epochs noptepochs",
     "run.steps": "max_steps total_steps num_steps", "sampling.prompts_per_step": "rollout_batch_size",
     "ppo.clip_range": "cliprange clip_eps eps_clip clip_ratio", "ppo.value_clip_range": "cliprange_value value_clip",

@@ -91,7 +91,7 @@ def make_learner(recipe: DistillRecipe, policy: Policy, steps: int) -> Learner:
 def take_step(job: Job, learner: Learner, step: int, teacher: Teacher) -> Taken:
     """One turn of the loop: respond, hold against reference and teacher, price, improve."""
     recipe, clock = job.recipe, Clock()
-    batch = sample_batch(job, learner, step, clock)
+    batch = sample_batch(job, learner, step, clock, keep=["ref_states"])
     rollout = batch.rollout
     seen = teacher.agreement(learner.policy, rollout, recipe.sampling.temperature)
     pull = spread_within_groups(seen.pull(rollout), recipe.sampling.responses_per_prompt)
@@ -166,7 +166,8 @@ def policy_step(
         old, mask = piece.rollout, piece.rollout.response_mask
         logprobs, ref_kl, teacher_kl = (
             response_scatter(flat, mask) for flat in policy.logprobs_and_ref_kl(
-                old.ids, old.scored, temperature, teacher.logits_behind(old)
+                old.ids, old.scored, temperature, teacher.logits_behind(old), ref_states=old.kept("ref_states"),
+                lower=old.lower,
             )
         )
         if first:

@@ -180,7 +180,9 @@ def take_step(job: Job, learner: Learner, step: int, pairs: Preferences | None) 
     clock = Clock()
     priced = recipe.kl.control == "target" or learner.budget.price > 0.0
     sampled = online or priced or learner.budget.cap is not None
-    batch = sample_batch(job, learner, step, clock) if sampled else None
+    keep = ["ref_states"] if priced else []
+    keep += [] if moving is None else ["states"]
+    batch = sample_batch(job, learner, step, clock, keep) if sampled else None
     examples = None if online else recipe.optim.batch_size
     lr, room = step_size(job, learner, step, batch)
     update: dict[str, float | None] = {"optim/lr": lr}
@@ -326,7 +328,10 @@ def add_kl_gradient(recipe: DPORecipe, policy: Policy, rollout: Rollout) -> None
         some = rollout.select(micro)
         logprobs, exact = (
             response_scatter(found, some.response_mask)
-            for found in policy.logprobs_and_ref_kl(some.ids, some.scored, recipe.sampling.temperature)
+            for found in policy.logprobs_and_ref_kl(
+                some.ids, some.scored, recipe.sampling.temperature, ref_states=some.kept("ref_states"),
+                lower=some.lower,
+            )
         )
         return (exact_kl_loss(exact, logprobs, some.logprobs, some.response_mask, rows),)
 

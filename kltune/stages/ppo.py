@@ -127,7 +127,7 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
     """One turn of the loop: respond, measure, score, price, improve."""
     recipe, ppo = job.recipe, job.recipe.ppo
     clock = Clock()
-    batch = sample_batch(job, learner, step, clock)
+    batch = sample_batch(job, learner, step, clock, keep=["ref_states"] if prices_exact_kl(recipe) else ())
     went_back = enforce_cap(job, learner, step, batch, pull=batch.spread)
     lr, room = step_size(job, learner, step, batch)
     update: dict[str, float | None] = {"optim/lr": lr}
@@ -277,15 +277,22 @@ def policy_loss(
     return clipped_policy_loss(logprobs, old, advantages, mask, ppo.clip_range, tokens, ppo.clip_range_high), clipped
 
 
+def prices_exact_kl(recipe: PPORecipe) -> bool:
+    """Whether the exact KL to the reference is a part of the loss."""
+    return recipe.kl.placement == "loss" and recipe.kl.estimator == "exact"
+
+
 def current_logprobs(recipe: PPORecipe, policy: Policy, part: Experience) -> tuple[Tensor, Tensor]:
     """Log-probabilities under the policy as it is now [B, T], and the mean KL loss (0 where the reward is priced)."""
     old, mask, temperature = part.rollout, part.rollout.response_mask, recipe.sampling.temperature
     rows = len(mask)
     if part.kl_weight and recipe.kl.estimator == "exact":
-        flat, exact = policy.logprobs_and_ref_kl(old.ids, old.scored, temperature)
+        flat, exact = policy.logprobs_and_ref_kl(
+            old.ids, old.scored, temperature, ref_states=old.kept("ref_states"), lower=old.lower
+        )
         logprobs = response_scatter(flat, mask)
         return logprobs, exact_kl_loss(response_scatter(exact, mask), logprobs, old.logprobs, mask, rows)
-    logprobs = response_scatter(policy.logprobs(old.ids, old.scored, temperature), mask)
+    logprobs = response_scatter(policy.logprobs(old.ids, old.scored, temperature, old.lower), mask)
     if part.kl_weight:
         return logprobs, k2_kl_loss(logprobs, old.ref_logprobs, old.logprobs, mask, rows)
     return logprobs, logprobs.new_zeros(())

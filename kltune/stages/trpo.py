@@ -121,7 +121,8 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
     """One turn of the loop: respond, measure, score, price, step within the ball, fit the values."""
     recipe, trpo = job.recipe, job.recipe.trpo
     clock = Clock()
-    batch = sample_batch(job, learner, step, clock)
+    keep = ["states"] if learner.budget.cap is None else ["states", "ref_states"]
+    batch = sample_batch(job, learner, step, clock, keep)
     if enforce_cap(job, learner, step, batch, pull=batch.spread):
         learner.parts[TRUST_REGION] = replace(learner.parts[TRUST_REGION], last_step=None)
         return Taken({}, clock, batch, went_back=True)
@@ -259,7 +260,8 @@ def policy_gradient(
     def one(micro: Tensor) -> tuple[Tensor]:
         piece = experience.select(micro)
         batch, mask = piece.rollout, piece.rollout.response_mask
-        logprobs = response_scatter(policy.logprobs(batch.ids, batch.scored, recipe.sampling.temperature), mask)
+        flat = policy.logprobs(batch.ids, batch.scored, recipe.sampling.temperature, batch.lower)
+        logprobs = response_scatter(flat, mask)
         gaps = check_first_ratio(logprobs, batch, policy)
         gain = surrogate(logprobs, logprobs.detach(), piece.advantages, mask, rows)
         total.add_(to_vector(torch.autograd.grad(gain, parameters, allow_unused=True, materialize_grads=True)))

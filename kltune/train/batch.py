@@ -1,6 +1,6 @@
 """The responses of one step: sampled, scored, measured, and how they are reported."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -43,11 +43,14 @@ class Batch:
     more: Mapping[str, float | None] = field(default_factory=dict)
 
 
-def sample_batch(job: Job, learner: Learner, step: int, clock: Clock) -> Batch:
-    """Respond to the step's prompts, measure and, where something scores, score."""
+def sample_batch(job: Job, learner: Learner, step: int, clock: Clock, keep: Sequence[str] = ()) -> Batch:
+    """Respond to the step's prompts, measure and, where something scores, score.
+
+    keep: hidden states that the update wants again, as ``sample_rollout`` takes them.
+    """
     sampling = job.recipe.sampling
     with ranks.phase(f"sampling for step {step}"), phase(SAMPLING, learner.policy.device):
-        rollout = sample_responses(job, learner.policy, step)
+        rollout = sample_responses(job, learner.policy, step, keep)
     more = {} if job.server is None else job.server.reported()
     clock.lap("sample")
     if learner.scorer is None:
@@ -84,7 +87,7 @@ def pulling_spread(job: Job, learner: Learner, rollout: Rollout, scores: Tensor)
     return min(whole, spread_within_groups(scores - unit * rollout.values[:, 0], 1))
 
 
-def sample_responses(job: Job, policy: Policy, step: int) -> Rollout:
+def sample_responses(job: Job, policy: Policy, step: int, keep: Sequence[str] = ()) -> Rollout:
     """The responses of a step, measured under policy, reference and, if there is one, the value function.
 
     Each epoch goes through all training prompts in a new order; a step's random numbers are its own.
@@ -95,15 +98,20 @@ def sample_responses(job: Job, policy: Policy, step: int) -> Rollout:
     rng = job.run.rng("sampling", step)
     uniforms = uniform_numbers(rng, size * sampling.responses_per_prompt, sampling.max_new_tokens)
     exact = job.recipe.kl.exact
+    # Before any update policy and reference differ by nothing, and only passes over the same batches say so.
+    keep = ["lower", *(name for name in keep if step > 1 or name != "ref_states")]
+    keep += ["states"] if policy.head_reads_states and "states" not in keep else []
     if job.server is None:
-        rollout = sample_rollout(policy, chosen, uniforms, temperature=sampling.temperature, exact=exact)
+        rollout = sample_rollout(policy, chosen, uniforms, temperature=sampling.temperature, exact=exact, keep=keep)
     else:
-        rollout = job.server.respond(policy, chosen, uniforms, exact)
+        rollout = job.server.respond(policy, chosen, uniforms, exact, keep)
     if policy.value_head is None:
         return rollout
+    mask = rollout.response_mask
+    kept = rollout.states[mask] if policy.head_reads_states else None
     values, states = (
-        None if flat is None else response_scatter(flat, rollout.response_mask)
-        for flat in policy.measure_values(rollout.ids, rollout.scored)
+        None if flat is None else response_scatter(flat, mask)
+        for flat in policy.measure_values(rollout.ids, rollout.scored, kept, rollout.lower)
     )
     return replace(rollout, values=values, value_states=states)
 
@@ -145,7 +153,7 @@ def moved_since(policy: Policy, rollout: Rollout, recipe: BudgetRecipe) -> float
 
     def one(micro: Tensor) -> tuple[Tensor]:
         old = some.select(micro)
-        flat = policy.logprobs(old.ids, old.scored, recipe.sampling.temperature)
+        flat = policy.logprobs(old.ids, old.scored, recipe.sampling.temperature, old.lower)
         new, mask = response_scatter(flat, old.response_mask), old.response_mask
         return (per_response(kl_k3(old.logprobs, new, mask), mask).sum(),)
 

@@ -82,10 +82,12 @@ class RolloutServer:
         with policy.reference():
             self._held(policy, self._answers(policy, self.base, some, uniforms), "its base")
 
-    def respond(self, policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, exact: bool) -> Rollout:
+    def respond(
+        self, policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, exact: bool, keep: Sequence[str] = ()
+    ) -> Rollout:
         """Publish the policy, let it answer as ``sample_rollout`` does, and measure the answers.
 
-        uniforms: a row per response, whose first number is its seed. [B, T].
+        uniforms: a row per response, whose first number is its seed. [B, T]. keep: as ``sample_rollout``.
 
         Raises:
             ServerError: the server does not answer. SamplerError: it answers with other weights, or otherwise.
@@ -93,7 +95,7 @@ class RolloutServer:
         self._before, self._now = self._now, Snapshot(policy.trainable_parameters())
         name = ranks.from_first(lambda: self._publish(policy))
         samples = self._answers(policy, name, prompts, uniforms)
-        rollout = measured_rollout(policy, samples, self.sampling.temperature, exact=exact)
+        rollout = measured_rollout(policy, samples, self.sampling.temperature, exact=exact, keep=keep)
         self._apart = self._held(policy, samples, name, rollout)
         return replace(rollout, rounding=kl_k3(samples.logprobs, rollout.logprobs, samples.response_mask))
 

@@ -67,7 +67,8 @@ class ValueFunction:
             piece = part.select(micro)
             old, mask = piece.rollout, piece.rollout.response_mask
             states = old.value_states
-            flat = self.policy.values(old.ids, old.scored) if states is None else self.policy.value_head(states[mask])
+            alone = states is not None
+            flat = self.policy.value_head(states[mask]) if alone else self.policy.values(old.ids, old.scored, old.lower)
             values = response_scatter(flat, mask)
             loss = clipped_value_loss(values, old.values, piece.returns, mask, clip_range, tokens)
             return coef * loss, loss

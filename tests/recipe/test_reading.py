@@ -92,6 +92,7 @@ WRONG = {
     "key the stage does not read": (PPO + "optim: {batch_size: 8}\n", 7, ["optim.batch_size", "prompts_per_step"]),
     "rows of another stage": (PPO.replace("data:", "data:\n  texts: a.jsonl"), 4, ["data.texts", "data.prompts"]),
     # keys that do not fit together
+    "layers": (PPO + "lora: {layers: 1.5}\n", 7, ["lora.layers"]),
     "dropout": (PPO + "lora: {dropout: 0.1}\n", 7, ["lora.dropout", "found 0.1", "wanted 0", "noise"]),
     "auto price in plain dpo": (DPO + "kl: {control: fixed}\n", 4, ["kl.beta", "found auto", "0 for plain DPO"]),
     "a price in the reward of dpo": (DPO + "kl: {placement: reward}\n", 4, ["kl.placement", "wanted loss"]),

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ def llama(tmp_path_factory) -> Path:
 def second_step(llama, tmp_path, monkeypatch) -> Callable[..., dict[str, float]]:
     """A function that runs two steps of a stage and counts the second: operations, waits, passes through the trunk.
 
-    A pass is as many positions as all sequences have; backward passes and decoding are not among them.
+    A pass is as many positions as all sequences have, and a share of one where layers are left out; backward passes
+    and decoding are not among them.
     """
 
     def run(stage: str, *changes: str) -> dict[str, float]:
@@ -33,15 +35,16 @@ def second_step(llama, tmp_path, monkeypatch) -> Callable[..., dict[str, float]]
             if step == 1:
                 return take_step(job, learner, step, **options)
             taken = []
-            layer = learner.policy.network.causal.model.layers[0]
-            hook = layer.register_forward_pre_hook(look)
+            layers = learner.policy.network.causal.model.layers
+            hooks = [layer.mlp.register_forward_pre_hook(partial(look, len(layers))) for layer in layers]
             seen["counts"] = counted(lambda: taken.append(take_step(job, learner, step, **options)))
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             return taken[0]
 
-        def look(_, arguments):
+        def look(layers, _, arguments):
             rows, width = arguments[0].shape[:2]
-            seen["positions"] += rows * width if width > 1 else 0
+            seen["positions"] += rows * width / layers if width > 1 else 0
 
         monkeypatch.setattr(module, "take_step", watched)
         monkeypatch.setattr("kltune.train.evaluation.finish.write_page", lambda folder: None)
@@ -57,10 +60,17 @@ READ = PROMPT_TOKENS / (PROMPT_TOKENS + TOKENS)      # of a pass, the prompts th
 EPOCHS = 2
 COSTS = {       # words: passes, operations, waits. Reference, policy and values once each, then both in every epoch
     ("ppo", f"ppo.epochs={EPOCHS}"): (READ + 3 + 2 * EPOCHS, 3581, 112),
-    ("ppo", f"ppo.epochs={EPOCHS}", "ppo.value_function=head"): (READ + 3 + EPOCHS, 2901, 108),
+    # a head reads what scoring the policy has left
+    ("ppo", f"ppo.epochs={EPOCHS}", "ppo.value_function=head"): (READ + 2 + EPOCHS, 2887, 104),
+    # the layer below the first adapter computes once, beside sampling; the other in every pass
+    ("ppo", f"ppo.epochs={EPOCHS}", "lora.layers=0.5"): (READ + 0.5 + (3 + 2 * EPOCHS) / 2, 2914, 106),
+    # the reference's hidden states serve the KL of every epoch
+    ("ppo", f"ppo.epochs={EPOCHS}", "kl.placement=loss"): (READ + 3 + 2 * EPOCHS, 3905, 112),
     # 32 responses; four to a prompt read it once
     ("ppo", f"ppo.epochs={EPOCHS}", "ppo.baseline=rloo", "sampling.responses_per_prompt=4"): (9.55, 3359, 85),
-    ("trpo",): (10.71, 10809, 153),
+    ("trpo",): (9.71, 10885, 151),
+    # the reference's hidden states, once they differ from the policy's, serve the KL of the loss
+    ("dpo", "kl.beta=0.1", "data.prompts=prompts.jsonl", "sampling.prompts_per_step=8"): (5.1, 2640, 111),
     ("dpo",): (1.1, 553, 21),      # the reference was measured once, before the first step
 }
 OTHER_VERSIONS = 1.08      # torch may make one operation of two, and the other way round

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from kltune.errors import DivergedError, ModelError, ScorerError
 from kltune.lm.data.examples import Prompt
+from kltune.lm.fast.lower_layers import LowerLayers
+from kltune.lm.model.opening import load_saved_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import sample_rollout, uniform_numbers
 from kltune.recipe import load_recipe
@@ -135,6 +137,25 @@ def test_a_reward_is_raised(ppo_recipe, baseline):
     )
     scores = [row["score/mean"] for row in ran(recipe)[1]]
     assert sum(scores[-3:]) > 2 * sum(scores[:3])
+
+
+@pytest.mark.parametrize("placement", ["reward", "loss"])
+def test_adapters_on_upper_layers_are_saved_as_such_and_what_is_computed_once_changes_nothing(
+    ppo_recipe, monkeypatch, tmp_path, placement
+):
+    changes = ("run.steps=3", "lora.layers=0.5", f"kl.placement={placement}", "sampling.temperature=1.0")
+    result, rows = ran(ppo_recipe(*changes, output=str(tmp_path / "once")))
+    final = Path(result["final"])
+    assert json.loads((final / "adapter_config.json").read_text())["layers_to_transform"] == [1]
+    assert all(".layers.1." in name for name in adapter(final))
+    recipe = ppo_recipe(*changes, output=str(tmp_path / "anew"))
+    policy = load_saved_policy(final, recipe.model, device=torch.device("cpu"), is_adapter=True)
+    assert policy.network.fast.lower_layers.there
+    monkeypatch.setattr(LowerLayers, "_serve", lambda self: False)
+    other, others = ran(recipe)
+    assert other["kl"]["nats_per_response"] == pytest.approx(result["kl"]["nats_per_response"], rel=1e-3)
+    for name in ("kl/ref_nats_per_response", "ppo/policy_loss", "ppo/value_loss", "kl/step_nats_per_response"):
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in others], rel=1e-3, abs=1e-6), name
 
 
 def test_a_finished_run_is_not_run_again(ppo_recipe, monkeypatch):

@@ -3,7 +3,7 @@
 ``Network`` asks here and nowhere else; within ``off`` it is told that there is nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from transformers import Cache
 from kltune.lm.fast.cuda_graph import CapturedDecoder, can_capture
 from kltune.lm.fast.decoding import FusedStep, GrowingDecoder, Step, can_decode, joined
 from kltune.lm.fast.lora import MergedTrunk, speed_up
+from kltune.lm.fast.lower_layers import LowerLayers
 from kltune.lm.fast.memory import Batching
 from kltune.lm.fast.shared_prefix import can_share, shared_prefixes, states_before
 
@@ -49,6 +50,7 @@ class FastWays:
         """Take the model's layers as they are now, after an adapter may have wrapped them."""
         speed_up(self.causal)
         self.merged_trunk = MergedTrunk(self.causal.base_model)
+        self.lower_layers = LowerLayers(self.causal.base_model)
         self.batching.refresh()
         # Anew for each adapter: some, as those that go through a Fourier transform, cannot be captured.
         device = next(self.causal.parameters()).device
@@ -58,6 +60,17 @@ class FastWays:
         """Hidden states that predict the scored tokens, shared prompts read once; None where that does not pay."""
         rows = shared_prefixes(ids, scored) if self.shares_prefixes else None
         return None if rows is None else states_before(self.causal.base_model, rows)
+
+    def lower_states(self, ids: Tensor, scored: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What gives the states that passes over these rows go on from; None where there are none, or where reading
+        shared prompts once, which cannot go on from them, takes less.
+        """
+        lower = self.lower_layers
+        if not lower.there:
+            return None
+        rows = shared_prefixes(ids, scored) if self.shares_prefixes else None
+        shared = 1.0 if rows is None else (rows.prompts.numel() + rows.responses.numel()) / ids.numel()
+        return lower.states if lower.share_above < shared else None
 
     def read_prompts(self, ids: Tensor, mask: Tensor, places: Tensor) -> tuple[Tensor, Cache]:
         """``step`` for left-padded prompts, as many at once as go through the model: logits [B, V], and cache."""

@@ -79,6 +79,8 @@ class Rollout(Samples):
     log_ratio_variance: of log π − log π_ref under π at each position, nats²; None where not measured.
     values: what the value function expected before each token; None without one.
     value_states: the hidden states that a value head alone reads it off, [B, T, H]; None without one.
+    states, ref_states: those that policy and reference were measured by, where they are kept; [B, T, H] each.
+    lower: ``Network.lower_states``, from which passes over these sequences go on; [B, S, H], None without.
     sums: what each token of the vocabulary adds to ref_kl; None where that was not asked for.
     rounding: KL of whoever responded, as it sampled, to itself as it was measured, by k3: what is no change of weights.
     """
@@ -90,14 +92,22 @@ class Rollout(Samples):
     log_ratio_variance: Tensor | None
     values: Tensor | None = None
     value_states: Tensor | None = None
+    states: Tensor | None = None
+    ref_states: Tensor | None = None
+    lower: Tensor | None = None
     sums: VocabularySums | None = None
     rounding: Tensor | None = None
+
+    def kept(self, name: str) -> Tensor | None:
+        """One of the hidden states at the scored tokens, row by row. [N, H]; None where they were not kept."""
+        states = getattr(self, name)
+        return None if states is None else states[self.response_mask]
 
     def select(self, rows: Tensor) -> "Rollout":
         """The rollout of some rows only, cut to the longest sequence among them."""
         seq = _width(self.scored[rows])
         longest = int(self.lengths[rows].max())
-        cut = {"ids": seq, "scored": seq}
+        cut = {"ids": seq, "scored": seq, "lower": seq}
         chosen = {}
         for one in fields(self):
             value = getattr(self, one.name)
@@ -138,6 +148,17 @@ class Parts:
         """What ``work`` makes of each part, by its number."""
         return ranks.spread(range(len(self)), work, [ids.numel() for ids, _ in self._parts])
 
+    def rows_of(self, values: Tensor | None, place: int) -> Tensor | None:
+        """What there is of each token of the batch, [B, S, ...], of a part's: trimmed as it is; None of None."""
+        return None if values is None else values[self._rows[place], : self._parts[place][0].shape[1]]
+
+    def rows_joined(self, values: Sequence[Tensor]) -> Tensor:
+        """What ``rows_of`` would give of each part, as one in the order of the batch; 0 where none has any."""
+        whole = values[0].new_zeros(*self._scored.shape, *values[0].shape[2:], device=self._scored.device)
+        for rows, some in zip(self._rows, values, strict=True):
+            whole[rows, : some.shape[1]] = some.to(whole.device)
+        return whole
+
     def joined(self, rows: Sequence[ranks.Row]) -> ranks.Row:
         """Numbers of scored tokens by part, as one column each in the order of the batch."""
         device, columns = self._scored.device, zip(*rows, strict=True)
@@ -145,9 +166,16 @@ class Parts:
 
     def in_order(self, values: Tensor) -> Tensor:
         """Numbers (or vectors) of scored tokens, part after part, put back in the order of the batch. [N, ...]."""
+        return torch.empty_like(values).index_copy_(0, torch.cat(self._places()), values)
+
+    def pieces(self, values: Tensor) -> list[Tensor]:
+        """Numbers (or vectors) of scored tokens in the order of the batch, by part: what ``joined`` put there."""
+        return [values[places] for places in self._places()]
+
+    def _places(self) -> list[Tensor]:
+        """Where the scored tokens of each part are among those of the batch."""
         number = self._scored.flatten().cumsum(0).view_as(self._scored) - 1  # of each scored token in the batch
-        places = torch.cat([number[part][self._scored[part]] for part in self._rows])
-        return torch.empty_like(values).index_copy_(0, places, values)
+        return [number[part][self._scored[part]] for part in self._rows]
 
 
 def _width(scored: Tensor) -> int:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from torch import Tensor, nn
 
 from kltune.core.kl.divergence import TokenMeasures, VocabularySums, measure_sampled, measure_tokens
@@ -23,6 +23,7 @@ from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.chat import reads_clock, template_of, today
 from kltune.lm.data.encoding import OtherTokenizer
 from kltune.lm.data.examples import RowRules
+from kltune.lm.fast.lora import config_beside, lora_config
 from kltune.lm.machine.sharding import layers_of
 from kltune.lm.model.adapters import POLICY, VALUE, AdapterSwitch, config_to_fill, fill, load_compatible, wrap
 from kltune.lm.model.batches import Rollout, pad_right
@@ -72,6 +73,7 @@ class Policy:
         self.other_tokenizers: tuple[OtherTokenizer, ...] = ()  # that have to make the same of every row
         self.base_network = Network(frozen) if self.full else self.network
         self._held = Reference(self.base_network, fingerprint)
+        self._is_reference = False      # at the moment
         self._switch = AdapterSwitch(model)
         model.eval()  # dropout anywhere would make old, new and reference log-probs disagree
 
@@ -82,16 +84,7 @@ class Policy:
 
     def add_adapter(self, lora: LoraSection) -> None:
         """Put a fresh LoRA adapter on the trunk: until it is trained, policy = reference."""
-        targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-        names = [name for name, _ in self.model.named_modules()]
-        if isinstance(targets, list):       # PEFT is content if one of several names matches
-            unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
-            if unknown:
-                raise ModelError(f"lora.targets: {', '.join(unknown)} names no layer of {self.fingerprint.path}.")
-        config = LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
-        )
-        self._wrap(config, what="lora.targets")
+        self._wrap(lora_config(lora, self.model, self.fingerprint.path), what="lora.targets")
 
     def load_adapter(self, folder: Path) -> None:
         """Put a saved adapter on the trunk, every tensor accounted for; raises as ``load_compatible`` and ``fill``."""
@@ -131,9 +124,7 @@ class Policy:
         Adam or by least squares, 0.03 to 0.06.
         """
         if lora is not None:
-            targets = self.model.peft_config[POLICY].target_modules
-            config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
-            self.add_beside(VALUE, config)
+            self.add_beside(VALUE, config_beside(self.model.peft_config[POLICY], lora))
         self.value_head = ScalarHead(self.network.hidden_size).to(self.device)
         for tensor in self.value_parameters().values():
             tensor.requires_grad_(True)
@@ -255,12 +246,13 @@ class Policy:
 
         After, exceptions included: the policy.
         """
-        policy, self.network = self.network, self._held.network
+        before = self.network, self._is_reference
+        self.network, self._is_reference = self._held.network, True
         try:
             with self._switch.active(self._held.adapter):
                 yield
         finally:
-            self.network = policy
+            self.network, self._is_reference = before
 
     def acting_as(self, adapter: str) -> AbstractContextManager[None]:
         """Within: this object is its trunk with an adapter that was put ``add_beside``. After: the policy."""
@@ -330,40 +322,40 @@ class Policy:
             (folder / "README.md").write_text(self.fingerprint.how_to_load(), encoding="utf-8")
         self.tokenizer.save_pretrained(folder)
 
-    def logprobs(self, ids: Tensor, scored: Tensor, temperature: float = 1.0) -> Tensor:
-        """Log-probabilities of the scored tokens, differentiable. [N] float32, nats."""
+    def logprobs(self, ids: Tensor, scored: Tensor, temperature: float = 1.0, lower: Tensor | None = None) -> Tensor:
+        """Log-probabilities of the scored tokens, differentiable. [N] float32, nats. lower: as ``Network.before``."""
         reader = partial(read_logprobs, temperature=temperature)
-        return self.network.read(self.network.before(ids, scored), reader, ids[scored])[0]
+        return self.network.read(self.network.before(ids, scored, lower), reader, ids[scored])[0]
 
     def logprobs_and_ref_kl(
-        self, ids: Tensor, scored: Tensor, temperature: float = 1.0, *others: Callable[[slice], Tensor]
+        self, ids: Tensor, scored: Tensor, temperature: float = 1.0, *others: Callable[[slice], Tensor],
+        ref_states: Tensor | None = None, lower: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Log-probabilities and exact KL(policy ‖ reference) per token, all differentiable. Each [N] float32, nats.
 
         others: whose logits at a slice of these positions are taken as constant; a KL(policy ‖ other) for each follows.
+        ref_states: the reference's hidden states before the scored tokens, where a measurement kept them. [N, H].
+        lower: as ``Network.before``.
         """
-        with torch.no_grad(), self.reference():
-            ref_hidden = self.network.before(ids, scored)
+        if ref_states is None:
+            with torch.no_grad(), self.reference():
+                same = self._held.network is self.base_network
+                ref_states = self.network.before(ids, scored, lower if same else None)
         reader = partial(read_logprobs_and_kl, temperature=temperature)
         return self.network.read(
-            self.network.before(ids, scored), reader, ids[scored], lambda part: self.ref_logits(ref_hidden[part]),
-            *others,
+            self.network.before(ids, scored, lower), reader, ids[scored],
+            lambda part: self.ref_logits(ref_states[part]), *others,
         )
 
-    def values(self, ids: Tensor, scored: Tensor) -> Tensor:
+    def values(self, ids: Tensor, scored: Tensor, lower: Tensor | None = None) -> Tensor:
         """Expected return before each scored token, differentiable in the value function only. [N] float32."""
         with self._switch.active(VALUE):
-            return self.value_head(self.network.trunk_before(ids, scored))
+            return self.value_head(self.network.trunk_before(ids, scored, lower))
 
     def measure(
-        self,
-        ids: Tensor,
-        scored: Tensor,
-        temperature: float = 1.0,
-        *,
-        exact: bool = True,
-        swap: bool = False,
-        sums: VocabularySums | None = None,
+        self, ids: Tensor, scored: Tensor, temperature: float = 1.0, *, exact: bool = True, swap: bool = False,
+        sums: VocabularySums | None = None, states: dict[str, Tensor | None] | None = None,
+        lower: Tensor | None = None,
     ) -> TokenMeasures:
         """Teacher-force sequences through policy and reference.
 
@@ -374,53 +366,76 @@ class Policy:
             exact: also sum over the vocabulary, for exact KL and entropies.
             swap: let the two change places: then ``ref_kl`` is KL(reference ‖ policy), for the reference's samples.
             sums: what each token of the vocabulary adds to the exact KL is added here.
+            states, lower: as in ``over_vocabulary``.
         """
         function = partial(measure_tokens if exact else measure_sampled, temperature=temperature)
         if swap:
             measure = function
             function = lambda logits, ref_logits, tokens, **more: measure(ref_logits, logits, tokens, **more)  # noqa: E731
-        return TokenMeasures(*self.over_vocabulary(ids, scored, function, sums))
+        return TokenMeasures(*self.over_vocabulary(ids, scored, function, sums, states, lower))
 
     @torch.no_grad()
     def over_vocabulary(
-        self, ids: Tensor, scored: Tensor, function: Callable[..., tuple], sums: VocabularySums | None = None
+        self, ids: Tensor, scored: Tensor, function: Callable[..., tuple], sums: VocabularySums | None = None,
+        states: dict[str, Tensor | None] | None = None, lower: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         """Call a function on every scored position, a chunk at a time, so that memory does not grow with their number.
 
         Policy and reference take a pass each: one batch of both (PEFT's adapter_names) was 1.1 to 1.2 times slower.
+        Within ``reference()`` the two are one, and so is the pass.
 
         The function takes the policy's logits [n, V], the reference's [n, V] and the tokens [n], and gives numbers [n]
         or None; with ``sums`` it takes some by that name, to add to. Returned is what it gave, row by row; [N] each, or
-        None.
+        None. Of ``states``, those that have a name there are kept: "states" of the policy, "ref_states" of the
+        reference, as ``Network.before`` gives them; [N, H] each. lower: as it takes it.
         """
-        parts, rows = self.network.parts(ids, scored), self.network.chunk_rows
+        parts, rows, wanted = self.network.parts(ids, scored), self.network.chunk_rows, tuple(states or ())
 
         def some(place: int) -> tuple[Tensor | None, ...]:
             part, marks = parts[place]
             own = {} if sums is None else {"sums": VocabularySums.zero(self.network.vocabulary)}
-            hidden = self.network.before(part, marks)
-            with self.reference():
-                ref_hidden = self.network.before(part, marks)
+            below = parts.rows_of(lower, place)
+            hidden = ref_hidden = self.network.before(part, marks, below)
+            if not self._is_reference:
+                with self.reference():
+                    same = self._held.network is self.base_network
+                    ref_hidden = self.network.before(part, marks, below if same else None)
             chunks = zip(hidden.split(rows), ref_hidden.split(rows), part[marks].split(rows), strict=True)
             found = [
                 function(self.network.logits(mine), self.ref_logits(others), tokens, **own)
                 for mine, others, tokens in chunks
             ]
             columns = [None if column[0] is None else torch.cat(column) for column in zip(*found, strict=True)]
-            return *columns, *(own["sums"].tensors() if own else (None,) * 3)
+            kept = {"states": hidden, "ref_states": ref_hidden}
+            return *columns, *(kept[name] for name in wanted), *(own["sums"].tensors() if own else (None,) * 3)
 
         found = parts.spread(some)
         for row in found if sums is not None else ():      # in this order, whoever added up what
             sums.add(row[-3:])
-        return parts.joined([row[:-3] for row in found])
+        columns = parts.joined([row[:-3] for row in found])
+        if states is not None:
+            states.update(zip(wanted, columns[len(columns) - len(wanted) :], strict=True))
+        return columns[: len(columns) - len(wanted)]
+
+    @property
+    def head_reads_states(self) -> bool:
+        """Whether the value function is a head alone on the very hidden states that measuring the policy computes."""
+        alone = self.value_head is not None and not self._switch.parameters(VALUE)
+        return alone and self.network.split and self._held.network.split
 
     @torch.no_grad()
-    def measure_values(self, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``values`` without gradients, rows in parts; and what a head alone reads. [N] and [N, H] or None, float32."""
+    def measure_values(
+        self, ids: Tensor, scored: Tensor, states: Tensor | None = None, lower: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """``values`` without gradients, rows in parts; and what a head alone reads. [N] float32, and [N, H] or None.
+
+        states: what ``head_reads_states``, where a measurement kept it. [N, H]. lower: as ``Network.before``.
+        """
         parts = self.network.parts(ids, scored)
         if self._switch.parameters(VALUE):
-            return parts.over(lambda place: (self.values(*parts[place]),))[0], None
-        (states,) = parts.over(lambda place: (self.network.trunk_before(*parts[place]).float(),))
+            return parts.over(lambda at: (self.values(*parts[at], parts.rows_of(lower, at)),))[0], None
+        if states is None:
+            (states,) = parts.over(lambda place: (self.network.trunk_before(*parts[place]),))
         return self.value_head(states), states
 
     @torch.no_grad()

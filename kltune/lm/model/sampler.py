@@ -59,6 +59,7 @@ def sample_rollout(
     exact: bool = True,
     from_reference: bool = False,
     by_token: bool = False,
+    keep: Sequence[str] = (),
 ) -> Rollout:
     """Draw responses from the policy as ``sample`` does, and measure them: log-probabilities, KL(policy ‖ reference).
 
@@ -70,6 +71,7 @@ def sample_rollout(
         exact: sum over the vocabulary for exact KL and entropies; without it they are None.
         from_reference: let the two change places: the reference responds, and ``ref_kl`` is KL(reference ‖ policy).
         by_token: also add up by token of the vocabulary.
+        keep: "states", "ref_states", "lower": the hidden states that are measured by, for passes that want them again.
 
     Raises:
         DivergedError: a log-probability or KL is not finite.
@@ -78,7 +80,7 @@ def sample_rollout(
     with policy.reference() if from_reference else nullcontext():
         samples = sample(policy, prompts, uniforms, temperature=temperature)
     rollout = measured_rollout(
-        policy, samples, temperature, exact=exact, from_reference=from_reference, by_token=by_token
+        policy, samples, temperature, exact=exact, from_reference=from_reference, by_token=by_token, keep=keep
     )
     mask = samples.response_mask
     check_sampler(samples, rollout.logprobs, mask, policy.dtype)
@@ -88,7 +90,7 @@ def sample_rollout(
 
 def measured_rollout(
     policy: Policy, samples: Samples, temperature: float, *, exact: bool = True, from_reference: bool = False,
-    by_token: bool = False,
+    by_token: bool = False, keep: Sequence[str] = (),
 ) -> Rollout:
     """Responses that are there, measured by teacher forcing; arguments as ``sample_rollout``.
 
@@ -98,16 +100,23 @@ def measured_rollout(
         DivergedError: a log-probability or KL is not finite.
     """
     sums = VocabularySums.zero(policy.network.vocabulary) if by_token else None
-    measured = policy.measure(samples.ids, samples.scored, temperature, exact=exact, swap=from_reference, sums=sums)
+    # A model whose head cannot be cut off gives logits for hidden states: too large to keep.
+    cut = policy.network.split and policy.held.network.split
+    states: dict[str, Tensor | None] = dict.fromkeys(set(keep) - {"lower"} if cut else ())
+    lower = policy.network.lower_states(samples.ids, samples.scored)
+    measured = policy.measure(
+        samples.ids, samples.scored, temperature, exact=exact, swap=from_reference, sums=sums, states=states,
+        lower=lower,
+    )
     flat = measured._asdict()
     for name, values in flat.items():
         if values is not None and not torch.isfinite(values).all():
             raise DivergedError(f"{name} of sampled tokens is not finite; lower optim.lr or raise kl.beta.")
     tensors = {
         name: None if values is None else response_scatter(values, samples.response_mask)
-        for name, values in flat.items()
+        for name, values in (flat | {"states": None, "ref_states": None} | states).items()
     }
-    return Rollout(**(vars(samples) | tensors | {"sums": sums}))
+    return Rollout(**(vars(samples) | tensors | {"sums": sums, "lower": lower if "lower" in keep else None}))
 
 
 def check_sampler(samples: Samples, logprobs: Tensor, counted: Tensor, dtype: torch.dtype) -> None:

@@ -52,7 +52,8 @@ class StepKL:
     """Exact KL(old ‖ new) of a policy from what it was when it sampled some responses; measured as often as asked.
 
     Of the old distributions only the hidden states behind them are kept: over a vocabulary they would not fit. They
-    come from the very function that gives the new ones, so that a policy that did not move is exactly 0 away.
+    come from the very function that gives the new ones, in the same parts, also where the rollout kept them: so a
+    policy that did not move is exactly 0 away.
     """
 
     @torch.no_grad()
@@ -66,6 +67,10 @@ class StepKL:
         self._parts = policy.network.parts(rollout.ids, rollout.scored)
         # A model whose head cannot be cut off gives logits for hidden states: too large to keep.
         self._kept: dict[int, tuple[Tensor, Tensor]] | None = {} if policy.network.split else None
+        names = ("states", "ref_states") if reference else ("states",)
+        if all(getattr(rollout, name) is not None for name in names):
+            known = [self._parts.pieces(rollout.kept(name)) for name in names]
+            self._kept = dict(enumerate(zip(known[0], known[-1], strict=True)))
 
     @torch.no_grad()
     def measure(self) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -44,6 +44,14 @@ class LoraSection(Section):
         "all-linear", description="which linear layers get an adapter: all-linear, or a list of layer names",
         examples=[("q_proj", "v_proj")],
     )
+    layers: (
+        Literal["all"] | Annotated[float, Field(gt=0, lt=1)]
+        | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)]
+    ) = Field(
+        "all", description="which layers of the model get an adapter: all, a list of their numbers from 0, or an upper "
+        "share of them, as 0.25; what lies below the first is computed once for policy, reference and value function",
+        examples=[0.25],
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="must be 0 in ppo, trpo and dpo, where logprobs are compared")
 
 

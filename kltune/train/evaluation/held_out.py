@@ -5,6 +5,7 @@ the responses that the KL was measured on; nothing more is sampled for it.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +140,9 @@ class HeldOut:
     def _answered(self, policy: Policy, count: int, *, from_reference: bool = False) -> Measurement:
         """So many answers to the prompts, measured; with the same random numbers whoever gives them."""
         progress = counted(f"evaluation: sampling the {'reference' if from_reference else 'policy'}", count)
-        return measure_kl(policy, self.answered(count), self.draw, from_reference=from_reference, progress=progress)
+        # Of the reference, what is wanted has nothing to do with the policy.
+        with policy.reference() if from_reference else nullcontext():
+            return measure_kl(policy, self.answered(count), self.draw, progress=progress)
 
     def answered(self, count: int) -> Round:
         """Which prompts get so many answers; the same ones at every evaluation."""

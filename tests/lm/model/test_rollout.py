@@ -14,7 +14,7 @@ from kltune.errors import DivergedError, ModelError
 from kltune.lm.data.examples import Prompt
 from kltune.lm.model import sampler as rollout_module
 from kltune.lm.model.batches import Rollout
-from kltune.lm.model.sampler import sample, sample_rollout, uniform_numbers
+from kltune.lm.model.sampler import measured_rollout, sample, sample_rollout, uniform_numbers
 from tests.oracles import BOS, Responses, tiny_policy_logits, tiny_reference_logits
 from tests.tiny_policies import plain_logprobs
 
@@ -37,6 +37,38 @@ def listed() -> tuple[Tensor, Tensor, Responses]:
 @pytest.fixture
 def rollout(trained_policy) -> Rollout:
     return sample_rollout(trained_policy, PROMPTS, UNIFORMS, temperature=1.0)
+
+
+# --- hidden states that are kept -------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_is_what_passes_give_and_saves_the_reference_one(trained_policy):
+    kept = sample_rollout(trained_policy, PROMPTS, UNIFORMS, temperature=1.0, keep=("states", "ref_states"))
+    network, ids, scored = trained_policy.network, kept.ids, kept.scored
+    with torch.no_grad():
+        torch.testing.assert_close(kept.kept("states"), network.before(ids, scored), atol=1e-5, rtol=0.0)
+        with trained_policy.reference():
+            torch.testing.assert_close(kept.kept("ref_states"), network.before(ids, scored), atol=1e-5, rtol=0.0)
+    some = kept.select(torch.tensor([7, 2, 4]))
+    found = trained_policy.logprobs_and_ref_kl(some.ids, some.scored, 1.0, ref_states=some.kept("ref_states"))
+    wanted = trained_policy.logprobs_and_ref_kl(some.ids, some.scored, 1.0)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0.0)
+    again = replace(kept, ref_states=kept.states)
+    assert measured_rollout(trained_policy, again, 1.0).ref_states is None      # of another reference, maybe
+
+
+def test_a_policy_that_acts_as_its_reference_is_measured_in_one_pass(trained_policy, rollout, monkeypatch):
+    theirs = sample_rollout(trained_policy, PROMPTS, UNIFORMS, temperature=1.0, from_reference=True)
+    with trained_policy.reference():
+        passes, before = [], type(trained_policy.network).before
+        monkeypatch.setattr(type(trained_policy.network), "before", lambda *args: passes.append(1) or before(*args))
+        alone = sample_rollout(trained_policy, PROMPTS, UNIFORMS, temperature=1.0)
+        assert len(passes) == len(trained_policy.network.parts(alone.ids, alone.scored))
+    for name in ("ids", "logprobs", "entropy"):
+        assert torch.equal(getattr(alone, name), getattr(theirs, name))
+    assert alone.ref_kl.abs().max() == 0.0
+    assert measured_rollout(trained_policy, alone, 1.0).ref_kl.abs().max() > 0.0      # and after it the two are two
 
 
 # --- KL by listing every response ----------------------------------------------------------------------------------

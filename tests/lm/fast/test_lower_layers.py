@@ -1,0 +1,98 @@
+"""What no adapter is on is computed once, and all who read it give the numbers they gave before."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from kltune.errors import ModelError
+from kltune.lm.data.examples import Prompt
+from kltune.lm.fast.lower_layers import LowerLayers
+from kltune.lm.model.policy import Policy
+from kltune.lm.model.sampler import sample_rollout, uniform_numbers
+from kltune.recipe import LoraSection
+from tests.tiny_policies import ARCHITECTURES, random_batch, randomize
+
+PROMPTS = [Prompt(tuple(ids), "text", "prompts.jsonl:1") for ids in ([3, 4], [9], [20, 21, 22, 23])]
+UNIFORMS = uniform_numbers(np.random.default_rng(3), 4 * len(PROMPTS), 6)
+UPPER = LoraSection(rank=4, alpha=8.0, layers=0.5)
+
+
+def layers_called(policy: Policy) -> list[int]:
+    """How often each layer computes, counted from now on."""
+    counts = [0, 0]
+    for number, layer in enumerate(policy.network._trunk.layers):
+        layer.mlp.register_forward_pre_hook(
+            lambda *_, at=number: counts.__setitem__(at, counts[at] + 1)
+        )
+    return counts
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_passes_from_the_lower_layers_on_are_the_same_to_the_last_bit(open_policy, architecture):
+    policy = open_policy(architecture, lora=UPPER)
+    randomize(policy.trainable_parameters())
+    ids, scored = random_batch()
+    assert policy.network.fast.lower_layers.there
+    with torch.no_grad():
+        lower, states = policy.network.fast.lower_layers.states(ids), policy.network.before(ids, scored)
+        assert torch.equal(policy.network.before(ids, scored, lower), states)
+        assert torch.equal(policy.network.before(ids, scored), states)      # and nothing of it is left
+    found = torch.autograd.grad(policy.logprobs(ids, scored, 1.0, lower).sum(), policy.trainable_parameters().values())
+    wanted = torch.autograd.grad(policy.logprobs(ids, scored).sum(), policy.trainable_parameters().values())
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
+
+
+def test_scoring_computes_them_once_for_policy_reference_and_values(open_policy, monkeypatch):
+    policy = open_policy(lora=UPPER)
+    randomize(policy.trainable_parameters())
+    policy.add_value_function(UPPER)
+    randomize(policy.value_parameters(), seed=5)
+    monkeypatch.setattr(policy.network.fast, "shares_prefixes", False)
+    kept = sample_rollout(policy, PROMPTS, UNIFORMS, temperature=1.0, keep=("lower",))
+    ids, scored = kept.ids, kept.scored
+    some = kept.select(torch.tensor([7, 2, 4]))
+    counts = layers_called(policy)
+    measured = policy.measure(ids, scored, lower=kept.lower)
+    values = policy.measure_values(ids, scored, None, kept.lower)
+    logprobs = policy.logprobs(some.ids, some.scored, 1.0, some.lower)
+    assert counts == [0, 4]
+    policy.network.lower_states(ids, scored)
+    assert counts == [1, 4]
+    monkeypatch.setattr(policy.network.fast.lower_layers, "there", False)
+    plain = sample_rollout(policy, PROMPTS, UNIFORMS, temperature=1.0, keep=("lower",))
+    assert plain.lower is None
+    for name in ("logprobs", "ref_logprobs", "ref_kl", "entropy"):
+        assert torch.equal(getattr(kept, name), getattr(plain, name))
+        assert torch.equal(getattr(kept, name)[kept.response_mask], getattr(measured, name))
+    assert torch.equal(values[0], policy.measure_values(ids, scored)[0])
+    torch.testing.assert_close(logprobs, policy.logprobs(some.ids, some.scored), atol=1e-5, rtol=0.0)
+    assert kept.ref_kl.max() > 1e-3
+
+
+def test_shared_prompts_are_read_once_where_that_saves_more(open_policy):
+    policy = open_policy(lora=UPPER)
+    ids = torch.tensor([[3] * 20 + [row, 4, 1] for row in range(5, 13)])
+    scored = (torch.arange(23) >= 20).expand(8, 23)
+    assert policy.network.lower_states(ids, scored) is None
+    assert policy.network.lower_states(ids[:1], scored[:1]).shape == (1, 23, 32)
+
+
+def test_layers_are_chosen_by_number_or_as_an_upper_share(open_policy, tmp_path):
+    for layers, numbers in ((0.5, [1]), (0.1, [1]), (0.9, [0, 1]), ((0,), [0]), ((1, 0, 1), [0, 1])):
+        policy = open_policy(lora=LoraSection(layers=layers))
+        policy.save(tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["layers_to_transform"] == numbers
+        assert policy.network.fast.lower_layers.there == (numbers == [1])
+    with pytest.raises(ModelError, match=r"lora.layers: found 2, 7; .* has 2 layers, numbered from 0"):
+        open_policy(lora=LoraSection(layers=(2, 0, 7)))
+
+
+def test_there_are_none_where_an_adapter_is_on_what_comes_before_them(open_policy):
+    assert not open_policy(lora=LoraSection(targets=("q_proj", "embed_tokens"), layers="all")).network.fast \
+        .lower_layers.there
+    policy = open_policy(lora=UPPER)
+    policy.add_value_function(UPPER)
+    assert policy.network.fast.lower_layers.there
+    assert not LowerLayers(policy.network._trunk.layers[0]).there
