@@ -19,7 +19,7 @@ from kltune.lm.data.examples import Example, Prompt, RowRules, counts_line, load
 from kltune.lm.data.rows import Row, looks_like_a_path
 from kltune.lm.measure.server import is_address
 from kltune.lm.measure.transcripts import Transcript, read_transcripts
-from kltune.lm.model.adapters import load_weights, read_adapter_config
+from kltune.lm.model.adapters.weights import load_weights, read_adapter_config
 from kltune.lm.model.files import refuse_code
 from kltune.lm.model.fingerprint import section_of
 from kltune.lm.model.loading import own_tokenizer, pick_device

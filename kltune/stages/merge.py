@@ -13,7 +13,7 @@ import torch
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.measure.kl_document import Gate, kl_figures
 from kltune.lm.measure.measurement import Measurement, Round, check_agreement, measure_kl
-from kltune.lm.model.adapters import load_weights, merge_adapter
+from kltune.lm.model.adapters.weights import load_weights, merge_adapter
 from kltune.lm.model.loading import published_dtype
 from kltune.lm.model.opening import load_reference
 from kltune.lm.model.policy import Policy, Reference

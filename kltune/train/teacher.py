@@ -27,7 +27,7 @@ from kltune.lm.data.examples import Prompt, RowRules, fitted_prompt
 from kltune.lm.data.forms import Asked
 from kltune.lm.data.rows import RowFault, describe
 from kltune.lm.measure.measurement import Measurement
-from kltune.lm.model.adapters import POLICY, read_adapter_config, rewritten_base
+from kltune.lm.model.adapters.weights import POLICY, read_adapter_config, rewritten_base
 from kltune.lm.model.batches import Rollout, pad_right, response_scatter
 from kltune.lm.model.files import refuse_code
 from kltune.lm.model.loading import own_tokenizer, pick_device, tokenizer_differences

@@ -34,7 +34,7 @@ from kltune.lm.fast.memory import (
 from kltune.lm.fast.shared_prefix import WORTH_IT, SharedPrefixes, attends_to_all, states_before
 from kltune.lm.machine.device_memory import TRAINED_BYTES
 from kltune.lm.machine.live_bytes import LiveBytes, traced
-from kltune.lm.model.adapters import POLICY
+from kltune.lm.model.adapters.weights import POLICY
 from kltune.lm.model.curvature import Fisher
 from kltune.lm.model.network import ScalarHead
 from kltune.lm.model.policy import Policy

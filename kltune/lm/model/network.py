@@ -30,7 +30,7 @@ from kltune.core.tensors import close
 from kltune.errors import ModelError
 from kltune.lm.fast import ways
 from kltune.lm.machine.sharding import ShardedLayers
-from kltune.lm.model.adapters import AdapterSwitch
+from kltune.lm.model.adapters.weights import AdapterSwitch
 from kltune.lm.model.batches import FixedRows, Parts
 from kltune.lm.model.files import reading
 

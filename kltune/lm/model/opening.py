@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kltune.core.tensors import close
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
-from kltune.lm.model.adapters import (
+from kltune.lm.model.adapters.weights import (
     POLICY,
     Merge,
     config_to_fill,

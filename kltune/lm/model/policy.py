@@ -23,9 +23,9 @@ from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.chat import reads_clock, template_of, today
 from kltune.lm.data.encoding import OtherTokenizer
 from kltune.lm.data.examples import RowRules
-from kltune.lm.fast.lora import config_beside, lora_config
 from kltune.lm.machine.sharding import layers_of
-from kltune.lm.model.adapters import POLICY, VALUE, AdapterSwitch, config_to_fill, fill, load_compatible, wrap
+from kltune.lm.model.adapters.configs import config_beside, lora_config
+from kltune.lm.model.adapters.weights import POLICY, VALUE, AdapterSwitch, config_to_fill, fill, load_compatible, wrap
 from kltune.lm.model.batches import Rollout, pad_right
 from kltune.lm.model.files import reading
 from kltune.lm.model.fingerprint import Fingerprint, weights_sha256

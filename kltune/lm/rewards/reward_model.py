@@ -22,7 +22,7 @@ from kltune.lm.data.chat import template_of
 from kltune.lm.data.documents import SavedModel
 from kltune.lm.data.encoding import Encoder, Ids, spelled
 from kltune.lm.data.foreign import read_json
-from kltune.lm.model.adapters import POLICY
+from kltune.lm.model.adapters.weights import POLICY
 from kltune.lm.model.batches import Samples
 from kltune.lm.model.files import reading, refuse_code
 from kltune.lm.model.fingerprint import AGREES, section_of

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kltune.lm.fast.lora import LoraLinear, speed_up
 from kltune.lm.fast.memory import saved_bytes
-from kltune.lm.model.adapters import AdapterSwitch
+from kltune.lm.model.adapters.weights import AdapterSwitch
 from tests.counting import Counted
 from tests.tiny_policies import randomize
 

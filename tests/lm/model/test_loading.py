@@ -28,7 +28,7 @@ from transformers import (
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.examples import load_examples, load_prompts
 from kltune.lm.measure.likelihood import document_nats
-from kltune.lm.model.adapters import read_adapter_config
+from kltune.lm.model.adapters.weights import read_adapter_config
 from kltune.lm.model.fingerprint import section_of
 from kltune.lm.model.loading import load_base, load_tokenizer, pick_device
 from kltune.lm.model.opening import check_frozen, load_reference, load_saved_policy

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
-from kltune.lm.model.adapters import merge_adapter
+from kltune.lm.model.adapters.weights import merge_adapter
 from kltune.lm.model.opening import check_causal, check_fresh_policy, expect_rounding, load_policy, load_reference
 from kltune.lm.model.sampler import sample, uniform_numbers
 from kltune.recipe import LoraSection, ModelSection
@@ -111,7 +111,7 @@ def test_merging_needs_little_memory_beside_the_weights(tmp_path, monkeypatch):
     """Layer by layer: what it takes does not grow with the number of layers. In bfloat16, where it is widest."""
     sizes = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 64}
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=24, **sizes)).bfloat16()
-    monkeypatch.setattr("kltune.lm.model.adapters._spoken", lambda adapted: IDS[:, :4])
+    monkeypatch.setattr("kltune.lm.model.adapters.weights._spoken", lambda adapted: IDS[:, :4])
     model.save_pretrained(tmp_path / "base")
     adapter = save_adapter(tmp_path / "base", lora("q_proj", "down_proj"), tmp_path / "sft")
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
@@ -125,7 +125,7 @@ def test_merging_needs_little_memory_beside_the_weights(tmp_path, monkeypatch):
 def test_in_bfloat16_the_kl_of_the_merge_to_what_sft_ended_with_is_told(tiny_model, tmp_path, monkeypatch):
     base = tiny_model("llama")
     adapter = save_adapter(base, lora("q_proj", "down_proj"), tmp_path)
-    monkeypatch.setattr("kltune.lm.model.adapters._spoken", lambda adapted: IDS)
+    monkeypatch.setattr("kltune.lm.model.adapters.weights._spoken", lambda adapted: IDS)
     section = ModelSection(path=str(base), sft_adapter=str(adapter), dtype="bfloat16")
     policy = load_reference(section, device=CPU)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), adapter).eval()

@@ -15,7 +15,7 @@ from kltune.errors import ModelError, ScorerError
 from kltune.lm.data.encoding import Encoder, spelled
 from kltune.lm.data.examples import Prompt
 from kltune.lm.measure.interpolation import AdapterScale
-from kltune.lm.model.adapters import POLICY
+from kltune.lm.model.adapters.weights import POLICY
 from kltune.lm.model.batches import Samples
 from kltune.lm.model.fingerprint import weights_sha256
 from kltune.lm.model.opening import probe_logits

@@ -1,0 +1,60 @@
+"""What PEFT is told of a recipe's adapter."""
+
+import re
+from collections.abc import Sequence
+
+from peft import LoraConfig
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from kltune.errors import ModelError
+from kltune.recipe import LoraSection
+
+
+def lora_config(lora: LoraSection, model: nn.Module, path: str) -> LoraConfig:
+    """PEFT's configuration of a recipe's adapter on a model; ModelError for a target or layer that it has not."""
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    chosen = {} if lora.layers == "all" else _chosen(lora.layers, model, path)
+    names = [name for name, _ in model.named_modules()]
+    if chosen:      # only of what lies in them
+        (called,), numbers = chosen["layers_pattern"], "|".join(map(str, chosen["layers_to_transform"]))
+        names = [name for name in names if re.match(rf"(.*\.)?{called}\.({numbers})\.", name)]
+        if targets == "all-linear":     # beside which PEFT takes no numbers
+            linear = (name for name in names if isinstance(model.get_submodule(name), nn.Linear | Conv1D))
+            targets = sorted({name.rpartition(".")[2] for name in linear})
+    if isinstance(targets, list):       # PEFT is content if one of several names matches
+        unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+        if unknown:
+            where = f" that lora.layers chooses, {lora.layers}" if chosen else ""
+            raise ModelError(f"lora.targets: {', '.join(unknown)} names no layer of {path}{where}.")
+    return LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM",
+        **chosen,
+    )
+
+
+def _chosen(layers: float | Sequence[int], model: nn.Module, path: str) -> dict[str, list]:
+    """What PEFT is told of the layers that ``lora.layers`` names: their numbers, and what their list is called."""
+    marked = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    found = [match for match in (re.fullmatch(r"(?:.*\.)?([^.]+)\.(\d+)", name) for name in marked) if match]
+    if not found or len({match[1] for match in found}) > 1:
+        raise ModelError(f"lora.layers: {path} has no one list of layers to choose from; write all.")
+    count = len(found)
+    if isinstance(layers, float):
+        layers = range(count - max(1, round(layers * count)), count)
+    unknown = [number for number in layers if number >= count]
+    if unknown:
+        raise ModelError(
+            f"lora.layers: found {', '.join(map(str, unknown))}; {path} has {count} layers, numbered from 0; wanted "
+            f"numbers up to {count - 1}, or an upper share of them, as 0.25."
+        )
+    return {"layers_to_transform": sorted(set(layers)), "layers_pattern": [found[0][1]]}
+
+
+def config_beside(own: LoraConfig, lora: LoraSection) -> LoraConfig:
+    """The configuration of one more adapter, of a recipe's size, on the layers of another."""
+    return LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=own.target_modules, task_type="CAUSAL_LM",
+        layers_to_transform=own.layers_to_transform, layers_pattern=own.layers_pattern,
+    )
