@@ -63,7 +63,7 @@ COSTS = {       # words: passes, operations, waits. Reference, policy and values
     # a head reads what scoring the policy has left
     ("ppo", f"ppo.epochs={EPOCHS}", "ppo.value_function=head"): (READ + 2 + EPOCHS, 2887, 104),
     # the layer below the first adapter computes once, beside sampling; the other in every pass
-    ("ppo", f"ppo.epochs={EPOCHS}", "lora.layers=0.5"): (READ + 0.5 + (3 + 2 * EPOCHS) / 2, 2914, 106),
+    ("ppo", f"ppo.epochs={EPOCHS}", "lora.layers=0.5"): (READ + 0.5 + (3 + 2 * EPOCHS) / 2, 2914, 107),
     # the reference's hidden states serve the KL of every epoch
     ("ppo", f"ppo.epochs={EPOCHS}", "kl.placement=loss"): (READ + 3 + 2 * EPOCHS, 3905, 112),
     # 32 responses; four to a prompt read it once

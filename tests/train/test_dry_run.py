@@ -122,7 +122,7 @@ def test_what_a_distillation_takes_is_not_more_than_is_told(tmp_path, monkeypatc
     told = plan(load_recipe(path))
     assert told["tokens"]["per_step"] == 16 * (PROMPT + 1 + RESPONSE)       # the teacher's prompt has a word more
     taken = measured_peak(lambda: run_distill(load_recipe(path), resume=False))
-    assert 0.9 * taken < told["memory"]["peak"] < 1.5 * taken       # whose rows are trained on in smaller parts
+    assert 0.8 * taken < told["memory"]["peak"] < 1.5 * taken       # whose rows are trained on in smaller parts
     path = write_recipe(tmp_path, "distill", "wide", distill={"teacher_prompt": "{hint} {prompt}"})
     with pytest.raises(DataError, match="no field 'hint'"):
         plan(load_recipe(path))

@@ -86,14 +86,15 @@ def test_text_metrics_are_those_of_the_responses(trained_policy):
 def test_the_reference_is_drawn_once_and_is_its_own_scale(trained_policy, monkeypatch):
     drawn = []
 
-    def counted(*arguments, from_reference=False, **keys):
-        drawn.append(from_reference)
-        return measure_kl(*arguments, from_reference=from_reference, **keys)
+    def counted(*arguments, **keys):
+        measured = measure_kl(*arguments, **keys)
+        drawn.append("policy" if measured.exact.any() else "reference")
+        return measured
 
     monkeypatch.setattr("kltune.train.evaluation.held_out.measure_kl", counted)
     held, proxy = held_out(seed=3, gold=scorer("gold", len)), scorer("score", lambda text: text.count("1"))
     first, second = (held.measured(trained_policy, proxy)[0] for _ in range(2))
-    assert drawn == [True, False, False]
+    assert drawn == ["reference", "policy", "policy"]
     assert first == second
     assert first["eval/reference_score_z"] == pytest.approx(0.0, abs=1e-6)
     assert first["eval/reference_gold_z_stderr"] == pytest.approx(
