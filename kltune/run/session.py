@@ -32,7 +32,7 @@ from kltune.lm.model.loading import prepare_device
 from kltune.lm.model.opening import load_policy, load_reference
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.inputs import WEIGHTS, base_of, inputs_of, refuse_changed
-from kltune.recipe import Recipe, differing_keys, dump_recipe, load_recipe, recipe_digest
+from kltune.recipe import ModelSection, Recipe, differing_keys, dump_recipe, load_recipe, recipe_digest
 from kltune.recipe.faults import redact
 from kltune.run.caches import StoredAnswers, StoredLogprobs
 from kltune.run.checkpoint import clear_leftovers, latest_checkpoint, saved_step, verify
@@ -119,6 +119,13 @@ class Run:
         return date.fromisoformat(self._record["template_date"])
 
     @property
+    def model(self) -> ModelSection:
+        """The recipe's, in the dtype that the run began with, which ``auto`` may not come to on another machine."""
+        section, before = self.recipe.model, self._record["reference"] if self.resume_from else None
+        began = before and section.dtype == "auto" and self.recipe.lora is not None
+        return section.model_copy(update={"dtype": before["dtype"]}) if began else section
+
+    @property
     def machine(self) -> dict[str, Any] | None:
         """What the run computes on, as it was recorded."""
         return self._record["machine"]
@@ -182,7 +189,7 @@ def _opened(recipe: Recipe, run: Run, train: Train) -> dict[str, Any]:
         print(f"{recipe.stage}: reading {recipe.model.path}{size_of(recipe.model.path)}", file=sys.stderr, flush=True)
         doing(f"loading {recipe.model.path}")
         device, template = prepare_device(recipe.run), read_template(recipe.data.chat_template)
-        policy = load_policy(recipe.model, recipe.lora, device=device, chat_template=template)
+        policy = load_policy(run.model, recipe.lora, device=device, chat_template=template)
         policy.plan_memory(recipe.run.memory_fraction, recipe.optim.checkpoint_layers)
         run.set_reference(policy.fingerprint)
         run.record(base=base_of(recipe))
@@ -360,7 +367,8 @@ def _refuse_another_recipe(recipe: Recipe, record: dict[str, Any]) -> None:
 
 def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Path | None) -> dict[str, Any]:
     continued = (previous or {}) if resume_from else {}
-    versions = _versions()
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+    versions = {"python": platform.python_version(), "kltune": kltune.__version__, **libraries}
     if continued and continued.get("versions") != versions:
         print("warning: resuming with other library versions: numbers may differ in the last digits.", file=sys.stderr)
     return {
@@ -384,14 +392,6 @@ def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Pa
         "resumed_at": continued.get("resumed_at", []) + ([saved_step(resume_from)] if resume_from else []),
         "error": None,
     }
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version(), "kltune": kltune.__version__}
-    for name in ("torch", "transformers", "peft"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
 
 
 def _cut_after(path: Path, step: int) -> None:

@@ -24,6 +24,7 @@ from kltune.run.screen import interval
 RAISE = 1.1             # of the price, when the policy was found beyond the cap, or a line search met it
 AGAIN = 2.0             # the same of a price that was fixed, when the policy is found beyond the cap once more
 BELOW_CAP = 0.9         # of the cap: where a price that was fixed is steered once the cap was met
+FREE = 0.8              # of the cap: below it that price is the recipe's again, which led up to the cap before
 WIDE = 6.0              # limit of the integral from then on: pairs are held by a hundredth of what scores would need
 PLAN = 0.5              # of the steps: by then the KL should have arrived at its target
 BAND = 0.15             # of the target: within it the KL counts as held
@@ -93,7 +94,13 @@ class Budget:
     def price(self) -> float:
         """What one nat of KL(policy ‖ reference) per response costs now beside what is inherent, unit of score."""
         beta = self.controller.beta
-        return beta if beta is None or isinstance(self.controller, FixedBeta) else beta - self.inherent
+        if beta is None or isinstance(self.controller, FixedBeta):
+            return beta
+        if self.below_cap is not None and self.course:
+            share = (self.course[-1] / self.cap - FREE) / (BELOW_CAP - FREE)
+            own = self.below_cap.beta_min
+            beta = own + min(max(share, 0.0), 1.0) * (beta - own)
+        return beta - self.inherent
 
     @property
     def target(self) -> float | None:

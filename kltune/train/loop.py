@@ -187,8 +187,9 @@ def planned(job: Job, learner: Learner) -> str:
         "planned_bytes": int(fraction * there), "held_bytes": held,
     }
     job.run.record(machine=facts)
-    return (f"{facts['name']}, {facts['dtype']}: {whole:,} parameters, {trained:,} trained; {held / 1e9:.2f} GB for "
-            f"them, {fraction * there / 1e9:.2f} GB planned with of {there / 1e9:.2f}")
+    chosen = " (model.dtype: auto)" if job.recipe.model.dtype == "auto" and policy.dtype != torch.float32 else ""
+    return (f"{facts['name']}, {facts['dtype']}{chosen}: {whole:,} parameters, {trained:,} trained; "
+            f"{held / 1e9:.2f} GB for them, {fraction * there / 1e9:.2f} GB planned with of {there / 1e9:.2f}")
 
 
 def goes_on(job: Job, learner: Learner, step: int) -> bool:

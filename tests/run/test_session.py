@@ -43,6 +43,7 @@ def save(run: Run, step: int) -> None:
 def interrupted_at(recipe, saved: int, reported: int) -> None:
     """Leave an unfinished run with a checkpoint and some later steps."""
     with contextlib.suppress(Interrupted), open_run(recipe, resume=False) as run:
+        assert run.model == recipe.model
         run.set_reference(REFERENCE)
         with Report(run.folder, "ppo", recipe.run.steps) as report:
             for step in range(1, reported + 1):
@@ -148,6 +149,14 @@ def test_resume_cuts_what_will_be_done_again(make_recipe):
         run.finish({})
     assert record_of(recipe)["resumed_at"] == [4]
     assert record_of(recipe)["started"] == started
+
+
+def test_resume_computes_in_the_dtype_that_auto_came_to_as_the_run_began(make_recipe):
+    recipe = make_recipe()
+    interrupted_at(recipe, saved=4, reported=4)
+    with open_run(recipe, resume=True) as run:
+        assert (recipe.model.dtype, run.model.dtype) == ("auto", REFERENCE.dtype)
+        run.finish({})
 
 
 def test_resume_with_nothing_saved_starts_from_the_beginning(make_recipe):

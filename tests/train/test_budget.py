@@ -96,9 +96,10 @@ def test_a_fixed_price_is_steered_below_its_cap_once_that_was_met_and_never_belo
     for _ in range(100):    # and goes up to an ideal policy's, and beyond, where the policy stays above
         at_aim = at_aim.priced(ROLLOUT, measured(1.9, 2.0, 2.1), pull=1.0)
     assert at_aim.price > 1.0 / math.sqrt(2 * 1.8)
-    for _ in range(60):     # the price comes down again where the policy stays far below
-        at_aim = at_aim.priced(ROLLOUT, measured(0.4, 0.5, 0.6), pull=1.0)
-    assert at_aim.price == pytest.approx(0.02, abs=0.01)
+    at_aim = at_aim.priced(ROLLOUT, measured(1.4, 1.5, 1.6), pull=1.0)
+    assert at_aim.price == 0.02     # what led up to the cap leads there again
+    near = met(held).priced(ROLLOUT, measured(1.6, 1.7, 1.8), pull=1.0)
+    assert near.price == pytest.approx((0.02 + near.controller.beta) / 2)   # halfway between 0.8 and 0.9 of the cap
     dear = met(budget(0.9, hard_cap=2.0)).priced(ROLLOUT, measured(0.4, 0.5, 0.6), pull=1.0)
     assert dear.price == 0.9
 

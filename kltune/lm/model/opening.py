@@ -29,7 +29,15 @@ from kltune.lm.model.adapters.weights import (
 from kltune.lm.model.batches import Rollout, pad_right
 from kltune.lm.model.files import reading, refuse_code
 from kltune.lm.model.fingerprint import Fingerprint, probed
-from kltune.lm.model.loading import check_made_for, compute_in, context_of, empty_base, load_base, load_tokenizer
+from kltune.lm.model.loading import (
+    check_made_for,
+    compute_in,
+    context_of,
+    empty_base,
+    load_base,
+    load_tokenizer,
+    to_train,
+)
 from kltune.lm.model.network import Network
 from kltune.lm.model.policy import Policy, Reference
 from kltune.recipe import LoraSection, ModelSection
@@ -58,6 +66,7 @@ def load_policy(
     Raises:
         ModelError: missing, not a causal LM, an adapter, a tokenizer that differs, or a base-changing SFT adapter.
     """
+    section = section if lora is None else to_train(section, device)
     policy = load_reference(section, device=device, full=lora is None, chat_template=chat_template)
     if lora is not None:
         policy.add_adapter(lora)
@@ -111,7 +120,7 @@ def empty_policy(
 
     Its tokenizer is real, so that rows become tokens; raises as ``load_policy``, but for what is wrong with weights.
     """
-    section = section if lora is not None else section.model_copy(update={"dtype": "float32"})
+    section = section.model_copy(update={"dtype": "float32"}) if lora is None else to_train(section, device)
     model = empty_base(section, device)
     tokenizer = load_tokenizer(section.path, section.trust_remote_code)
     tokenizer.chat_template = chat_template or tokenizer.chat_template

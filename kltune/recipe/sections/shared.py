@@ -26,7 +26,8 @@ class ModelSection(Section):
         "exact and slower"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="type of the frozen weights; adapters are always trained in float32"
+        "auto", description="type of the frozen weights; adapters are always trained in float32. auto: bfloat16 for a "
+        "model published in half precision, on a GPU, and in training on a CPU that multiplies it natively"
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="how attention is computed; auto is what transformers takes for the model, "

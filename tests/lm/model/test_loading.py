@@ -31,7 +31,7 @@ from kltune.lm.measure.likelihood import document_nats
 from kltune.lm.model.adapters.weights import read_adapter_config
 from kltune.lm.model.fingerprint import section_of
 from kltune.lm.model.loading import load_base, load_tokenizer, pick_device
-from kltune.lm.model.opening import check_frozen, load_reference, load_saved_policy
+from kltune.lm.model.opening import check_frozen, empty_policy, load_policy, load_reference, load_saved_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import sample
 from kltune.recipe import DataSection, LoraSection, ModelSection
@@ -467,10 +467,34 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token_and_keeps_a_padding
 
 
 @pytest.mark.parametrize(("dtype", "wanted"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_on_a_cpu_auto_is_float32_whatever_was_published(tmp_path, dtype, wanted):
+def test_to_measure_on_a_cpu_auto_is_float32_whatever_was_published(tmp_path, dtype, wanted):
     AutoModelForCausalLM.from_config(tiny_config("llama")).bfloat16().save_pretrained(tmp_path)
     model = load_base(ModelSection(path=str(tmp_path), dtype=dtype), CPU)
     assert next(model.parameters()).dtype == wanted
+
+
+@pytest.mark.parametrize(("width", "published", "processor", "wanted"), [
+    (512, torch.bfloat16, "avx512_bf16", "bfloat16"),
+    (512, torch.float16, "amx_bf16", "bfloat16"),
+    (32, torch.bfloat16, "avx512_bf16", "float32"),     # too narrow to be worth it
+    (512, torch.float32, "avx512_bf16", "float32"),
+    (512, torch.bfloat16, "avx2", "float32"),
+])
+def test_to_train_auto_is_bfloat16_where_a_cpu_multiplies_it(
+    tmp_path, monkeypatch, width, published, processor, wanted
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, processor: True}, raising=False)
+    config = tiny_config("llama")
+    config.update({"hidden_size": width, "num_hidden_layers": 1, "intermediate_size": 32})
+    random_model(config, 0).to(published).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    section = ModelSection(path=str(tmp_path))
+    trained = load_policy(section, LoraSection(), device=CPU)
+    assert trained.fingerprint.dtype == wanted
+    assert empty_policy(section, LoraSection(), device=CPU).fingerprint.dtype == wanted
+    assert load_policy(section, None, device=CPU).fingerprint.dtype == "float32"
+    float32 = section.model_copy(update={"dtype": "float32"})
+    assert load_policy(float32, LoraSection(), device=CPU).fingerprint.dtype == "float32"
 
 
 def test_full_fine_tuning_in_bfloat16_is_refused(open_policy):
