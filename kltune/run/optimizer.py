@@ -16,6 +16,7 @@ from kltune.lm.model.network import Network
 from kltune.recipe import OptimSection, RunSection
 
 Part = TypeVar("Part")
+UNTIL_MOST = 5      # times run.steps: a run until its target takes no more
 WIDE = {"mps": torch.float32}   # which knows no float64
 
 
@@ -33,6 +34,11 @@ def total_steps(run: RunSection, rows: int, rows_per_step: int) -> int:
     if run.steps is not None:
         return run.steps
     return max(1, math.ceil(round(run.epochs * rows / rows_per_step, 6)))  # 0.07 · 100 is 7.000000000000001
+
+
+def most_steps(run: RunSection, steps: int) -> int:
+    """The most turns of the loop that a run of ``total_steps`` may take, where it goes on until its target is held."""
+    return UNTIL_MOST * steps if run.until == "target" else steps
 
 
 def learning_rate_share(optim: OptimSection, step: int, steps: int) -> float:

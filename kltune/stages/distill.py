@@ -170,11 +170,13 @@ def policy_step(
                 lower=old.lower,
             )
         )
-        if first:
+        behind = old.logprobs
+        if first:       # what they differ by is rounding, in bfloat16 a hundredth
             check_first_ratio(logprobs, old, policy)
+            behind = logprobs.detach()
         cost = mixture(teacher_kl, ref_kl, learner.budget.price)
         if recipe.distill.horizon == "full":
-            loss = whole_response_loss(cost, logprobs, old.logprobs, mask, rows, piece.expected)
+            loss = whole_response_loss(cost, logprobs, behind, mask, rows, piece.expected)
         else:
             loss = token_loss(cost, mask, rows)
         return loss, per_response(kl_k3(old.logprobs, logprobs.detach(), mask), mask).sum()

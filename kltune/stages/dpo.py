@@ -46,7 +46,14 @@ from kltune.lm.model.snapshot import Snapshot, kl_to
 from kltune.lm.rewards.judge import Judge
 from kltune.lm.rewards.scorers import load_scorer, name_of
 from kltune.recipe import DPORecipe, DPOSection, asks_for_pairs
-from kltune.run.optimizer import accumulate, guarded_step, make_optimizer, set_learning_rate, total_steps
+from kltune.run.optimizer import (
+    accumulate,
+    guarded_step,
+    make_optimizer,
+    most_steps,
+    set_learning_rate,
+    total_steps,
+)
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
 from kltune.train.batch import Batch, moved_since, rounding_of, sample_batch
@@ -144,7 +151,7 @@ def train(recipe: DPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
             recipe.data.pairs, policy, recipe.data, labelled=recipe.dpo.loss in LABEL_LOSSES
         )
         steps = total_steps(recipe.run, len(pairs), recipe.optim.batch_size)
-        pairs = pairs.measured(policy, positions(recipe, pairs, 1, steps), run.ref_logprobs)
+        pairs = pairs.measured(policy, positions(recipe, pairs, 1, most_steps(recipe.run, steps)), run.ref_logprobs)
     learner = make_learner(recipe, policy, steps)
     pair_judge = None
     if recipe.reward and asks_for_pairs(recipe.reward[0]):
@@ -333,7 +340,8 @@ def add_kl_gradient(recipe: DPORecipe, policy: Policy, rollout: Rollout) -> None
                 lower=some.lower,
             )
         )
-        return (exact_kl_loss(exact, logprobs, some.logprobs, some.response_mask, rows),)
+        # Nothing was updated since they were sampled: old and new differ by rounding alone, in bfloat16 by a hundredth.
+        return (exact_kl_loss(exact, logprobs, logprobs.detach(), some.response_mask, rows),)
 
     micros = policy.micro_batches(rollout, recipe.optim.micro_batch_size)
     accumulate(policy.network, policy.trainable_parameters().values(), micros, one, "KL")

@@ -71,7 +71,8 @@ class EntropyFloor:
         near = entropy < NEAR_FLOOR * self.floor
         if not (near or self.active):
             return self
-        controller = self.controller.updated(self.floor / entropy, 1.0, pull=pull, responses=responses)
+        distance = self.floor / max(entropy, 1e-6 * self.floor)     # of a policy that says one thing alone it is 0
+        controller = self.controller.updated(distance, 1.0, pull=pull, responses=responses)
         return replace(self, controller=controller, active=near or not controller.at_bottom())
 
     @property
@@ -231,7 +232,7 @@ def policy_step(
     def one(micro: Tensor) -> tuple[Tensor, ...]:
         piece = part.select(micro)
         old, mask = piece.rollout, piece.rollout.response_mask
-        logprobs, kl_loss = current_logprobs(recipe, policy, piece)
+        logprobs, kl_loss = current_logprobs(recipe, policy, piece, first=gaps is not None)
         nats, found = per_response(kl_k3(old.logprobs, logprobs.detach(), mask), mask).sum(), ()
         if gaps is not None:
             found = (check_first_ratio(logprobs, old, policy),)
@@ -282,8 +283,13 @@ def prices_exact_kl(recipe: PPORecipe) -> bool:
     return recipe.kl.placement == "loss" and recipe.kl.estimator == "exact"
 
 
-def current_logprobs(recipe: PPORecipe, policy: Policy, part: Experience) -> tuple[Tensor, Tensor]:
-    """Log-probabilities under the policy as it is now [B, T], and the mean KL loss (0 where the reward is priced)."""
+def current_logprobs(
+    recipe: PPORecipe, policy: Policy, part: Experience, *, first: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities under the policy as it is now [B, T], and the mean KL loss (0 where the reward is priced).
+
+    first: before any update, as in ``policy_step``.
+    """
     old, mask, temperature = part.rollout, part.rollout.response_mask, recipe.sampling.temperature
     rows = len(mask)
     if part.kl_weight and recipe.kl.estimator == "exact":
@@ -291,10 +297,12 @@ def current_logprobs(recipe: PPORecipe, policy: Policy, part: Experience) -> tup
             old.ids, old.scored, temperature, ref_states=old.kept("ref_states"), lower=old.lower
         )
         logprobs = response_scatter(flat, mask)
-        return logprobs, exact_kl_loss(response_scatter(exact, mask), logprobs, old.logprobs, mask, rows)
+        behind = logprobs.detach() if first else old.logprobs
+        return logprobs, exact_kl_loss(response_scatter(exact, mask), logprobs, behind, mask, rows)
     logprobs = response_scatter(policy.logprobs(old.ids, old.scored, temperature, old.lower), mask)
     if part.kl_weight:
-        return logprobs, k2_kl_loss(logprobs, old.ref_logprobs, old.logprobs, mask, rows)
+        behind = logprobs.detach() if first else old.logprobs
+        return logprobs, k2_kl_loss(logprobs, old.ref_logprobs, behind, mask, rows)
     return logprobs, logprobs.new_zeros(())
 
 

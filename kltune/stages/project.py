@@ -39,6 +39,7 @@ from kltune.run.saved_policy import (
 from kltune.run.screen import doing, with_error
 
 CURVE = tuple(round(0.1 * step, 1) for step in range(1, 11))
+SEARCH_SEED = 3_000_017     # beyond --seed: a gate is not to draw again what chose the share that it judges
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,9 @@ def make_interpolation(policy: Policy, settings: Settings, options: ProjectOptio
         print(*scorer.notes, sep="\n", end="\n" if scorer.notes else "", file=sys.stderr)
         penalty = recipe.sampling.missing_end_penalty
     interpolation = Interpolation(
-        policy, measured_prompts(policy, settings), settings.draw(options.seed), confidence=options.confidence,
-        unit=options.unit, scorer=scorer, missing_end_penalty=penalty, say=lambda text: print(text, file=sys.stderr),
+        policy, measured_prompts(policy, settings), settings.draw(options.seed + SEARCH_SEED),
+        confidence=options.confidence, unit=options.unit, scorer=scorer, missing_end_penalty=penalty,
+        say=lambda text: print(text, file=sys.stderr),
     )
     interpolation.standardize(settings.responses)
     if note := Round.of(interpolation.prompts, settings.responses, options.seed).drawn_note(options.seed):

@@ -176,15 +176,20 @@ def about_model(reads_text: bool, model: RewardModel, kl: None, **more: Any) -> 
 
 
 def finish(job: Job, learner: Learner, steps: int, rows: Sequence[Comparison]) -> dict[str, Any]:
-    """Prove the base is untouched, measure the model, centre it, save it as ``final``, and write the result."""
+    """Prove the base is untouched, centre the model, measure it, save it as ``final``, and write the result.
+
+    What was learnt of responses one by one is not centred: its score is the log-odds of being wanted.
+    """
     model: RewardModel = learner.model
     check_frozen(model.policy)
+    shifted = None
+    if isinstance(rows[0], Pair):
+        seen = shuffled_positions(len(rows), 0, min(len(rows), CENTRED_ON), job.recipe.run.seed)
+        shifted = {"rows": len(seen), "shift": -model.centre(sequences([rows[i] for i in seen]))}
     metrics, evaluation = job.measured(model, None)
     samples = [] if evaluation is None else sample_pairs(evaluation, job.held_out.rows)
-    seen = shuffled_positions(len(rows), 0, min(len(rows), CENTRED_ON), job.recipe.run.seed)
-    shift = model.centre(sequences([rows[i] for i in seen]))
     result = reward_result(evaluation)
-    told = {"kl": None, "target": None, "score": None, **result, "centred": {"rows": len(seen), "shift": -shift}}
+    told = {"kl": None, "target": None, "score": None, **result, "centred": shifted}
     more = {name: told[name] for name in ("centred", "accuracy", "accuracy_ci95")}
     job = replace(job, about=partial(job.about, **more))
     return conclude(job, learner, steps, metrics, samples=samples, told=told)

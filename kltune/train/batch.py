@@ -170,7 +170,7 @@ def batch_metrics(batch: Batch, beta: float) -> dict[str, float | None]:
     mask = rollout.response_mask
     log_ratio = per_response(kl_k1(rollout.logprobs, rollout.ref_logprobs, mask), mask)
     scored = {} if scores is None else {
-        "kl/score_correlation": correlation(scores, log_ratio),
+        "kl/score_correlation": correlation(*(_within_prompts(x, rollout.prompt_index) for x in (scores, log_ratio))),
         "score/mean": scores.mean().item(),
         "score/sd": scores.std().item() if len(scores) > 1 else None,
     }
@@ -203,3 +203,12 @@ def sample_rows(
         {"prompt": p, "response": r, "score": s, "ref_kl": k, **transcript(rollout, row, tokenizer)}
         for row, (p, r, s, k) in enumerate(list(rows)[:count])
     ]
+
+
+def _within_prompts(values: Tensor, prompt_index: Tensor) -> Tensor:
+    """What sets each response apart from the others to its prompt; the values themselves where it has no others."""
+    _, place, counts = prompt_index.unique(return_inverse=True, return_counts=True)
+    if counts.max() == 1:
+        return values
+    sums = torch.zeros(len(counts), dtype=torch.float64, device=values.device).index_add(0, place, values.double())
+    return values.double() - (sums / counts)[place]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kltune.core.kl.divergence import kl_k1
-from kltune.core.objectives.advantages import gae, group_centred, group_normalized, leave_one_out, penalize
+from kltune.core.objectives.advantages import gae, group_centred, group_normalized, leave_one_out, penalize, spread
 from kltune.core.tensors import expect_finite, masked_mean, masked_whiten, per_response
 from kltune.lm.model.batches import Rollout
 from kltune.recipe import PPOSection, TRPOSection
@@ -82,6 +82,8 @@ def compute_advantages(
         advantages, returns = gae(rewards, rollout.values, mask, section.gamma, section.gae_lambda)
         expect_finite("advantages and returns", advantages, returns)
         return Experience(rollout, sd * advantages, returns, kl_weight)
+    if baseline != "rloo":      # against a mean that has the response in it an advantage is (k − 1)/k of itself
+        kl_weight *= (per_prompt - 1) / per_prompt
     price = beta * per_response(log_ratio, mask) + per_response(below, mask)
     if baseline == "rloo":
         whole = leave_one_out(scores - price, per_prompt)
@@ -98,14 +100,14 @@ def whitened(experience: Experience, scores: Tensor) -> Experience:
 
     Not for a KL in the loss, which dividing the advantages would reprice.
     """
-    floor = max(WHITEN_FLOOR * scores.std().item(), 1e-8)
+    floor = max(WHITEN_FLOOR * spread(scores), 1e-8)
     mask = experience.rollout.response_mask
     return replace(experience, advantages=masked_whiten(experience.advantages, mask, floor))
 
 
 def spread_of(experience: Experience, scores: Tensor) -> float:
     """Standard deviation of a batch's advantages, of which a response has one; floored as in ``whitened``."""
-    return max(experience.advantages[:, 0].std().item(), WHITEN_FLOOR * scores.std().item())
+    return max(spread(experience.advantages[:, 0]), WHITEN_FLOOR * spread(scores))
 
 
 def rescaled(experience: Experience, spread: float) -> Experience:

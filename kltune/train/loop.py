@@ -32,7 +32,7 @@ from kltune.lm.rewards.scorers import Scorer
 from kltune.recipe import PPOSection, TRPOSection
 from kltune.run.checkpoint import drop_oldest, latest_checkpoint, refuse_nonfinite, save_checkpoint, saved_step
 from kltune.run.files import read_jsonl
-from kltune.run.optimizer import learning_rate_share, make_optimizer
+from kltune.run.optimizer import learning_rate_share, make_optimizer, most_steps
 from kltune.run.recorder import Clock
 from kltune.run.screen import doing
 from kltune.run.session import Run
@@ -44,7 +44,6 @@ from kltune.train.value_function import ValueFunction
 
 FLAT_STEPS = 3      # whose responses all score alike: then something is wrong with the reward
 FLAT = 1e-6         # share of their mean by which equal scores may differ in float32
-UNTIL_MOST = 5      # times run.steps: a run until its target takes no more
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ def goes_on(job: Job, learner: Learner, step: int) -> bool:
         return False
     if step < job.steps or job.recipe.run.until == "steps":
         return step < job.steps
-    return step < UNTIL_MOST * job.steps and not (learner.budget.holds() or learner.budget.is_spent())
+    return step < most_steps(job.recipe.run, job.steps) and not (learner.budget.holds() or learner.budget.is_spent())
 
 
 def schedule_share(job: Job, step: int) -> float:

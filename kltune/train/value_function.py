@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kltune.core.objectives.advantages import spread
 from kltune.core.objectives.losses import clipped_value_loss
 from kltune.lm.model.batches import response_scatter
 from kltune.lm.model.policy import Policy
@@ -36,8 +37,7 @@ class ValueFunction:
         """With the unit that the first scores give it; itself once it has one."""
         if self.sd is not None:
             return self
-        sd = scores.double().std().item() if len(scores) > 1 else 0.0
-        return replace(self, mean=scores.double().mean().item(), sd=sd if sd > 0.0 else None)
+        return replace(self, mean=scores.double().mean().item(), sd=spread(scores) or None)
 
     @property
     def unit(self) -> tuple[float, float]:

@@ -172,6 +172,19 @@ def test_a_final_beyond_its_target_lands_on_it(ppo_recipe, monkeypatch, tmp_path
         torch.testing.assert_close(landed[name], scale * whole[name])
 
 
+def test_a_final_that_is_landed_twice_says_what_is_left_of_its_adapter(ppo_recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(ppo, "take_steps", pushed_away(0.3))
+    results = {}
+    for name, key in {"whole": "kl.land=false", "twice": "kl.hard_cap=1"}.items():
+        recipe = ppo_recipe("kl.target=0.3", key, "run.steps=4", *HELD_OUT, output=str(tmp_path / name))
+        results[name] = run_ppo(recipe, resume=False)
+    whole, landed = (
+        load_file(Path(results[name]["final"]) / "adapter_model.safetensors") for name in ("whole", "twice")
+    )
+    for name in (name for name in whole if "lora_B" in name):
+        torch.testing.assert_close(landed[name], results["twice"]["alpha"] * whole[name])
+
+
 def test_a_final_below_its_target_is_left_where_it_is(ppo_recipe):
     result = run_ppo(ppo_recipe("kl.target=50", "run.steps=2", *HELD_OUT), resume=False)
     assert result["alpha"] == 1.0

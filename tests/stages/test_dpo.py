@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,16 @@ from safetensors.torch import load_file
 
 from kltune.core.control.controllers import pull_at
 from kltune.errors import DataError, DivergedError, RecipeError
+from kltune.lm.model.sampler import sample_rollout
 from kltune.recipe import DataSection, DPOSection
 from kltune.report.pages import write_page
 from kltune.stages import dpo
-from kltune.stages.dpo import MEANS, RunningMeans, run_dpo
+from kltune.stages.dpo import MEANS, RunningMeans, add_kl_gradient, run_dpo
 from kltune.train import loop as training
 from kltune.train.learner import Learner
 from kltune.train.preferences import load_preferences, margins, preference_losses, response_log_ratios, scale_of
+from tests.lm.model.test_sampler import PROMPTS as SAMPLED
+from tests.lm.model.test_sampler import UNIFORMS
 from tests.stages.conftest import HELD_OUT, PROMPTS, ran, read_jsonl, rows_of, write_rows
 from tests.stages.test_resume import run_with_stops
 from tests.tiny_policies import plain_logprobs, randomize
@@ -202,6 +206,26 @@ def test_the_gradient_of_the_kl_is_the_same_in_micro_batches(dpo_recipe, tmp_pat
         weights.append(load_file(Path(recipe.run.output) / "final" / "adapter_model.safetensors"))
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], atol=1e-4, rtol=1e-3)
+
+
+def test_the_sampled_policy_is_the_old_one_whatever_rounding_makes_of_it(dpo_recipe, trained_policy):
+    recipe, gradients = dpo_recipe("kl.beta=0.5"), []
+    rollout = sample_rollout(trained_policy, SAMPLED, UNIFORMS, temperature=1.0)
+    rounded = replace(rollout, logprobs=rollout.logprobs + 0.1 * torch.randn_like(rollout.logprobs))
+    for old in (rollout, rounded):
+        add_kl_gradient(recipe, trained_policy, old)
+        parameters = trained_policy.trainable_parameters().values()
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        for parameter in parameters:
+            parameter.grad = None
+    assert gradients[0].norm() > 0.0
+    assert torch.equal(*gradients)
+
+
+def test_a_run_until_its_target_knows_the_reference_of_pairs_beyond_its_steps(dpo_recipe):
+    keys = ("run.until=target", "run.steps=2", "kl.control=target", "kl.beta=auto", "kl.target=50",
+            "optim.batch_size=4", "sampling.prompts_per_step=4")
+    assert run_dpo(dpo_recipe(*keys), resume=False)["steps"] == 10
 
 
 TARGET = (

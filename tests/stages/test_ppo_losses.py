@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kltune.core.control.controllers import LogPI
 from kltune.errors import RecipeError, ScorerError
 from kltune.lm.rewards.scorers import load_scorer
+from kltune.stages.ppo import EntropyFloor
 from kltune.train.experience import compute_advantages, rescaled, spread_of
 from tests.oracles import Responses, tiny_policy_logits
 from tests.stages.conftest import ran, write_rows
@@ -73,6 +75,44 @@ def test_a_row_that_a_reward_fails_on_is_named(ppo_recipe, tmp_path):
     write_rows(tmp_path / "ppo" / "some.jsonl", [{"prompt": "oh", "letter": "h"}, {"prompt": "we"}])
     with pytest.raises(ScorerError, match=r"row \d+ \(prompt 'we'.*KeyError: 'letter'"):
         ran(recipe)
+
+
+@pytest.mark.parametrize("baseline", ["rloo", "dr_grpo", "grpo"])
+def test_a_nat_costs_the_same_in_the_loss_as_in_the_reward(baseline):
+    # Every pair of answers among three, whose expected gradient is that of E[advantage log-prob] less the priced KL.
+    worth, price = torch.tensor([0.0, 1.0, 4.0], dtype=torch.float64), 0.7
+    logits = torch.tensor([0.3, -0.5, 1.1], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
+    gradients = {}
+    for placement in ("reward", "loss"):
+        logprobs, total = logits.log_softmax(0), 0.0
+        for both in itertools.product(range(3), repeat=2):
+            answers = torch.tensor(both)
+            said, theirs = logprobs[answers], reference[answers]
+            rollout = SimpleNamespace(
+                logprobs=said.detach()[:, None], ref_logprobs=theirs[:, None], response_mask=torch.ones(2, 1).bool()
+            )
+            batch = SimpleNamespace(rollout=rollout, scores=worth[answers])
+            found = compute_advantages(
+                batch, price, SimpleNamespace(baseline=baseline), per_prompt=2, placement=placement
+            )
+            kl = (logprobs.exp() * (logprobs - reference)).sum()
+            gain = (found.advantages[:, 0] * said).mean() - found.kl_weight * kl
+            total = total + said.detach().sum().exp() * gain
+        (gradients[placement],) = torch.autograd.grad(total, logits)
+    torch.testing.assert_close(gradients["loss"], gradients["reward"], atol=1e-12, rtol=0.0)
+    assert gradients["loss"].abs().max() > 0.01
+
+
+def test_a_step_of_one_response_is_a_step(ppo_recipe):
+    one = ("sampling.prompts_per_step=1", "sampling.responses_per_prompt=1", "ppo.minibatch_size=1", "run.steps=2")
+    _, rows = ran(ppo_recipe(*one))
+    assert all(row["optim/lr"] > 0.0 for row in rows)
+
+
+def test_an_entropy_of_nothing_is_paid_for():
+    bare = EntropyFloor(1.0, LogPI(None, 1.0, 0.1, 0.0, 1.0, 1e-4, 1e3, near=1, arrived=True))
+    assert bare.observed(0.0, pull=1.0, responses=64).price > bare.observed(0.5, pull=1.0, responses=64).price > 0.0
 
 
 def test_reinforce_pp_divides_by_the_spread_of_the_whole_batch():

@@ -125,6 +125,7 @@ def test_labelled_responses_give_log_odds(reward_recipe):
     assert result["loss"] < 0.3
     assert result["held_out_rows"] == 6
     assert result["length"].keys() == {"length_correlation"}
+    assert result["centred"] is None        # a score of 0 says that either is as likely
 
 
 def test_the_base_stays_as_it_is_and_another_seed_gives_another_model(reward_recipe, tmp_path):

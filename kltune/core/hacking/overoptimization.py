@@ -218,9 +218,9 @@ def best_of(scores: ArrayLike, n: int, values: ArrayLike | None = None) -> np.nd
         raise ValueError(f"wanted scores and values [P, N] and 1 ≤ n ≤ N; found {scores.shape}, {values.shape}, n {n}")
     count = scores.shape[1]
     weights = np.zeros(count)
-    weights[n - 1] = 1.0 / math.comb(count, n)      # then C(i, n−1) = C(i−1, n−1) · i / (i − n + 1)
-    for place in range(n, count):
-        weights[place] = weights[place - 1] * place / (place - n + 1)
+    weights[-1] = n / count         # C(N − 1, n − 1) / C(N, n); then C(i − 1, n − 1) = C(i, n − 1) · (i − n + 1) / i
+    for place in range(count - 1, n - 1, -1):
+        weights[place - 1] = weights[place] * (place - n + 1) / place
     estimates = np.empty(len(scores))
     for prompt, (row, value) in enumerate(zip(scores, values, strict=True)):
         _, level, size = np.unique(row, return_inverse=True, return_counts=True)

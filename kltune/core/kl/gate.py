@@ -42,7 +42,7 @@ class Verdict:
 class Figures:
     """A measured KL in one unit: the estimate, its standard error and floor, its interval; see ``KLSummary``.
 
-    largest: the most nats of one response, in the unit.
+    largest: the most nats of one response, in the unit. effective: how many responses make up the spread.
     """
 
     estimate: float
@@ -50,15 +50,22 @@ class Figures:
     floor: float | None
     ci: Interval | None
     largest: float
+    effective: float | None
 
 
 def figures_in(summary: KLSummary, unit: Unit) -> Figures:
     """The figures of a summary that a budget in this unit is about; ValueError for another unit."""
     if unit == "nats_per_response":
-        return Figures(summary.nats_per_response, summary.stderr, summary.floor, summary.ci, summary.largest)
+        return Figures(
+            summary.nats_per_response, summary.stderr, summary.floor, summary.ci, summary.largest,
+            summary.effective_responses,
+        )
     if unit == "nats_per_token":
         largest = summary.largest * summary.responses / summary.tokens
-        return Figures(summary.nats_per_token, summary.token_stderr, summary.token_floor, summary.token_ci, largest)
+        return Figures(
+            summary.nats_per_token, summary.token_stderr, summary.token_floor, summary.token_ci, largest,
+            summary.token_effective,
+        )
     raise ValueError(f"unit is {unit!r}, must be nats_per_response or nats_per_token")
 
 
@@ -110,7 +117,7 @@ def verdict(
     if ci is None or figures.stderr is None:
         return Verdict("inconclusive", wants_prompts=True, reason="one prompt says nothing of others")
     few = f"{summary.prompts} prompts say little of others" if summary.prompts < FEW_PROMPTS else None
-    wanted, doubt = _wanted_for_tails(summary, confidence)
+    wanted, doubt = _wanted_for_tails(summary.responses, figures.effective, confidence)
     charge = _unseen(summary.responses, figures.largest, confidence) if doubt else 0.0
     if ci[1] + charge + rounding <= max_kl:
         return Verdict("pass", reason=few)
@@ -140,22 +147,22 @@ def _straddling(summary: KLSummary, figures: Figures, max_kl: float, fresh_promp
     return Verdict("inconclusive", max(1, math.ceil(responses - summary.responses)))
 
 
-def _wanted_for_tails(summary: KLSummary, confidence: float) -> tuple[int, str | None]:
+def _wanted_for_tails(responses: int, effective: float | None, confidence: float) -> tuple[int, str | None]:
     """Responses with which the tail is known well enough for a near budget, and why there are too few; None: enough."""
-    tail, effective = 0.5 * (1.0 - confidence), summary.effective_responses
+    tail = 0.5 * (1.0 - confidence)
     seen = math.ceil(math.log(tail) / math.log1p(-RARE))
-    if summary.responses < seen:
+    if responses < seen:
         return seen, (
-            f"{summary.responses} responses cannot show what {RARE:.0%} of them may do, {seen} can: so few pass only a "
+            f"{responses} responses cannot show what {RARE:.0%} of them may do, {seen} can: so few pass only a "
             "budget further away"
         )
     if effective is not None and effective < LEAST_EFFECTIVE:
-        wanted = math.ceil(summary.responses * LEAST_EFFECTIVE / effective)
+        wanted = math.ceil(responses * LEAST_EFFECTIVE / effective)
         return wanted, (
-            f"the spread sits in about {effective:.0f} of the {summary.responses} responses, and the interval rests on "
+            f"the spread sits in about {effective:.0f} of the {responses} responses, and the interval rests on "
             "whether these were drawn"
         )
-    return summary.responses, None
+    return responses, None
 
 
 def _unseen(responses: int, largest: float, confidence: float) -> float:

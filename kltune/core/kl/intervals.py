@@ -32,7 +32,7 @@ class KLSummary:
     not finite. The intervals are two-sided at ``confidence``. ``floor`` and ``token_floor`` are the standard errors
     that would be left if these same prompts were answered without end, None where no prompt was answered twice.
     largest: the most nats of a single response. effective_responses: how many make up the spread, None where that
-    cannot be known.
+    cannot be known; token_effective: that of the nats per token.
     """
 
     estimator: str                  # exact | k1 | k2 | k3
@@ -50,6 +50,7 @@ class KLSummary:
     confidence: float
     largest: float = 0.0
     effective_responses: float | None = None
+    token_effective: float | None = None
 
 
 def summarize(
@@ -110,6 +111,7 @@ def summarize(
         confidence=confidence,
         largest=float(nats.max()) if known else math.inf,
         effective_responses=effective_number(nats - per_response) if known else None,
+        token_effective=effective_number(nats - per_token * tokens) if known else None,
     )
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from kltune.core.tensors import at_least_float32, expect_leading_mask, expect_same_shape
 
+ROUNDING = 2e-7     # of the largest score: two of float32's steps
+
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation along each response.
@@ -136,9 +138,16 @@ def spread_within_groups(scores: Tensor, group_size: int) -> float:
     Returns:
         σ, unit of score; 0 for a single response.
     """
-    if group_size > 1:
-        return _groups(scores, group_size).var(-1).mean().sqrt().item()
-    return at_least_float32(scores).std().item() if len(scores) > 1 else 0.0
+    return _groups(scores, group_size).var(-1).mean().sqrt().item() if group_size > 1 else spread(scores)
+
+
+def spread(scores: Tensor) -> float:
+    """Standard deviation of scores (n − 1): [B], unit of score; 0 for one, and where rounding alone tells them apart.
+
+    In float32 the plain one of 64 times 0.1 is 7.5e-9, which is as good as any other spread to what divides by it.
+    """
+    found = (scores - scores[0]).double().std().item() if len(scores) > 1 else 0.0
+    return found if found > ROUNDING * scores.abs().max().item() else 0.0
 
 
 def penalize(scores: Tensor, ref_kl: Tensor, beta: float, mask: Tensor) -> Tensor:

@@ -142,12 +142,14 @@ class Round:
         return cls(prompts, 0, count, -(-responses // count))
 
     def following(self, responses: int) -> "Round":
-        """The round after this one, of about so many responses: prompts not answered yet first, then all again."""
+        """The round after this one, of about so many responses: prompts not answered yet first, then all again.
+
+        All again is every one as often: files are often sorted, and part of one is not like the rest.
+        """
         done = self.first + self.count
         if done < len(self.prompts):
             return Round(self.prompts, done, min(responses, len(self.prompts) - done), 1, self.number + 1)
-        count = min(len(self.prompts), responses)
-        return Round(self.prompts, len(self.prompts) - count, count, -(-responses // count), self.number + 1)
+        return Round(self.prompts, 0, len(self.prompts), -(-responses // len(self.prompts)), self.number + 1)
 
     @property
     def responses(self) -> int:

@@ -106,7 +106,9 @@ def held_out_document(points: Sequence[FrontierPoint], files: Sequence[str]) -> 
     Raises:
         DataError: a file is about none of the runs, or no task is known of all of them.
     """
-    runs = {os.path.realpath(point.run): point for point in points if point.alpha == 1.0}
+    runs: dict[str, FrontierPoint] = {}
+    for point in sorted(points, key=lambda point: -point.alpha):     # of a curve the whole adapter
+        runs.setdefault(os.path.realpath(point.run), point)
     known: dict[str, Benchmarked] = {}
     for one in (one for file in files for one in read_scores(file)):
         place = os.path.realpath(one.checkpoint)

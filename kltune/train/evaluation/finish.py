@@ -20,6 +20,7 @@ from kltune.recipe.sections.methods import KLSection
 from kltune.report.pages import write_page
 from kltune.run.checkpoint import save_final, saved_step, whole_checkpoints
 from kltune.run.files import read_jsonl
+from kltune.run.optimizer import most_steps
 from kltune.run.screen import doing, interval, number, with_error
 from kltune.train.evaluation.held_out import Metrics, before_and_after, gold_result, teacher_result
 from kltune.train.learner import ALARMS, Job, Learner
@@ -197,7 +198,7 @@ def watch_over(job: Job, learner: Learner, step: int, metrics: Mapping[str, floa
     """Let the alarms hear of an evaluation of the policy after a step; they may end the run."""
     if learner.alarms is None:
         return
-    looks = -(-job.steps // job.recipe.run.eval_every)      # every so many steps, and at the end
+    looks = -(-most_steps(job.recipe.run, job.steps) // job.recipe.run.eval_every)      # and at the end
     nearer = NEARER if learner.budget is None else learner.budget.advice()
     learner.parts[ALARMS] = learner.alarms.observed(
         step, metrics, looks, nearer=nearer, warn=job.report.warn, copied=learner.model_copied
@@ -299,7 +300,8 @@ def land_on_target(job: Job, learner: Learner, found: Final) -> Final:
     budget = learner.budget
     if budget is None or not budget.section.land or not budget.is_passed(found.kl):
         return found
-    alpha = make_interpolation(job, learner).meet(budget.target, MORE_RESPONSES * job.held_out.responses)
+    share = make_interpolation(job, learner).meet(budget.target, MORE_RESPONSES * job.held_out.responses)
+    alpha = found.alpha * share     # the cap may have had its share already
     job.report.say(
         f"landing: {budget.describe(found.kl)} is beyond the target {budget.target:g}; final is {alpha:.4f} times the "
         "adapter."

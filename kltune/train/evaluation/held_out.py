@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kltune.core.hacking.diversity import distinct_stderr, diversity
 from kltune.core.kl.intervals import clustered_mean
+from kltune.core.objectives.advantages import spread
 from kltune.lm.data.examples import (
     Example,
     Prompt,
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHOWN_PROMPTS = 8      # held-out prompts that a run's page shows before and after
+EVALUATION_SEED = 2_000_003     # beyond the run's own: a gate is not to draw again what chose the policy that it judges
 Scales = Mapping[str, tuple[float, float]]
-LEAST_SCALE = 1e-6  # of the reference's scores, below which there is no scale to put others on
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,8 @@ def load_held_out(
     if section.gold is not None:
         gold = load_scorer([section.gold], recipe.folder, policy.device, policy, run.answers)
         notes += (*gold.notes, *gold.examples(prompts))
-    held_out = HeldOut(prompts, texts, gold, section.responses, recipe.sampling, recipe.run.seed, pairs=pairs)
+    seed = recipe.run.seed + EVALUATION_SEED
+    held_out = HeldOut(prompts, texts, gold, section.responses, recipe.sampling, seed, pairs=pairs)
     drawn = held_out.answered(section.responses).drawn_note(recipe.run.seed) if prompts else None
     return replace(held_out, notes=(*notes, *([f"an evaluation {drawn}"] if drawn else [])))
 
@@ -286,8 +288,8 @@ def scores_of(scorer: Scorer | None, parts: Sequence[Rollout], missing_end_penal
 
 def scales_of(scores: Mapping[str, Tensor]) -> Scales:
     """Mean and sd of each judge's scores, of those that have a spread."""
-    found = {name: (row.mean().item(), row.std().item()) for name, row in scores.items() if len(row) > 1}
-    return {name: (mean, spread) for name, (mean, spread) in found.items() if spread > LEAST_SCALE}
+    found = {name: (row.mean().item(), spread(row)) for name, row in scores.items()}
+    return {name: (mean, sd) for name, (mean, sd) in found.items() if sd > 0.0}
 
 
 def score_metrics(prefix: str, scores: Mapping[str, Tensor], prompt_index: Tensor, scales: Scales) -> Metrics:
@@ -304,12 +306,12 @@ def score_metrics(prefix: str, scores: Mapping[str, Tensor], prompt_index: Tenso
     metrics: Metrics = {}
     for name, row in scores.items():
         mean, error = clustered_mean(row, prompt_index)
-        centre, spread = scales.get(name, (None, None))
+        centre, sd = scales.get(name, (None, None))
         metrics |= {
             f"{prefix}{name}_mean": mean,
             f"{prefix}{name}_stderr": error,
-            f"{prefix}{name}_z": None if spread is None else (mean - centre) / spread,
-            f"{prefix}{name}_z_stderr": None if spread is None or error is None else error / spread,
+            f"{prefix}{name}_z": None if sd is None else (mean - centre) / sd,
+            f"{prefix}{name}_z_stderr": None if sd is None or error is None else error / sd,
         }
     if "score" in scores and "gold" in scores:
         both = metrics[f"{prefix}score_z"], metrics[f"{prefix}gold_z"]

@@ -146,6 +146,10 @@ def test_best_by_one_scorer_is_judged_by_another_and_ties_are_drawn():
     assert best_of(scores, 2, gold) == pytest.approx([by_hand])
 
 
+def test_best_of_half_of_thousands_is_no_overflow():
+    assert best_of(np.arange(2048.0)[None], 1024)[0] == pytest.approx(1024 * 2049 / 1025 - 1)    # n (N + 1)/(n + 1)
+
+
 def test_best_of_a_thousand_needs_no_large_numbers():
     scores = np.arange(1000.0)[None]
     assert best_of(scores, 1)[0] == pytest.approx(499.5)

@@ -143,6 +143,16 @@ def test_a_spread_of_few_responses_passes_no_near_budget_however_many_were_drawn
     assert verdict(summary, 10 * summary.ci[1]).verdict == "pass"
 
 
+def test_per_token_the_spread_is_that_of_the_nats_per_token():
+    tokens = 2.5 * np.arange(1.0, 401.0)
+    nats = 0.02 * tokens
+    nats[7] = 45.0                      # of 20 tokens: among the largest by response, and alone by token
+    summary = summarize("exact", torch.tensor(nats), torch.tensor(tokens), torch.arange(400))
+    assert summary.effective_responses > 30.0 > 1.1 > summary.token_effective
+    found = verdict(summary, summary.token_ci[1], "nats_per_token")
+    assert (found.verdict, found.reason[:24]) == ("inconclusive", "the spread sits in about")
+
+
 def test_few_prompts_are_said_whatever_the_verdict():
     nats = np.random.default_rng(4).gamma(4.0, size=(8, 40))
     summary = summarize("exact", torch.tensor(nats.ravel()), torch.ones(320), torch.arange(320) // 40)

@@ -10,6 +10,7 @@ from kltune.core.objectives.advantages import (
     group_normalized,
     leave_one_out,
     penalize,
+    spread,
     spread_within_groups,
     strictly_future,
     to_go,
@@ -93,6 +94,12 @@ def test_the_spread_that_counts_is_within_prompts():
     # with one answer per prompt it is the batch's
     assert spread_within_groups(torch.tensor([1.0, 2.0, 6.0]), 1) == pytest.approx(math.sqrt(7.0))
     assert spread_within_groups(torch.tensor([1.0]), 1) == 0.0
+
+
+@pytest.mark.parametrize("scores", [torch.full((64,), 0.1), torch.tensor([0.3, 0.29999998]), torch.full((7,), -52.9)])
+def test_scores_that_rounding_alone_tells_apart_have_no_spread(scores):
+    assert spread(scores) == spread_within_groups(scores, 1) == 0.0
+    assert spread(1e-4 * torch.arange(7.0) + scores[0]) == pytest.approx(2.16e-4, rel=0.01)
 
 
 # rewards

@@ -73,6 +73,8 @@ def test_further_rounds_answer_what_was_not_answered_and_then_all_again():
     assert second.prompt_index().tolist() == [4, 5, 6, 7]
     assert fourth.prompt_index().tolist() == sorted(list(range(10)) * 3)
     assert [d.leaves_prompts for d in (first, second, third, fourth)] == [True, True, False, False]
+    few = Round.of(starts(4), 8).following(2)       # the last two alone would count more than the others
+    assert (few.first, few.count, few.per_prompt) == (0, 4, 1)
 
 
 def test_every_round_has_random_numbers_of_its_own_and_the_first_those_of_every_evaluation():

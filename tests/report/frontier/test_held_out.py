@@ -1,6 +1,7 @@
 """Held-out scores that other tools wrote, against KL: which run a file is about, and the rank correlation."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -99,3 +100,10 @@ def test_rank_correlation_by_hand_and_its_interval_holds():
         low, high = rank_correlation(x, rho * x + (1 - rho**2) ** 0.5 * noise)[1]
         held += low <= truth <= high
     assert 0.93 <= held / 1000 <= 0.97
+
+
+def test_a_landed_run_is_a_run_and_of_a_curve_the_whole_adapter_counts(tmp_path):
+    landed = replace(point(tmp_path, "a", 3.0), alpha=0.97)
+    curve = [replace(point(tmp_path, "b", kl), alpha=alpha) for alpha, kl in ((0.5, 1.0), (1.0, 4.0), (0.75, 2.0))]
+    document = held_out_document([landed, *curve], [harness(tmp_path, name, 0.5) for name in "ab"])
+    assert [row["kl"] for row in document["points"]] == [3.0, 4.0]
