@@ -135,6 +135,7 @@ def device_findings() -> Iterator[Finding]:
         return
     import torch
 
+    from kltune.lm.machine.device_memory import available_bytes
     from kltune.lm.machine.threads import choose_threads
 
     if torch.cuda.is_available():
@@ -146,7 +147,7 @@ def device_findings() -> Iterator[Finding]:
         built = torch.version.cuda
         yield Finding("cuda", "note", "no GPU that torch can use", (
             "" if built is None else f"torch was built for CUDA {built}; is the driver there (nvidia-smi)?"))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    free = available_bytes() / 1e9
     little = "" if free > FREE_GB else "little: lower optim.micro_batch_size and sampling.max_new_tokens"
     yield Finding("memory", "note" if little else "ok", f"{free:.1f} GB free", little)
     yield Finding("threads", "ok", choose_threads("auto", None, os.environ)[1].removeprefix("threads: "))

@@ -12,7 +12,9 @@ import typer
 from kltune.cli.first_recipe import Machine, Start
 from kltune.cli.output import emit
 from kltune.cli.recipes import look_at_inputs
-from kltune.errors import RecipeError, ScorerError, StorageError
+from kltune.errors import ModelError, RecipeError, ScorerError, StorageError
+from kltune.lm.data.documents import Labelled
+from kltune.lm.data.foreign import read_json
 from kltune.recipe import STAGES, FunctionReward, load_recipe
 
 KINDS = {"sft": ("texts",), "reward": ("pairs",), "dpo": ("pairs",), "ppo": ("prompts",), "trpo": ("prompts",)}
@@ -159,7 +161,7 @@ def chosen_function(path: Path, code: bytes) -> str:
 def model_entry(folder: Path) -> dict[str, Any]:
     """The entry of a reward model, or of a classifier, whose last label is taken to be the good one."""
     config = folder / "config.json"
-    labels = json.loads(config.read_bytes()).get("id2label") or {} if config.is_file() else {}
+    labels = read_json(config, ModelError, Labelled, "--reward").get("id2label") or {} if config.is_file() else {}
     if len(labels) < 2:
         return {"kind": "model", "path": str(folder)}
     return {"kind": "classifier", "path": str(folder), "label": labels[max(labels, key=int)]}
@@ -173,11 +175,13 @@ def machine_of(model: str, tokenizer: Any) -> Machine:
     import torch
     from transformers import AutoConfig
 
+    from kltune.lm.machine.device_memory import available_bytes
+
     config = AutoConfig.from_pretrained(model).get_text_config()
     size = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) if Path(model).is_dir() else 0
     width = 2 if "16" in str(getattr(config, "dtype", "")) else 4
     cuda = torch.cuda.is_available()
-    free = torch.cuda.mem_get_info()[0] if cuda else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = torch.cuda.mem_get_info()[0] if cuda else available_bytes()
     flags = Path("/proc/cpuinfo").read_text() if not cuda and Path("/proc/cpuinfo").is_file() else ""
     return Machine("cuda" if cuda else "cpu", free / 1e9, size // width or None,
                    getattr(config, "max_position_embeddings", None), len(tokenizer),

@@ -25,6 +25,7 @@ from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
 from kltune.report.ci import annotations, write_junit, write_junit_error, write_step_summary
 from kltune.report.text import eval_kl_lines, eval_kl_text
+from kltune.run.files import refuse_place
 from kltune.run.screen import undressed
 from kltune.run.subprocesses import is_extra_process
 
@@ -108,6 +109,8 @@ def eval_kl_command(
 
     kltune eval-kl runs/ppo --max-kl 8 --responses 512
     """
+    if junit is not None:
+        refuse_place(junit, folder=False)
     try:
         if recipe is not None:
             load_recipe(recipe)      # its faults are told before anything slow is imported

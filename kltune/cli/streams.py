@@ -63,6 +63,10 @@ def guard_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)      # takes the lowest number that is free: this one
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")      # noqa: SIM115
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")     # what is no text is said where it is read
     if sys.stdout is None:
         sys.stdout = LossyText(1)
     if sys.stderr is None or (sys.stderr is sys.__stderr__ and sys.stderr.fileno() == 2):

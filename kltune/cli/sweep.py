@@ -23,6 +23,7 @@ from kltune.cli.output import emit_document
 from kltune.cli.recipes import look_before_running
 from kltune.recipe import Recipe, load_grid, load_recipe, read_scorer
 from kltune.recipe.checks import path_values
+from kltune.run.screen import doing
 
 BUDGET = real("a number of nats, at least 0", lambda x: x >= 0)
 
@@ -63,6 +64,7 @@ def sweep_command(
         look_before_running(one)
     from kltune.stages.sweeps.sweep import SweepOptions, sweep, sweep_text
 
+    doing("")       # from here on the points say what they do
     document, code = sweep(axes, points, SweepOptions(recipe, output, tuple(overrides or ()), jobs, trust_remote_code))
     emit_document(document, as_json, sweep_text)
     raise typer.Exit(code)

@@ -17,6 +17,7 @@ from kltune.errors import StorageError
 from kltune.recipe import copy_recipe, load_recipe
 from kltune.report.outcome import FELL, ROSE, STAYED, best_gold, move_of, read_files
 from kltune.report.text import aligned
+from kltune.run.files import refuse_place
 from kltune.run.screen import doing, duration, number, with_error
 from kltune.stages.eval_kl import EvalKLOptions, eval_kl
 from kltune.stages.ppo import run_ppo
@@ -45,6 +46,7 @@ def run_demo(output: Path, *, seed: int = 0, hacking: bool = True) -> dict[str, 
     Raises:
         StorageError: the folder holds what no demo made; nothing was changed.
     """
+    refuse_place(output, folder=True)
     foreign = sorted(entry.name for entry in output.iterdir() if entry.name not in OURS) if output.is_dir() else []
     if foreign:
         raise StorageError(

@@ -34,7 +34,11 @@ SECRET_VALUE = re.compile(
     r"(?i)([?&][\w.-]*(?:key|token|secret|password|signature|sig|credential)=|"
     r"authorization['\"\\]*\s*[:=]\s*['\"\\]*(?:(?:basic|bearer|digest)\s+)?|\bbearer\s+(?=\S{16}))[^\s&'\",;\\]+"
 )
-SECRET_ARGUMENT = re.compile(r"(?i)((?:api_?key|token|secret|password|passwd)(?:\s*[=:]\s*|\s+))(?=\S)([^\s'\"]+)")
+# After a blank only as an option: in ``--unit nats_per_token runs/a`` what follows is none of its own.
+SECRET_ARGUMENT = re.compile(
+    r"(?i)((?:api[-_]?key|token|secret|password|passwd)\s*[=:]\s*|"
+    r"(?<!\S)--?[\w-]*(?:api[-_]?key|token|secret|password|passwd)\s+(?!-))(?=\S)([^\s'\"]+)"
+)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from kltune.lm.data.documents import Answered
 from kltune.lm.rewards.judge import Answers
 from kltune.run.files import append_line, read_jsonl, storing, to_json, write_whole
 
@@ -22,7 +23,7 @@ class StoredAnswers(Answers):
     def __init__(self, folder: Path, stopped: Callable[[], bool] = lambda: False):
         """Read what a run's folder holds; nothing is written before there is an answer. stopped: see ``Answers``."""
         self.path = Path(folder) / JUDGE_FILE
-        rows = (row for row in read_jsonl(self.path) if {"question", "answer"} <= row.keys())
+        rows = (row for row in read_jsonl(self.path, Answered) if {"question", "answer"} <= row.keys())
         super().__init__({row["question"]: float(row["answer"]) for row in rows}, stopped)
         self._cut_short = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
 

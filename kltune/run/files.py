@@ -56,14 +56,10 @@ def claim(folder: Path, what: str, *, ours: bool) -> None:
     Raises:
         RecipeError: it holds something else, or is a file. StorageError: it cannot be made.
     """
-    try:
-        with storing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(PermissionError):      # a folder that may be entered, and not read
-                sync(folder.parent)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise RecipeError(f"{folder} cannot be a folder: a file has that name. Choose another --output.") from error
     with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(PermissionError):      # a folder that may be entered, and not read
+            sync(folder.parent)
         held = sorted(folder.iterdir())
     out = [path for path in held if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve())]
     if out:
@@ -77,6 +73,20 @@ def claim(folder: Path, what: str, *, ours: bool) -> None:
             f"{folder} is not empty and is no kltune {what} (it holds {', '.join(strangers[:3])}"
             f"{', ...' if len(strangers) > 3 else ''}). Choose another --output."
         )
+
+
+def in_the_way(folder: Path) -> RecipeError:
+    """The error that says why there can be no folder of that name."""
+    return RecipeError(f"{folder} cannot be a folder: a file has that name, or one on the way to it. Choose another.")
+
+
+def refuse_place(path: Path, *, folder: bool) -> None:
+    """Raise RecipeError where no file, or no folder, of that name can be written, before any work is done for it."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not folder and path.is_dir():
+        raise RecipeError(f"{path} is a folder; name a file in it.")
+    if not there.is_dir() and (folder or there != path.absolute()):
+        raise in_the_way(path if folder else path.parent)
 
 
 @contextlib.contextmanager
@@ -161,12 +171,12 @@ def storing(path: Path, needed: int = 0) -> Iterator[None]:
 
     Raises:
         StorageError: the disk, its inodes, a quota or a file-size limit are used up, or nothing can be written there.
-            Names the path, the reason, what was needed and what there is.
+            Names the path, the reason, what was needed and what there is. RecipeError: a file is in the way.
     """
     try:
         yield
-    except (FileExistsError, NotADirectoryError):
-        raise
+    except (FileExistsError, NotADirectoryError) as error:
+        raise in_the_way(path if isinstance(error, FileExistsError) else path.parent) from error
     except Exception as error:      # what is written in Rust raises nothing narrower
         number = _number_in(error)
         said = isinstance(error, StorageError) and not needed      # of a part, by one who knew what that needed
@@ -229,6 +239,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
     What is no file, as /dev/stdout, is written to.
     """
+    path = path.absolute()      # "." has no name
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     data = content.encode("utf-8") if isinstance(content, str) else content
     with storing(path, len(data)):
@@ -275,10 +286,10 @@ def to_json(value: Any, *, indent: int | None = None, ascii_only: bool = False) 
     return to_json(value, indent=indent, ascii_only=True) if re.search("[\ud800-\udfff]", text) else text
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, shape: Any = dict[str, Any]) -> list[dict[str, Any]]:
     """The objects of a file that this package wrote line by line; [] if there is none.
 
-    A last line that a kill cut short is left out. CheckpointError if it cannot be read.
+    A last line that a kill cut short is left out. CheckpointError if it cannot be read, or one is not of its shape.
     """
     rows = []
     try:
@@ -288,7 +299,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
                     rows.append(json.loads(line))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return [row for row in rows if isinstance(row, dict)]
+    rows = [row for row in rows if isinstance(row, dict)]
+    foreign.check_shape(rows, list[shape], CheckpointError, str(path))
+    return rows
 
 
 def read_metrics(folder: Path) -> list[dict[str, float | None]]:

@@ -29,6 +29,7 @@ from kltune.lm.model.sampler import Draw
 from kltune.recipe import DataSection, ModelSection, load_recipe
 from kltune.recipe.stages import prompts_source
 from kltune.run.checkpoint import read_info, resolve_checkpoint
+from kltune.run.files import refuse_place
 from kltune.run.screen import doing
 
 BY_ROWS = "tokenizer_sha256", "template_sha256"     # held against each other over every row
@@ -91,7 +92,10 @@ def check_budget(options: MeasureOptions) -> None:
 
 
 def refuse_filled(folder: Path) -> None:
-    """Raise RecipeError for an output folder that holds something, or is none: nothing there is overwritten."""
+    """Raise RecipeError for an output folder that holds something, or can be none: nothing there is overwritten."""
+    refuse_place(folder, folder=True)
+    if folder.absolute() == Path.cwd():
+        raise RecipeError(f"--output: {folder} is the folder that you are in, which cannot be made anew; name another.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecipeError(f"--output: {folder} is not empty; choose another folder.")
 

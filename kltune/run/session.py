@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
 from functools import partial
 from pathlib import Path
@@ -21,18 +21,18 @@ import torch
 
 import kltune
 from kltune.core import ranks
-from kltune.errors import GOES_ON_LATER, CheckpointError, Interrupted, ModelError, RecipeError, StorageError
+from kltune.errors import GOES_ON_LATER, CheckpointError, Interrupted, RecipeError, StorageError
 from kltune.lm.data.chat import read_template, today
-from kltune.lm.data.documents import Result, RunRecord
+from kltune.lm.data.documents import Result, RunRecord, Stepped
 from kltune.lm.machine.out_of_memory import ANYTHING, phase
 from kltune.lm.machine.threads import choose_threads, computing_with
 from kltune.lm.model.files import size_of
 from kltune.lm.model.fingerprint import Fingerprint
 from kltune.lm.model.loading import prepare_device
-from kltune.lm.model.opening import load_policy, load_reference
+from kltune.lm.model.opening import load_policy
 from kltune.lm.model.policy import Policy
-from kltune.lm.rewards.inputs import WEIGHTS, base_of, inputs_of, refuse_changed
-from kltune.recipe import ModelSection, Recipe, differing_keys, dump_recipe, load_recipe, recipe_digest
+from kltune.lm.rewards.inputs import base_of, inputs_of, recipe_changes, refuse_changed, refuse_changed_base
+from kltune.recipe import ModelSection, Recipe, dump_recipe, recipe_digest
 from kltune.recipe.faults import redact
 from kltune.run.caches import StoredAnswers, StoredLogprobs
 from kltune.run.checkpoint import clear_leftovers, latest_checkpoint, saved_step, verify
@@ -75,7 +75,7 @@ class Run:
         self.answers = StoredAnswers(self.folder, stopped=lambda: self.stop_signal is not None)
         self.ref_logprobs = StoredLogprobs(self.folder)
         self._signalled_at = 0.0
-        self._opened_at = time.monotonic()
+        self._opened_at = time.monotonic() - (record.get("seconds") or 0.0)
         self._record = record
 
     def rng(self, stream: str, step: int) -> np.random.Generator:
@@ -83,7 +83,7 @@ class Run:
         return np.random.default_rng([self.recipe.run.seed, zlib.crc32(stream.encode()), step])
 
     def seconds(self) -> float:
-        """Seconds since the run was opened, by wall clock; earlier sessions of a resumed run are not in it."""
+        """Seconds that the run was open, by wall clock; of sessions before a resumed one, until their last save."""
         return time.monotonic() - self._opened_at
 
     def set_reference(self, fingerprint: Fingerprint) -> None:
@@ -262,32 +262,9 @@ def finished_result(recipe: Recipe) -> dict[str, Any] | None:
     refuse_changed(record.get("inputs") or {}, inputs_of(recipe, present=True), folder)
     refuse_changed_base(record, recipe, folder)
     print(f"{folder}: finished on {record['ended']}; nothing was run.", file=sys.stderr)
-    return read_json(folder / "result.json", Result)
-
-
-def refuse_changed_base(record: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
-    """Refuse a model that is not the one a finished run was made with.
-
-    Files of weights with another time or size are loaded, and what is in them is held against the reference.
-
-    Raises:
-        ModelError: it is another.
-    """
-    before, now = record.get("base") or {}, base_of(recipe)
-    others = [key for key in before.keys() & now.keys() if key.endswith(WEIGHTS) and before[key] != now[key]]
-    refuse_changed({key: before[key] for key in before if key not in others}, now, folder)
-    reference = record.get("reference")
-    if not others or not reference:
-        return
-    section = recipe.model.model_copy(update={"dtype": reference["dtype"]})
-    found = load_reference(section, device=torch.device("cpu")).fingerprint
-    if found.sha256 != reference["sha256"]:
-        key = sorted(others)[-1].removesuffix(WEIGHTS)
-        raise ModelError(
-            f"{key}: {before[key]['path']} has changed: it is not what the run in {folder} was started with (weights "
-            f"sha256 {reference['sha256'][:12]}, now {found.sha256[:12]}); put the file back, or start a new run with "
-            "another --output."
-        )
+    result = read_json(folder / "result.json", Result)
+    here = {"output": str(folder), "final": str(folder / "final")}      # it may have been moved
+    return result | {key: path for key, path in here.items() if result.get(key)}
 
 
 def _where_to_start(recipe: Recipe, previous: dict[str, Any] | None, *, resume: bool) -> Path | None:
@@ -325,7 +302,7 @@ def _where_to_start(recipe: Recipe, previous: dict[str, Any] | None, *, resume: 
 
 def _traces(folder: Path) -> tuple[int, bool]:
     """How many steps metrics.jsonl says were taken, and whether there are folders of checkpoints, whole or not."""
-    steps = max((row.get("step", 0) for row in read_jsonl(folder / "metrics.jsonl")), default=0)
+    steps = max((row.get("step", 0) for row in read_jsonl(folder / "metrics.jsonl", Stepped)), default=0)
     return steps, any((folder / "checkpoints").glob("step-*"))
 
 
@@ -353,12 +330,12 @@ def _damage_of_final(folder: Path) -> str | None:
 def _refuse_another_recipe(recipe: Recipe, record: dict[str, Any]) -> None:
     """Refuse a recipe other than that of the folder; only where and how many checkpoints are kept may change."""
     folder = Path(recipe.run.output)
-    if record.get("recipe_sha256") == recipe_digest(recipe):
-        return
     try:
-        changes = differing_keys(load_recipe(folder / "recipe.yaml"), recipe)
+        changes = recipe_changes(folder, record, recipe)
     except RecipeError as error:
         changes = [f"recipe.yaml there cannot be compared: {error}"]
+    if not changes:
+        return
     lines = "".join(f"\n  {redact(change)}" for change in changes)
     raise RecipeError(
         f"{folder} holds a run of another recipe:{lines}\nSet the old values again, or choose another --output."
@@ -384,6 +361,7 @@ def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Pa
         "template_date": continued.get("template_date") or recipe.data.date or today().isoformat(),
         "versions": versions,
         "threads": continued.get("threads"),
+        "seconds": continued.get("seconds"),
         "started": continued.get("started", _now()),
         "ended": None,
         "saved_step": saved_step(resume_from) if resume_from else None,
@@ -397,9 +375,8 @@ def _new_record(recipe: Recipe, previous: dict[str, Any] | None, resume_from: Pa
 def _cut_after(path: Path, step: int) -> None:
     """Drop the lines of steps and of an end that will be done again, and a last line that a kill cut short."""
     if path.exists():
-        kept = [
-            to_json(row) + "\n" for row in read_jsonl(path) if row.get("step", 0) <= step and not row.get("final")
-        ]
+        rows = read_jsonl(path, Stepped)
+        kept = [to_json(row) + "\n" for row in rows if row.get("step", 0) <= step and not row.get("final")]
         write_whole(path, "".join(kept))
 
 

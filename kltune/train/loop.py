@@ -3,11 +3,13 @@
 import contextlib
 import hashlib
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kltune.core import ranks
@@ -168,10 +170,23 @@ def take_steps(
         while goes_on(job, learner, step):
             step += 1
             doing(f"step {step} of {job.steps}")
+            seed_others(job.run.rng("others", step))
             with ranks.phase(f"updating in step {step}"), whole_step(job, learner, step, evaluates(job, step)):
                 close_step(job, learner, step, take_step(job, learner, step))
+        seed_others(job.run.rng("others", step + 1))
         with whole_step(job, learner, step + 1, evaluates=True):
             return finish(job, learner, step)
+
+
+def seed_others(rng: np.random.Generator) -> None:
+    """Seed the generators that belong to everyone, as those a reward function draws from, anew at each step.
+
+    A resumed run has then the numbers of the unbroken one, and nothing of them to save.
+    """
+    number = int(rng.integers(2**32))
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
 
 
 def planned(job: Job, learner: Learner) -> str:
@@ -302,7 +317,7 @@ def save(job: Job, learner: Learner, step: int, kl: dict[str, Any] | None) -> No
                 job.run.folder, step, learner.model.save, info=info, tensors=learner.tensors(), state=learner.state(),
                 keep=job.recipe.run.keep,
             )
-        job.run.record(saved_step=step)
+        job.run.record(saved_step=step, seconds=job.run.seconds())
 
 
 def expect_same_model(learner: Learner) -> None:

@@ -116,6 +116,15 @@ def test_what_cannot_be_begun_says_what_is_wanted(init, rows, arguments, code, w
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("config", ["{bad", '{"id2label": {"a": "x", "b": "y"}}', '{"id2label": [1, 2]}'])
+def test_a_scorer_whose_config_is_odd_is_named(init, tmp_path, config):
+    (tmp_path / "scorer").mkdir()
+    (tmp_path / "scorer" / "config.json").write_text(config)
+    left, _, err = init([PLAIN], "--reward", str(tmp_path / "scorer"))
+    assert left == 5
+    assert "scorer/config.json" in err
+
+
 def test_nothing_is_overwritten(init, tmp_path):
     assert init([PLAIN] * 4, "--reward", "rewards.py")[0] == 0
     (tmp_path / "out" / "rewards.py").write_text("# mine\n")

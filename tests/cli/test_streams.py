@@ -60,6 +60,16 @@ def test_a_stderr_that_takes_nothing_ends_no_command(redirect):
     assert json.JSONDecoder().raw_decode(done.stdout)[0] == {"score": 1.5}
 
 
+@pytest.mark.parametrize(("redirect", "read"), [("<&-", "''"), (r"< <(printf 'a \xff\n')", r"'a \udcff\n'")])
+def test_a_stdin_that_is_closed_or_no_text_can_be_read(redirect, read):
+    code = "import sys; from kltune.cli.streams import guard_streams; guard_streams(); print(repr(sys.stdin.read()))"
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {redirect}', "bash", sys.executable, "-c", code], cwd=ROOT, text=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"}, capture_output=True, check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, f"{read}\n")
+
+
 def test_what_is_printed_while_the_interpreter_ends_is_no_part_of_the_result():
     """``main`` as the command calls it, with what a reward function may leave behind it."""
     code = "import atexit, os, sys\nfrom kltune.cli import main\natexit.register(print, 'late')\n" \

@@ -1,12 +1,14 @@
 """A stand-in for an adapter, and processes that can be killed."""
 
 import os
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from kltune.errors import KltuneError
 
@@ -25,6 +27,7 @@ def start(work: Callable[[], None]) -> int:
     pid = os.fork()
     if pid:
         return pid
+    tqdm.set_lock(threading.RLock())        # its own is shared with forks: one that is killed with it stops all others
     code = 99
     try:
         work()

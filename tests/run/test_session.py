@@ -18,7 +18,9 @@ from killing import adapter_of, exit_code, start
 
 from kltune.errors import BusyError, CheckpointError, Interrupted, RecipeError
 from kltune.lm.model.fingerprint import Fingerprint
+from kltune.lm.rewards.inputs import inputs_of
 from kltune.recipe import load_recipe
+from kltune.recipe.faults import redact
 from kltune.run.checkpoint import save_checkpoint, save_final
 from kltune.run.files import write_json
 from kltune.run.recorder import Report
@@ -255,6 +257,56 @@ def test_resume_with_another_recipe_names_the_keys(make_recipe):
         run.finish({})
 
 
+def test_a_project_that_was_moved_goes_on_and_other_files_do_not(make_recipe, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Once"}\n')
+    recipe = make_recipe(f"data.prompts={tmp_path}/prompts.jsonl")
+    with contextlib.suppress(Interrupted), open_run(recipe, resume=False) as run:
+        run.set_inputs(inputs_of(recipe))
+        run.set_reference(REFERENCE)
+        with Report(run.folder, "ppo", recipe.run.steps) as report:
+            report.step(1, {"score/mean": 0.1})
+        save(run, 1)
+        raise Interrupted("stopped", signal.SIGTERM)
+    for name, text in {"same": '{"prompt": "Once"}\n', "other": '{"prompt": "Twice"}\n'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prompts.jsonl").write_text(text)
+    with pytest.raises(RecipeError, match=r"data\.prompts: was "), \
+            open_run(make_recipe(f"data.prompts={tmp_path}/other/prompts.jsonl"), resume=True):
+        pass
+    with open_run(make_recipe(f"data.prompts={tmp_path}/same/prompts.jsonl"), resume=True) as run:
+        assert run.start_step == 1
+        run.finish({})
+
+
+def test_a_finished_run_that_was_moved_speaks_of_itself(make_recipe, tmp_path):
+    there = make_recipe().run.output
+    finish(make_recipe(), output=there, final=f"{there}/final")
+    save_final(Path(there), lambda folder: (folder / "weights").write_bytes(b""), info={})
+    shutil.move(there, tmp_path / "moved")
+    result = finished_result(make_recipe(f"run.output={tmp_path}/moved"))
+    assert (result["output"], result["final"]) == (str(tmp_path / "moved"), str(tmp_path / "moved" / "final"))
+
+
+def test_the_seconds_of_earlier_sessions_count(make_recipe):
+    interrupted_at(make_recipe(), saved=4, reported=4)
+    write_json(Path(make_recipe().run.output) / "run.json", record_of(make_recipe()) | {"seconds": 1000.0})
+    with open_run(make_recipe(), resume=True) as run:
+        assert 1000.0 < run.seconds() < 1100.0
+        run.finish({})
+
+
+@pytest.mark.parametrize(("name", "line"), [
+    ("metrics.jsonl", '{"step": null}'), ("samples.jsonl", '{"step": "x"}'),
+    ("judge.jsonl", '{"question": "q", "answer": null}'),
+])
+def test_an_odd_line_of_its_own_files_is_named(make_recipe, name, line):
+    interrupted_at(make_recipe(), saved=4, reported=4)
+    with open(Path(make_recipe().run.output) / name, "a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(CheckpointError, match=rf"{name}: .*wanted a valid"), open_run(make_recipe(), resume=True):
+        pass
+
+
 def test_resume_against_another_reference_is_refused(make_recipe):
     interrupted_at(make_recipe(), saved=4, reported=4)
     with pytest.raises(CheckpointError, match=r"weights: found cd \(some/model\), wanted ab"), \
@@ -411,6 +463,8 @@ def test_secrets_stay_out_of_the_folder(make_recipe, monkeypatch, tmp_path):
         raise ValueError(f"{secrets[0]} {secrets[1]} http://{secrets[3]}@judge/v1")
     written = b"".join(files_of(run.folder).values()).decode()
     assert "[redacted]" in written
+    command = "kltune ppo --set kl.unit=nats_per_token --set kl.target=0.2 --unit nats_per_token runs/a"
+    assert redact(f"{command} --api-key {secrets[2]}", arguments=True) == f"{command} --api-key [redacted]"
     assert [secret for secret in secrets if secret in written] == []
 
 

@@ -34,9 +34,10 @@ def test_the_adapter_that_comes_out_keeps_its_budget_everywhere(project, eval_kl
     assert document["kl"]["exact"]["ci"][1] <= budget
     assert json.loads((tmp_path / "out" / "project.json").read_text()) == document
     assert "check" in err
-    # on numbers of its own the gate agrees, and knows the reference from the folder itself
+    # The gate knows the reference from the folder itself. On numbers of its own it does not fail what was scaled to the
+    # budget's very edge, and may leave it open.
     code, measured, _ = eval_kl(tmp_path / "out", "--responses", 400, "--seed", 9, "--max-kl", budget)
-    assert code == 0
+    assert code in (0, 4)
     assert measured["kl"]["exact"]["nats_per_response"] > 0.4 * budget     # ten prompts are not sure of more
     # and in plain PEFT it is the same model
     policy = load_saved_policy(
@@ -87,6 +88,15 @@ def test_what_could_not_end_well_is_2(project, run_folder, arguments, wanted):
     code, _, err = project(run_folder, *arguments)
     assert code == 2
     assert wanted in err
+
+
+@pytest.mark.parametrize(("output", "words"), [(".", "the folder that you are in"), ("file/sub", "cannot be a folder")])
+def test_an_output_that_can_be_none_is_2(project, run_folder, tmp_path, monkeypatch, output, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    code, _, err = project(run_folder, "--max-kl", 1, "--output", output)
+    assert code == 2
+    assert words in err
 
 
 def test_a_folder_with_something_in_it_is_left_alone(project, run_folder, tmp_path):

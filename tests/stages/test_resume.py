@@ -204,6 +204,24 @@ def test_one_cut_anywhere_changes_no_bit(tmp_path, llama, base, keys, record_pro
     record_property("cuts", len(ONE_CUTS))
 
 
+def test_a_reward_that_draws_random_numbers_draws_the_same_ones_again(ppo_recipe, tmp_path):
+    keys = ("run.steps=3", "reward.0.path=rewards.py:drawn")
+    broken, unbroken = (ppo_recipe(*keys, output=str(tmp_path / name)) for name in ("broken", "unbroken"))
+    file = broken.folder / "rewards.py"
+    file.write_text(file.read_text() + """
+import random
+import numpy as np
+import torch
+def drawn(prompts, responses):
+    return [random.random() + np.random.rand() + torch.rand(1).item() for _ in responses]
+""")
+    run_ppo(unbroken, resume=False)
+    run_with_stops(run_ppo, broken, (1,))
+    scores = [[row["score/mean"] for row in rows_of(recipe)] for recipe in (broken, unbroken)]
+    assert scores[0] == scores[1]
+    assert len(set(scores[0])) == 3
+
+
 def test_a_run_does_not_go_on_with_another_reward_function(ppo_recipe):
     recipe = ppo_recipe("run.steps=3")
     with signalled_in(1), pytest.raises(Interrupted):

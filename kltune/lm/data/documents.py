@@ -213,12 +213,32 @@ class RunRecord(TypedDict):
     machine: NotRequired[dict[str, Any] | None]
     versions: NotRequired[dict[str, Text] | None]
     threads: NotRequired[Annotated[int, Field(ge=1, le=1024)] | None]
+    seconds: NotRequired[Number]
     started: NotRequired[Text]
     ended: NotRequired[Text]
     recipe_sha256: NotRequired[Text]
     command: NotRequired[Text]
     resumed_at: NotRequired[list[int] | None]
     error: NotRequired[Text]
+
+
+class Labelled(TypedDict, total=False):
+    """config.json, as far as it says what a classifier tells apart."""
+
+    id2label: dict[Annotated[str, Field(pattern=r"^[0-9]+$")], str] | None
+
+
+class Stepped(TypedDict, total=False):
+    """A line of metrics.jsonl or samples.jsonl, as far as a run that goes on reads it."""
+
+    step: int
+
+
+class Answered(TypedDict, total=False):
+    """A line of judge.jsonl."""
+
+    question: str
+    answer: Finite
 
 
 class KLFacts(TypedDict, total=False):

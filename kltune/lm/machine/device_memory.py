@@ -1,6 +1,7 @@
 """The memory of a device: how much there is, what a model holds of it, and the most that was in use."""
 
 import os
+import re
 import resource
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import nn
 
 SHARE = 0.8             # of the memory is planned with unless told otherwise; the rest is for kernels and fragments
 TRAINED_BYTES = 24      # float32 gradient, its sum in float64 and Adam's moments per trained number; a frozen copy too
+MEMINFO = "/proc/meminfo"
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container: v2, v1
 
 
@@ -51,3 +53,12 @@ def device_bytes(device: torch.device) -> int:
     limits = [Path(path).read_text().strip() for path in CGROUPS if os.path.exists(path)]
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([machine, *(int(limit) for limit in limits if limit != "max")])
+
+
+def available_bytes() -> int:
+    """What of the machine's or container's memory a new process could have: files that are kept there make room."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if os.path.exists(MEMINFO):
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path(MEMINFO).read_text(), re.MULTILINE)
+        free = free if found is None else 1024 * int(found[1])
+    return min(free, device_bytes(torch.device("cpu")))

@@ -5,12 +5,22 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from kltune.errors import DataError, ModelError, ScorerError
 from kltune.lm.data.chat import read_template
 from kltune.lm.data.rows import read_rows
 from kltune.lm.rewards.functions import read_sources, sources_sha256
-from kltune.recipe import ClassifierReward, DistillRecipe, FunctionReward, ModelReward, Recipe
+from kltune.recipe import (
+    ClassifierReward,
+    DistillRecipe,
+    FunctionReward,
+    ModelReward,
+    Recipe,
+    differing_keys,
+    load_recipe,
+    recipe_digest,
+)
 
 ROWS = {"data": ("prompts", "texts", "pairs"), "eval": ("prompts", "texts", "pairs")}
 MODEL_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}       # of what a scorer is loaded from
@@ -86,6 +96,53 @@ def refuse_changed(before: Inputs, now: Inputs, where: Path) -> None:
                 f"{before[key]['sha256'][:12]}, now {now[key]['sha256'][:12]}); put the file back, or start a new run "
                 "with another --output."
             )
+
+
+def refuse_changed_base(record: Mapping[str, Any], recipe: Recipe, folder: Path) -> None:
+    """Refuse a model that is not the one a finished run was made with.
+
+    Files of weights with another time or size are loaded, and what is in them is held against the reference.
+
+    Raises:
+        ModelError: it is another.
+    """
+    before, now = record.get("base") or {}, base_of(recipe)
+    others = [key for key in before.keys() & now.keys() if key.endswith(WEIGHTS) and before[key] != now[key]]
+    refuse_changed({key: before[key] for key in before if key not in others}, now, folder)
+    reference = record.get("reference")
+    if not others or not reference:
+        return
+    import torch
+
+    from kltune.lm.model.opening import load_reference  # of seconds, which only files that look otherwise are worth
+
+    section = recipe.model.model_copy(update={"dtype": reference["dtype"]})
+    found = load_reference(section, device=torch.device("cpu")).fingerprint
+    if found.sha256 != reference["sha256"]:
+        key = sorted(others)[-1].removesuffix(WEIGHTS)
+        raise ModelError(
+            f"{key}: {before[key]['path']} has changed: it is not what the run in {folder} was started with (weights "
+            f"sha256 {reference['sha256'][:12]}, now {found.sha256[:12]}); put the file back, or start a new run with "
+            "another --output."
+        )
+
+
+def recipe_changes(folder: Path, record: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """Every key in which a recipe differs from the one that a run's folder was made by, as ``differing_keys``.
+
+    But where its files are, if what is in them is known to be the same: a project may be moved as a whole.
+
+    Raises:
+        RecipeError: the recipe in the folder cannot be read.
+    """
+    if record.get("recipe_sha256") == recipe_digest(recipe):
+        return []
+    before = (record.get("inputs") or {}) | (record.get("base") or {})
+    now = inputs_of(recipe, present=True) | base_of(recipe)
+    moved = {key.removesuffix(".path") for key in before.keys() & now.keys()
+             if before[key]["sha256"] == now[key]["sha256"]}
+    changes = differing_keys(load_recipe(folder / "recipe.yaml"), recipe)
+    return [change for change in changes if change.partition(":")[0].removesuffix(".path") not in moved]
 
 
 def rows_sha256(source: str) -> str:

@@ -32,6 +32,7 @@ from kltune.report.frontier.points import (
 )
 from kltune.report.frontier.pooling import PromptShares, curves_at, efficiency, fits, pick, pooled
 from kltune.report.outcome import final_figures
+from kltune.run.files import refuse_place
 from kltune.run.recorder import counting
 from kltune.run.saved_policy import (
     MeasureOptions,
@@ -74,6 +75,8 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
         CheckpointError: something is none of these or has not finished, or references or rewards differ. RecipeError:
             options that make no sense. ScorerError, ModelError, DataError: what cannot be measured.
     """
+    if options.output is not None:
+        refuse_place(Path(options.output), folder=True)
     sources = find_sources(runs)
     if options.reference is None:
         check_one_reference(sources)

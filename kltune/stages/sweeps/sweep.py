@@ -19,16 +19,13 @@ from typing import Any
 
 from kltune.errors import BusyError, Interrupted, RecipeError
 from kltune.lm.data.documents import Result, Sweep
-from kltune.lm.rewards.inputs import inputs_of, refuse_changed
+from kltune.lm.rewards.inputs import inputs_of, recipe_changes, refuse_changed, refuse_changed_base
 from kltune.recipe import (
     Axis,
     GridPoint,
-    differing_keys,
     differing_settings,
     flat_settings,
-    load_recipe,
     overlap,
-    recipe_digest,
 )
 from kltune.recipe.faults import redact, visible
 from kltune.report.outcome import final_figures
@@ -285,11 +282,9 @@ def refuse_another_run(folder: Path, point: GridPoint) -> None:
     refuse_changed(record.get("inputs") or {}, inputs_of(point.recipe, present=True), folder)
     if record.get("status") != "finished":
         return
-    from kltune.run.session import refuse_changed_base  # imports torch, which only a finished point is worth
-
     refuse_changed_base(record, point.recipe, folder)
-    if record.get("recipe_sha256") != recipe_digest(point.recipe):
-        raise another_recipe(folder, differing_keys(load_recipe(folder / "recipe.yaml"), point.recipe))
+    if changes := recipe_changes(folder, record, point.recipe):
+        raise another_recipe(folder, changes)
 
 
 def another_recipe(folder: Path, changes: Sequence[str]) -> RecipeError:
