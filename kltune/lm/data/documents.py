@@ -13,6 +13,8 @@ Ids = int | list[int] | None
 Token = str | dict[str, Any] | None
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Number = Finite | None
+Nats = Annotated[float, Field(ge=-1e-3, allow_inf_nan=False)]      # of a KL, which rounding may leave below 0
+Error = Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
 Counts = Annotated[int, Field(ge=1)] | None
 Text = str | None
 Day = Annotated[str, AfterValidator(lambda text: date.fromisoformat(text) and text)] | None
@@ -144,6 +146,8 @@ class MeasureFacts(TypedDict):
     max_new_tokens: Length
     temperature: Annotated[float, Field(ge=0.1, le=10)]
     template_date: NotRequired[Day]
+    columns: NotRequired[dict[str, str]]
+    transcripts: NotRequired[Literal["auto", "messages", "text"]]
 
 
 class ProbeFacts(TypedDict):
@@ -244,9 +248,9 @@ class Answered(TypedDict, total=False):
 class KLFacts(TypedDict, total=False):
     """A measured KL."""
 
-    nats_per_response: Number
-    nats_per_token: Number
-    stderr: Number
+    nats_per_response: Nats | None
+    nats_per_token: Nats | None
+    stderr: Error
     ci95: Bounds
     noise_floor: dict[str, Number] | None
 
@@ -261,10 +265,10 @@ class Result(TypedDict, total=False):
     target: Number
     unit: Text
     score: Number
-    score_stderr: Number
+    score_stderr: Error
     reference_score: Number
     gold: Number
-    gold_stderr: Number
+    gold_stderr: Error
     reference_gold: Number
     accuracy: Number
     accuracy_ci95: Bounds
@@ -304,11 +308,11 @@ class Look(TypedDict):
 
     alpha: float
     purpose: str
-    nats_per_response: float
-    stderr: Number
+    nats_per_response: Nats
+    stderr: Error
     ci: Bounds
     score: Number
-    score_stderr: Number
+    score_stderr: Error
 
 
 class Projection(TypedDict):

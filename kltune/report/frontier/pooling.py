@@ -168,7 +168,7 @@ def fits(
             gains = [getattr(point, name) - base for point in known]
             errors = [getattr(point, f"{name}_stderr") for point in known]
             fit = fit_gain(
-                [point.kl for point in known], gains, errors, [point.cluster for point in known],
+                [max(point.kl, 0.0) for point in known], gains, errors, [point.cluster for point in known],
                 reference_stderr=reference.get(f"{name}_stderr") or 0.0,
             )
         documents.append(_fit_document(curve, "rl", name, fit))
