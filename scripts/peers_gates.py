@@ -13,7 +13,8 @@ CLOSE, TRACE_CLOSE = 1e-5, 1e-4
 # The largest of thousands: in float32 each tool's own is up to 2.7e-5 from float64, whichever way it sums.
 LOGPROBS_CLOSE = 5e-5
 # In bfloat16 the mean and not the largest: every tool rounds elsewhere, by up to 1/256 of a number.
-NARROW_CLOSE = {"logprobs": 0.05, "gradient": 0.1}
+NARROW_CLOSE = {"logprobs": 0.1, "gradient": 0.1}       # measured: 0.02 to 0.05 and 0.02 to 0.08
+GRADIENT_CLOSE = 1e-4       # of a model of 135 million weights, whose log-probabilities are 1.5e-5 apart, it is 3e-5
 DEFINED_OTHERWISE = (
     "sigmoid with label smoothing (cDPO): TRL 1.16 dropped it; its aot is that on one pair at a time, and is so taken.",
     "ipo: TRL divides each log-ratio by its response's length, kltune (and the paper) does not. The gate compares "
@@ -68,7 +69,7 @@ def same_numbers(ours: Path, theirs: Path, dtype: str, on: str = "") -> list[dic
     for name, said in (("logprobs", "log-probabilities"), ("ref_logprobs", "log-probabilities, reference")):
         apart = mean_gap(mine[name], others[name]) if narrow else gap(mine[name], others[name])
         rows.append(gate_row(said + on, apart, NARROW_CLOSE["logprobs"] if narrow else LOGPROBS_CLOSE))
-    close = NARROW_CLOSE["gradient"] if narrow else CLOSE
+    close = NARROW_CLOSE["gradient"] if narrow else GRADIENT_CLOSE
     return [*rows, gate_row(f"gradient of sigmoid, relative{on}", gradient_gap(*gradients), close)]
 
 
