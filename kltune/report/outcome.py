@@ -141,8 +141,8 @@ def verdict_of(files: Files) -> RunVerdict:
     }.get(str(status), ("running", "plain", f"At {where} when this page was written; no final measurement yet."))
     unit = limits_of(files).unit
     value, error = newest_kl(files, unit)
-    if files.kl:
-        sentence += f" {' '.join(_distance(files)[1:])}"
+    if files.kl.get(unit) is not None:
+        sentence = " ".join([sentence, *_distance(files)[2:]])
     elif value is not None:
         sentence += f" KL to the reference when last measured: {with_error(value, error)} {in_words(unit)}."
     return RunVerdict(word, tone, sentence)

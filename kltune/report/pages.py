@@ -40,7 +40,7 @@ from kltune.report.samples import (
 )
 from kltune.report.updates import updates_of
 from kltune.run.files import write_whole
-from kltune.run.screen import ABSENT, duration, number
+from kltune.run.screen import ABSENT, duration, number, percent
 
 NAMES_NO_RUN = ("run.output", "run.keep", "run.loggers")      # keys in which any two runs may differ
 ON_THE_REPORT = (
@@ -65,8 +65,8 @@ def write_page(folder: Path, path: Path | None = None) -> Path:
     files = read_files(Path(folder))
     path = files.folder / "report.html" if path is None else path
     limits, pairs, facts = limits_of(files), newest_pairs(files.samples), facts_of(files)
-    steered = f"KL, {in_words(limits.unit)}"
-    facts[steered] = replace(facts[steered], target=limits.target)
+    if (steered := f"KL, {in_words(limits.unit)}") in facts:      # a recipe that somebody changed may name any unit
+        facts[steered] = replace(facts[steered], target=limits.target)
     during = samples_while_training(files.samples)
     write_whole(path, environment().get_template("page.html.j2").render(
         name=files.folder.resolve().name,
@@ -136,8 +136,8 @@ def environment() -> Environment:
         trim_blocks=True, lstrip_blocks=True, finalize=lambda value: visible(value) if type(value) is str else value,
     )
     made.filters |= {
-        "number": number, "duration": duration, "text": shortened, "date": date, "spans": shaded_spans,
-        "tokens_of_most_kl": tokens_of_most_kl, "brief": brief, "breakable": breakable,
+        "number": number, "percent": percent, "duration": duration, "text": shortened, "date": date,
+        "spans": shaded_spans, "tokens_of_most_kl": tokens_of_most_kl, "brief": brief, "breakable": breakable,
     }
     made.globals["levels"] = SHADES
     return made
