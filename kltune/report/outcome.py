@@ -133,7 +133,7 @@ def verdict_of(files: Files) -> RunVerdict:
     if status == "finished":
         return _final_verdict(files)
     done = files.metrics[-1].get("step", 0) if files.metrics else 0
-    where = f"step {done:,}{out_of(done, total)}"
+    where = f"step {done:,}{out_of(done, total, form=',')}"
     reason = files.record.get("error") or "no reason recorded"
     word, tone, sentence = {
         "interrupted": ("interrupted", "plain", f"Stopped after {where}; --resume continues it."),

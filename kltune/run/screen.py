@@ -192,9 +192,9 @@ def interval(bounds: Sequence[float | None] | None, places: int | None = None, a
     return " to ".join("any" if bound is None else end for bound, end in zip(bounds, ends, strict=False))
 
 
-def out_of(step: int, total: int | None, between: str = " of ") -> str:
+def out_of(step: int, total: int | None, between: str = " of ", form: str = "") -> str:
     """``" of 40"`` behind the number of a step; nothing where no such number is known, or a run went on beyond it."""
-    return f"{between}{total:,}" if total and step <= total else ""
+    return f"{between}{total:{form}}" if total and step <= total else ""
 
 
 def duration(seconds: float) -> str:
