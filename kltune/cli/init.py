@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,7 +63,7 @@ def init_command(
     look_at_inputs(recipe)
     looked_at = [f"  {file}:{recipe.place(key).line}  {key}" for key in FIRST[recipe.stage]]
     emit("\n".join([str(file), "It runs as it is. Look at these lines first:", *looked_at,
-                    f"Then: kltune {recipe.stage} {file}"]))
+                    f"Then: kltune {recipe.stage} {shlex.quote(str(file))}"]))
 
 
 def write_recipe(

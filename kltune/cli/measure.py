@@ -50,7 +50,7 @@ UnitOption = Annotated[str, typer.Option(**one_of("nats_per_response", "nats_per
 ConfidenceOption = Annotated[float, typer.Option(
     **real("at least 0.5 and below 1; 0.95 is usual", lambda x: 0.5 <= x < 1), help="Of intervals and of the verdict.",
 )]
-BUDGET = real("a number of nats, at least 0", lambda x: x >= 0)
+BUDGET = real("a number of nats above 0", lambda x: x > 0)
 DateOption = Annotated[
     str | None, typer.Option(metavar="YYYY-MM-DD", help="The day a chat template is told that asks for it.")
 ]

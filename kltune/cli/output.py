@@ -14,7 +14,7 @@ from kltune.recipe import RecipeFaults
 from kltune.recipe.faults import redact, visible
 from kltune.report.ci import escaped
 from kltune.run.files import CANNOT_WRITE, refused, to_json
-from kltune.run.screen import duration, interval, number, undressed, wants_colour, with_error
+from kltune.run.screen import apart, duration, interval, number, undressed, wants_colour, with_error
 from kltune.run.subprocesses import is_extra_process
 
 GATE = 1.25     # times the target: what the command that is suggested allows
@@ -58,15 +58,16 @@ def emit_document(
 
 def result_text(result: dict[str, Any]) -> str:
     """What a stage returns, in a few lines: how it ended, what it came to, and what to do next."""
-    from kltune.report.outcome import read_files, verdict_of
+    from kltune.report.outcome import in_words, kl_in, read_files, verdict_of
 
     kl, output, evaluated = result.get("kl") or {}, Path(str(result.get("output"))), result.get("eval") or {}
     word = f", {verdict_of(read_files(output)).word}" if (output / "run.json").is_file() else ""
     rows = {}
-    if kl.get("nats_per_response") is not None:
+    unit = result.get("unit") or "nats_per_response"
+    value, error, _ = kl_in(unit, kl)
+    if value is not None:
         goal = f", target {result['target']:g}" if result.get("target") is not None else ""
-        measured = with_error(kl["nats_per_response"], kl.get("stderr"))
-        rows["KL"] = f"{measured} nats per response, KL(policy‖reference){goal}"
+        rows["KL"] = f"{with_error(value, error)} {in_words(unit)}, KL(policy‖reference){goal}"
     elif result.get("stage") != "reward":      # a reward model says nothing, and so has no KL
         rows["KL"] = "not measured"
     for name in ("score", "gold"):
@@ -80,8 +81,8 @@ def result_text(result: dict[str, Any]) -> str:
         start = number(result.get("reference_teacher_kl"))
         rows["KL to"] = f"{start} → {measured} nats per response, KL(policy‖teacher)"
     if evaluated.get("eval/accuracy") is not None:
-        bounds = interval((evaluated["eval/accuracy_low"], evaluated["eval/accuracy_high"]))
-        rows["right"] = f"{number(evaluated['eval/accuracy'])} of the held-out rows (95 %: {bounds})"
+        bounds = interval((evaluated["eval/accuracy_low"], evaluated["eval/accuracy_high"]), against=(0.0, 0.5, 1.0))
+        rows["right"] = f"{apart(evaluated['eval/accuracy'], 0.0, 1.0)[0]} of the held-out rows (95 %: {bounds})"
     if result.get("steps") is not None and result.get("seconds") is not None:
         rows["steps"] = f"{result['steps']} in {duration(result['seconds'])}"
     rows |= {"final": result["final"]} if result.get("final") else {}

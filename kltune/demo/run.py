@@ -18,7 +18,7 @@ from kltune.recipe import copy_recipe, load_recipe
 from kltune.report.outcome import FELL, ROSE, STAYED, best_gold, move_of, read_files
 from kltune.report.text import aligned
 from kltune.run.files import refuse_place
-from kltune.run.screen import doing, duration, number, with_error
+from kltune.run.screen import apart, doing, duration, number, percent, with_error
 from kltune.stages.eval_kl import EvalKLOptions, eval_kl
 from kltune.stages.ppo import run_ppo
 from kltune.stages.sft import run_sft
@@ -98,7 +98,7 @@ def demo_text(result: dict[str, Any]) -> str:
         ["score", number(before), with_error(after, error), "praise words less blame words"],
         ["KL", "0", with_error(kl["nats_per_response"], kl["stderr"]),
          f"nats per response, target {result['target']:g}"],
-        ["gate", "", gate["verdict"], f"at most {gate['max_kl']:g} nats, {gate['confidence']:.0%} confidence"],
+        ["gate", "", gate["verdict"], f"at most {gate['max_kl']:g} nats, {percent(gate['confidence'])}% confidence"],
     ]
     nats = texts["eval/texts_nats_per_token"], texts["eval/reference_texts_nats_per_token"]
     return "\n".join((
@@ -156,7 +156,8 @@ def gold_moved(run: Path) -> str:
     """What a run did to gold, and no more than is beyond chance: against its own best, then against the reference."""
     files = read_files(run)
     if (peak := best_gold(files)) is not None:
-        return f"let gold fall from {number(peak[0])} after step {peak[1]} to {number(files.result['gold'])}"
+        best, last = apart(peak[0], files.result["gold"])
+        return f"let gold fall from {best} after step {peak[1]} to {last}"
     return {ROSE: "raised gold", FELL: "lowered gold", STAYED: "left gold where it was"}[move_of(files, "gold")[2]]
 
 

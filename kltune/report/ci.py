@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kltune.recipe.faults import printable, redact, visible
-from kltune.report.text import headline, measured_pairs, pair_name, verdict_and_kl, verdict_line
+from kltune.report.text import budget_of, headline, measured_pairs, pair_name, verdict_and_kl, verdict_line
 from kltune.run.files import storing, write_whole
 from kltune.run.screen import interval, with_error
 
@@ -74,8 +74,9 @@ def write_step_summary(document: dict[str, Any]) -> None:
     for one in measured_pairs(document):
         exact, gate = headline(one), one["gate"]
         cells = (
-            pair_name(one), with_error(exact["nats_per_response"], exact["stderr"]), interval(exact["ci"]),
-            str(one["responses"]), "" if gate is None else verdict_line(gate),
+            pair_name(one), with_error(exact["nats_per_response"], exact["stderr"]),
+            interval(exact["ci"], against=budget_of(gate)), str(one["responses"]),
+            "" if gate is None else verdict_line(gate),
         )
         told = (html.escape(printable(redact(cell)), quote=False).replace("|", "\\|") for cell in cells)
         lines.append("| " + " | ".join(told) + " |")

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from kltune.report.frontier.points import identities_of
-from kltune.report.outcome import Files, alarm_of, limits_of, newest_kl, verdict_of
+from kltune.report.outcome import Files, alarm_of, in_words, kl_in, limits_of, newest_kl, verdict_of
 from kltune.report.plots import Z95
 from kltune.run.screen import ABSENT, common_places, duration, interval, number, with_error
 
 JUDGES = {"gold": "gold score", "score": "score", "accuracy": "held-out accuracy"}      # the first that all runs have
 
+TARGETS = {"nats_per_response": "target", "nats_per_token": "target, nats per token"}
 ROUNDING = "KL by rounding alone, nats per response"
 SEEN_ROUNDING = 1e-3    # nats per response from which that is worth a line: a narrow dtype's
 
@@ -49,13 +50,17 @@ class Fact:
 def facts_of(files: Files) -> dict[str, Fact]:
     """The numbers of a run by name, final or, before that, the newest."""
     result, evaluated, last = files.result, files.evaluated, files.metrics[-1] if files.metrics else {}
-    kl = result.get("kl") or {}
-    value, error = (kl.get("nats_per_response"), kl.get("stderr")) if result else newest_kl(files)
+    kl, limits = files.kl, limits_of(files)
+    goals: dict[str, Fact] = {}
+    for unit in ("nats_per_response", "nats_per_token"):
+        value, error, ci95 = kl_in(unit, kl) if result or kl else (*newest_kl(files, unit), None)
+        held = unit == limits.unit      # of a KL per token there is more to say only where that is what was steered
+        goals[f"KL, {in_words(unit)}"] = Fact(value if held or unit == "nats_per_response" else None, error, ci95)
+        goals[TARGETS[unit]] = Fact(limits.target if held else None)
     distinct, floor = "distinct_2_adjusted", (kl.get("noise_floor") or {}).get("nats_per_response")
     machine = files.record.get("machine") or {}
     return {
-        "KL, nats per response": Fact(value, error, kl.get("ci95")),
-        "target": Fact(limits_of(files).target),
+        **goals,
         "score": Fact(
             result.get("score", last.get("score/mean")), result.get("score_stderr"),
             reference=result.get("reference_score"),
@@ -139,5 +144,5 @@ def _error(files: Files, name: str) -> float:
 
 
 def _nats(files: Files) -> float:
-    nats = (files.result.get("kl") or {}).get("nats_per_response")
+    nats = files.kl.get("nats_per_response")
     return math.inf if nats is None else nats

@@ -19,7 +19,9 @@ from kltune.report.plots import (
     draw_series,
     finish_axes,
     make_axes,
+    names_as_they_are,
     set_log,
+    shown_in_legend,
 )
 from kltune.run.screen import is_number
 
@@ -186,6 +188,7 @@ COMPARED_CURVES = {      # pictures of a comparison: one metric of every run in 
 }
 
 
+@names_as_they_are()
 def draw(plot: Plot, recorded: Recorded, limits: KLLimits) -> "Figure | None":
     """One picture; None if nothing of it was measured while the run went on, or only once, or as 0."""
     shown = [(name, recorded.series(name)) for name in _measured_names(plot, recorded)]
@@ -237,6 +240,7 @@ def _draw_saved(axes: "Axes", recorded: Recorded, name: str, colour: str, label:
     return value
 
 
+@names_as_they_are()
 def draw_together(plot: Plot, runs: dict[str, Recorded], targets: dict[str, float]) -> "Figure | None":
     """One curve of each run in one picture, of the same metric; None if no run has any.
 
@@ -249,11 +253,11 @@ def draw_together(plot: Plot, runs: dict[str, Recorded], targets: dict[str, floa
     figure, axes = make_axes()
     drawn: list[float] = []
     for colour, (label, recorded) in zip(COLOURS, runs.items(), strict=False):
-        series = recorded.series(name)
+        series, shown = recorded.series(name), shown_in_legend(visible(label))
         if series:
-            draw_series(axes, series, colour, visible(label))
+            draw_series(axes, series, colour, shown)
             drawn += [value for _, value, _ in series]
-        saved = _draw_saved(axes, recorded, plot.patterns[-1], colour, "_saved" if series else visible(label))
+        saved = _draw_saved(axes, recorded, plot.patterns[-1], colour, "_saved" if series else shown)
         drawn += [] if saved is None else [saved]
         if label in targets:
             draw_level(axes, targets[label], colour, "_target")

@@ -1,20 +1,21 @@
 """What a run folder holds, and its outcome in one word and a few sentences: did it end, and within its budget?"""
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kltune.core.hacking.detector import errors_of, pairs_of
 from kltune.errors import CheckpointError
-from kltune.lm.data.documents import RecipeFacts, Result, RunRecord, SampleRow
+from kltune.lm.data.documents import FinalFacts, RecipeFacts, Result, RunRecord, SampleRow
 from kltune.lm.data.foreign import check_shape, read_ordinary
 from kltune.recipe import RecipeFaults
 from kltune.recipe.yaml_tree import read_nodes
 from kltune.report.figures import STANDARD_ERRORS, TOLERANCE, KLLimits, Recorded
 from kltune.run.files import read_json, read_jsonl, read_metrics
-from kltune.run.screen import ABSENT, common_places, interval, is_number, number, with_error
+from kltune.run.screen import ABSENT, apart, common_places, interval, is_number, number, out_of, percent, with_error
 
 RECORDED = (
     "stage", "status", "seed", "reference", "versions", "threads", "started", "ended", "recipe_sha256", "command",
@@ -47,7 +48,10 @@ ROSE, FELL, STAYED = "rose from", "fell from", "did not clearly move:"
 
 @dataclass(frozen=True)
 class Files:
-    """What a run folder holds; empty where a file is not there yet."""
+    """What a run folder holds; empty where a file is not there yet.
+
+    stopped: kltune.json of the final that a run left which failed, as at its cap.
+    """
 
     folder: Path
     record: dict[str, Any]
@@ -56,11 +60,17 @@ class Files:
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     result: dict[str, Any]
+    stopped: dict[str, Any] = field(default_factory=dict)
 
     @property
     def evaluated(self) -> dict[str, Any]:
         """The evaluation of what was saved; {} before that."""
         return self.result.get("eval") or {}
+
+    @property
+    def kl(self) -> dict[str, Any]:
+        """KL of the policy that was saved as final; {} before that."""
+        return (self.result or self.stopped).get("kl") or {}
 
     @cached_property
     def recorded(self) -> Recorded:
@@ -90,14 +100,19 @@ def read_files(folder: Path) -> Files:
         recipe = plain
     samples = read_jsonl(folder / "samples.jsonl")
     check_shape(samples, list[SampleRow], CheckpointError, str(folder / "samples.jsonl"))
+    record = {**dict.fromkeys(RECORDED), **read_json(folder / "run.json", RunRecord)}
+    result = read_json(folder / "result.json", Result) if (folder / "result.json").exists() else {}
+    final = folder / "final" / "kltune.json"
+    ended_with_it = not result and record["status"] == "failed" and final.exists()
     return Files(
         folder=folder,
-        record={**dict.fromkeys(RECORDED), **read_json(folder / "run.json", RunRecord)},
+        record=record,
         recipe_text=recipe_text,
         recipe=recipe,
         metrics=read_metrics(folder),
         samples=samples,
-        result=read_json(folder / "result.json", Result) if (folder / "result.json").exists() else {},
+        result=result,
+        stopped=read_json(final, FinalFacts) if ended_with_it else {},
     )
 
 
@@ -118,24 +133,39 @@ def verdict_of(files: Files) -> RunVerdict:
     if status == "finished":
         return _final_verdict(files)
     done = files.metrics[-1].get("step", 0) if files.metrics else 0
-    where = f"step {done:,} of {total:,}" if total else f"step {done:,}"
+    where = f"step {done:,}{out_of(done, total, form=',')}"
     reason = files.record.get("error") or "no reason recorded"
     word, tone, sentence = {
         "interrupted": ("interrupted", "plain", f"Stopped after {where}; --resume continues it."),
         "failed": ("failed", "bad", f"Failed after {where}: {reason.rstrip('.')}."),
     }.get(str(status), ("running", "plain", f"At {where} when this page was written; no final measurement yet."))
-    value, error = newest_kl(files)
-    if value is not None:
-        sentence += f" KL to the reference when last measured: {with_error(value, error)} nats per response."
+    unit = limits_of(files).unit
+    value, error = newest_kl(files, unit)
+    if files.kl.get(unit) is not None:
+        sentence = " ".join([sentence, *_distance(files)[2:]])
+    elif value is not None:
+        sentence += f" KL to the reference when last measured: {with_error(value, error)} {in_words(unit)}."
     return RunVerdict(word, tone, sentence)
 
 
-def newest_kl(files: Files) -> tuple[float | None, float | None]:
-    """KL of the last batch, or of the last evaluation where batches have none; with its standard error."""
+def in_words(unit: str) -> str:
+    """nats_per_token is "nats per token"."""
+    return unit.replace("_per_", " per ")
+
+
+def kl_in(unit: str, kl: dict[str, Any]) -> tuple[float | None, float | None, Sequence[float | None] | None]:
+    """A KL of result.json in a unit, its standard error and its 95 % interval: of a KL per token neither is kept."""
+    errors = (kl.get("stderr"), kl.get("ci95")) if unit == "nats_per_response" else (None, None)
+    return kl.get(unit), *errors
+
+
+def newest_kl(files: Files, unit: str) -> tuple[float | None, float | None]:
+    """KL of the last batch, or of the last evaluation where batches have none; its standard error, as of `kl_in`."""
     for row in reversed(files.metrics):
         for name in ("kl/ref", "eval/kl_ref"):
-            if row.get(f"{name}_nats_per_response") is not None:
-                return row[f"{name}_nats_per_response"], row.get(f"{name}_stderr")
+            value, error, _ = kl_in(unit, {unit: row.get(f"{name}_{unit}"), "stderr": row.get(f"{name}_stderr")})
+            if value is not None:
+                return value, error
     return None, None
 
 
@@ -146,42 +176,52 @@ def _reward_verdict(files: Files) -> RunVerdict:
     rows = files.result["held_out_rows"]
     word, tone = ("learnt", "good") if low > 0.5 else ("no better than chance", "bad")
     return RunVerdict(word, tone, (
-        f"It is right on {100 * accuracy:.1f} % of {rows:,} held-out rows (95 % interval {100 * low:.1f} to "
-        f"{100 * high:.1f} %), where chance is right on 50 %."
+        f"It is right on {percent(accuracy, 1)} % of {rows:,} held-out rows (95 % interval "
+        f"{interval((100 * low, 100 * high), 1, (0, 50, 100))} %), where chance is right on 50 %."
     ))
 
 
 def _final_verdict(files: Files) -> RunVerdict:
     if files.record["stage"] == "reward":
         return _reward_verdict(files)
-    kl, limits = files.result.get("kl") or {}, limits_of(files)
-    value = kl.get(limits.unit)
-    if value is None:
+    if files.kl.get(limits_of(files).unit) is None:
         return RunVerdict("KL not measured", "bad", "The run finished; the KL of the final policy was not measured.")
-    bounds = interval(kl.get("ci95") if limits.unit == "nats_per_response" else None)      # ci95 is per response
+    word, tone, *sentences = _distance(files)
+    return RunVerdict(word, tone, " ".join([*sentences, *_scores(files)]))
+
+
+def said_of(value: float, limits: KLLimits) -> dict[str, str]:
+    """A KL, target, cap and the ends of what counts as on target as text, told apart from each other."""
+    band = (None, None) if limits.target is None else ((1 - TOLERANCE) * limits.target, (1 + TOLERANCE) * limits.target)
+    numbers = {"value": value, "target": limits.target, "cap": limits.hard_cap, "low": band[0], "high": band[1]}
+    return dict(zip(numbers, apart(*numbers.values()), strict=True))
+
+
+def _distance(files: Files) -> tuple[str, ...]:
+    """A word and its tone for how far the final policy is from its reference, and the sentences on it."""
+    limits = limits_of(files)
+    value, _, ci95 = kl_in(limits.unit, files.kl)
+    said, word, tone = said_of(value, limits), "measured", "plain"
+    bounds = interval(ci95, against=(limits.target, limits.hard_cap))
     in_brackets = "" if bounds == ABSENT else f" (95 % interval {bounds})"
-    unit = limits.unit.replace("_per_", " per ")
-    sentences = [f"The final policy is {number(value)} {unit} from its reference{in_brackets}."]
-    word, tone = "measured", "plain"
+    sentences = [f"The final policy is {said['value']} {in_words(limits.unit)} from its reference{in_brackets}."]
     if limits.target:
         share = value / limits.target - 1
         side = "above" if share > 0 else "below"
         rest = "; the rest of the budget is not used" if files.result.get("target_unused") else ""
-        on_target = abs(share) <= TOLERANCE
-        most = f"{100 * TOLERANCE:.0f} %"
+        on_target = round(abs(share), 9) <= TOLERANCE
+        off, most = apart(100 * abs(share), 100 * TOLERANCE, places=0)[0], f"{100 * TOLERANCE:.0f} %"
         rule = f": on target (within {most})" if on_target else f", more than the {most} that count as on target"
-        sentences.append(
-            f"That is {100 * abs(share):.0f} % {side} the target of {number(limits.target)}{rule}{rest}."
-        )
+        sentences.append(f"That is {off} % {side} the target of {said['target']}{rule}{rest}.")
         word = "on target" if on_target else f"{side} target"
         tone = "good" if on_target else "bad" if share > 0 else "plain"
     elif limits.hard_cap is None:
         sentences.append("The recipe sets no target and no cap.")
     if limits.hard_cap is not None:
         within = value <= limits.hard_cap
-        sentences.append(f"It is {'within' if within else 'beyond'} the hard cap of {number(limits.hard_cap)}.")
+        sentences.append(f"It is {'within' if within else 'beyond'} the hard cap of {said['cap']}.")
         word, tone = (word, tone) if within else ("over the hard cap", "bad")
-    return RunVerdict(word, tone, " ".join([*sentences, *_scores(files)]))
+    return word, tone, *sentences
 
 
 def _scores(files: Files) -> list[str]:
@@ -191,9 +231,9 @@ def _scores(files: Files) -> list[str]:
         if moved := move_of(files, name):
             *ends, word = moved
             places = common_places([(ends[1], files.evaluated.get(f"eval/{name}_stderr")), (ends[0], None)])
-            before, after = (number(score, places) for score in ends)
             best = best_gold(files) if name == "gold" else None
-            peak = "" if best is None else f"{number(best[0], places)} at step {best[1]:,}"
+            before, after, top = apart(*ends, None if best is None else best[0], places=places)
+            peak = "" if best is None else f"{top} at step {best[1]:,}"
             if best is not None and word != FELL:
                 sentences.append(
                     f"{title} fell from its peak of {peak} to {after}; the reference's is {before}."
@@ -251,27 +291,26 @@ def move_of(files: Files, name: str) -> tuple[float, float, str] | None:
 
 def gauge_of(files: Files) -> dict[str, Any] | None:
     """Where the final KL, its interval, target and cap lie on one scale, in % of its length; None without a KL."""
-    kl, limits = files.result.get("kl") or {}, limits_of(files)
-    value = kl.get(limits.unit)
+    limits = limits_of(files)
+    value, _, ci95 = kl_in(limits.unit, files.kl)
     if value is None:
         return None
-    low, high = (kl.get("ci95") if limits.unit == "nats_per_response" else None) or (value, value)
+    low, high = ci95 or (value, value)
     marks = [value, high or 0.0, 1.5 * (limits.target or 0.0), 1.1 * (limits.hard_cap or 0.0)]
     end = max(*marks, 1.3 * value) or 1.0
 
-    def percent(nats: float | None) -> float | None:
+    def along(nats: float | None) -> float | None:
         return None if nats is None else round(100.0 * nats / end, 2)
 
-    target = limits.target
+    target, said = limits.target, said_of(value, limits)
     return {
-        "value": percent(value), "low": percent(low), "high": percent(high), "target": percent(target),
-        "cap": percent(limits.hard_cap), "end": end, "unit": limits.unit.replace("_per_", " per "),
-        "band": None if target is None else [percent((1 + sign * TOLERANCE) * target) for sign in (-1, 1)],
-        "ticks": _ticks([(percent(nats), number(nats)) for nats in (target, limits.hard_cap) if nats is not None]),
+        "value": along(value), "low": along(low), "high": along(high), "target": along(target),
+        "cap": along(limits.hard_cap), "end": end, "unit": in_words(limits.unit),
+        "band": None if target is None else [along((1 + sign * TOLERANCE) * target) for sign in (-1, 1)],
+        "ticks": _ticks([(along(nats), number(nats)) for nats in (target, limits.hard_cap) if nats is not None]),
         "says": {
-            "value": number(value), "interval": interval(None if low == high else (low, high)),
-            "target": number(target), "cap": number(limits.hard_cap),
-            "band": ABSENT if target is None else interval(((1 - TOLERANCE) * target, (1 + TOLERANCE) * target)),
+            **said, "interval": interval(ci95, against=(target, limits.hard_cap)),
+            "band": ABSENT if target is None else f"{said['low']} to {said['high']}",
         },
     }
 

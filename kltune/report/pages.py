@@ -15,13 +15,14 @@ from markupsafe import Markup
 from kltune.errors import RecipeError
 from kltune.recipe import as_written, by_dotted_key
 from kltune.recipe.faults import visible
-from kltune.report.facts import ROUNDING, columns_of, facts_of, preference_of
+from kltune.report.facts import ROUNDING, TARGETS, columns_of, facts_of, preference_of
 from kltune.report.figures import COMPARED_CURVES, TOLERANCE, Plot, draw, draw_together, plots_for
 from kltune.report.outcome import (
     Files,
     alarm_of,
     figures_of,
     gauge_of,
+    in_words,
     limits_of,
     read_files,
     verdict_of,
@@ -39,16 +40,17 @@ from kltune.report.samples import (
 )
 from kltune.report.updates import updates_of
 from kltune.run.files import write_whole
-from kltune.run.screen import ABSENT, duration, number
+from kltune.run.screen import ABSENT, duration, number, percent
 
 NAMES_NO_RUN = ("run.output", "run.keep", "run.loggers")      # keys in which any two runs may differ
 ON_THE_REPORT = (
-    "KL, nats per response", "score", "gold score", "distinct-2, adjusted", "alignment tax, nats per token",
-    "held-out accuracy", "calibration error", ROUNDING, "steps", "time",
+    "KL, nats per token", "KL, nats per response", "score", "gold score", "distinct-2, adjusted",
+    "alignment tax, nats per token", "held-out accuracy", "calibration error", ROUNDING, "steps", "time",
 )
 IN_THE_COMPARISON = (
-    "KL, nats per response", "target", "score", "gold score", "held-out accuracy", "distinct-2, adjusted", "self-BLEU",
-    "tokens per response", "alignment tax, nats per token", ROUNDING, "steps", "time",
+    "KL, nats per response", TARGETS["nats_per_response"], "KL, nats per token", TARGETS["nats_per_token"], "score",
+    "gold score", "held-out accuracy", "distinct-2, adjusted", "self-BLEU", "tokens per response",
+    "alignment tax, nats per token", ROUNDING, "steps", "time",
 )
 SIDE_BY_SIDE = 4          # pairs that stand open; the rest is folded
 Pictures = dict[str, list[tuple[str, Markup]]]      # title and SVG, by heading
@@ -63,7 +65,8 @@ def write_page(folder: Path, path: Path | None = None) -> Path:
     files = read_files(Path(folder))
     path = files.folder / "report.html" if path is None else path
     limits, pairs, facts = limits_of(files), newest_pairs(files.samples), facts_of(files)
-    facts["KL, nats per response"] = replace(facts["KL, nats per response"], target=limits.target)
+    if (steered := f"KL, {in_words(limits.unit)}") in facts:      # a recipe that somebody changed may name any unit
+        facts[steered] = replace(facts[steered], target=limits.target)
     during = samples_while_training(files.samples)
     write_whole(path, environment().get_template("page.html.j2").render(
         name=files.folder.resolve().name,
@@ -133,8 +136,8 @@ def environment() -> Environment:
         trim_blocks=True, lstrip_blocks=True, finalize=lambda value: visible(value) if type(value) is str else value,
     )
     made.filters |= {
-        "number": number, "duration": duration, "text": shortened, "date": date, "spans": shaded_spans,
-        "tokens_of_most_kl": tokens_of_most_kl, "brief": brief, "breakable": breakable,
+        "number": number, "percent": percent, "duration": duration, "text": shortened, "date": date,
+        "spans": shaded_spans, "tokens_of_most_kl": tokens_of_most_kl, "brief": brief, "breakable": breakable,
     }
     made.globals["levels"] = SHADES
     return made
@@ -206,7 +209,7 @@ def next_commands(files: Files) -> list[tuple[str, str]]:
     folder, stage = shlex.quote(str(files.folder)), files.record["stage"]
     recipe = shlex.quote(str(files.folder / "recipe.yaml"))
     commands = [("Run it again", f"kltune {stage} --recipe {recipe} --output runs/again")]
-    if (files.result.get("kl") or {}).get("nats_per_response") is not None:
+    if files.kl.get("nats_per_response") is not None:
         limits = limits_of(files)
         limit = limits.hard_cap or (limits.target and (1 + TOLERANCE) * limits.target)
         gate = f" --max-kl {limit:g} --unit {limits.unit}" if limit else ""

@@ -3,7 +3,8 @@
 import io
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -81,9 +82,24 @@ class Frame:
     budget: float | None = None
 
 
+@contextmanager
+def names_as_they_are() -> Iterator[None]:
+    """Within: what is written in a picture is no mathematics, whatever dollars a name has. Also a decorator."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):
+        yield
+
+
+def shown_in_legend(name: str) -> str:
+    """A name that matplotlib puts in the legend: one that begins with _ it leaves out."""
+    return f" {name}" if name.startswith("_") else name
+
+
+@names_as_they_are()
 def curve_svg(curves: Sequence[Curve], frame: Frame) -> str:
     """Curves with error bars in one picture: an ``<svg>`` element that can stand alone."""
-    names = [textwrap.fill(curve.name, NAME_WIDTH) for curve in curves]
+    names = [shown_in_legend(textwrap.fill(curve.name, NAME_WIDTH)) for curve in curves]
     lines = len(names) + sum(name.count("\n") for name in names)
     figure, axes = make_axes(4.7, 3.2 + 0.19 * lines) if frame.inside else make_axes(6.4, 4.0 + 0.1 * lines)
     if frame.budget is not None:

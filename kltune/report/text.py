@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kltune.recipe.faults import visible
-from kltune.run.screen import interval, number, with_error
+from kltune.run.screen import interval, number, percent, with_error
 
 MARKED = 0.3            # nats at a token from which it is marked
 TERMINAL_SHADES = ((1.0, "1;31"), (MARKED, "31"), (0.05, "33"))      # least nats, and the colour from there on
@@ -68,11 +68,11 @@ def _served(document: dict[str, Any]) -> Iterator[str]:
         f"{document['prompts']} prompts · temperature 1 · at most {document['max_new_tokens']} tokens"
     )
     server, topk, k1 = document["server"], document["kl"]["topk"], document["kl"]["k1"]
-    ends = "" if topk["ci"] is None else f", {interval(topk['ci'])} at {document['confidence']:.0%}"
+    ends = "" if topk["ci"] is None else f", {_ends(document, topk)} at {percent(document['confidence'])}%"
     kl, sampled = (with_error(one["nats_per_response"], one["stderr"]) for one in (topk, k1))
     yield (
         f"  {kl} nats per response{ends}: the {server['top_logprobs']} likeliest tokens summed "
-        f"({server['mass']:.1%} of the probability), the others sampled"
+        f"({percent(server['mass'], 1)}% of the probability), the others sampled"
     )
     yield f"  k1 {sampled}; agrees to {document['agreement_z']:+.1f} standard errors"
     yield f"  the responses are a sample of their log-probs to {document['surprise_z']:+.1f} standard errors"
@@ -85,15 +85,24 @@ def headline(document: dict[str, Any]) -> dict[str, Any]:
     return document["kl"].get("exact") or document["kl"]["topk"]
 
 
+def budget_of(gate: dict[str, Any] | None) -> tuple[float, ...]:
+    """What a KL in nats per response is held against, if it is."""
+    return (gate["max_kl"],) if gate is not None and gate["unit"] == "nats_per_response" else ()
+
+
+def _ends(document: dict[str, Any], kl: dict[str, Any]) -> str:
+    return interval(kl["ci"], against=budget_of(document["gate"]))
+
+
 def _checks_and_spread(document: dict[str, Any]) -> Iterator[str]:
     exact, spread = document["kl"]["exact"], document["distribution"]
     if exact["ci"] is not None:
-        yield f"  {document['confidence']:.0%} interval of exact: {interval(exact['ci'])} nats per response"
+        yield f"  {percent(document['confidence'])}% interval of exact: {_ends(document, exact)} nats per response"
     else:
         yield "  one prompt: no standard errors and no interval"
     yield (
         f"  k1 agrees with exact to {round(document['agreement_z'], 1) + 0.0:+.1f} standard errors; "      # no -0.0
-        f"{document['truncated_fraction']:.0%} of the responses reached the length limit"
+        f"{percent(document['truncated_fraction'], 0)}% of the responses reached the length limit"
     )
     floor = document["noise_floor"]
     if floor["nats_per_token"] >= SEEN_ROUNDING:
@@ -104,7 +113,8 @@ def _checks_and_spread(document: dict[str, Any]) -> Iterator[str]:
     quantiles = spread["quantiles"]
     yield (
         f"  responses: median {quantiles['0.5']:.3f}, 90 % below {quantiles['0.9']:.3f}, 99 % below "
-        f"{quantiles['0.99']:.3f}, largest {spread['maximum']:.3f} nats with {spread['largest_share']:.1%} of all KL"
+        f"{quantiles['0.99']:.3f}, largest {spread['maximum']:.3f} nats with "
+        f"{percent(spread['largest_share'], 1)}% of all KL"
     )
     if spread["heavy"]:
         yield "  warning: one response carries more than 10 % of the KL; its standard error is not to be trusted"
@@ -125,7 +135,7 @@ def _checks_and_spread(document: dict[str, Any]) -> Iterator[str]:
         yield f"  this checkpoint equals its reference{why}"
     for row in document.get("against", ()):
         kl = row["kl"]["exact"]
-        ends = "" if kl["ci"] is None else f", {interval(kl['ci'])}"
+        ends = "" if kl["ci"] is None else f", {_ends(row, kl)}"
         gate = "" if row["gate"] is None else f"; {verdict_line(row['gate'])}"
         measured = with_error(kl["nats_per_response"], kl["stderr"])
         yield f"  against {visible(row['reference']['path'])}: {measured} nats per response{ends}{gate}"
@@ -145,7 +155,7 @@ def _where_the_kl_is(document: dict[str, Any], colour: bool) -> Iterator[str]:
         for row in (*document["top_tokens"], end):
             name = visible(row["token"]) if row is end else repr(row["token"])
             yield (
-                f"  {name:<16}{row['share']:<14.1%}{row['policy_per_response']:<14.3f}"
+                f"  {name:<16}{percent(row['share'], 1) + '%':<14}{row['policy_per_response']:<14.3f}"
                 f"{row['reference_per_response']:.3f}"
             )
     if document["top_prompts"]:
@@ -201,11 +211,11 @@ def verdict_line(gate: dict[str, Any]) -> str:
     """What the gate says, in words."""
     budget = f"{gate['max_kl']:g} {gate['unit'].replace('_', ' ')}"
     look = gate["looks"][-1]
-    sure = f"at {gate['confidence']:.0%} confidence"
+    sure = f"at {percent(gate['confidence'])}% confidence"
     if gate["planned_looks"] > 1:
         sure += (
             f" (look {len(gate['looks'])} of at most {gate['planned_looks']}, {look['responses']} responses; each "
-            f"interval at {100 * look['confidence']:.3g} %)"
+            f"interval at {percent(look['confidence'], digits=3)} %)"
         )
     reason = gate.get("reason")
     note = "" if reason is None else f"; {reason}"
@@ -273,9 +283,9 @@ def compare_text(document: dict[str, Any]) -> str:
     verdict = f"{first} is preferred" if low > 0.5 else f"{second} is preferred" if high < 0.5 else "undecided"
     lengths = " · ".join(number(document[side]["tokens"], 1) for side in ("first", "second"))
     return "\n".join([
-        f"win rate of {first} over {second}: {number(100 * document['win_rate'], 1)} % "
-        f"({document['confidence']:.0%}: {number(100 * low, 1)} to {number(100 * high, 1)}), a tie counting half: "
-        f"{verdict}",
+        f"win rate of {first} over {second}: {percent(document['win_rate'], 1)} % "
+        f"({percent(document['confidence'])}%: {interval((100 * low, 100 * high), 1, (0, 50, 100))}), a tie counting "
+        f"half: {verdict}",
         f"{document['wins']} wins, {document['ties']} ties, {document['losses']} losses over {document['prompts']} "
         f"prompts, by {visible(document['judge'])}",
         f"tokens per response: {lengths}",

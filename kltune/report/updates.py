@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from kltune.report.outcome import Files
-from kltune.run.screen import number
+from kltune.run.screen import percent
 
 FORETELLS = 0.1     # of the returns' variance: a value function that explains less is no better than a constant
 LIMIT = "kl/step_limit_nats_per_response"
@@ -63,4 +63,4 @@ def _mean(rows: list[dict[str, Any]], name: str, limit: float | None = None) -> 
 
 
 def _percent(value: float | None, of: float | None) -> str:
-    return "" if value is None or not of else f"{number(100.0 * value / of, 1)} %"
+    return "" if value is None or not of else f"{percent(value / of, 1)} %"

@@ -29,7 +29,7 @@ from kltune.core import ranks
 from kltune.recipe.faults import redact, visible
 from kltune.run.files import append_line, storing, to_json, without_nonfinite
 from kltune.run.loggers import Curves, wanted_loggers
-from kltune.run.screen import SILENCE_SECONDS, counted, duration, undressed, wants_colour, with_error
+from kltune.run.screen import SILENCE_SECONDS, counted, duration, out_of, undressed, wants_colour, with_error
 
 TABLE_SECONDS = 0.5      # between two drawings of a table
 Number = float | int | None
@@ -234,8 +234,7 @@ class Report:
             self._progress.update(self._task, completed=step, total=max(step, self.total_steps), row=row)
         if self._is_due(step, numbers):
             self._printed_at = time.monotonic()
-            of = f"/{self.total_steps}" if step <= self.total_steps else ""     # a run until its target may go on
-            self.say(f"{self.stage} {step}{of}  {row}")
+            self.say(f"{self.stage} {step}{out_of(step, self.total_steps, '/')}  {row}")
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record a few responses, as ``{"prompt", "response", "score", "ref_kl"}`` each."""

@@ -13,6 +13,9 @@ from kltune.recipe.faults import redact, visible
 SILENCE_SECONDS = 4.0       # that a user waits at most before a line says what is being done
 FIRST_SECONDS = 1.5         # the same, from the start of a command
 ABSENT = "–"
+LEAST_DIGITS, MOST_DIGITS = 3, 12     # that count: of a number alone, and those by which two numbers differ
+OWN_DIGITS = 10         # of a number that a user wrote, without the noise of binary fractions
+MOST_PLACES = 6         # of a number with an error; beyond these each has its own digits
 DIGITS = 4      # of the largest number in a column of equal places, at most; three places are always allowed
 
 
@@ -107,36 +110,56 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def number(value: Any, places: int | None = None) -> str:
-    """Three or four digits that count, or so many places; a dash where nothing was measured."""
+def number(value: Any, places: int | None = None, digits: int = LEAST_DIGITS) -> str:
+    """So many places, or so many digits that count, and all before the point; a dash where nothing was measured."""
     if not is_number(value):
         return ABSENT
     if places is not None:
-        return _minus(f"{value:,.{places}f}")
-    text = f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return _minus(text)
+        return _minus(f"{value:z,.{places}f}")
+    if isinstance(value, int):
+        return _minus(f"{value:,}")
+    text = f"{value:z.{digits}g}"
+    large = abs(float(text)) >= 1000.0
+    return _minus(f"{value:,.{max(0, digits - 1 - _magnitude(value))}f}" if large else text)
+
+
+def apart(*values: Any, places: int | None = None, digits: int = LEAST_DIGITS) -> list[str]:
+    """Numbers as `number` writes them, in as many places or digits more as those need to differ that do."""
+    wanted = len({f"{value:z.{MOST_DIGITS}g}" for value in values if is_number(value)})
+    for more in range(MOST_DIGITS):
+        texts = [number(value, None if places is None else places + more, digits + more) for value in values]
+        if len(set(texts) - {ABSENT}) == wanted:
+            return texts
+    return [number(value, places, digits) for value in values]
+
+
+def percent(share: float, places: int | None = None, digits: int = OWN_DIGITS) -> str:
+    """A share in %, without the sign: all its digits, or so many; never 100 for less than all nor 0 for some."""
+    return apart(100.0 * share, 0.0, 100.0, places=places, digits=digits)[0]
 
 
 def with_error(value: Any, error: Any, places: int | None = None) -> str:
     """A number and its standard error, both to the error's first digit, or its second if that first one is 1 or 2.
 
-    The number alone where it has no error. places: of both, where a column asks for as many in each of its rows.
+    The number alone where it has no error; each to its own digits where the error is too small for places. places: of
+    both, where a column asks for as many in each of its rows.
     """
     if not is_number(value) or not is_number(error):
         return number(value, places)
-    if places is None:
-        if error <= 0.0:
-            return f"{number(value)} ± 0"
-        places = _places(value, error)
-    return _minus(f"{value:,.{places}f} ± {error:.{places}f}")
+    own = MOST_PLACES + 1 if error <= 0.0 else _places(error)
+    if error > 0.0 and (places is None or number(error, places) == number(0.0, places)):
+        places = own if own <= MOST_PLACES else None
+    return f"{number(value, places)} ± {number(error, places) if error > 0.0 or places is not None else 0}"
 
 
-def _places(value: float, error: Any) -> int:
-    """Places after the point that a number is worth by its error, or by `number` where it has none."""
-    if not is_number(error) or error <= 0.0:
-        return len(number(float(value)).partition("e")[0].partition(".")[2])
-    magnitude = math.floor(math.log10(error))
-    return min(max((error < 2.95 * 10.0**magnitude) - magnitude, 0), 6)
+def _places(error: float) -> int:
+    """Places after the point up to the first digit of an error, or its second if that first one is 1 or 2."""
+    magnitude = _magnitude(error)
+    return max((error < 2.95 * 10.0**magnitude) - magnitude, 0)
+
+
+def _magnitude(value: float) -> int:
+    return math.floor(math.log10(abs(value)))
 
 
 def common_places(pairs: Iterable[tuple[Any, Any]]) -> int:
@@ -146,17 +169,32 @@ def common_places(pairs: Iterable[tuple[Any, Any]]) -> int:
     """
     known = [(value, error) for value, error in pairs if is_number(value)]
     largest = max((abs(value) for value, _ in known), default=0.0)
-    most = max(3, DIGITS - 1 - math.floor(math.log10(largest))) if largest > 0.0 else 3
-    exact = [pair for pair in known if is_number(pair[1]) and pair[1] > 0.0] or known
-    return min(most, max((_places(*pair) for pair in exact), default=0))
+    most = max(3, DIGITS - 1 - _magnitude(largest)) if largest > 0.0 else 3
+    errors = [error for _, error in known if is_number(error) and error > 0.0]
+    wanted = map(_places, errors) if errors else (
+        len(number(float(value)).partition("e")[0].partition(".")[2]) for value, _ in known
+    )
+    return min(most, MOST_PLACES, max(wanted, default=0))
 
 
-def interval(bounds: Sequence[float | None] | None, places: int | None = None) -> str:
-    """``5.71 to 6.15``, both ends to as many places; a dash where there is no interval, "any" where it has no end."""
+def interval(bounds: Sequence[float | None] | None, places: int | None = None, against: Iterable[Any] = ()) -> str:
+    """``5.71 to 6.15``, both ends to as many places, more where it is narrow; a dash where there is no interval.
+
+    An end that it does not have is "any". against: numbers that the ends are held against, and told apart from.
+    """
     if bounds is None or bounds[0] is None:
         return ABSENT
-    places = common_places((bound, None) for bound in bounds) if places is None else places
-    return " to ".join("any" if bound is None else number(bound, places) for bound in bounds)
+    if places is None:
+        width = 0.0 if None in bounds else bounds[1] - bounds[0]
+        places = max(common_places((bound, None) for bound in bounds), _places(width) if width > 0.0 else 0)
+        places = places if places <= MOST_PLACES else None
+    ends = apart(*bounds, *against, places=places)
+    return " to ".join("any" if bound is None else end for bound, end in zip(bounds, ends, strict=False))
+
+
+def out_of(step: int, total: int | None, between: str = " of ", form: str = "") -> str:
+    """``" of 40"`` behind the number of a step; nothing where no such number is known, or a run went on beyond it."""
+    return f"{between}{total:{form}}" if total and step <= total else ""
 
 
 def duration(seconds: float) -> str:

@@ -150,7 +150,8 @@ class Run:
         self.stop_signal = next((number for number in numbers if number is not None), None)
         return self.stop_signal
 
-    def _close(self, error: BaseException | None) -> None:
+    def close(self, error: BaseException | None) -> None:
+        """Record how the run ended, unless that is recorded: by an error, None where it ended without a result."""
         if self._record["status"] != "running":
             return
         status = "interrupted" if isinstance(error, (Interrupted, *GOES_ON_LATER)) else "failed"
@@ -224,9 +225,9 @@ def open_run(recipe: Recipe, *, resume: bool) -> Iterator[Run]:
         except BaseException as error:
             if isinstance(error, GOES_ON_LATER) and run.stop_signal is not None:     # it was not waited for
                 error = Interrupted(str(error), run.stop_signal)
-            run._close(error)
+            run.close(error)
             raise error
-        run._close(None)
+        run.close(None)
 
 
 def _take(recipe: Recipe, resume: bool, held: contextlib.ExitStack) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from kltune.lm.model.loading import published_dtype
 from kltune.lm.model.opening import load_reference
 from kltune.lm.model.policy import Policy, Reference
 from kltune.recipe import ModelSection
-from kltune.report.text import verdict_line
+from kltune.report.text import budget_of, verdict_line
 from kltune.run.checkpoint import measure_settings, save_adapter
 from kltune.run.files import storing
 from kltune.run.recorder import counting
@@ -33,7 +33,7 @@ from kltune.run.saved_policy import (
     refuse_filled,
     resolve_settings,
 )
-from kltune.run.screen import interval, with_error
+from kltune.run.screen import interval, percent, with_error
 
 CODES = {"pass": 0, "fail": 3, "inconclusive": 4}
 DIRECTION = "KL(merged||policy)"
@@ -175,10 +175,10 @@ def readme(document: dict[str, Any]) -> str:
 def measured_line(document: dict[str, Any]) -> str:
     """The merged model's own KL, in a sentence."""
     kl, lost = document["kl"], 1.0 - (document["survived"] or 0.0)
-    rounding = f"; rounding took {lost:.1%} of its update" if lost > 0.001 else ""
+    rounding = f"; rounding took {percent(lost, 1)}% of its update" if lost > 0.001 else ""
     if kl is None:
         return f"KL(merged ‖ policy): not measured, as no prompts are known (--prompts){rounding}."
-    ends = "" if kl["ci"] is None else f", {interval(kl['ci'])}"
+    ends = "" if kl["ci"] is None else f", {interval(kl['ci'], against=budget_of(document['gate']))}"
     return (
         f"KL(merged ‖ policy): {with_error(kl['nats_per_response'], kl['stderr'])} nats per response{ends}, on "
         f"{document['responses']} responses of at most {document['max_new_tokens']} tokens at temperature "

@@ -36,7 +36,7 @@ from kltune.run.saved_policy import (
     refuse_filled,
     resolve_settings,
 )
-from kltune.run.screen import doing, with_error
+from kltune.run.screen import apart, doing, percent, with_error
 
 CURVE = tuple(round(0.1 * step, 1) for step in range(1, 11))
 SEARCH_SEED = 3_000_017     # beyond --seed: a gate is not to draw again what chose the share that it judges
@@ -145,8 +145,8 @@ def land(interpolation: Interpolation, options: ProjectOptions, settings: Settin
     if check is None:
         raise ModelError(
             f"No share of this adapter could be shown to keep within {options.max_kl:g} {unit} at "
-            f"{options.confidence:.0%} confidence; the last tried was {search.alpha:.4g}. Measure on more prompts, or "
-            "raise --max-responses."
+            f"{percent(options.confidence)}% confidence; the last tried was {search.alpha:.4g}. Measure on more "
+            "prompts, or raise --max-responses."
         )
     for low, high in search.falls:
         print(
@@ -242,10 +242,10 @@ def project_text(document: dict[str, Any]) -> str:
         lines.append(f"  {look['alpha']:<10.4f}{measured:<18}{score:<18}{look['responses']} ({look['purpose']})")
     if document["alpha"] is not None:
         exact, confidence = document["kl"]["exact"], document["kl"]["confidence"]
-        high = exact["token_ci" if per_token else "ci"][1]
+        high, _ = apart(exact["token_ci" if per_token else "ci"][1], document["max_kl"], places=3)
         lines += [
             f"  alpha {document['alpha']:.4f} keeps within {document['max_kl']:g} {unit}: "
-            f"{with_error(exact[kl], exact[error])}, upper end {high:.3f} at {confidence:.1%},",
+            f"{with_error(exact[kl], exact[error])}, upper end {high} at {percent(confidence)}%,",
             "  measured on random numbers that the search did not use",
             f"  saved: {document['output']}",
         ]

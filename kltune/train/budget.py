@@ -19,7 +19,7 @@ from kltune.core.kl.gate import Standing, standing, verdict
 from kltune.core.kl.intervals import KLSummary
 from kltune.lm.model.batches import Rollout
 from kltune.recipe import KLSection
-from kltune.run.screen import interval
+from kltune.run.screen import apart, interval
 
 RAISE = 1.1             # of the price, when the policy was found beyond the cap, or a line search met it
 AGAIN = 2.0             # the same of a price that was fixed, when the policy is found beyond the cap once more
@@ -208,10 +208,11 @@ class Budget:
         return self.section.unit.replace("_per_", " per ")
 
     def describe(self, kl: KLSummary) -> str:
-        """A measured KL with its 95 % interval in words, in the section's unit."""
+        """A measured KL with its 95 % interval in words, in the section's unit, told apart from target and cap."""
         ci = kl.ci if self.section.unit == "nats_per_response" else kl.token_ci
-        spread = "" if ci is None else f" (95 %: {interval(ci)})"
-        return f"{self.in_unit(kl):.3g} {self.unit_text}{spread}"
+        limits = self.target, self.cap
+        spread = "" if ci is None else f" (95 %: {interval(ci, against=limits)})"
+        return f"{apart(self.in_unit(kl), *limits)[0]} {self.unit_text}{spread}"
 
     def state(self) -> dict[str, Any]:
         """Controller, counts and the last state within the cap but for its tensors; see ``Part.state``."""

@@ -36,7 +36,7 @@ from kltune.run.checkpoint import drop_oldest, latest_checkpoint, refuse_nonfini
 from kltune.run.files import read_jsonl
 from kltune.run.optimizer import learning_rate_share, make_optimizer, most_steps
 from kltune.run.recorder import Clock
-from kltune.run.screen import doing
+from kltune.run.screen import doing, number, out_of
 from kltune.run.session import Run
 from kltune.train.batch import UNMEASURED, Batch, batch_metrics, response_kl, sample_rows, standardize
 from kltune.train.evaluation.finish import finish, stop, watch_over
@@ -169,7 +169,7 @@ def take_steps(
         step = job.run.start_step
         while goes_on(job, learner, step):
             step += 1
-            doing(f"step {step} of {job.steps}")
+            doing(f"step {step}{out_of(step, job.steps)}")
             seed_others(job.run.rng("others", step))
             with ranks.phase(f"updating in step {step}"), whole_step(job, learner, step, evaluates(job, step)):
                 close_step(job, learner, step, take_step(job, learner, step))
@@ -367,8 +367,8 @@ def enforce_cap(job: Job, learner: Learner, step: int, batch: Batch, pull: float
         job.report.step(step, batch_metrics(batch, price))
         stop(job, learner, f"step {step}: {found}")
     job.report.warn(
-        f"step {step}: {found}. Went back to the policy after step {last.step} ({last.kl['nats_per_response']:.3g} "
-        f"nats per response), and a nat now costs {learner.budget.price:.3g}."
+        f"step {step}: {found}. Went back to the policy after step {last.step} ({number(last.kl[job.recipe.kl.unit])} "
+        f"{learner.budget.unit_text}), and a nat now costs {learner.budget.price:.3g}."
     )
     return True
 
@@ -413,4 +413,5 @@ def close_step(job: Job, learner: Learner, step: int, taken: Taken) -> None:
         kl = budget.last_within.kl if taken.went_back else None if batch is None else asdict(batch.kl)
         save(job, learner, step, kl)
     if stops and not ends:
-        raise Interrupted(f"after step {step} of {job.steps}, which is saved; --resume goes on from there.", stops)
+        of = out_of(step, job.steps)
+        raise Interrupted(f"after step {step}{of}, which is saved; --resume goes on from there.", stops)

@@ -25,7 +25,7 @@ from kltune.lm.model.policy import Policy
 from kltune.recipe import STAGES, ClassifierReward, DistillRecipe, ModelReward, ModelSection, Recipe, dump_recipe
 from kltune.run.checkpoint import resolve_checkpoint
 from kltune.run.optimizer import total_steps
-from kltune.run.screen import number
+from kltune.run.screen import apart, number
 from kltune.train.teacher import rules_of, told
 
 GB = 1e9
@@ -269,7 +269,8 @@ def plan_text(document: dict[str, Any]) -> str:
     phases = {name: memory["held"] + more for name, more in ({"held all the time": 0} | memory["phases"]).items()}
     lines += [f"  memory, {name:<17} {value / GB:8.2f} GB" for name, value in phases.items()]
     verdict = "fits" if memory["fits"] else "DOES NOT FIT"
-    lines.append(f"  {verdict}: {memory['peak'] / GB:.2f} GB at the peak; {memory['planned'] / GB:.2f} GB are planned "
+    peak, planned = apart(memory["peak"] / GB, memory["planned"] / GB, places=2)
+    lines.append(f"  {verdict}: {peak} GB at the peak; {planned} GB are planned "
                  f"with, of {memory['there'] / GB:.2f} GB")
     lines.append(f"  trained on at once: {memory['trained_at_once']} rows of {memory['tokens_of_a_row']} tokens"
                  + (", their layers computed again" if memory["checkpointed"] else "")

@@ -189,6 +189,12 @@ def test_the_end_of_a_run_says_before_and_after_where_to_look_and_what_is_next(t
     assert f"  page    {tmp_path / 'report.html'}\n" in result_text(result)
 
 
+def test_the_kl_of_a_run_is_in_the_unit_of_its_target(tmp_path):
+    kl = RESULT["kl"] | {"nats_per_response": 1.88, "nats_per_token": 0.188}
+    told = result_text(RESULT | {"output": str(tmp_path), "kl": kl, "target": 0.2, "unit": "nats_per_token"})
+    assert "  KL      0.188 nats per token, KL(policy‖reference), target 0.2\n" in told
+
+
 def test_what_a_stage_made_is_for_the_next(tmp_path):
     made = {**RESULT, "final": str(tmp_path)}
     assert "reward: [{kind: model, path: " in result_text({**made, "stage": "reward"})
@@ -280,7 +286,8 @@ def test_eval_kl_passes_its_options_and_its_exit_code(run, stage, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--max-kl", "nan"], ["--max-kl", "inf"], ["--max-kl", "-1"], ["--confidence", "1"], ["--confidence", "nan"],
+    ["--max-kl", "nan"], ["--max-kl", "inf"], ["--max-kl", "-1"], ["--max-kl", "0"],
+    ["--confidence", "1"], ["--confidence", "nan"],
     ["--temperature", "0"], ["--temperature", "nan"], ["--responses", "1"], ["--unit", "bits"], ["--direction", "up"],
     ["--bogus", "1"], ["--top", "-1"], [],
 ])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import shutil
 
 import pyarrow as pa
@@ -29,7 +30,7 @@ def init(tmp_path, tiny_model, capsys, monkeypatch):
     (tmp_path / "helper.py").write_text("def lengths(texts):\n    return [float(len(text)) for text in texts]\n")
     (tmp_path / "rewards.py").write_text(REWARD)
 
-    def call(rows, *arguments, chat=False, name="rows.jsonl"):
+    def call(rows, *arguments, chat=False, name="rows.jsonl", output="out"):
         folder = shutil.copytree(tiny_model("llama"), tmp_path / "model", dirs_exist_ok=True)
         config = json.loads((folder / "tokenizer_config.json").read_text())
         config.pop("chat_template", None)
@@ -50,7 +51,7 @@ def init(tmp_path, tiny_model, capsys, monkeypatch):
         else:
             (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         with pytest.raises(SystemExit) as left:
-            main(["init", *arguments, "--model", "model", "--prompts", name, "--output", "out"])
+            main(["init", *arguments, "--model", "model", "--prompts", name, "--output", output])
         out, err = capsys.readouterr()
         return left.value.code, out, err
 
@@ -137,3 +138,10 @@ def test_without_a_reward_there_is_one_to_change(init, tmp_path):
     code, _, err = init([PLAIN] * 4, "ppo")
     assert (code, "rewards.py was written too" in err) == (0, True)
     assert "def score(prompts" in (tmp_path / "out" / "rewards.py").read_text()
+
+
+def test_the_command_it_names_can_be_pasted(init):
+    code, out, err = init([PLAIN] * 4, "ppo", output="i 5 # x")
+    assert code == 0, err
+    command = shlex.split(out.splitlines()[-1].removeprefix("Then: "), comments=True)
+    assert command == ["kltune", "ppo", "i 5 # x/ppo.yaml"]

@@ -1,5 +1,6 @@
 """report.html says how the run ended, loads nothing from anywhere, and shows text as text."""
 
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -9,7 +10,7 @@ import pytest
 
 from kltune.errors import CheckpointError
 from kltune.report.outcome import alarm_of, read_files, verdict_of
-from kltune.report.pages import write_page
+from kltune.report.pages import write_comparison, write_page
 from kltune.report.plots import legend_layout
 
 HOSTILE = '<script src="http://evil/x.js">alert(1)</script> & "quoted" \x1b[31m'
@@ -77,6 +78,11 @@ def result_of(nats: float | None, low: float | None, high: float | None) -> dict
         ((), result_of(3.0, 2.9, 3.1), "below target", "50 % below the target of 6"),
         (("kl.hard_cap=7",), result_of(7.5, 7.3, 7.7), "over the hard cap", "beyond the hard cap of 7"),
         (("kl.hard_cap=7",), result_of(6.0, 5.9, 6.1), "on target", "within the hard cap of 7"),
+        (("kl.hard_cap=5", "kl.target=4.5"), result_of(5.004, 4.9, 5.1), "over the hard cap",
+         "is 5.004 nats per response from its reference (95 % interval 4.90 to 5.10). That is 11 % above the target of "
+         "4.5: on target (within 15 %). It is beyond the hard cap of 5."),
+        (("kl.target=2",), result_of(2.303, 2.2, 2.4), "above target", "15.1 % above the target of 2, more"),
+        ((), result_of(1.15 * 6, 6.8, 7.0), "on target", "is 6.9 nats per response"),
         (("kl.control=fixed", "kl.beta=0.1"), result_of(3.0, 2.9, 3.1), "measured", "no target"),
         ((), result_of(None, None, None), "KL not measured", "was not measured"),
         ((), {"kl": None}, "KL not measured", "was not measured"),
@@ -247,6 +253,49 @@ def test_the_gauge_says_its_numbers_and_the_rule(run_folder):
     close = text_of(write_page(run_folder("kl.target=4", "kl.hard_cap=4.2", name="b", result=result_of(3.0, 2.9, 3.1))))
     assert "0 4 6 KL of" in close      # the cap's number would stand in the target's
     assert "25 % below the target of 4, more than the 15 % that count as on target." in close
+
+
+def test_no_statement_on_kl_or_score_contradicts_its_own_numbers(run_folder):
+    moved = {"score": 2.0004, "reference_score": 2.0001, "eval": {"eval/score_stderr": 1.4e-4}}
+    text = text_of(write_page(run_folder("kl.target=2", result=result_of(2.303, 2.2, 2.4) | moved)))
+    assert "nats per response: 2.303 (95 %: 2.20 to 2.40) target 2; on target from 1.7 to 2.3" in text
+    assert "The score rose from 2.0001 (the reference's) to 2.0004." in text
+
+
+PER_TOKEN = ("kl.unit=nats_per_token", "kl.target=0.2")
+
+
+def test_a_target_in_nats_per_token_stands_beside_a_kl_in_nats_per_token(run_folder, tmp_path):
+    kl = {"nats_per_response": 1.88, "stderr": 0.15, "ci95": [1.6, 2.2], "nats_per_token": 0.188}
+    token = run_folder(*PER_TOKEN, name="token", result={"kl": kl})
+    text = text_of(write_page(token))
+    assert "is 0.188 nats per token from its reference. That is 6 % below the target of 0.2" in text
+    assert "KL, nats per token 0.188 target 0.2 KL, nats per response 1.88 ± 0.15 95 %: 1.60 to 2.20" in text
+    page = write_comparison([token, run_folder(name="response", result=result_of(5.7, 5.5, 5.9))], tmp_path / "p.html")
+    heads = re.findall(r'<th class="n">([^<]*)</th>', page.read_text())
+    cells = dict(re.findall(r'data-name="(target[^"]*)"><span>([^<]*)', page.read_text()))      # of the second run
+    assert heads[:4] == ["KL, nats per response", "target", "KL, nats per token", "target, nats per token"]
+    assert cells == {"target": "6", "target, nats per token": "–"}
+    running = run_folder(*PER_TOKEN, name="running", rows=[
+        {"step": 8, "kl/ref_nats_per_response": 2.0, "kl/ref_nats_per_token": 0.21, "kl/ref_stderr": 0.1},
+    ])
+    assert "KL to the reference when last measured: 0.21 nats per token." in text_of(write_page(running))
+
+
+def test_a_run_that_stopped_at_its_cap_shows_its_end_and_its_final(run_folder):
+    folder = run_folder("kl.hard_cap=7", rows=[{"step": 3, "kl/ref_nats_per_response": 8.0}], status="failed",
+                        error="DivergedError: step 3: beyond kl.hard_cap, 7.")
+    (folder / "final").mkdir()
+    (folder / "final" / "kltune.json").write_text(json.dumps({"kl": result_of(5.7, 5.5, 5.9)["kl"]}))
+    text = text_of(write_page(folder))
+    assert "of 10: DivergedError: step 3: beyond kl.hard_cap, 7. The final policy is 5.7 nats per response" in text
+    assert "KL of the final policy, nats per response: 5.7 (95 %: 5.5 to 5.9)" in text
+    assert "KL, nats per response 5.70 ± 0.10" in text
+
+
+def test_a_step_beyond_the_planned_ones_is_of_no_number_on_the_page(run_folder):
+    rows = [{"step": 18, "kl/ref_nats_per_response": 6.0}]
+    assert "Stopped after step 18; --resume" in text_of(write_page(run_folder(rows=rows, status="interrupted")))
 
 
 def test_examples_come_by_how_much_changed_and_a_long_prompt_is_folded(run_folder):

@@ -79,3 +79,10 @@ def test_the_command_writes_where_it_is_told(run_folder, tmp_path, capsys, monke
             main(["report", *map(str, arguments)])
         assert (caught.value.code, capsys.readouterr().out) == (0, f"{written}\n")
         assert (tmp_path / written).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("names", [("_b", "a"), ("a$\\frac$", "$x_1$"), ("_$\\frac$", "_")])
+def test_names_of_folders_are_no_mathematics_and_none_is_left_out(run_folder, tmp_path, names):
+    page = write_comparison([run_folder(name=name, rows=ROWS) for name in names], tmp_path / "page.html").read_text()
+    legends = [text.strip() for text in re.findall(r"<text[^>]*>([^<]*)</text>", page)]
+    assert all(legends.count(name) >= 1 for name in names)

@@ -88,3 +88,10 @@ def test_headings_break_between_words_alone_and_a_table_too_wide_shows_that_it_g
     scroll = re.search(r"\.scroll \{([^}]*)\}", STYLE)[1]
     assert "overflow-x: auto" in scroll
     assert scroll.count("var(--shadow)") == 2
+
+
+def test_names_of_curves_are_no_mathematics_and_none_is_left_out():
+    curves = [Curve(name, [CurvePoint(x, x, label="$1") for x in (0.5, 1.0)]) for name in ("a$\\frac$", "_b$x_1$")]
+    svg = curve_svg(curves, Frame("x$_$", "y", "title", root=True))
+    texts = [text.strip() for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
+    assert {"a$\\frac$", "_b$x_1$", "$1"} <= set(texts)

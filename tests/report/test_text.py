@@ -1,6 +1,6 @@
 """What people read: every number with its error, marks or colours by KL, verdicts in words."""
 
-from kltune.report.text import _bars, _token, eval_kl_lines, eval_kl_text, verdict_line
+from kltune.report.text import _bars, _token, compare_text, eval_kl_lines, eval_kl_text, verdict_line
 
 
 def gate(verdict: str, **more) -> dict:
@@ -74,3 +74,15 @@ def test_the_verdict_comes_first_and_may_come_alone():
     assert eval_kl_lines(several) == (
         "runs/a: KL 0 ± 0 nats per response\nruns/b: KL 0 ± 0 nats per response; warning: odd"
     )
+
+
+def test_no_confidence_below_1_is_printed_as_100_percent():
+    assert verdict_line(gate("pass", confidence=0.999)) == "PASS: within 4 nats per token at 99.9% confidence"
+    looks = gate("pass", planned_looks=5, confidence=0.9996, looks=[{"responses": 9, "confidence": 0.99992}])
+    assert "at 99.96% confidence (look 1 of at most 5, 9 responses; each interval at 99.99 %)" in verdict_line(looks)
+    sides = {side: {"checkpoint": side, "tokens": 9.0} for side in ("first", "second")}
+    compared = {
+        **sides, "ci": (0.99951, 0.99999),
+        "win_rate": 0.99984, "confidence": 0.999, "wins": 3999, "ties": 0, "losses": 1, "prompts": 4000, "judge": "j",
+    }
+    assert "99.98 % (99.9%: 99.951 to 99.999), a tie" in compare_text(compared)

@@ -16,8 +16,10 @@ from kltune.lm.data.examples import RowRules, load_prompts
 from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model.opening import load_saved_policy
 from kltune.lm.model.sampler import Draw
+from kltune.report.outcome import read_files, verdict_of
 from kltune.stages import dpo, ppo
 from kltune.stages.ppo import run_ppo
+from kltune.train.evaluation import finish as finishing
 from kltune.train.evaluation.finish import finish
 from kltune.train.evaluation.held_out import HeldOut
 from tests.stages.conftest import ran, rows_of
@@ -118,7 +120,9 @@ def test_trust_region_steps_do_not_pass_the_cap(trpo_recipe):
 
 
 @pytest.mark.parametrize("stage", ["ppo", "dpo"])
-def test_on_cap_stop_ends_with_6_and_final_is_the_last_state_within(request, unlimited, stage):
+def test_on_cap_stop_ends_with_6_and_final_is_the_last_state_within(request, unlimited, stage, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(finishing, "write_page", lambda folder: drawn.append(verdict_of(read_files(folder))))
     recipe = request.getfixturevalue(f"{stage}_recipe")(*PULLED[stage], "kl.hard_cap=1", "kl.on_cap=stop")
     said = r"beyond kl\.hard_cap, 1.*kl\.on_cap is stop.*Raise kl\.beta.*lower optim\.lr"
     with pytest.raises(DivergedError, match=said) as caught:
@@ -128,6 +132,10 @@ def test_on_cap_stop_ends_with_6_and_final_is_the_last_state_within(request, unl
     assert json.loads((folder / "run.json").read_text())["status"] == "failed"
     assert not (folder / "result.json").exists()
     assert info_of(folder / "final")["kl"]["ci95"][1] <= 1.0
+    said, = drawn      # what the page says, which is drawn once
+    assert said.word == "failed"
+    assert "Failed after step" in said.sentences
+    assert "The final policy is" in said.sentences
     rows = rows_of(recipe)
     assert rows[-1]["kl/ref_nats_per_response"] > 1.0
     assert all(row["kl/ref_nats_per_response"] <= 1.0 for row in rows[:-1])

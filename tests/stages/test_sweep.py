@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from kltune.cli import main
+from kltune.report.outcome import final_figures
 from kltune.run import recorder
 from kltune.run import subprocesses as children
 from kltune.stages.sweeps import sweep as sweep_stage
@@ -276,3 +277,22 @@ def test_side_by_side_is_the_same_as_one_after_the_other(sweep, tmp_path):
     assert [row["status"] for row in document["points"]] == ["finished", "finished"]
     alone = json.loads((tmp_path / "out" / "kl.target=0.3" / "result.json").read_text())
     assert document["points"][0]["kl"] == alone["kl"]["nats_per_response"]
+
+
+def test_a_sweep_of_reward_models_shows_how_often_each_is_right():
+    measured = {"eval/accuracy": 0.9996, "eval/accuracy_low": 0.9975, "eval/accuracy_high": 0.99999,
+                "eval/score_mean": -0.1, "eval/score_stderr": 0.02}
+    results = {"a": {"eval": measured, "score": -0.1, "seconds": 2.0}, "b": {}}
+    rows = [
+        {"name": name, "status": "finished" if result else "failed", "exit_code": 0 if result else 5, "folder": name,
+         **final_figures(result), **sweep_stage.accuracy_of(result), "seconds": result.get("seconds")}
+        for name, result in results.items()
+    ]
+    told = sweep_stage.sweep_text({"points": rows, "stage": "reward", "finished": 1, "output": "o"}).splitlines()
+    assert [line.split() for line in told[:3]] == [
+        ["point", "status", "accuracy", "time"],
+        ["a", "finished", "0.9996", "(95", "%:", "0.99750", "to", "0.99999)", "2", "s"],
+        ["b", "failed", "(5)", "–", "–"],
+    ]
+    assert told[3:] == ["1 of 2 points are finished: o/sweep.json"]      # no frontier: there is no KL
+    assert sweep_stage.figures_text(rows[0]).startswith("accuracy 0.9996 (95 %: ")

@@ -158,3 +158,9 @@ def test_nobody_changes_a_budget():
     for thing, name in ((held, "controller"), (held, "rollbacks"), (held.last_within, "step"), (held.section, "beta")):
         with pytest.raises((FrozenInstanceError, ValueError), match=r"frozen|assign"):
             setattr(thing, name, 1.0)
+
+
+def test_a_kl_is_described_in_as_many_digits_as_set_it_apart_from_cap_and_target():
+    held = Budget.of(KLSection(target=4.0, hard_cap=5.0), steps=50)
+    assert held.describe(measured(4.706, 5.003, 5.3)) == "5.003 nats per response (95 %: 4.71 to 5.30)"
+    assert held.describe(measured(3.706, 3.8, 4.0003)) == "3.8 nats per response (95 %: 3.7060 to 4.0003)"

@@ -255,6 +255,12 @@ class KLFacts(TypedDict, total=False):
     noise_floor: dict[str, Number] | None
 
 
+class FinalFacts(TypedDict, total=False):
+    """kltune.json of final/, for a page about the run."""
+
+    kl: KLFacts | None
+
+
 class Result(TypedDict, total=False):
     """result.json of a run."""
 

@@ -16,6 +16,7 @@ from kltune.errors import DataError
 from kltune.lm.data.foreign import read_json
 from kltune.report.frontier.points import FrontierPoint
 from kltune.report.plots import Z95, Curve, CurvePoint, Frame, curve_svg
+from kltune.run.screen import number
 
 FIRST = ("acc_norm", "acc", "exact_match", "f1", "accuracy", "mean")   # which figure of a task is its score
 NATS = "KL(policy ‖ reference), nats per response"
@@ -137,8 +138,8 @@ def _row(point: FrontierPoint, one: Benchmarked, tasks: Sequence[str]) -> dict[s
 def held_out_lines(document: dict[str, Any]) -> Iterator[str]:
     """The rank correlation in words."""
     rho, ci, count = document["rank_correlation"], document["ci95"], len(document["points"])
-    ends = "" if ci is None else f" (95 %: {ci[0]:.2f} to {ci[1]:.2f})".replace("-", "−")
-    said = "not known" if rho is None else f"{rho:.2f}".replace("-", "−")
+    ends = "" if ci is None else f" (95 %: {number(ci[0], 2)} to {number(ci[1], 2)})"
+    said = "not known" if rho is None else number(rho, 2)
     yield f"held-out score ({', '.join(document['tasks'])}) against KL: rank correlation {said}{ends} over {count} runs"
     if document["unscored"]:
         yield f"  without a held-out score: {', '.join(document['unscored'])}"

@@ -14,7 +14,7 @@ from kltune.report.pages import environment
 from kltune.report.plots import Z95, Curve, CurvePoint, Frame, curve_svg
 from kltune.report.text import Table, aligned
 from kltune.run.files import storing, write_json, write_whole
-from kltune.run.screen import ABSENT, common_places, interval, number, with_error
+from kltune.run.screen import ABSENT, apart, common_places, interval, number, with_error
 
 NATS = "KL(policy ‖ reference), nats per response"
 AXIS = 200              # points along σ√(2 KL)
@@ -26,11 +26,17 @@ BEST_OF_N = (           # number of its colour and mark, where its KL stands, an
 
 
 def write_frontier(folder: Path, document: dict[str, Any]) -> None:
-    """Write frontier.json, frontier.svg and frontier.html into a folder that is made if need be."""
+    """Write frontier.json, frontier.svg and frontier.html into a folder that is made if need be.
+
+    Without a score there is nothing to draw, and no picture.
+    """
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "frontier.json", document)
-    write_whole(folder / "frontier.svg", frontier_svg(document, document["judge"]) + "\n")
+    if svg := frontier_svg(document, document["judge"]):
+        write_whole(folder / "frontier.svg", svg + "\n")
+    else:
+        (folder / "frontier.svg").unlink(missing_ok=True)      # of an earlier frontier, about other numbers
     write_whole(folder / "frontier.html", frontier_html(document))
 
 
@@ -44,7 +50,8 @@ def frontier_html(document: dict[str, Any]) -> str:
         picked=picked_row(document),
         pictures=[
             # safe: matplotlib escapes what it writes
-            *((f"{name} against KL", Markup(frontier_svg(document, name, inside=True))) for name in names),
+            *((f"{name} against KL", Markup(svg)) for name in names
+              if (svg := frontier_svg(document, name, inside=True))),
             *((line, Markup(held_out_svg(document["held_out"], inside=True))) for line in held),
         ],
         settings=settings_table(document),
@@ -61,11 +68,16 @@ def picked_row(document: dict[str, Any]) -> list[str] | None:
 
 
 def frontier_svg(document: dict[str, Any], name: str, inside: bool = False) -> str:
-    """Score or gold, as ``name`` says, against KL with 95 % error bars, best of n and σ√(2 KL) as an ``<svg>``."""
-    curves = [*_curves_of_settings(document, name), *_curves_of_best_of_n(document, name)]
+    """Score or gold, as ``name`` says, against KL with 95 % error bars, best of n and σ√(2 KL) as an ``<svg>``.
+
+    "" where none is known.
+    """
+    curves = _measured_curves(document, name)
+    if not curves:
+        return ""
     best_of_n, base = document["best_of_n"], document["reference"][name]
     sigma = best_of_n["sigma"].get(name) if best_of_n is not None else None
-    if sigma and base is not None and curves:
+    if sigma and base is not None:
         far = max(point.x + point.x_error for curve in curves for point in curve.points)
         nats = np.linspace(0.0, far**0.5, AXIS) ** 2
         gains = zip(nats, base + tilt_gain(sigma, nats), strict=True)
@@ -75,6 +87,10 @@ def frontier_svg(document: dict[str, Any], name: str, inside: bool = False) -> s
     return curve_svg(
         curves, Frame(x=NATS, y=name, title=title, name=f"frontier-{name}", root=True, inside=inside, budget=budget)
     )
+
+
+def _measured_curves(document: dict[str, Any], name: str) -> list[Curve]:
+    return [*_curves_of_settings(document, name), *_curves_of_best_of_n(document, name)]
 
 
 def _curves_of_settings(document: dict[str, Any], name: str) -> Iterator[Curve]:
@@ -140,7 +156,8 @@ def frontier_text(document: dict[str, Any]) -> str:
     lines += [f"note: {visible(note)}" for note in document["notes"]]
     lines += ["", advice_on_budget(document)] if document["pick"] is not None else []
     if document["output"] is not None:
-        lines.append(f"saved: {document['output']}/frontier.json, frontier.svg and frontier.html")
+        picture = ", frontier.svg" if _measured_curves(document, name) else ""
+        lines.append(f"saved: {document['output']}/frontier.json{picture} and frontier.html")
     return "\n".join(lines)
 
 
@@ -227,12 +244,12 @@ def advice_on_budget(document: dict[str, Any]) -> str:
         return f"budget {budget:g} nats: no setting with a known {name} keeps within it at 95 % confidence."
     text = (
         f"budget {budget:g} nats: pick {picked['curve']}, {picked['setting']}: {name} "
-        f"{with_error(picked[name], picked[f'{name}_stderr'])} at {picked['kl']:.3g} nats "
-        f"(95 %: {interval(picked['kl_ci95'])})."
+        f"{with_error(picked[name], picked[f'{name}_stderr'])} at {apart(picked['kl'], budget)[0]} nats "
+        f"(95 %: {interval(picked['kl_ci95'], against=(budget,))})."
     )
     if not picked["better_than_reference"]:
         text += f" That is not shown to be better than the reference's own {number(picked['reference'])}."
     if picked["tied"]:
-        others = "; ".join(f"{one['curve']}, {one['setting']} ({one['kl']:.3g} nats)" for one in picked["tied"])
+        others = "; ".join(f"{one['curve']}, {one['setting']} ({number(one['kl'])} nats)" for one in picked["tied"])
         text += f" Within error of it: {others}."
     return text

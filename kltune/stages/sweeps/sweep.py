@@ -10,6 +10,7 @@ same command continues a sweep, and one with more values extends it.
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ from kltune.run.files import (
     write_whole,
 )
 from kltune.run.recorder import Board, figures_of_step, kl_of_step
-from kltune.run.screen import ABSENT, duration, interval, with_error
+from kltune.run.screen import ABSENT, apart, duration, interval, out_of, with_error
 from kltune.run.subprocesses import STOPPED, Command, last_lines, run_commands, thread_share
 
 SCHEMA = "kltune.sweep/1"
@@ -181,7 +182,8 @@ class _Sweep:
             status = "failed" if row.get("status") == "failed" else "interrupted"
         row["status"] = status
         row["exit_code"] = 0 if status == "finished" else row.get("exit_code")
-        row |= final_figures(result) | {"seconds": result.get("seconds"), "log": f"{row['folder']}.log"}
+        row |= final_figures(result) | accuracy_of(result)
+        row |= {"seconds": result.get("seconds"), "log": f"{row['folder']}.log"}
         row.setdefault("error", [])
 
     def _command(self, point: GridPoint) -> Command:
@@ -230,7 +232,7 @@ class _Sweep:
         recipe = next(point.recipe for point in self.points if point.name == command.name)
         budget = getattr(recipe, "kl", None)
         unit, target = (budget.unit, budget.target if budget.control == "target" else None) if budget else (NATS, None)
-        steps = f"{metrics['step']}{f'/{recipe.run.steps}' if recipe.run.steps else ''}"
+        steps = f"{metrics['step']}{out_of(metrics['step'], recipe.run.steps, '/')}"
         return steps, kl_of_step(metrics, unit, target), figures_of_step(metrics)
 
     def _title(self, name: str) -> str:
@@ -303,30 +305,46 @@ def worst_code(rows: Sequence[dict[str, Any]]) -> int:
     return max(unlisted) if unlisted else next((code for code in WORST_FIRST if code in codes), 0)
 
 
+def accuracy_of(result: dict[str, Any]) -> dict[str, Any]:
+    """The share of held-out pairs or labels that a result.json has right, with its 95 % interval; None without one."""
+    evaluation = result.get("eval") or {}
+    share, *ci95 = (evaluation.get(f"eval/accuracy{end}") for end in ("", "_low", "_high"))
+    return {"accuracy": share, "accuracy_ci95": None if None in ci95 else ci95}
+
+
 def figures_text(row: dict[str, Any]) -> str:
     """KL and scores of a point, as far as they were measured."""
-    names = {"KL": "kl", "score": "score", "gold": "gold"}
-    return ", ".join(
-        f"{title} {with_error(row[name], row[f'{name}_stderr'])}"
-        for title, name in names.items() if row[name] is not None
+    figures = {title: cell for title, cell in cells_of(row).items() if cell != ABSENT and title != "95 %"}
+    return ", ".join(f"{title.partition(',')[0]} {cell}" for title, cell in figures.items())
+
+
+def cells_of(row: dict[str, Any]) -> dict[str, str]:
+    """The figures of a point by the headings of a table; of a reward model, which has no KL, the accuracy alone."""
+    share = row["accuracy"]
+    accuracy = ABSENT if share is None else (
+        f"{apart(share, 0.0, 1.0)[0]} (95 %: {interval(row['accuracy_ci95'], against=(0.0, 0.5, 1.0))})"
     )
+    scores = {name: with_error(row[name], row[f"{name}_stderr"]) for name in ("score", "gold")}
+    kl = {"KL, nats per response": with_error(row["kl"], row["kl_stderr"]), "95 %": interval(row["kl_ci95"])}
+    return {"accuracy": accuracy} if share is not None and row["kl"] is None else {**kl, **scores, "accuracy": accuracy}
 
 
 def sweep_text(document: dict[str, Any]) -> str:
     """The sweep as a table."""
-    rows = document["points"]
-    golden = any(row["gold"] is not None for row in rows)
-    table = [["point", "status", "KL, nats per response", "95 %", "score", *(["gold"] if golden else []), "time"]]
-    for row in rows:
+    rows, judged = document["points"], document["stage"] == "reward"
+    cells = [cells_of(row) for row in rows]
+    always = ("accuracy",) if judged else ("KL, nats per response", "95 %", "score")
+    names = [*always, *(
+        name for name in ("gold", "accuracy")
+        if name not in always and any(one.get(name, ABSENT) != ABSENT for one in cells)
+    )]
+    table = [["point", "status", *names, "time"]]
+    for row, one in zip(rows, cells, strict=True):
         status = row["status"] if row["status"] != "failed" else f"failed ({row['exit_code']})"
-        gold = [with_error(row["gold"], row["gold_stderr"])] if golden else []
-        table.append([
-            row["name"], status, with_error(row["kl"], row["kl_stderr"]), interval(row["kl_ci95"]),
-            with_error(row["score"], row["score_stderr"]), *gold,
-            ABSENT if row["seconds"] is None else duration(row["seconds"]),
-        ])
+        time_taken = ABSENT if row["seconds"] is None else duration(row["seconds"])
+        table.append([row["name"], status, *(one.get(name, ABSENT) for name in names), time_taken])
     lines = list(aligned(table))
     lines.append(f"{document['finished']} of {len(rows)} points are finished: {document['output']}/sweep.json")
-    if document["finished"]:
-        lines.append(f"kltune frontier {document['output']} shows reward against KL")
+    if document["finished"] and not judged:
+        lines.append(f"kltune frontier {shlex.quote(document['output'])} shows reward against KL")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from kltune.core.hacking.detector import Detector
+from kltune.run.screen import apart, out_of
 
 ADVICE = {
     "gold": "The reward is being exploited: what it asks for is no longer what is meant. {nearer}; mend the reward; or "
@@ -68,9 +69,10 @@ class Alarms:
         """Why a run of so many steps was stopped early, and which of its policies is final."""
         told = self.stopped
         where = f"step {told['gold_peak_step']}" if told["gold_peak_step"] else "the start, which is the reference"
+        now, best = apart(told["gold_at_stop"], told["gold_at_peak"])
         return (
-            f"stopped after step {told['step']} of {steps}: gold is {told['gold_at_stop']:.3g}, and was "
-            f"{told['gold_at_peak']:.3g} at its peak. final is the policy of {where}."
+            f"stopped after step {told['step']}{out_of(told['step'], steps)}: gold is {now}, and was {best} at its "
+            f"peak. final is the policy of {where}."
         )
 
     def state(self) -> dict[str, Any]:

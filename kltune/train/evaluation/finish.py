@@ -21,7 +21,7 @@ from kltune.report.pages import write_page
 from kltune.run.checkpoint import save_final, saved_step, whole_checkpoints
 from kltune.run.files import read_jsonl
 from kltune.run.optimizer import most_steps
-from kltune.run.screen import doing, interval, number, with_error
+from kltune.run.screen import apart, doing, interval, number, with_error
 from kltune.train.evaluation.held_out import Metrics, before_and_after, gold_result, teacher_result
 from kltune.train.learner import ALARMS, Job, Learner
 
@@ -216,13 +216,15 @@ def stop(job: Job, learner: Learner, reason: str) -> NoReturn:
     """End a run at its cap: ``final`` is the state gone back to, once it is measured afresh."""
     found = settle(job, learner, learner.budget.last_within.step)
     save_with_card(job, learner, kl_result(found.measured))
-    if ranks.is_first():
-        write_page(job.run.folder)
     size = "trpo.max_step_kl" if job.recipe.stage == "trpo" else "optim.lr"
-    raise DivergedError(
+    error = DivergedError(
         f"{reason}, and kl.on_cap is stop. final is the policy after step {found.step}, measured at "
         f"{learner.budget.describe(found.kl)}. {learner.budget.advice()}, lower {size}, or write kl.on_cap: rollback."
     )
+    job.run.close(error)      # before the page, which says how the run ended
+    if ranks.is_first():
+        write_page(job.run.folder)
+    raise error
 
 
 def settle(job: Job, learner: Learner, newest: int) -> Final:
@@ -254,8 +256,8 @@ def settle(job: Job, learner: Learner, newest: int) -> Final:
                 return landed
     raise DivergedError(
         f"kl.hard_cap: no state that this run has kept is within {budget.cap:g} {budget.unit_text} at 95 % confidence "
-        f"(the nearest was measured at {nearest:.3g}), so nothing is called final. {budget.advice()}; or give "
-        "eval.prompts more rows and raise eval.responses, for a narrower interval."
+        f"(the nearest was measured at {apart(nearest, budget.cap)[0]}), so nothing is called final. "
+        f"{budget.advice()}; or give eval.prompts more rows and raise eval.responses, for a narrower interval."
     )
 
 

@@ -1,10 +1,12 @@
 """The frontier's page says what to pick and shows it: the budget in the picture, the pick in picture and table."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
-from kltune.report.frontier.page import fit_line, frontier_html, frontier_svg, settings_table
+from kltune.report.frontier.page import fit_line, frontier_html, frontier_svg, frontier_text, settings_table
 from kltune.stages.sweeps.frontier import FrontierOptions, frontier
 from tests.report.test_pages import Tags, assert_loads_and_runs_nothing
 
@@ -53,3 +55,18 @@ def test_a_fit_is_written_with_signs_as_wide_as_a_plus():
            "claim": "no peak yet", "points": 9, "runs": 9}
     line = fit_line({"form": "rl", "of": "score", "fit": law})
     assert "α −0.5 (95 %: −1.00 to 0.25), β −0.125 (95 %: −0.25 to 0.50)" in line
+
+
+def test_where_nothing_is_scored_there_is_a_page_and_no_picture(make_run, tmp_path):
+    runs = [make_run(f"t{seed}", f"run.seed={seed}", score=None) for seed in (0, 1)]
+    for run in runs:
+        result = json.loads((file := Path(run) / "result.json").read_text())
+        file.write_text(json.dumps(result | {"eval": {}}))
+    folder = tmp_path / "frontier"
+    folder.mkdir()
+    (folder / "frontier.svg").write_text("of another")
+    document = frontier(runs, FrontierOptions(best_of=0, budget=4.0, output=str(folder)))
+    assert sorted(path.name for path in folder.iterdir()) == ["frontier.html", "frontier.json"]
+    read = " ".join(Tags((folder / "frontier.html").read_text()).text.split())
+    assert "no setting with a known score keeps within it" in read
+    assert frontier_text(document).endswith(f"saved: {folder}/frontier.json and frontier.html")
