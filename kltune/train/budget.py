@@ -55,7 +55,8 @@ class Budget:
     steps: of the recipe. below_cap: the controller once the cap was met, where the price is fixed until then: a nat
     costs no less than the recipe says, and as much as keeps the policy within. size: how far a learning rate moves the
     policy. last_within: None without a cap. rollbacks: how often the run went back to it. refusals: steps that a line
-    search cut or left out because of the cap. course: the KL of each batch that was priced, in the section's unit.
+    search cut or left out because of the cap. course: the KL of each batch that was priced, in the section's unit. due:
+    the share of ``below_cap``'s price above the recipe's that is asked, by how near to the cap the last batch was.
     """
 
     section: KLSection
@@ -67,6 +68,7 @@ class Budget:
     rollbacks: int = 0
     refusals: int = 0
     course: tuple[float, ...] = ()
+    due: float = 1.0
     inherent: float = 0.0
     moves: ClassVar[bool] = False
 
@@ -96,11 +98,8 @@ class Budget:
         beta = self.controller.beta
         if beta is None or isinstance(self.controller, FixedBeta):
             return beta
-        if self.below_cap is not None and self.course:
-            share = (self.course[-1] / self.cap - FREE) / (BELOW_CAP - FREE)
-            own = self.below_cap.beta_min
-            beta = own + min(max(share, 0.0), 1.0) * (beta - own)
-        return beta - self.inherent
+        own = beta if self.below_cap is None else self.below_cap.beta_min
+        return own + self.due * (beta - own) - self.inherent
 
     @property
     def target(self) -> float | None:
@@ -122,7 +121,10 @@ class Budget:
         """
         aim, responses = self.aim(rollout), len(rollout.lengths)
         updated = self.controller.updated(kl.nats_per_response, aim, pull=pull, responses=responses)
-        return replace(self, controller=updated, course=(*self.course, self.in_unit(kl)))
+        due = 1.0
+        if self.below_cap is not None and self.cap is not None:
+            due = min(max((self.in_unit(kl) / self.cap - FREE) / (BELOW_CAP - FREE), 0.0), 1.0)
+        return replace(self, controller=updated, course=(*self.course, self.in_unit(kl)), due=due)
 
     def aim(self, rollout: Rollout) -> float:
         """Where the KL should be, nats per response: at the target, or just below the cap; ∞ where there is neither."""
@@ -163,11 +165,11 @@ class Budget:
         least = math.sqrt((self.inherent + max(self.price, self.section.beta_min)) * ideal)
         again = self.below_cap is not None and self.rollbacks > 0
         controller = self._raised(AGAIN, 0.0) if again else self._raised(RAISE, least)
-        return replace(self, controller=controller, rollbacks=self.rollbacks + 1)
+        return replace(self, controller=controller, rollbacks=self.rollbacks + 1, due=1.0)
 
     def refused(self) -> Self:
         """After a step that a line search cut or left out because of the cap: a nat costs a tenth more."""
-        return replace(self, controller=self._raised(RAISE, 0.0), refusals=self.refusals + 1)
+        return replace(self, controller=self._raised(RAISE, 0.0), refusals=self.refusals + 1, due=1.0)
 
     def is_unused(self, kl: KLSummary) -> bool:
         """Whether a measured KL lies below the target with its whole interval."""
@@ -217,7 +219,7 @@ class Budget:
     def state(self) -> dict[str, Any]:
         """Controller, counts and the last state within the cap but for its tensors; see ``Part.state``."""
         last = None if self.last_within is None else {"step": self.last_within.step, "kl": self.last_within.kl}
-        counts = {"rollbacks": self.rollbacks, "refusals": self.refusals, "course": list(self.course)}
+        counts = {"rollbacks": self.rollbacks, "refusals": self.refusals, "course": list(self.course), "due": self.due}
         return {"controller": asdict(self.controller), "size": asdict(self.size), "last_within": last, **counts}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -238,7 +240,7 @@ class Budget:
         controller = replace(self.below_cap if met_cap else self.controller, **state["controller"])
         return replace(
             self, controller=controller, size=StepSize(**state["size"]), last_within=last,
-            rollbacks=state["rollbacks"], refusals=state["refusals"], course=tuple(state["course"]),
+            rollbacks=state["rollbacks"], refusals=state["refusals"], course=tuple(state["course"]), due=state["due"],
         )
 
     def _raised(self, factor: float, least: float) -> Controller:

@@ -61,7 +61,7 @@ def test_final_is_within_the_cap_at_its_confidence(pulled, unlimited):
     assert rows[-1]["kl/cap_rollbacks"] + rows[-1]["kl/cap_refusals"] >= 1
     assert rows[-1]["kl/cap_rollbacks"] == result["cap_rollbacks"]
     assert rows[0]["kl/beta"] <= 0.001
-    assert rows[-1]["kl/beta"] >= 0.0011
+    assert max(row["kl/beta"] for row in rows) >= 0.0011     # well below the cap it is the recipe's again
 
     # The claim on other random numbers: its KL is within the cap there too.
     policy = load_saved_policy(Path(result["final"]), recipe.model, device=torch.device("cpu"), is_adapter=True)

@@ -14,7 +14,7 @@ def test_the_card_of_final_says_what_was_measured_and_its_command_measures_it_ag
         assert info["reference"][name] in card
     assert f"reference: {llama}, float32" in card
     assert "budget: target 2 nats per response" in card
-    line = re.search(r"```\n(kltune eval-kl .*?) +# measures it again", card)[1]
+    line = re.search(r"```\n(kltune eval-kl .*?) +# the same responses", card)[1]
     words = [str(run_folder / "final") if word == "this/folder" else word for word in shlex.split(line)[2:]]
     code, document, _ = eval_kl(*words)
     assert code == 0

@@ -22,6 +22,7 @@ from kltune.lm.model.opening import load_saved_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import Draw, sample_rollout
 from kltune.recipe import ModelSection
+from kltune.train.evaluation.held_out import EVALUATION_SEED
 from tests.oracles import TinyLM, tiny_adapter, tiny_policy_logits
 from tests.stages.conftest import HELD_OUT, small_llama, write_rows
 
@@ -77,14 +78,17 @@ def test_the_document_has_what_the_contract_promises(eval_kl, run_folder):
 
 def test_the_run_is_measured_again_with_its_own_settings(eval_kl, run_folder):
     result = json.loads((run_folder / "result.json").read_text())
-    code, document, _ = eval_kl(run_folder, "--responses", 10)
+    again = ("--responses", 10, "--seed", EVALUATION_SEED)
+    code, document, _ = eval_kl(run_folder, *again)
     assert code == 0
     assert document["gate"] is None
     assert document["forward"] is None
     assert document["max_new_tokens"] == 6
     assert document["kl"]["exact"]["nats_per_response"] == pytest.approx(result["kl"]["nats_per_response"], abs=1e-6)
     (checkpoint,) = (run_folder / "checkpoints").iterdir()
-    assert eval_kl(checkpoint, "--responses", 10)[1]["kl"] == document["kl"]  # the last checkpoint is final
+    assert eval_kl(checkpoint, *again)[1]["kl"] == document["kl"]  # the last checkpoint is final
+    # a gate draws responses of its own, and not those that chose the policy
+    assert eval_kl(run_folder, "--responses", 10)[1]["kl"]["exact"] != document["kl"]["exact"]
 
 
 @pytest.mark.parametrize(

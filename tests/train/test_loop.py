@@ -8,8 +8,9 @@ import pytest
 
 from kltune.core.control.step_size import StepSize
 from kltune.recipe import KLSection, OptimSection, RunSection
+from kltune.run.optimizer import UNTIL_MOST
 from kltune.train.budget import Budget
-from kltune.train.loop import UNTIL_MOST, goes_on, schedule_share, step_size
+from kltune.train.loop import goes_on, schedule_share, step_size
 from tests.train.test_budget import ROLLOUT, measured
 
 

@@ -157,7 +157,7 @@ def save_with_card(job: Job, learner: Learner, kl: dict[str, Any] | None) -> Pat
         learner.model.save(folder)
         if kl is not None:
             with open(folder / "README.md", "a", encoding="utf-8") as file:
-                file.write(model_card(info, getattr(job.recipe, "kl", None)))
+                file.write(model_card(info, getattr(job.recipe, "kl", None), job.held_out.seed))
 
     with ranks.phase("saving final"):
         learner.policy.network.close()      # as in ``save``
@@ -166,8 +166,11 @@ def save_with_card(job: Job, learner: Learner, kl: dict[str, Any] | None) -> Pat
     return job.run.folder / "final"
 
 
-def model_card(info: dict[str, Any], budget: KLSection | None) -> str:
-    """The part of a model's README about its KL. info: as kltune.json has it; budget: what the run was held to."""
+def model_card(info: dict[str, Any], budget: KLSection | None, seed: int) -> str:
+    """The part of a model's README about its KL. info: as kltune.json has it; budget: what the run was held to.
+
+    seed: with which the same responses are drawn again.
+    """
     kl, measure, reference = info["kl"], info["measure"], info["reference"]
     ends = "no interval, of one prompt" if kl["ci95"] is None else f"95 %: {interval(kl['ci95'])}"
     held = [f"{name.replace('_', ' ')} {value:g} {budget.unit.replace('_', ' ')}" for name, value in (
@@ -176,7 +179,7 @@ def model_card(info: dict[str, Any], budget: KLSection | None) -> str:
     how = "merged" if reference["merge"] else "beside it"
     sft = "" if reference["sft_adapter"] is None else f" with {reference['sft_adapter']} {how}"
     command = ["kltune", "eval-kl", "this/folder", "--responses", str(kl["responses"]), "--temperature",
-               f"{measure['temperature']:g}", "--max-new-tokens", str(measure["max_new_tokens"])]
+               f"{measure['temperature']:g}", "--max-new-tokens", str(measure["max_new_tokens"]), "--seed", str(seed)]
     if measure["prompts"] is not None:
         command += ["--prompts", str(measure["prompts"])]
     if budget is not None and budget.hard_cap is not None:
@@ -190,7 +193,7 @@ def model_card(info: dict[str, Any], budget: KLSection | None) -> str:
         f"- budget: {', '.join(held) or 'none'}\n"
         f"- reference: {reference['path']}{sft}, {reference['dtype']}; sha256 of its weights {reference['sha256']}, "
         f"tokenizer {reference['tokenizer_sha256']}, chat template {reference['template_sha256']}\n\n"
-        f"```\n{shlex.join(command)}      # measures it again\n```\n"
+        f"```\n{shlex.join(command)}      # the same responses; without --seed others\n```\n"
     )
 
 
