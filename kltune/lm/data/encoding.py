@@ -201,7 +201,10 @@ class Encoder:
         return found
 
     def answer(self, messages: Sequence[Message]) -> tuple[Ids, Ids]:
-        """What the assistant reads before the last message, and what it says in it; the two become tokens apart.
+        """What the assistant reads before the last message, and what it says in it.
+
+        The conversation becomes tokens as one text, as templates are meant to be read: behind a control token some
+        tokenizers begin an answer with a space. Where that merges the two, they become tokens apart.
 
         Raises:
             RowFault: the answer spells an end token that cannot be kept as text, or the template writes something else
@@ -212,13 +215,21 @@ class Encoder:
         whole = self._chat_text(messages, to_answer=False)
         said = whole[len(before) :] if whole.startswith(before) else self._goes_on(before, whole, messages[-1], place)
         self._refuse_end_within(self._encode(content, literal=self.control != "tokens"), f"messages[{place}].content")
-        turn = self._ids(said, following=True)
+        asked, turn = self._joined(before, said)
         self._refuse_unwritten(messages, whole)
         end = next((place for place, token in enumerate(turn) if token in self.ends), len(turn))
         rest = readable(self.tokenizer, turn[end + 1 :]).strip()
         if rest and not readable(self.tokenizer, self.plain(self.chat.behind_answer() or "")).strip().endswith(rest):
             self._refuse_end_within(turn[: end + 1], f"messages[{place}]")
-        return self._ids(before), turn[: end + 1]
+        return asked, turn[: end + 1]
+
+    def _joined(self, before: str, said: str) -> tuple[Ids, Ids]:
+        """The tokens of what is asked, and those behind them that make both texts one: they are what a policy says."""
+        asked = self._ids(before)
+        whole = self._ids(before + said) if len(before + said) <= LONG_TEXT else ()     # of a longer one, a part only
+        if whole[: len(asked)] == asked and len(whole) > len(asked):
+            return asked, whole[len(asked) :]
+        return asked, self._ids(said, following=True)
 
     def _refuse_unwritten(self, messages: Sequence[Message], whole: str) -> None:
         """Raise RowFault if the template writes nothing of the tool calls, or of the thoughts, of the last message."""

@@ -145,6 +145,24 @@ def test_an_answer_that_begins_with_white_space_is_cut_into_tokens_apart_from_it
     assert turn == (*tokenizer.encode(content, add_special_tokens=False), 3)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "first", "always"])
+@pytest.mark.parametrize("content", ["old and new", "Put it.", " put", "\nput"])
+def test_a_conversation_has_the_tokens_that_transformers_gives_it_behind_a_control_token(tmp_path, kind, content):
+    tight = (       # as in Llama 2's and Phi-3's kind of tokenizer: nothing stands between a control token and the answer
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}<|im_end|>{% else %}</s>{% endif %}{% endfor %}"
+    )
+    tokenizer = byte_tokenizer(kind, tight)
+    told = conversation("user: what is it", f"assistant: {content}", "user: and then", f"assistant: {content}")
+    (example,), _ = examples_of(write(tmp_path, [told]), tokenizer, end_token=1, end_ids=(1,))
+    assert example.ids == tuple(tokenizer.apply_chat_template(told["messages"], return_dict=False))
+    answer = example.ids[example.scored.index(True):]
+    asked = tokenizer.apply_chat_template(told["messages"][:1], return_dict=False)
+    assert example.ids[: example.scored.index(True)] == tuple(asked)
+    row = {"prompt": told["messages"][:1], "chosen": content, "rejected": "then"}
+    (pair,), _ = pairs_of(write(tmp_path, [row], "pairs.jsonl"), tokenizer, end_token=1, end_ids=(1,))
+    assert pair.prompt.ids + pair.chosen.ids == example.ids[: len(asked) + answer.index(1) + 1]
+
+
 DATED = "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}{{ day }}: " + CHATML
 
 
