@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 LISTED_FAULTS = 20
 SHOWN_LETTERS = 300         # of a rendered example
-SKIPPED_SHARE = 0.01        # of the rows, or one row in a small file
+SKIPPED_PERCENT = 1         # of the rows that were read
 Item = TypeVar("Item")
 Build = Callable[[Row, Encoder], tuple[Item, bool]]      # the item, and whether it was truncated
 
@@ -61,7 +61,7 @@ class RowRules:
 
     on_overlong: truncate (prompts from the left, keeping bos; responses from the right, then without the end token,
     because the text does not end there), drop, or error (the row is faulty). on_bad_row: error, or skip (at most 1 % of
-    the rows, or one row).
+    the rows).
     """
 
     max_prompt_tokens: int
@@ -312,14 +312,19 @@ def collect_rows(
             continue
         kept.append(item)
         truncated += cut
-    too_many = len(faults) > max(1, SKIPPED_SHARE * read)
+    too_many = beyond_skipping(len(faults), read)
     if faults and (too_many or rules.on_bad_row == "error"):
-        advice = "data.on_bad_row: skip leaves out 1 % of the rows at most (or one row)"
+        advice = f"data.on_bad_row: skip leaves out {SKIPPED_PERCENT} % of the rows at most"
         raise _refusal(source, faults, read, f"{advice}; these are more." if too_many else f"{advice}.")
     if not kept:
         raise DataError(f"{source}: no row is left of {read} ({dropped} too long and dropped, {len(faults)} faulty).")
     notes = (*layout.notes, *transcript_note(layout, encoder), *encoder.notes())
     return kept, Counts(read, len(kept), truncated, dropped, len(faults), notes)
+
+
+def beyond_skipping(faults: int, read: int) -> bool:
+    """Whether more of the rows are faulty than ``on_bad_row: skip`` leaves out; of fewer than 100, any is."""
+    return 100 * faults > SKIPPED_PERCENT * read
 
 
 def transcript_note(layout: Layout, encoder: Encoder) -> tuple[str, ...]:

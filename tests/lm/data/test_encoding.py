@@ -1,6 +1,7 @@
 """What ends a response, what a message spells, and what day a chat template is told."""
 
 import json
+import os
 from datetime import date, datetime
 
 import pytest
@@ -22,7 +23,8 @@ from test_pairs import pairs_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kltune.lm.data.chat import ChatTemplate
+from kltune.errors import DataError
+from kltune.lm.data.chat import ChatTemplate, read_template
 from kltune.lm.data.encoding import Encoder
 from kltune.lm.data.rows import RowFault
 
@@ -190,6 +192,12 @@ def test_a_template_that_fails_on_a_row_names_it(tmp_path):
     tokenizer = letter_tokenizer(template="{{ messages[0]['content'] + 1 }}")
     message = refusal(prompts_of, write(tmp_path, [conversation("user: a")]), tokenizer=tokenizer)
     assert "rows.jsonl:1: the tokenizer's chat template refuses the messages" in message
+
+
+def test_a_pipe_is_no_chat_template(tmp_path):
+    os.mkfifo(tmp_path / "chat.jinja")
+    with pytest.raises(DataError, match="chat.jinja cannot be read: it is a pipe or a device"):
+        read_template(str(tmp_path / "chat.jinja"))
 
 
 def test_several_templates_without_a_default_are_named(tmp_path):
