@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kltune.errors import DataError, ModelError
 from kltune.lm.data.chat import CLOCK, ChatTemplate, control_tokens, said, tokenizing, without_template
-from kltune.lm.data.forms import CALLS, THOUGHTS, Asked, Message, as_messages
+from kltune.lm.data.forms import CALLS, THOUGHTS, Asked, Message, as_messages, is_learnt
 from kltune.lm.data.rows import RowFault
 
 if TYPE_CHECKING:
@@ -189,9 +189,9 @@ class Encoder:
         token, to the end of what the template writes for it. A template that writes earlier turns in another way once
         later ones follow gives several texts: of each answer, with what is really asked before it.
 
-        turns: "all" answers of the assistant are scored, or the "last" alone.
+        turns: "all" answers of the assistant are scored, or the "last" alone; but none whose weight is 0.
         """
-        places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        places = [place for place, message in enumerate(messages) if is_learnt(message)]
         found: list[Scored] = []
         for place in places if turns == "all" else places[-1:]:
             before, turn = self.answer(messages[: place + 1])

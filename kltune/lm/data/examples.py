@@ -25,6 +25,7 @@ from kltune.lm.data.forms import (
     Message,
     MixedForms,
     answered_messages,
+    are_messages,
     prompt_of,
     text_field,
 )
@@ -100,8 +101,8 @@ class RowRules:
     def layout(self, encoder: Encoder) -> Layout:
         """How rows are read for an encoder: transcripts as messages, where its chat template is what they become."""
         templated = encoder.template != "none" and bool(encoder.chat.source)
-        return Layout(self.columns, transcripts=self.transcripts == "messages" or (
-            self.transcripts == "auto" and templated))
+        return Layout(self.columns, encoder.template if templated else "none", transcripts=(
+            self.transcripts == "messages" or (self.transcripts == "auto" and templated)))
 
     def must_cut(self, prompt: int, *responses: int) -> bool:
         """Whether a row has to be truncated, by the tokens of its prompt and responses.
@@ -197,7 +198,7 @@ def load_prompts(
         prompt, cut = fitted_prompt(encoder, rules, row.where, prompt_of(row.fields, forms.of(row.fields)))
         return replace(prompt, row=row.fields), cut
 
-    return collect_rows(source, build, tokenizer, rules, rows)
+    return collect_rows(source, forms, build, tokenizer, rules, rows)
 
 
 def fitted_prompt(
@@ -215,6 +216,7 @@ def load_examples(
 ) -> tuple[list[Example], Counts]:
     """Read texts to learn from: rows of ``{"text"}``, ``{"prompt", "response"}`` or ``{"messages"}``.
 
+    Prompt and response are texts, or messages of which the response's are learnt.
     Scored are all tokens of a text but the first; the response and its end token; every turn of the assistant. A
     conversation is one example, or one for each answer where the chat template rewrites earlier turns.
     For the limits the prompt is what comes before the first scored token, the response all the rest. Errors as
@@ -224,14 +226,14 @@ def load_examples(
 
     def build(row: Row, encoder: Encoder) -> tuple[list[Example], bool]:
         form = forms.of(row.fields)
-        if encoder.uses_chat(messages=form == ("messages",)):
+        if encoder.uses_chat(messages=are_messages(row.fields, form)):
             found = encoder.conversation(answered_messages(row.fields, form), rules.turns)
         else:
             found = [_plain_example(row, form, encoder)]
         fitted = [_fitted_example(rules, tokenizer.bos_token_id, row.where, *one) for one in found]
         return [example for example, _ in fitted], any(truncated for _, truncated in fitted)
 
-    rows, counts = collect_rows(source, build, tokenizer, rules)
+    rows, counts = collect_rows(source, forms, build, tokenizer, rules)
     examples = [example for row in rows for example in row]
     if len(examples) > len(rows):
         split = f"{len(examples)} examples of them, because the chat template writes earlier answers in another way"
@@ -282,10 +284,12 @@ def shuffled_positions(count: int, start: int, size: int, seed: int) -> list[int
 
 
 def collect_rows(
-    source: str, build: Build[Item], tokenizer: "PreTrainedTokenizerBase", rules: RowRules,
+    source: str, forms: FormOfFile, build: Build[Item], tokenizer: "PreTrainedTokenizerBase", rules: RowRules,
     rows: Iterable[Row] | None = None,
 ) -> tuple[list[Item], Counts]:
     """Build every row of a source, or of ``rows`` in its place, by the rules, and count what becomes of it.
+
+    forms: what ``build`` tells the form of a row by.
 
     Raises:
         DataError: too many rows are faulty, each is named with its place; or none is left.
@@ -318,7 +322,7 @@ def collect_rows(
         raise _refusal(source, faults, read, f"{advice}; these are more." if too_many else f"{advice}.")
     if not kept:
         raise DataError(f"{source}: no row is left of {read} ({dropped} too long and dropped, {len(faults)} faulty).")
-    notes = (*layout.notes, *transcript_note(layout, encoder), *encoder.notes())
+    notes = (*layout.notes, *forms.notes, *transcript_note(layout, encoder), *encoder.notes())
     return kept, Counts(read, len(kept), truncated, dropped, len(faults), notes)
 
 

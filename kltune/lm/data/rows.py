@@ -46,10 +46,10 @@ def read_rows(source: str) -> Iterator[Row]:
     A path never touches the network: only a source that is no file here, and does not look like one, is a name.
     A row that cannot be read comes back with its fault, so that the caller can list all of them.
 
-    The source is the path of a ``.jsonl``, ``.json`` (one object a line, or a JSON list of them), ``.csv`` or ``.tsv``
-    (a tab in ``.tsv``, else the separator is found in the header), ``.txt`` (a line is the prompt, or the text, of a row; each also ``.gz``) or
-    ``.parquet`` file, or ``name``, ``name:split`` or ``name:config:split`` of a dataset (split ``train`` by default).
-    Blank lines are not rows.
+    The source is the path of a ``.jsonl``, ``.json`` (one object a line, or a JSON list of them), ``.csv`` (the
+    separator is found in the header), ``.tsv``, ``.txt`` (a line is the prompt, or the text, of a row; each also
+    ``.gz``) or ``.parquet`` file, or ``name``, ``name:split`` or ``name:config:split`` of a dataset (split ``train`` by
+    default). Blank lines are not rows.
 
     Raises:
         DataError: no such file or dataset, a pipe or a device, a kind of file that is not read here, or a damaged file.

@@ -16,6 +16,7 @@ from kltune.lm.data.forms import (
     Asked,
     Form,
     answered_messages,
+    are_messages,
     columns_advice,
     label_of,
     likely_columns,
@@ -154,7 +155,7 @@ def _parsed(row: Row, found: Survey) -> tuple[Asked | None, list[str]]:
         return asked, sides
     if form == ("text",):
         return None, [text_field(fields, "text")]
-    if form == ("messages",):
+    if are_messages(fields, form):
         messages = answered_messages(fields, form)
         last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
         return messages[:last], [messages[last]["content"]]
