@@ -21,6 +21,7 @@ Ids = tuple[int, ...]
 Scored = tuple[Ids, tuple[bool, ...]]       # tokens, and which of them the assistant says
 # Tokenizers of the SentencePiece kind put a space before every text; behind a line break they leave it out.
 LINE_BREAK = "\n"
+LONGEST_CONTROL = 200       # characters of a control token, and of white space behind it
 LONG_TEXT, LONG_TOKEN = 1_000_000, 64      # characters of a text, and for each token of it that counts: a part will do
 MARK = "\ufdd0"     # stands within a spelling that is to stay text; Unicode keeps this one out of texts
 
@@ -114,22 +115,25 @@ class Encoder:
             raise RowFault(f"the tokenizer makes no token of {text[:40]!r}")
         return ids if ids[: len(self.head)] == self.head else self.head + ids
 
-    def following_ids(self, text: str) -> Ids:
-        """The tokens of a text that continues another one, so that both together spell the two texts joined.
+    def following_ids(self, text: str, prompt: str = "") -> Ids:
+        """The tokens of a text that continues a prompt, so that both together spell the two texts joined.
 
         Raises:
             RowFault: the tokenizer makes nothing of the text.
         """
         self._note(text)
-        return self._following(text, literal=self.control == "text")
+        literal = self.control == "text"
+        last = None if literal or self._spelling is None else re.search(
+            rf"(?:{self._spelling.pattern})\s*\Z", prompt[-LONGEST_CONTROL:])
+        return self._following(text, literal=literal, behind=last[0] if last else "")
 
-    def response_ids(self, text: str) -> Ids:
-        """The tokens of a plain response and, behind it, its end token.
+    def response_ids(self, text: str, prompt: str = "") -> Ids:
+        """The tokens of a plain response to a plain prompt and, behind it, its end token.
 
         Raises:
             RowFault: the tokenizer makes nothing of the text, or it goes on behind an end token.
         """
-        ids = self.ended(self.following_ids(text))
+        ids = self.ended(self.following_ids(text, prompt))
         self._refuse_end_within(ids[:-1], "the response")
         return ids
 
@@ -145,16 +149,16 @@ class Encoder:
                 raise other.refuse("the end of a text", "tokens")
         return (*ids, self.end_token)
 
-    def _following(self, text: str, *, literal: bool) -> Ids:
+    def _following(self, text: str, *, literal: bool, behind: str = "") -> Ids:
         # A tokenizer that puts a space before every text would put one between prompt and response as well, where the
-        # sampled responses have none.
+        # sampled responses have none; but behind a control token they may have one.
         ids = self._encode(text, literal=literal)
         if not ids:
             raise RowFault(f"the tokenizer makes no token of the response {text[:40]!r}")
         if self.joins_exactly:
             return ids
-        for behind in (LINE_BREAK, "a"):        # a line break may become one token with the next
-            before, both = (self._encode(part, literal=literal) for part in (behind, behind + text))
+        for other in filter(None, (behind, LINE_BREAK, "a")):       # a line break may become one token with the next
+            before, both = (self._encode(part, literal=literal) for part in (other, other + text))
             if both[: len(before)] == before:
                 return both[len(before) :]
         return ids
@@ -392,7 +396,7 @@ def _head(tokenizer: "PreTrainedTokenizerBase") -> Ids:
 def spelled(encoder: Encoder, prompt: str, response: str, ended: bool, limit: int | None) -> Ids:
     """The tokens of a prompt and a response as in training data, cut from the left to ``limit``; ModelError if none."""
     end = encoder.end_token
-    ids = (_tokens(encoder.first_ids, prompt) or encoder.head) + _tokens(encoder.following_ids, response)
+    ids = (_tokens(encoder.first_ids, prompt) or encoder.head) + _tokens(encoder.following_ids, response, prompt)
     if ended and end is not None and ids[-1:] != (end,):
         ids += (end,)
     if not ids:
@@ -400,9 +404,9 @@ def spelled(encoder: Encoder, prompt: str, response: str, ended: bool, limit: in
     return ids if limit is None else last_tokens(ids, limit, encoder.tokenizer.bos_token_id)
 
 
-def _tokens(encode: Callable[[str], Ids], text: str) -> Ids:
+def _tokens(encode: Callable[..., Ids], *texts: str) -> Ids:
     """The tokens of a text, () where the tokenizer makes none of it: a policy may say nothing at all."""
     try:
-        return encode(text)
+        return encode(*texts)
     except RowFault:
         return ()

@@ -256,8 +256,9 @@ def _plain_example(row: Row, form: Form, encoder: Encoder) -> Scored:
         ids = encoder.ended(encoder.first_ids(text_field(row.fields, "text")))
         unscored = 1        # nothing comes before the first token that it could be predicted from
     else:
-        prompt = encoder.first_ids(text_field(row.fields, "prompt"), from_end=True)
-        ids, unscored = prompt + encoder.response_ids(text_field(row.fields, "response")), len(prompt)
+        asked, said = (text_field(row.fields, name) for name in form)
+        prompt = encoder.first_ids(asked, from_end=True)
+        ids, unscored = prompt + encoder.response_ids(said, asked), len(prompt)
     if len(ids) == unscored:
         raise RowFault(f'field "text": only {unscored} token, wanted at least one more that can be scored')
     return ids, (False,) * unscored + (True,) * (len(ids) - unscored)

@@ -148,7 +148,8 @@ class Layout:
 
     def _no_place(self) -> str:
         if self.template == "auto":
-            return "found some, but none in the first row, whose prompt is plain text; give it in all rows, or in none"
+            return ("found some, but none in the first row, whose prompt is plain text; give it in all rows (it may be "
+                    "empty), or write data.template: chat")
         return ("plain text has no place for it; wanted a chat template (data.template: auto, and a model with one, or "
                 "data.chat_template: FILE), or a file without it")
 

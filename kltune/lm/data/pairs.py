@@ -178,7 +178,7 @@ def _fitted(
         messages = as_messages(asked)
         spoken = [encoder.answer([*messages, {"role": "assistant", "content": text}])[1] for text in responses]
     else:
-        spoken = [encoder.response_ids(text) for text in responses]
+        spoken = [encoder.response_ids(text, asked) for text in responses]
     prompt, truncated = fitted_prompt(encoder, rules, where, asked, spoken)
     answers = [Answer(s[: rules.max_response_tokens], r) for s, r in zip(spoken, responses, strict=True)]
     return prompt, answers, truncated

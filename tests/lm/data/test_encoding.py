@@ -160,6 +160,10 @@ def test_a_conversation_has_the_tokens_that_transformers_gives_it_behind_a_contr
     answer = example.ids[example.scored.index(True):]
     asked = tokenizer.apply_chat_template(told["messages"][:1], return_dict=False)
     assert example.ids[: example.scored.index(True)] == tuple(asked)
+    # the same, with the template applied beforehand: plain rows begin with bos
+    written = {"prompt": "what is it<|im_end|>", "response": content}
+    (plain,), _ = examples_of(write(tmp_path, [written], "plain.jsonl"), tokenizer, end_token=1, end_ids=(1,))
+    assert plain.ids == (0, *example.ids[: len(asked) + answer.index(1) + 1])
     row = {"prompt": told["messages"][:1], "chosen": content, "rejected": "then"}
     (pair,), _ = pairs_of(write(tmp_path, [row], "pairs.jsonl"), tokenizer, end_token=1, end_ids=(1,))
     assert pair.prompt.ids + pair.chosen.ids == example.ids[: len(asked) + answer.index(1) + 1]
