@@ -311,7 +311,7 @@ def _changing_pairs(path: Path):
 
 def test_transcripts_need_no_prompts_of_their_own(dpo_recipe, tmp_path, eval_kl):
     rows = [{"chosen": f"{t}\n\nAssistant: a", "rejected": f"{t}\n\nAssistant: zz"} for t in (*PROMPTS, *HELD_OUT)]
-    write_rows(tmp_path / "dpo" / "transcripts.jsonl", [*rows, rows[0] | {"rejected": rows[1]["rejected"][:3]}])
+    write_rows(tmp_path / "dpo" / "transcripts.jsonl", [*rows * 5, rows[0] | {"rejected": rows[1]["rejected"][:3]}])
     recipe = dpo_recipe(
         "data.pairs=transcripts.jsonl", "data.on_bad_row=skip", "eval.prompts=null", "eval.responses=44", "kl.beta=0.1",
         "run.steps=3",

@@ -1,5 +1,7 @@
 """Responses that were sampled elsewhere: measured if the policy said them, and refused if it did not."""
 
+import os
+
 import pytest
 import torch
 from peft import PeftModel
@@ -107,12 +109,21 @@ def test_what_another_model_said_is_refused(eval_kl, llama, adapter, tmp_path):
     ({"prompt": "so", "ids": []}, "wanted the tokens of a response"),
     ({"prompt": "so", "ids": [3, 99, 1]}, "token 99 is none of the model's 32"),
     ({"prompt": "so", "ids": "abc"}, "wanted the tokens of a response"),
+    ({"prompt": "so", "ids": [3, 4], "system": "be kind"}, 'field "system": plain text has no place for it'),
 ])
 def test_rows_that_are_no_responses_are_named(eval_kl, adapter, honest, tmp_path, row, words):
     code, _, err = eval_kl(adapter, *arguments(tmp_path, [*honest[:3], row]))
     assert code == 5
     assert "said.jsonl:4" in err
     assert words in err
+
+
+def test_a_pipe_is_refused_at_once(eval_kl, adapter, tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    for option in ("--prompts", "--responses"):
+        code, document, err = eval_kl(adapter, option, tmp_path / "rows.jsonl", "--max-new-tokens", LIMIT)
+        assert (code, document) == (5, "")
+        assert "rows.jsonl is a pipe or a device, wanted an ordinary file" in err
 
 
 def test_what_takes_fresh_responses_is_refused_beside_recorded_ones(eval_kl, adapter, honest, tmp_path):

@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
 import jinja2.ext
 
 from kltune.errors import DataError, ModelError
-from kltune.lm.data.foreign import memory_limit, time_limit
+from kltune.lm.data.foreign import memory_limit, read_ordinary, time_limit
 from kltune.lm.data.forms import Message
 from kltune.lm.data.rows import RowFault
 
@@ -54,7 +53,7 @@ def read_template(file: str | None) -> str | None:
     if file is None:
         return None
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = read_ordinary(file).decode("utf-8").replace("\r\n", "\n")
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse(text)
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else "") or "not UTF-8"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kltune.errors import DataError, ModelError
 from kltune.lm.data.chat import CLOCK, ChatTemplate, control_tokens, said, tokenizing, without_template
-from kltune.lm.data.forms import CALLS, THOUGHTS, Asked, Message, as_messages
+from kltune.lm.data.forms import CALLS, THOUGHTS, Asked, Message, as_messages, is_learnt
 from kltune.lm.data.rows import RowFault
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ Ids = tuple[int, ...]
 Scored = tuple[Ids, tuple[bool, ...]]       # tokens, and which of them the assistant says
 # Tokenizers of the SentencePiece kind put a space before every text; behind a line break they leave it out.
 LINE_BREAK = "\n"
+LONGEST_CONTROL = 200       # characters of a control token, and of white space behind it
 LONG_TEXT, LONG_TOKEN = 1_000_000, 64      # characters of a text, and for each token of it that counts: a part will do
 MARK = "\ufdd0"     # stands within a spelling that is to stay text; Unicode keeps this one out of texts
 
@@ -114,22 +115,25 @@ class Encoder:
             raise RowFault(f"the tokenizer makes no token of {text[:40]!r}")
         return ids if ids[: len(self.head)] == self.head else self.head + ids
 
-    def following_ids(self, text: str) -> Ids:
-        """The tokens of a text that continues another one, so that both together spell the two texts joined.
+    def following_ids(self, text: str, prompt: str = "") -> Ids:
+        """The tokens of a text that continues a prompt, so that both together spell the two texts joined.
 
         Raises:
             RowFault: the tokenizer makes nothing of the text.
         """
         self._note(text)
-        return self._following(text, literal=self.control == "text")
+        literal = self.control == "text"
+        last = None if literal or self._spelling is None else re.search(
+            rf"(?:{self._spelling.pattern})\s*\Z", prompt[-LONGEST_CONTROL:])
+        return self._following(text, literal=literal, behind=last[0] if last else "")
 
-    def response_ids(self, text: str) -> Ids:
-        """The tokens of a plain response and, behind it, its end token.
+    def response_ids(self, text: str, prompt: str = "") -> Ids:
+        """The tokens of a plain response to a plain prompt and, behind it, its end token.
 
         Raises:
             RowFault: the tokenizer makes nothing of the text, or it goes on behind an end token.
         """
-        ids = self.ended(self.following_ids(text))
+        ids = self.ended(self.following_ids(text, prompt))
         self._refuse_end_within(ids[:-1], "the response")
         return ids
 
@@ -145,16 +149,16 @@ class Encoder:
                 raise other.refuse("the end of a text", "tokens")
         return (*ids, self.end_token)
 
-    def _following(self, text: str, *, literal: bool) -> Ids:
+    def _following(self, text: str, *, literal: bool, behind: str = "") -> Ids:
         # A tokenizer that puts a space before every text would put one between prompt and response as well, where the
-        # sampled responses have none.
+        # sampled responses have none; but behind a control token they may have one.
         ids = self._encode(text, literal=literal)
         if not ids:
             raise RowFault(f"the tokenizer makes no token of the response {text[:40]!r}")
         if self.joins_exactly:
             return ids
-        for behind in (LINE_BREAK, "a"):        # a line break may become one token with the next
-            before, both = (self._encode(part, literal=literal) for part in (behind, behind + text))
+        for other in filter(None, (behind, LINE_BREAK, "a")):       # a line break may become one token with the next
+            before, both = (self._encode(part, literal=literal) for part in (other, other + text))
             if both[: len(before)] == before:
                 return both[len(before) :]
         return ids
@@ -189,9 +193,9 @@ class Encoder:
         token, to the end of what the template writes for it. A template that writes earlier turns in another way once
         later ones follow gives several texts: of each answer, with what is really asked before it.
 
-        turns: "all" answers of the assistant are scored, or the "last" alone.
+        turns: "all" answers of the assistant are scored, or the "last" alone; but none whose weight is 0.
         """
-        places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        places = [place for place, message in enumerate(messages) if is_learnt(message)]
         found: list[Scored] = []
         for place in places if turns == "all" else places[-1:]:
             before, turn = self.answer(messages[: place + 1])
@@ -201,7 +205,10 @@ class Encoder:
         return found
 
     def answer(self, messages: Sequence[Message]) -> tuple[Ids, Ids]:
-        """What the assistant reads before the last message, and what it says in it; the two become tokens apart.
+        """What the assistant reads before the last message, and what it says in it.
+
+        The conversation becomes tokens as one text, as templates are meant to be read: behind a control token some
+        tokenizers begin an answer with a space. Where that merges the two, they become tokens apart.
 
         Raises:
             RowFault: the answer spells an end token that cannot be kept as text, or the template writes something else
@@ -212,13 +219,21 @@ class Encoder:
         whole = self._chat_text(messages, to_answer=False)
         said = whole[len(before) :] if whole.startswith(before) else self._goes_on(before, whole, messages[-1], place)
         self._refuse_end_within(self._encode(content, literal=self.control != "tokens"), f"messages[{place}].content")
-        turn = self._ids(said, following=True)
+        asked, turn = self._joined(before, said)
         self._refuse_unwritten(messages, whole)
         end = next((place for place, token in enumerate(turn) if token in self.ends), len(turn))
         rest = readable(self.tokenizer, turn[end + 1 :]).strip()
         if rest and not readable(self.tokenizer, self.plain(self.chat.behind_answer() or "")).strip().endswith(rest):
             self._refuse_end_within(turn[: end + 1], f"messages[{place}]")
-        return self._ids(before), turn[: end + 1]
+        return asked, turn[: end + 1]
+
+    def _joined(self, before: str, said: str) -> tuple[Ids, Ids]:
+        """The tokens of what is asked, and those behind them that make both texts one: they are what a policy says."""
+        asked = self._ids(before)
+        whole = self._ids(before + said) if len(before + said) <= LONG_TEXT else ()     # of a longer one, a part only
+        if whole[: len(asked)] == asked and len(whole) > len(asked):
+            return asked, whole[len(asked) :]
+        return asked, self._ids(said, following=True)
 
     def _refuse_unwritten(self, messages: Sequence[Message], whole: str) -> None:
         """Raise RowFault if the template writes nothing of the tool calls, or of the thoughts, of the last message."""
@@ -381,7 +396,7 @@ def _head(tokenizer: "PreTrainedTokenizerBase") -> Ids:
 def spelled(encoder: Encoder, prompt: str, response: str, ended: bool, limit: int | None) -> Ids:
     """The tokens of a prompt and a response as in training data, cut from the left to ``limit``; ModelError if none."""
     end = encoder.end_token
-    ids = (_tokens(encoder.first_ids, prompt) or encoder.head) + _tokens(encoder.following_ids, response)
+    ids = (_tokens(encoder.first_ids, prompt) or encoder.head) + _tokens(encoder.following_ids, response, prompt)
     if ended and end is not None and ids[-1:] != (end,):
         ids += (end,)
     if not ids:
@@ -389,9 +404,9 @@ def spelled(encoder: Encoder, prompt: str, response: str, ended: bool, limit: in
     return ids if limit is None else last_tokens(ids, limit, encoder.tokenizer.bos_token_id)
 
 
-def _tokens(encode: Callable[[str], Ids], text: str) -> Ids:
+def _tokens(encode: Callable[..., Ids], *texts: str) -> Ids:
     """The tokens of a text, () where the tokenizer makes none of it: a policy may say nothing at all."""
     try:
-        return encode(text)
+        return encode(*texts)
     except RowFault:
         return ()

@@ -25,6 +25,7 @@ from kltune.lm.data.forms import (
     Message,
     MixedForms,
     answered_messages,
+    are_messages,
     prompt_of,
     text_field,
 )
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 LISTED_FAULTS = 20
 SHOWN_LETTERS = 300         # of a rendered example
-SKIPPED_SHARE = 0.01        # of the rows, or one row in a small file
+SKIPPED_PERCENT = 1         # of the rows that were read
 Item = TypeVar("Item")
 Build = Callable[[Row, Encoder], tuple[Item, bool]]      # the item, and whether it was truncated
 
@@ -61,7 +62,7 @@ class RowRules:
 
     on_overlong: truncate (prompts from the left, keeping bos; responses from the right, then without the end token,
     because the text does not end there), drop, or error (the row is faulty). on_bad_row: error, or skip (at most 1 % of
-    the rows, or one row).
+    the rows).
     """
 
     max_prompt_tokens: int
@@ -100,8 +101,8 @@ class RowRules:
     def layout(self, encoder: Encoder) -> Layout:
         """How rows are read for an encoder: transcripts as messages, where its chat template is what they become."""
         templated = encoder.template != "none" and bool(encoder.chat.source)
-        return Layout(self.columns, transcripts=self.transcripts == "messages" or (
-            self.transcripts == "auto" and templated))
+        return Layout(self.columns, encoder.template if templated else "none", transcripts=(
+            self.transcripts == "messages" or (self.transcripts == "auto" and templated)))
 
     def must_cut(self, prompt: int, *responses: int) -> bool:
         """Whether a row has to be truncated, by the tokens of its prompt and responses.
@@ -197,7 +198,7 @@ def load_prompts(
         prompt, cut = fitted_prompt(encoder, rules, row.where, prompt_of(row.fields, forms.of(row.fields)))
         return replace(prompt, row=row.fields), cut
 
-    return collect_rows(source, build, tokenizer, rules, rows)
+    return collect_rows(source, forms, build, tokenizer, rules, rows)
 
 
 def fitted_prompt(
@@ -215,6 +216,7 @@ def load_examples(
 ) -> tuple[list[Example], Counts]:
     """Read texts to learn from: rows of ``{"text"}``, ``{"prompt", "response"}`` or ``{"messages"}``.
 
+    Prompt and response are texts, or messages of which the response's are learnt.
     Scored are all tokens of a text but the first; the response and its end token; every turn of the assistant. A
     conversation is one example, or one for each answer where the chat template rewrites earlier turns.
     For the limits the prompt is what comes before the first scored token, the response all the rest. Errors as
@@ -224,14 +226,14 @@ def load_examples(
 
     def build(row: Row, encoder: Encoder) -> tuple[list[Example], bool]:
         form = forms.of(row.fields)
-        if encoder.uses_chat(messages=form == ("messages",)):
+        if encoder.uses_chat(messages=are_messages(row.fields, form)):
             found = encoder.conversation(answered_messages(row.fields, form), rules.turns)
         else:
             found = [_plain_example(row, form, encoder)]
         fitted = [_fitted_example(rules, tokenizer.bos_token_id, row.where, *one) for one in found]
         return [example for example, _ in fitted], any(truncated for _, truncated in fitted)
 
-    rows, counts = collect_rows(source, build, tokenizer, rules)
+    rows, counts = collect_rows(source, forms, build, tokenizer, rules)
     examples = [example for row in rows for example in row]
     if len(examples) > len(rows):
         split = f"{len(examples)} examples of them, because the chat template writes earlier answers in another way"
@@ -254,8 +256,9 @@ def _plain_example(row: Row, form: Form, encoder: Encoder) -> Scored:
         ids = encoder.ended(encoder.first_ids(text_field(row.fields, "text")))
         unscored = 1        # nothing comes before the first token that it could be predicted from
     else:
-        prompt = encoder.first_ids(text_field(row.fields, "prompt"), from_end=True)
-        ids, unscored = prompt + encoder.response_ids(text_field(row.fields, "response")), len(prompt)
+        asked, said = (text_field(row.fields, name) for name in form)
+        prompt = encoder.first_ids(asked, from_end=True)
+        ids, unscored = prompt + encoder.response_ids(said, asked), len(prompt)
     if len(ids) == unscored:
         raise RowFault(f'field "text": only {unscored} token, wanted at least one more that can be scored')
     return ids, (False,) * unscored + (True,) * (len(ids) - unscored)
@@ -282,10 +285,12 @@ def shuffled_positions(count: int, start: int, size: int, seed: int) -> list[int
 
 
 def collect_rows(
-    source: str, build: Build[Item], tokenizer: "PreTrainedTokenizerBase", rules: RowRules,
+    source: str, forms: FormOfFile, build: Build[Item], tokenizer: "PreTrainedTokenizerBase", rules: RowRules,
     rows: Iterable[Row] | None = None,
 ) -> tuple[list[Item], Counts]:
     """Build every row of a source, or of ``rows`` in its place, by the rules, and count what becomes of it.
+
+    forms: what ``build`` tells the form of a row by.
 
     Raises:
         DataError: too many rows are faulty, each is named with its place; or none is left.
@@ -312,14 +317,19 @@ def collect_rows(
             continue
         kept.append(item)
         truncated += cut
-    too_many = len(faults) > max(1, SKIPPED_SHARE * read)
+    too_many = beyond_skipping(len(faults), read)
     if faults and (too_many or rules.on_bad_row == "error"):
-        advice = "data.on_bad_row: skip leaves out 1 % of the rows at most (or one row)"
+        advice = f"data.on_bad_row: skip leaves out {SKIPPED_PERCENT} % of the rows at most"
         raise _refusal(source, faults, read, f"{advice}; these are more." if too_many else f"{advice}.")
     if not kept:
         raise DataError(f"{source}: no row is left of {read} ({dropped} too long and dropped, {len(faults)} faulty).")
-    notes = (*layout.notes, *transcript_note(layout, encoder), *encoder.notes())
+    notes = (*layout.notes, *forms.notes, *transcript_note(layout, encoder), *encoder.notes())
     return kept, Counts(read, len(kept), truncated, dropped, len(faults), notes)
+
+
+def beyond_skipping(faults: int, read: int) -> bool:
+    """Whether more of the rows are faulty than ``on_bad_row: skip`` leaves out; of fewer than 100, any is."""
+    return 100 * faults > SKIPPED_PERCENT * read
 
 
 def transcript_note(layout: Layout, encoder: Encoder) -> tuple[str, ...]:

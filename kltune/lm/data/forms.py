@@ -2,8 +2,11 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import yaml
 
 from kltune.errors import DataError
 from kltune.lm.data.rows import RowFault, describe, has_surrogate
@@ -27,6 +30,20 @@ OTHER_NAMES = {
     "rejected": ("dispreferred", "refused", "loser", "bad", "response_rejected", "rejected_response", "negative"),
     "label": ("is_good", "thumbs_up", "liked"),
 }
+# Fields beside a prompt that the policy has to be asked as well: they become messages before it (layouts.py) ...
+BEFORE = {
+    "system": "is the system message", "system_prompt": "is the system message",
+    "history": "are turns before the prompt",
+}
+# ... and those that cannot: a row with something in one is faulty
+NO_TOOLS = ("descriptions of tools, which kltune does not give to the chat template, so that the policy would be asked "
+            "without them; write them into a system message, and take it out")
+NO_PICTURES = "kltune trains on text alone, so that the policy would be asked without them; leave such rows out"
+NOT_GIVEN = {
+    "tools": NO_TOOLS, "functions": NO_TOOLS, "images": NO_PICTURES, "videos": NO_PICTURES, "audios": NO_PICTURES,
+    "chat_template_kwargs": "what the chat template is told in this row, which kltune does not tell it; give a "
+                            "template that needs none as data.chat_template, and take it out",
+}
 LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}     # CSV has only text
 # Who may speak after whom; None is the start of the conversation.
 NEXT_ROLES: dict[str | None, tuple[str, ...]] = {
@@ -38,6 +55,7 @@ NEXT_ROLES: dict[str | None, tuple[str, ...]] = {
 }
 ROLES = ("system", "user", "assistant", "tool")
 MAY_BE_EMPTY = ("system", "tool")
+WEIGHT = "weight"           # of an answer that is given: 0 is not learnt from
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 CALLS = "tool_calls"
 LARGEST_MARGIN = 1e30       # of score: a batch of them still has a finite sum in float32
@@ -52,12 +70,13 @@ class FormOfFile:
 
     Fields beyond those of the form are extra fields and ignored. A first row that is complete in two forms has the
     one that stands first in ``forms``. A field that is null counts as absent here, because Parquet and ``datasets``
-    give every row the fields of all.
+    give every row the fields of all. ``notes`` says so where the first row has a second form of other fields.
     """
 
     def __init__(self, forms: tuple[Form, ...]):
         self.forms = forms
         self.form: Form | None = None
+        self.notes: tuple[str, ...] = ()
 
     def of(self, fields: dict[str, Any]) -> Form:
         """The form of a row; the fields' values are not looked at yet.
@@ -69,19 +88,34 @@ class FormOfFile:
         complete = [form for form in self.forms if all(fields.get(name) is not None for name in form)]
         if self.form is None and complete:
             self.form = complete[0]
+            others = [form for form in complete if not set(form) & set(self.form)]
+            self.notes = tuple(f"rows are read as {_names(self.form)}, not as {_names(form)}, which they have too"
+                               for form in others[:1])
         partly = complete and self.form and set(complete[0]) < set(self.form)      # a field of the form is null
         if complete and self.form not in complete and not partly:
             raise MixedForms(f"found a row with {_names(complete[0])}, the rows before it have {_names(self.form)}; "
                              "wanted one form in a file")
         if self.form is not None:
             return self.form
-        begun = [form for form in self.forms if any(name in fields for name in form)]
-        if not begun:
+        begun = closest(fields, self.forms)
+        if begun is None:
             least = [form for form in self.forms if not any(set(other) < set(form) for other in self.forms)]
             wanted = " or ".join(_names(form) for form in sorted(least, key=len))
             found = _names(fields) if fields else "an object without fields"
             raise RowFault(f"wanted {wanted}, found {found}{columns_advice(fields, least)}")
-        return begun[0]
+        absent = [name for name in begun if fields.get(name) is None]
+        if named := likely_columns(fields.keys() - {*begun}, absent):
+            found = "found null" if absent[0] in fields else "missing"
+            raise RowFault(f'field "{absent[0]}": {found}{_columns(named)}')
+        return begun
+
+
+def closest(fields: Mapping[str, Any], forms: Sequence[Form]) -> Form | None:
+    """The first form that a row is complete in, else the one of which it has the most fields; None if it has none."""
+    filled = {name for name, value in fields.items() if value is not None}
+    complete = next((form for form in forms if filled >= {*form}), None)
+    best = complete or max(forms, key=lambda form: (len(filled & {*form}), len(fields.keys() & {*form})))
+    return best if fields.keys() & {*best} else None
 
 
 def likely_columns(names: Iterable[str], form: Form) -> dict[str, str]:
@@ -103,9 +137,16 @@ def columns_advice(fields: Mapping[str, Any], forms: Sequence[Form]) -> str:
             return f'; if the rows are the list under "{name}", write it alone: jq .{name} FILE > rows.json'
     best = max((likely_columns(fields, form) for form in forms), key=len, default={})
     usual = next((form for form in forms if form[0] == "prompt"), next(iter(forms)))
-    named = best or dict(zip(usual, fields, strict=False))
-    example = ", ".join(f"{ours}: {theirs}" for ours, theirs in named.items())
-    return f"; name the columns, as data.columns: {{{example}}}"
+    return _columns(best or dict(zip(usual, fields, strict=False)))
+
+
+def _columns(named: Mapping[str, str]) -> str:
+    """The line to write in a recipe; what YAML would read otherwise is quoted."""
+    pairs = []
+    for ours, theirs in named.items():
+        plain = re.fullmatch(r"[\w-]+", theirs) and yaml.safe_load(theirs) == theirs
+        pairs.append(f"{ours}: {theirs if plain else json.dumps(theirs, ensure_ascii=False)}")
+    return f"; name the columns, as data.columns: {{{', '.join(pairs)}}}"
 
 
 def _names(names: Any) -> str:
@@ -144,9 +185,6 @@ def message_list(fields: dict[str, Any], name: str = "messages", before: str | N
         found = "found an empty list" if isinstance(value, list) else f"found {describe(value)}"
         here = found if name in fields else "missing"
         raise RowFault(f'field "{name}": {here}, wanted a list of {{"role", "content"}}')
-    if fields.get("tools"):
-        raise RowFault('field "tools": descriptions of tools, which kltune does not give to the chat template, so that '
-                       "the policy would be asked without them; write them into a system message, and take it out")
     messages: list[Message] = []
     for index, message in enumerate(value):
         messages.append(_checked_message(message, f"{name}[{index}]", messages[-1]["role"] if messages else before))
@@ -167,6 +205,8 @@ def _checked_message(message: Any, label: str, before: str | None) -> Message:
     content = _content(message.get("content", "" if calls else None), label)
     if calls and content is None:
         content = ""
+    if more.get(WEIGHT, 1) not in (0, 1):
+        raise RowFault(f'field "{label}.{WEIGHT}": found {describe(more[WEIGHT])}, wanted 0 or 1')
     text = text_field({"content": content}, "content", f'field "{label}.content"', empty=calls or role in MAY_BE_EMPTY)
     return more | {"role": role, "content": text}
 
@@ -201,22 +241,40 @@ def spoken_text(message: Message, label: str) -> str:
 
 
 def answered_messages(fields: dict[str, Any], form: Form) -> list[Message]:
-    """A text as messages with at least one of the assistant; prompt and response become user and assistant.
+    """A text as messages with at least one of the assistant to learn from, whose weight is not 0.
+
+    A prompt and a response become user and assistant, if they are texts; of messages only the response's are learnt.
 
     Raises:
-        RowFault: the row is faulty, or the assistant says nothing in it.
+        RowFault: the row is faulty, or the assistant says nothing in it that is to be learnt.
         DataError: the rows are whole texts, in which nobody says who speaks.
     """
     if form == ("text",):
         raise DataError('data.template: chat cannot be used with rows of "text": nothing in them says who speaks; '
                         "wanted data.template: none, or rows with \"prompt\" and \"response\", or with \"messages\".")
     if form == ("prompt", "response"):
-        prompt, response = text_field(fields, "prompt"), text_field(fields, "response")
-        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    messages = message_list(fields)
-    if all(message["role"] != "assistant" for message in messages):
-        raise RowFault('field "messages": found no message of the assistant, wanted at least one')
+        asked = [message | ({WEIGHT: 0} if message["role"] == "assistant" else {})
+                 for message in as_messages(_asked(fields, "prompt"))]
+        if isinstance(fields["response"], list):
+            messages = asked + message_list(fields, "response", before=asked[-1]["role"])
+        else:
+            messages = [*asked, {"role": "assistant", "content": text_field(fields, "response")}]
+    else:
+        messages = message_list(fields)
+    if not any(is_learnt(message) for message in messages):
+        raise RowFault(f'field "{form[-1]}": found no message of the assistant, wanted at least one'
+                       + (f", with a {WEIGHT} that is not 0" if any(WEIGHT in message for message in messages) else ""))
     return messages
+
+
+def is_learnt(message: Message) -> bool:
+    """Whether a message is an answer to learn from."""
+    return message["role"] == "assistant" and message.get(WEIGHT, 1) != 0
+
+
+def are_messages(fields: Mapping[str, Any], form: Form) -> bool:
+    """Whether a text is messages, or prompt and response of which one is."""
+    return form == ("messages",) or any(isinstance(fields.get(name), list) for name in form)
 
 
 def label_of(fields: dict[str, Any]) -> bool:
@@ -286,9 +344,10 @@ def _transcripts(fields: dict[str, Any]) -> tuple[str, str, str]:
     shared = next((at for at, (a, b) in enumerate(letters) if a != b), min(len(chosen), len(rejected)))
     start = chosen.rfind(TRANSCRIPT, 0, shared)
     if start < 0:
+        named = likely_columns(fields, ("prompt",))
         raise RowFault(
             f'"chosen" and "rejected" share no beginning that ends with {TRANSCRIPT!r}; wanted two transcripts of one '
-            'conversation, or a field "prompt"'
+            f'conversation, or a field "prompt"{_columns(named) if named else ""}'
         )
     start += len(TRANSCRIPT)
     return chosen[:start], chosen[start:], rejected[start:]

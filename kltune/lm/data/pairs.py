@@ -20,6 +20,7 @@ from kltune.lm.data.forms import (
     Asked,
     FormOfFile,
     as_messages,
+    closest,
     label_of,
     margin_of,
     prompt_and,
@@ -67,8 +68,7 @@ def load_comparisons(
 ) -> tuple[list[Pair] | list[Labelled], Counts]:
     """Read pairs with their margins, or labelled responses, whichever the first row of the source is."""
     first = rules.layout(rules.encoder(tokenizer)).first(read_rows(source))
-    present = {name for name, value in first.items() if value is not None}
-    labelled = present.issuperset(LABELLED_FORM) and not any(present.issuperset(form) for form in PAIR_FORMS)
+    labelled = closest(first, (*PAIR_FORMS, LABELLED_FORM)) == LABELLED_FORM
     return load_labelled(source, tokenizer, rules) if labelled else load_pairs(source, tokenizer, rules, margins=True)
 
 
@@ -141,7 +141,7 @@ def load_pairs(
             raise DroppedRow
         raise RowFault('"chosen" and "rejected" are the same tokens, wanted two different responses')
 
-    return collect_rows(source, build, tokenizer, rules)
+    return collect_rows(source, forms, build, tokenizer, rules)
 
 
 def load_labelled(
@@ -166,7 +166,7 @@ def load_labelled(
         prompt, answers, truncated = _fitted(encoder, rules, row.where, asked, responses)
         return [Labelled(prompt, *labelled) for labelled in zip(answers, wanted, strict=True)], truncated
 
-    rows, counts = collect_rows(source, build, tokenizer, rules)
+    rows, counts = collect_rows(source, forms, build, tokenizer, rules)
     return [labelled for row in rows for labelled in row], counts
 
 
@@ -178,7 +178,7 @@ def _fitted(
         messages = as_messages(asked)
         spoken = [encoder.answer([*messages, {"role": "assistant", "content": text}])[1] for text in responses]
     else:
-        spoken = [encoder.response_ids(text) for text in responses]
+        spoken = [encoder.response_ids(text, asked) for text in responses]
     prompt, truncated = fitted_prompt(encoder, rules, where, asked, spoken)
     answers = [Answer(s[: rules.max_response_tokens], r) for s, r in zip(spoken, responses, strict=True)]
     return prompt, answers, truncated

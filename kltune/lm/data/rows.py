@@ -46,13 +46,13 @@ def read_rows(source: str) -> Iterator[Row]:
     A path never touches the network: only a source that is no file here, and does not look like one, is a name.
     A row that cannot be read comes back with its fault, so that the caller can list all of them.
 
-    The source is the path of a ``.jsonl``, ``.json`` (one object a line, or a JSON list of them), ``.csv`` or ``.tsv``
-    (the separator is found in the header), ``.txt`` (a line is the prompt, or the text, of a row; each also ``.gz``) or
-    ``.parquet`` file, or ``name``, ``name:split`` or ``name:config:split`` of a dataset (split ``train`` by default).
-    Blank lines are not rows.
+    The source is the path of a ``.jsonl``, ``.json`` (one object a line, or a JSON list of them), ``.csv`` (the
+    separator is found in the header), ``.tsv``, ``.txt`` (a line is the prompt, or the text, of a row; each also
+    ``.gz``) or ``.parquet`` file, or ``name``, ``name:split`` or ``name:config:split`` of a dataset (split ``train`` by
+    default). Blank lines are not rows.
 
     Raises:
-        DataError: no such file or dataset, a kind of file that is not read here, or a damaged file.
+        DataError: no such file or dataset, a pipe or a device, a kind of file that is not read here, or a damaged file.
     """
     path = os.path.expanduser(source)
     kind = path.lower().removesuffix(".gz")
@@ -62,6 +62,8 @@ def read_rows(source: str) -> Iterator[Row]:
         if looks_like_a_path(path):
             raise DataError(f"{source} does not exist.")
         yield from _dataset_rows(source)
+    elif not os.path.isfile(path):      # it is read more than once, which a pipe does not survive
+        raise DataError(f"{source} is a pipe or a device, wanted an ordinary file.")
     elif not path.lower().endswith(SUFFIXES):
         raise DataError(f"{source} is no kind of data file that can be read here: {', '.join(SUFFIXES)}.")
     elif kind.endswith((".csv", ".tsv")):
@@ -231,7 +233,12 @@ def _csv_rows(path: str) -> Iterator[Row]:
 
 
 def _separator(path: str) -> str:
-    """What stands between the names of the header: a comma, or what cuts a header without one into the most names."""
+    """What stands between the names of the header: a comma, or what cuts a header without one into the most names.
+
+    A file that says it is separated by tabs is.
+    """
+    if path.lower().removesuffix(".gz").endswith(".tsv"):
+        return "\t"
     header = next((line for _, line in _lines(path) if line.strip()), b"").decode("utf-8", errors="replace")
     cells = {}
     for separator in SEPARATORS:
@@ -258,22 +265,41 @@ def _parquet_rows(path: str) -> Iterator[Row]:
     name, number = os.path.basename(path), 0
     try:
         with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if repeated := [column for column in names if names.count(column) > 1]:
+                raise DataError(f'{name}: column "{repeated[0]}" is found twice.')
             for batch in file.iter_batches(batch_size=1024):
-                for fields in _batch_rows(batch):
+                for fields in _batch_rows(_with_written_times(batch)):
                     number += 1
                     where = f"{name}:row {number}"
-                    yield Row(where, {}, "holds text that is not UTF-8") if fields is None else Row(where, fields)
+                    yield Row(where, {}, fields) if isinstance(fields, str) else Row(where, fields)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is damaged, or no Parquet file, after row {number}: {error}") from error
 
 
-def _batch_rows(batch: Any) -> list[dict[str, Any] | None]:
-    """The rows of an Arrow batch; None for a row with text that is not UTF-8, which spoils its whole batch."""
+def _with_written_times(batch: Any) -> Any:
+    """An Arrow batch with its dates and times as text: many have none in Python, or need the time zones of a system."""
+    import pyarrow
+
+    for at, field in enumerate(batch.schema):
+        column, kind = batch.column(at), field.type
+        if pyarrow.types.is_timestamp(kind) and kind.tz is not None:
+            column = column.cast(pyarrow.timestamp(kind.unit))      # in UTC
+        if pyarrow.types.is_temporal(kind):
+            batch = batch.set_column(at, field.name, column.cast(pyarrow.string()))
+    return batch
+
+
+def _batch_rows(batch: Any) -> list[dict[str, Any] | str]:
+    """The rows of an Arrow batch; what is wrong with a row that cannot be read, which spoils its whole batch."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
-        if batch.num_rows == 1:
-            return [None]
+        fault = "holds text that is not UTF-8"
+    except (ValueError, OverflowError) as error:
+        fault = f"holds a value that Python has none for: {error}"
+    if batch.num_rows == 1:
+        return [fault]
     return [row for at in range(batch.num_rows) for row in _batch_rows(batch.slice(at, 1))]
 
 

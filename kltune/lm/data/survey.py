@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kltune.errors import DataError
 from kltune.lm.data.chat import ChatTemplate, template_of
 from kltune.lm.data.encoding import Encoder
+from kltune.lm.data.examples import beyond_skipping
 from kltune.lm.data.forms import (
     LABELLED_FORM,
     PAIR_FORMS,
@@ -15,6 +16,7 @@ from kltune.lm.data.forms import (
     Asked,
     Form,
     answered_messages,
+    are_messages,
     columns_advice,
     label_of,
     likely_columns,
@@ -92,7 +94,7 @@ def survey_of(source: str, tokenizer: "PreTrainedTokenizerBase", kinds: tuple[st
             found.faults.append(f"{row.where}: {fault}")
             if found.rows == 1:
                 raise DataError(f"{source}: {found.faults[0]}") from fault
-    if len(found.faults) > max(1, 0.01 * found.rows):
+    if beyond_skipping(len(found.faults), found.rows):
         raise DataError(f"{source}: {len(found.faults)} of {found.rows} rows are faulty, as {found.faults[0]}")
     found.notes = tuple(layout.notes)
     if layout.transcript is not None:
@@ -153,7 +155,7 @@ def _parsed(row: Row, found: Survey) -> tuple[Asked | None, list[str]]:
         return asked, sides
     if form == ("text",):
         return None, [text_field(fields, "text")]
-    if form == ("messages",):
+    if are_messages(fields, form):
         messages = answered_messages(fields, form)
         last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
         return messages[:last], [messages[last]["content"]]

@@ -15,6 +15,7 @@ from kltune.core.kl.intervals import agreement_z, cluster_numbers
 from kltune.core.tensors import log_distribution, per_response
 from kltune.errors import DataError, ModelError
 from kltune.lm.data.examples import Prompt, RowRules, load_examples, load_prompts
+from kltune.lm.data.forms import BEFORE, NOT_GIVEN
 from kltune.lm.data.rows import Row, read_rows
 from kltune.lm.measure.measurement import RESPONSES_PER_PASS, WORST_Z, Measurement, measurement_of
 from kltune.lm.model.batches import Samples, response_scatter
@@ -38,8 +39,9 @@ def read_transcripts(source: str, policy: Policy, rules: RowRules, limit: int) -
         examples, _ = load_examples(source, policy.tokenizer, rules)
         found = [(_prompt_of(policy, example), _scored_of(example)) for example in examples]
     else:
-        told = [Row(row.where, {name: value for name, value in row.fields.items() if name in ("prompt", "messages")},
-                    row.fault) for row in rows]
+        asked = ("prompt", "messages", *BEFORE, *NOT_GIVEN)
+        told = [Row(row.where, {name: value for name, value in row.fields.items() if name in asked}, row.fault)
+                for row in rows]
         prompts, _ = load_prompts(source, policy.tokenizer, rules, told)
         if len(prompts) != len(rows):
             raise DataError(f"{source}: {len(rows) - len(prompts)} of {len(rows)} prompts are too long for the model.")

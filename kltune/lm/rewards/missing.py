@@ -20,6 +20,7 @@ from kltune.lm.data.forms import (
     Form,
     FormOfFile,
     answered_messages,
+    are_messages,
     label_of,
     prompt_and,
     prompt_of,
@@ -222,7 +223,8 @@ def has_messages(recipe: Recipe, name: str, source: str) -> bool:
     Raises:
         DataError: it cannot be read. RowFault: the first rows cannot, where that is an error; or there is none.
     """
-    layout, messages, faults, read = Layout(recipe.data.columns), False, [], 0
+    chat = recipe.data.chat_template is not None or has_template(Path(recipe.model.path))
+    layout, messages, faults, read = Layout(recipe.data.columns, recipe.data.template if chat else "none"), False, [], 0
     forms, parse = _reader(recipe, name)
     form = FormOfFile(forms)
     for row in islice(read_rows(source), LOOKED_AT):
@@ -251,7 +253,7 @@ def _reader(recipe: Recipe, name: str) -> tuple[tuple[Form, ...], Callable[[dict
 
 
 def _text(fields: dict[str, Any], form: Form) -> bool:
-    if form == ("messages",):
+    if are_messages(fields, form):
         return bool(answered_messages(fields, form))
     return not all(text_field(fields, name) for name in form)
 

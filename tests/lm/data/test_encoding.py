@@ -1,6 +1,7 @@
 """What ends a response, what a message spells, and what day a chat template is told."""
 
 import json
+import os
 from datetime import date, datetime
 
 import pytest
@@ -22,7 +23,8 @@ from test_pairs import pairs_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kltune.lm.data.chat import ChatTemplate
+from kltune.errors import DataError
+from kltune.lm.data.chat import ChatTemplate, read_template
 from kltune.lm.data.encoding import Encoder
 from kltune.lm.data.rows import RowFault
 
@@ -145,6 +147,28 @@ def test_an_answer_that_begins_with_white_space_is_cut_into_tokens_apart_from_it
     assert turn == (*tokenizer.encode(content, add_special_tokens=False), 3)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "first", "always"])
+@pytest.mark.parametrize("content", ["old and new", "Put it.", " put", "\nput"])
+def test_a_conversation_has_the_tokens_that_transformers_gives_it_behind_a_control_token(tmp_path, kind, content):
+    tight = (       # nothing stands between a control token and the answer
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}<|im_end|>{% else %}</s>{% endif %}{% endfor %}"
+    )
+    tokenizer = byte_tokenizer(kind, tight)
+    told = conversation("user: what is it", f"assistant: {content}", "user: and then", f"assistant: {content}")
+    (example,), _ = examples_of(write(tmp_path, [told]), tokenizer, end_token=1, end_ids=(1,))
+    assert example.ids == tuple(tokenizer.apply_chat_template(told["messages"], return_dict=False))
+    answer = example.ids[example.scored.index(True):]
+    asked = tokenizer.apply_chat_template(told["messages"][:1], return_dict=False)
+    assert example.ids[: example.scored.index(True)] == tuple(asked)
+    # the same, with the template applied beforehand: plain rows begin with bos
+    written = {"prompt": "what is it<|im_end|>", "response": content}
+    (plain,), _ = examples_of(write(tmp_path, [written], "plain.jsonl"), tokenizer, end_token=1, end_ids=(1,))
+    assert plain.ids == (0, *example.ids[: len(asked) + answer.index(1) + 1])
+    row = {"prompt": told["messages"][:1], "chosen": content, "rejected": "then"}
+    (pair,), _ = pairs_of(write(tmp_path, [row], "pairs.jsonl"), tokenizer, end_token=1, end_ids=(1,))
+    assert pair.prompt.ids + pair.chosen.ids == example.ids[: len(asked) + answer.index(1) + 1]
+
+
 DATED = "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}{{ day }}: " + CHATML
 
 
@@ -172,6 +196,12 @@ def test_a_template_that_fails_on_a_row_names_it(tmp_path):
     tokenizer = letter_tokenizer(template="{{ messages[0]['content'] + 1 }}")
     message = refusal(prompts_of, write(tmp_path, [conversation("user: a")]), tokenizer=tokenizer)
     assert "rows.jsonl:1: the tokenizer's chat template refuses the messages" in message
+
+
+def test_a_pipe_is_no_chat_template(tmp_path):
+    os.mkfifo(tmp_path / "chat.jinja")
+    with pytest.raises(DataError, match=r"chat\.jinja cannot be read: it is a pipe or a device"):
+        read_template(str(tmp_path / "chat.jinja"))
 
 
 def test_several_templates_without_a_default_are_named(tmp_path):

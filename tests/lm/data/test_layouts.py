@@ -2,14 +2,16 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from kltune.errors import DataError
 from kltune.lm.data.examples import load_examples, load_prompts
 from kltune.lm.data.layouts import is_transcript, turns
-from kltune.lm.data.pairs import load_pairs
+from kltune.lm.data.pairs import load_comparisons, load_labelled, load_pairs
 from kltune.lm.data.rows import RowFault
 from tests.lm.data.test_data import (
     CHAT_TOKENIZER,
@@ -43,6 +45,62 @@ def test_columns_under_other_names_are_refused_with_the_line_to_write(tmp_path):
         load_examples(str(source), LETTER_TOKENIZER, rules())
 
 
+@pytest.mark.parametrize(("row", "load", "columns"), [
+    ({"prompt": "a", "completion": "b"}, load_examples, "{response: completion}"),
+    ({"question": "a", "response": "b"}, load_examples, "{prompt: question}"),
+    ({"prompt": "a", "completion": "b", "label": True}, load_comparisons, "{response: completion}"),
+    ({"prompt": "a", "completion": "b", "label": True}, load_labelled, "{response: completion}"),
+    ({"prompt": "a", "winner": "b", "loser": "c"}, load_comparisons, "{chosen: winner, rejected: loser}"),
+    ({"question": "a", "chosen": "b", "rejected": "c"}, load_pairs, "{prompt: question}"),
+    ({"system_prompt": "e", "question": "a", "response": "b"}, load_examples, "{prompt: question}"),
+])
+def test_one_column_under_another_name_is_refused_with_the_line_to_write(tmp_path, row, load, columns):
+    source = str(write(tmp_path, [row]))
+    with pytest.raises(DataError, match=re.escape(f"name the columns, as data.columns: {columns}")):
+        load(source, CHAT_TOKENIZER, rules())
+    rows, _ = load(source, CHAT_TOKENIZER, rules(columns=yaml.safe_load(columns)))
+    assert len(rows) == 1
+
+
+def test_a_header_with_blanks_in_it_is_refused_with_names_that_a_recipe_can_hold(tmp_path):
+    source = str(write(tmp_path, "prompt, response\na,b\n", "rows.csv"))
+    with pytest.raises(DataError, match=r'data\.columns: \{response: " response"\}'):
+        load_examples(source, LETTER_TOKENIZER, rules())
+    assert len(load_examples(source, LETTER_TOKENIZER, rules(columns={"response": " response"}))[0]) == 1
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "a", "response": "b"}, conversation("user: a", "assistant: b"),
+    {"instruction": "a", "output": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c"},
+])
+def test_a_file_that_has_our_names_needs_none_of_the_columns(tmp_path, row):
+    columns = {"label": "liked"} if "chosen" in row else {"text": "story"}
+    load = load_pairs if "chosen" in row else load_examples
+    source = str(write(tmp_path, [row]))
+    assert load(source, CHAT_TOKENIZER, rules(columns=columns))[0] == load(source, CHAT_TOKENIZER, rules())[0]
+    held_out = str(write(tmp_path, [{"prompt": "a"}], "held_out.jsonl"))
+    assert len(load_prompts(held_out, CHAT_TOKENIZER, rules(columns={"response": "completion"}))[0]) == 1
+
+
+@pytest.mark.parametrize(("row", "columns"), [
+    ({"instruction": "a", "input": "b", "output": "c"}, {}),
+    ({"instruction": "a", "context": "b", "response": "c"}, {}),
+    ({"question": "a\n\nb", "answer": "c"}, {"prompt": "question", "response": "answer"}),
+])
+def test_a_text_beside_what_became_prompt_and_response_is_not_learnt(tmp_path, row, columns):
+    told = str(write(tmp_path, [{"prompt": "a\n\nb", "response": "c"}], "told.jsonl"))
+    source = str(write(tmp_path, [row | {"text": "what it asks and says in one"}]))
+    mine, theirs = (load_examples(one, LETTER_TOKENIZER, rules(columns=columns))[0] for one in (told, source))
+    assert (theirs[0].ids, theirs[0].scored) == (mine[0].ids, mine[0].scored)
+
+
+def test_of_two_forms_in_one_row_the_line_says_which_is_read(tmp_path):
+    row = {"text": "a", "prompt": "b", "response": "c"}
+    (example,), counts = load_examples(str(write(tmp_path, [row])), LETTER_TOKENIZER, rules())
+    assert example.ids[1:-1] == ids_of("a")
+    assert counts.notes == ('rows are read as "text", not as "prompt", "response", which they have too',)
+
+
 @pytest.mark.parametrize("row", [
     {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
     {"conversation": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
@@ -71,7 +129,110 @@ def test_an_instruction_is_a_prompt_with_its_input_behind_it(tmp_path):
     rows = [{"instruction": "a", "input": "b", "output": "c"}, {"instruction": "d", "input": "", "output": "e"}]
     examples, counts = load_examples(str(write(tmp_path, rows)), LETTER_TOKENIZER, rules())
     assert [one.ids[1:-1] for one in examples] == [ids_of("a\n\nbc"), ids_of("de")]
-    assert "Alpaca" in counts.notes[0]
+    assert counts.notes == ('"instruction" and "input" are the prompt, "output" is the response (Alpaca)',)
+    dolly = {"instruction": "a", "context": "b", "response": "c", "category": "d"}
+    (example,), counts = load_examples(str(write(tmp_path, [dolly])), LETTER_TOKENIZER, rules())
+    assert example.ids[1:-1] == ids_of("a\n\nbc")
+    assert counts.notes == ('"instruction" and "context" are the prompt, "response" is the response (Dolly)',)
+    with pytest.raises(DataError, match='field "input": found the number 7'):
+        load_examples(str(write(tmp_path, [rows[0] | {"input": 7}])), LETTER_TOKENIZER, rules())
+
+
+ASKED = conversation("system: e", "user: c", "assistant: d", "user: a")["messages"]
+ANSWER = {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(("row", "columns", "asked"), [
+    ({"system": "e", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {},
+     [ASKED[0], ASKED[3]]),
+    ({"system_prompt": "e", "question": "a", "response": "b"}, {"prompt": "question"}, [ASKED[0], ASKED[3]]),
+    ({"system": "e", "instruction": "a", "output": "b", "history": [["c", "d"]]}, {}, ASKED),
+    ({"system": "e", "instruction": "a", "output": "b", "history": '[["c", "d"]]'}, {}, ASKED),
+    ({"system": "", "history": [], "prompt": "a", "response": "b"}, {}, ASKED[3:]),
+    ({"system": "e", "messages": [*ASKED, ANSWER]}, {}, ASKED),
+    ({"history": [["c", "d"]], "messages": [ASKED[0], ASKED[3], ANSWER]}, {}, ASKED),
+    ({"prompt": ASKED, "response": [ANSWER]}, {}, ASKED),
+    ({"prompt": ASKED, "completion": [ANSWER]}, {"response": "completion"}, ASKED),
+    ({"prompt": json.dumps(ASKED), "response": json.dumps([ANSWER])}, {}, ASKED),
+    ({"prompt": ASKED, "response": "b"}, {}, ASKED),
+    ({"prompt": "a", "response": [ANSWER]}, {}, ASKED[3:]),
+])
+def test_what_stands_beside_a_prompt_is_asked_as_well_and_the_response_is_learnt(tmp_path, row, columns, asked):
+    (example,), _ = load_examples(
+        str(write(tmp_path, [row])), CHAT_TOKENIZER, rules(columns=columns, turns="last"))
+    written = CHAT_TOKENIZER.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    start = example.scored.index(True)
+    assert (example.ids[:start], example.ids[start:]) == (tuple(written), (*ids_of("b"), 1))
+    if "messages" not in row:       # of a prompt nothing is learnt, also where it holds answers
+        assert load_examples(str(write(tmp_path, [row])), CHAT_TOKENIZER, rules(columns=columns))[0] == [example]
+
+
+@pytest.mark.parametrize("sides", [
+    {"chosen": "b", "rejected": "f"}, {"chosen": [ANSWER], "rejected": [ANSWER | {"content": "f"}]},
+    {"chosen": [ASKED[3], ANSWER], "rejected": [ASKED[3], ANSWER | {"content": "f"}]},
+])
+def test_a_system_prompt_of_a_pair_is_asked(tmp_path, sides):
+    rows = [{"system": "", "question": "a"} | sides, {"system": "e", "question": "a"} | sides]
+    pairs, counts = load_pairs(str(write(tmp_path, rows)), CHAT_TOKENIZER, rules(columns={"prompt": "question"}))
+    wanted = [CHAT_TOKENIZER.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+              for asked in (ASKED[3:], [ASKED[0], ASKED[3]])]
+    assert [list(pair.prompt.ids) for pair in pairs] == wanted
+    assert '"system" is the system message' in counts.notes
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    ({"functions": [{"name": "f"}]}, 'field "functions": descriptions of tools'),
+    ({"tools": '[{"name": "f"}]'}, 'field "tools": descriptions of tools'),
+    ({"chat_template_kwargs": {"thinking": False}}, 'field "chat_template_kwargs": what the chat template is told'),
+    ({"images": ["a.png"]}, 'field "images": kltune trains on text alone'),
+    ({"history": [["a"]]}, 'field "history": found a list, wanted a list of [question, answer]'),
+    ({"history": "a"}, 'field "history": found the text \'a\', wanted a list'),
+    ({"system": {"a": 1}}, 'field "system": found an object'),
+    ({"system": "a", "system_prompt": "b"}, 'fields "system" and "system_prompt": two system prompts'),
+])
+@pytest.mark.parametrize("row", [{"prompt": "a", "response": "b"}, conversation("user: a", "assistant: b")])
+def test_what_cannot_be_asked_as_well_is_a_faulty_row(tmp_path, row, more, words):
+    with pytest.raises(DataError, match=re.escape(words)):
+        load_examples(str(write(tmp_path, [row | more])), CHAT_TOKENIZER, rules())
+    blank = {"tools": "[]", "functions": [], "chat_template_kwargs": "{}", "history": None, "images": None}
+    plain, full = (load_examples(str(write(tmp_path, [one])), CHAT_TOKENIZER, rules())[0] for one in (row, row | blank))
+    assert full == plain
+
+
+@pytest.mark.parametrize(("rows", "changes", "words"), [
+    ([{"system": "e", "prompt": "a"}], {"template": "none"}, 'field "system": plain text has no place for it; wanted'),
+    ([{"prompt": "a"}, {"system": "e", "prompt": "a"}], {}, 'rows.jsonl:2: field "system": found some, but none in'),
+    ([{"system": "e", "messages": [ASKED[0] | {"content": "g"}, ASKED[3]]}], {}, '"messages[0]": another system mess'),
+    ([{"system": "e", "prompt": "Human: a\n\nAssistant:"}], {"transcripts": "text"}, "write it into the text"),
+])
+def test_a_system_prompt_without_a_place_is_a_faulty_row(tmp_path, rows, changes, words):
+    with pytest.raises(DataError, match=re.escape(words)):
+        load_prompts(str(write(tmp_path, rows)), CHAT_TOKENIZER, rules(**changes))
+
+
+def test_a_system_prompt_is_refused_where_no_template_can_write_it_and_an_empty_one_is_none(tmp_path):
+    with pytest.raises(DataError, match="plain text has no place for it; wanted a chat template"):
+        load_prompts(str(write(tmp_path, [{"system": "e", "prompt": "a"}])), LETTER_TOKENIZER, rules())
+    prompts, _ = load_prompts(str(write(tmp_path, [{"system": "", "prompt": "a"}])), LETTER_TOKENIZER, rules())
+    assert prompts[0].messages == ()
+    mixed = str(write(tmp_path, [{"prompt": "a"}, {"system": "e", "prompt": "a"}]))
+    assert len(load_prompts(mixed, CHAT_TOKENIZER, rules(template="chat"))[0]) == 2     # messages, all of them
+
+
+@pytest.mark.parametrize("weight", [0, 0.0, False])
+def test_an_answer_of_weight_0_is_read_and_not_learnt(tmp_path, weight):
+    told = conversation("user: a", "assistant: b", "user: c", "assistant: d")
+    learnt, _ = load_examples(str(write(tmp_path, [told])), CHAT_TOKENIZER, rules())
+    for place, others in ((1, "d"), (3, "b")):
+        messages = [message | ({"weight": weight if at == place else 1} if at % 2 else {})
+                    for at, message in enumerate(told["messages"])]
+        (example,), _ = load_examples(str(write(tmp_path, [{"messages": messages}])), CHAT_TOKENIZER, rules())
+        assert example.ids == learnt[0].ids[: len(example.ids)]
+        assert [i for i, s in zip(example.ids, example.scored, strict=True) if s] == [*ids_of(others), 1]
+    for weights, words in ((weight, "with a weight that is not 0"), (0.5, "found the number 0.5, wanted 0 or 1")):
+        row = {"messages": [told["messages"][0], told["messages"][1] | {"weight": weights}]}
+        with pytest.raises(DataError, match=words):
+            load_examples(str(write(tmp_path, [row])), CHAT_TOKENIZER, rules())
 
 
 def test_sides_that_are_one_message_are_answers(tmp_path):

@@ -201,10 +201,10 @@ def test_a_label_that_is_none_is_named(tmp_path, label):
 
 
 def test_skip_leaves_out_one_wrong_row_and_counts_it(tmp_path):
-    path = write(tmp_path, [PAIR, PAIR | {"prompt": None}, PAIR])
+    path = write(tmp_path, [PAIR, PAIR | {"prompt": None}, *[PAIR] * 98])
     pairs, counts = pairs_of(path, on_bad_row="skip")
-    assert [pair.prompt.where for pair in pairs] == ["rows.jsonl:1", "rows.jsonl:3"]
-    assert counts == Counts(read=3, kept=2, truncated=0, dropped=0, skipped=1)
+    assert [pair.prompt.where for pair in pairs[:2]] == ["rows.jsonl:1", "rows.jsonl:3"]
+    assert counts == Counts(read=100, kept=99, truncated=0, dropped=0, skipped=1)
 
 
 def test_one_form_in_a_file(tmp_path):

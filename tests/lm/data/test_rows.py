@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -123,6 +124,15 @@ def test_csv_rows_of_several_lines_keep_text_and_numbers(tmp_path):
     }
 
 
+@pytest.mark.parametrize(("content", "prompts"), [
+    ("prompt\nHello, world\nA; b, c\n", ["Hello, world", "A; b, c"]),
+    ("prompt\tto, the text\na, b\tc\n", ["a, b"]),
+])
+def test_a_tsv_is_cut_at_tabs_whatever_else_its_header_and_texts_hold(tmp_path, content, prompts):
+    for name, written in (("rows.tsv", content.encode()), ("ROWS.TSV.gz", gzip.compress(content.encode()))):
+        assert [*texts_of(write(tmp_path, written, name)).values()] == prompts
+
+
 # ---- Parquet and gzip -------------------------------------------------------------------------------------------
 
 
@@ -139,6 +149,35 @@ def test_parquet_text_that_is_not_utf_8_is_named_with_its_row(tmp_path):
     broken = pyarrow.array([b"a", b"b", b"\xff", b"c"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"prompt": broken}), path)
     assert faults_of(str(path)) == ["rows.parquet:row 3: holds text that is not UTF-8"]
+
+
+def test_a_parquet_column_found_twice_is_refused(tmp_path):
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"]), path)
+    assert refusal(str(path)) == 'rows.parquet: column "prompt" is found twice.'
+
+
+def test_dates_that_python_has_none_for_are_no_trouble_of_the_texts_beside_them(tmp_path):
+    path = tmp_path / "rows.parquet"
+    far, us = 2**62, pyarrow.timestamp("us")
+    times = {
+        "far": pyarrow.array([far], us), "zone": pyarrow.array([0], pyarrow.timestamp("us", tz="America/Nowhere")),
+        "date": pyarrow.array([2**60], pyarrow.date64()), "days": pyarrow.array([2**31 - 1], pyarrow.date32()),
+        "long": pyarrow.array([far], pyarrow.duration("s")), "clock": pyarrow.array([1], pyarrow.time64("ns")),
+        "day": pyarrow.array([0], pyarrow.date32()), "none": pyarrow.array([None], us),
+    }
+    parquet.write_table(pyarrow.table({"prompt": ["a"], **times}), path)
+    (row,) = read_rows(str(path))
+    assert (row.fault, row.fields["prompt"], row.fields["day"], row.fields["none"]) == ("", "a", "1970-01-01", None)
+    assert row.fields["zone"].startswith("1970-01-01 00:00:00")
+
+
+def test_a_row_with_a_value_that_python_has_none_for_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    nested = pyarrow.array([[0], [2**62], [1]], pyarrow.list_(pyarrow.timestamp("us")))
+    parquet.write_table(pyarrow.table({"prompt": [*"abc"], "seen": nested}), path)
+    (fault,) = faults_of(str(path))
+    assert fault.startswith("rows.parquet:row 2: holds a value that Python has none for: ")
 
 
 def test_a_damaged_parquet_file_is_refused(tmp_path):
@@ -174,6 +213,12 @@ def no_lookup(monkeypatch):
 )
 def test_a_path_that_does_not_exist_is_named_and_never_looked_up(name):
     assert refusal(name) == f"{name} does not exist."
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet", "rows"])
+def test_a_pipe_is_refused_at_once(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    assert refusal(str(tmp_path / name)) == f"{tmp_path / name} is a pipe or a device, wanted an ordinary file."
 
 
 @pytest.mark.usefixtures("no_lookup")
