@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from kltune.errors import DataError, Interrupted, ModelError, ScorerError
 from kltune.lm.data import chat
 from kltune.run import saved_policy, session
+from kltune.train.evaluation.held_out import EVALUATION_SEED
 from tests.stages.conftest import RUNS, ran, read_jsonl, write_rows
 from tests.stages.test_resume import signalled_in
 
@@ -102,7 +103,7 @@ def test_a_chat_template_from_a_file_is_that_of_the_run_and_of_its_measurements(
     recipe = ppo_recipe("data.chat_template=chat.jinja", "run.steps=2")
     result, _ = ran(recipe)
     assert AutoTokenizer.from_pretrained(result["final"]).chat_template == CHAT
-    code, document, _ = command("eval-kl", recipe.run.output, "--responses", 10)
+    code, document, _ = command("eval-kl", recipe.run.output, "--responses", 10, "--seed", EVALUATION_SEED)
     assert code == 0
     assert document["kl"]["exact"]["nats_per_response"] == pytest.approx(result["kl"]["nats_per_response"], rel=1e-6)
     (folder / "chat.jinja").write_text(CHAT.replace(" .", " ,"))
@@ -167,11 +168,12 @@ def test_a_run_goes_on_with_the_day_it_began_on_and_is_measured_with_it(dated, o
     assert other["kl"] != whole["kl"]
     pinned, _ = ran(dated("data.date=2026-01-01", output=str(tmp_path / "pinned")))
     assert pinned["kl"] == whole["kl"]
-    code, document, err = command("eval-kl", tmp_path / "cut", "--responses", 10)
+    again = ("eval-kl", tmp_path / "cut", "--responses", 10, "--seed", EVALUATION_SEED)
+    code, document, err = command(*again)
     assert (code, document["template_date"]) == (0, "2026-01-01")
     assert document["kl"]["exact"]["nats_per_response"] == pytest.approx(whole["kl"]["nats_per_response"], rel=1e-6)
     assert "the chat template writes the date, and here it is always 2026-01-01" in err
-    _, document, _ = command("eval-kl", tmp_path / "cut", "--responses", 10, "--date", "2026-01-02")
+    _, document, _ = command(*again, "--date", "2026-01-02")
     assert document["template_date"] == "2026-01-02"
     assert document["kl"]["exact"]["nats_per_response"] != pytest.approx(whole["kl"]["nats_per_response"], rel=1e-6)
 
