@@ -18,8 +18,8 @@ from torch import Tensor
 
 from kltune.core.objectives.bradley_terry import bradley_terry_loss, centring_penalty, label_loss, win_share
 from kltune.errors import RecipeError
-from kltune.lm.data.examples import counts_line, shuffled_positions
-from kltune.lm.data.pairs import Comparison, Pair, answers, hold_out, load_comparisons, reads_text, sequences
+from kltune.lm.data.examples import counts_line, seen_note, shuffled_positions
+from kltune.lm.data.pairs import Comparison, Pair, answers, hold_out, load_comparisons, reads_text, sequences, sides
 from kltune.lm.measure.likelihood import text_rules
 from kltune.lm.model.opening import check_frozen
 from kltune.lm.model.policy import Policy
@@ -81,7 +81,9 @@ def load_data(recipe: RewardRecipe, policy: Policy) -> tuple[list[Comparison], H
             f"eval.pairs: {recipe.eval.pairs} and {data.pairs} are not of one kind; wanted pairs in both, or labelled "
             "responses in both."
         )
-    return rows, HeldOutRows(held_out, (*notes, counts_line(recipe.eval.pairs, counts)))
+    seen = seen_note(recipe.eval.pairs, "rows", sides(held_out), trained := {*sides(rows)})
+    notes += [counts_line(recipe.eval.pairs, counts), *filter(None, [seen])]
+    return rows, HeldOutRows(held_out, notes, apart=not trained.issuperset(sides(held_out)))
 
 
 def make_learner(recipe: RewardRecipe, policy: Policy) -> Learner:
@@ -189,7 +191,7 @@ def finish(job: Job, learner: Learner, steps: int, rows: Sequence[Comparison]) -
     metrics, evaluation = job.measured(model, None)
     samples = [] if evaluation is None else sample_pairs(evaluation, job.held_out.rows)
     result = reward_result(evaluation)
-    told = {"kl": None, "target": None, "score": None, **result, "centred": shifted}
+    told = {"kl": None, "target": None, "score": None, **result, "held_out": job.held_out.apart, "centred": shifted}
     more = {name: told[name] for name in ("centred", "accuracy", "accuracy_ci95")}
     job = replace(job, about=partial(job.about, **more))
     return conclude(job, learner, steps, metrics, samples=samples, told=told)

@@ -150,7 +150,7 @@ def test_no_secret_is_in_anything_that_a_run_leaves(llama, tmp_path, monkeypatch
         if stage in SCORED:
             sets.append(f"reward={json.dumps([STAGES[stage]['reward'][0], judge])}")
         if stage != "reward":
-            sets.append('eval.gold={"kind": "function", "path": "rewards.py:score"}')
+            sets.append('eval.gold={"kind": "function", "path": "rewards.py:few"}')
         words = [word for one in sets for word in ("--set", one)]
         monkeypatch.setattr(sys, "argv", ["kltune", STAGES[stage]["stage"], *words])
         pid = forked([STAGES[stage]["stage"], "-r", str(file), "-o", str(left / "run"), "--json", *words], left, end)

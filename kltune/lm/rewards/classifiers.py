@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from kltune.errors import ScorerError
 from kltune.lm.data.chat import without_template
@@ -205,22 +206,40 @@ def _longest(model: torch.nn.Module) -> int | None:
     return limit - (padding[0] + 1) if padding else limit  # RoBERTa's positions start behind the padding id
 
 
+def _labels(config: PreTrainedConfig, path: str) -> dict[str, int]:
+    """Which output each label is: by ``id2label``, as transformers' pipelines have it.
+
+    Raises:
+        ScorerError: it does not name each output once, or ``label2id`` says otherwise.
+    """
+    names, other = config.id2label, config.label2id or {}
+    labels = {name: index for index, name in names.items()}
+    if sorted(names) != list(range(config.num_labels)) or len(labels) != len(names):
+        raise ScorerError(f"reward {path}: its config.json has id2label {names}, wanted one name for each output, "
+                          "numbered from 0; mend it there.")
+    if other and {name: str(index) for name, index in other.items()} != {name: str(i) for name, i in labels.items()}:
+        raise ScorerError(f"reward {path}: its config.json contradicts itself: id2label is {names}, label2id {other}. "
+                          "Which output is which label? Mend the wrong one, or take label2id out.")
+    return labels
+
+
 def _chosen_logit(entry: ModelReward | ClassifierReward, model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
     """From a classifier's logits [B, K] to one score per row [B]."""
+    labels = _labels(model.config, entry.path)
     if entry.kind == "model":
         if model.config.num_labels != 1:
             raise ScorerError(
                 f"reward {entry.path}: kind: model wants one output, found {model.config.num_labels} labels "
-                f"({', '.join(model.config.label2id)}); use kind: classifier and name a label."
+                f"({', '.join(labels)}); use kind: classifier and name a label."
             )
         return lambda logits: logits[:, 0]
     kind = getattr(model.config, "problem_type", None)
     single = model.config.num_labels == 1
-    if entry.label not in model.config.label2id and not (single and entry.label is None):
-        raise ScorerError(f"reward {entry.path}: no label {entry.label!r}; it has {', '.join(model.config.label2id)}.")
+    if entry.label not in labels and not (single and entry.label is None):
+        raise ScorerError(f"reward {entry.path}: no label {entry.label!r}; it has {', '.join(labels)}.")
     if kind == REGRESSION and entry.output == "probability":
         raise ScorerError(f"reward {entry.path}: output: probability, but its problem_type is {kind}: it has none.")
-    index = 0 if single else model.config.label2id[entry.label]
+    index = 0 if single else labels[entry.label]
     if single or kind in (REGRESSION, MULTI_LABEL):     # no label excludes another: an output is its own log-odds
         return lambda logits: logits[:, index].sigmoid() if entry.output == "probability" else logits[:, index]
     if entry.output == "probability":

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
@@ -12,7 +13,7 @@ from kltune.lm.fast.lower_layers import LowerLayers
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import sample_rollout, uniform_numbers
 from kltune.recipe import LoraSection
-from tests.tiny_policies import ARCHITECTURES, random_batch, randomize
+from tests.tiny_policies import ARCHITECTURES, SIZES, SPECIAL, random_batch, random_model, randomize, word_tokenizer
 
 PROMPTS = [Prompt(tuple(ids), "text", "prompts.jsonl:1") for ids in ([3, 4], [9], [20, 21, 22, 23])]
 UNIFORMS = uniform_numbers(np.random.default_rng(3), 4 * len(PROMPTS), 6)
@@ -42,6 +43,26 @@ def test_passes_from_the_lower_layers_on_are_the_same_to_the_last_bit(open_polic
     found = torch.autograd.grad(policy.logprobs(ids, scored, 1.0, lower).sum(), policy.trainable_parameters().values())
     wanted = torch.autograd.grad(policy.logprobs(ids, scored).sum(), policy.trainable_parameters().values())
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
+
+
+SHARED_KEYS = {
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 16, "head_dim": 8,
+}
+PER_LAYER = {
+    "vocab_size_per_layer_input": 40, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "intermediate_size": [48] * 4,
+    "activation_sparsity_pattern": [0.0] * 4,
+}
+
+
+@pytest.mark.parametrize(("kind", "more"), [("gemma4_text", {}), ("gemma3n_text", PER_LAYER)])
+def test_layers_that_read_keys_of_lower_ones_are_run_whole(open_policy, tmp_path, kind, more):
+    random_model(AutoConfig.for_model(kind, **SIZES | SPECIAL | SHARED_KEYS | more)).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    upper = LoraSection(rank=2, alpha=4.0, targets="all-linear", layers=(3,))
+    policy = open_policy(path=tmp_path, lora=upper)
+    assert not policy.network.fast.lower_layers.there
+    assert torch.isfinite(policy.logprobs(*random_batch())).all()
 
 
 def test_scoring_computes_them_once_for_policy_reference_and_values(open_policy, monkeypatch):
