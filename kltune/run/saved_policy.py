@@ -28,10 +28,11 @@ from kltune.lm.model.policy import Policy, Reference
 from kltune.lm.model.sampler import Draw
 from kltune.recipe import DataSection, ModelSection, load_recipe
 from kltune.recipe.stages import prompts_source
-from kltune.run.checkpoint import read_info, resolve_checkpoint
+from kltune.run.checkpoint import READ_BY, read_info, resolve_checkpoint
 from kltune.run.files import refuse_place
 from kltune.run.screen import doing
 
+WHOLE = 1 << 20     # tokens of a prompt or response that nothing limits
 BY_ROWS = "tokenizer_sha256", "template_sha256"     # held against each other over every row
 
 
@@ -361,8 +362,7 @@ def resolve_settings(subjects: Sequence[Subject], options: MeasureOptions, *, ne
 
 def _recorded(info: dict[str, Any]) -> dict[str, Any]:
     own = info["measure"]
-    more = {"columns": own.get("columns", {}), "transcripts": own.get("transcripts", "text")}
-    data = DataSection(template=own["template"], max_prompt_tokens=own["max_prompt_tokens"], **more)
+    data = DataSection(**{"transcripts": "text"} | {name: own[name] for name in READ_BY if name in own})
     day = {"day": parsed_day(own["template_date"])} if own.get("template_date") else {}
     return {"data": data} | day | {name: own[name] for name in ("prompts", "max_new_tokens", "temperature")}
 
@@ -398,21 +398,35 @@ def measured_prompts(policy: Policy, settings: Settings) -> list[Prompt]:
 
 
 def measured_transcripts(policy: Policy, settings: Settings, source: str) -> list[Transcript]:
-    """Recorded responses, with their prompts, as this policy's tokens; raises as ``read_transcripts``."""
-    rules = replace(_row_rules(policy, settings), turns="last")
+    """Recorded responses, with their whole prompts, as this policy's tokens; raises as ``read_transcripts``.
+
+    Whoever answered has read all of a prompt, whatever the prompts of the checkpoint's own run were cut to.
+    """
+    whole = settings.data.model_copy(update={"max_prompt_tokens": None if policy.max_context else WHOLE})
+    rules = replace(_row_rules(policy, replace(settings, data=whole)), turns="last", max_response_tokens=WHOLE,
+                    max_tokens=None, on_overlong="truncate", on_bad_row="error")
     found = read_transcripts(source, policy, rules, settings.max_new_tokens)
     print(f"{source}: {len(found)} recorded responses", file=sys.stderr)
     return found
 
 
 def typed_prompts(policy: Policy, settings: Settings, texts: Sequence[str]) -> list[Prompt]:
-    """Prompts that were typed, treated like those of a file of ``{"prompt"}``; raises as ``load_prompts``."""
+    """Prompts that were typed, treated like those of a file of ``{"prompt"}``, but that none is dropped: what is cut is
+    said on stderr. Raises as ``load_prompts``.
+    """
     rows = [Row(f"prompt {place}", {"prompt": text}) for place, text in enumerate(texts, start=1)]
-    return load_prompts("the prompts given", policy.tokenizer, _row_rules(policy, settings), rows)[0]
+    rules = _row_rules(policy, settings)
+    rules = replace(rules, on_overlong="truncate" if rules.on_overlong == "drop" else rules.on_overlong)
+    prompts, counts = load_prompts("the prompts given", policy.tokenizer, rules, rows)
+    if counts.truncated:
+        print(f"note: of {counts.truncated} of {len(prompts)} prompts only the last {rules.max_prompt_tokens} tokens are "
+              "read: more than that has no room before a response, or was cut in training (data.max_prompt_tokens); "
+              "--max-new-tokens, or --recipe with a greater limit, makes room.", file=sys.stderr)
+    return prompts
 
 
 def _row_rules(policy: Policy, settings: Settings) -> RowRules:
-    limit = policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens)
+    limit = policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens, "--max-new-tokens")
     policy.day = settings.day
     return policy.row_rules(settings.data, limit)
 

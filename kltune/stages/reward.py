@@ -57,7 +57,7 @@ def train(recipe: RewardRecipe, policy: Policy, run: Run) -> dict[str, Any]:
     learner = make_learner(recipe, policy)
     steps = total_steps(recipe.run, len(rows), recipe.optim.batch_size)
     encoder = replace(text_rules(policy, recipe.data), template="none", others=()).encoder(policy.tokenizer)
-    about = partial(about_model, reads_text(rows, encoder))
+    about = partial(about_model, reads_text(rows, encoder), bool(rows[0].prompt.messages))
     job = make_job(recipe, run, held_out, steps, about=about)
     return take_steps(job, learner, partial(take_step, rows=rows), finish=partial(finish, rows=rows))
 
@@ -162,14 +162,15 @@ def objective(recipe: RewardRecipe, rows: Sequence[Comparison], scores: Tensor) 
     return loss, section.centring * centring_penalty(chosen, rejected)
 
 
-def about_model(reads_text: bool, model: RewardModel, kl: None, **more: Any) -> dict[str, Any]:
+def about_model(reads_text: bool, templated: bool, model: RewardModel, kl: None, **more: Any) -> dict[str, Any]:
     """What kltune.json says of a checkpoint: its frozen base, what it reads, and a score to try it on.
 
-    reads_text: text alone gives the rows' tokens again. kl: a reward model says nothing, and so has none.
+    reads_text: text alone gives the rows' tokens again. templated: a chat template wrote the rows. kl: a reward model says nothing, and so has none.
     """
     reward = {
         "score_at": "the last token of the response: its end token, or the last one of a response that was cut",
         "reads_text": reads_text,
+        "templated": templated,
         "probe": model.probe(),
         **more,
     }

@@ -144,6 +144,11 @@ class MeasureFacts(TypedDict):
     max_new_tokens: Length
     temperature: Annotated[float, Field(ge=0.1, le=10)]
     template_date: NotRequired[Day]
+    columns: NotRequired[dict[str, str]]
+    transcripts: NotRequired[Literal["auto", "messages", "text"]]
+    control_tokens: NotRequired[Literal["auto", "text", "tokens"]]
+    on_overlong: NotRequired[Literal["truncate", "drop", "error"]]
+    on_bad_row: NotRequired[Literal["error", "skip"]]
 
 
 class ProbeFacts(TypedDict):
@@ -158,6 +163,7 @@ class RewardFacts(TypedDict):
 
     probe: ProbeFacts
     reads_text: bool
+    templated: NotRequired[bool]
 
 
 class CheckpointRecord(TypedDict):

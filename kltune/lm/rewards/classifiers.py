@@ -20,12 +20,11 @@ from kltune.lm.data.rows import RowFault
 from kltune.lm.model.batches import Samples, pad_right
 from kltune.lm.model.files import check_all_read, reading, refuse_code, refuse_oversized, refuse_quantised
 from kltune.lm.model.loading import as_in_file
-from kltune.lm.rewards.reward_model import is_reward_model
+from kltune.lm.rewards.reward_model import example_line, is_reward_model
 from kltune.recipe import ClassifierReward, ModelReward
 
 ScoreFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 ROWS = 32       # that are read at once
-SHOWN = 400     # characters of the example at the start of a run
 REGRESSION, MULTI_LABEL = "regression", "multi_label_classification"     # problem_type of a configuration
 ALONE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}     # of 1 + |score|: rounding in a batch
 
@@ -71,8 +70,7 @@ class Classifier:
         shown = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         how = "in its own chat template" if chat else "as plain text"
         how += "" if self._pads else ", rows of one length at a time, because padding would change its scores"
-        cut = f"...{shown[-SHOWN:]}" if len(shown) > SHOWN else shown
-        return f"reward {self.entry.path}: reads {how}, as {cut!r}"
+        return example_line(self.entry.path, how, shown)
 
     def _reads_chat(self, messages: Sequence[Message]) -> bool:
         if self.entry.input == "response" or self.entry.template == "none":
