@@ -61,7 +61,8 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False, packaged: bool 
     yield from unread(recipe)
     yield from kept_adapter(recipe)
     yield from judges(recipe)
-    yield from gold_apart(recipe, folder)
+    if not trusted:     # what was run is read as it was
+        yield from gold_apart(recipe, folder)
     yield from templates(recipe)
     if recipe.run.device == "mps":
         yield ("run.device",), NO_MPS
@@ -160,8 +161,8 @@ def gold_apart(recipe: Recipe, folder: Path) -> Iterator[Clash]:
 
     for place, entry in enumerate(getattr(recipe, "reward", ()) if recipe.eval.gold is not None else ()):
         if what(entry) == what(recipe.eval.gold):
-            yield (("eval.gold", f"reward.{place}"), f"found the scorer of reward.{place}, which is trained on, so that "
-                   "it cannot tell when the reward is exploited; write another scorer, or remove eval.gold")
+            yield (("eval.gold", f"reward.{place}"), f"found the scorer of reward.{place}, which is trained on, so it "
+                   "cannot tell when the reward is exploited; write another scorer, or remove eval.gold")
 
 
 def path_values(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:

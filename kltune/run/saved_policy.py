@@ -16,7 +16,7 @@ from kltune.errors import CheckpointError, DataError, KltuneError, ModelError, R
 from kltune.lm.data.chat import read_template, template_of, today
 from kltune.lm.data.documents import SavedModel
 from kltune.lm.data.examples import Example, Prompt, RowRules, counts_line, load_examples, load_prompts
-from kltune.lm.data.rows import Row, looks_like_a_path
+from kltune.lm.data.rows import looks_like_a_path
 from kltune.lm.measure.server import is_address
 from kltune.lm.measure.transcripts import Transcript, read_transcripts
 from kltune.lm.model.adapters.weights import load_weights, read_adapter_config
@@ -392,7 +392,7 @@ def _of_recipe(path: str) -> dict[str, Any]:
 
 def measured_prompts(policy: Policy, settings: Settings) -> list[Prompt]:
     """The prompts to respond to, as this policy's tokens."""
-    prompts, counts = load_prompts(settings.prompts, policy.tokenizer, _row_rules(policy, settings))
+    prompts, counts = load_prompts(settings.prompts, policy.tokenizer, row_rules(policy, settings))
     print(counts_line(settings.prompts, counts), file=sys.stderr)
     return prompts
 
@@ -403,29 +403,15 @@ def measured_transcripts(policy: Policy, settings: Settings, source: str) -> lis
     Whoever answered has read all of a prompt, whatever the prompts of the checkpoint's own run were cut to.
     """
     whole = settings.data.model_copy(update={"max_prompt_tokens": None if policy.max_context else WHOLE})
-    rules = replace(_row_rules(policy, replace(settings, data=whole)), turns="last", max_response_tokens=WHOLE,
+    rules = replace(row_rules(policy, replace(settings, data=whole)), turns="last", max_response_tokens=WHOLE,
                     max_tokens=None, on_overlong="truncate", on_bad_row="error")
     found = read_transcripts(source, policy, rules, settings.max_new_tokens)
     print(f"{source}: {len(found)} recorded responses", file=sys.stderr)
     return found
 
 
-def typed_prompts(policy: Policy, settings: Settings, texts: Sequence[str]) -> list[Prompt]:
-    """Prompts that were typed, treated like those of a file of ``{"prompt"}``, but that none is dropped: what is cut is
-    said on stderr. Raises as ``load_prompts``.
-    """
-    rows = [Row(f"prompt {place}", {"prompt": text}) for place, text in enumerate(texts, start=1)]
-    rules = _row_rules(policy, settings)
-    rules = replace(rules, on_overlong="truncate" if rules.on_overlong == "drop" else rules.on_overlong)
-    prompts, counts = load_prompts("the prompts given", policy.tokenizer, rules, rows)
-    if counts.truncated:
-        print(f"note: of {counts.truncated} of {len(prompts)} prompts only the last {rules.max_prompt_tokens} tokens are "
-              "read: more than that has no room before a response, or was cut in training (data.max_prompt_tokens); "
-              "--max-new-tokens, or --recipe with a greater limit, makes room.", file=sys.stderr)
-    return prompts
-
-
-def _row_rules(policy: Policy, settings: Settings) -> RowRules:
+def row_rules(policy: Policy, settings: Settings) -> RowRules:
+    """What rows may be, by settings and limits that fit the policy, whose templates are told the settings' day."""
     limit = policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens, "--max-new-tokens")
     policy.day = settings.day
     return policy.row_rules(settings.data, limit)
@@ -435,6 +421,6 @@ def measured_texts(policy: Policy, settings: Settings) -> list[Example]:
     """The held-out texts of ``--texts``, as this policy's tokens; [] without."""
     if settings.texts is None:
         return []
-    texts, counts = load_examples(settings.texts, policy.tokenizer, _row_rules(policy, settings))
+    texts, counts = load_examples(settings.texts, policy.tokenizer, row_rules(policy, settings))
     print(counts_line(settings.texts, counts), file=sys.stderr)
     return texts

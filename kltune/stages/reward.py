@@ -165,7 +165,8 @@ def objective(recipe: RewardRecipe, rows: Sequence[Comparison], scores: Tensor) 
 def about_model(reads_text: bool, templated: bool, model: RewardModel, kl: None, **more: Any) -> dict[str, Any]:
     """What kltune.json says of a checkpoint: its frozen base, what it reads, and a score to try it on.
 
-    reads_text: text alone gives the rows' tokens again. templated: a chat template wrote the rows. kl: a reward model says nothing, and so has none.
+    reads_text: text alone gives the rows' tokens again. templated: a chat template wrote the rows. kl: a reward model
+    says nothing, and so has none.
     """
     reward = {
         "score_at": "the last token of the response: its end token, or the last one of a response that was cut",

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kltune.core.objectives.bradley_terry import bradley_terry_loss
-from kltune.errors import DataError, RecipeError, ScorerError
+from kltune.errors import DataError, ModelError, RecipeError, ScorerError
 from kltune.lm.rewards.reward_model import HEAD, open_reward_model
 from kltune.recipe import load_recipe
 from kltune.report.outcome import read_files, verdict_of
@@ -154,7 +154,8 @@ def test_held_out_rows_of_their_own_are_what_is_measured(reward_recipe):
 def test_held_out_rows_that_are_trained_on_are_counted(reward_recipe, capsys, count, apart):
     rows = [{"prompt": p, "chosen": "a a", "rejected": "no"} for p in PROMPTS]
     held = rows[:count] + [{"prompt": p, "chosen": "no", "rejected": "a a"} for p in PROMPTS[count:]]
-    recipe, result = run_with_rows(reward_recipe, rows, "eval.pairs=other.jsonl", "eval.pairs_share=0.1", "run.steps=1", held_out=held)
+    keys = ("eval.pairs=other.jsonl", "eval.pairs_share=0.1", "run.steps=1")
+    recipe, result = run_with_rows(reward_recipe, rows, *keys, held_out=held)
     assert result["held_out"] is apart
     assert f"{count} of 12 held-out rows are among the training rows" in capsys.readouterr().err
     assert ("learnt from" in verdict_of(read_files(Path(recipe.run.output))).sentences) is not apart
@@ -200,6 +201,21 @@ def test_trpo_and_a_gold_scorer_share_them_too(trpo_recipe, reward_model, tmp_pa
     )
     result = run_trpo(recipe, resume=False)
     assert result["eval"]["eval/gold_mean"] == pytest.approx(result["score"], abs=1e-5)
+
+
+def test_it_scores_rows_of_the_kind_that_it_learnt_from(reward_recipe, ppo_recipe, llama, tmp_path, capsys):
+    folder = shutil.copytree(llama, tmp_path / "chat")
+    template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }}.{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}a {% endif %}")
+    recipe = reward_recipe(f"model.path={folder}", "data.template=chat", "run.steps=1")
+    reward = run_reward(recipe, resume=False)["final"]
+    assert read_info(Path(reward))["reward"]["templated"] is True
+    keys = (f"model.path={folder}", f"reward=[{{kind: model, path: {reward}}}]", "run.steps=1")
+    with pytest.raises(ModelError, match="learnt from rows that the chat template wrote, and the prompts here"):
+        run_ppo(ppo_recipe(*keys), resume=False)
+    capsys.readouterr()
+    run_ppo(ppo_recipe(*keys, "data.template=chat", output=str(tmp_path / "fits")), resume=False)
+    assert "reads the policy's own tokens" in capsys.readouterr().err
 
 
 def test_a_run_does_not_go_on_with_another_reward_model(ppo_recipe, reward_model, tmp_path):

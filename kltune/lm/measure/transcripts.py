@@ -47,9 +47,10 @@ def read_transcripts(source: str, policy: Policy, rules: RowRules, limit: int) -
         found = [(prompt, _ids_of(row, policy)) for prompt, row in zip(prompts, rows, strict=True)]
     if counts.truncated:
         raise DataError(
-            f"{source}: the prompts of {counts.truncated} of {counts.read} rows have more than {rules.max_prompt_tokens} "
-            f"tokens, and with up to {limit} of a response (--max-new-tokens) no room in the model's context: it never "
-            "answered the whole of them. Take these rows out, or give the limit that they were sampled with."
+            f"{source}: the prompts of {counts.truncated} of {counts.read} rows have more than "
+            f"{rules.max_prompt_tokens} tokens, and with up to {limit} of a response (--max-new-tokens) no room in the "
+            "model's context: it never answered the whole of them. Take these rows out, or give the limit that they "
+            "were sampled with."
         )
     return [(prompt, _fitted(prompt.where, ids, policy, limit)) for prompt, ids in found]
 
