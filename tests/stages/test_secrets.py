@@ -45,6 +45,10 @@ def score(prompts, responses, calls=[]):
     if len(calls) > 1 and os.environ["END"] == "crash":
         raise RuntimeError(SAID)
     return [float(response.count("a")) for response in responses]
+
+def few(prompts, responses):
+    """The same, and another scorer."""
+    return score(prompts, responses)
 '''
 STAGES = {"ppo": PPO, "trpo": TRPO, "online": ONLINE, "dpo": DPO, "sft": SFT, "reward": REWARD}
 ENDS = {"success": 0, "crash": 5, "bug": 99, "signal": 143, "judge": 75}
