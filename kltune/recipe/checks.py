@@ -19,7 +19,7 @@ from kltune.recipe.method_checks import (
     preference_clashes,
     teacher_clashes,
 )
-from kltune.recipe.rewards import judges, templates
+from kltune.recipe.rewards import HOW, judges, templates
 from kltune.recipe.sections.fields import is_changed
 from kltune.recipe.stages import PATH_KEYS, REFERENCE, Recipe
 
@@ -61,6 +61,8 @@ def clashes(recipe: Recipe, folder: Path, trusted: bool = False, packaged: bool 
     yield from unread(recipe)
     yield from kept_adapter(recipe)
     yield from judges(recipe)
+    if not trusted:     # what was run is read as it was
+        yield from gold_apart(recipe, folder)
     yield from templates(recipe)
     if recipe.run.device == "mps":
         yield ("run.device",), NO_MPS
@@ -147,6 +149,20 @@ def unread(recipe: Recipe) -> Iterator[Clash]:
         yield ("data.turns",), "read only for conversations in data.texts or eval.texts; remove it"
     if recipe.stage == "reward" and recipe.eval.pairs is not None and is_changed(recipe.eval, "pairs_share"):
         yield ("eval.pairs_share", "eval.pairs"), "read only without eval.pairs, which are held out; remove it"
+
+
+def gold_apart(recipe: Recipe, folder: Path) -> Iterator[Clash]:
+    """Gold is never trained on: it is none of the entries of reward, however much those weigh."""
+
+    def what(entry: Any) -> dict[str, Any]:
+        found = entry.model_dump(exclude=HOW)
+        path = found.get("path")
+        return found | ({} if path is None else {"path": os.path.realpath(folder / os.path.expanduser(path))})
+
+    for place, entry in enumerate(getattr(recipe, "reward", ()) if recipe.eval.gold is not None else ()):
+        if what(entry) == what(recipe.eval.gold):
+            yield (("eval.gold", f"reward.{place}"), f"found the scorer of reward.{place}, which is trained on, so it "
+                   "cannot tell when the reward is exploited; write another scorer, or remove eval.gold")
 
 
 def path_values(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:

@@ -10,6 +10,7 @@ from kltune.recipe.faults import Clash
 from kltune.recipe.sections.fields import Count, Lines, NotNegative, Positive, Section, Text, is_changed
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+HOW = {"weight", "normalize", "name", "concurrency", "timeout_s", "retries", "key_env"}   # no other scorer by them
 NO_SCORES = "a preference between two responses is no score: write mode: score"
 
 

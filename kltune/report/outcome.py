@@ -175,9 +175,10 @@ def _reward_verdict(files: Files) -> RunVerdict:
         return RunVerdict("not measured", "plain", "The run finished; no rows were held out to measure it on.")
     rows = files.result["held_out_rows"]
     word, tone = ("learnt", "good") if low > 0.5 else ("no better than chance", "bad")
+    learnt = "" if files.result.get("held_out", True) else " It has learnt from all of these rows."
     return RunVerdict(word, tone, (
         f"It is right on {percent(accuracy, 1)} % of {rows:,} held-out rows (95 % interval "
-        f"{interval((100 * low, 100 * high), 1, (0, 50, 100))} %), where chance is right on 50 %."
+        f"{interval((100 * low, 100 * high), 1, (0, 50, 100))} %), where chance is right on 50 %.{learnt}"
     ))
 
 

@@ -39,6 +39,8 @@ MARKS = ("kltune.json", "manifest.json", "state")      # one of them is in a che
 STEP_FOLDER = re.compile(r"step-\d{6,}")
 LOOKS, EXCHANGE_SECONDS = 5, 0.02       # of a reader beside a run that saves
 NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)      # faults of a folder, not of the moment
+# Keys of data that a prompt's tokens, or its being read at all, depend on, beside the chat template and its day.
+READ_BY = "template", "columns", "transcripts", "control_tokens", "max_prompt_tokens", "on_overlong", "on_bad_row"
 MANIFEST_SCHEMA = "kltune.manifest/1"
 
 
@@ -51,11 +53,8 @@ def measure_settings(
     """
     return {
         "prompts": prompts,
-        "template": data.template,
-        "columns": data.columns,
-        "transcripts": data.transcripts,
+        **{name: getattr(data, name) for name in READ_BY},
         "chat_template": data.chat_template is not None,
-        "max_prompt_tokens": data.max_prompt_tokens,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "template_date": None if day is None else day.isoformat(),

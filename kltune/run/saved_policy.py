@@ -16,7 +16,7 @@ from kltune.errors import CheckpointError, DataError, KltuneError, ModelError, R
 from kltune.lm.data.chat import read_template, template_of, today
 from kltune.lm.data.documents import SavedModel
 from kltune.lm.data.examples import Example, Prompt, RowRules, counts_line, load_examples, load_prompts
-from kltune.lm.data.rows import Row, looks_like_a_path
+from kltune.lm.data.rows import looks_like_a_path
 from kltune.lm.measure.server import is_address
 from kltune.lm.measure.transcripts import Transcript, read_transcripts
 from kltune.lm.model.adapters.weights import load_weights, read_adapter_config
@@ -28,10 +28,11 @@ from kltune.lm.model.policy import Policy, Reference
 from kltune.lm.model.sampler import Draw
 from kltune.recipe import DataSection, ModelSection, load_recipe
 from kltune.recipe.stages import prompts_source
-from kltune.run.checkpoint import read_info, resolve_checkpoint
+from kltune.run.checkpoint import READ_BY, read_info, resolve_checkpoint
 from kltune.run.files import refuse_place
 from kltune.run.screen import doing
 
+WHOLE = 1 << 20     # tokens of a prompt or response that nothing limits
 BY_ROWS = "tokenizer_sha256", "template_sha256"     # held against each other over every row
 
 
@@ -361,8 +362,7 @@ def resolve_settings(subjects: Sequence[Subject], options: MeasureOptions, *, ne
 
 def _recorded(info: dict[str, Any]) -> dict[str, Any]:
     own = info["measure"]
-    more = {"columns": own.get("columns", {}), "transcripts": own.get("transcripts", "text")}
-    data = DataSection(template=own["template"], max_prompt_tokens=own["max_prompt_tokens"], **more)
+    data = DataSection(**{"transcripts": "text"} | {name: own[name] for name in READ_BY if name in own})
     day = {"day": parsed_day(own["template_date"])} if own.get("template_date") else {}
     return {"data": data} | day | {name: own[name] for name in ("prompts", "max_new_tokens", "temperature")}
 
@@ -392,27 +392,27 @@ def _of_recipe(path: str) -> dict[str, Any]:
 
 def measured_prompts(policy: Policy, settings: Settings) -> list[Prompt]:
     """The prompts to respond to, as this policy's tokens."""
-    prompts, counts = load_prompts(settings.prompts, policy.tokenizer, _row_rules(policy, settings))
+    prompts, counts = load_prompts(settings.prompts, policy.tokenizer, row_rules(policy, settings))
     print(counts_line(settings.prompts, counts), file=sys.stderr)
     return prompts
 
 
 def measured_transcripts(policy: Policy, settings: Settings, source: str) -> list[Transcript]:
-    """Recorded responses, with their prompts, as this policy's tokens; raises as ``read_transcripts``."""
-    rules = replace(_row_rules(policy, settings), turns="last")
+    """Recorded responses, with their whole prompts, as this policy's tokens; raises as ``read_transcripts``.
+
+    Whoever answered has read all of a prompt, whatever the prompts of the checkpoint's own run were cut to.
+    """
+    whole = settings.data.model_copy(update={"max_prompt_tokens": None if policy.max_context else WHOLE})
+    rules = replace(row_rules(policy, replace(settings, data=whole)), turns="last", max_response_tokens=WHOLE,
+                    max_tokens=None, on_overlong="truncate", on_bad_row="error")
     found = read_transcripts(source, policy, rules, settings.max_new_tokens)
     print(f"{source}: {len(found)} recorded responses", file=sys.stderr)
     return found
 
 
-def typed_prompts(policy: Policy, settings: Settings, texts: Sequence[str]) -> list[Prompt]:
-    """Prompts that were typed, treated like those of a file of ``{"prompt"}``; raises as ``load_prompts``."""
-    rows = [Row(f"prompt {place}", {"prompt": text}) for place, text in enumerate(texts, start=1)]
-    return load_prompts("the prompts given", policy.tokenizer, _row_rules(policy, settings), rows)[0]
-
-
-def _row_rules(policy: Policy, settings: Settings) -> RowRules:
-    limit = policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens)
+def row_rules(policy: Policy, settings: Settings) -> RowRules:
+    """What rows may be, by settings and limits that fit the policy, whose templates are told the settings' day."""
+    limit = policy.prompt_limit(settings.data.max_prompt_tokens, settings.max_new_tokens, "--max-new-tokens")
     policy.day = settings.day
     return policy.row_rules(settings.data, limit)
 
@@ -421,6 +421,6 @@ def measured_texts(policy: Policy, settings: Settings) -> list[Example]:
     """The held-out texts of ``--texts``, as this policy's tokens; [] without."""
     if settings.texts is None:
         return []
-    texts, counts = load_examples(settings.texts, policy.tokenizer, _row_rules(policy, settings))
+    texts, counts = load_examples(settings.texts, policy.tokenizer, row_rules(policy, settings))
     print(counts_line(settings.texts, counts), file=sys.stderr)
     return texts

@@ -151,6 +151,7 @@ def train(recipe: DPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
             recipe.data.pairs, policy, recipe.data, labelled=recipe.dpo.loss in LABEL_LOSSES
         )
         steps = total_steps(recipe.run, len(pairs), recipe.optim.batch_size)
+        held_out = held_out.against(pairs, recipe.eval.pairs)
         pairs = pairs.measured(policy, positions(recipe, pairs, 1, most_steps(recipe.run, steps)), run.ref_logprobs)
     learner = make_learner(recipe, policy, steps)
     pair_judge = None

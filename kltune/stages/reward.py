@@ -18,8 +18,8 @@ from torch import Tensor
 
 from kltune.core.objectives.bradley_terry import bradley_terry_loss, centring_penalty, label_loss, win_share
 from kltune.errors import RecipeError
-from kltune.lm.data.examples import counts_line, shuffled_positions
-from kltune.lm.data.pairs import Comparison, Pair, answers, hold_out, load_comparisons, reads_text, sequences
+from kltune.lm.data.examples import counts_line, seen_note, shuffled_positions
+from kltune.lm.data.pairs import Comparison, Pair, answers, hold_out, load_comparisons, reads_text, sequences, sides
 from kltune.lm.measure.likelihood import text_rules
 from kltune.lm.model.opening import check_frozen
 from kltune.lm.model.policy import Policy
@@ -57,7 +57,7 @@ def train(recipe: RewardRecipe, policy: Policy, run: Run) -> dict[str, Any]:
     learner = make_learner(recipe, policy)
     steps = total_steps(recipe.run, len(rows), recipe.optim.batch_size)
     encoder = replace(text_rules(policy, recipe.data), template="none", others=()).encoder(policy.tokenizer)
-    about = partial(about_model, reads_text(rows, encoder))
+    about = partial(about_model, reads_text(rows, encoder), bool(rows[0].prompt.messages))
     job = make_job(recipe, run, held_out, steps, about=about)
     return take_steps(job, learner, partial(take_step, rows=rows), finish=partial(finish, rows=rows))
 
@@ -81,7 +81,9 @@ def load_data(recipe: RewardRecipe, policy: Policy) -> tuple[list[Comparison], H
             f"eval.pairs: {recipe.eval.pairs} and {data.pairs} are not of one kind; wanted pairs in both, or labelled "
             "responses in both."
         )
-    return rows, HeldOutRows(held_out, (*notes, counts_line(recipe.eval.pairs, counts)))
+    seen = seen_note(recipe.eval.pairs, "rows", sides(held_out), trained := {*sides(rows)})
+    notes += [counts_line(recipe.eval.pairs, counts), *filter(None, [seen])]
+    return rows, HeldOutRows(held_out, notes, apart=not trained.issuperset(sides(held_out)))
 
 
 def make_learner(recipe: RewardRecipe, policy: Policy) -> Learner:
@@ -160,14 +162,16 @@ def objective(recipe: RewardRecipe, rows: Sequence[Comparison], scores: Tensor) 
     return loss, section.centring * centring_penalty(chosen, rejected)
 
 
-def about_model(reads_text: bool, model: RewardModel, kl: None, **more: Any) -> dict[str, Any]:
+def about_model(reads_text: bool, templated: bool, model: RewardModel, kl: None, **more: Any) -> dict[str, Any]:
     """What kltune.json says of a checkpoint: its frozen base, what it reads, and a score to try it on.
 
-    reads_text: text alone gives the rows' tokens again. kl: a reward model says nothing, and so has none.
+    reads_text: text alone gives the rows' tokens again. templated: a chat template wrote the rows. kl: a reward model
+    says nothing, and so has none.
     """
     reward = {
         "score_at": "the last token of the response: its end token, or the last one of a response that was cut",
         "reads_text": reads_text,
+        "templated": templated,
         "probe": model.probe(),
         **more,
     }
@@ -189,7 +193,7 @@ def finish(job: Job, learner: Learner, steps: int, rows: Sequence[Comparison]) -
     metrics, evaluation = job.measured(model, None)
     samples = [] if evaluation is None else sample_pairs(evaluation, job.held_out.rows)
     result = reward_result(evaluation)
-    told = {"kl": None, "target": None, "score": None, **result, "centred": shifted}
+    told = {"kl": None, "target": None, "score": None, **result, "held_out": job.held_out.apart, "centred": shifted}
     more = {name: told[name] for name in ("centred", "accuracy", "accuracy_ci95")}
     job = replace(job, about=partial(job.about, **more))
     return conclude(job, learner, steps, metrics, samples=samples, told=told)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from kltune.core.kl.intervals import clustered_share
 from kltune.errors import DataError, RecipeError
+from kltune.lm.data.examples import Prompt, load_prompts
 from kltune.lm.data.forms import PROMPT_FORMS, FormOfFile, prompt_of
-from kltune.lm.data.rows import read_rows
+from kltune.lm.data.rows import Row, read_rows
 from kltune.lm.measure.breakdown import transcript
 from kltune.lm.measure.measurement import Measurement, Round, answer_both
 from kltune.lm.model.batches import Samples
@@ -36,7 +37,7 @@ from kltune.run.saved_policy import (
     measured_prompts,
     open_subject,
     resolve_settings,
-    typed_prompts,
+    row_rules,
 )
 from kltune.run.screen import doing
 
@@ -186,6 +187,23 @@ def preferences(policy: Policy, entry: RewardEntry, mine: list[Samples], theirs:
 def mean_tokens(said: list[Samples]) -> float:
     """Tokens of a response, end token included."""
     return torch.cat([part.lengths for part in said]).double().mean().item()
+
+
+def typed_prompts(policy: Policy, settings: Settings, texts: Sequence[str]) -> list[Prompt]:
+    """Prompts that were typed, treated like those of a file of ``{"prompt"}``, but that none is dropped: what is cut is
+    said on stderr. Raises as ``load_prompts``.
+    """
+    rows = [Row(f"prompt {place}", {"prompt": text}) for place, text in enumerate(texts, start=1)]
+    rules = row_rules(policy, settings)
+    rules = replace(rules, on_overlong="truncate" if rules.on_overlong == "drop" else rules.on_overlong)
+    prompts, counts = load_prompts("the prompts given", policy.tokenizer, rules, rows)
+    if counts.truncated:
+        print(
+            f"note: of {counts.truncated} of {len(prompts)} prompts only the last {rules.max_prompt_tokens} tokens are "
+            "read: that is what the policy was trained to read (data.max_prompt_tokens), or what the model's context "
+            "leaves beside --max-new-tokens.", file=sys.stderr,
+        )
+    return prompts
 
 
 def template_of_typed(policy: Policy, settings: Settings) -> str:

@@ -56,7 +56,7 @@ def load_data(recipe: SFTRecipe, policy: Policy, run: Run) -> tuple[list[Example
     """Training texts, and what evaluations are made on."""
     texts, rules = recipe.data.texts, text_rules(policy, recipe.data)
     examples, counts = load_examples(texts, policy.tokenizer, rules)
-    return examples, load_held_out(recipe, policy, run, [], rules, counts_line(texts, counts))
+    return examples, load_held_out(recipe, policy, run, [], rules, counts_line(texts, counts), examples)
 
 
 def take_step(job: Job, learner: Learner, step: int, examples: list[Example]) -> Taken:

@@ -19,8 +19,7 @@ from kltune.core.kl.intervals import cluster_numbers, clustered_mean, clustered_
 from kltune.core.objectives import preferences as losses
 from kltune.core.objectives.bradley_terry import wins
 from kltune.core.tensors import expect_finite, per_response
-from kltune.lm.data.encoding import Ids
-from kltune.lm.data.examples import Example, Prompt, counts_line
+from kltune.lm.data.examples import Example, Prompt, counts_line, prompt_ids
 from kltune.lm.data.pairs import Answer, load_labelled, load_pairs
 from kltune.lm.measure.likelihood import document_nats, example_batch, text_rules
 from kltune.lm.model.batches import Rollout, response_scatter
@@ -118,7 +117,7 @@ class Preferences:
         found = []
         for at, mine in enumerate(self.examples):
             after = (*self.examples[at + 1 :], *self.examples[:at])
-            other = next((theirs for theirs in after if _prompt(theirs) != _prompt(mine)), after[0])
+            other = next((theirs for theirs in after if prompt_ids(theirs) != prompt_ids(mine)), after[0])
             found.append(_with_response(mine, other))
         return tuple(found)
 
@@ -249,10 +248,6 @@ def _example(prompt: Prompt, answer: Answer) -> Example:
     return Example(ids, (False,) * len(prompt.ids) + (True,) * len(answer.ids), prompt.where)
 
 
-def _prompt(example: Example) -> Ids:
-    return example.ids[: example.scored.index(True)]
-
-
 def _with_response(mine: Example, theirs: Example) -> Example:
     start, other = mine.scored.index(True), theirs.scored.index(True)
     return Example(mine.ids[:start] + theirs.ids[other:], mine.scored[:start] + theirs.scored[other:], mine.where)
@@ -299,7 +294,7 @@ def pair_metrics(policy: Policy, pairs: Preferences) -> dict[str, float | None]:
     """
     log_ratio = response_log_ratios(policy, pairs)
     margin = margins(log_ratio)
-    prompts = cluster_numbers([_prompt(example) for example in pairs.examples[0::2]])
+    prompts = cluster_numbers([prompt_ids(example) for example in pairs.examples[0::2]])
     share, low, high = clustered_share(wins(margin), prompts)
     return {
         "eval/accuracy": share,

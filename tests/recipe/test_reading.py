@@ -53,6 +53,8 @@ WRONG = {
     "misspelt section": (PPO + "samplng: {temperature: 1}\n", 7, ["samplng", "did you mean sampling?"]),
     "below its range": (PPO + "kl: {target: -6}\n", 7, ["kl.target", "found -6", "above 0", "nats"]),
     "not a number": (PPO + "optim:\n\n  lr: fast\n", 9, ["optim.lr", 'found "fast"', "wanted a number above 0"]),
+    "gold that is trained on": (PPO + "eval:\n  gold: {kind: function, path: ./rewards.py:score, weight: 2}\n", 8, [
+        "eval.gold", "the scorer of reward.0, which is trained on", "another scorer"]),
     "quoted number": (PPO + 'optim: {lr: "1e-5"}\n', 7, ["optim.lr", "in quotes", "remove the quotes"]),
     "not a whole number": (PPO + "run: {steps: 1e3}\n", 7, ["run.steps", "a whole number", "write 1000"]),
     "infinite": (PPO + "kl: {target: .inf}\n", 7, ["kl.target", "found inf"]),

@@ -1,12 +1,15 @@
-"""Folders that would have code run: refused before anything opens them."""
+"""Folders that would have code run are refused before anything opens them; others are measured as they were made."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from kltune.errors import CheckpointError, ModelError
 from kltune.lm.model.files import refuse_code
-from kltune.run.saved_policy import MeasureOptions, find_checkpoint, open_subject
+from kltune.recipe import DataSection
+from kltune.run.checkpoint import READ_BY, measure_settings
+from kltune.run.saved_policy import MeasureOptions, Subject, find_checkpoint, open_subject, resolve_settings
 
 NAMING_CODE = [
     ("config.json", {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "modeling.Model"}}),
@@ -69,3 +72,20 @@ def test_a_base_that_is_not_here_is_named_with_the_way_on(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"its base is .*base, which is no folder here; give it as --reference"):
         open_subject(find_checkpoint(str(tmp_path), MeasureOptions()), MeasureOptions())
+
+
+OTHER = {
+    "columns": {"prompt": "q"}, "template": "none", "transcripts": "messages", "control_tokens": "text",
+    "max_prompt_tokens": 7, "on_overlong": "drop", "on_bad_row": "skip",
+}
+# Files, what is learnt from and not asked, and the template and its day, which a checkpoint keeps in its own way.
+NOT_OF_PROMPTS = {"prompts", "texts", "pairs", "turns", "max_response_tokens", "chat_template", "date"}
+
+
+def test_prompts_are_measured_by_the_rules_that_they_were_trained_by():
+    assert OTHER.keys() | NOT_OF_PROMPTS == DataSection.model_fields.keys()
+    assert set(OTHER) == set(READ_BY)
+    data = DataSection(**OTHER)
+    info = {"measure": json.loads(json.dumps(measure_settings("prompts.jsonl", data, 8, 1.0)))}
+    settings = resolve_settings([Subject("run", Path("run"), info)], MeasureOptions(prompts="prompts.jsonl"))
+    assert settings.data == data

@@ -1,6 +1,7 @@
 """Runs that watch a second scorer: what they write, when they warn, and how they end at its peak."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from kltune.stages.ppo import run_ppo
 from kltune.stages.sft import run_sft
 from kltune.stages.trpo import run_trpo
 from kltune.train.evaluation import finish as finishing
-from tests.stages.conftest import ran, read_jsonl, rows_of
+from tests.stages.conftest import HELD_OUT, PROMPTS, ran, read_jsonl, rows_of, write_rows
 from tests.stages.test_resume import assert_same_run
 
 SAID = ("distinct_1", "distinct_2", "distinct_2_adjusted", "self_bleu", "distinct_2_per_input",
@@ -61,12 +62,30 @@ def test_with_one_response_to_a_prompt_there_is_nothing_within_one(greedy):
 
 def test_supervised_stages_watch_too(sft_recipe, dpo_recipe, trpo_recipe):
     for run, recipe in ((run_sft, sft_recipe), (run_dpo, dpo_recipe), (run_trpo, trpo_recipe)):
-        made = recipe("run.steps=2", "run.eval_every=1", 'eval.gold={kind: function, path: "rewards.py:score"}')
+        made = recipe("run.steps=2", "run.eval_every=1", 'eval.gold={kind: function, path: "rewards.py:few"}')
         result = run(made, resume=False)
         first = read_jsonl(Path(made.run.output) / "metrics.jsonl")[0]
         assert result["gold"] is not None
         assert ("eval/score_z" in first) == (run is run_trpo)
         assert {f"eval/{name}" for name in SAID} | {"eval/gold_z"} <= first.keys()
+
+
+def test_what_is_trained_on_is_not_called_held_out(ppo_recipe, sft_recipe, dpo_recipe, capsys):
+    told = "{} of {} held-out {} are among the training rows"
+    for run, recipe, keys, words, apart in (
+        (run_ppo, ppo_recipe, ("eval.prompts=prompts.jsonl",), told.format(12, 12, "prompts"), False),
+        (run_ppo, ppo_recipe, ("data.prompts=both.jsonl",), told.format(1, 10, "prompts"), True),
+        (run_sft, sft_recipe, ("eval.texts=texts.jsonl",), told.format(12, 12, "texts"), False),
+        (run_sft, sft_recipe, ("eval.prompts=prompts.jsonl",), told.format(12, 12, "prompts"), False),
+        (run_dpo, dpo_recipe, ("eval.pairs=pairs.jsonl",), told.format(24, 24, "responses"), False),
+        (run_dpo, dpo_recipe, ("eval.pairs=held_out_pairs.jsonl",), None, True),
+    ):
+        made = recipe("run.steps=1", *keys)
+        write_rows(Path(made.run.output).parent / "both.jsonl", [{"prompt": text} for text in (*PROMPTS, HELD_OUT[0])])
+        result, said = run(made, resume=False), capsys.readouterr().err
+        shutil.rmtree(made.run.output)
+        assert result["held_out"] is apart
+        assert words in said if words else "among the training rows" not in said
 
 
 def test_the_tax_is_that_of_eval_kl(sft_recipe, eval_kl):

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kltune.core.objectives.bradley_terry import bradley_terry_loss
-from kltune.errors import DataError, RecipeError, ScorerError
+from kltune.errors import DataError, ModelError, RecipeError, ScorerError
 from kltune.lm.rewards.reward_model import HEAD, open_reward_model
 from kltune.recipe import load_recipe
+from kltune.report.outcome import read_files, verdict_of
 from kltune.run.checkpoint import read_info
 from kltune.stages.ppo import run_ppo
 from kltune.stages.reward import run_reward
@@ -149,6 +150,17 @@ def test_held_out_rows_of_their_own_are_what_is_measured(reward_recipe):
     assert result["accuracy_ci95"][0] == pytest.approx(0.0, abs=1e-12)
 
 
+@pytest.mark.parametrize(("count", "apart"), [(12, False), (3, True)])
+def test_held_out_rows_that_are_trained_on_are_counted(reward_recipe, capsys, count, apart):
+    rows = [{"prompt": p, "chosen": "a a", "rejected": "no"} for p in PROMPTS]
+    held = rows[:count] + [{"prompt": p, "chosen": "no", "rejected": "a a"} for p in PROMPTS[count:]]
+    keys = ("eval.pairs=other.jsonl", "eval.pairs_share=0.1", "run.steps=1")
+    recipe, result = run_with_rows(reward_recipe, rows, *keys, held_out=held)
+    assert result["held_out"] is apart
+    assert f"{count} of 12 held-out rows are among the training rows" in capsys.readouterr().err
+    assert ("learnt from" in verdict_of(read_files(Path(recipe.run.output))).sentences) is not apart
+
+
 def test_rows_of_one_prompt_cannot_be_held_out_by_prompt(reward_recipe):
     with pytest.raises(DataError, match=r"all 3 rows answer one prompt.*eval\.pairs"):
         run_with_rows(reward_recipe, [{"prompt": "no", "chosen": c, "rejected": "z"} for c in "abc"])
@@ -181,13 +193,29 @@ def test_ppo_raises_the_score_of_a_model_that_shares_its_weights(ppo_recipe, rew
     assert len(saved) == 12                                          # A and B, three names, two layers
 
 
-def test_trpo_and_a_gold_scorer_share_them_too(trpo_recipe, reward_model):
-    gold = f"{{kind: model, path: {reward_model}, name: second}}"
+def test_trpo_and_a_gold_scorer_share_them_too(trpo_recipe, reward_model, tmp_path):
+    second = shutil.copytree(reward_model, tmp_path / "second")
+    gold = f"{{kind: model, path: {second}, name: second}}"
     recipe = trpo_recipe(
         f"reward=[{{kind: model, path: {reward_model}}}]", f"eval.gold={gold}", "run.steps=2",
     )
     result = run_trpo(recipe, resume=False)
     assert result["eval"]["eval/gold_mean"] == pytest.approx(result["score"], abs=1e-5)
+
+
+def test_it_scores_rows_of_the_kind_that_it_learnt_from(reward_recipe, ppo_recipe, llama, tmp_path, capsys):
+    folder = shutil.copytree(llama, tmp_path / "chat")
+    template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }}.{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}a {% endif %}")
+    recipe = reward_recipe(f"model.path={folder}", "data.template=chat", "run.steps=1")
+    reward = run_reward(recipe, resume=False)["final"]
+    assert read_info(Path(reward))["reward"]["templated"] is True
+    keys = (f"model.path={folder}", f"reward=[{{kind: model, path: {reward}}}]", "run.steps=1")
+    with pytest.raises(ModelError, match="learnt from rows that the chat template wrote, and the prompts here"):
+        run_ppo(ppo_recipe(*keys), resume=False)
+    capsys.readouterr()
+    run_ppo(ppo_recipe(*keys, "data.template=chat", output=str(tmp_path / "fits")), resume=False)
+    assert "reads the policy's own tokens" in capsys.readouterr().err
 
 
 def test_a_run_does_not_go_on_with_another_reward_model(ppo_recipe, reward_model, tmp_path):

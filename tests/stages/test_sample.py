@@ -11,6 +11,7 @@ from kltune.lm.measure.measurement import Round
 from kltune.lm.model.sampler import Draw
 from kltune.recipe import DataSection
 from kltune.run.saved_policy import Settings
+from kltune.stages.ppo import run_ppo
 from kltune.stages.sample import template_of_typed
 from tests.stages.conftest import write_rows
 from tests.tiny_policies import plain_sample
@@ -131,6 +132,15 @@ def test_what_is_typed_is_treated_as_the_runs_own_prompts(chat_model, open_polic
         write_rows(source, rows)
     settings = Settings(str(source), DataSection(template=template))
     assert template_of_typed(policy, settings) == wanted
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "drop"])
+def test_what_is_cut_of_a_typed_prompt_is_said(sample, ppo_recipe, overlong):
+    result = run_ppo(ppo_recipe("data.max_prompt_tokens=8", f"data.on_overlong={overlong}", "run.steps=1"), False)
+    code, document, err = sample(result["output"], "-p", "so", "-p", "what if she ran")
+    assert (code, len(document["prompts"])) == (0, 2)
+    assert "note: of 1 of 2 prompts only the last 8 tokens are read" in err
+    assert "note: of" not in sample(result["output"], "-p", "so")[2]
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,10 @@ def score(prompts, responses, calls=[]):
     if len(calls) > 1 and os.environ["END"] == "crash":
         raise RuntimeError(SAID)
     return [float(response.count("a")) for response in responses]
+
+def few(prompts, responses):
+    """The same, and another scorer."""
+    return score(prompts, responses)
 '''
 STAGES = {"ppo": PPO, "trpo": TRPO, "online": ONLINE, "dpo": DPO, "sft": SFT, "reward": REWARD}
 ENDS = {"success": 0, "crash": 5, "bug": 99, "signal": 143, "judge": 75}
@@ -150,7 +154,7 @@ def test_no_secret_is_in_anything_that_a_run_leaves(llama, tmp_path, monkeypatch
         if stage in SCORED:
             sets.append(f"reward={json.dumps([STAGES[stage]['reward'][0], judge])}")
         if stage != "reward":
-            sets.append('eval.gold={"kind": "function", "path": "rewards.py:score"}')
+            sets.append('eval.gold={"kind": "function", "path": "rewards.py:few"}')
         words = [word for one in sets for word in ("--set", one)]
         monkeypatch.setattr(sys, "argv", ["kltune", STAGES[stage]["stage"], *words])
         pid = forked([STAGES[stage]["stage"], "-r", str(file), "-o", str(left / "run"), "--json", *words], left, end)

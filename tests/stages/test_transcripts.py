@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kltune.lm.measure.transcripts import counts_z, read_transcripts
 from kltune.recipe import DataSection
 from kltune.run.saved_policy import MeasureOptions, find_checkpoint, open_subject
-from tests.stages.conftest import HELD_OUT, write_rows
+from tests.stages.conftest import HELD_OUT, PPO, write_recipe, write_rows
 from tests.stages.test_references import adapter_on
 
 ROWS, LIMIT = 30, 6     # to each prompt
@@ -59,6 +59,18 @@ def test_what_the_policy_said_elsewhere_has_its_kl(eval_kl, adapter, honest, tmp
     mine, theirs = (one["kl"]["exact"] for one in (document, fresh))
     spread = (mine["stderr"] ** 2 + theirs["stderr"] ** 2) ** 0.5
     assert mine["nats_per_response"] == pytest.approx(theirs["nats_per_response"], abs=3 * spread)
+
+
+def test_recorded_prompts_are_read_whole_or_refused(eval_kl, llama, adapter, honest, tmp_path):
+    recipe = write_recipe(tmp_path / "ppo", PPO | {"data": {"prompts": "prompts.jsonl", "max_prompt_tokens": 3}}, llama)
+    whole = eval_kl(adapter, *arguments(tmp_path, honest))[1]
+    code, found, _ = eval_kl(adapter, *arguments(tmp_path, honest, "--recipe", recipe))
+    assert (code, found["kl"], found["prompts"]) == (0, whole["kl"], len(HELD_OUT))
+    for row in ({"prompt": "so " * 20, "ids": [3, 1]}, {"prompt": "so " * 20, "response": "a"}):
+        rows = honest if "ids" in row else [{"prompt": "so", "response": "a"}] * 3
+        code, _, err = eval_kl(adapter, *arguments(tmp_path, [*rows, row]))
+        assert code == 5
+        assert f"the prompts of 1 of {len(rows) + 1} rows have more than 58 tokens" in err
 
 
 def test_text_is_read_as_the_tokens_that_it_was(llama, adapter, honest, tmp_path):

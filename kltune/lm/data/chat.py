@@ -209,13 +209,17 @@ class EndTokens:
 
 
 def turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The control token that the chat template writes first behind an answer; None without a template, or one."""
+    """The control token that the chat template writes first behind an answer; None without a template, or one.
+
+    White space that was added to a tokenizer as ordinary text, as a line break, is said within answers too.
+    """
     if not template_of(tokenizer):
         return None
     behind = ChatTemplate(tokenizer).behind_answer()
     if not behind:
         return None
-    control = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    added = tokenizer.added_tokens_decoder.items()
+    control = {*tokenizer.all_special_ids, *(i for i, token in added if token.special or token.content.strip())}
     with tokenizing(tokenizer, behind):
         return next((i for i in tokenizer.encode(behind, add_special_tokens=False) if i in control), None)
 

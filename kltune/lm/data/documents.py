@@ -148,6 +148,9 @@ class MeasureFacts(TypedDict):
     template_date: NotRequired[Day]
     columns: NotRequired[dict[str, str]]
     transcripts: NotRequired[Literal["auto", "messages", "text"]]
+    control_tokens: NotRequired[Literal["auto", "text", "tokens"]]
+    on_overlong: NotRequired[Literal["truncate", "drop", "error"]]
+    on_bad_row: NotRequired[Literal["error", "skip"]]
 
 
 class ProbeFacts(TypedDict):
@@ -162,6 +165,7 @@ class RewardFacts(TypedDict):
 
     probe: ProbeFacts
     reads_text: bool
+    templated: NotRequired[bool]
 
 
 class CheckpointRecord(TypedDict):

@@ -6,7 +6,7 @@ A row of the file is kept, dropped (too long), skipped (faulty, and the recipe a
 disappears. The forms of the rows are in forms.py, the reading of files in rows.py.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -175,6 +175,20 @@ def counts_line(source: str, counts: Counts) -> str:
     rest = [f"{number} {what}" for what, number in other.items() if number]
     line = f"{source}: {counts.kept} of {counts.read} rows" + (f" ({', '.join(rest)})" if rest else "")
     return "; ".join((line, *counts.notes))
+
+
+def seen_note(source: str, what: str, rows: Sequence[Hashable], trained: Collection[Hashable]) -> str | None:
+    """A line on held-out rows that are trained on as well; None where there are none. Each row is its tokens."""
+    seen = sum(row in trained for row in rows)
+    if not seen:
+        return None
+    all_of_them = "; nothing is held out, and what is measured on them says nothing of others" * (seen == len(rows))
+    return f"note: {source}: {seen} of {len(rows)} held-out {what} are among the training rows{all_of_them}"
+
+
+def prompt_ids(example: "Example") -> Ids:
+    """The tokens before the first scored one."""
+    return example.ids[: example.scored.index(True)]
 
 
 def distinct_prompts(prompts: list[Prompt]) -> list[Prompt]:

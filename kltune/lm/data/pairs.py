@@ -83,6 +83,11 @@ def sequences(rows: Sequence[Comparison]) -> list[Ids]:
             for row, answer in zip(rows, side, strict=True)]
 
 
+def sides(rows: Sequence[Comparison]) -> list[tuple[Ids, ...]]:
+    """Prompt and responses of every row, in tokens."""
+    return [(row.prompt.ids, *(answer.ids for answer in answers(row))) for row in rows]
+
+
 def hold_out(
     rows: Sequence[Comparison], share: float, seed: int, source: str
 ) -> tuple[list[Comparison], list[Comparison]]:

@@ -8,6 +8,7 @@ responses. It is the same function, in float32 to 1e-6 and its gradient to 1e-6 
 Prompts are right-padded, so that the pass over them, which has most of the tokens, is plainly causal and needs no mask.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,10 @@ from kltune.core.tensors import close
 # The pass over the responses needs a mask and copies keys: at 1.3 times fewer tokens, 64 after prompts of 20, it was no
 # faster; at 1.5 times, hh-harmless on stories260K, 1.25 times; at 1.6 to 1.8, six layers of 256, 1.6 to 1.8 times.
 WORTH_IT = 1.4
+# What models raise whose cache is missing, of another kind, or cannot be repeated, or whose layers hand on more.
+NO_CACHE = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# Names of numbers of tokens beyond which a layer does not read, or reads otherwise.
+WINDOW = re.compile(r"window(_size|_len)?$|chunk_(size|length)$|^index_(topk|local_blocks)$")
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,15 @@ def _visible(prompt_lengths: Tensor, prompts: int, responses: int, dtype: torch.
 
 
 def attends_to_all(config: PreTrainedConfig) -> bool:
-    """Whether every layer of a model reads all tokens before: no windows, no chunks, no states."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return kinds == {"full_attention"} and window is None
+    """Whether every layer of a model reads all tokens before: no windows, no chunks, no states.
+
+    A few tokens that are tried cannot tell, where a window is longer: a configuration that names one has one.
+    """
+    named = {name: value for name, value in vars(config).items() if WINDOW.search(name) and type(value) is int}
+    if not getattr(config, "use_sliding_window", True):
+        named.pop("sliding_window", None)
+    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "attention_layers", None) or ())}
+    return kinds <= {"full_attention", "global"} and not any(value > 0 for value in named.values())
 
 
 @torch.no_grad()
@@ -122,6 +132,6 @@ def can_share(causal: nn.Module) -> bool:
     rows = shared_prefixes(ids, scored)
     try:
         states = states_before(trunk, rows)
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):    # no such cache, mask or positions
+    except NO_CACHE:    # no such cache, mask or positions
         return False
     return close(states, trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][scored[:, 1:]])

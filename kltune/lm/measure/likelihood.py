@@ -61,6 +61,8 @@ def example_batch(examples: Sequence[Example], policy: Policy) -> tuple[Tensor, 
 def text_rules(policy: Policy, data: DataSection) -> RowRules:
     """What rows of texts or pairs may be, as a policy can read them: of its context, a prompt takes half at most."""
     context = policy.max_context
-    limit = policy.prompt_limit(data.max_prompt_tokens, min(data.max_response_tokens, (context or 1024) // 2))
+    half = (context or 1024) // 2
+    key = "data.max_response_tokens" + ", half of the context" * (data.max_response_tokens > half)
+    limit = policy.prompt_limit(data.max_prompt_tokens, min(data.max_response_tokens, half), key)
     room = data.max_response_tokens if context is None else min(data.max_response_tokens, context - limit)
     return policy.row_rules(data, limit, room)

@@ -32,20 +32,28 @@ def read_transcripts(source: str, policy: Policy, rules: RowRules, limit: int) -
     Cut at ``limit`` tokens, as the policy's own would be. A text is taken to have ended where it is shorter.
 
     Raises:
-        DataError: a row has none of these, or tokens that end neither with an end token nor at the limit.
+        DataError: a row has none of these, tokens that end neither with an end token nor at the limit, or a prompt that
+            the rules would cut.
     """
     rows = list(read_rows(source))
     if not any("ids" in row.fields for row in rows):
-        examples, _ = load_examples(source, policy.tokenizer, rules)
+        examples, counts = load_examples(source, policy.tokenizer, rules)
         found = [(_prompt_of(policy, example), _scored_of(example)) for example in examples]
     else:
         asked = ("prompt", "messages", *BEFORE, *NOT_GIVEN)
         told = [Row(row.where, {name: value for name, value in row.fields.items() if name in asked}, row.fault)
                 for row in rows]
-        prompts, _ = load_prompts(source, policy.tokenizer, rules, told)
+        prompts, counts = load_prompts(source, policy.tokenizer, rules, told)
         if len(prompts) != len(rows):
             raise DataError(f"{source}: {len(rows) - len(prompts)} of {len(rows)} prompts are too long for the model.")
         found = [(prompt, _ids_of(row, policy)) for prompt, row in zip(prompts, rows, strict=True)]
+    if counts.truncated:
+        raise DataError(
+            f"{source}: the prompts of {counts.truncated} of {counts.read} rows have more than "
+            f"{rules.max_prompt_tokens} tokens, and with up to {limit} of a response (--max-new-tokens) no room in the "
+            "model's context: it never answered the whole of them. Take these rows out, or give the limit that they "
+            "were sampled with."
+        )
     return [(prompt, _fitted(prompt.where, ids, policy, limit)) for prompt, ids in found]
 
 

@@ -29,6 +29,7 @@ from kltune.core.kl.fused_head import AS_THEY_ARE, AfterHead, Reader, through_he
 from kltune.core.tensors import close
 from kltune.errors import ModelError
 from kltune.lm.fast import ways
+from kltune.lm.fast.shared_prefix import NO_CACHE
 from kltune.lm.machine.sharding import ShardedLayers
 from kltune.lm.model.adapters.weights import AdapterSwitch
 from kltune.lm.model.batches import FixedRows, Parts
@@ -40,8 +41,6 @@ CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
 # What configurations call numbers that a model's logits are scaled by, and capped at, after its head.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# What models raise whose cache is missing, of another kind, or cannot be repeated.
-NO_CACHE = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class ScalarHead(nn.Module):

@@ -217,14 +217,17 @@ class Policy:
             )
         return ids.to(self.device)
 
-    def prompt_limit(self, wanted: int | None, max_new_tokens: int) -> int:
-        """The longest prompt: what is wanted, or what leaves room for a response; RecipeError if it does not fit."""
+    def prompt_limit(self, wanted: int | None, room_for: int, key: str = "sampling.max_new_tokens") -> int:
+        """The longest prompt: what is wanted, or what leaves room for a response; RecipeError if it does not fit.
+
+        key: what says for how many tokens of a response there has to be room.
+        """
         if self.max_context is None:
             return wanted or 512
-        room = self.max_context - max_new_tokens
+        room = self.max_context - room_for
         if room < 1 or (wanted or 1) > room:
             raise RecipeError(
-                f"data.max_prompt_tokens ({wanted or 'default'}) + sampling.max_new_tokens ({max_new_tokens}) do not "
+                f"data.max_prompt_tokens ({wanted or 'default'}) + {key} ({room_for}) do not "
                 f"fit the context of {self.fingerprint.path}, {self.max_context} tokens; lower one of them."
             )
         return wanted or room

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from kltune.errors import ScorerError
 from kltune.lm.data.chat import without_template
@@ -19,12 +20,11 @@ from kltune.lm.data.rows import RowFault
 from kltune.lm.model.batches import Samples, pad_right
 from kltune.lm.model.files import check_all_read, reading, refuse_code, refuse_oversized, refuse_quantised
 from kltune.lm.model.loading import as_in_file
-from kltune.lm.rewards.reward_model import is_reward_model
+from kltune.lm.rewards.reward_model import example_line, is_reward_model
 from kltune.recipe import ClassifierReward, ModelReward
 
 ScoreFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 ROWS = 32       # that are read at once
-SHOWN = 400     # characters of the example at the start of a run
 REGRESSION, MULTI_LABEL = "regression", "multi_label_classification"     # problem_type of a configuration
 ALONE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}     # of 1 + |score|: rounding in a batch
 
@@ -70,8 +70,7 @@ class Classifier:
         shown = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         how = "in its own chat template" if chat else "as plain text"
         how += "" if self._pads else ", rows of one length at a time, because padding would change its scores"
-        cut = f"...{shown[-SHOWN:]}" if len(shown) > SHOWN else shown
-        return f"reward {self.entry.path}: reads {how}, as {cut!r}"
+        return example_line(self.entry.path, how, shown)
 
     def _reads_chat(self, messages: Sequence[Message]) -> bool:
         if self.entry.input == "response" or self.entry.template == "none":
@@ -205,22 +204,40 @@ def _longest(model: torch.nn.Module) -> int | None:
     return limit - (padding[0] + 1) if padding else limit  # RoBERTa's positions start behind the padding id
 
 
+def _labels(config: PreTrainedConfig, path: str) -> dict[str, int]:
+    """Which output each label is: by ``id2label``, as transformers' pipelines have it.
+
+    Raises:
+        ScorerError: it does not name each output once, or ``label2id`` says otherwise.
+    """
+    names, other = config.id2label, config.label2id or {}
+    labels = {name: index for index, name in names.items()}
+    if sorted(names) != list(range(config.num_labels)) or len(labels) != len(names):
+        raise ScorerError(f"reward {path}: its config.json has id2label {names}, wanted one name for each output, "
+                          "numbered from 0; mend it there.")
+    if other and {name: str(index) for name, index in other.items()} != {name: str(i) for name, i in labels.items()}:
+        raise ScorerError(f"reward {path}: its config.json contradicts itself: id2label is {names}, label2id {other}. "
+                          "Which output is which label? Mend the wrong one, or take label2id out.")
+    return labels
+
+
 def _chosen_logit(entry: ModelReward | ClassifierReward, model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
     """From a classifier's logits [B, K] to one score per row [B]."""
+    labels = _labels(model.config, entry.path)
     if entry.kind == "model":
         if model.config.num_labels != 1:
             raise ScorerError(
                 f"reward {entry.path}: kind: model wants one output, found {model.config.num_labels} labels "
-                f"({', '.join(model.config.label2id)}); use kind: classifier and name a label."
+                f"({', '.join(labels)}); use kind: classifier and name a label."
             )
         return lambda logits: logits[:, 0]
     kind = getattr(model.config, "problem_type", None)
     single = model.config.num_labels == 1
-    if entry.label not in model.config.label2id and not (single and entry.label is None):
-        raise ScorerError(f"reward {entry.path}: no label {entry.label!r}; it has {', '.join(model.config.label2id)}.")
+    if entry.label not in labels and not (single and entry.label is None):
+        raise ScorerError(f"reward {entry.path}: no label {entry.label!r}; it has {', '.join(labels)}.")
     if kind == REGRESSION and entry.output == "probability":
         raise ScorerError(f"reward {entry.path}: output: probability, but its problem_type is {kind}: it has none.")
-    index = 0 if single else model.config.label2id[entry.label]
+    index = 0 if single else labels[entry.label]
     if single or kind in (REGRESSION, MULTI_LABEL):     # no label excludes another: an output is its own log-odds
         return lambda logits: logits[:, index].sigmoid() if entry.output == "probability" else logits[:, index]
     if entry.output == "probability":

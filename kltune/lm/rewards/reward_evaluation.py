@@ -104,12 +104,16 @@ def evaluate_rewards(model: RewardModel, rows: Sequence[Comparison]) -> RewardEv
 
 @dataclass(frozen=True)
 class HeldOutRows:
-    """Rows that a reward model has not learnt from, maybe none. notes: one line on each file that was read."""
+    """Rows to measure a reward model on, maybe none. notes: one line on each file that was read.
+
+    apart: it has not learnt from them, from some at least.
+    """
 
     rows: Sequence[Comparison]
     notes: Sequence[str] = ()
     judges: Sequence[Judge] = ()
     scored: bool = False
+    apart: bool = True
 
     def measured(
         self, model: RewardModel, scorer: None = None, times: int = 1

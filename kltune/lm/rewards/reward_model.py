@@ -21,6 +21,7 @@ from kltune.errors import ModelError
 from kltune.lm.data.chat import template_of
 from kltune.lm.data.documents import SavedModel
 from kltune.lm.data.encoding import Encoder, Ids, spelled
+from kltune.lm.data.examples import Prompt
 from kltune.lm.data.foreign import read_json
 from kltune.lm.model.adapters.weights import POLICY
 from kltune.lm.model.batches import Samples
@@ -33,6 +34,7 @@ from kltune.lm.model.policy import Policy
 from kltune.recipe import ModelSection
 
 HEAD = "reward_head.safetensors"
+SHOWN = 400     # characters of the example at the start of a run
 ROWS_PER_PAD = 256      # padded together, so that one long response does not make all of them long
 PROBE_TOKENS = 16              # tokens that a saved model is tried on when it is opened again
 IMPORTS = "from safetensors.torch import load_file\n"
@@ -139,10 +141,17 @@ class RewardModel:
 
 @dataclass(frozen=True)
 class RewardReader:
-    """A reward model that reads responses. shared: its tokens are the policy's, because its trunk is."""
+    """A reward model that reads responses. shared: its tokens are the policy's, because its trunk is.
+
+    path: where it lies. templated: the rows that it learnt from went through the chat template. reads_text: text alone
+    gives the tokens of such rows again.
+    """
 
     model: RewardModel
     shared: bool
+    path: str
+    templated: bool
+    reads_text: bool
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Scores of texts, each response taken to have ended."""
@@ -150,17 +159,49 @@ class RewardReader:
 
     def read(self, samples: Samples) -> list[float]:
         """Scores of sampled responses."""
-        if not self.shared:
+        if self._reads_text(any(samples.messages)):
             return self._read_texts(samples.prompts, samples.responses, (~samples.truncated).tolist())
         places = torch.arange(samples.ids.shape[1], device=samples.ids.device)
         last = places == (samples.scored * places).amax(dim=1, keepdim=True)
         return self.model.measure(samples.ids, last).tolist()
+
+    def example(self, prompt: Prompt) -> str:
+        """A line on what is read of a prompt and its response; raises as ``read`` would."""
+        text = self._reads_text(bool(prompt.messages))
+        if not text:
+            shown = self.model.policy.tokenizer.decode(prompt.ids, clean_up_tokenization_spaces=False) + "RESPONSE"
+        else:
+            shown = prompt.text + "RESPONSE"
+        return example_line(self.path, "as plain text" if text else "the policy's own tokens", shown)
+
+    def _reads_text(self, templated: bool) -> bool:
+        """Whether prompts that went through the policy's chat template, or did not, are read as plain text.
+
+        Raises:
+            ModelError: neither their text nor their tokens are of the kind that it learnt from.
+        """
+        if not self.shared or (templated != self.templated and self.reads_text):
+            return True
+        if templated != self.templated:
+            forms = "rows of plain text", "rows that the chat template wrote"
+            raise ModelError(
+                f"reward {self.path}: it learnt from {forms[self.templated]}, and the prompts here are "
+                f"{forms[templated]}: its scores would mean nothing. Write data.template: "
+                f"{'chat' if self.templated else 'none'} with plain rows, or train a reward model on rows like these."
+            )
+        return False
 
     def _read_texts(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> list[float]:
         policy = self.model.policy
         encoder = Encoder(policy.tokenizer, end_token=policy.ends.appended, end_ids=policy.end_ids)
         rows = zip(prompts, responses, ended, strict=True)
         return self.model.measure_rows([spelled(encoder, *row, limit=policy.max_context) for row in rows]).tolist()
+
+
+def example_line(path: str, how: str, shown: str) -> str:
+    """A line for the start of a run on what a reward model reads, and how."""
+    cut = f"...{shown[-SHOWN:]}" if len(shown) > SHOWN else shown
+    return f"reward {path}: reads {how}, as {cut!r}"
 
 
 def is_reward_model(folder: Path) -> bool:
@@ -199,7 +240,10 @@ def open_reward_model(folder: Path, policy: Policy | None, device: torch.device)
         whole = sum(tensor.numel() * tensor.element_size() for tensor in model.policy.model.parameters()) / 1e6
         note = f"has weights of its own, {whole:.3g} MB, and reads text: " + "; ".join(obstacles)
     digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in FILES)).hexdigest()
-    return RewardReader(model, shared=not obstacles), digest, f"reward {folder}: {note}"
+    facts = record["reward"]
+    templated = facts.get("templated", not facts["reads_text"])     # versions before did not record it
+    reader = RewardReader(model, not obstacles, str(folder), templated, facts["reads_text"])
+    return reader, digest, f"reward {folder}: {note}"
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class Scorer:
         return tuple(source.note for source in self.sources if source.note)
 
     def examples(self, prompts: Sequence[Prompt]) -> tuple[str, ...]:
-        """What classifiers among the sources read of the first of some prompts, to be said at the start of a run."""
+        """What models among the sources read of the first of some prompts, to be said at the start of a run."""
         examples = [source.example for source in self.sources if source.example is not None]
         return tuple(example(prompt) for prompt in prompts[:1] for example in examples)
 
@@ -327,4 +327,5 @@ def _load_reward_model(
             f"reward {entry.path}: found input: {entry.input}, wanted prompt_response, what it was trained to read."
         )
     reader, digest, note = open_reward_model(Path(entry.path), policy, device)
-    return reader, {"path": entry.path, "sha256": digest}, {"tokens": reader.read, "note": note, "shared": True}
+    more = {"tokens": reader.read, "note": note, "example": reader.example, "shared": True}
+    return reader, {"path": entry.path, "sha256": digest}, more

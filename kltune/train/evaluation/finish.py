@@ -71,7 +71,7 @@ def finish(job: Job, learner: Learner, steps: int) -> dict[str, Any]:
     told = {"kl": kl, "target": None, "score": None, "perplexity": found.metrics.get("eval/perplexity")}
     if learner.budget is not None:
         told = {"kl": kl} | budget_result(job, learner, found)
-    told |= gold_result(found.metrics) | teacher_result(found.metrics)
+    told |= {"held_out": job.held_out.apart} | gold_result(found.metrics) | teacher_result(found.metrics)
     return conclude(job, learner, steps, found.metrics, samples=shown, told=told)
 
 
@@ -101,7 +101,6 @@ def budget_result(job: Job, learner: Learner, found: Final) -> dict[str, Any]:
         "score": metrics.get("eval/score_mean"),
         "score_stderr": metrics.get("eval/score_stderr"),
         "reference_score": metrics.get("eval/reference_score_mean"),
-        "held_out": job.recipe.eval.prompts is not None or job.recipe.eval.pairs is not None,
     }
 
 

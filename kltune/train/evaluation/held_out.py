@@ -23,6 +23,8 @@ from kltune.lm.data.examples import (
     distinct_prompts,
     load_examples,
     load_prompts,
+    prompt_ids,
+    seen_note,
 )
 from kltune.lm.measure.breakdown import transcript
 from kltune.lm.measure.likelihood import alignment_tax, document_nats, reference_nats
@@ -65,6 +67,8 @@ class Reference:
 class HeldOut:
     """What a policy is evaluated on, and how it responds there. notes: one line on each file that was read.
 
+    apart: there are rows besides those of training in each file that it is measured on.
+
     gold: a scorer that is never trained on. teacher: whom the policy imitates. seed: the same for every evaluation of a
     run, so that they are paired.
     """
@@ -77,6 +81,7 @@ class HeldOut:
     seed: int
     notes: tuple[str, ...] = ()
     pairs: Preferences | None = None
+    apart: bool = True
     teacher: Teacher | None = None
     _references: dict[int, Reference] = field(default_factory=dict)     # by number of responses; once per run
 
@@ -182,6 +187,14 @@ class HeldOut:
             metrics["eval/reference_texts_nats_per_token"] = text_nats.sum().item() / tokens
         return Reference(metrics, scales, text_nats, measured)
 
+    def against(self, trained: Preferences, source: str) -> "HeldOut":
+        """The same, once the pairs that are trained on are known: those of ``source`` may be among them."""
+        if self.pairs is None:
+            return self
+        seen, held = {row.ids for row in trained.examples}, [row.ids for row in self.pairs.examples]
+        note = seen_note(source, "responses", held, seen)
+        return replace(self, notes=(*self.notes, note), apart=self.apart and not seen.issuperset(held))
+
     def beside(self, measured: Measurement) -> Measurement:
         """What the reference answered, with the same random numbers, where the policy was measured."""
         answers = (reference.answers for reference in self._references.values())
@@ -189,7 +202,8 @@ class HeldOut:
 
 
 def load_held_out(
-    recipe: Recipe, policy: Policy, run: Run, prompts: Sequence[Prompt], rules: RowRules, note: str
+    recipe: Recipe, policy: Policy, run: Run, prompts: Sequence[Prompt], rules: RowRules, note: str,
+    examples: Sequence[Example] = (),
 ) -> HeldOut:
     """Read the recipe's ``eval`` section.
 
@@ -198,17 +212,20 @@ def load_held_out(
         prompts: to evaluate on where the section has no prompts or pairs of its own.
         rules: what rows may be.
         note: the line on the training rows.
+        examples: texts that are trained on.
     """
     section, data, tokenizer = recipe.eval, recipe.data, policy.tokenizer
     own = section.prompts or section.pairs
     texts, pairs, notes = [], None, [note]
+    trained = {*(prompt.ids for prompt in prompts), *(part for row in examples for part in (row.ids, prompt_ids(row)))}
     if own is not None:
         prompts, counts = load_prompts(own, tokenizer, rules)
         prompts = prompts if section.prompts else distinct_prompts(prompts)
-        notes.append(counts_line(own, counts))
+        notes += [counts_line(own, counts), seen_note(own, "prompts", [prompt.ids for prompt in prompts], trained)]
     if section.texts is not None:
         texts, counts = load_examples(section.texts, tokenizer, rules)
-        notes.append(counts_line(section.texts, counts))
+        notes += [counts_line(section.texts, counts),
+                  seen_note(section.texts, "texts", [text.ids for text in texts], trained)]
     if section.pairs is not None:
         pairs, note = load_preferences(section.pairs, policy, data)
         pairs = pairs.measured(policy, range(len(pairs)), run.ref_logprobs)
@@ -217,8 +234,10 @@ def load_held_out(
     if section.gold is not None:
         gold = load_scorer([section.gold], recipe.folder, policy.device, policy, run.answers)
         notes += (*gold.notes, *gold.examples(prompts))
+    measured = [rows for rows in (prompts, texts) if rows]
+    apart = bool(measured) and not any(trained.issuperset(row.ids for row in rows) for rows in measured)
     seed = recipe.run.seed + EVALUATION_SEED
-    held_out = HeldOut(prompts, texts, gold, section.responses, recipe.sampling, seed, pairs=pairs)
+    held_out = HeldOut(prompts, texts, gold, section.responses, recipe.sampling, seed, pairs=pairs, apart=apart)
     drawn = held_out.answered(section.responses).drawn_note(recipe.run.seed) if prompts else None
     return replace(held_out, notes=(*notes, *([f"an evaluation {drawn}"] if drawn else [])))
 

@@ -5,6 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
@@ -12,7 +15,7 @@ from kltune.lm.fast.lower_layers import LowerLayers
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import sample_rollout, uniform_numbers
 from kltune.recipe import LoraSection
-from tests.tiny_policies import ARCHITECTURES, random_batch, randomize
+from tests.tiny_policies import ARCHITECTURES, SIZES, SPECIAL, random_batch, random_model, randomize, word_tokenizer
 
 PROMPTS = [Prompt(tuple(ids), "text", "prompts.jsonl:1") for ids in ([3, 4], [9], [20, 21, 22, 23])]
 UNIFORMS = uniform_numbers(np.random.default_rng(3), 4 * len(PROMPTS), 6)
@@ -42,6 +45,41 @@ def test_passes_from_the_lower_layers_on_are_the_same_to_the_last_bit(open_polic
     found = torch.autograd.grad(policy.logprobs(ids, scored, 1.0, lower).sum(), policy.trainable_parameters().values())
     wanted = torch.autograd.grad(policy.logprobs(ids, scored).sum(), policy.trainable_parameters().values())
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
+
+
+SHARED_KEYS = {
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 16, "head_dim": 8,
+}
+PER_LAYER = {
+    "vocab_size_per_layer_input": 40, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "intermediate_size": [48] * 4,
+    "activation_sparsity_pattern": [0.0] * 4,
+}
+
+
+@pytest.mark.parametrize(("kind", "more"), [("gemma4_text", {}), ("gemma3n_text", PER_LAYER)])
+def test_layers_that_read_keys_of_lower_ones_are_run_whole(open_policy, tmp_path, kind, more):
+    random_model(AutoConfig.for_model(kind, **SIZES | SPECIAL | SHARED_KEYS | more)).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    upper = LoraSection(rank=2, alpha=4.0, targets="all-linear", layers=(3,))
+    policy = open_policy(path=tmp_path, lora=upper)
+    assert not policy.network.fast.lower_layers.there
+    assert torch.isfinite(policy.logprobs(*random_batch())).all()
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """A model with a vision tower of five layers beside four of text."""
+    folder = tmp_path_factory.mktemp("seeing")
+    text = SIZES | SPECIAL | {"num_hidden_layers": 4, "head_dim": 8, "sliding_window": 16}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
+              "image_size": 28, "patch_size": 14}
+    tokens = {"boi_token_index": 37, "eoi_token_index": 38, "image_token_index": 39, "mm_tokens_per_image": 4}
+    config = Gemma3Config(text_config=text, vision_config=vision, **tokens, **SPECIAL)
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).eval().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def test_scoring_computes_them_once_for_policy_reference_and_values(open_policy, monkeypatch):
@@ -87,6 +125,21 @@ def test_layers_are_chosen_by_number_or_as_an_upper_share(open_policy, tmp_path)
         assert policy.network.fast.lower_layers.there == (numbers == [1])
     with pytest.raises(ModelError, match=r"lora.layers: found 2, 7; .* has 2 layers, numbered from 0"):
         open_policy(lora=LoraSection(layers=(2, 0, 7)))
+
+
+@pytest.mark.parametrize(("layers", "numbers"), [(0.25, {3}), (0.5, {2, 3}), ((1,), {1})])
+def test_only_layers_that_read_text_are_chosen_of_a_model_that_sees_too(open_policy, seeing, tmp_path, layers, numbers):
+    policy = open_policy(path=seeing, lora=LoraSection(rank=2, alpha=4.0, layers=layers))
+    policy.save(tmp_path)
+    adapted = {tuple(name.split(".layers.")) for name in load_file(tmp_path / "adapter_model.safetensors")}
+    assert {before.rpartition(".")[2] for before, _ in adapted} == {"language_model"}
+    assert {int(after.partition(".")[0]) for _, after in adapted} == numbers
+    again = PeftModel.from_pretrained(Gemma3ForConditionalGeneration.from_pretrained(seeing), tmp_path)
+    found = {name for name, _ in again.named_modules() if name.endswith("lora_A.default")}
+    assert len(found) == 7 * len(numbers)
+    assert not any("vision" in name for name in found)
+    with pytest.raises(ModelError, match=r"found 4; .* has 4 layers, numbered from 0"):
+        open_policy(path=seeing, lora=LoraSection(layers=(4,)))
 
 
 def test_there_are_none_where_an_adapter_is_on_what_comes_before_them(open_policy):

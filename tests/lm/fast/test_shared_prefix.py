@@ -1,9 +1,12 @@
 """A prompt that is read once for all its responses gives what whole rows give, and the same gradient."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from kltune.lm.data.examples import Prompt
 from kltune.lm.fast import shared_prefix
@@ -13,6 +16,7 @@ from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import sample_rollout, uniform_numbers
 from kltune.recipe import LoraSection
 from kltune.train.experience import Experience
+from tests.foreign_models import save_model
 from tests.tiny_policies import EOS, VOCABULARY, randomize, save_tiny_model
 
 SHARING = ("llama", "gpt2", "qwen3", "granite", "cohere")
@@ -112,6 +116,22 @@ def test_a_window_over_the_context_means_whole_rows(open_policy, tmp_path):
     """Its mask would be replaced by ours, which knows no window."""
     folder = save_tiny_model(tmp_path / "windowed", "qwen3", sliding_window=8, use_sliding_window=True)
     assert not open_policy(path=folder).network.fast.shares_prefixes
+
+
+@pytest.mark.parametrize(("kind", "windowed"), [
+    ("gpt_neo", {"window_size": 8}), ("doge", {"keep_window_size": 8}), ("llama", {"attention_window_size": 8}),
+])
+def test_a_window_by_any_name_means_whole_rows(open_policy, tmp_path, kind, windowed):
+    folder = save_model(kind, tmp_path / "windowed")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | windowed))
+    policy = open_policy(path=folder)
+    assert not policy.network.fast.shares_prefixes
+    ids, scored = PAIRS
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    wanted = logits.gather(-1, ids[:, 1:, None]).squeeze(-1)[scored[:, 1:]]
+    torch.testing.assert_close(policy.logprobs(ids, scored).detach(), wanted, atol=2e-5, rtol=1e-5)
 
 
 def test_a_trunk_that_ignores_what_it_should_see_is_found_out(open_policy, monkeypatch):

@@ -1,6 +1,7 @@
 """One set of weights is policy, reference and value function, and each gives the numbers of the plain model."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,11 @@ from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.examples import Prompt
 from kltune.lm.fast import memory
 from kltune.lm.fast.lora import LoraLinear
+from kltune.lm.measure.likelihood import text_rules
 from kltune.lm.model import network as network_module
 from kltune.lm.model.opening import check_fresh_policy, check_frozen, load_reference
 from kltune.lm.model.policy import Policy
-from kltune.recipe import LoraSection, ModelSection
+from kltune.recipe import DataSection, LoraSection, ModelSection
 from tests.tiny_policies import (
     ARCHITECTURES,
     CONTEXT,
@@ -522,6 +524,15 @@ def test_prompts_get_the_room_that_the_response_leaves(policy):
     for wanted, new in ((41, 24), (None, 64)):
         with pytest.raises(RecipeError, match="64 tokens; lower one of them"):
             policy.prompt_limit(wanted, new)
+
+
+@pytest.mark.parametrize(("keys", "words"), [
+    ({"max_prompt_tokens": 40}, "data.max_prompt_tokens (40) + data.max_response_tokens, half of the context (32) do"),
+    ({"max_prompt_tokens": 50, "max_response_tokens": 20}, "(50) + data.max_response_tokens (20) do"),
+])
+def test_texts_that_do_not_fit_name_the_keys_that_say_so(policy, keys, words):
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        text_rules(policy, DataSection(**keys))
 
 
 def test_targets_that_match_no_layer_are_named(open_policy):

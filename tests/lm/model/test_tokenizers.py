@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from kltune.errors import ModelError
@@ -147,6 +148,15 @@ def test_a_turn_ends_at_the_first_control_token_behind_it(pair, template, end):
     mine.chat_template = template
     assert turn_end(mine) == end
     assert EndTokens.of(mine, [5, None]).ids == tuple(sorted({1, 5, end}))
+
+
+@pytest.mark.parametrize(("special", "end"), [(False, None), (True, 40)])
+def test_a_line_break_that_is_an_ordinary_token_ends_nothing(pair, special, end):
+    mine, _ = pair
+    mine.add_tokens([AddedToken("\n", special=special, normalized=False)], special_tokens=special)
+    mine.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }}\n{% endfor %}"
+    assert turn_end(mine) == end
+    assert EndTokens.of(mine).ids == ((1,) if end is None else (1, end))
 
 
 def test_a_template_that_ends_no_turn_has_no_end(pair):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -294,6 +295,34 @@ def test_sampled_responses_are_read_as_sampled_and_cut_ones_without_an_end(open_
     assert torch.allclose(total[plain], wanted[plain], atol=1e-5)
     assert scorer.identity[0]["sha256"] == apart.identity[0]["sha256"]
     assert len(scorer.notes) == 1
+
+
+def test_what_was_learnt_from_plain_text_reads_the_text_of_messages(open_policy, saved_reward):
+    policy = open_policy()
+    asked = {"role": "user", "content": "w3 w4 "}
+    prompts = [Prompt((9, 3, 4, 5), "w3 w4 ", "", (asked,)), Prompt((3, 4), "w3 w4 ", "")]
+    uniforms = torch.rand(2, 5, generator=torch.Generator().manual_seed(0))
+    chat, plain = (sample(policy, [prompt], uniforms, temperature=1.0) for prompt in prompts)
+    reader, _, _ = open_reward_model(saved_reward, policy, CPU)
+    encoder = Encoder(policy.tokenizer, end_token=EOS)
+    rows = [spelled(encoder, "w3 w4 ", said, not cut, None)
+            for said, cut in zip(chat.responses, chat.truncated.tolist(), strict=True)]
+    assert reader.read(chat) == pytest.approx(reader.model.measure_rows(rows).tolist(), abs=1e-5)
+    assert reader.example(prompts[0]).endswith("reads as plain text, as 'w3 w4 RESPONSE'")
+    assert "reads the policy's own tokens" in reader.example(prompts[1])
+    wanted = [tuple(row[: int(mask.nonzero().max()) + 1].tolist())
+              for row, mask in zip(plain.ids, plain.scored, strict=True)]
+    assert reader.read(plain) == pytest.approx(reader.model.measure_rows(wanted).tolist(), abs=1e-5)
+
+
+def test_what_was_learnt_from_a_template_refuses_plain_prompts(open_policy, new_reward, tmp_path):
+    policy = open_policy()
+    reader, _, _ = open_reward_model(save_reward(tmp_path / "chat", new_reward(), reads_text=False), policy, CPU)
+    asked = Prompt((3, 4), "w3 w4", "")
+    for read in (lambda: reader.read(drawn(policy)), lambda: reader.example(asked)):
+        with pytest.raises(ModelError, match=r"it learnt from rows that the chat template wrote.*data\.template: chat"):
+            read()
+    assert "own tokens" in reader.example(replace(asked, messages=({"role": "user", "content": "w3 w4"},)))
 
 
 def test_a_normalised_reward_model_is_standardised_on_its_own_reading(open_policy, saved_reward):

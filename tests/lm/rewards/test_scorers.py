@@ -387,6 +387,35 @@ def test_a_label_that_is_not_there_names_those_that_are(tmp_path):
             load_classifier(folder, label=label)
 
 
+def relabelled(folder: Path, **maps) -> Path:
+    """A classifier whose configuration names its labels so; None takes a map out."""
+    config = json.loads((folder / "config.json").read_text()) | maps
+    config = {name: value for name, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_labels_are_those_of_id2label_as_in_transformers_own_pipeline(tmp_path):
+    folder = relabelled(save_classifier(tmp_path), id2label={"0": "good", "1": "bad", "2": "mixed"}, label2id=None)
+    wanted = [one["score"] for row in pipeline("text-classification", str(folder), top_k=None)(TEXTS)
+              for one in row if one["label"] == "bad"]
+    found = load_classifier(folder, label="bad", output="probability")(NO_PROMPTS, TEXTS).tolist()
+    assert found == pytest.approx(wanted, abs=1e-6)
+    with pytest.raises(ScorerError, match="no label 'great'; it has good, bad, mixed"):
+        load_classifier(folder, label="great")
+
+
+@pytest.mark.parametrize("maps", [
+    {"label2id": {"bad": 1, "good": 0, "mixed": 2}}, {"label2id": {"bad": 0, "good": 5, "mixed": 2}},
+    {"label2id": {"bad": 0, "good": -1, "mixed": 2}}, {"label2id": {"good": 1}},
+    {"id2label": {"1": "bad", "2": "good", "3": "mixed"}}, {"id2label": {"0": "bad", "1": "good", "2": "good"}},
+])
+def test_labels_that_contradict_each_other_are_refused(tmp_path, maps):
+    folder = relabelled(save_classifier(tmp_path), **maps)
+    with pytest.raises(ScorerError, match=r"config\.json (contradicts itself|has id2label)"):
+        load_classifier(folder, label="good")
+
+
 def test_a_classifier_with_a_single_output_needs_no_label(tmp_path):
     folder = save_classifier(tmp_path, labels=["reward"])
     by_hand = [plain_logits(folder, text).item() for text in TEXTS]

@@ -1,8 +1,10 @@
 """What PEFT is told of a recipe's adapter."""
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from peft import LoraConfig
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -35,12 +37,17 @@ def lora_config(lora: LoraSection, model: nn.Module, path: str) -> LoraConfig:
 
 
 def _chosen(layers: float | Sequence[int], model: nn.Module, path: str) -> dict[str, list]:
-    """What PEFT is told of the layers that ``lora.layers`` names: their numbers, and what their list is called."""
-    marked = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
-    found = [match for match in (re.fullmatch(r"(?:.*\.)?([^.]+)\.(\d+)", name) for name in marked) if match]
-    if not found or len({match[1] for match in found}) > 1:
+    """What PEFT is told of the layers that ``lora.layers`` names: their numbers, and what their list is called.
+
+    By its last name, or where another list has that too, as a vision tower's, by its full path.
+    """
+    marked = {name: layer for name, layer in model.named_modules() if isinstance(layer, GradientCheckpointingLayer)}
+    lists = _lists(marked)
+    if len(lists) > 1:
+        lists = _lists(_called(model, marked))
+    if len(lists) != 1:
         raise ModelError(f"lora.layers: {path} has no one list of layers to choose from; write all.")
-    count = len(found)
+    (called,), (count,) = lists, lists.values()
     if isinstance(layers, float):
         layers = range(count - max(1, round(layers * count)), count)
     unknown = [number for number in layers if number >= count]
@@ -49,7 +56,29 @@ def _chosen(layers: float | Sequence[int], model: nn.Module, path: str) -> dict[
             f"lora.layers: found {', '.join(map(str, unknown))}; {path} has {count} layers, numbered from 0; wanted "
             f"numbers up to {count - 1}, or an upper share of them, as 0.25."
         )
-    return {"layers_to_transform": sorted(set(layers)), "layers_pattern": [found[0][1]]}
+    last = called.rpartition(".")[2]
+    others = _lists(name for name, _ in model.named_modules()).keys() - {called}
+    return {"layers_to_transform": sorted(set(layers)),
+            "layers_pattern": [called if any(other.rpartition(".")[2] == last for other in others) else last]}
+
+
+def _lists(names: Iterable[str]) -> Counter[str]:
+    """The lists that modules called name.0, name.1 and so on lie in, and how many of them do."""
+    return Counter(match[1] for match in (re.fullmatch(r"(.+)\.\d+", name) for name in names) if match)
+
+
+@torch.no_grad()
+def _called(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
+    """Which of some layers a pass over token ids calls: what reads pictures or sound is not among them."""
+    called: list[str] = []
+    hooks = [layer.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+             for name, layer in layers.items()]
+    try:
+        model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(dict.fromkeys(called))
 
 
 def config_beside(own: LoraConfig, lora: LoraSection) -> LoraConfig:
