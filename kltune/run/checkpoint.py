@@ -388,6 +388,9 @@ def seal(folder: Path) -> None:
         path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files
     }
     write_json(folder / "manifest.json", {"schema": MANIFEST_SCHEMA, "files": listed})
+    for path in files:      # safetensors makes its files for this user alone, whatever the umask
+        with contextlib.suppress(PermissionError):      # a file system without rights of its own
+            shutil.copymode(folder / "manifest.json", path)
     for path in (*files, folder / "manifest.json", *(path for path in folder.rglob("*") if path.is_dir()), folder):
         sync(path)
 

@@ -52,6 +52,7 @@ WRONG = {
     "misspelt key": (PPO + "kl:\n  targt: 4\n", 8, ["kl.targt", "did you mean target?"]),
     "misspelt section": (PPO + "samplng: {temperature: 1}\n", 7, ["samplng", "did you mean sampling?"]),
     "below its range": (PPO + "kl: {target: -6}\n", 7, ["kl.target", "found -6", "above 0", "nats"]),
+    "one response gives no error": (PPO + "eval: {responses: 1}\n", 7, ["eval.responses", "found 1", "at least 2"]),
     "not a number": (PPO + "optim:\n\n  lr: fast\n", 9, ["optim.lr", 'found "fast"', "wanted a number above 0"]),
     "quoted number": (PPO + 'optim: {lr: "1e-5"}\n', 7, ["optim.lr", "in quotes", "remove the quotes"]),
     "not a whole number": (PPO + "run: {steps: 1e3}\n", 7, ["run.steps", "a whole number", "write 1000"]),

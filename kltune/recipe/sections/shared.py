@@ -208,7 +208,7 @@ class EvalSection(Section):
         None, description="held-out prompts for KL and score; null measures on data.prompts",
         examples=["held_out.jsonl"],
     )
-    responses: Count = Field(128, description="responses per measurement")
+    responses: int = Field(128, ge=2, le=10**9, description="responses per measurement; one alone gives no error")
     texts: Text | None = Field(
         None, description="held-out human texts for the alignment tax", examples=["held_out_texts.jsonl"]
     )
