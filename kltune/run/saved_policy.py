@@ -29,7 +29,7 @@ from kltune.lm.model.sampler import Draw
 from kltune.recipe import DataSection, ModelSection, load_recipe
 from kltune.recipe.stages import prompts_source
 from kltune.run.checkpoint import read_info, resolve_checkpoint
-from kltune.run.files import refuse_place
+from kltune.run.files import readable, refuse_place
 from kltune.run.screen import doing
 
 BY_ROWS = "tokenizer_sha256", "template_sha256"     # held against each other over every row
@@ -111,7 +111,8 @@ def find_checkpoint(path: str, options: MeasureOptions) -> Subject:
         if is_address(named):
             raise RecipeError(f"{named}: a served model has a KL (kltune eval-kl) and no more; give a folder here.")
     folder = resolve_checkpoint(path)
-    refuse_code(folder, str(path), trusted=options.trust_remote_code)
+    with readable(path):
+        refuse_code(folder, str(path), trusted=options.trust_remote_code)
     info = read_info(folder, SavedModel) if (folder / "kltune.json").exists() else None
     if info is not None and info.get("stage") == "reward":
         raise CheckpointError(
@@ -130,7 +131,8 @@ def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
     """
     doing(f"loading {subject.path}")
     try:
-        policy = _opened(subject, options)
+        with readable(options.reference or subject.path):
+            policy = _opened(subject, options)
     except (KltuneError, OSError):
         if subject.folder.exists():
             raise
