@@ -272,9 +272,8 @@ def _over(subject: Subject, section: ModelSection, options: MeasureOptions) -> P
 
 
 def _tell_day(policy: Policy, subject: Subject, options: MeasureOptions) -> None:
-    recorded = None if subject.info is None else subject.info["measure"].get("template_date")
-    if options.date or recorded:
-        policy.day = parsed_day(options.date or recorded)
+    if day := options.date or (subject.info and subject.info["measure"].get("template_date")):
+        policy.day = parsed_day(day)
 
 
 def _name_of(dtype: torch.dtype) -> str:
