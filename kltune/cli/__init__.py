@@ -20,6 +20,7 @@ from kltune.cli.explain import explain_command
 from kltune.cli.init import init_command
 from kltune.cli.measure import eval_kl_command, merge_command, project_command
 from kltune.cli.options import (
+    MOST_SEED,
     Command,
     DryRunOption,
     JSONOption,
@@ -38,7 +39,7 @@ from kltune.cli.options import (
 from kltune.cli.output import as_user_error, complain, emit, emit_document, result_text
 from kltune.cli.recipes import look_before_running, recipes
 from kltune.cli.sample import compare_command, sample_command
-from kltune.cli.streams import LossyText, guard_streams, leave_stdout
+from kltune.cli.streams import LossyText, guard_streams, has_no_reader, leave_stdout
 from kltune.cli.sweep import frontier_command, sweep_command
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
@@ -139,7 +140,7 @@ for name, command in {
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to.")] = Path("kltune-demo"),
     hacking: Annotated[bool, typer.Option(help="Run it without a price on KL as well.")] = True,
-    seed: Annotated[int, typer.Option(**whole(0), help="Of its runs.")] = 0,
+    seed: Annotated[int, typer.Option(**whole(0, MOST_SEED), help="Of its runs.")] = 0,
     as_json: JSONOption = False,
 ) -> None:
     """The whole walk on a tiny model: no download, no GPU, two to four minutes.
@@ -198,6 +199,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         with alive(), on_stop_signals(end_at_once):      # until a run has something to save
             command = None if arguments is None else (sys.executable, "-m", "kltune", *arguments)
             app(args=arguments, prog_name="kltune", obj=command)
+    except SystemExit as left:
+        if not isinstance(left.__context__, BrokenPipeError):
+            raise
+        if not has_no_reader(1):        # typer takes every broken pipe for that of stdout
+            show_bug()
+            raise left.__context__ from None
+        sys.exit(0)
     except KltuneError as error:
         sys.exit(complain(error))
     except (OSError, MemoryError, RuntimeError) as error:

@@ -81,8 +81,8 @@ def write_recipe(
     from kltune.lm.data.survey import PLAIN_TEMPLATE, survey_of, unanswered
     from kltune.lm.model.loading import load_tokenizer
 
-    model = str(Path(model).expanduser().absolute()) if Path(model).expanduser().is_dir() else model
-    source = str(Path(data).expanduser().absolute()) if Path(data).expanduser().exists() else data
+    model = str(Path(os.path.expanduser(model)).absolute()) if Path(os.path.expanduser(model)).is_dir() else model
+    source = str(Path(os.path.expanduser(data)).absolute()) if Path(os.path.expanduser(data)).exists() else data
     tokenizer = load_tokenizer(model, where="--model")
     chat = bool(tokenizer.chat_template)
     found = survey_of(source, tokenizer, KINDS[stage] if stage else ("pairs", "texts", "prompts"))
@@ -90,7 +90,7 @@ def write_recipe(
     if stage is None:
         raise RecipeError(f"{data} holds prompts, and nothing says which answers are good: give --reward rewards.py, a "
                           "file with score(prompts, responses) -> list[float].")
-    folder = folder.expanduser()
+    folder = Path(os.path.expanduser(folder))
     file = folder / f"{stage}.yaml"
     beside: dict[Path, bytes] = {}
     entry = reward_entry(reward, folder, beside) if found.kind == "prompts" else None
@@ -132,7 +132,7 @@ def reward_entry(reward: str | None, folder: Path, beside: dict[Path, bytes]) ->
         beside[folder / "rewards.py"] = STARTER.encode()
         return {"kind": "function", "path": "rewards.py:score"}
     name, _, function = reward.partition(":")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return model_entry(path.absolute())
     if path.suffix != ".py":

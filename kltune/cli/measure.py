@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kltune.cli.options import (
+    MOST_SEED,
     DeviceOption,
     DTypeOption,
     JSONOption,
@@ -21,7 +22,7 @@ from kltune.cli.options import (
 )
 from kltune.cli.output import emit_document, on_github, wants_colour
 from kltune.cli.streams import result_stream
-from kltune.errors import KltuneError
+from kltune.errors import KltuneError, StorageError
 from kltune.recipe import load_recipe
 from kltune.report.ci import annotations, write_junit, write_junit_error, write_step_summary
 from kltune.report.text import eval_kl_lines, eval_kl_text
@@ -45,7 +46,7 @@ LengthOption = Annotated[
 TemperatureOption = Annotated[float | None, typer.Option(
     **real("a number from 0.1 to 10", lambda x: 0.1 <= x <= 10), help="Of both models.  [default: as in the run, or 1]",
 )]
-SeedOption = Annotated[int, typer.Option(**whole(0), help="Same seed, same machine: same numbers.")]
+SeedOption = Annotated[int, typer.Option(**whole(0, MOST_SEED), help="Same seed, same machine: same numbers.")]
 UnitOption = Annotated[str, typer.Option(**one_of("nats_per_response", "nats_per_token"), help="Unit of --max-kl.")]
 ConfidenceOption = Annotated[float, typer.Option(
     **real("at least 0.5 and below 1; 0.95 is usual", lambda x: 0.5 <= x < 1), help="Of intervals and of the verdict.",
@@ -130,16 +131,21 @@ def eval_kl_command(
             raise typer.Exit(code)
     except KltuneError as error:
         if junit is not None and not is_extra_process():
-            write_junit_error(junit, checkpoints, type(error).__name__, str(error))
+            try:
+                write_junit_error(junit, checkpoints, type(error).__name__, str(error))
+            except StorageError as unwritten:       # what kept it from measuring is the news
+                print(f"warning: {unwritten}", file=sys.stderr)
         raise
-    if junit is not None:
-        write_junit(junit, document)
-    if on_github():
-        print(*annotations(document), sep="\n", file=undressed(sys.stderr))
-        write_step_summary(document)
     colour = wants_colour(result_stream()) and not quiet
     as_text = eval_kl_lines if quiet else partial(eval_kl_text, colour=colour)
-    emit_document(document, as_json, as_text, styled=colour)
+    try:
+        emit_document(document, as_json, as_text, styled=colour)
+    finally:        # of a long measurement: neither stdout nor a file that takes nothing costs what the other tells
+        if junit is not None:
+            write_junit(junit, document)
+        if on_github():
+            print(*annotations(document), sep="\n", file=undressed(sys.stderr))
+            write_step_summary(document)
     raise typer.Exit(code)
 
 

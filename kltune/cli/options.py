@@ -16,6 +16,8 @@ from kltune.recipe.wording import KEYBOARD, key_called, listed
 from kltune.run.screen import doing
 from kltune.run.subprocesses import start_processes
 
+MOST = 10**9            # of what is counted
+MOST_SEED = 2**62       # torch takes 64 bits, and a seed is added to
 TYPES = re.compile(r" <(?:list\[\w+\]|\w+)>")        # how typer shows the type of an argument
 
 
@@ -38,7 +40,24 @@ class Command(ResultCommand):
             if key is not None:
                 raise RecipeError(f"{name}: no option of kltune {self.name}, but a key of recipes: write "
                                   f"--set {key}=VALUE.")
+        self._refuse_no_names(ctx, args)
         return super().parse_args(ctx, args)
+
+    def _refuse_no_names(self, ctx: Any, args: list[str]) -> None:
+        """Refuse what is empty, as a variable of the shell that is not set, and what no file of a run can name."""
+        given = self.make_parser(ctx).parse_args(args=list(args))[0]
+        for parameter in self.params:
+            wanted = (parameter.metavar or "a value").strip("[].")
+            name = max(parameter.opts, key=len) if parameter.param_type_name == "option" else wanted
+            found = given.get(parameter.name)
+            for value in found if isinstance(found, list | tuple) else [found]:
+                if not isinstance(value, str):
+                    continue
+                if not value.strip() and wanted != "TEXT":
+                    raise RecipeError(f"{name}: found nothing (is a variable of the shell not set?), wanted {wanted}.")
+                if re.search("[\ud800-\udfff]", value):
+                    raise RecipeError(f"{name}: {value} is not UTF-8, in which kltune writes down what it read and "
+                                      "where; give it a name that is.")
 
     def get_usage(self, ctx: Any) -> str:
         """The line of usage, each argument as it is called."""
@@ -52,9 +71,21 @@ class Command(ResultCommand):
         return f"{usage}\n{TYPES.sub(lambda found: ' ' * len(found[0]), rest)}"
 
 
-def whole(least: int = 0) -> dict[str, Any]:
+def whole(least: int = 0, most: int = MOST) -> dict[str, Any]:
     """Arguments of an option that takes a whole number."""
-    return {"metavar": "N", "parser": number_parser(int, f"a whole number of at least {least}", lambda n: n >= least)}
+    return {"metavar": "N", "parser": whole_parser(least, most)}
+
+
+def whole_parser(least: int, most: int = MOST, other: str = "") -> Callable[[Any], Any]:
+    """Text to a whole number within bounds; the upper one is spoken of where it is passed."""
+
+    def parse(text: Any) -> int:
+        beyond = str(text).isdecimal() and len(str(text)) >= len(str(most))
+        bounds = f"at least {least}" + (f" and at most {most:,}" if beyond else "")
+        return number_parser(int, f"a whole number of {bounds}{other}", lambda n: least <= n <= most)(text)
+
+    parse.__name__ = "int"
+    return parse
 
 
 def real(wanted: str, holds: Callable[[float], bool] = lambda _: True) -> dict[str, Any]:
@@ -80,7 +111,7 @@ def number_parser(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Call
 
 def count_or_file(least: int) -> dict[str, Any]:
     """Arguments of an option that takes a whole number, or a file."""
-    count = number_parser(int, f"a whole number of at least {least}, or a file", lambda n: n >= least)
+    count = whole_parser(least, other=", or a file")
 
     def parse(text: str) -> int | str:
         named = Path(text).is_file() or re.search(r"\.[a-z]\w*$", text)     # one that is not there is said by its name
@@ -89,13 +120,13 @@ def count_or_file(least: int) -> dict[str, Any]:
     return {"metavar": "N|FILE", "parser": parse}
 
 
-def one_of(*names: str) -> dict[str, Any]:
-    """Arguments of an option that takes one of some words."""
+def one_of(*names: str, **meanings: Any) -> dict[str, Any]:
+    """Arguments of an option that takes one of some words; meanings: what a word stands for, where not for itself."""
 
-    def parse(text: str) -> str:
+    def parse(text: str) -> Any:
         if text not in names:
             raise typer.BadParameter(f"found {text}, wanted {listed(list(names))}")
-        return text
+        return meanings.get(text, text)
 
     return {"metavar": "|".join(names), "parser": parse}
 
@@ -130,8 +161,7 @@ def in_processes(context: typer.Context, processes: int | str | None, *, stage: 
 
 
 def _processes(text: Any) -> int | str:
-    number = number_parser(int, "a whole number of at least 1, or auto", lambda n: n >= 1)
-    return text if text == "auto" else number(text)
+    return text if text == "auto" else whole_parser(1, other=", or auto")(text)
 
 
 def refuse_untrusted(recipe: Recipe, trusted: bool) -> None:
@@ -161,7 +191,8 @@ DeviceOption = Annotated[str, typer.Option(
     metavar="auto|cpu|cuda|cuda:N", help="auto is the first GPU, or the CPU.", parser=device_name,
 )]
 DTypeOption = Annotated[str | None, typer.Option(
-    **one_of("float32", "bfloat16", "float16"), help="Computed in, and in the result.  [default: as it was trained]",
+    **one_of("auto", "float32", "bfloat16", "float16", auto=None),
+    help="Computed in, and in the result; auto: as it was trained.",
 )]
 ProcessesOption = Annotated[Any, typer.Option(
     "--processes", metavar="N|auto", parser=_processes, help="Share the work; the result is the same.",

@@ -18,7 +18,7 @@ from kltune.run.screen import apart, duration, interval, number, undressed, want
 from kltune.run.subprocesses import is_extra_process
 
 GATE = 1.25     # times the target: what the command that is suggested allows
-MAY_BE_READING = {errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
+MAY_BE_READING = {errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG}
 OUT_OF_MEMORY = "out of memory; lower optim.micro_batch_size (results stay the same), or sampling.max_new_tokens"
 
 
@@ -137,4 +137,14 @@ def as_user_error(error: Exception) -> KltuneError | None:
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         name = f" {error.filename}" if error.filename else ""
         return StorageError(f"cannot read or write{name}: {error.strerror}")
+    if isinstance(error, FileNotFoundError) and not error.filename and _folder_is_gone():
+        return StorageError("the current folder is not there any more; go to one that is (cd), and start again.")
     return OutOfMemory(OUT_OF_MEMORY) if is_out_of_memory(error) else None
+
+
+def _folder_is_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False

@@ -2,6 +2,7 @@
 
 import io
 import os
+import select
 import sys
 import time
 from collections.abc import Iterator
@@ -113,6 +114,13 @@ def leave_stdout() -> None:
         sys.stdout.flush()
         if _is_process_stdout():
             os.dup2(2, 1)
+
+
+def has_no_reader(descriptor: int) -> bool:
+    """Whether it is a pipe whose reader has gone away."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def drop_buffered(stream: TextIO) -> None:

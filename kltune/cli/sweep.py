@@ -1,5 +1,6 @@
 """``kltune sweep`` and ``kltune frontier``: one recipe over a grid, and what came of it as reward against KL."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from kltune.cli.measure import ReferenceOption
 from kltune.cli.options import (
+    MOST_SEED,
     DeviceOption,
     DTypeOption,
     JSONOption,
@@ -55,7 +57,7 @@ def sweep_command(
     kltune sweep -r my.yaml --over kl.beta=0.1,0.2,0.4 --set kl.control=fixed -o sweeps/beta --jobs 2
     kltune frontier sweeps/target sweeps/beta --budget 4
     """
-    recipe, output = recipe_named(positional, recipe, "sweep"), output.expanduser().absolute()
+    recipe, output = recipe_named(positional, recipe, "sweep"), Path(os.path.expanduser(output)).absolute()
     axes, points = load_grid(recipe, over, overrides or (), output=output)
     for point in points:
         refuse_untrusted(point.recipe, trust_remote_code)
@@ -110,7 +112,7 @@ def frontier_command(
         list[str] | None,
         typer.Option("--scores", metavar="FILE", help="Results of lm-evaluation-harness or inspect; may be repeated."),
     ] = None,
-    seed: Annotated[int, typer.Option(**whole(), help="Same seed, same machine: same numbers.")] = 0,
+    seed: Annotated[int, typer.Option(**whole(0, MOST_SEED), help="Same seed, same machine: same numbers.")] = 0,
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
     as_json: JSONOption = False,

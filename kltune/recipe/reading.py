@@ -5,6 +5,7 @@ import copy
 import errno
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import cache
@@ -29,12 +30,13 @@ from kltune.recipe.wording import (
     value_wanted,
     wrong_value,
 )
-from kltune.recipe.yaml_tree import KeyPath, Node, Plain, decode, read_bytes, read_nodes
+from kltune.recipe.yaml_tree import KeyPath, Node, Plain, decode, read_bytes, read_nodes, read_once
 
 PACKAGE = Path(__file__).absolute().parents[1]
 NEEDED = {                                       # kinds of a reward entry, and what each cannot do without
     "function": {"path"}, "model": {"path"}, "classifier": {"path"}, "judge": {"url", "model"},
 }
+SURROGATE = "[\ud800-\udfff]"                  # what a byte that is not UTF-8 is held as
 KINDS = tuple(NEEDED)
 FORMS = "wanted file.py:function, a reward model's folder, or an entry as in a recipe, such as {kind: model, path: x}"
 
@@ -125,25 +127,40 @@ def is_recorded(root: Node, stage: str, file: Path) -> bool:
 def recipe_text(name: str) -> str:
     """The text of a recipe, named as for `find_recipe`; a RecipeError if it cannot be read or is no text."""
     try:
-        return decode(read_bytes(find_recipe(name)), name)
+        return decode(read_once(find_recipe(name)), name)
     except OSError as error:
         reason = "a folder; name the YAML file in it" if error.errno == errno.EISDIR else error.strerror
         raise RecipeFaults(name, [Fault(Place(name), "", f"cannot be read: {reason}")]) from error
 
 
 def choose_stage(root: Node, command: str | None) -> tuple[str | None, list[Fault]]:
-    """The stage to check against, and what is wrong with the file's own."""
+    """The stage to check against, and what is wrong with the file's own.
+
+    Where that names none, the stage is the command's, or what the rest of the file looks like, so that its other faults
+    are told too; None where it looks like none.
+    """
     node = root.at(("stage",))
     if node is None:
         text = f"missing; wanted stage: {listed(list(STAGES))}"
-        return command, [Fault(root.place, "stage", text + (f"; this command runs {command}" if command else ""))]
+        text += f"; this command runs {command}" if command else ""
+        return command or likely_stage(root), [Fault(root.place, "stage", text)]
     if not isinstance(node.value, str) or node.value not in STAGES:
         schema = {"enum": list(STAGES), "description": "what this recipe runs"}
-        return command, [Fault(node.place, "stage", wrong_value(("stage",), node, schema))]
+        near = get_close_matches(str(node.value), STAGES, 1)
+        stage = command or (near[0] if near else likely_stage(root))
+        return stage, [Fault(node.place, "stage", wrong_value(("stage",), node, schema))]
     if command is not None and node.value != command:
         text = f"found {node.value}, but the command is kltune {command}; run kltune {node.value}, or another recipe"
         return node.value, [Fault(node.place, "stage", text)]
     return node.value, []
+
+
+def likely_stage(root: Node) -> str | None:
+    """The stage whose own section a recipe has, or else whose rows it names; None where there is neither."""
+    own = [stage for stage in STAGES if stage != "reward" and root.at((stage,)) is not None]    # that is what scores
+    rows = {"prompts": "ppo", "texts": "sft", "pairs": "dpo"}
+    named = [stage for name, stage in rows.items() if root.at(("data", name)) is not None]
+    return next(iter([*own, *named]), None)
 
 
 def apply_override(root: Node, override: str, name: str) -> list[Fault]:
@@ -151,6 +168,8 @@ def apply_override(root: Node, override: str, name: str) -> list[Fault]:
     place = Place(name, override=override)
     key, equals, text = override.partition("=")
     path = tuple(int(step) if step.isdecimal() and step.isascii() else step for step in key.strip().split("."))
+    if re.search(SURROGATE, override):
+        return [Fault(place, "", "not UTF-8; give what it names a name that is")]
     if not equals or "" in path:
         return [Fault(place, "", "wanted section.key=value, such as --set kl.target=4")]
     node, faults = read_nodes(decode(os.fsencode(text), name), name, override)
@@ -300,7 +319,11 @@ def is_scorer(entry: Plain) -> bool:
 
 
 def completed(recipe: Recipe, file: Path, output: str | None) -> Recipe:
-    """The recipe with absolute paths, and the defaults that depend on other keys."""
+    """The recipe with absolute paths, and the defaults that depend on other keys.
+
+    Raises:
+        RecipeError: a folder's name is not UTF-8.
+    """
     folder = file.parent.absolute()
     whole = recipe.model_dump()
     for key, value, is_function in path_values(recipe):
@@ -314,6 +337,9 @@ def completed(recipe: Recipe, file: Path, output: str | None) -> Recipe:
     chosen = output or (recipe.run.output if "output" in recipe.run.model_fields_set else f"runs/{file.stem}")
     start = Path.cwd() if output or packaged else folder
     whole["run"]["output"] = os.path.abspath(start / os.path.expanduser(chosen))
+    for place in (str(folder), whole["run"]["output"]):
+        if re.search(SURROGATE, place):
+            raise RecipeError(f"{place} is not UTF-8, and a recipe's paths are text; give the folder a name that is.")
     if recipe.stage == "ppo" and "baseline" not in recipe.ppo.model_fields_set:
         whole["ppo"]["baseline"] = "rloo" if recipe.sampling.responses_per_prompt > 1 else "value"
     own = getattr(recipe, recipe.stage, None)

@@ -18,6 +18,7 @@ from kltune.recipe.faults import Fault, Place, RecipeFaults
 
 PIPE_SECONDS = 5
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 1_000_000, 16, 10_000
+SAID: dict[tuple[int, int], bytes] = {}     # what each pipe has said in this process
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,400})")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 WORDS = {word: value for value, spellings in {
@@ -103,6 +104,17 @@ def read_bytes(file: str | os.PathLike[str]) -> bytes:
                 break
             content += part
         return content
+
+
+def read_once(file: str | os.PathLike[str]) -> bytes:
+    """As ``read_bytes``; of a pipe, which says them once, the same each time."""
+    facts = os.stat(file)
+    if stat.S_ISREG(facts.st_mode):
+        return read_bytes(file)
+    pipe = facts.st_dev, facts.st_ino
+    if pipe not in SAID:
+        SAID[pipe] = read_bytes(file)
+    return SAID[pipe]
 
 
 def decode(data: bytes, file: str) -> str:

@@ -14,7 +14,7 @@ from kltune.lm.data.foreign import check_shape, read_ordinary
 from kltune.recipe import RecipeFaults
 from kltune.recipe.yaml_tree import read_nodes
 from kltune.report.figures import STANDARD_ERRORS, TOLERANCE, KLLimits, Recorded
-from kltune.run.files import read_json, read_jsonl, read_metrics
+from kltune.run.files import read_json, read_jsonl, read_metrics, readable
 from kltune.run.screen import ABSENT, apart, common_places, interval, is_number, number, out_of, percent, with_error
 
 RECORDED = (
@@ -89,7 +89,9 @@ class RunVerdict:
 
 def read_files(folder: Path) -> Files:
     """Read everything the page is made from; a CheckpointError where there is no run.json."""
-    if not (folder / "run.json").exists():
+    with readable(folder):
+        is_run = (folder / "run.json").exists()
+    if not is_run:
         raise CheckpointError(f"{folder} is no kltune run: there is no run.json in it.")
     recipe_text = recipe_text_of(folder)
     recipe: Any = {}

@@ -182,7 +182,9 @@ def _one_joined(pictures: Pictures) -> Pictures:
 
 def timings_of(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, float, float]]:
     """(phase, seconds of the run, share of its steps), longest first."""
-    names = dict.fromkeys(name for row in metrics for name in row if name.startswith("time/"))
+    names = dict.fromkeys(
+        name for row in metrics for name, value in row.items() if name.startswith("time/") and value is not None
+    )
     totals = {name: sum(row.get(name) or 0.0 for row in metrics) for name in names}
     whole = totals.pop("time/step_seconds", None) or sum(totals.values())
     if not whole:

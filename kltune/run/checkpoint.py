@@ -32,7 +32,7 @@ import kltune
 from kltune.errors import CheckpointError, DivergedError, RecipeError
 from kltune.lm.data.documents import CheckpointRecord, Manifest
 from kltune.recipe import DataSection
-from kltune.run.files import UNFINISHED, nonfinite_keys, read_json, storing, sync, write_json
+from kltune.run.files import UNFINISHED, nonfinite_keys, read_json, readable, storing, sync, write_json
 
 SCHEMA = "kltune.checkpoint/1"
 MARKS = ("kltune.json", "manifest.json", "state")      # one of them is in a checkpoint from its first moment
@@ -175,13 +175,14 @@ def resolve_checkpoint(path: str | Path) -> Path:
     Raises:
         CheckpointError: there is nothing to load, it is damaged, or its weights are pickled.
     """
-    folder = _folder_of(path)
-    try:
-        return _proven(folder, path)
-    except CheckpointError:
-        if folder.exists():
-            raise
-    return _proven(_folder_of(path), path)      # a run that goes on has taken the first away for a newer one
+    with readable(path):
+        folder = _folder_of(path)
+        try:
+            return _proven(folder, path)
+        except CheckpointError:
+            if folder.exists():
+                raise
+        return _proven(_folder_of(path), path)      # a run that goes on has taken the first away for a newer one
 
 
 def _folder_of(path: str | Path) -> Path:
@@ -387,6 +388,9 @@ def seal(folder: Path) -> None:
         path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files
     }
     write_json(folder / "manifest.json", {"schema": MANIFEST_SCHEMA, "files": listed})
+    for path in files:      # safetensors makes its files for this user alone, whatever the umask
+        with contextlib.suppress(PermissionError):      # a file system without rights of its own
+            shutil.copymode(folder / "manifest.json", path)
     for path in (*files, folder / "manifest.json", *(path for path in folder.rglob("*") if path.is_dir()), folder):
         sync(path)
 

@@ -47,6 +47,7 @@ WAYS_ON = {
 NO_FILE = {errno.ELOOP, errno.EISDIR, errno.ENXIO}     # a link, a folder, a socket or a pipe nobody reads
 DEVICES = Path("/dev")
 FEW_INODES = 64     # more than the files of a checkpoint
+CANNOT_READ = {errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP}
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, *WAYS_ON} - {errno.ENOENT}
 
 
@@ -85,6 +86,8 @@ def refuse_place(path: Path, *, folder: bool) -> None:
     there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not folder and path.is_dir():
         raise RecipeError(f"{path} is a folder; name a file in it.")
+    if not folder and there.is_dir() and there != path.absolute().parent:
+        raise RecipeError(f"{path}: there is no folder {path.parent} to write it into; make that first.")
     if not there.is_dir() and (folder or there != path.absolute()):
         raise in_the_way(path if folder else path.parent)
 
@@ -161,6 +164,17 @@ def is_finished(folder: Path) -> bool:
     """Whether a run in the folder came to its end and left its result."""
     record = read_record(folder)
     return record is not None and record.get("status") == "finished" and (folder / "result.json").is_file()
+
+
+@contextlib.contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """Within: the system's refusal to let ``path``, or what is in it, be read becomes a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in CANNOT_READ:
+            raise
+        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}.") from error
 
 
 @contextlib.contextmanager

@@ -15,6 +15,12 @@ SCORED = ("ppo", "trpo", "dpo")               # whose responses have a score
 LEARNT = ("sft", "reward", "dpo")           # that learn from rows of data
 SHARE, ABOVE_0, ANY = "0 to 1", "0 or above", "any number"
 
+# In every row of every stage, null where the stage does not measure it, so that whoever reads need not ask which.
+ALWAYS = (
+    "kl/ref_nats_per_response", "kl/ref_stderr", "kl/ref_nats_per_token", "kl/beta", "kl/step_nats_per_response",
+    "score/mean", "time/step_seconds", "time/sample_seconds", "time/update_seconds", "responses_per_second",
+)
+
 
 @dataclass(frozen=True)
 class Metric:

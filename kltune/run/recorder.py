@@ -29,6 +29,7 @@ from kltune.core import ranks
 from kltune.recipe.faults import redact, visible
 from kltune.run.files import append_line, storing, to_json, without_nonfinite
 from kltune.run.loggers import Curves, wanted_loggers
+from kltune.run.metrics import ALWAYS
 from kltune.run.screen import SILENCE_SECONDS, counted, duration, out_of, undressed, wants_colour, with_error
 
 TABLE_SECONDS = 0.5      # between two drawings of a table
@@ -215,7 +216,8 @@ class Report:
     def step(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Record one step, counted from 1.
 
-        A number that was not measured (None) or is not finite is written as null, the latter's name under "nonfinite".
+        A number that was not measured (None, or one of ``ALWAYS`` that is not there) or is not finite is written as
+        null, the latter's name under "nonfinite".
 
         Raises:
             StorageError: metrics.jsonl cannot be written.
@@ -227,7 +229,7 @@ class Report:
         }
         if not ranks.is_first():
             return
-        self._append("metrics.jsonl", {"step": step, **numbers})
+        self._append("metrics.jsonl", {"step": step} | dict.fromkeys(ALWAYS) | numbers)
         self._curves.write(step, numbers)
         row = self._row(step, numbers)
         if self._progress is not None and self._task is not None:

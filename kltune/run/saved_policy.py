@@ -29,7 +29,7 @@ from kltune.lm.model.sampler import Draw
 from kltune.recipe import DataSection, ModelSection, load_recipe
 from kltune.recipe.stages import prompts_source
 from kltune.run.checkpoint import READ_BY, read_info, resolve_checkpoint
-from kltune.run.files import refuse_place
+from kltune.run.files import readable, refuse_place
 from kltune.run.screen import doing
 
 WHOLE = 1 << 20     # tokens of a prompt or response that nothing limits
@@ -112,7 +112,8 @@ def find_checkpoint(path: str, options: MeasureOptions) -> Subject:
         if is_address(named):
             raise RecipeError(f"{named}: a served model has a KL (kltune eval-kl) and no more; give a folder here.")
     folder = resolve_checkpoint(path)
-    refuse_code(folder, str(path), trusted=options.trust_remote_code)
+    with readable(path):
+        refuse_code(folder, str(path), trusted=options.trust_remote_code)
     info = read_info(folder, SavedModel) if (folder / "kltune.json").exists() else None
     if info is not None and info.get("stage") == "reward":
         raise CheckpointError(
@@ -131,7 +132,8 @@ def open_subject(subject: Subject, options: MeasureOptions) -> Policy:
     """
     doing(f"loading {subject.path}")
     try:
-        policy = _opened(subject, options)
+        with readable(options.reference or subject.path):
+            policy = _opened(subject, options)
     except (KltuneError, OSError):
         if subject.folder.exists():
             raise
@@ -271,9 +273,8 @@ def _over(subject: Subject, section: ModelSection, options: MeasureOptions) -> P
 
 
 def _tell_day(policy: Policy, subject: Subject, options: MeasureOptions) -> None:
-    recorded = None if subject.info is None else subject.info["measure"].get("template_date")
-    if options.date or recorded:
-        policy.day = parsed_day(options.date or recorded)
+    if day := options.date or (subject.info and subject.info["measure"].get("template_date")):
+        policy.day = parsed_day(day)
 
 
 def _name_of(dtype: torch.dtype) -> str:

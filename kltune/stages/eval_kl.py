@@ -168,6 +168,8 @@ def eval_served(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[st
     served.top = min(served.top, local.network.vocabulary)
     prompts = measured_prompts(local, settings)
     answered = Round.of(prompts, settings.responses, options.seed)
+    if note := answered.drawn_note(options.seed):
+        print(f"{path}: {note}", file=sys.stderr)
     with counting("asking the server", answered.responses) as progress:
         measured = measure_served(
             served, local, answered, settings.draw(options.seed), policy_is_served=is_address(path), progress=progress

@@ -4,6 +4,7 @@ In float32 the two differ by rounding alone. In a narrower dtype the sum is roun
 update is lost: how far that moved the policy is measured on its prompts, and can be held to a budget.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,8 @@ def measured_against(
     unmerged = policy.fingerprint.of_adapter(subject.path, load_weights(subject.folder))
     merged.hold(Reference(policy.network, unmerged, own=False))
     answered = Round.of(measured_prompts(merged, settings), settings.responses, options.seed)
+    if note := answered.drawn_note(options.seed):
+        print(f"{options.output}: {note}", file=sys.stderr)
     with counting("sampling the merged model", answered.responses) as progress:
         measured = measure_kl(merged, answered, settings.draw(options.seed), progress=progress)
     check_agreement(options.output, "the merged model", measured.z)

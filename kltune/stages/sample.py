@@ -162,6 +162,8 @@ def compare(first: str, second: str, options: CompareOptions) -> dict[str, Any]:
 def answers(policy: Policy, settings: Settings, seed: int) -> tuple[list[Samples], Tensor]:
     """What the policy as it is says to the prompts, in parts, and which prompt each response answers. [B]"""
     answered = Round.of(measured_prompts(policy, settings), settings.responses, seed)
+    if note := answered.drawn_note(seed):
+        print(f"a checkpoint {note}", file=sys.stderr)
     parts = answered.parts(settings.draw(seed))
     said = [draw_responses(policy, some, numbers, temperature=settings.temperature) for some, numbers, _ in parts]
     return said, answered.prompt_index()

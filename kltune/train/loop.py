@@ -27,6 +27,7 @@ from kltune.errors import (
 from kltune.lm.data.examples import Prompt, counts_line, distinct_prompts, load_prompts
 from kltune.lm.machine.device_memory import device_bytes, device_name, held_bytes, peak_bytes
 from kltune.lm.machine.out_of_memory import SAMPLING, phase
+from kltune.lm.measure.measurement import Measurement
 from kltune.lm.model.opening import check_fresh_policy
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.judge import Judge
@@ -373,6 +374,18 @@ def enforce_cap(job: Job, learner: Learner, step: int, batch: Batch, pull: float
     return True
 
 
+def kl_known(learner: Learner, taken: Taken, measured: Any) -> dict[str, Any] | None:
+    """The KL that a checkpoint of a step is saved with, of its batch or else of its evaluation; None where neither is.
+
+    A batch measures the policy before the step's update; one that went back was measured when it was remembered.
+    """
+    if taken.went_back:
+        return learner.budget.last_within.kl
+    if taken.batch is not None:
+        return asdict(taken.batch.kl)
+    return asdict(measured.summary()) if isinstance(measured, Measurement) else None
+
+
 def close_step(job: Job, learner: Learner, step: int, taken: Taken) -> None:
     """Record a step; evaluate, save and stop where it is time.
 
@@ -391,9 +404,9 @@ def close_step(job: Job, learner: Learner, step: int, taken: Taken) -> None:
     metrics |= taken.update
     metrics |= {} if budget is None else budget.counts()
     expect_finite_metrics(metrics)
-    looks = evaluates(job, step)
+    looks, measured = evaluates(job, step), None
     if looks:
-        found, _ = job.measured(learner.model, learner.scorer)
+        found, measured = job.measured(learner.model, learner.scorer)
         watch_over(job, learner, step, found)
         metrics |= found
         clock.lap("eval")
@@ -409,9 +422,7 @@ def close_step(job: Job, learner: Learner, step: int, taken: Taken) -> None:
         job.report.samples(step, sample_rows(batch.rollout, batch.scores, kl, learner.policy.tokenizer))
     stops = job.run.agree_on_stop()
     if step % recipe.run.save_every == 0 or ends or stops:
-        # A batch measures the policy before the step's update; one that went back was measured when it was remembered.
-        kl = budget.last_within.kl if taken.went_back else None if batch is None else asdict(batch.kl)
-        save(job, learner, step, kl)
+        save(job, learner, step, kl_known(learner, taken, measured))
     if stops and not ends:
         of = out_of(step, job.steps)
         raise Interrupted(f"after step {step}{of}, which is saved; --resume goes on from there.", stops)

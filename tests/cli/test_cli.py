@@ -140,6 +140,14 @@ def test_a_reader_that_has_gone_away_is_no_error():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_help_without_a_reader_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = shell("--help", stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_under_stdout_is_74():
     for command in (["recipe", "schema"], ["explain", "metrics"], ["--help"]):
@@ -289,12 +297,84 @@ def test_eval_kl_passes_its_options_and_its_exit_code(run, stage, monkeypatch):
     ["--max-kl", "nan"], ["--max-kl", "inf"], ["--max-kl", "-1"], ["--max-kl", "0"],
     ["--confidence", "1"], ["--confidence", "nan"],
     ["--temperature", "0"], ["--temperature", "nan"], ["--responses", "1"], ["--unit", "bits"], ["--direction", "up"],
-    ["--bogus", "1"], ["--top", "-1"], [],
+    ["--bogus", "1"], ["--top", "-1"], [], ["--responses", "1" + 21 * "0"], ["--seed", str(2**64)],
+    ["--max-new-tokens", "1000000001"], ["--dtype", "float64"],
 ])
 def test_wrong_options_and_none_at_all_are_2(arguments, run):
     code, out, err = run("eval-kl", *(["a", *arguments] if arguments else []))
     assert (code, out) == (2, "")
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["eval-kl", "a", "--reference", ""], "--reference: found nothing"),
+    (["eval-kl", ""], "CHECKPOINT: found nothing"),
+    (["eval-kl", "a", "--junit="], "--junit: found nothing"),
+    (["report", "a", "-o", " "], "--output: found nothing"),
+    (["compare", "a", "b", "--judge", ""], "--judge: found nothing"),
+    (["frontier", "a", "--gold", ""], "--gold: found nothing"),
+    (["frontier", "a", "--output", ""], "--output: found nothing"),
+    (["ppo", "r.yaml", "--output", ""], "--output: found nothing"),
+    (["recipe", "copy", "start/ppo", ""], "DEST: found nothing"),
+    (["ppo", "r.yaml", "-o", "b\udcff"], r"--output: b\udcff is not UTF-8"),
+    (["ppo", "r\udcff.yaml"], r"R.yaml: r\udcff.yaml is not UTF-8"),
+    (["eval-kl", "a", "--prompts", "p\udcff.jsonl"], r"--prompts: p\udcff.jsonl is not UTF-8"),
+    (["ppo", "r.yaml", "--set", "data.prompts=p\udcff"], r"--set: data.prompts=p\udcff is not UTF-8"),
+])
+def test_a_name_that_can_be_none_is_2_and_says_which_option(arguments, words, run):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert words in err.replace("\n", " ")
+
+
+def test_dtype_auto_is_the_default(run, stage):
+    seen = []
+    stage("kltune.stages.eval_kl", EvalKLOptions=dict, eval_kl=lambda _, options: seen.append(options) or ({}, 0))
+    run("eval-kl", "a", "--dtype", "auto", "--json")
+    assert seen[0]["dtype"] is None
+
+
+def test_junit_that_cannot_be_written_costs_no_measurement(run, stage, tmp_path):
+    document = {"schema": "kltune.eval_kl/1", "checkpoint": "a", "gate": None, "kl": {"exact": {
+        "nats_per_response": 1.0, "stderr": 0.1, "nats_per_token": 0.1}}}
+
+    def eval_kl(*_: object) -> tuple[dict, int]:
+        junit.parent.rmdir()
+        return document, 0
+
+    junit = tmp_path / "there" / "kl.xml"
+    stage("kltune.stages.eval_kl", EvalKLOptions=dict, eval_kl=eval_kl)
+    code, out, err = run("eval-kl", "a", "--junit", str(junit), "--json")
+    assert (code, out) == (2, "")       # before anything is measured
+    assert "there is no folder" in err
+    junit.parent.mkdir()
+    code, out, err = run("eval-kl", "a", "--junit", str(junit), "--json")
+    assert (code, json.loads(out)) == (74, document)
+    assert "kl.xml" in err
+
+
+@pytest.mark.parametrize("command", ["eval-kl", "report", "frontier"])
+def test_a_name_that_is_too_long_cannot_be_read_which_is_5(command, run):
+    code, out, err = run(command, "x" * 5000)
+    assert (code, out) == (5, "")
+    assert "cannot be read" in err
+    assert "cannot write" not in err
+
+
+def test_a_current_folder_that_is_gone_is_74(recipe, run, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, _, err = run("recipe", "check", "start/ppo")
+    assert code == 74
+    assert "the current folder is not there any more" in err
+
+
+def test_a_home_of_nobody_is_a_folder_of_that_name(recipe, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("sweep", recipe, "--over", "run.seed=1", "-o", "~nobody-at-all/x", "--over", "kl.nothing=1")
+    assert code == 2
+    assert "kl.nothing" in err
 
 
 def test_demo_prints_its_table(run, stage, tmp_path):

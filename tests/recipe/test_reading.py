@@ -1,5 +1,6 @@
 """A recipe says what it means: numbers are numbers, and wrong keys are named with their line."""
 
+import os
 import pickle
 import random
 import re
@@ -52,6 +53,9 @@ WRONG = {
     "misspelt key": (PPO + "kl:\n  targt: 4\n", 8, ["kl.targt", "did you mean target?"]),
     "misspelt section": (PPO + "samplng: {temperature: 1}\n", 7, ["samplng", "did you mean sampling?"]),
     "below its range": (PPO + "kl: {target: -6}\n", 7, ["kl.target", "found -6", "above 0", "nats"]),
+    "one response gives no error": (PPO + "eval: {responses: 1}\n", 7, ["eval.responses", "found 1", "at least 2"]),
+    "misspelt stage beside another fault": (PPO.replace("ppo", "pppo") + "kl: {targt: 4}\n", 7, ["kl.targt"]),
+    "no stage beside another fault": (PPO.partition("\n")[2] + "kl: {targt: 4}\n", 6, ["kl.targt"]),
     "not a number": (PPO + "optim:\n\n  lr: fast\n", 9, ["optim.lr", 'found "fast"', "wanted a number above 0"]),
     "gold that is trained on": (PPO + "eval:\n  gold: {kind: function, path: ./rewards.py:score, weight: 2}\n", 8, [
         "eval.gold", "the scorer of reward.0, which is trained on", "another scorer"]),
@@ -336,6 +340,7 @@ def test_overrides_are_typed_and_the_last_one_wins(folder):
     ("kl.target=!!python/name:os.system", ["tag"]),
     ("kl.hard_cap=5", ["--set kl.hard_cap=5", "more than kl.target, 6"]),
     ("kl.target=\0", ["NUL"]),
+    ("data.prompts=b\udcff", ["--set data.prompts=b", "not UTF-8"]),
 ])
 def test_a_wrong_override_is_named(override, words, folder):
     with pytest.raises(RecipeError) as caught:
@@ -365,6 +370,24 @@ def test_the_command_and_the_file_must_name_the_same_stage(folder):
     assert load_recipe(file, stage="sft").stage == "sft"
     with pytest.raises(RecipeError, match="found sft, but the command is kltune ppo"):
         load_recipe(file, stage="ppo")
+
+
+def test_a_pipe_is_read_once_and_says_the_same_each_time(folder):
+    reader, writer = os.pipe()
+    os.write(writer, SFT.replace("base", "/base").replace("texts.jsonl", "/texts.jsonl").encode())
+    os.close(writer)
+    both = [load_recipe(f"/dev/fd/{reader}") for _ in range(2)]
+    os.close(reader)
+    assert both[0] == both[1]
+    assert both[0].model.path == "/base"
+
+
+@pytest.mark.parametrize("place", ["recipe", "output"])
+def test_a_folder_that_is_not_utf8_is_named(place, folder, tmp_path):
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    odd.mkdir()
+    with pytest.raises(RecipeError, match="is not UTF-8"):
+        load_recipe(write(odd if place == "recipe" else folder, SFT), output=str(odd) if place == "output" else None)
 
 
 def test_paths_start_at_the_recipe_and_output_at_the_current_folder(folder, monkeypatch, tmp_path):

@@ -71,6 +71,16 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
             assert torch.equal(same.flatten().view(torch.uint8), tensor.flatten().view(torch.uint8))      # −0 is not 0
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_rights_that_the_umask_leaves(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        checkpoint = save(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in checkpoint.rglob("*") if path.is_file()} == {oct(mode)}
+
+
 def test_only_the_newest_are_kept(tmp_path):
     for step in (2, 4, 6, 8):
         save(tmp_path, step, keep=2)

@@ -236,8 +236,9 @@ def test_a_cap_that_could_not_be_held_is_refused_with_the_recipe(ppo_recipe, key
         ppo_recipe("kl.hard_cap=5", *keys)
 
 
-def test_a_cap_that_could_not_be_proven_is_refused_before_the_first_step(ppo_recipe):
-    recipe = ppo_recipe("kl.hard_cap=5", "eval.responses=1")
+def test_a_cap_that_could_not_be_proven_is_refused_before_the_first_step(ppo_recipe, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "Once"}\n')
+    recipe = ppo_recipe("kl.hard_cap=5", f"eval.prompts={tmp_path / 'one.jsonl'}")
     with pytest.raises(RecipeError, match=r"kl\.hard_cap: final would be measured on one prompt"):
         run_ppo(recipe, resume=False)
     assert not (Path(recipe.run.output) / "metrics.jsonl").exists()

@@ -178,6 +178,12 @@ def test_few_responses_pass_a_far_budget_only_and_the_gate_says_why(eval_kl, run
     assert "about 143 more responses would decide it" in text
 
 
+def test_a_count_that_is_rounded_up_is_said(eval_kl, run_folder):
+    _, document, err = eval_kl(run_folder, "--responses", 32)
+    assert (document["prompts"], document["responses"]) == (10, 40)
+    assert "answers each of 10 prompts 4 times: 40 responses, where 32 were asked for" in err
+
+
 def test_a_long_file_is_measured_on_a_draw_that_is_said(eval_kl, run_folder, tmp_path):
     # a sorted file: its first rows are not like the others
     rows = [{"prompt": word} for word in ("the cat", "a dog ran") for _ in range(100)]

@@ -72,6 +72,9 @@ def test_the_gate_and_its_files_know_a_server(eval_kl, serve, llama, prompts, tm
         assert (code, document["gate"]["reference"]) == (3, str(llama))
         assert standing.url in (tmp_path / "kl.xml").read_text()
         text = eval_kl(*arguments, as_json=False)[1]
+    unknown = ("forward", "js", "entropy", "alignment_tax", "top_tokens", "top_prompts", "by_position")
+    assert [document[name] for name in unknown] == [None, None, {"policy": None, "reference": None}, None, [], [], []]
+    assert document["kl"]["exact"] is document["kl"]["k3"] is None
     assert "8 likeliest tokens summed (" in text
     assert f"against {llama}" in text
 

@@ -41,8 +41,11 @@ def plain(recipe: SFTRecipe) -> tuple[torch.nn.Module, object]:
 
 
 def test_the_loss_falls_and_everything_is_measured(sft_recipe):
-    recipe = sft_recipe("run.steps=15", "run.eval_every=5")
+    recipe = sft_recipe("run.steps=15", "run.eval_every=5", "run.save_every=5")
     result, rows = ran(recipe)
+    saved = json.loads((Path(recipe.run.output) / "checkpoints" / "step-000010" / "kltune.json").read_text())
+    assert saved["kl"]["nats_per_response"] == rows[9]["eval/kl_ref_nats_per_response"] > 0.0
+    assert all(row["kl/ref_nats_per_response"] is row["time/sample_seconds"] is None for row in rows)
     losses = [row["loss/mean"] for row in rows]
     assert losses[-1] < 0.8 * losses[0]
     assert [row["step"] for row in rows if row.get("eval/perplexity") is not None] == [5, 10]

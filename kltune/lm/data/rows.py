@@ -22,6 +22,8 @@ SUFFIXES = (
 SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}      # the first where none is
 WHOLE = "one JSON document, which is held in memory as a whole (of a list, `jq -c '.[]'` makes one row a line)"
 LINES = "one prompt or text a line"
+FOLDERS = {"base", "checkpoint", "checkpoints", "data", "final", "model", "models", "output", "outputs", "runs"}
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # load_dataset reads these names as "all files below the working folder", which nobody means by `prompts: json`.
 BUILDER_NAMES = frozenset({"arrow", "csv", "json", "pandas", "parquet", "text", "xml", "webdataset"})
 
@@ -78,8 +80,19 @@ def read_rows(source: str) -> Iterator[Row]:
 
 def looks_like_a_path(path: str) -> bool:
     """Whether a source that is no file here was meant as one, and not as the name of a dataset."""
-    # One slash alone says nothing: `org/name` is how the hub names a dataset.
-    return path.lower().endswith(SUFFIXES) or path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path
+    # One slash alone says little: `org/name` is how the hub names a dataset.
+    signs = path.lower().endswith(SUFFIXES) or path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path
+    return signs or ("/" in path and is_place(path.partition(":")[0]))
+
+
+def is_place(path: str, home: str | os.PathLike[str] = "") -> bool:
+    """Whether what is no folder here was meant as one: hub names are of two words, the first of which is an owner.
+
+    home: where relative paths start.
+    """
+    first = path.partition("/")[0]
+    beside = first != path and os.path.isdir(os.path.join(home, first))
+    return os.path.isabs(path) or not HUB_NAME.fullmatch(path) or beside or first in FOLDERS
 
 
 def _lines(path: str) -> Iterator[tuple[str, bytes]]:

@@ -157,6 +157,8 @@ class Interpolation:
                 passed = look
             if upper <= budget and (alpha == 1.0 or upper >= (1.0 - UNUSED) * budget):
                 break
+            if upper == 0.0:        # rounded away: that says nothing of how much further there is to go
+                break
             _, again = look.distance(self.unit, count)
             alpha = min(1.0, alpha * math.sqrt(max(0.25, (budget - number * again) / upper)))
         if passed is not None:

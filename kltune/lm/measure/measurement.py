@@ -119,7 +119,8 @@ class Round:
     """Which prompts are answered, and how often each.
 
     prompts: all there are, in the order in which they are answered. first, count: those that are answered now.
-    per_prompt: responses to each. number: of the round, from 0; each has random numbers of its own.
+    per_prompt: responses to each. number: of the round, from 0; each has random numbers of its own. asked: how many
+    responses were asked for, of a first round.
     """
 
     prompts: Sequence[Prompt]
@@ -127,6 +128,7 @@ class Round:
     count: int
     per_prompt: int
     number: int = 0
+    asked: int | None = None
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], responses: int, seed: int = 0) -> "Round":
@@ -139,7 +141,7 @@ class Round:
         count = min(len(prompts), responses)
         if count < len(prompts):
             prompts = [prompts[place] for place in np.random.default_rng([STREAM, seed]).permutation(len(prompts))]
-        return cls(prompts, 0, count, -(-responses // count))
+        return cls(prompts, 0, count, -(-responses // count), asked=responses)
 
     def following(self, responses: int) -> "Round":
         """The round after this one, of about so many responses: prompts not answered yet first, then all again.
@@ -183,9 +185,13 @@ class Round:
         return lines.repeat_interleave(self.per_prompt)
 
     def drawn_note(self, seed: int) -> str | None:
-        """That prompts were left out, and how the others were chosen; None where all are answered."""
+        """That prompts were left out, and how the others were chosen; or that there are more responses than were asked
+        for, as every prompt is answered as often; else None.
+        """
         if not self.leaves_prompts:
-            return None
+            more = self.asked is not None and self.responses > self.asked
+            times = f"answers each of {len(self.prompts)} prompts {self.per_prompt} times"
+            return f"{times}: {self.responses} responses, where {self.asked} were asked for" if more else None
         return f"answers {self.count} of {len(self.prompts)} prompts, drawn at random with seed {seed}"
 
 

@@ -17,13 +17,15 @@ from kltune.core.kl.topk import TopKDivergence, topk_divergence
 from kltune.core.tensors import log_distribution
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
-from kltune.lm.measure.kl_document import DIRECTIONS, kl_figures
+from kltune.lm.measure.kl_document import DIRECTIONS, ESTIMATORS, kl_figures
 from kltune.lm.measure.measurement import WORST_Z, Progress, Round
 from kltune.lm.measure.server import Answer, CannotScore, Server
 from kltune.lm.model.batches import pad_right
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import Draw, sample
 
+WANTS_LOGITS = ("noise_floor", "distribution", "forward", "js", "js_stderr", "tv", "tv_stderr", "deployed", "end_token",
+                "alignment_tax")       # of both models, at every token of the vocabulary
 ROWS = 16           # read by the local model at once
 PROBED = 4          # responses that are scored again
 PROBE_GAP = 0.05    # mean nats per token by which two scores of one token may differ: bfloat16 gives 0.01
@@ -218,7 +220,7 @@ def check_sampled(path: str, checks: dict[str, float]) -> None:
 def described_served(
     measured: ServedMeasurement, checks: dict[str, float], served: Server, confidence: float
 ) -> dict[str, Any]:
-    """The measured part of the document; ``exact`` is null, which no server lets one know."""
+    """The measured part of the document; null is what no server lets one know, and what is not asked."""
     topk = measured.summary("topk", confidence)
     return {
         "direction": DIRECTIONS["reverse"],
@@ -227,7 +229,11 @@ def described_served(
         "responses": topk.responses,
         "tokens": topk.tokens,
         "truncated_fraction": measured.truncated.double().mean().item(),
-        "kl": {"exact": None} | {name: kl_figures(measured.summary(name, confidence)) for name in ("topk", "k1")},
+        **dict.fromkeys(WANTS_LOGITS),
+        **{name: [] for name in ("top_tokens", "top_prompts", "by_position", "examples")},
+        "entropy": {"policy": None, "reference": None},
+        "kl": dict.fromkeys(ESTIMATORS)
+        | {name: kl_figures(measured.summary(name, confidence)) for name in ("topk", "k1")},
         **checks,
         "server": {"path": served.path, "top_logprobs": served.top, "mass": measured.mass},
         "warnings": list(served.notes),

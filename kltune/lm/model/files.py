@@ -29,6 +29,7 @@ from torch import nn
 from kltune.errors import KltuneError, ModelError, is_out_of_memory
 from kltune.lm.data.documents import SHAPES
 from kltune.lm.data.foreign import LARGEST, read_json
+from kltune.lm.data.rows import HUB_NAME, is_place
 
 # Keys by which a JSON file has a library import Python: the model's own (auto_map, custom_*), PEFT's (megatron_core,
 # read where megatron_config is set), or kernels that are fetched from the hub and run. Not auto_mapping: ordinary
@@ -39,7 +40,6 @@ ATTENTION = {"attn_implementation", "_attn_implementation", "_attn_implementatio
 VOCABULARIES = {"tokenizer.json", "vocab.json", "added_tokens.json"}    # a token may be called anything
 READ_WHOLE = (".json", ".jinja", ".txt", ".model")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 OTHER_HEADS = re.compile(r"For(\w*Classification|\w*QuestionAnswering|MultipleChoice|MaskedLM|NextSentencePrediction)$")
 # Masks and angles that old checkpoints hold and models now compute; heads that are dropped after pretraining.
 NOT_READ = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$|(^|\.)(mtp|pooler)\.")
@@ -62,10 +62,13 @@ def refuse_code(path: str | Path, what: str, error: type[KltuneError] = ModelErr
     trusted: the user asked for its code to be run; then what names code is let through, and nothing else.
 
     Raises:
-        error: a file names code to be run, leads out of the folder, is no ordinary file, holds pickled weights and
+        error: there is no such folder, and nothing that may be a name on the hub; a file
+            names code to be run, leads out of the folder, is no ordinary file, holds pickled weights and
             nothing beside them, is not JSON or has a field of another kind than wanted. Names the file and the key.
     """
     folder = Path(path)
+    if not folder.exists() and is_place(str(path)):
+        raise error(f"{what}: {path}: there is no such folder here, and it is no name on the hub.")
     entries = [file for file in sorted(folder.iterdir()) if not file.is_dir()] if folder.is_dir() else []
     for file in (*entries, *folder.glob("additional_chat_templates/*")):
         _refuse_strange(file, folder, what, error)

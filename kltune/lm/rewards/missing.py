@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from itertools import islice
@@ -28,7 +27,7 @@ from kltune.lm.data.forms import (
     text_field,
 )
 from kltune.lm.data.layouts import Layout
-from kltune.lm.data.rows import RowFault, looks_like_a_path, read_rows
+from kltune.lm.data.rows import RowFault, is_place, looks_like_a_path, read_rows
 from kltune.lm.rewards.functions import load_function, wants_rows
 from kltune.recipe import (
     REFERENCE,
@@ -44,8 +43,6 @@ from kltune.recipe import (
 
 LOOKED_AT = 100                 # rows of a file
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
-FOLDERS = {"base", "checkpoint", "checkpoints", "data", "final", "model", "models", "output", "outputs", "runs"}
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 Trouble = tuple[str, str]       # the key, and what is wrong
 
 
@@ -102,7 +99,7 @@ def _folder(
             yield key, text
     elif folder.exists():
         yield key, f"found {path}, which is a file; wanted the folder of a model"
-    elif _is_path(path, home):
+    elif is_place(path, home):
         yield key, f"found {path}, which is no folder here{_nearest(home / path)}"
     elif not _is_cached(path):
         if _is_offline():
@@ -111,13 +108,6 @@ def _folder(
                         "on the hub it is not in the cache, and HF_HUB_OFFLINE is set; wanted the folder of a model")
         else:
             notes.append(f"{key}: {path} is no folder in {home}; the run looks it up on the hub.")
-
-
-def _is_path(path: str, home: Path) -> bool:
-    """Whether what is no folder here was meant as one: hub names are of two words, the first of which is an owner."""
-    first = path.partition("/")[0]
-    beside = first != path and (home / first).is_dir()
-    return Path(path).is_absolute() or not HUB_NAME.fullmatch(path) or beside or first in FOLDERS
 
 
 def _nearest(path: Path) -> str:

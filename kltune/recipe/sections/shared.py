@@ -148,7 +148,7 @@ class OptimSection(Section):
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="course of lr after the warm-up"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps over which lr rises from 0")
+    warmup_steps: int = Field(0, ge=0, le=10**9, description="steps over which lr rises from 0")
     max_grad_norm: Positive = Field(1.0, description="a larger gradient is scaled down to this norm")
     weight_decay: NotNegative = Field(0.0, description="decoupled, per unit of lr")
 
@@ -208,7 +208,7 @@ class EvalSection(Section):
         None, description="held-out prompts for KL and score; null measures on data.prompts",
         examples=["held_out.jsonl"],
     )
-    responses: Count = Field(128, description="responses per measurement")
+    responses: int = Field(128, ge=2, le=10**9, description="responses per measurement; one alone gives no error")
     texts: Text | None = Field(
         None, description="held-out human texts for the alignment tax", examples=["held_out_texts.jsonl"]
     )

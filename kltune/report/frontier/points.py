@@ -11,7 +11,7 @@ from kltune.lm.data.foreign import check_shape
 from kltune.recipe import flat_settings, load_recipe
 from kltune.report.figures import TOLERANCE
 from kltune.report.outcome import final_figures
-from kltune.run.files import is_finished, read_json, read_metrics
+from kltune.run.files import is_finished, read_json, read_metrics, readable
 
 SETTING_KEYS = ("kl.target", "kl.beta", "dpo.beta", "kl.hard_cap")      # what sets a run's KL; the rest names its curve
 NO_DIFFERENCE = ("run.seed", "run.save_every", "run.eval_every", "run.device", "run.threads", "optim.micro_batch_size")
@@ -65,19 +65,21 @@ def find_sources(paths: Sequence[str]) -> list[FrontierSource]:
     """
     sources: dict[Path, FrontierSource] = {}
     for path in paths:
-        folder = Path(path)
-        if (folder / "sweep.json").is_file():
-            rows = read_json(folder / "sweep.json", Sweep)["points"]
-            done = [row["name"] for row in rows if is_finished(folder / row["name"])]
-            if not done:
-                raise CheckpointError(f"{path}: no point of this sweep has finished yet.")
-            for name in done:
-                sources.setdefault((folder / name).resolve(), _run_source(str(folder / name)))
-        elif (folder / "run.json").is_file():
-            sources.setdefault(folder.resolve(), _run_source(path))
-        else:
-            sources.setdefault(folder.resolve(), _curve_source(path))
+        with readable(path):
+            for source in _sources_at(path):
+                sources.setdefault(Path(source.path).resolve(), source)
     return list(sources.values())
+
+
+def _sources_at(path: str) -> list[FrontierSource]:
+    folder = Path(path)
+    if not (folder / "sweep.json").is_file():
+        return [_run_source(path) if (folder / "run.json").is_file() else _curve_source(path)]
+    rows = read_json(folder / "sweep.json", Sweep)["points"]
+    done = [row["name"] for row in rows if is_finished(folder / row["name"])]
+    if not done:
+        raise CheckpointError(f"{path}: no point of this sweep has finished yet.")
+    return [_run_source(str(folder / name)) for name in done]
 
 
 def _run_source(path: str) -> FrontierSource:

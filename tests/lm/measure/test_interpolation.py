@@ -130,6 +130,23 @@ def test_landings_use_their_budget_and_do_not_end_beyond_it(prompts, least):
     assert max(ends) <= 1.0
 
 
+def test_a_check_of_exactly_0_ends_the_landing_there():
+    class Rounded(Simulated):
+        def measure(self, alpha: float, responses: int, purpose: str, seed: int) -> Look:
+            if purpose == "search":
+                return super().measure(alpha, responses, purpose, seed)
+            answered = Round.of(self.prompts, responses)
+            index = answered.prompt_index()
+            self.looks.append(Look(alpha, purpose, summarize("exact", 0.0 * index, 0 * index + 1, index), None, None))
+            return self.looks[-1]
+
+    adapter = Rounded(20, 0)
+    search, check = adapter.land(1e-9, 40, 40)
+    assert check.kl.nats_per_response == 0.0
+    assert 0.0 < search.alpha == check.alpha < 1e-3
+    assert [look.purpose for look in adapter.looks].count("check") == 1
+
+
 def test_one_prompt_can_show_nothing(tiny_lm_policy):
     search, check = Interpolation(tiny_lm_policy, starts(1), DRAW).land(0.05, 50, 50)
     assert check is None

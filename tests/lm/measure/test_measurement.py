@@ -54,6 +54,10 @@ def test_of_a_long_file_a_seeded_draw_is_answered_and_not_its_first_rows():
     assert drawn.drawn_note(3) == "answers 100 of 1000 prompts, drawn at random with seed 3"
     assert Round.of(prompts, 1000, seed=3).prompts is prompts
     assert Round.of(prompts, 1000, seed=3).drawn_note(3) is None
+    assert Round.of(prompts, 1001).drawn_note(0) == (
+        "answers each of 1000 prompts 2 times: 2000 responses, where 1001 were asked for"
+    )
+    assert Round.of(prompts, 1001).following(7).drawn_note(0) is None
 
 
 def test_a_prompt_on_many_lines_is_one_prompt():

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from kltune.errors import ModelError, ScorerError
-from kltune.lm.model.files import reading
+from kltune.lm.model.files import reading, refuse_code
 from kltune.lm.rewards.classifiers import load_classifier
 from kltune.recipe import ModelReward
 from tests.tiny_policies import VOCABULARY, save_tiny_model, tiny_config, word_tokenizer
@@ -127,6 +127,15 @@ def test_room_that_ran_out_is_no_fault_of_the_files(cause):
 def test_a_folder_that_is_missing_is_told_from_a_name_on_the_hub(path, words):
     with pytest.raises(ModelError, match=f"^reference: {path}: {words}"), reading(path, "reference"):
         raise OSError("We couldn't connect to 'https://huggingface.co'")
+
+
+def test_a_folder_among_ones_that_are_here_is_no_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refuse_code("ours/missing", "reference")        # may be one
+    (tmp_path / "ours").mkdir()
+    for path in ("ours/missing", "runs/missing", "/no/such"):
+        with pytest.raises(ModelError, match=f"^reference: {path}: there is no such folder here"):
+            refuse_code(path, "reference")
 
 
 def stored(content: bytes, store: str) -> str:
