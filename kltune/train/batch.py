@@ -207,8 +207,6 @@ def sample_rows(
 
 def _within_prompts(values: Tensor, prompt_index: Tensor) -> Tensor:
     """What sets each response apart from the others to its prompt; the values themselves where it has no others."""
-    _, place, counts = prompt_index.unique(return_inverse=True, return_counts=True)
-    if counts.max() == 1:
-        return values
-    sums = torch.zeros(len(counts), dtype=torch.float64, device=values.device).index_add(0, place, values.double())
-    return values.double() - (sums / counts)[place]
+    values, none = values.double(), torch.zeros_like(values, dtype=torch.float64)
+    sums, counts = (none.index_add(0, prompt_index, each) for each in (values, torch.ones_like(values)))
+    return torch.where((counts > 1.0).any(), values - (sums / counts)[prompt_index], values)

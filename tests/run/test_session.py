@@ -283,7 +283,8 @@ def test_a_finished_run_that_was_moved_speaks_of_itself(make_recipe, tmp_path):
     finish(make_recipe(), output=there, final=f"{there}/final")
     save_final(Path(there), lambda folder: (folder / "weights").write_bytes(b""), info={})
     shutil.move(there, tmp_path / "moved")
-    result = finished_result(make_recipe(f"run.output={tmp_path}/moved"))
+    run = make_recipe().run.model_copy(update={"output": str(tmp_path / "moved")})
+    result = finished_result(make_recipe().model_copy(update={"run": run}))
     assert (result["output"], result["final"]) == (str(tmp_path / "moved"), str(tmp_path / "moved" / "final"))
 
 

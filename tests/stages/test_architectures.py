@@ -11,6 +11,7 @@ import pytest
 from kltune.errors import ModelError
 from kltune.recipe import load_recipe
 from kltune.stages.eval_kl import EvalKLOptions, eval_kl
+from kltune.train.evaluation.held_out import EVALUATION_SEED
 from tests.foreign_models import MODELS, TARGETS, save_model
 from tests.stages.conftest import DPO, ONLINE, PPO, REWARD, SFT, TRPO, letter_tokenizer, ran, write_recipe
 
@@ -55,7 +56,7 @@ def test_a_step_of_every_stage_and_the_kl_of_what_it_saved(kind, stage, models, 
     record_property(f"{stage} of an architecture", 1)
     if stage == "reward":
         return
-    options = EvalKLOptions(prompts=str(tmp_path / "held_out.jsonl"), responses=10)
+    options = EvalKLOptions(prompts=str(tmp_path / "held_out.jsonl"), responses=10, seed=EVALUATION_SEED)
     document, _ = eval_kl([result["final"]], options)
     # Of other responses where the run answered others; of the same to rounding.
     assert math.isfinite(document["kl"]["exact"]["nats_per_response"])

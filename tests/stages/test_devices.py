@@ -45,7 +45,7 @@ def test_the_other_commands_take_them_too(run_folder, command, tmp_path):
 @pytest.mark.parametrize(("option", "words"), [
     (("--device", "mps"), "--device: found mps, which has no float64"), (("--device", "gpu"), "wanted auto, cpu, cuda"),
     (("--device", "cuda:7"), "--device: found 'cuda:7', which is not available here"),
-    (("--dtype", "fp16"), "wanted float32, bfloat16 or float16"),
+    (("--dtype", "fp16"), "wanted auto, float32, bfloat16 or float16"),
 ])
 def test_what_cannot_be_computed_on_is_refused(run_folder, command, option, words):
     code, _, err = command("eval-kl", run_folder, *option, as_json=False)

@@ -253,7 +253,7 @@ def test_the_command_prints_one_document_and_a_second_call_trains_nothing(reward
     (["data.prompts=prompts.jsonl"], 2, ["data.prompts", "does not read it"]),
     (["bradley_terry.label_smoothing=0.5"], 2, ["bradley_terry.label_smoothing", "0.5"]),
     (["lora.targets=[q_proj, lm_head]"], 2, ["lora.targets", "hidden states"]),
-    (["data.pairs=texts.jsonl"], 5, ["texts.jsonl:1", "chosen"]),
+    (["data.pairs=texts.jsonl"], 5, ["texts.jsonl:1", "label"]),
     (["data.pairs=absent.jsonl"], 5, ["absent.jsonl does not exist"]),
     (["optim.lr=1e18", "run.steps=8"], 6, ["not finite|is nan|is inf"]),
 ])

@@ -15,6 +15,7 @@ from kltune.lm.model.opening import load_policy
 from kltune.recipe import SFTRecipe
 from kltune.run.optimizer import make_optimizer
 from kltune.stages.sft import imitate, run_sft
+from kltune.train.evaluation.held_out import EVALUATION_SEED
 from kltune.train.learner import Learner
 from tests.stages.conftest import SFT, ran, read_jsonl, rows_of, write_recipe
 
@@ -151,7 +152,7 @@ def test_full_fine_tuning_saves_a_model_that_eval_kl_measures(sft_recipe, eval_k
     nats, tokens = nats_by_hand(saved, tokenizer, rows)
     assert result["eval"]["eval/texts_nats_per_token"] == pytest.approx(nats / tokens, abs=1e-5)
 
-    code, document, _ = eval_kl(recipe.run.output, "--responses", 10)
+    code, document, _ = eval_kl(recipe.run.output, "--responses", 10, "--seed", EVALUATION_SEED)
     assert code == 0
     assert document["reference"]["sha256"] == result["reference"]["sha256"]
     assert document["kl"]["exact"]["nats_per_response"] == pytest.approx(result["kl"]["nats_per_response"], abs=1e-6)

@@ -146,8 +146,10 @@ def spread(scores: Tensor) -> float:
 
     In float32 the plain one of 64 times 0.1 is 7.5e-9, which is as good as any other spread to what divides by it.
     """
-    found = (scores - scores[0]).double().std().item() if len(scores) > 1 else 0.0
-    return found if found > ROUNDING * scores.abs().max().item() else 0.0
+    if len(scores) < 2:
+        return 0.0
+    found, largest = torch.stack(((scores - scores[0]).double().std(), scores.abs().max().double())).tolist()
+    return found if found > ROUNDING * largest else 0.0
 
 
 def penalize(scores: Tensor, ref_kl: Tensor, beta: float, mask: Tensor) -> Tensor:
