@@ -17,6 +17,9 @@ from kltune.recipe import ModelReward, ModelSection
 from kltune.report import pages
 from tests.hostile import Change, Hung, single_fields, slow, traps, watchdog, whole_files
 
+# What a library warns of an odd file has characters in it that no process can pass on to pytest's own.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 SECONDS = 10.0
 CPU = torch.device("cpu")
 EXPECTED = {0, 2, 3, 4, 5, 6}
