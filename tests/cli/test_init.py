@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -42,6 +43,8 @@ def init(tmp_path, tiny_model, capsys, monkeypatch):
                 writer = csv.DictWriter(file, list(rows[0]), delimiter=";")
                 writer.writeheader()
                 writer.writerows(rows)
+        elif name == "rows":
+            datasets.Dataset.from_list(rows).save_to_disk(name)
         elif name.endswith(".parquet"):
             pq.write_table(pa.Table.from_pylist(rows), name)
         elif name.endswith(".json"):
@@ -76,6 +79,7 @@ def init(tmp_path, tiny_model, capsys, monkeypatch):
     (ALPACA, "rows.json", [], False, {"stage": "sft"}),
     (ALPACA, "rows.json", ["--reward", "rewards.py"], True, {"stage": "ppo"}),
     (PLAIN, "rows.txt", ["--reward", "rewards.py"], False, {"stage": "ppo"}),
+    (PLAIN, "rows", ["--reward", "rewards.py"], False, {"stage": "ppo"}),
 ])
 def test_what_it_writes_runs_as_it_is(init, rows, name, arguments, chat, keys, tmp_path, monkeypatch):
     other = {key: value.replace("w3", "w6") if isinstance(value, str) and key != "messages" else value
@@ -106,6 +110,8 @@ def test_what_it_writes_runs_as_it_is(init, rows, name, arguments, chat, keys, t
     ([PLAIN], ["distill"], 2, "copy one: kltune recipe copy tiny/distill"),
     ([PLAIN], ["dpo"], 5, "found prompt; wanted prompt, chosen, rejected"),
     ([{"text": "a"}], ["sft", "--reward", "rewards.py"], 2, "--reward is for ppo and trpo"),
+    ([{"prompt": None, "id": 1}], ["--reward", "rewards.py"], 5, 'field "prompt": found null, wanted a value'),
+    ([{"prompts": ["a", "b"]}], ["--reward", "rewards.py"], 5, "jq -c '.prompts[] | {prompt: .}' FILE"),
     ([PLAIN], ["--reward", "no.py"], 5, "--reward: no.py does not exist"),
     ([PLAIN], ["--reward", "rewards.txt"], 2, "wanted rewards.py"),
     ([HH, HH | {"rejected": HH["chosen"]}, HH | {"chosen": "x"}], ["dpo"], 5, "2 of 3 rows are faulty"),

@@ -132,11 +132,18 @@ def columns_advice(fields: Mapping[str, Any], forms: Sequence[Form]) -> str:
     """How to name the columns of a row, of the form of which the most can be guessed; or where its rows are instead."""
     if not fields:
         return ""
-    for name, value in fields.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            return f'; if the rows are the list under "{name}", write it alone: jq .{name} FILE > rows.json'
+    objects, texts = (
+        next((name for name, value in fields.items()
+              if isinstance(value, list) and value and isinstance(value[0], kind)), None)
+        for kind in (dict, str)
+    )
+    if objects is not None:
+        return f'; if the rows are the list under "{objects}", write it alone: jq .{objects} FILE > rows.json'
     best = max((likely_columns(fields, form) for form in forms), key=len, default={})
     usual = next((form for form in forms if form[0] == "prompt"), next(iter(forms)))
+    if texts is not None and not best:
+        return (f'; if each text of the list under "{texts}" is a row, write them so: '
+                f"jq -c '.{texts}[] | {{{usual[0]}: .}}' FILE > rows.jsonl")
     return _columns(best or dict(zip(usual, fields, strict=False)))
 
 

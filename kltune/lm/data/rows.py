@@ -21,6 +21,8 @@ SUFFIXES = (
 )
 SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}      # the first where none is
 WHOLE = "one JSON document, which is held in memory as a whole (of a list, `jq -c '.[]'` makes one row a line)"
+BESIDE_ROWS = ("dataset_dict.json", "dataset_infos.json", "dataset_info.json")      # what datasets writes of them
+SHARD = re.compile(r"([A-Za-z]*)")        # of a file's name: what stands before the number of the shard is the split
 LINES = "one prompt or text a line"
 FOLDERS = {"base", "checkpoint", "checkpoints", "data", "final", "model", "models", "output", "outputs", "runs"}
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -50,17 +52,19 @@ def read_rows(source: str) -> Iterator[Row]:
 
     The source is the path of a ``.jsonl``, ``.json`` (one object a line, or a JSON list of them), ``.csv`` (the
     separator is found in the header), ``.tsv``, ``.txt`` (a line is the prompt, or the text, of a row; each also
-    ``.gz``) or ``.parquet`` file, or ``name``, ``name:split`` or ``name:config:split`` of a dataset (split ``train`` by
-    default). Blank lines are not rows.
+    ``.gz``) or ``.parquet`` file, a folder of such files or of one split that ``save_to_disk`` wrote, or ``name``,
+    ``name:split`` or ``name:config:split`` of a dataset (split ``train`` by default). Blank lines are not rows.
 
     Raises:
         DataError: no such file or dataset, a pipe or a device, a kind of file that is not read here, or a damaged file.
     """
     path = os.path.expanduser(source)
     kind = path.lower().removesuffix(".gz")
-    if os.path.isdir(path) or os.path.isdir(path.partition(":")[0]):
-        raise DataError(f"{source} is a folder, wanted a file: {', '.join(SUFFIXES)}.")
-    if not os.path.exists(path):
+    if os.path.isdir(path):
+        yield from _folder_rows(path)
+    elif os.path.isdir(path.partition(":")[0]):
+        raise DataError(f"{source}: {path.partition(':')[0]} is a folder; wanted it, or a file in it, without a split.")
+    elif not os.path.exists(path):
         if looks_like_a_path(path):
             raise DataError(f"{source} does not exist.")
         yield from _dataset_rows(source)
@@ -93,6 +97,33 @@ def is_place(path: str, home: str | os.PathLike[str] = "") -> bool:
     first = path.partition("/")[0]
     beside = first != path and os.path.isdir(os.path.join(home, first))
     return os.path.isabs(path) or not HUB_NAME.fullmatch(path) or beside or first in FOLDERS
+
+
+def _folder_rows(folder: str) -> Iterator[Row]:
+    """Rows of the files of a folder in the order of their names, or of what ``save_to_disk`` of ``datasets`` wrote."""
+    names = sorted(os.listdir(folder))
+    if "state.json" in names:
+        yield from _saved_rows(folder)
+        return
+    files = [name for name in names if name.lower().endswith(SUFFIXES) and name not in BESIDE_ROWS]
+    splits = {SHARD.match(name)[1] for name in files}
+    if "dataset_dict.json" in names or len(splits) > 1:
+        inside = ", ".join(name for name in names if name in files or os.path.isdir(os.path.join(folder, name)))
+        raise DataError(f"{folder} holds several sets of rows; wanted one of them: {inside}.")
+    if not files:
+        raise DataError(f"{folder} is a folder without files of rows, wanted such a file: {', '.join(SUFFIXES)}.")
+    for name in files:
+        yield from read_rows(os.path.join(folder, name))
+
+
+def _saved_rows(folder: str) -> Iterator[Row]:
+    import datasets  # takes seconds to load
+
+    try:
+        loaded = datasets.load_from_disk(folder)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise DataError(f"{folder} is damaged, or no dataset that was saved to disk: {error}") from error
+    yield from (Row(f"{os.path.basename(folder)}:row {number}", row) for number, row in enumerate(loaded, start=1))
 
 
 def _lines(path: str) -> Iterator[tuple[str, bytes]]:

@@ -130,6 +130,9 @@ def _kind_of(source: str, kinds: tuple[str, ...], chat: bool) -> Survey:
             columns = likely_columns(first.fields, form)
             if all(name in columns or first.fields.get(name) is not None for name in form):
                 return Survey(kind, form, columns)
+    ours = {name for kind in kinds for form in KINDS[kind] for name in form}
+    if null := next((name for name in first.fields if name in ours and first.fields[name] is None), None):
+        raise DataError(f'{source}: {first.where}: field "{null}": found null, wanted a value; take such rows out.')
     wanted = " or ".join(", ".join(form) for kind in kinds for form in KINDS[kind])
     names = ", ".join(first.fields) or "no field"
     forms = sorted((form for kind in kinds for form in KINDS[kind]), key=len)

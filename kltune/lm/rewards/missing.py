@@ -67,9 +67,8 @@ def check_named(model: str, data: str, reward: str | None) -> None:
     """Raise InputError for all of a model, a file of rows and a reward that are not here, by the options of init."""
     home = Path.cwd()
     found = [*_folder("--model", model, home, [], _model_fault)]
-    if os.path.isdir(data) or (not os.path.exists(data) and looks_like_a_path(data)):
-        is_folder = "is a folder, wanted a file of rows" if os.path.isdir(data) else "does not exist"
-        found.append(("--prompts", f"{data} {is_folder}{'' if os.path.isdir(data) else _nearest(Path(data))}"))
+    if not os.path.exists(data) and looks_like_a_path(data):
+        found.append(("--prompts", f"{data} does not exist{_nearest(Path(data))}"))
     file = (reward or "").partition(":")[0]
     if file.endswith(".py") and not os.path.exists(file):
         found.append(("--reward", f"{file} does not exist{_nearest(Path(file))}"))

@@ -222,9 +222,30 @@ def test_a_pipe_is_refused_at_once(tmp_path, name):
 
 
 @pytest.mark.usefixtures("no_lookup")
-def test_a_folder_and_an_unknown_kind_of_file_are_refused(tmp_path):
-    assert "is a folder, wanted a file" in refusal(str(tmp_path))
+def test_a_folder_of_no_or_of_several_sets_and_an_unknown_kind_of_file_are_refused(tmp_path):
+    assert "is a folder without files of rows, wanted such a file" in refusal(str(tmp_path))
+    assert "is a folder; wanted it, or a file in it, without a split" in refusal(f"{tmp_path}:train")
+    for name in ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"):
+        write(tmp_path, GOOD, name)
+    assert "wanted one of them: test-00000-of-00001.jsonl, train-00000-of-00001.jsonl" in refusal(str(tmp_path))
     assert "is no kind of data file" in refusal(write(tmp_path, GOOD, "rows.xlsx"))
+
+
+@pytest.mark.usefixtures("no_lookup")
+def test_shards_in_a_folder_are_one_set_of_rows_in_the_order_of_their_names(tmp_path):
+    for name, text in (("train-00001-of-00002.jsonl", "b"), ("train-00000-of-00002.jsonl", "a"), ("README.md", "c")):
+        write(tmp_path, json.dumps({"prompt": text}) + "\n", name)
+    assert texts_of(str(tmp_path)) == {"train-00000-of-00002.jsonl:1": "a", "train-00001-of-00002.jsonl:1": "b"}
+
+
+@pytest.mark.usefixtures("no_lookup")
+def test_a_data_set_that_was_saved_to_disk_is_read_and_one_of_splits_names_them(tmp_path):
+    rows = datasets.Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "all")
+    assert texts_of(str(tmp_path / "all" / "train")) == {"train:row 1": "a", "train:row 2": "b"}
+    assert "holds several sets of rows; wanted one of them: test, train" in refusal(str(tmp_path / "all"))
+    next((tmp_path / "all" / "test").glob("*.arrow")).unlink()
+    assert "is damaged, or no dataset that was saved to disk" in refusal(str(tmp_path / "all" / "test"))
 
 
 @pytest.mark.usefixtures("no_lookup")
