@@ -11,10 +11,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kltune.demo.world
 from kltune.cli import main
@@ -22,6 +24,7 @@ from kltune.demo.run import RECIPES
 from kltune.recipe import copy_recipe, load_recipe
 from kltune.run import subprocesses
 from tests.judges import Reply, serving
+from tests.servers import StandIn, standing_in
 from tests.stages.conftest import write_rows
 from tests.stages.test_sweep import Forked
 from tests.test_readme import BLOCKS, ROOT, TEXTS
@@ -41,14 +44,22 @@ STAGE = {
     "sft": (*FEW, "optim.batch_size=2"), "reward": ("run.steps=1", "optim.batch_size=2"),
     "dpo": (*FEW, "optim.batch_size=2", "sampling.prompts_per_step=16"), "ppo": (*FEW, "sampling.prompts_per_step=16"),
     "trpo": (*FEW, "sampling.prompts_per_step=16"), "sweep": (*FEW, "sampling.prompts_per_step=16"),
+    "distill": (*FEW, "sampling.prompts_per_step=16"),
 }
 FEWER = {"eval-kl": ["--responses", "8"], "project": ["--responses", "8"], "frontier": ["--best-of", "2"]}
 CODES = {"eval-kl": {0, 3, 4}}      # the gate is a result
 STANDS_FOR = {
     "CHECKPOINT...": "runs/first", "CHECKPOINT": "runs/first", "RUN...": "runs/first", "DIR": "scaled", "TEXT": "w6",
     "[STAGE]": "", r"list\|show\|copy\|check\|schema": "list", r"TOPIC\|KEY\|METRIC\|CODE": "hacking", "...": "maths",
-    "METRIC": "score/mean", "COMMAND": "ppo",
+    "METRIC": "score/mean", "COMMAND": "ppo", "A": "runs/ppo", "B|reference": "reference", "P": "prompts.jsonl",
 }
+JUDGE, RELEASE, BASE = "URL#MODEL", "http://127.0.0.1:8000/v1#release", "https://host/v1#base"     # that others listen at
+DISTILL = """stage: distill
+model: {path: my-model}
+data: {prompts: prompts.jsonl}
+distill: {teacher: runs/ppo}
+run: {output: runs/distill}
+"""
 POPEN = subprocess.Popen
 LINE = re.compile(r"^(?:\$ |- run: )?((?:kltune|make|pip|python|transformers|mv|for|\.) .*)$")
 TYPED = [
@@ -109,10 +120,15 @@ def lived_in(tmp_path_factory, fresh) -> Path:
         for stage, rows in {"trpo": "prompts", "sft": "texts", "reward": "pairs", "dpo": "pairs"}.items():
             more = ["--reward", "rewards.py"] if stage == "trpo" else []
             run(["init", stage, "--model", "my-model", "--prompts", f"{rows}.jsonl", *more])
-        shutil.copy("first.yaml", "ppo.yaml")
+        for name in ("ppo", "my"):
+            shutil.copy("first.yaml", f"{name}.yaml")
+        Path("distill.yaml").write_text(DISTILL)
+        for name in ("models/chat", "path/to/model"):
+            shutil.copytree("my-model", name)
         run(["ppo", "first.yaml"])
-        for name in ("ppo", "far", "a", "b", "trpo...", "dpo_online"):
+        for name in ("ppo", "far", "a", "b", "trpo...", "dpo_online", "dpo", "new", "last"):
             shutil.copytree("runs/first", f"runs/{name}")
+        run(["merge", "runs/ppo", "--output", "release"])
         shutil.copytree("runs/first/final", "adapters/release")
         run(["sweep", "R.yaml", "--over", "kl.target=9", "--over", "run.seed=0", "-o", "sweeps/target"])
         shutil.copytree("sweeps/target", "sweeps/ppo")
@@ -166,15 +182,30 @@ def type_in(line: str) -> None:
             runpy.run_path(str(ROOT / words[0]), run_name="__main__")
     else:
         assert line.startswith("kltune "), f"{line}: run it here, or say in NOT_RUN why it is not"
-        run(shlex.split(line)[1:])
+        with pytest.MonkeyPatch.context() as patch:
+            if "--processes" in line:       # are started, not forked
+                patch.setattr(subprocess, "Popen", POPEN)
+                patch.setenv("PYTHONPATH", str(ROOT))
+            run(shlex.split(line)[1:])
 
 
 @pytest.mark.parametrize("lines", [marked(lines, name) for name, language, lines in TYPED if language != "make"])
-def test_a_block_of_commands_can_be_typed(lines, place):
-    with serving(lambda number, question: Reply("7")) as judge:
+def test_a_block_of_commands_can_be_typed(lines, place, monkeypatch):
+    monkeypatch.setenv("SERVER_KEY", "secret")
+    with serving(lambda number, question: Reply("7")) as judge, ExitStack() as servers:
         for line in lines:
             asks = f" --set reward.0.url={judge.url}" if "ppo_judge.yaml" in line else ""
-            type_in(line + asks)
+            type_in(with_servers(line, servers) + asks)
+
+
+def with_servers(line: str, servers: ExitStack) -> str:
+    """A line with stand-ins in place of the servers that it names."""
+    for url, folder in {RELEASE: "release", BASE: "my-model"}.items():
+        if url in line:
+            model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+            standing = StandIn(model.eval(), tokenizer, name=url.partition("#")[2])
+            line = line.replace(url, servers.enter_context(standing_in(standing)).url)
+    return line
 
 
 @pytest.mark.stress
@@ -205,7 +236,8 @@ def is_spoken_of(line: str) -> bool:
 
 @pytest.mark.parametrize("lines", [marked([line], "inline") for line in INLINE if not is_spoken_of(typed(line))])
 def test_a_command_in_a_sentence_can_be_typed(lines, place):
-    type_in(typed(lines[0]))
+    with serving(lambda number, question: Reply("A")) as judge:
+        type_in(typed(lines[0]).replace(JUDGE, f"{judge.url}#m"))
 
 
 @pytest.mark.parametrize("line", [line for line in map(typed, INLINE) if is_spoken_of(line)])

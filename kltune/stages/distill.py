@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kltune.core.kl.divergence import kl_k3
@@ -55,9 +54,8 @@ class Lesson:
         return Lesson(rollout, self.expected[rows, : rollout.response_mask.shape[1]])
 
     def minibatches(self, size: int, rng: np.random.Generator) -> Iterator["Lesson"]:
-        """So many rows at a time, in random order."""
-        order = torch.from_numpy(rng.permutation(len(self.expected))).to(self.expected.device)
-        return (self.select(rows) for rows in order.split(size))
+        """``Rollout.minibatches`` with what is expected after their tokens."""
+        return (self.select(rows) for rows in self.rollout.minibatches(size, rng))
 
 
 def run_distill(recipe: DistillRecipe, resume: bool) -> dict[str, Any]:

@@ -163,9 +163,11 @@ def trust_region_step(
     region, fresh_gain = region.observed(gradient, price)
     room = learner.budget.room(batch.rollout, batch.kl, share=1.0)
     radius = region.radius.allowed(min(trpo.max_step_kl, room), price)
-    with phase(CURVATURE, learner.policy.device):
-        fisher = fisher_on_some(job.recipe, learner.policy, experience, rng)
-        natural = natural_gradient(fisher, gradient, region.damping, trpo.cg_iterations, rng)
+    with phase(CURVATURE, learner.policy.device):       # nobody holds its graphs while a step is tried
+        natural = natural_gradient(
+            fisher_on_some(job.recipe, learner.policy, experience, rng), gradient, region.damping, trpo.cg_iterations,
+            rng,
+        )
     first = step_scale(natural.curvature_along, natural.slope, radius, price)
     expect_finite("the length of the step", first)
     direction = dict(zip(parameters, from_vector(natural.direction, list(parameters.values())), strict=True))

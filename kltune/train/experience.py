@@ -40,11 +40,8 @@ class Experience:
         return replace(self, rollout=rollout, advantages=self.advantages[rows, :width], returns=returns)
 
     def minibatches(self, size: int, rng: np.random.Generator) -> Iterator["Experience"]:
-        """So many rows at a time, in random order; the responses to one prompt stay together, for they share it."""
-        owner = self.rollout.prompt_index
-        place = np.argsort(rng.permutation(int(owner.max()) + 1))
-        order = torch.from_numpy(place).to(owner.device)[owner].argsort(stable=True)
-        return (self.select(rows) for rows in order.split(size))
+        """``Rollout.minibatches`` with their advantages."""
+        return (self.select(rows) for rows in self.rollout.minibatches(size, rng))
 
 
 def compute_advantages(

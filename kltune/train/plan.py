@@ -152,12 +152,22 @@ def memory_of(
         rows = rows.of(section.minibatch_size)
     size, checkpointed = footprint.micro_rows(rows, sequences)
     scalar = stage == "reward"
+    priced = exact_kl_is_priced(recipe)
     kind = {"checkpointed": checkpointed, "scalar": scalar, "accumulates": size < rows.count,
-            "distils": stage == "distill"}
+            "beside": {"ppo": int(priced), "distill": 2}.get(stage, 0)}
     phases = {"train": footprint.training(rows.of(size), **kind)}
+    if stage in SAMPLED or priced:
+        step = list(answered_rows(recipe, sizes))[-1]
+        states = priced + (stage == "trpo") + (getattr(section, "value_function", None) == "head" and valued)
+        kept = footprint.kept(step, states)
+        phases["train"] += kept + sum(footprint.kept(step.of(some), states) for some in {rows.count, size})
+        if stage == "dpo":
+            part, _ = footprint.micro_rows(step, sequences)
+            phases["KL"] = kept + footprint.kept(step.of(part), states) + footprint.training(
+                step.of(part), checkpointed=checkpointed, accumulates=True, beside=1)
     if stage == "trpo":
         count = max(1, round(section.fisher_fraction * rows.count))
-        phases["curvature"] = footprint.curvature(rows.of(count), sequences)
+        phases["curvature"] = footprint.curvature(rows.of(count), sequences) + kept
     if sizes.asked:
         answered = list(answered_rows(recipe, sizes))
         held += footprint.merged
@@ -193,6 +203,14 @@ def answered_rows(recipe: Recipe, sizes: Sizes) -> Iterator[Rows]:
     if recipe.stage in SAMPLED or (kl is not None and (kl.control == "target" or kl.beta or kl.hard_cap)):
         each = sampling.responses_per_prompt
         yield Rows(sampling.prompts_per_step * each, sizes.asked, sampling.max_new_tokens, each)
+
+
+def exact_kl_is_priced(recipe: Recipe) -> bool:
+    """Whether a loss has the exact KL in it, for which the reference's hidden states are kept."""
+    kl = getattr(recipe, "kl", None)
+    if recipe.stage == "dpo":
+        return kl.control == "target" or kl.beta != 0
+    return recipe.stage == "distill" or (recipe.stage == "ppo" and kl.placement == "loss" and kl.estimator == "exact")
 
 
 def copies_of(recipe: Recipe, steps: int) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor
 from kltune.core.kl.divergence import measure_tokens
 from kltune.lm.fast.decoding import GROWTH, bytes_held
 from kltune.lm.fast.lora import LoraLinear, speed_up
+from kltune.lm.fast.lower_layers import LowerLayers
 from kltune.lm.fast.memory import (
     CACHE,
     PASSES_PER_PIECE,
@@ -75,6 +76,7 @@ class Footprint:
         speed_up(policy.model)
         self.trained = [*policy.trainable_parameters().values(), *policy.value_parameters().values()]
         network = policy.network
+        self._lower = LowerLayers(network.causal.base_model)
         network.stands_for = device
         with traced(1):
             found = training_room(network.causal, network.causal.base_model if network.split else network.causal)
@@ -114,12 +116,12 @@ class Footprint:
 
     def training(
         self, rows: Rows, *, checkpointed: bool = False, scalar: bool = False, accumulates: bool = False,
-        distils: bool = False,
+        beside: int = 0,
     ) -> int:
         """A forward and backward pass over rows; ``scalar``: of one number a row, as a reward model's.
 
-        accumulates: gradients of other rows are there, and these are added to them. distils: exact KL to the reference
-        and to a teacher are read off beside.
+        accumulates: gradients of other rows are there, and these are added to them. beside: exact KLs that are read off
+        with it, to the reference and to a teacher.
         """
         network = self.policy.network
         for tensor in self.trained:
@@ -131,15 +133,25 @@ class Footprint:
             ids, scored = shapes(rows)
             if scalar:
                 values = self.policy.read(POLICY, ScalarHead(network.hidden_size).to("meta"), ids, scored)
-            elif distils:
+            elif beside:
                 with torch.no_grad():
-                    taught = network.before(ids, scored)
-                read = self.policy.logprobs_and_ref_kl(ids, scored, 1.0, lambda part: network.logits(taught[part]))
-                values = torch.stack(read)
+                    states = network.before(ids, scored)
+                others = [lambda part: network.logits(states[part])] * (beside - 1)
+                values = torch.stack(
+                    self.policy.logprobs_and_ref_kl(ids, scored, 1.0, *others, ref_states=torch.empty_like(states))
+                )
             else:
                 values = self.policy.logprobs(ids, scored)
             values.sum().backward()
         return live.peak - live.before + there
+
+    def kept(self, rows: Rows, states: int) -> int:
+        """What a rollout of rows keeps: so many hidden states at each token said, and what unadapted layers gave."""
+        network = self.policy.network
+        if not network.split:
+            return 0
+        cells = states * rows.count * rows.response + self._goes_on(rows) * rows.count * rows.length
+        return cells * network.hidden_size * self.policy.dtype.itemsize
 
     def measuring(self, rows: Rows, *, by_token: bool = False) -> int:
         """Policy and reference over as many rows as go through at once, and exact KL a chunk of positions at a time.
@@ -158,7 +170,7 @@ class Footprint:
             tokens = ids[scored][: network.chunk_rows]
             logits = [network.logits(states[: network.chunk_rows]) for states in (mine, other)]
             measure_tokens(*logits, tokens, 1.0, _Forgotten() if by_token else None)
-        return live.peak - live.before
+        return live.peak - live.before + self.kept(rows, 0)
 
     def sampling(self, rows: Rows) -> int:
         """Reading prompts, and drawing all of their responses' tokens, as many side by side as there is room for."""
@@ -214,14 +226,24 @@ class Footprint:
     @contextmanager
     def _shared(self, rows: Rows) -> Iterator[None]:
         """Within: rows of one prompt read it once, where a run would do so."""
-        network, prompts = self.policy.network, rows.count // rows.group
-        saves = WORTH_IT * (prompts * rows.prompt + rows.count * rows.response) <= rows.count * rows.length
-        if rows.group > 1 and saves and network.split and attends_to_all(network.causal.config.get_text_config()):
-            network.fast = _OnePrompt(network.causal.base_model, rows, prompts)
+        network = self.policy.network
+        if self._read_share(rows) < 1.0 and not self._goes_on(rows):
+            network.fast = _OnePrompt(network.causal.base_model, rows, rows.count // rows.group)
         try:
             yield
         finally:
             network.fast = None
+
+    def _goes_on(self, rows: Rows) -> bool:
+        """Whether passes over rows go on from what unadapted layers gave, as ``FastWays.lower_states`` decides."""
+        return self.policy.network.split and self._lower.there and self._lower.share_above < self._read_share(rows)
+
+    def _read_share(self, rows: Rows) -> float:
+        """Share of the tokens of rows that is read where those of one prompt read it once; 1 where that does not pay."""
+        network = self.policy.network
+        share = (rows.count // rows.group * rows.prompt + rows.count * rows.response) / (rows.count * rows.length)
+        shared = network.split and attends_to_all(network.causal.config.get_text_config())
+        return share if rows.group > 1 and shared and WORTH_IT * share <= 1.0 else 1.0
 
 
 @dataclass(frozen=True)

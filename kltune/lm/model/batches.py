@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,6 +103,12 @@ class Rollout(Samples):
         """One of the hidden states at the scored tokens, row by row. [N, H]; None where they were not kept."""
         states = getattr(self, name)
         return None if states is None else states[self.response_mask]
+
+    def minibatches(self, size: int, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        """So many rows at a time, in random order; the responses to one prompt stay together, for they share it."""
+        owner = self.prompt_index
+        place = np.argsort(rng.permutation(int(owner.max()) + 1))
+        return torch.from_numpy(place).to(owner.device)[owner].argsort(stable=True).split(size)
 
     def select(self, rows: Tensor) -> "Rollout":
         """The rollout of some rows only, cut to the longest sequence among them."""
