@@ -53,7 +53,7 @@ STANDS_FOR = {
     "[STAGE]": "", r"list\|show\|copy\|check\|schema": "list", r"TOPIC\|KEY\|METRIC\|CODE": "hacking", "...": "maths",
     "METRIC": "score/mean", "COMMAND": "ppo", "A": "runs/ppo", "B|reference": "reference", "P": "prompts.jsonl",
 }
-JUDGE, RELEASE, BASE = "URL#MODEL", "http://127.0.0.1:8000/v1#release", "https://host/v1#base"     # that others listen at
+JUDGE, RELEASE, BASE = "URL#MODEL", "http://127.0.0.1:8000/v1#release", "https://host/v1#base"   # who others are
 DISTILL = """stage: distill
 model: {path: my-model}
 data: {prompts: prompts.jsonl}

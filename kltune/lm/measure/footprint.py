@@ -239,7 +239,7 @@ class Footprint:
         return self.policy.network.split and self._lower.there and self._lower.share_above < self._read_share(rows)
 
     def _read_share(self, rows: Rows) -> float:
-        """Share of the tokens of rows that is read where those of one prompt read it once; 1 where that does not pay."""
+        """Share of the tokens of rows that is read where rows of one prompt read it once; 1 where that does not pay."""
         network = self.policy.network
         share = (rows.count // rows.group * rows.prompt + rows.count * rows.response) / (rows.count * rows.length)
         shared = network.split and attends_to_all(network.causal.config.get_text_config())
