@@ -157,7 +157,7 @@ def memory_of(
             "beside": {"ppo": int(priced), "distill": 2}.get(stage, 0)}
     phases = {"train": footprint.training(rows.of(size), **kind)}
     if stage in SAMPLED or priced:
-        step = list(answered_rows(recipe, sizes))[-1]
+        *_, step = answered_rows(recipe, sizes)
         states = priced + (stage == "trpo") + (getattr(section, "value_function", None) == "head" and valued)
         kept = footprint.kept(step, states)
         phases["train"] += kept + sum(footprint.kept(step.of(some), states) for some in {rows.count, size})
@@ -170,9 +170,12 @@ def memory_of(
         phases["curvature"] = footprint.curvature(rows.of(count), sequences) + kept
     if sizes.asked:
         answered = list(answered_rows(recipe, sizes))
-        held += footprint.merged
         phases["sample"] = max(footprint.sampling(some) for some in answered)
         phases["measure"] = max(footprint.measuring(some) for some in answered)
+        if len(answered) > 1 or recipe.run.eval_every < steps:
+            held += footprint.merged
+        else:       # what is sampled with comes after the last step
+            phases |= {name: phases[name] + footprint.merged for name in ("sample", "measure")}
     peak = held + max(phases.values())
     unit = rows.of(rows.group)
     return {

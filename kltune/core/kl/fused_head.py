@@ -53,7 +53,7 @@ class AfterHead:
     def before(self, slope: Tensor, logits: Tensor) -> Tensor:
         """∂f/∂x of ∂f/∂z, written over it; logits: z. [n, V] each."""
         if self.cap is not None:
-            slope.mul_(1.0 - (logits.to(slope.dtype) / self.cap).square_())
+            slope.mul_((logits.to(slope.dtype) / self.cap).square_().neg_().add_(1.0))
         if self.scale != 1.0:
             slope = slope.div_(self.scale) if self.divides else slope.mul_(self.scale)
         return slope
