@@ -60,6 +60,8 @@ def happen(kind: str, *arguments: Any) -> None:
         time.sleep(600)
     elif kind == "exception":
         raise LookupError("an odd one")
+    elif kind == "memory":
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes.")
     elif kind == "full disk":
         raise StorageError(errno.ENOSPC, "no space is left")
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kltune.run.files import read_record
-from tests.driven import CODES, KINDS, PHASES
+from tests.driven import CODES
 from tests.stages.test_processes_failing import AFTER, MATRIX, STEPS, WITHIN, assert_goes_on, named, whole  # noqa: F401
 from tests.stages.test_resume import assert_same_run
 from tests.stages.test_signals import command_of
@@ -22,7 +22,17 @@ STARTS = {
     OWN: ("-m", "tests.driven", "ppo", "--processes", "2"),
     TORCHRUN: ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.driven", "ppo"),
 }
-TORCHRUN_WITHIN = 45.0      # seconds: it waits for 30 before it kills who does not end
+# torchrun waits for 30 s before it kills who does not end, and ends with 1 itself, whatever it was.
+LIMIT = {OWN: WITHIN, TORCHRUN: 45.0}
+RAISING = '''
+calls = []
+
+def score(prompts, responses):
+    calls.append(None)
+    if len(calls) > 5:
+        raise KeyError("odd")
+    return [float(response.count("a")) for response in responses]
+'''
 BOTH = pytest.mark.parametrize("launcher", STARTS)
 
 
@@ -56,11 +66,12 @@ def wait_for(output: Path, process: subprocess.Popen, pattern: str = "checkpoint
         time.sleep(0.05)
 
 
-def assert_all_end(process: subprocess.Popen, output: Path, code: int, within: float = WITHIN) -> str:
+def assert_all_end(launcher: str, process: subprocess.Popen, output: Path, code: int) -> str:
     """All processes end in time, with a code; what they said."""
-    out, err = process.communicate(timeout=within)
+    out, err = process.communicate(timeout=LIMIT[launcher])
     returned = process.returncode
-    assert (returned if returned >= 0 else 128 - returned, out) == (code, ""), err
+    wanted = code if launcher == OWN else 1
+    assert (returned if returned >= 0 else 128 - returned, out) == (wanted, ""), err
     assert of_run(output) == []
     return err
 
@@ -72,7 +83,7 @@ def test_who_fails_is_named_and_decides_the_code(whole, tmp_path, record_propert
     fault = {"kind": kind, "phase": phase, "rank": rank, "after": AFTER[phase], "flag": str(now)}
     process = started(OWN, whole[0], output, fault)
     wait_for(tmp_path, process, "now")
-    err = assert_all_end(process, output, CODES[kind])
+    err = assert_all_end(OWN, process, output, CODES[kind])
     assert err.count("Traceback") == (kind == "exception"), err
     assert all(words in err for words in named(kind, phase, rank)), err
     record_property("deaths of a process", 1)
@@ -88,14 +99,10 @@ def test_a_signal_to_the_group_of_who_started_them_saves_and_ends_all(whole, tmp
     process = started(launcher, whole[0], output, None, "--set", "run.steps=400")
     wait_for(output, process)
     os.killpg(process.pid, number)      # as Ctrl-C does
-    code = 128 + number if launcher == OWN else TORCHRUN_CODES[number]
-    err = assert_all_end(process, output, code, WITHIN if launcher == OWN else TORCHRUN_WITHIN)
+    err = assert_all_end(launcher, process, output, 128 + number)
     assert err.count(f"{number.name}: finishing this step") == 1
     assert err.count("kltune: stopped:") == 1
     assert read_record(output)["status"] == "interrupted"
-
-
-TORCHRUN_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
 @pytest.mark.stress
@@ -123,8 +130,7 @@ def test_a_process_that_is_stopped_ends_the_run_after_the_timeout(whole, tmp_pat
     wait_for(output, process)
     (stopped,) = [pid for pid in of_run(output) if rank_of(pid) == rank]
     os.kill(stopped, signal.SIGSTOP)
-    code, within = (75, WITHIN) if launcher == OWN else (1, TORCHRUN_WITHIN)
-    err = assert_all_end(process, output, code, within)
+    err = assert_all_end(launcher, process, output, 75)
     assert f"process {rank} of 2 did not come within 3 s (run.timeout_s) while " in err
     assert ("did not end within 20 s" in err) == (launcher == OWN)
 
@@ -137,9 +143,33 @@ def test_memory_that_runs_out_in_one_process_is_74(whole, tmp_path, launcher, ki
     fault = {"kind": kind, "phase": phase, "rank": rank, "after": AFTER[phase], "flag": str(tmp_path / "now")}
     process = started(launcher, whole[0], output, fault)
     wait_for(tmp_path, process, "now")
-    err = assert_all_end(process, output, 74 if launcher == OWN else 1, TORCHRUN_WITHIN)
+    err = assert_all_end(launcher, process, output, 74)
     assert f"process {rank} of 2, while " in err
     assert "memory ran out" in err
+    assert_goes_on(*whole, output)
+
+
+@pytest.mark.stress
+@BOTH
+def test_a_reward_function_that_raises_is_5(whole, tmp_path, launcher):  # noqa: F811
+    (whole[0].parent / "raising.py").write_text(RAISING)
+    output, reward = tmp_path / "run", json.dumps([{"kind": "function", "path": "raising.py:score"}])
+    process = started(launcher, whole[0], output, None, "--set", f"reward={reward}")
+    wait_for(output, process)
+    err = assert_all_end(launcher, process, output, 5)
+    assert "KeyError" in err
+    assert "--resume goes on after step" in err
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize(("kind", "rank", "code"), [("killed", 1, -9), ("NaN", 0, 6), ("exception", 1, 1)])
+def test_torchrun_names_the_code_of_who_failed(whole, tmp_path, kind, rank, code):  # noqa: F811
+    output, now = tmp_path / "run", tmp_path / "now"
+    fault = {"kind": kind, "phase": "update", "rank": rank, "after": AFTER["update"], "flag": str(now)}
+    process = started(TORCHRUN, whole[0], output, fault)
+    wait_for(tmp_path, process, "now")
+    err = assert_all_end(TORCHRUN, process, output, 1)
+    assert f"exitcode  : {code} (pid" in err.partition("Root Cause")[2]
     assert_goes_on(*whole, output)
 
 

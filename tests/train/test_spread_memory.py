@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from kltune.lm.machine.live_bytes import LiveBytes
+from kltune.lm.model.policy import Policy
 from kltune.recipe import load_recipe
+from kltune.run.recorder import Report
 from kltune.train import plan as planning
 from kltune.train.evaluation import finish
 from kltune.train.plan import plan, plan_text, shard_of
@@ -48,9 +51,14 @@ def _no_page(monkeypatch):
 
 
 def recipe_of(folder: Path, stage: str, shape: str, **run) -> Path:
-    """A recipe whose rows are all trained on at once, so that one process of two has as many as the other idles."""
-    many = {"micro_batch_size": 8} | ({"batch_size": 8} if stage in ("sft", "reward", "dpo") else {})
-    return write_recipe(folder, stage, shape, run=run | {"processes": 2}, optim=many)
+    """A recipe for two processes that trains on eight rows at once, whose model was saved in half of its numbers."""
+    many = {"micro_batch_size": 8, "checkpoint_layers": "never"}
+    many |= {"batch_size": 16} if stage in ("sft", "reward", "dpo") else {}
+    path = write_recipe(folder, stage, shape, run=run | {"processes": 2}, optim=many)
+    half = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)     # no mapped file then
+    half.save_pretrained(folder / "model")
+    path.write_text(path.read_text().replace("dtype: bfloat16", "dtype: float32"))
+    return path
 
 
 @pytest.mark.parametrize(("shape", "stage"), [
@@ -60,7 +68,7 @@ def recipe_of(folder: Path, stage: str, shape: str, **run) -> Path:
 def test_the_memory_told_of_a_spread_base_is_what_each_process_takes(tmp_path, shape, stage):
     path = recipe_of(tmp_path, stage, shape, shard="full")
     told = plan(load_recipe(path))["memory"]
-    assert (told["processes"], told["shard"], told["phases"]["gather"]) == (2, "full", told["phases"]["gather"])
+    assert (told["processes"], told["processes_on_a_device"], told["shard"]) == (2, 2, "full")
 
     def peak(rank: int) -> int:
         with ResizedBytes() as live:
@@ -68,3 +76,54 @@ def test_the_memory_told_of_a_spread_base_is_what_each_process_takes(tmp_path, s
         return live.peak
 
     assert [json.loads(taken) for taken in as_several(2, peak)] == pytest.approx([told["peak"]] * 2, rel=0.1)
+
+
+def device_of(monkeypatch, share: float, path: Path) -> None:
+    """Let a device plan with this share of what two processes with a whole base each take at the peak."""
+    whole = plan(load_recipe(path))["memory"]["whole_peak"]
+    monkeypatch.setattr(planning, "device_bytes", lambda device: 2 * share * whole / 0.8)
+
+
+@pytest.mark.parametrize(("stage", "shape", "share", "shard", "why"), [
+    ("sft", "deep", 1.01, "none", "are planned with"),
+    ("sft", "deep", 0.97, "full", "GB are planned with; with pieces 0.02 GB"),
+    ("sft", "deep", 0.50, "full", "which does not fit either"),
+    ("trpo", "wide", 0.97, "none", "and pieces would take no less, for sampling and measuring gather them"),
+])
+def test_auto_spreads_what_a_device_does_not_hold_whole(tmp_path, monkeypatch, stage, shape, share, shard, why):
+    path = recipe_of(tmp_path, stage, shape, shard="auto")
+    device_of(monkeypatch, share, path)
+    for said in as_several(2, lambda rank: json.dumps(shard_of(load_recipe(path)))):
+        found, line = json.loads(said)
+        assert (found, why in line) == (shard, True)
+        assert line.startswith(f"run.shard: auto is {shard}: with a whole base each of 2 processes takes")
+    told = plan_text(plan(load_recipe(path)))
+    assert "2 processes share the work, and each of them holds " + (
+        "a piece of each layer of the base" if shard == "full" else "the whole base") in told
+    assert "; 2 processes share it" in told
+
+
+@pytest.mark.parametrize(("share", "shard"), [(0.97, "full"), (1.01, "none")])
+def test_a_run_says_once_what_auto_came_to_and_does_it(tmp_path, monkeypatch, share, shard):
+    path, spread, said = recipe_of(tmp_path, "sft", "deep", shard="auto"), [], []
+    device_of(monkeypatch, share, path)
+    whole, say = Policy.shard, Report.say
+    monkeypatch.setattr(Policy, "shard", lambda policy: spread.append(whole(policy)))
+    monkeypatch.setattr(Report, "say", lambda report, text: said.append(text) or say(report, text))
+
+    def run(rank: int) -> str:
+        RUN["sft"](load_recipe(path), resume=False)
+        return json.dumps([len(spread), len([line for line in said if line.startswith(f"run.shard: auto is {shard}")])])
+
+    assert [json.loads(found) for found in as_several(2, run)] == [[shard == "full", 1]] * 2
+
+
+def test_what_cannot_be_spread_is_said(tmp_path):
+    recipe = load_recipe(recipe_of(tmp_path, "sft", "deep", shard="auto"))
+    assert shard_of(recipe) == ("none", "run.shard: auto is none: one process has nobody to share with")
+    full = recipe.model_copy(update={"lora": None})
+    said = as_several(2, lambda rank: json.dumps(shard_of(full)))
+    assert ["lora: null trains all weights" in line for line in said] == [True, True]
+    assert plan(full)["memory"]["shard"] == "none"
+    whole = recipe.model_copy(update={"run": recipe.run.model_copy(update={"shard": "none"})})
+    assert shard_of(whole) == ("none", None)
