@@ -78,6 +78,11 @@ class OutOfMemory(StorageError):
     """Memory ran out, on the machine or on a device."""
 
 
+def failed_process(error: BaseException | None) -> str:
+    """``process`` of an error, or of one that it came of."""
+    return "" if error is None else getattr(error, "process", "") or failed_process(error.__cause__)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception that is none of these says that memory ran out, by its kind or its words."""
     if isinstance(error, KltuneError):

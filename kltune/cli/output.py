@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kltune.cli.streams import drop_buffered, result_stream
-from kltune.errors import Interrupted, KltuneError, OutOfMemory, StorageError, is_out_of_memory
+from kltune.errors import Interrupted, KltuneError, OutOfMemory, StorageError, failed_process, is_out_of_memory
 from kltune.recipe import RecipeFaults
 from kltune.recipe.faults import redact, visible
 from kltune.report.ci import escaped
@@ -124,11 +124,6 @@ def complain(error: KltuneError) -> int:
     elif on_github():
         print(f"::error title=kltune::{escaped(str(error))}", file=undressed(sys.stderr))
     return error.exit_code
-
-
-def failed_process(error: BaseException | None) -> str:
-    """Which of several processes failed, by the error or one that it came of; "" where nobody says."""
-    return "" if error is None else getattr(error, "process", "") or failed_process(error.__cause__)
 
 
 def on_github() -> bool:

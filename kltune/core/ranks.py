@@ -270,9 +270,14 @@ def _first_failure(payloads: Sequence[bytes], mine: Exception | None = None) -> 
     first = min(failures, key=lambda each: (each["place"], each["rank"]))
     own = mine if first["rank"] == _here.rank and mine is not None else _rebuilt(first)
     own.heard = True
-    if isinstance(own, DivergedError | StorageError):       # of a process, not of what the run was given
-        own.process = f"process {first['rank']} of {_here.size}, while {_here.phase}: "
-    return own
+    return _of_process(own, first["rank"])
+
+
+def _of_process(error: Exception, rank: int) -> Exception:
+    """The error, with whose it is where it is that of a process, and not of what the run was given."""
+    if isinstance(error, DivergedError | StorageError):
+        error.process = errors.failed_process(error) or f"process {rank} of {_here.size}, while {_here.phase}: "
+    return error
 
 
 def _rebuilt(told: dict[str, Any]) -> KltuneError:
@@ -287,7 +292,7 @@ def _say(error: Exception) -> None:
     if getattr(error, "heard", False) or isinstance(error, PeerError):
         return
     try:
-        _exchange(_failure(error), FAREWELL_SECONDS)
+        _exchange(_failure(_of_process(error, _here.rank)), FAREWELL_SECONDS)
     except PeerError:
         error.unheard = True
     else:
