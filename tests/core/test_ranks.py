@@ -33,8 +33,9 @@ def as_several(count: int, work: Callable[[int], str | None]) -> list[str]:
             os.write(end, said.encode())
         finally:
             os._exit(0)
-    for pid in pids:
+    for pid, (_, end) in zip(pids, pipes, strict=True):
         os.waitpid(pid, 0)
+        os.close(end)       # or one that said nothing would be waited for
     return [os.read(start, 100_000).decode() for start, _ in pipes]
 
 
