@@ -120,7 +120,7 @@ def test_closed_and_opened_layers_take_the_memory_that_is_told(tmp_path):
         (1.01, "none", "GB are planned with"), (0.97, "full", "GB are planned with; with pieces 0.02 GB"),
         (0.50, "full", "which does not fit either"),
     ]),
-    pytest.param("trpo", "wide", [(0.97, "none", "and pieces would take no less, for sampling and measuring gather them")],
+    pytest.param("trpo", "wide", [(0.97, "none", "pieces would take no less, for sampling and measuring gather them")],
                  marks=pytest.mark.stress),
 ])
 def test_auto_spreads_what_a_device_does_not_hold_whole(tmp_path, stage, shape, cases):
