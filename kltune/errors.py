@@ -17,11 +17,13 @@ NO_MEMORY = re.compile(
 class KltuneError(Exception):
     """Something the user can put right; shown without a traceback.
 
-    heard: all processes of a run have it. unheard: the first of them does not, and cannot say it.
+    heard: all processes of a run have it. unheard: the first of them does not, and cannot say it. process: of several,
+    which one failed and while it did what; "" where that says nothing.
     """
 
     exit_code = 1
     heard = unheard = False
+    process = ""
 
 
 class RecipeError(KltuneError, ValueError):
@@ -74,6 +76,11 @@ class StorageError(KltuneError, OSError):
 
 class OutOfMemory(StorageError):
     """Memory ran out, on the machine or on a device."""
+
+
+def failed_process(error: BaseException | None) -> str:
+    """``process`` of an error, or of one that it came of."""
+    return "" if error is None else getattr(error, "process", "") or failed_process(error.__cause__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

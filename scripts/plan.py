@@ -36,12 +36,21 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """A step of PPO with a value function: responses of so many tokens after prompts of so many, passes over them."""
+    """A step of PPO with a value function: responses of so many tokens after prompts of so many, passes over them.
+
+    minibatch: responses an update, of which each adds up gradients over the GPUs.
+    """
 
     responses: int
     prompt: int
     tokens: int
     epochs: int
+    minibatch: int
+
+    @property
+    def updates(self) -> int:
+        """Of policy and value function each."""
+        return self.epochs * math.ceil(self.responses / self.minibatch)
 
     @property
     def all_tokens(self) -> int:
@@ -95,7 +104,7 @@ def plan(shape: Shape, work: Work, machine: Machine, gpus: int, adapters: int = 
     cache = CACHE * size * shape.cache_per_token * rows * (work.prompt + work.tokens)
     kept = BACKWARD * size * shape.kept_per_token * min(MICRO_TOKENS, math.ceil(work.all_tokens / gpus))
     memory = base + trained + max(cache, kept)
-    sent = GRADIENT_BYTES * shape.adapter * adapters * work.epochs * 2 * (gpus - 1) / gpus
+    sent = GRADIENT_BYTES * shape.adapter * adapters * work.updates * 2 * (gpus - 1) / gpus
     flops, reads = machine.tflops * 1e12 * machine.efficiency, machine.hbm * 1e9 * machine.efficiency
     share = rows * (work.prompt + work.tokens)
     per_token = max(base / reads, 2 * shape.parameters * rows / flops)      # a decoding step reads all weights
@@ -151,10 +160,11 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256, help="tokens")
     parser.add_argument("--tokens", type=int, default=256, help="of a response")
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--minibatch", type=int, default=64, help="responses an update")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     machine = Machine(asked.memory, asked.hbm, asked.tflops, asked.wire, asked.efficiency)
-    work = Work(asked.responses, asked.prompt, asked.tokens, asked.epochs)
+    work = Work(asked.responses, asked.prompt, asked.tokens, asked.epochs, asked.minibatch)
     shapes = [shape_of(config, asked.rank) for config in asked.configs]
     plans = {shape: [plan(shape, work, machine, gpus) for gpus in asked.gpus] for shape in shapes}
     if asked.json:

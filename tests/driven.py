@@ -2,7 +2,8 @@
 
     python -m tests.driven ppo --recipe R.yaml --processes 2        or, in a fork: install, then main
 
-FAULT is JSON: {"kind", "phase", "rank", "after": how often the phase is passed before}.
+FAULT is JSON: {"kind", "phase", "rank", "after": how often the phase is passed before, and if wanted "flag": a
+file that is made as it happens}.
 """
 
 import errno
@@ -10,6 +11,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from kltune.cli import main
@@ -40,6 +42,8 @@ def install(fault: dict[str, Any] | None) -> None:
     def faulty(*arguments: Any, **keywords: Any) -> Any:
         left[0] -= 1
         if left[0] == -1:
+            if "flag" in fault:
+                Path(fault["flag"]).touch()
             happen(fault["kind"], *arguments)
         return whole(*arguments, **keywords)
 
@@ -56,6 +60,8 @@ def happen(kind: str, *arguments: Any) -> None:
         time.sleep(600)
     elif kind == "exception":
         raise LookupError("an odd one")
+    elif kind == "memory":
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes.")
     elif kind == "full disk":
         raise StorageError(errno.ENOSPC, "no space is left")
     else:

@@ -6,9 +6,15 @@ from peft import LoraConfig, get_peft_model
 from plan import Machine, Shape, Work, plan, shape_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kltune.core import ranks
 from kltune.lm.fast.decoding import bytes_held
 from kltune.lm.fast.lora import speed_up
 from kltune.lm.fast.memory import saved_bytes
+from kltune.recipe import load_recipe
+from kltune.stages.ppo import run_ppo
+from kltune.train.evaluation import finish
+from tests.core.test_ranks import as_several
+from tests.train.test_dry_run import PROMPT, RESPONSE, write_recipe
 
 SHAPES = [       # hidden, inner, layers, heads, heads of keys and values, rank
     (64, 172, 5, 8, 4, 16), (256, 688, 6, 8, 8, 16), (128, 512, 3, 4, 2, 8), (512, 1408, 2, 8, 8, 32),
@@ -16,7 +22,7 @@ SHAPES = [       # hidden, inner, layers, heads, heads of keys and values, rank
 ]
 EIGHT = Shape("8b", 8_030_261_248, 41_943_040, 32, 4096, 2 * 32 * 1024, 32 * (6 * 4096 + 4 * 14336 + 2 * 1024 + 160))
 H100 = Machine(80.0, 3350.0, 990.0, 50.0, 0.4)
-STEP = Work(512, 256, 256, 4)
+STEP = Work(512, 256, 256, 4, 64)
 
 
 @pytest.mark.parametrize(("hidden", "inner", "layers", "heads", "keys", "rank"), SHAPES)
@@ -44,10 +50,33 @@ def test_what_is_counted_and_estimated_is_what_there_is(tmp_path, hidden, inner,
     assert 4 * shape.kept_per_token == pytest.approx((kept(2) - kept(1)) / 32, rel=0.1)
 
 
+def test_the_bytes_on_the_wire_are_those_that_a_run_of_two_sends(tmp_path, monkeypatch):
+    path = write_recipe(
+        tmp_path, "ppo", "deep", ppo={"baseline": "value", "epochs": 2, "minibatch_size": 8}, optim={"lr": 1e-9}
+    )
+    monkeypatch.setattr(finish, "write_page", lambda folder: None)
+    sent, summed = [], ranks.summed
+
+    def counted(vector: torch.Tensor) -> torch.Tensor:
+        sent.append(vector.numel() * vector.element_size())
+        return summed(vector)
+
+    monkeypatch.setattr(ranks, "summed", counted)
+
+    def run(rank: int) -> int:
+        run_ppo(load_recipe(path), resume=False)
+        return sum(sent)
+
+    steps, (told, other) = 2, map(int, as_several(2, run))
+    work = Work(16, PROMPT, RESPONSE, 2, 8)
+    row = plan(shape_of(tmp_path / "model", 4), work, H100, 2)      # of two, a ring sends each number once
+    assert told == other == pytest.approx(steps * 1e6 * row["sent_mb"], rel=0.05)
+
+
 def test_an_adapter_of_eight_billion_is_84_megabytes():
     assert 2 * EIGHT.adapter / 1e6 == pytest.approx(83.9, abs=0.1)
     row = plan(EIGHT, STEP, H100, 8)
-    assert row["sent_mb"] == pytest.approx(8 * EIGHT.adapter * 2 * 4 * 2 * 7 / 8 / 1e6)
+    assert row["sent_mb"] == pytest.approx(8 * EIGHT.adapter * 2 * 4 * 8 * 2 * 7 / 8 / 1e6)
     assert row["memory_gib"] < 80.0
 
 

@@ -44,7 +44,7 @@ from kltune.cli.sweep import frontier_command, sweep_command
 from kltune.errors import KltuneError
 from kltune.recipe import load_recipe
 from kltune.run.screen import ShownText, doing, signs_of_life, undressed
-from kltune.run.subprocesses import STARTED, end_at_once, is_extra_process, on_stop_signals
+from kltune.run.subprocesses import STARTED, end_at_once, end_with_torchrun, is_extra_process, on_stop_signals
 
 QUIET_LIBRARIES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -191,6 +191,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # Libraries warn each other of renamed attributes; no user of kltune can do anything about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b.*")
     guard_streams()
+    end_with_torchrun()
     if is_extra_process():      # it computes what the first one does, which says it
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if not isinstance(sys.stderr, ShownText):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kltune.cli.streams import drop_buffered, result_stream
-from kltune.errors import Interrupted, KltuneError, OutOfMemory, StorageError, is_out_of_memory
+from kltune.errors import Interrupted, KltuneError, OutOfMemory, StorageError, failed_process, is_out_of_memory
 from kltune.recipe import RecipeFaults
 from kltune.recipe.faults import redact, visible
 from kltune.report.ci import escaped
@@ -108,14 +108,15 @@ def following(result: dict[str, Any]) -> str:
 def complain(error: KltuneError) -> int:
     """Say on stderr what is wrong, on GitHub as annotations too; return the exit code of its kind."""
     label = "kltune: stopped:" if isinstance(error, Interrupted) else "kltune: error:"
+    text = visible(redact(f"{failed_process(error)}{error}"))
     if is_extra_process():
         if error.unheard or os.environ.get("LOCAL_RANK") == "0":      # of another machine, whose log is its own
-            print(f"{label} process {os.environ['RANK']}: {visible(redact(str(error)))}", file=sys.__stderr__)
+            print(f"{label} process {os.environ['RANK']}: {text}", file=sys.__stderr__)
         return error.exit_code
     if wants_colour(sys.stderr):
         label = f"\033[31m{label}\033[0m"
     print(f"{label} ", end="", file=undressed(sys.stderr))
-    print(visible(redact(str(error))), file=undressed(sys.stderr))
+    print(text, file=undressed(sys.stderr))
     if on_github() and isinstance(error, RecipeFaults):
         for fault in error.faults:
             where = f"file={escaped(fault.place.file, ':,')},line={fault.place.line},col={fault.place.column}"

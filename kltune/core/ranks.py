@@ -12,6 +12,7 @@ error. Alone, as one process is, nothing here costs anything.
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,14 +25,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from kltune import errors
-from kltune.errors import KltuneError, OutOfMemory, PeerError, RecipeError
+from kltune.errors import DivergedError, KltuneError, OutOfMemory, PeerError, RecipeError, StorageError
 
 Part = TypeVar("Part")
 Row = tuple[Tensor | None, ...]
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")     # what torchrun tells each process
 TIMEOUT = 1800.0        # seconds that one waits for another, unless a recipe says otherwise
 FAREWELL_SECONDS = 10.0     # for which a process that fails waits to be heard
-LATE = re.compile(r"[Rr]anks? ([\d, ]+) (?:failed|timed out)")
+GONE = re.compile(r"[Rr]anks? ([\d, ]+) (?:failed|timed out)")
 
 
 @dataclass
@@ -93,18 +94,20 @@ def joined(processes: int | str, timeout: float, device: str) -> Iterator[None]:
     on_gpu, seconds = device != "cpu" and torch.cuda.is_available(), timedelta(seconds=timeout)
     if on_gpu:
         _take_gpu(int(os.environ.get("LOCAL_RANK", 0)), device)
-    with _heard():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=seconds, rank=rank, world_size=count)
-        _here.talk = dist.new_group(backend="gloo", timeout=seconds)
-    _here.rank, _here.size, _here.timeout, _here.phase = rank, count, timeout, "starting"
+    _here.rank, _here.timeout, _here.phase = rank, timeout, "starting"
     try:
+        with _heard(count):
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=seconds, rank=rank, world_size=count)
+            _here.talk = dist.new_group(backend="gloo", timeout=seconds)
+        _here.size = count
         yield
         gathered(lambda: None)     # nobody leaves while another still reads what it sent, or has yet to fail
     except Exception as error:
         _say(error)
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         _here.rank, _here.size = 0, 1
 
 
@@ -238,7 +241,7 @@ def _bytes(content: bytes) -> Tensor:
 def _exchange(payload: bytes, timeout: float | None = None) -> list[bytes]:
     """Some bytes of each process, by rank; whoever does not come in time is named."""
     seconds = timeout or _here.timeout
-    with _heard():
+    with _heard(seconds=seconds):
         dist.monitored_barrier(_here.talk, timeout=timedelta(seconds=seconds), wait_all_ranks=True)
         sizes = [torch.zeros(1, dtype=torch.long) for _ in range(_here.size)]
         dist.all_gather(sizes, torch.tensor([len(payload)]), group=_here.talk)
@@ -267,7 +270,14 @@ def _first_failure(payloads: Sequence[bytes], mine: Exception | None = None) -> 
     first = min(failures, key=lambda each: (each["place"], each["rank"]))
     own = mine if first["rank"] == _here.rank and mine is not None else _rebuilt(first)
     own.heard = True
-    return own
+    return _of_process(own, first["rank"])
+
+
+def _of_process(error: Exception, rank: int) -> Exception:
+    """The error, with whose it is where it is that of a process, and not of what the run was given."""
+    if isinstance(error, DivergedError | StorageError):
+        error.process = errors.failed_process(error) or f"process {rank} of {_here.size}, while {_here.phase}: "
+    return error
 
 
 def _rebuilt(told: dict[str, Any]) -> KltuneError:
@@ -282,7 +292,7 @@ def _say(error: Exception) -> None:
     if getattr(error, "heard", False) or isinstance(error, PeerError):
         return
     try:
-        _exchange(_failure(error), FAREWELL_SECONDS)
+        _exchange(_failure(_of_process(error, _here.rank)), FAREWELL_SECONDS)
     except PeerError:
         error.unheard = True
     else:
@@ -290,17 +300,27 @@ def _say(error: Exception) -> None:
 
 
 @contextmanager
-def _heard() -> Iterator[None]:
-    """Within: that another process is gone, or late, is an error that says which and when."""
+def _heard(size: int = 0, seconds: float | None = None) -> Iterator[None]:
+    """Within: that another process is gone, or late, is an error that says which and when.
+
+    size: of the run, where it is still being put together. seconds: that are waited, if not those of the run.
+    """
+    count, began = size or _here.size, time.monotonic()
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        named = LATE.search(str(error))
-        late = named is not None or "imed out" in str(error)
-        others = f"process {named[1].strip(' ,')} of {_here.size}" if named else "another process of this run"
-        if late and _here.rank > 0:     # the first one is whom the others wait for
-            others = f"process 0 of {_here.size}" + (", or one that it waits for," if _here.size > 2 else "")
+        # A barrier calls one that died late as well, at once.
+        late = time.monotonic() - began >= 0.9 * (seconds or _here.timeout)
+        named = GONE.search(str(error))
+        others = f"process {named[1].strip(' ,')} of {count}" if named else "another process of this run"
+        if count == 2:
+            others = f"process {1 - _here.rank} of 2"
+        elif late and _here.rank > 0:     # the first one is whom the others wait for
+            others = f"process 0 of {count}, or one that it waits for,"
         ended = f"did not come within {_here.timeout:g} s (run.timeout_s)" if late else "ended"
+        if size and not late:
+            ended = f"was not found, {str(error).partition(chr(10))[0]},"
         lost = PeerError(f"{others} {ended} while {_here.phase}; --resume goes on from the newest checkpoint.")
-        lost.unheard = late and _here.rank > 0      # of one that ended, itself or who started it says why
+        # Where the first one is gone somebody else has to say in the middle of what.
+        lost.unheard = _here.rank == 1 or (late and _here.rank > 0)
         raise lost from error

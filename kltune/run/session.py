@@ -147,7 +147,11 @@ class Run:
     def agree_on_stop(self) -> int | None:
         """The signal that asked any of this run's processes to stop, from here on in all of them."""
         numbers = ranks.gathered(lambda: self.stop_signal)
-        self.stop_signal = next((number for number in numbers if number is not None), None)
+        asked = next((rank for rank, number in enumerate(numbers) if number is not None), None)
+        self.stop_signal = None if asked is None else numbers[asked]
+        if asked and ranks.is_first():      # which has not heard of it, and not said so
+            name = signal.Signals(self.stop_signal).name
+            tell_at_once(f"{name} to process {asked} of {len(numbers)}: saving, then ending.\n")
         return self.stop_signal
 
     def close(self, error: BaseException | None) -> None:

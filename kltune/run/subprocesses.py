@@ -44,6 +44,7 @@ class _Child:
     command: Command
     process: subprocess.Popen
     began: float
+    given_up: bool = False
 
 
 def run_commands(
@@ -103,7 +104,7 @@ def start_processes(
     """
     if processes == 1 or "WORLD_SIZE" in os.environ:
         return None
-    if processes == "auto" and (processes := _devices()) == 1:
+    if processes == "auto" and (processes := device_count()) == 1:
         return None
     environment = thread_share(os.environ, processes) if shares_threads else os.environ
     with socket.socket() as free:
@@ -114,10 +115,10 @@ def start_processes(
         "MASTER_PORT": str(port), STARTED: "1",
     }
     shared.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform.startswith("linux") else "lo0")
-    command, running = Command("process", tuple(arguments), Path(os.devnull)), []
-    codes: list[int] = []
+    running, codes = [], []
     with _handing_on(running) as received:
         for rank in range(processes):
+            command = Command(f"process {rank} of {processes}", tuple(arguments), Path(os.devnull))
             process = subprocess.Popen(
                 command.arguments, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True,
                 stdin=None if rank == 0 else subprocess.DEVNULL, preexec_fn=_dying_with_parent(),
@@ -131,14 +132,19 @@ def start_processes(
             for child in [child for child in running if child.process.poll() is not None]:
                 running.remove(child)
                 code = child.process.returncode
-                codes.append(code if code >= 0 else 128 - code)
                 if code:
                     give_up = min(give_up, time.monotonic() + LEAVE_SECONDS)
+                if child.given_up:
+                    continue        # what became of the one that it did not follow is the outcome
+                codes.append(code if code >= 0 else 128 - code)
                 if code < 0 and -code not in received:
-                    name = signal.Signals(-code).name
-                    print(f"kltune: error: one of {processes} processes was killed by {name}; --resume goes on from "
-                          "the newest checkpoint.", file=sys.stderr)
-            for child in running if time.monotonic() > give_up and not received else ():
+                    print(f"kltune: error: {child.command.name} was killed by {signal.Signals(-code).name}; --resume "
+                          "goes on from the newest checkpoint.", file=sys.stderr)
+            for child in running if time.monotonic() > give_up else ():
+                if not child.given_up:
+                    print(f"kltune: error: {child.command.name} did not end within {LEAVE_SECONDS:g} s of another one, "
+                          "and was killed.", file=sys.stderr)
+                child.given_up = True
                 child.process.kill()
             time.sleep(POLL_SECONDS)
     return code_of_all(codes)
@@ -156,11 +162,17 @@ def is_extra_process() -> bool:
     return "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0"
 
 
-def _devices() -> int:
-    """One process for each GPU; where there is none, one for each core, as many as share a batch at most."""
+def device_count() -> int:
+    """What ``auto`` is: a process for each GPU; without one, for each core, as many as share a batch at most."""
     import torch
 
     return torch.cuda.device_count() or min(allowed_cores(), MOST_AUTO)
+
+
+def end_with_torchrun() -> None:
+    """Be asked to stop where torchrun, which started this process, is killed and can hand nothing on (on Linux)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _dying_with_parent() -> Callable[[], None] | None:

@@ -43,6 +43,7 @@ from kltune.train.batch import UNMEASURED, Batch, batch_metrics, response_kl, sa
 from kltune.train.evaluation.finish import finish, stop, watch_over
 from kltune.train.evaluation.held_out import HeldOut, load_held_out
 from kltune.train.learner import ALARMS, SCORER, VALUES, BudgetRecipe, Job, Learner, expect_finite_metrics
+from kltune.train.plan import shard_of
 from kltune.train.value_function import ValueFunction
 
 FLAT_STEPS = 3      # whose responses all score alike: then something is wrong with the reward
@@ -161,8 +162,7 @@ def take_steps(
     notes = [*said, *notes, *job.held_out.notes]
     notes += () if learner.scorer is None else (*learner.scorer.notes, *learner.scorer.examples(job.prompts))
     notes += () if job.pair_judge is None else [job.pair_judge.note]
-    if job.recipe.run.shard == "full" and ranks.size() > 1:
-        learner.policy.shard()
+    notes += (spread_base(job, learner),)
     expect_same_model(learner)
     with job.report, contextlib.nullcontext() if job.server is None else contextlib.closing(job.server):
         for line in dict.fromkeys(filter(None, notes)):  # one file may serve two purposes
@@ -205,6 +205,14 @@ def planned(job: Job, learner: Learner) -> str:
     chosen = " (model.dtype: auto)" if job.recipe.model.dtype == "auto" and policy.dtype != torch.float32 else ""
     return (f"{facts['name']}, {facts['dtype']}{chosen}: {whole:,} parameters, {trained:,} trained; "
             f"{held / 1e9:.2f} GB for them, {fraction * there / 1e9:.2f} GB planned with of {there / 1e9:.2f}")
+
+
+def spread_base(job: Job, learner: Learner) -> str | None:
+    """Spread the base over the processes as ``run.shard`` has it; a line on that where there is something to say."""
+    shard, line = ranks.from_first(lambda: shard_of(job.recipe))
+    if shard == "full":
+        learner.policy.shard()
+    return line
 
 
 def goes_on(job: Job, learner: Learner, step: int) -> bool:
@@ -312,12 +320,15 @@ def save(job: Job, learner: Learner, step: int, kl: dict[str, Any] | None) -> No
         expect_same_model(learner)
         info = job.about(learner.model, kl)
         learner.policy.network.close()      # in all processes: a state_dict closes the layers of whoever saves
-        if ranks.is_first():
+
+        def write() -> None:
             job.report.keep()
             save_checkpoint(
                 job.run.folder, step, learner.model.save, info=info, tensors=learner.tensors(), state=learner.state(),
                 keep=job.recipe.run.keep,
             )
+
+        ranks.from_first(write)     # who went on meanwhile might leave, and whoever started both would end this one
         job.run.record(saved_step=step, seconds=job.run.seconds())
 
 

@@ -5,18 +5,20 @@ are (``lm/measure/footprint.py``).
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kltune.core import ranks
 from kltune.lm.data.chat import read_template
 from kltune.lm.data.examples import Counts, Prompt, load_examples, load_prompts
 from kltune.lm.data.pairs import answers, hold_out, load_comparisons
 from kltune.lm.machine.device_memory import device_bytes
-from kltune.lm.measure.footprint import Footprint, Rows
+from kltune.lm.measure.footprint import Footprint, Rows, Spread
 from kltune.lm.measure.likelihood import text_rules
 from kltune.lm.measure.measurement import RESPONSES_PER_PASS
 from kltune.lm.model.loading import pick_device
@@ -25,7 +27,8 @@ from kltune.lm.model.policy import Policy
 from kltune.recipe import STAGES, ClassifierReward, DistillRecipe, ModelReward, ModelSection, Recipe, dump_recipe
 from kltune.run.checkpoint import resolve_checkpoint
 from kltune.run.optimizer import total_steps
-from kltune.run.screen import apart, number
+from kltune.run.screen import apart, doing, number
+from kltune.run.subprocesses import device_count
 from kltune.train.teacher import rules_of, told
 
 GB = 1e9
@@ -52,6 +55,25 @@ class Sizes:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Processes:
+    """How many share the work of a run, and how many of them the memory of one device."""
+
+    count: int = 1
+    on_a_device: int = 1
+
+    @classmethod
+    def of(cls, recipe: Recipe, device: torch.device) -> "Processes":
+        """Those that run, or that the recipe would start."""
+        wanted = recipe.run.processes
+        count = ranks.size() if ranks.size() > 1 else device_count() if wanted == "auto" else wanted
+        beside = ranks.beside() if ranks.size() > 1 else count
+        return cls(count, beside if device.type == "cpu" else 1)
+
+
+ALONE = Processes()
+
+
 def plan(recipe: Recipe, *, device: torch.device | None = None, there: float | None = None) -> dict[str, Any]:
     """What a run of this recipe would do and take; nothing is written.
 
@@ -67,7 +89,9 @@ def plan(recipe: Recipe, *, device: torch.device | None = None, there: float | N
     sizes = read_sizes(recipe, policy, files)
     steps = total_steps(recipe.run, sizes.rows, sizes.per_step)
     there = there or device_bytes(device)
-    memory = memory_of(recipe, policy, sizes, there=there, device=device.type, steps=steps)
+    memory = memory_of(
+        recipe, policy, sizes, there=there, device=device.type, steps=steps, processes=Processes.of(recipe, device)
+    )
     return {
         "schema": "kltune.plan/1",
         "stage": recipe.stage,
@@ -132,9 +156,12 @@ def read_sizes(recipe: Recipe, policy: Policy, files: dict[str, dict[str, int]])
 
 def memory_of(
     recipe: Recipe, policy: Policy, sizes: Sizes, *, there: float, device: str, steps: int,
-    trains: bool = True,
+    trains: bool = True, processes: Processes = ALONE,
 ) -> dict[str, Any]:
-    """Bytes by phase, and what is there; how many rows are trained on at once, and how many could be."""
+    """Bytes of each process by phase, and what is there; how many rows are trained on at once, and how many could be.
+
+    ``shard`` is what ``run.shard`` comes to, and ``whole_peak`` what is at the peak without it.
+    """
     stage, section = recipe.stage, getattr(recipe, recipe.stage, None)
     valued = getattr(section, "baseline", None) == "value"
     if valued:
@@ -152,39 +179,110 @@ def memory_of(
         rows = rows.of(section.minibatch_size)
     size, checkpointed = footprint.micro_rows(rows, sequences)
     scalar = stage == "reward"
-    priced = exact_kl_is_priced(recipe)
     kind = {"checkpointed": checkpointed, "scalar": scalar, "accumulates": size < rows.count,
-            "beside": {"ppo": int(priced), "distill": 2}.get(stage, 0)}
-    phases = {"train": footprint.training(rows.of(size), **kind)}
-    if stage in SAMPLED or priced:
-        *_, step = answered_rows(recipe, sizes)
-        states = priced + (stage == "trpo") + (getattr(section, "value_function", None) == "head" and valued)
-        kept = footprint.kept(step, states)
-        phases["train"] += kept + sum(footprint.kept(step.of(some), states) for some in {rows.count, size})
-        if stage == "dpo":
-            part, _ = footprint.micro_rows(step, sequences)
-            phases["KL"] = kept + footprint.kept(step.of(part), states) + footprint.training(
-                step.of(part), checkpointed=checkpointed, accumulates=True, beside=1)
+            "beside": 2 if stage == "distill" else int(stage == "ppo" and exact_kl_is_priced(recipe))}
+    trained = partial(training_phases, recipe, footprint, sizes, rows, size)
+    phases, merged = trained(kind), 0
     if stage == "trpo":
         count = max(1, round(section.fisher_fraction * rows.count))
-        phases["curvature"] = footprint.curvature(rows.of(count), sequences) + kept
+        phases["curvature"] = footprint.curvature(rows.of(count), sequences) + kept_of(recipe, footprint, sizes)
     if sizes.asked:
         answered = list(answered_rows(recipe, sizes))
         phases["sample"] = max(footprint.sampling(some) for some in answered)
         phases["measure"] = max(footprint.measuring(some) for some in answered)
         if len(answered) > 1 or recipe.run.eval_every < steps:
-            held += footprint.merged
+            merged = footprint.merged
+            held += merged
         else:       # what is sampled with comes after the last step
             phases |= {name: phases[name] + footprint.merged for name in ("sample", "measure")}
-    peak = held + max(phases.values())
-    unit = rows.of(rows.group)
+    shard, gathered = recipe.run.shard if processes.count > 1 and recipe.lora is not None else "none", 0
+    whole_peak, most = held + max(phases.values()), footprint.planned / processes.on_a_device
+    peak, unit = whole_peak, rows.of(rows.group)
+    if shard == "full" or (shard == "auto" and whole_peak > most):
+        layers, closes = footprint.spread_over(processes.count), stage != "trpo"
+        alike = kind | {"shares": False, "checkpointed": recipe.optim.checkpoint_layers == "always"} if closes else kind
+        closed = trained(alike)     # passes of all processes at once, of one kind
+        pieces = spread(layers, merged, held, phases | closed, closed if closes else ())
+        spread_peak = pieces[0] + max(pieces[1].values())
+        if shard == "full" or spread_peak < whole_peak:
+            shard, peak, gathered, kind, (held, phases) = "full", spread_peak, layers.gathered, alike, pieces
     return {
+        "processes": processes.count, "processes_on_a_device": processes.on_a_device,
+        "shard": "full" if shard == "full" else "none", "whole_peak": whole_peak,
         "parameters": {"all": numbers(policy, trained=False), "trained": numbers(policy, trained=True)},
         "there": int(there), "planned": int(footprint.planned), "held": held, "phases": phases, "peak": peak,
-        "fits": peak <= footprint.planned, "trained_at_once": size, "tokens_of_a_row": rows.length,
-        "checkpointed": checkpointed,
-        "largest_micro_batch": footprint.largest(unit, held, **kind),
+        "fits": peak <= most, "trained_at_once": size, "tokens_of_a_row": rows.length,
+        "checkpointed": kind["checkpointed"],
+        "largest_micro_batch": footprint.largest(unit, held + gathered, **kind),
     }
+
+
+def training_phases(
+    recipe: Recipe, footprint: Footprint, sizes: Sizes, rows: Rows, size: int, kind: dict[str, Any]
+) -> dict[str, int]:
+    """Training on so many rows at once, and where DPO's KL has a price on responses too, each beside what is kept.
+
+    kind: arguments of ``Footprint.training``.
+    """
+    phases = {"train": footprint.training(rows.of(size), **kind) + kept_of(recipe, footprint, sizes, rows.count, size)}
+    if recipe.stage == "dpo" and exact_kl_is_priced(recipe):
+        *_, step = answered_rows(recipe, sizes)
+        part, _ = footprint.micro_rows(step, recipe.optim.micro_batch_size)
+        own = kind | {"accumulates": True, "beside": 1}
+        phases["KL"] = footprint.training(step.of(part), **own) + kept_of(recipe, footprint, sizes, part)
+    return phases
+
+
+def kept_of(recipe: Recipe, footprint: Footprint, sizes: Sizes, *selected: int) -> int:
+    """Hidden states that the rollout of a step keeps, and those of some rows that are selected from it."""
+    section, priced = getattr(recipe, recipe.stage, None), exact_kl_is_priced(recipe)
+    if not (recipe.stage in SAMPLED or priced):
+        return 0
+    *_, step = answered_rows(recipe, sizes)
+    by_head = getattr(section, "baseline", None) == "value" and section.value_function == "head"
+    states = priced + (recipe.stage == "trpo") + by_head
+    return footprint.kept(step, states) + sum(footprint.kept(step.of(some), states) for some in {*selected})
+
+
+def spread(
+    layers: Spread, merged: int, held: int, phases: Mapping[str, int], closed: Iterable[str]
+) -> tuple[int, dict[str, int]]:
+    """What is held, and the phases, of a process that keeps a piece of each layer.
+
+    Phases that are not ``closed`` gather all layers beside the pieces, and have the ``merged`` ones, which are held
+    otherwise; closed ones gather one at a time.
+    """
+    phases = {**phases, "gather": 0}        # in a stage that neither samples nor measures KL, to evaluate
+    more = dict.fromkeys(phases, layers.whole + merged) | dict.fromkeys(closed, layers.gathered)
+    return held - merged - layers.whole + layers.pieces, {name: size + more[name] for name, size in phases.items()}
+
+
+def shard_of(recipe: Recipe) -> tuple[str, str | None]:
+    """What ``run.shard`` comes to among the processes that run, and a line on why where the recipe does not say it."""
+    wanted = recipe.run.shard
+    if wanted == "none":
+        return wanted, None
+    if ranks.size() == 1:
+        return "none", f"run.shard: {wanted} is none: one process has nobody to share with"
+    if recipe.lora is None:
+        return "none", f"run.shard: {wanted} is none: lora: null trains all weights, and only frozen ones are spread"
+    if wanted == "full":
+        return wanted, None
+    doing("estimating memory")
+    memory = plan(recipe)["memory"]
+    return memory["shard"], shard_line(memory)
+
+
+def shard_line(memory: Mapping[str, Any]) -> str:
+    """Why ``run.shard: auto`` came to what it did."""
+    there = f"{memory['planned'] / memory['processes_on_a_device'] / GB:.2f} GB are planned with"
+    whole, peak = (f"{memory[name] / GB:.2f} GB" for name in ("whole_peak", "peak"))
+    start = f"run.shard: auto is {memory['shard']}: with a whole base each of {memory['processes']} processes takes"
+    if memory["shard"] == "full":
+        also = "" if memory["fits"] else ", which does not fit either"
+        return f"{start} {whole} at the peak, where {there}; with pieces {peak}{also}"
+    also = "" if memory["fits"] else ", and pieces would take no less, for sampling and measuring gather them"
+    return f"{start} {whole} at the peak, where {there}{also}"
 
 
 def measured_only(footprint: Footprint, sizes: Sizes, recipe: Recipe) -> dict[str, Any]:
@@ -289,10 +387,14 @@ def plan_text(document: dict[str, Any]) -> str:
                  f"{tokens['per_step']:,} tokens a step, {tokens['total']:,} in all")
     phases = {name: memory["held"] + more for name, more in ({"held all the time": 0} | memory["phases"]).items()}
     lines += [f"  memory, {name:<17} {value / GB:8.2f} GB" for name, value in phases.items()]
-    verdict = "fits" if memory["fits"] else "DOES NOT FIT"
-    peak, planned = apart(memory["peak"] / GB, memory["planned"] / GB, places=2)
+    if memory["processes"] > 1:
+        base = "a piece of each layer of the base" if memory["shard"] == "full" else "the whole base"
+        lines.append(f"  {memory['processes']} processes share the work, and each of them holds {base}")
+    verdict, beside = "fits" if memory["fits"] else "DOES NOT FIT", memory["processes_on_a_device"]
+    peak, planned = apart(memory["peak"] / GB, memory["planned"] / beside / GB, places=2)
+    shared = f"; {beside} processes share it" if beside > 1 else ""
     lines.append(f"  {verdict}: {peak} GB at the peak; {planned} GB are planned "
-                 f"with, of {memory['there'] / GB:.2f} GB")
+                 f"with, of {memory['there'] / GB:.2f} GB{shared}")
     lines.append(f"  trained on at once: {memory['trained_at_once']} rows of {memory['tokens_of_a_row']} tokens"
                  + (", their layers computed again" if memory["checkpointed"] else "")
                  + f"; up to {memory['largest_micro_batch']} would fit")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kltune.core import ranks
-from kltune.errors import DivergedError, PeerError, StorageError
+from kltune.errors import DivergedError, PeerError, StorageError, failed_process
 
 
 def as_several(count: int, work: Callable[[int], str | None]) -> list[str]:
@@ -33,8 +33,9 @@ def as_several(count: int, work: Callable[[int], str | None]) -> list[str]:
             os.write(end, said.encode())
         finally:
             os._exit(0)
-    for pid in pids:
+    for pid, (_, end) in zip(pids, pipes, strict=True):
         os.waitpid(pid, 0)
+        os.close(end)       # or one that said nothing would be waited for
     return [os.read(start, 100_000).decode() for start, _ in pipes]
 
 
@@ -93,6 +94,36 @@ def test_a_bug_is_told_to_the_others_with_its_name():
 def test_a_process_that_computes_something_else_is_named():
     said = as_several(3, lambda rank: ranks.expect_equal("model", lambda: str(rank == 2)))
     assert all(text.startswith("PeerError: process 2 of 3 holds another model than process 0") for text in said)
+
+
+def test_one_that_died_is_not_called_late():
+    def work(rank: int) -> None:
+        if rank == 2:
+            os._exit(0)
+        with ranks.phase("sampling"):
+            ranks.gathered(lambda: None)
+
+    first, second, _ = as_several(3, work)
+    assert first.startswith("PeerError: process 2 of 3 ended while sampling; --resume goes on")
+    assert "another process of this run ended while sampling" in second or "process 2 of 3 ended" in second
+
+
+def test_an_error_says_whose_it_is_through_what_it_becomes():
+    def fails(part: int) -> tuple[()]:
+        if part == 1:
+            raise StorageError("full")
+        return ()
+
+    def told(rank: int) -> str:
+        try:
+            with ranks.phase("updating"):
+                ranks.spread([0, 1], fails)
+        except StorageError as error:
+            again = StorageError(f"step 3: {error}")
+            again.__cause__ = error
+            return repr((again.process, failed_process(again)))
+
+    assert as_several(2, told) == ["('', 'process 1 of 2, while updating: ')"] * 2
 
 
 def test_one_that_comes_late_is_named_with_what_it_is_waited_for():

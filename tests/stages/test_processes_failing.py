@@ -1,32 +1,31 @@
 """One process of several fails, wherever and of whatever: the run ends with the code of that, and can be resumed."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from kltune.errors import RecipeError
 from kltune.recipe import load_recipe
+from kltune.run import subprocesses
 from kltune.run.checkpoint import latest_checkpoint
 from kltune.run.files import read_record
 from kltune.run.subprocesses import code_of_all
 from kltune.stages.ppo import run_ppo
-from tests.driven import CODES, KINDS, PHASES
+from tests.driven import CODES, KINDS, PHASES, install
 from tests.stages.conftest import PPO, write_recipe
 from tests.stages.test_processes import UNEVEN
 from tests.stages.test_resume import assert_same_run
-from tests.stages.test_signals import command_of, ended
+from tests.stages.test_signals import ended, forked
 from tests.together import codes, together
 
-ROOT = Path(__file__).parents[2]
 STEPS = 4
 WITHIN = 30.0       # seconds from a fault to the end of all processes
 AFTER = {"sampling": 8, "update": 12, "save": 2, "evaluation": 0}       # times that one of two has passed each phase
+DOING = {"sampling": "sampling", "update": "updating in step", "save": "saving step", "evaluation": "evaluating"}
 MATRIX = [(kind, phase, rank) for kind in KINDS for phase in PHASES for rank in (0, 1)]
 SLICE = {("SIGTERM", "update", 1), ("killed", "sampling", 1), ("killed", "save", 0), ("exception", "evaluation", 1),
          ("NaN", "save", 1), ("full disk", "save", 0)}
@@ -51,20 +50,66 @@ def assert_goes_on(file: Path, unbroken: Path, output: Path) -> None:
     assert_same_run(output, unbroken, STEPS)
 
 
+def named(kind: str, phase: str, rank: int) -> list[str]:
+    """What is said of who failed, and in the middle of what."""
+    if kind.startswith("SIG"):
+        return [f"{kind} to process 1 of 2" if rank else f"{kind}: finishing this step", "stopped: after step"]
+    if kind == "killed":
+        return [f"process {rank} of 2 was killed by SIGKILL", f"process {rank} of 2 ended while {DOING[phase]}"]
+    if kind == "exception":
+        return [f"process 1 of 2 failed while {DOING[phase]}"] if rank else ["LookupError: an odd one"]
+    return [f"process {rank} of 2, while {DOING[phase]}"]
+
+
+class Forked:
+    """A child of the launcher as a fork, where all that takes seconds is imported already; as Popen has it."""
+
+    def __init__(self, arguments, *, env, preexec_fn, log: Path, fault: dict, **_streams):
+        def become() -> None:
+            os.setsid()
+            preexec_fn()
+            os.environ.update(env)
+            install(fault)
+
+        self.pid, self.returncode = forked(list(arguments[3:]), log, become), None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            ended_one, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended_one else None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def launched(arguments: list[str], log: Path, fault: dict) -> int:
+    """``kltune ... --processes 2`` as a fork whose children are forks; its process id."""
+    def prepare() -> None:
+        subprocesses.subprocess.Popen = partial(Forked, log=log, fault=fault)
+
+    return forked([*arguments, "--processes", "2"], log, prepare)
+
+
 @pytest.mark.parametrize(("kind", "phase", "rank"), [
     pytest.param(*death, marks=() if death in SLICE else pytest.mark.stress) for death in MATRIX
 ])
 def test_a_process_that_fails_ends_all_of_them(whole, tmp_path, record_property, kind, phase, rank):
     file, unbroken = whole
-    fault = {"kind": kind, "phase": phase, "rank": rank, "after": AFTER[phase]}
-    output = tmp_path / "run"
-    pids = together(2, ["ppo", "--recipe", str(file), "--output", str(output)], output.with_suffix(".log"), fault)
-    found = codes(pids, WITHIN + 60.0)
-    log = "".join(path.read_text() for path in sorted(tmp_path.glob("run.[01]")))
-    other = 75 if kind in ("killed", "exception") else CODES[kind]
-    assert (found[rank], found[1 - rank]) == (CODES[kind], other), log
-    assert log.count("Traceback") == (kind == "exception"), log
-    assert code_of_all(found) == CODES[kind]
+    output, log, now = tmp_path / "run", tmp_path / "log", tmp_path / "now"
+    fault = {"kind": kind, "phase": phase, "rank": rank, "after": AFTER[phase], "flag": str(now)}
+    pid = launched(["ppo", "--recipe", str(file), "--output", str(output)], log, fault)
+    code, took = ended(pid, 300.0, log), time.time() - now.stat().st_mtime
+    said = log.read_text()
+    assert code == CODES[kind], said
+    assert took < WITHIN, said
+    assert said.count("Traceback") == (kind == "exception"), said
+    for words in named(kind, phase, rank):
+        assert words in said, said
     record_property("deaths of a process", 1)
     assert_goes_on(file, unbroken, output)
 
@@ -81,91 +126,6 @@ def test_a_process_that_hangs_is_named_after_the_timeout(whole, tmp_path, rank):
     ended(pids[rank])
     said = (tmp_path / f"log.{1 - rank}").read_text()
     assert f"process {rank} of 2 did not come within 3 s (run.timeout_s) while evaluating" in said
-
-
-# --- real processes, started by one command ---------------------------------------------------------------------------
-
-
-def started(file: Path, output: Path, fault: dict | None = None, *more: str) -> subprocess.Popen:
-    """``kltune ppo --processes 2``, whose processes share small batches and may fail."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.driven", "ppo", "--recipe", file, "--output", output, "--processes", "2"]
-    return subprocess.Popen(
-        [*map(str, command), *more], env=environment | {"FAULT": json.dumps(fault)}, cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )
-
-
-def of_run(output: Path, but: int | None = None) -> list[int]:
-    """The processes that were started to write a folder."""
-    ids = [int(path.name) for path in Path("/proc").glob("[0-9]*") if str(output).encode() in command_of(path)]
-    return [pid for pid in ids if pid != but]
-
-
-def wait_for(output: Path, process: subprocess.Popen) -> None:
-    """Until a run has saved its first checkpoint."""
-    give_up = time.monotonic() + 300
-    while not list(output.glob("checkpoints/step-*")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
-
-
-def assert_all_end(process: subprocess.Popen, output: Path, code: int) -> str:
-    """All processes end in time, with a code; what they said."""
-    out, err = process.communicate(timeout=WITHIN)
-    returned = process.returncode
-    assert (returned if returned >= 0 else 128 - returned, out) == (code, ""), err
-    assert of_run(output) == []
-    return err
-
-
-@pytest.mark.parametrize("number", [
-    signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.stress) for other in (signal.SIGINT, signal.SIGKILL)),
-])
-def test_a_signal_to_the_one_that_started_them_reaches_all(whole, tmp_path, number):
-    output = tmp_path / "run"
-    process = started(whole[0], output, None, "--set", "run.steps=400")
-    wait_for(output, process)
-    process.send_signal(number)
-    if number == signal.SIGKILL:
-        process.wait(WITHIN)
-        give_up = time.monotonic() + WITHIN
-        while of_run(output):
-            assert time.monotonic() < give_up, "an orphan is left"
-            time.sleep(0.05)
-        assert read_record(output)["status"] == "interrupted"
-        return
-    err = assert_all_end(process, output, 128 + number)
-    assert err.count(f"{number.name}: finishing this step") == 1
-    assert err.count("kltune: stopped:") == 1
-
-
-@pytest.mark.stress
-@pytest.mark.parametrize(("kind", "phase", "rank"), [
-    (kind, PHASES[(place + rank) % 4], rank) for place, kind in enumerate(KINDS) for rank in (0, 1)
-])
-def test_who_started_them_ends_with_the_code_of_who_failed(whole, tmp_path, record_property, kind, phase, rank):
-    file, unbroken = whole
-    output = tmp_path / "run"
-    process = started(file, output, {"kind": kind, "phase": phase, "rank": rank, "after": AFTER[phase]})
-    wait_for(output, process)
-    err = assert_all_end(process, output, CODES[kind])
-    assert err.count("Traceback") == (kind == "exception"), err
-    record_property("deaths of a process", 1)
-    assert_goes_on(file, unbroken, output)
-
-
-@pytest.mark.stress
-def test_torchrun_starts_them_as_well(whole, tmp_path):
-    output = tmp_path / "run"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "tests.driven", "ppo", "--recipe", whole[0], "--output", output, "--json"]
-    done = subprocess.run([*map(str, command)], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["status"] == "finished"
-    assert_same_run(output, whole[1], STEPS)
 
 
 def test_more_processes_than_the_recipe_says_are_refused(whole, tmp_path):

@@ -6,6 +6,7 @@ has. First-order updates are made closed; sampling, measuring and what different
 are no part of it: they stay plain tensors, whole everywhere.
 """
 
+import gc
 from collections.abc import Set
 
 from torch import nn
@@ -22,6 +23,7 @@ class ShardedLayers:
         for layer in self.layers:
             own = {tensor for tensor in layer.parameters() if tensor in trained}
             fully_shard(layer, reshard_after_forward=True, ignored_params=own)
+        gc.collect()        # the whole layers hang in rings, and would take their memory until Python looks for some
         self.is_open = False
 
     def open(self) -> None:

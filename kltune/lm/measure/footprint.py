@@ -8,7 +8,7 @@ operations hold the same bytes; a device adds its context, kernels' scratch spac
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from kltune.lm.fast.memory import (
 from kltune.lm.fast.shared_prefix import WORTH_IT, SharedPrefixes, attends_to_all, states_before
 from kltune.lm.machine.device_memory import TRAINED_BYTES
 from kltune.lm.machine.live_bytes import LiveBytes, traced
+from kltune.lm.machine.sharding import layers_of
 from kltune.lm.model.adapters.weights import POLICY
 from kltune.lm.model.curvature import Fisher
 from kltune.lm.model.network import ScalarHead
@@ -61,6 +62,18 @@ class Rows:
     def of(self, count: int) -> "Rows":
         """As many of the same shape."""
         return Rows(count, self.prompt, self.response, min(self.group, count))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Bytes of the frozen layers where processes keep a piece of each (``lm/machine/sharding.py``).
+
+    whole: of all layers. pieces: of a process's own. gathered: of one layer as it came, and cut into its tensors.
+    """
+
+    whole: int
+    pieces: int
+    gathered: int
 
 
 class Footprint:
@@ -102,6 +115,13 @@ class Footprint:
         start = counted(self.policy.untrained)
         return self.weights + start + int(numbers * ((ADAM if optimizer else 0) + copies))
 
+    def spread_over(self, processes: int) -> Spread:
+        """The layers where they are spread over so many processes."""
+        own = {id(tensor) for tensor in self.trained}
+        layers = layers_of(self.policy.model)
+        sizes = [counted([tensor for tensor in layer.parameters() if id(tensor) not in own]) for layer in layers]
+        return Spread(sum(sizes), sum(math.ceil(size / processes) for size in sizes), 2 * max(sizes, default=0))
+
     def micro_rows(self, rows: Rows, sequences: int | None) -> tuple[int, bool]:
         """How many rows are trained on at once, as ``Batching.micro_batches`` has it, and whether layers are kept."""
         kept = self.checkpoint_layers
@@ -116,19 +136,19 @@ class Footprint:
 
     def training(
         self, rows: Rows, *, checkpointed: bool = False, scalar: bool = False, accumulates: bool = False,
-        beside: int = 0,
+        beside: int = 0, shares: bool = True,
     ) -> int:
         """A forward and backward pass over rows; ``scalar``: of one number a row, as a reward model's.
 
         accumulates: gradients of other rows are there, and these are added to them. beside: exact KLs that are read off
-        with it, to the reference and to a teacher.
+        with it, to the reference and to a teacher. shares: rows of one prompt may read it once.
         """
         network = self.policy.network
         for tensor in self.trained:
             tensor.grad = torch.empty_like(tensor) if accumulates else None
         there = counted([tensor.grad for tensor in self.trained])
         selected = rows.count if scalar else rows.count * rows.response
-        way = network._layers.active() if checkpointed else self._shared(rows)
+        way = network._layers.active() if checkpointed else self._shared(rows) if shares else nullcontext()
         with self._traced(selected) as live, way:
             ids, scored = shapes(rows)
             if scalar:

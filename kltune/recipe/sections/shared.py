@@ -191,8 +191,9 @@ class RunSection(Section):
     )
     processes: Count | Literal["auto"] = Field(
         1, description="that share the work, with the same result; auto: one for each GPU, or each core, four at most")
-    shard: Literal["none", "full"] = Field(
-        "none", description="full: each process keeps a piece of every layer of the base, whole ones while it samples")
+    shard: Literal["none", "full", "auto"] = Field(
+        "none", description="full: each process keeps a piece of every layer of the base, whole ones while it samples; "
+        "auto: where the estimate of --dry-run says that a device does not hold the whole and that pieces take less")
     timeout_s: Positive = Field(1800.0, description="seconds that one process waits for the others before the run ends")
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
         "auto", description="of a CPU; auto: as many as there are cores that the process may use and others leave idle "

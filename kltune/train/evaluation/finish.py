@@ -160,8 +160,7 @@ def save_with_card(job: Job, learner: Learner, kl: dict[str, Any] | None) -> Pat
 
     with ranks.phase("saving final"):
         learner.policy.network.close()      # as in ``save``
-        if ranks.is_first():
-            save_final(job.run.folder, write, info=info)
+        ranks.from_first(lambda: save_final(job.run.folder, write, info=info) and None)
     return job.run.folder / "final"
 
 
