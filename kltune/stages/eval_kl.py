@@ -7,6 +7,7 @@ very distribution that was measured, and a checkpoint where it does not is refus
 
 import math
 import sys
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +50,7 @@ from kltune.run.saved_policy import (
     other_dtype,
     resolve_settings,
 )
+from kltune.train.rollout_server import RolloutServer, server_of
 
 VERDICT_CODES = {"fail": 3, "inconclusive": 4, "pass": 0}      # worst first
 
@@ -204,6 +206,7 @@ class OpenCheckpoint:
     options: EvalKLOptions
     against: tuple[Reference, ...] = ()
     recorded: Measurement | None = None
+    server: RolloutServer | None = None     # that draws the policy's responses
 
     @property
     def first_round(self) -> Round:
@@ -218,7 +221,9 @@ def measure_checkpoint(
     policy = open_subject(subject, options)
     others = tuple(open_reference(policy, subject, path, options) for path in options.against)
     if options.transcripts is None:
-        opened = OpenCheckpoint(subject.path, policy, measured_prompts(policy, settings), settings, options, others)
+        server = server_of(options.recipe, settings.temperature, subject.folder.name)
+        prompts = measured_prompts(policy, settings)
+        opened = OpenCheckpoint(subject.path, policy, prompts, settings, options, others, server=server)
     else:
         rows = measured_transcripts(policy, settings, options.transcripts)
         read = recorded(policy, rows, settings.temperature, options.transcripts)
@@ -227,7 +232,8 @@ def measure_checkpoint(
         opened = OpenCheckpoint(subject.path, policy, prompts, settings, options, others, read)
     if note := opened.first_round.drawn_note(options.seed):
         print(f"{subject.path}: {note}", file=sys.stderr)
-    measured = measure(opened)
+    with nullcontext() if opened.server is None else closing(opened.server):
+        measured = measure(opened)
     document = {
         "schema": "kltune.eval_kl/1",
         "checkpoint": subject.path,
@@ -239,6 +245,7 @@ def measure_checkpoint(
         "seed": options.seed,
         **computed_on(policy),
         "recorded": options.transcripts,
+        "sampler": None if opened.server is None else opened.server.described(),
         "template_date": None if policy.template_day is None else policy.template_day.isoformat(),
         "confidence": options.confidence,
         **described_kl(measured, policy, confidence=options.confidence, top=options.top, show=options.show),
@@ -269,6 +276,8 @@ def does_nothing(subject: Subject, policy: Policy, measured: Measurement) -> lis
 def measure(opened: OpenCheckpoint) -> CheckpointKL:
     """All that was asked for of one policy; the gate is on the direction that was asked for."""
     options, forward = opened.options, None
+    if opened.server is not None:
+        opened.server.greet(opened.policy, opened.prompts)
     texts = measured_texts(opened.policy, opened.settings)
     if options.direction == "forward":
         (forward, gate), = sample_and_gate(opened, from_reference=True)
@@ -315,7 +324,7 @@ def sample_and_gate(
         with counting("sampling the reference" if from_reference else "sampling", answered.responses) as progress:
             first = measure_kl(
                 opened.policy, answered, draw, progress=progress, from_reference=from_reference,
-                by_token=not from_reference,
+                by_token=not from_reference, respond=opened.server and opened.server.respond,
             )
         return [first, *(against(opened.policy, other, first, draw.temperature) for other in opened.against)]
 

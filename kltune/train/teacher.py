@@ -3,6 +3,7 @@
     an adapter on the policy's own base     one more adapter on the one set of frozen weights
     the reference, asked in other words     the same weights, adapter off
     anything else                           weights of its own, with the same vocabulary
+    a server                                log-probs of its likeliest tokens, and of those that the policy said
 
 A teacher may read another prompt than the policy: the response that both measure is the same.
 """
@@ -41,14 +42,36 @@ Metrics = dict[str, float | None]
 
 
 @dataclass(frozen=True)
+class Heads:
+    """What a served teacher says of responses. tokens, logprobs: of its likeliest tokens at each place. [B, T, K] each.
+
+    outside: True where the sampled token is none of these. [B, T] bool.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    outside: Tensor
+
+    def select(self, rows: Tensor, width: int) -> "Heads":
+        """Of some rows, so many tokens of each."""
+        return Heads(*(tensor[rows, :width] for tensor in (self.tokens, self.logprobs, self.outside)))
+
+    def at(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probabilities of the places of responses, row after row. [N, K] each."""
+        return self.tokens[mask], self.logprobs[mask]
+
+
+@dataclass(frozen=True)
 class Agreement:
     """How a policy and its teacher see the policy's own responses; [B, T] each.
 
-    kl: exact KL(policy ‖ teacher) at each position, nats. logprobs: the teacher's, of the sampled tokens.
+    kl: KL(policy ‖ teacher) at each position, nats: exact, or, with heads, that of ``head_and_tail``. logprobs: the
+    teacher's, of the sampled tokens.
     """
 
     kl: Tensor
     logprobs: Tensor
+    heads: Heads | None = None
 
     def pull(self, rollout: Rollout) -> Tensor:
         """What draws the policy from its reference to the teacher: log teacher − log reference of each response. [B]"""
@@ -135,6 +158,33 @@ class Teacher:
         kls = [self.agreement(policy, rollout, temperature).kl for rollout in measured.rollouts]
         nats = torch.cat([kl.double().sum(dim=1).cpu() for kl in kls])
         return teacher_metrics(prefix, nats, measured.tokens, measured.prompt_index)
+
+
+@dataclass(frozen=True)
+class ServedTeacher:
+    """A teacher behind a server, which is asked what it makes of each step's responses, at temperature 1."""
+
+    server: Server
+    note: str
+
+    def __post_init__(self) -> None:
+        """Nothing of the policy is kept here."""
+
+    @torch.no_grad()
+    def agreement(self, policy: Policy, rollout: Rollout, temperature: float) -> Agreement:
+        """As ``Teacher.agreement``, by an unbiased estimate.
+
+        Raises:
+            ServerError: no answer. ModelError: an answer that cannot be right.
+        """
+        mask, device = rollout.response_mask, rollout.ids.device
+        said, tokens, logprobs = (torch.tensor(column, device=device) for column in self._asked(rollout))
+        heads = Heads(*(response_scatter(flat, mask) for flat in (tokens, logprobs)), mask)
+        own = rollout.ids[rollout.scored]
+        heads = replace(heads, outside=response_scatter((tokens != own[:, None]).all(-1), mask))
+        parts, reader = policy.network.parts(rollout.ids, rollout.scored), read_logprobs_and_head
+
+    held_out = Teacher.held_out
 
 
 def load_teacher(recipe: DistillRecipe, policy: Policy) -> Teacher:

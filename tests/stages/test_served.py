@@ -8,9 +8,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kltune.lm.measure import server as asking
+from tests.rollout_servers import serving
 from tests.servers import StandIn, standing_in
 from tests.stages.conftest import HELD_OUT, small_llama, write_rows
 from tests.stages.test_references import adapter_on
+from tests.train.test_rollout_server import recipe_of
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +165,32 @@ def test_what_needs_weights_does_not_take_a_server(command, adapter, command_lin
     code, _, err = command(*(adapter if word == "ADAPTER" else word for word in command_line))
     assert code == 2
     assert "a served model has a KL" in err
+
+
+def test_a_measurement_by_a_recipe_with_a_server_has_its_responses_from_there(tmp_path, llama, eval_kl):
+    adapter = adapter_on(llama, tmp_path / "adapter", 1)
+    with serving(llama) as server:
+        recipe = recipe_of(tmp_path, llama, server)
+        asked = (adapter, "--recipe", recipe.folder / "recipe.yaml", "--responses", 60)
+        code, drawn, err = eval_kl(*asked, "--direction", "both")
+        assert code == 0, err
+        elsewhere = eval_kl(*asked, "--reference", adapter_on(llama, tmp_path / "other", 2))[1]
+    here = eval_kl(adapter, "--prompts", recipe.data.prompts, "--temperature", 0.8, "--max-new-tokens", 6)[1]
+    assert here["sampler"] is None
+    found, own = (document["kl"]["exact"] for document in (drawn, here))
+    assert found["nats_per_response"] == pytest.approx(
+        own["nats_per_response"], abs=3 * (found["stderr"] ** 2 + own["stderr"] ** 2) ** 0.5
+    )
+    for document in (drawn, elsewhere):
+        assert document["sampler"]["url"] == server.url
+        assert 0.0 <= document["sampler"]["kl_nats_per_token"] < 1e-9
+    assert len(server.names) == 2
+    assert server.unloaded == server.names
+
+
+def test_a_server_is_given_adapters_and_no_whole_model(tmp_path, llama, eval_kl):
+    with serving(llama) as server:
+        recipe = recipe_of(tmp_path, llama, server)
+        code, _, err = eval_kl(llama, "--reference", llama, "--recipe", recipe.folder / "recipe.yaml")
+    assert code == 5
+    assert f"measure it as {server.url}/v1#MODEL" in err

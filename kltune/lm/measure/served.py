@@ -189,13 +189,23 @@ def probe(served: Server, local: Policy, rows: Sequence[list[int]], answers: Seq
             f"{PROBE_GAP}). It may sample at another temperature or with filters, answer from several replicas, or "
             "have changed its weights or adapter meanwhile."
         )
-    words = {token: text for answer in again for place in answer.places for token, text in place.words.items()}
+    expect_same_words(served, local, again)
+
+
+def expect_same_words(served: Server, local: Policy, answers: Sequence[Answer]) -> None:
+    """Raise ModelError unless the ids that a server speaks of are the same tokens here."""
+    words = {token: text for answer in answers for place in answer.places for token, text in place.words.items()}
+    most = max((token for answer in answers for place in answer.places for token in place.head), default=0)
+    here = local.fingerprint.path
+    if most >= local.network.vocabulary:
+        raise ModelError(f"{served.path}: it gives log-probs of token {most}, and {here} has "
+                         f"{local.network.vocabulary} tokens: the two cannot be compared.")
     wrong = [token for token, text in words.items() if not _means(local.tokenizer, token, text)]
     if words and len(wrong) > WRONG_WORDS * len(words):
         token = wrong[0]
         raise ModelError(
             f"{served.path}: {len(wrong)} of {len(words)} ids mean other tokens there; {token} is {words[token]!r}, "
-            f"and here {local.tokenizer.decode([token])!r}. The two cannot be compared."
+            f"and in {here} {local.tokenizer.decode([token])!r}. The two cannot be compared."
         )
 
 

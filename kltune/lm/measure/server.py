@@ -62,6 +62,10 @@ class CannotScore(ModelError):
     """A server that gives no log-probs of tokens that are there, and so can be no reference."""
 
 
+class NoAnswer(ModelError):
+    """A server that is away, or too busy, now."""
+
+
 def is_address(path: str) -> bool:
     """Whether a checkpoint or reference is a server's."""
     return path.startswith(("http://", "https://"))
@@ -129,7 +133,7 @@ class Server:
                 break
             except Unanswered as reason:
                 if number == TRIES:
-                    raise self._fault(f"no answer in {TRIES} tries; the last: {reason}") from None
+                    raise NoAnswer(f"{self.path}: no answer in {TRIES} tries; the last: {reason}.") from None
                 time.sleep(max(pause, min(reason.after, 60.0)))
                 pause *= 2
         try:

@@ -5,7 +5,12 @@ import torch
 from torch import Tensor
 
 from kltune.core.kl.divergence import kl_exact
-from kltune.core.objectives.distillation import expected_after, token_loss, whole_response_loss
+from kltune.core.objectives.distillation import (
+    expected_after,
+    head_and_tail,
+    token_loss,
+    whole_response_loss,
+)
 from tests.oracles import Responses, tiny_policy_logits, tiny_reference_logits
 
 RESPONSES = Responses()
@@ -22,16 +27,30 @@ def listed_gradient(logits: Tensor) -> Tensor:
     return logits.grad
 
 
+def cost_from(logits: Tensor, old: Tensor, k: int, tail: bool = True) -> Tensor:
+    """The same where the teacher gives log-probs of its k likeliest tokens and of the one that was said. [B, T]"""
+    states, mine = RESPONSES.states, logits.log_softmax(-1)[RESPONSES.states]
+    theirs = TEACHER.log_softmax(-1)[states]
+    heads = theirs.topk(k).indices
+    head = (mine.gather(-1, heads).exp() * (mine.gather(-1, heads) - theirs.gather(-1, heads))).sum(-1)
+    outside = RESPONSES.mask & (heads != RESPONSES.tokens[..., None]).all(-1) & tail
+    logprobs = RESPONSES.logprobs(logits)
+    cost = head_and_tail(head, logprobs, RESPONSES.logprobs(old), RESPONSES.logprobs(TEACHER), outside)
+    return cost + PRICE * kl_exact(logits[states], REFERENCE[states], 1.0)
+
+
 def cost_at(logits: Tensor, states: Tensor) -> Tensor:
     """Exact KL to the teacher + c times that to the reference, where tokens are chosen. [B, T]"""
     mine = logits[states]
     return kl_exact(mine, TEACHER[states], 1.0) + PRICE * kl_exact(mine, REFERENCE[states], 1.0)
 
 
-def expected_gradient(logits: Tensor, sampled_from: Tensor, *, horizon: str, expected: Tensor) -> Tensor:
+def expected_gradient(
+    logits: Tensor, sampled_from: Tensor, *, horizon: str, expected: Tensor, k: int | None = None, tail: bool = True
+) -> Tensor:
     """What the loss's gradient tends to on responses of ``sampled_from``: each response by its probability. [7, 3]"""
     logits = logits.clone().requires_grad_()
-    costs = cost_at(logits, RESPONSES.states)
+    costs = cost_at(logits, RESPONSES.states) if k is None else cost_from(logits, sampled_from, k, tail)
     logprobs, old = RESPONSES.logprobs(logits), RESPONSES.logprobs(sampled_from)
     probabilities = RESPONSES.probabilities(sampled_from)
     total = torch.zeros((), dtype=torch.float64)
@@ -55,6 +74,18 @@ BY_PREFIX = torch.where(RESPONSES.mask, torch.sin(1.0 + RESPONSES.states), 0.0) 
 def test_the_gradient_is_that_of_the_two_kls_of_whole_responses(now, expected):
     found = expected_gradient(now, POLICY, horizon="full", expected=expected)
     assert torch.allclose(found, listed_gradient(now), rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("horizon", ["full", "token"])
+@pytest.mark.parametrize("now", [POLICY, ONE_STEP_ON], ids=["on policy", "a step on"])
+def test_a_few_tokens_of_the_teacher_and_the_one_that_was_said_give_the_gradient_of_all(now, horizon, k):
+    asked = {"horizon": horizon, "expected": BY_PREFIX}
+    found, whole = (expected_gradient(now, POLICY, **asked, **more) for more in ({"k": k}, {}))
+    assert torch.allclose(found, whole, rtol=0.0, atol=1e-6)
+    if k < 3:       # which the head alone does not
+        alone = expected_gradient(now, POLICY, **asked, k=k, tail=False)
+        assert (alone - whole).norm() > 0.1 * whole.norm()
 
 
 def test_without_the_prefix_term_it_is_another():
