@@ -39,6 +39,11 @@ VERSION = "0.32.0"
 UNUSED = ("torchvision", "torchaudio", "torchcodec")
 SWITCHES = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 NARROWEST = 32
+# Where adapters may lie. With the head among them, prompt_logprobs of several requests end vLLM 0.32 on a CPU.
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+REWARD = """def score(prompts, responses):
+    return [float(response.count("e")) for response in responses]
+"""
 MOST_KL = 1e-6          # nats per token between sampler and trainer, in float32
 WIDEST = 3.0            # standard errors
 SHORT = ("sampling.prompts_per_step=16", "sampling.max_new_tokens=32", "eval.responses=32", "run.eval_every=100")
@@ -58,8 +63,9 @@ class VLLM(Server):
     @property
     def command(self) -> list[str]:
         """As kltune's own message says, with a context that a small model has."""
-        adapters = ["--enable-lora", "--max-lora-rank", "16", "--max-loras", "3"]
+        adapters = ["--enable-lora", "--max-lora-rank", "16", "--max-loras", "3", "--lora-target-modules", *LAYERS]
         adapters += [] if self.lora is None else ["--lora-modules", f"release={self.lora}"]
+        # `vllm serve` looks for a package of the name vllm, which this one has not.
         return ["-m", "vllm.entrypoints.openai.api_server", "--model", self.model, "--served-model-name", "base",
                 "--dtype", "float32", "--enforce-eager", "--logprobs-mode", "processed_logprobs", *adapters]
 
@@ -198,9 +204,10 @@ class Check:
 
 
 def copied(name: str, folder: Path) -> Path:
-    """A recipe of recipes/stories with the reward beside it."""
+    """A recipe of recipes/stories with a reward beside it."""
     if not (folder / f"{name}.yaml").exists():
         copy_recipe(f"stories/{name}", folder)
+        (folder / "rewards.py").write_text(REWARD, encoding="utf-8")      # which tells stories apart from the start
     return folder / f"{name}.yaml"
 
 

@@ -18,16 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kltune.core import ranks
 from kltune.core.kl.divergence import kl_k1, kl_of_distributions
 from kltune.core.kl.intervals import cluster_numbers, summarize
+from kltune.core.kl.topk import topk_divergence
 from kltune.core.tensors import expect_finite, log_distribution
-from kltune.errors import DataError, ModelError
+from kltune.errors import DataError, ModelError, ServerError
 from kltune.lm.data.documents import SavedModel
 from kltune.lm.data.encoding import Encoder
 from kltune.lm.data.examples import Prompt, RowRules, fitted_prompt
 from kltune.lm.data.forms import Asked
 from kltune.lm.data.rows import RowFault, describe
 from kltune.lm.measure.measurement import Measurement
+from kltune.lm.measure.served import expect_same_words, logprobs_of
+from kltune.lm.measure.server import NoAnswer, Server
 from kltune.lm.model.adapters.weights import POLICY, read_adapter_config, rewritten_base
 from kltune.lm.model.batches import Rollout, pad_right, response_scatter
 from kltune.lm.model.files import refuse_code
@@ -38,27 +42,32 @@ from kltune.recipe import REFERENCE, DistillRecipe, DistillSection, ModelSection
 from kltune.run.checkpoint import read_info, resolve_checkpoint
 
 ADAPTER = "teacher"     # its name on the policy's trunk
+PROBED = 32             # tokens of the whole vocabulary whose meaning a server is asked for
 Metrics = dict[str, float | None]
 
 
 @dataclass(frozen=True)
 class Heads:
-    """What a served teacher says of responses. tokens, logprobs: of its likeliest tokens at each place. [B, T, K] each.
+    """What a served teacher says of responses.
 
-    outside: True where the sampled token is none of these. [B, T] bool.
+    tokens, logprobs: of its likeliest tokens at each place. [B, T, K] each. said: log-probabilities of the sampled
+    tokens. [B, T]. outside: True where that is none of the likeliest. [B, T] bool. usual: mean of log policy/teacher
+    among the likeliest, under the policy that responded. [B, T].
     """
 
     tokens: Tensor
     logprobs: Tensor
+    said: Tensor
     outside: Tensor
+    usual: Tensor
 
     def select(self, rows: Tensor, width: int) -> "Heads":
         """Of some rows, so many tokens of each."""
-        return Heads(*(tensor[rows, :width] for tensor in (self.tokens, self.logprobs, self.outside)))
+        return Heads(*(tensor[rows, :width] for tensor in vars(self).values()))
 
-    def at(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probabilities of the places of responses, row after row. [N, K] each."""
-        return self.tokens[mask], self.logprobs[mask]
+    def at(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``read_logprobs_and_head`` takes, of the places of responses, row after row. [N, K] twice, and [N]."""
+        return self.tokens[mask], self.logprobs[mask], self.usual[mask]
 
 
 @dataclass(frozen=True)
@@ -162,38 +171,61 @@ class Teacher:
 
 @dataclass(frozen=True)
 class ServedTeacher:
-    """A teacher behind a server, which is asked what it makes of each step's responses, at temperature 1."""
+    """A teacher behind a server, which is asked what it makes of responses. note: for the start of a run."""
 
     server: Server
     note: str
 
-    def __post_init__(self) -> None:
-        """Nothing of the policy is kept here."""
-
-    @torch.no_grad()
-    def agreement(self, policy: Policy, rollout: Rollout, temperature: float) -> Agreement:
-        """As ``Teacher.agreement``, by an unbiased estimate.
+    def agreement(self, policy: Policy, rollout: Rollout, temperature: float = 1.0) -> Agreement:
+        """As ``Teacher.agreement``, by an unbiased estimate; no temperature but 1, at which servers speak.
 
         Raises:
             ServerError: no answer. ModelError: an answer that cannot be right.
         """
-        mask, device = rollout.response_mask, rollout.ids.device
-        said, tokens, logprobs = (torch.tensor(column, device=device) for column in self._asked(rollout))
-        heads = Heads(*(response_scatter(flat, mask) for flat in (tokens, logprobs)), mask)
-        own = rollout.ids[rollout.scored]
-        heads = replace(heads, outside=response_scatter((tokens != own[:, None]).all(-1), mask))
-        parts, reader = policy.network.parts(rollout.ids, rollout.scored), read_logprobs_and_head
+        own, mask = rollout.ids[rollout.scored].cpu(), rollout.response_mask
+        prompts = [list(prompt.ids) for prompt in rollout.asked]
+        responses = [ids[scored].tolist() for ids, scored in zip(rollout.ids, rollout.scored, strict=True)]
+        asked = [list(prompt.for_teacher) or ids for prompt, ids in zip(rollout.asked, prompts, strict=True)]
+        told = ranks.from_first(lambda: self._asked(policy, list(zip(asked, responses, strict=True))))
+        said, tokens, logprobs = (torch.tensor(column) for column in told)
+        mine = logprobs_of(policy, prompts, responses, torch.cat([own[:, None], tokens], dim=1))
+        inside = (tokens == own[:, None]).any(dim=1)
+        found = topk_divergence(mine[:, 1:], logprobs, mine[:, 0], said, inside)
+        expect_finite("KL(policy ‖ teacher)", found.kl, advice="The teacher gives a token of the policy no chance.")
+        usual = torch.where(found.mass > 0.0, (found.kl - torch.where(inside, 0.0, found.k1)) / found.mass, 0.0)
+        kl, *heads = (
+            response_scatter(flat.to(mask.device), mask)
+            for flat in (found.kl.float(), tokens, logprobs, said, ~inside, usual.float())
+        )
+        return Agreement(kl, heads[2], Heads(*heads))
+
+    def _asked(self, policy: Policy, rows: Sequence[tuple[list[int], list[int]]]) -> list[list[Any]]:
+        """Of each token of the responses: its log-prob, the likeliest tokens, and theirs."""
+        try:
+            answers = self.server.score(rows)
+        except NoAnswer as error:
+            raise ServerError(f"distill.teacher: {error}") from None
+        expect_same_words(self.server, policy, answers)
+        places = [place for answer in answers for place in answer.places]
+        columns = ((place.logprob, [*place.head], [*place.head.values()]) for place in places)
+        return [list(column) for column in zip(*columns, strict=True)]
 
     held_out = Teacher.held_out
 
 
-def load_teacher(recipe: DistillRecipe, policy: Policy) -> Teacher:
+AnyTeacher = Teacher | ServedTeacher
+
+
+def load_teacher(recipe: DistillRecipe, policy: Policy) -> AnyTeacher:
     """The teacher that a recipe names.
 
     Raises:
-        CheckpointError, ModelError: it cannot be loaded, or has another vocabulary than the policy.
+        CheckpointError, ModelError: it cannot be loaded, or has another vocabulary than the policy. ServerError: it is
+            served, and does not answer.
     """
     name, trusted = recipe.distill.teacher, recipe.model.trust_remote_code
+    if recipe.distill.served:
+        return _served(recipe.distill, policy)
     if name == REFERENCE or (name == recipe.model.path and recipe.model.sft_adapter is None):
         return Teacher(policy, policy.reference, "teacher: the policy's own frozen weights")
     folder = resolve_checkpoint(name) if Path(name).exists() else None
@@ -218,6 +250,14 @@ def load_teacher(recipe: DistillRecipe, policy: Policy) -> Teacher:
     section = ModelSection(**facts, dtype=recipe.distill.teacher_dtype, trust_remote_code=trusted)
     own = load_saved_policy(folder, section, device=_device(recipe, policy), is_adapter=True)
     return _with_own_weights(own, policy, why=f" ({obstacle})")
+
+
+def _served(section: DistillSection, policy: Policy) -> ServedTeacher:
+    server = Server(section.teacher, min(section.teacher_logprobs, policy.network.vocabulary), section.teacher_key_env)
+    teacher = ServedTeacher(server, f"teacher: {server.path}, by its {server.top} likeliest tokens at each place")
+    some = torch.linspace(0, len(policy.tokenizer) - 1, PROBED).long().tolist()
+    ranks.from_first(lambda: teacher._asked(policy, [(some[:1], some[1:])]))        # one that fits is asked once more
+    return teacher
 
 
 def _device(recipe: DistillRecipe, policy: Policy) -> torch.device:

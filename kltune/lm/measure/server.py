@@ -127,13 +127,16 @@ class Server:
     def _asked(self, question: dict[str, Any]) -> dict[str, Any]:
         """The one choice of an answer."""
         body, pause = {"model": self.model} | NO_FILTER | question, FIRST_PAUSE
+        reasons: list[str] = []
         for number in range(1, TRIES + 1):
             try:
                 answer = self._client.post("/completions", body)
                 break
             except Unanswered as reason:
-                if number == TRIES:
-                    raise NoAnswer(f"{self.path}: no answer in {TRIES} tries; the last: {reason}.") from None
+                reasons.append(str(reason))
+                if number == TRIES:     # what was asked may be what ended the server: the first try says so
+                    first = "" if reasons[0] == reasons[-1] else f"; the first: {reasons[0]}"
+                    raise NoAnswer(f"{self.path}: no answer in {TRIES} tries; the last: {reason}{first}.") from None
                 time.sleep(max(pause, min(reason.after, 60.0)))
                 pause *= 2
         try:

@@ -332,22 +332,22 @@ class Policy:
 
     def logprobs_and_ref_kl(
         self, ids: Tensor, scored: Tensor, temperature: float = 1.0, *others: Callable[[slice], Tensor],
-        heads: tuple[Tensor, Tensor] | None = None, ref_states: Tensor | None = None, lower: Tensor | None = None,
+        heads: tuple[Tensor, ...] = (), ref_states: Tensor | None = None, lower: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Log-probabilities and exact KL(policy ‖ reference) per token, all differentiable. Each [N] float32, nats.
 
         others: whose logits at a slice of these positions are taken as constant; a KL(policy ‖ other) for each follows.
-        heads: a few tokens at each position and another's log-probabilities of them; what they add to its KL comes
-        last, as ``read_logprobs_and_head`` has it. [N, K] each. ref_states: the reference's hidden states before the scored tokens, where a measurement kept them. [N, H].
+        heads: what ``read_logprobs_and_head`` takes by N positions, for its reading to come last.
+        ref_states: the reference's hidden states before the scored tokens, where a measurement kept them. [N, H].
         lower: as ``Network.before``.
         """
         if ref_states is None:
             with torch.no_grad(), self.reference():
                 same = self._held.network is self.base_network
                 ref_states = self.network.before(ids, scored, lower if same else None)
-        reader = partial(read_logprobs_and_kl if heads is None else read_logprobs_and_head, temperature=temperature)
+        reader = partial(read_logprobs_and_head if heads else read_logprobs_and_kl, temperature=temperature)
         return self.network.read(
-            self.network.before(ids, scored, lower), reader, ids[scored], *(heads or ()),
+            self.network.before(ids, scored, lower), reader, ids[scored], *heads,
             lambda part: self.ref_logits(ref_states[part]), *others,
         )
 

@@ -64,14 +64,18 @@ def test_what_a_few_tokens_add_to_a_kl_is_differentiated_as_by_autograd(k):
     theirs = (ref_logits / 0.6).log_softmax(-1)
     heads = theirs.topk(k).indices
     said = theirs.gather(-1, heads)
+    usual = torch.linspace(-2.0, 1.0, POSITIONS, dtype=torch.float64)
     reader = partial(read_logprobs_and_head, temperature=0.6)
-    found = through_head(hidden, weight, bias, reader, (tokens, heads, said, ref_logits), 8)
+    found = through_head(hidden, weight, bias, reader, (tokens, heads, said, usual, ref_logits), 8)
     logits = hidden @ weight.T + bias
     a = (logits / 0.6).log_softmax(-1).gather(-1, heads)
     wanted = token_logprobs(logits, tokens, 0.6), kl_exact(logits, ref_logits, 0.6), (a.exp() * (a - said)).sum(-1)
     torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
-    plain_reading = reader(logits, tokens, heads, said, ref_logits, slopes=False)[-1].value
-    torch.testing.assert_close(plain_reading, wanted[-1], atol=1e-12, rtol=1e-12)
+    wanted = (*wanted[:2], wanted[2] - (1.0 + usual) * a.exp().sum(-1))        # whose slope it has
+    plain_reading = reader(logits, tokens, heads, said, usual, ref_logits, slopes=False)[-1].value
+    torch.testing.assert_close(plain_reading, found[-1], atol=1e-12, rtol=1e-12)
+    both = [torch.autograd.grad(value.sum(), hidden, retain_graph=True)[0] for value in (plain_reading, wanted[2])]
+    torch.testing.assert_close(*both, atol=1e-12, rtol=1e-10)
     upstream = torch.randn(3, POSITIONS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     (mine,) = torch.autograd.grad(found, hidden, tuple(upstream))
     torch.testing.assert_close(
