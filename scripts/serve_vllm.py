@@ -10,8 +10,8 @@ narrower than 32: a Llama with such is served as a copy, filled up with zeros, t
 
 --check exits with 0 only if ppo, trpo and online dpo get their responses from the server at a sampler-to-trainer KL
 of 1e-6 nats per token at most in every step; ppo says 75 when the server is killed, and ends well with --resume on a
-new one; and ``eval-kl`` of what is served, base and LoRA, either way round or both sides served, is within 3 standard
-errors of the exact KL of the files.
+new one; ``eval-kl`` of what is served, base and LoRA, either way round, is within 3 standard errors of the exact KL of
+the files; and a served teacher of ``distill`` is as far away as the same adapter from its file.
 """
 
 import argparse
@@ -47,6 +47,12 @@ REWARD = """def score(prompts, responses):
 MOST_KL = 1e-6          # nats per token between sampler and trainer, in float32
 WIDEST = 3.0            # standard errors
 SHORT = ("sampling.prompts_per_step=16", "sampling.max_new_tokens=32", "eval.responses=32", "run.eval_every=100")
+DISTILL = """stage: distill
+sampling: {prompts_per_step: 32, max_new_tokens: 32}
+kl: {control: fixed, beta: 0.0}
+run: {steps: 3, eval_every: 100}
+eval: {responses: 64}
+"""
 SIZES = {
     "ppo": ("run.steps=5", "ppo.minibatch_size=16", "optim.lr=3e-3"),
     "trpo": ("run.steps=2",),
@@ -192,6 +198,23 @@ class Check:
                 f"eval-kl {policy} --reference {reference}: {found:.4f} ± {spread:.4f}, wanted {wanted:.4f}",
             )
 
+    def distil(self, adapter: Path) -> None:
+        """The served adapter as a teacher, against the same from its file."""
+        (self.folder / "distill.yaml").write_text(DISTILL, encoding="utf-8")
+        found = {}
+        for name, teacher in (("served", f"http://127.0.0.1:{self.server.port}/v1#release"), ("file", adapter)):
+            run = self.folder / f"distill_{name}"
+            keys = (f"model.path={self.server.model}", f"data.prompts={self.prompts}", f"distill.teacher={teacher}")
+            command = ["distill", "--recipe", self.folder / "distill.yaml", "--output", run,
+                       *(f"--set={key}" for key in keys)]
+            code = subprocess.run([sys.executable, "-m", "kltune", *map(str, command)], stdout=subprocess.DEVNULL)
+            self.report(code.returncode == 0, f"distill, teacher {name}: exit code {code.returncode}")
+            found[name] = [(row["kl/teacher_nats_per_response"], row["kl/teacher_stderr"]) for row in rows_of(run)]
+        for step, ((kl, error), (wanted, own)) in enumerate(zip(found["served"], found["file"], strict=True), start=1):
+            near = WIDEST * math.hypot(error, own)
+            self.report(abs(kl - wanted) <= near, f"  step {step}: {kl:.3f} ± {error:.3f} from the teacher, and "
+                                                  f"{wanted:.3f} ± {own:.3f} of the file")
+
     def kl(self, estimator: str, policy: Any, reference: Any, *more: Any) -> tuple[float, float]:
         """What ``eval-kl`` says of two models, and its standard error."""
         command = ["-m", "kltune", "eval-kl", policy, "--reference", reference, "--prompts", self.prompts,
@@ -248,6 +271,7 @@ def main() -> None:
     server.lora = adapter
     with server.serving():
         check.measure(adapter)
+        check.distil(adapter)
 
 
 if __name__ == "__main__":

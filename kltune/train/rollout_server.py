@@ -203,7 +203,11 @@ class RolloutServer:
         hidden.mkdir(parents=True)
         policy.save(hidden)
         hidden.rename(folder)
-        self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())})
+        try:
+            self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())})
+        except SamplerError:    # where the answer to a first request was lost, the second is one too many
+            if name not in {entry["id"] for entry in self._ask("/v1/models")["data"]}:
+                raise
         for old, _ in self._published[-1:]:
             self._ask("/v1/unload_lora_adapter", {"lora_name": old})
         for _, path in self._published[:-1]:
@@ -298,6 +302,7 @@ class RolloutServer:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(address, data, {"Content-Type": "application/json", "User-Agent": "kltune"})
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        reasons: list[str] = []
         for pause in (*(PAUSES if patient else ()), None):
             try:
                 with opener.open(request, timeout=self.sampling.timeout_s) as response:
@@ -315,13 +320,15 @@ class RolloutServer:
                 reason = getattr(error, "reason", None) or error
                 why = str(reason) or repr(reason)
                 if isinstance(reason, TimeoutError):
+                    pause = None
                     why = f"no answer within {self.sampling.timeout_s:g} s (sampling.timeout_s)"
-                    break
+            reasons.append(why)
             if pause is None or self.stopped():
                 break
             time.sleep(pause)
         more = f" Is it up? Then {hint}." if hint else ""
-        raise ServerError(f"sampling.url: {address} does not answer: {why}.{more}")
+        first = "" if reasons[0] == why else f"; at first: {reasons[0]}"    # what was asked may be what ended it
+        raise ServerError(f"sampling.url: {address} does not answer: {why}{first}.{more}")
 
 
 def _dtype(policy: Policy) -> str:

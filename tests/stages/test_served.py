@@ -99,6 +99,7 @@ FAULTS = {
     "a redirect": ({"fails": [302]}, "HTTP 302"),
     "no such model": ({"fails": [404]}, "are url and model right?"),
     "no key": ({"fails": [401]}, "is the key right"),
+    "ended by what it was asked": ({"fails": [500] + [0] * 99}, "; at first: HTTP 500"),
     "always busy": ({"fails": [503] * 999}, "no answer in 4 tries; the last: HTTP 503"),
 }
 

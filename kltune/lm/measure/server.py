@@ -135,7 +135,7 @@ class Server:
             except Unanswered as reason:
                 reasons.append(str(reason))
                 if number == TRIES:     # what was asked may be what ended the server: the first try says so
-                    first = "" if reasons[0] == reasons[-1] else f"; the first: {reasons[0]}"
+                    first = "" if reasons[0] == reasons[-1] else f"; at first: {reasons[0]}"
                     raise NoAnswer(f"{self.path}: no answer in {TRIES} tries; the last: {reason}{first}.") from None
                 time.sleep(max(pause, min(reason.after, 60.0)))
                 pause *= 2

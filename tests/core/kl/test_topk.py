@@ -119,7 +119,7 @@ def test_what_tells_a_sample_from_none_has_mean_0_and_the_variance_that_is_said(
 @pytest.fixture(scope="module")
 def pool() -> dict[str, Tensor]:
     """Nats of 16,384 responses of 24 tokens: exact, k1, and by k from the k likeliest and from these renormalised."""
-    policy, reference = models(0.1)
+    policy, reference = models(0.05)
     found: dict[str, list[Tensor]] = {}
     for _ in range(32):
         ids = torch.ones(512, 1, dtype=torch.long)
