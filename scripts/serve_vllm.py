@@ -10,8 +10,8 @@ narrower than 32: a Llama with such is served as a copy, filled up with zeros, t
 
 --check exits with 0 only if ppo, trpo and online dpo get their responses from the server at a sampler-to-trainer KL
 of 1e-6 nats per token at most in every step; ppo says 75 when the server is killed, and ends well with --resume on a
-new one; ``eval-kl`` of what is served, base and LoRA, either way round, is within 3 standard errors of the exact KL of
-the files; and a served teacher of ``distill`` is as far away as the same adapter from its file.
+new one; ``eval-kl`` of what is served, base and LoRA, either way round or both served, is within 3 standard errors of
+the exact KL of the files; and a served teacher of ``distill`` is as far away as the same adapter from its file.
 """
 
 import argparse
@@ -188,10 +188,12 @@ class Check:
         base, at = self.server.model, f"http://127.0.0.1:{self.server.port}/v1#"
         exact, error = self.kl("exact", adapter, base, "--responses", 1024)
         print(f"        exact KL of the files: {exact:.4f} ± {error:.4f} nats per response", flush=True)
-        pairs = ((f"{at}release", base), (adapter, f"{at}base"), (f"{at}release", adapter), (f"{at}base", base))
+        pairs = ((f"{at}release", base), (adapter, f"{at}base"), (f"{at}release", f"{at}base"),
+                 (f"{at}release", adapter), (f"{at}base", base))
         for policy, reference in pairs:
-            found, spread = self.kl("topk", policy, reference, "--responses", 256)
-            wanted, own = (0.0, 0.0) if (policy, reference) in pairs[2:] else (exact, error)
+            both = ("--tokenizer", base) if reference == f"{at}base" and policy != adapter else ()
+            found, spread = self.kl("topk", policy, reference, "--responses", 256, *both)
+            wanted, own = (0.0, 0.0) if (policy, reference) in pairs[3:] else (exact, error)
             off = abs(found - wanted)
             self.report(
                 off <= max(WIDEST * math.hypot(spread, own), 1e-4),

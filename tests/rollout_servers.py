@@ -149,10 +149,9 @@ def serving(folder: Path, fault: str | None = None, since: int = 1, **told: dict
                     return self.answer("Success")
                 stand_in.asked.append(body)
                 fault = stand_in.now
-                if fault == "hangs up":
+                if fault == "hangs up" or (fault == "dies of it" and stand_in.asked.count(body) > 1):
                     return None
-                if fault == "dies of it":       # as vLLM, whose engine is another process
-                    stand_in.fault = "hangs up"
+                if fault == "dies of it":       # as vLLM: all that was under way is told so, then nobody listens
                     return self.answer({"error": {"message": "EngineCore encountered an issue.", "code": 500}}, 500)
                 if fault == "503" or (fault == "503 at first" and len(stand_in.asked) % 7 == 0):
                     return self.answer({"error": "busy"}, 503)

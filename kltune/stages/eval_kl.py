@@ -29,7 +29,7 @@ from kltune.lm.measure.kl_document import (
 )
 from kltune.lm.measure.likelihood import alignment_tax, document_nats, reference_nats
 from kltune.lm.measure.measurement import Measurement, Round, against, check_agreement, measure_kl
-from kltune.lm.measure.served import check_sampled, described_served, measure_served
+from kltune.lm.measure.served import described_served, measure_served
 from kltune.lm.measure.server import Server, is_address
 from kltune.lm.measure.transcripts import recorded
 from kltune.lm.model.policy import Policy, Reference
@@ -62,6 +62,7 @@ class EvalKLOptions(MeasureOptions):
     auto: keep sampling until the gate is decided or there are ``max_responses``. top_p, top_k: also measure the policy
     as it is deployed with these. against: further references for the same responses.
     top_logprobs: tokens at each place whose log-probs a server is asked for. key_env: names the variable of its key.
+    tokenizer: a model whose tokenizer and config two served ones have.
     transcripts: a file of responses that were sampled elsewhere, measured in place of fresh ones.
     """
 
@@ -76,6 +77,7 @@ class EvalKLOptions(MeasureOptions):
     against: tuple[str, ...] = ()
     top_logprobs: int = 20
     key_env: str | None = None
+    tokenizer: str | None = None
     transcripts: str | None = None
 
     @property
@@ -101,7 +103,8 @@ def eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, A
     """
     check_options(options)
     with ranks.joined("auto", ranks.TIMEOUT, "auto"):
-        if any(is_address(path) for path in (*checkpoints, options.reference or "", *options.against)):
+        paths = (*checkpoints, options.reference or "", *options.against)
+        if options.tokenizer or any(map(is_address, paths)):
             return ranks.from_first(lambda: eval_served(checkpoints, options))
         return _eval_kl(checkpoints, options)
 
@@ -146,7 +149,7 @@ def check_options(options: EvalKLOptions) -> None:
 
 
 def eval_served(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, Any], int]:
-    """The same where one of the two models is served: from top-k log-probs, at temperature 1."""
+    """The same where one of the two models is served, or both: from top-k log-probs, at temperature 1."""
     path, reference = checkpoints[0], options.reference
     asked = {
         "more than one checkpoint": len(checkpoints) > 1, "--against": options.against, "--auto": options.auto,
@@ -156,28 +159,28 @@ def eval_served(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[st
         f"--temperature {options.temperature}": options.temperature not in (None, 1),
     }
     if too_much := [name for name, given in asked.items() if given]:
-        raise RecipeError(f"{too_much[0]}: not with a server; wanted one checkpoint against one reference, at "
-                          "temperature 1.")
-    if reference is None or is_address(path) == is_address(reference):
-        raise RecipeError(f"{path}: wanted one served model and one that is here, whose tokenizer is used; give the "
-                          "other as --reference.")
-    served = Server(path if is_address(path) else reference, options.top_logprobs, options.key_env)
-    here = reference if is_address(path) else path
-    alone = replace(options, reference=None)
-    subject = find_checkpoint(here, alone)
+        raise RecipeError(f"{too_much[0]}: not with a server; wanted one checkpoint, one reference and temperature 1.")
+    servers = [Server(one, options.top_logprobs, options.key_env) for one in (path, reference or "") if is_address(one)]
+    if reference is None or (len(servers) == 2) != (options.tokenizer is not None):
+        raise RecipeError(f"{path}: wanted one served model and one that is here, whose tokenizer is used, one of them "
+                          "as --reference; or two that are served, and --tokenizer MODEL.")
+    if options.key_env is not None and len({one.host for one in servers}) == 2:
+        raise RecipeError(f"--key-env {options.key_env}: one key for two hosts would be told to both; wanted one host.")
+    served, alone = servers[0], replace(options, reference=None)
+    subject = find_checkpoint(options.tokenizer or (reference if is_address(path) else path), alone)
     settings = replace(resolve_settings([subject], alone), temperature=1.0)
-    local = open_alone(subject, alone)
-    served.top = min(served.top, local.network.vocabulary)
+    local = open_alone(subject, alone, empty=len(servers) == 2)
+    for one in servers:
+        one.top = min(one.top, local.network.vocabulary)
     prompts = measured_prompts(local, settings)
     answered = Round.of(prompts, settings.responses, options.seed)
     if note := answered.drawn_note(options.seed):
         print(f"{path}: {note}", file=sys.stderr)
     with counting("asking the server", answered.responses) as progress:
         measured = measure_served(
-            served, local, answered, settings.draw(options.seed), policy_is_served=is_address(path), progress=progress
+            served, local, answered, settings.draw(options.seed), policy_is_served=is_address(path),
+            reference=servers[1] if len(servers) == 2 else None, progress=progress,
         )
-    checks = measured.checks()
-    check_sampled(served.path, checks)
     gate = None
     if options.max_kl is not None:
         gate = Gate(options.max_kl, options.unit, options.confidence, 1, DIRECTIONS["reverse"], reference)
@@ -185,8 +188,8 @@ def eval_served(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[st
     document = {
         "schema": "kltune.eval_kl/1", "checkpoint": path, "own_reference": False,
         "max_new_tokens": settings.max_new_tokens, "seed": options.seed, "confidence": options.confidence,
-        **described_served(measured, checks, served, options.confidence),
-        "reference": {"path": reference, "sha256": None} if served.path == reference
+        **described_served(measured, served, options.confidence),
+        "reference": {"path": reference, "sha256": None} if is_address(reference)
         else replace(local.fingerprint, path=reference).as_dict(),
         "prompts_in_file": len(prompts), "gate": None if gate is None else gate.document(), "against": [],
     }

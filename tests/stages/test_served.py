@@ -1,6 +1,7 @@
 """A served model against one that is here: the same KL, and each thing that a server may do wrong by its name."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -64,6 +65,43 @@ def test_both_ways_round_the_kl_is_the_exact_one(eval_kl, serve, adapter, llama,
             sampled = [body for body in standing.asked if "seed" in body]
             assert len({body["seed"] for body in sampled}) == 100
             assert all(body["temperature"] == body["top_p"] == 1 and body["top_k"] == 0 for body in sampled)
+
+
+def test_of_two_servers_the_tokens_are_summed_that_both_speak_of(eval_kl, serve, adapter, llama, prompts, tmp_path):
+    exact, error = kl_of(eval_kl(adapter, *prompts[:4], "--responses", 400)[1], "exact")
+    words = tmp_path / "words"
+    shutil.copytree(llama, words, ignore=shutil.ignore_patterns("*.safetensors"))
+    with serve() as policy, serve(None) as reference:
+        asked = (policy.url, "--reference", reference.url, *prompts)
+        code, document, err = eval_kl(*asked, "--tokenizer", words, "--responses", 200)
+        assert code == 0, err
+        itself = eval_kl(policy.url, "--reference", policy.url, *prompts, "--tokenizer", words, "--responses", 20)[1]
+        assert eval_kl(*asked)[0] == eval_kl(policy.url, "--reference", llama, *prompts, "--tokenizer", words)[0] == 2
+    topk, spread = kl_of(document, "topk")
+    assert topk == pytest.approx(exact, abs=3 * (error**2 + spread**2) ** 0.5)
+    assert kl_of(itself, "topk") == pytest.approx((0.0, 0.0), abs=1e-4)
+    assert document["reference"] == {"path": reference.url, "sha256": None}
+    assert 0.2 < document["server"]["mass"] < itself["server"]["mass"]
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    ({"other_words": True}, "ids mean other tokens there"), ({"scores": False}, "cannot be a reference"),
+])
+def test_a_served_reference_of_a_served_policy_is_looked_at_as_well(eval_kl, serve, llama, prompts, fault, said):
+    with serve() as policy, serve(None, **fault) as reference:
+        asked = (policy.url, "--reference", reference.url, *prompts, "--tokenizer", llama, "--responses", 10)
+        code, _, err = eval_kl(*asked)
+    assert code == 5
+    assert f"{reference.url}: " in err
+    assert said in err
+
+
+def test_one_key_is_not_told_to_two_hosts(eval_kl, serve, llama, prompts, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-very-secret")
+    with serve() as policy, serve(None) as reference:
+        asked = (policy.url, "--reference", reference.url, *prompts, "--tokenizer", llama, "--key-env", "MY_KEY")
+        assert eval_kl(*asked)[0] == 2
+        assert policy.asked == reference.asked == []
 
 
 def test_the_gate_and_its_files_know_a_server(eval_kl, serve, llama, prompts, tmp_path):

@@ -96,7 +96,7 @@ class Server:
                               "https://, or an address of this machine.")
         if key_env is not None and not os.environ.get(key_env):
             raise RecipeError(f"--key-env {key_env}: this environment variable is not set.")
-        self.path, self.top = path, top
+        self.path, self.top, self.host = path, top, url.netloc
         self.notes: list[str] = []      # what could not be looked at
         self._client = Client(Address(address, f"server {self.model}", ModelError, key_env, TIMEOUT_S, LONGEST))
 
