@@ -68,10 +68,14 @@ class StandIn:
         choice = {
             "index": 0, "text": self.tokenizer.decode(ids), "token_ids": ids, "prompt_token_ids": prompt,
             "finish_reason": "stop" if ids[-1] == end else "length",
-            "logprobs": None if top is None else {"token_logprobs": own, "top_logprobs": heads},
+            "stop_reason": None, "routed_experts": None,
+            "logprobs": None if top is None else {
+                "text_offset": [0] * len(ids), "token_logprobs": own, "tokens": [f"token_id:{token}" for token in ids],
+                "top_logprobs": heads,
+            },
             "prompt_logprobs": self.scored(prompt, body) if "prompt_logprobs" in body and self.scores else None,
         } | self.says
-        return {"model": self.called or self.name, "choices": [
+        return {"object": "text_completion", "model": self.called or self.name, "usage": {}, "choices": [
             {key: value for key, value in choice.items() if key not in self.drops}
         ]}
 

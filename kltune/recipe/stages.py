@@ -227,6 +227,7 @@ def comparable(recipe: Recipe) -> dict[str, Any]:
             del whole[section][key]
     for key in HOW_A_SERVER_IS_REACHED:
         whole.get("sampling", {}).pop(key, None)
+    whole.get("distill", {}).pop("teacher_key_env", None)
     for entry in (*whole.get("reward", ()), whole.get("eval", {}).get("gold") or {}):
         if entry.get("kind") == "judge":
             for key in HOW_A_JUDGE_IS_REACHED:
