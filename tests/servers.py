@@ -1,6 +1,7 @@
 """A completions server on loopback over a model of transformers, with vLLM's routes and fields, and switches to lie."""
 
 import json
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ class StandIn:
     says: dict[str, Any] = field(default_factory=dict)          # keys of the choice to put in place of the right ones
     drops: tuple[str, ...] = ()           # keys of the choice to leave out
     short: bool = False
+    dies: bool = False
     scores: bool = True
     body: bytes | None = None
     called: str | None = None
@@ -105,6 +107,11 @@ def standing_in(server: StandIn) -> Iterator[StandIn]:
             server.asked.append(body)
             server.headers.append(dict(self.headers))
             status = server.fails.pop(0) if server.fails else 200
+            if server.dies:     # as vLLM: all that was under way is told so, then nobody listens
+                status = 500 if server.asked.count(body) == 1 else 0
+            context = getattr(server.model.config, "max_position_embeddings", math.inf)
+            if len(server.prefix) + len(body["prompt"]) + body["max_tokens"] > context:
+                status = 400
             if status == 0:
                 return      # hangs up
             if status != 200:

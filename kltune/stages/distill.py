@@ -76,8 +76,8 @@ def run_distill(recipe: DistillRecipe, resume: bool) -> dict[str, Any]:
 
 def train(recipe: DistillRecipe, policy: Policy, run: Run) -> dict[str, Any]:
     """Load what the recipe names, take the steps that are not done yet, and finish."""
-    prompts, held_out = load_data(recipe, policy, run)
     teacher = load_teacher(recipe, policy)
+    prompts, held_out = load_data(recipe, policy, run)
     ask = partial(told, section=recipe.distill, policy=policy, rules=rules_of(recipe, policy))
     steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
     held_out = replace(held_out, prompts=ask(held_out.prompts), teacher=teacher)

@@ -29,7 +29,7 @@ from kltune.lm.measure.kl_document import (
 )
 from kltune.lm.measure.likelihood import alignment_tax, document_nats, reference_nats
 from kltune.lm.measure.measurement import Measurement, Round, against, check_agreement, measure_kl
-from kltune.lm.measure.served import described_served, measure_served
+from kltune.lm.measure.served import described_served, fit_together, measure_served
 from kltune.lm.measure.server import Server, is_address
 from kltune.lm.measure.transcripts import recorded
 from kltune.lm.model.policy import Policy, Reference
@@ -170,8 +170,7 @@ def eval_served(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[st
     subject = find_checkpoint(options.tokenizer or (reference if is_address(path) else path), alone)
     settings = replace(resolve_settings([subject], alone), temperature=1.0)
     local = open_alone(subject, alone, empty=len(servers) == 2)
-    for one in servers:
-        one.top = min(one.top, local.network.vocabulary)
+    fit_together(servers, local)
     prompts = measured_prompts(local, settings)
     answered = Round.of(prompts, settings.responses, options.seed)
     if note := answered.drawn_note(options.seed):

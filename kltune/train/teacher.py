@@ -30,7 +30,7 @@ from kltune.lm.data.examples import Prompt, RowRules, fitted_prompt
 from kltune.lm.data.forms import Asked
 from kltune.lm.data.rows import RowFault, describe
 from kltune.lm.measure.measurement import Measurement
-from kltune.lm.measure.served import expect_same_words, logprobs_of
+from kltune.lm.measure.served import expect_same_words, fit_together, logprobs_of
 from kltune.lm.measure.server import NoAnswer, Server
 from kltune.lm.model.adapters.weights import POLICY, read_adapter_config, rewritten_base
 from kltune.lm.model.batches import Rollout, pad_right, response_scatter
@@ -253,7 +253,8 @@ def load_teacher(recipe: DistillRecipe, policy: Policy) -> AnyTeacher:
 
 
 def _served(section: DistillSection, policy: Policy) -> ServedTeacher:
-    server = Server(section.teacher, min(section.teacher_logprobs, policy.network.vocabulary), section.teacher_key_env)
+    server = Server(section.teacher, section.teacher_logprobs, section.teacher_key_env)
+    fit_together([server], policy)
     teacher = ServedTeacher(server, f"teacher: {server.path}, by its {server.top} likeliest tokens at each place")
     some = torch.linspace(0, len(policy.tokenizer) - 1, PROBED).long().tolist()
     ranks.from_first(lambda: teacher._asked(policy, [(some[:1], some[1:])]))        # one that fits is asked once more

@@ -76,6 +76,14 @@ class ServedMeasurement:
         }
 
 
+def fit_together(servers: Sequence[Server], local: Policy) -> None:
+    """Ask for no more tokens than there are, and cut rows so that they leave room for the one that scoring draws."""
+    for server in servers:
+        server.top = min(server.top, local.network.vocabulary)
+    if local.max_context is not None:
+        local.max_context -= 1
+
+
 def measure_served(
     served: Server, local: Policy, answered: Round, draw: Draw, *, policy_is_served: bool,
     reference: Server | None = None, progress: Progress = lambda done: None,
