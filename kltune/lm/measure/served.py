@@ -99,7 +99,8 @@ def measure_served(
     for prompts, uniforms, done in answered.parts(draw):
         rows = [list(prompt.ids) for prompt in prompts for _ in range(answered.per_prompt)]
         if policy_is_served:
-            answers = served.sample(rows, draw.max_new_tokens, draw.seed + 7919 * len(parts) + answered.number)
+            seed, before = draw.seed + 7919 * len(parts) + answered.number, done - len(rows)
+            answers = served.sample(rows, draw.max_new_tokens, seed, lambda more, before=before: progress(before + more))
             answers = [_to_first_end(answer, local.end_ids) for answer in answers]
         else:
             answers = _scored(served, local, prompts, uniforms, answered.per_prompt)

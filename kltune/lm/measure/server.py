@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -100,13 +100,16 @@ class Server:
         self.notes: list[str] = []      # what could not be looked at
         self._client = Client(Address(address, f"server {self.model}", ModelError, key_env, TIMEOUT_S, LONGEST))
 
-    def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> list[Answer]:
+    def sample(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[Answer]:
         """One response to each prompt, a request each, with seeds that are no neighbours."""
         seeds = np.random.SeedSequence(seed).generate_state(len(prompts)) & 0x7FFFFFFF
         return self._all([
             ({"prompt": list(ids), "max_tokens": max_new_tokens, "seed": own, "logprobs": self.top}, max_new_tokens)
             for ids, own in zip(prompts, seeds.tolist(), strict=True)
-        ], self._sampled)
+        ], self._sampled, progress)
 
     def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Answer]:
         """The log-probabilities of (prompt, response) tokens that are there."""
@@ -115,11 +118,18 @@ class Server:
             for prompt, response in rows
         ], self._scored)
 
-    def _all(self, questions: list[tuple[dict[str, Any], Any]], read: Any) -> list[Answer]:
+    def _all(
+        self, questions: list[tuple[dict[str, Any], Any]], read: Any,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[Answer]:
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             found = [pool.submit(lambda body, about: read(self._asked(body), body, about), *one) for one in questions]
+            answers: list[Answer] = []
             try:
-                return [future.result() for future in found]
+                for future in found:
+                    answers.append(future.result())
+                    progress(len(answers))
+                return answers
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
