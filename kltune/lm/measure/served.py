@@ -9,6 +9,7 @@ it, on average), and by scoring some of them again.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,8 +100,9 @@ def measure_served(
     for prompts, uniforms, done in answered.parts(draw):
         rows = [list(prompt.ids) for prompt in prompts for _ in range(answered.per_prompt)]
         if policy_is_served:
-            seed, before = draw.seed + 7919 * len(parts) + answered.number, done - len(rows)
-            answers = served.sample(rows, draw.max_new_tokens, seed, lambda more, before=before: progress(before + more))
+            seed = draw.seed + 7919 * len(parts) + answered.number
+            so_far = partial(_counted, progress, done - len(rows))
+            answers = served.sample(rows, draw.max_new_tokens, seed, so_far)
             answers = [_to_first_end(answer, local.end_ids) for answer in answers]
         else:
             answers = _scored(served, local, prompts, uniforms, answered.per_prompt)
@@ -115,6 +117,10 @@ def measure_served(
         progress(done)
     *sums, counts, cuts = (torch.cat(column) for column in zip(*parts, strict=True))
     return ServedMeasurement(TopKDivergence(*sums), counts, answered.prompt_index(), cuts)
+
+
+def _counted(progress: Progress, before: int, done: int) -> None:
+    progress(before + done)
 
 
 def _scored(
