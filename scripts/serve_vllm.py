@@ -231,6 +231,7 @@ class Check:
 def copied(name: str, folder: Path) -> Path:
     """A recipe of recipes/stories with a reward beside it."""
     if not (folder / f"{name}.yaml").exists():
+        (folder / "rewards.py").unlink(missing_ok=True)
         copy_recipe(f"stories/{name}", folder)
         (folder / "rewards.py").write_text(REWARD, encoding="utf-8")      # which tells stories apart from the start
     return folder / f"{name}.yaml"
