@@ -74,15 +74,10 @@ class RolloutServer:
         Raises:
             ServerError: it does not answer. SamplerError: it serves something else, or otherwise.
         """
-        if POLICY not in getattr(policy.model, "peft_config", {}):
-            raise SamplerError(self._wrong(
-                "the policy is a whole model, and a server is given adapters",
-                f"serve it, and measure it as {self.sampling.url}/v1#MODEL",
-            ))
+        if (obstacle := _obstacle(policy)) is not None:
+            other = f"or serve it as a model, and measure {self.sampling.url}/v1#MODEL with eval-kl"
+            raise SamplerError(self._wrong(obstacle, f"wanted a LoRA of layers alone; {other}"))
         ranks.from_first(lambda: self._read_info(policy))
-        head = policy.network.head
-        if head is not None and any("lora_" in name for name, _ in head.named_parameters()):
-            raise SamplerError(self._wrong("the adapter changes the head, which vLLM leaves out", "other lora.targets"))
         some = prompts[:PROBE_RESPONSES]
         uniforms = torch.rand(len(some), PROBE_TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         with policy.acting_as(None):
@@ -329,6 +324,23 @@ class RolloutServer:
         more = f" Is it up? Then {hint}." if hint else ""
         first = "" if reasons[0] == why else f"; at first: {reasons[0]}"    # what was asked may be what ended it
         raise ServerError(f"sampling.url: {address} does not answer: {why}{first}.{more}")
+
+
+def _obstacle(policy: Policy) -> str | None:
+    """Why no server would answer as the policy, of which it is given the adapter; None where it would."""
+    config = getattr(policy.model, "peft_config", {}).get(POLICY)
+    if config is None:
+        return "the policy is a whole model, and a server is given adapters"
+    if config.peft_type.value != "LORA":
+        return f"the adapter is of type {config.peft_type.value}"
+    places = [name for name, _ in policy.model.named_parameters() if "lora_" in name]
+    head = policy.network.head
+    changes = {
+        "is a DoRA": config.use_dora, "trains a bias": config.bias != "none", "saves modules": config.modules_to_save,
+        "changes the embedding": any("lora_embedding" in name for name in places),
+        "changes the head": head is not None and any("lora_" in name for name, _ in head.named_parameters()),
+    }
+    return next((f"the adapter {what}, which vLLM leaves out" for what, found in changes.items() if found), None)
 
 
 def _dtype(policy: Policy) -> str:

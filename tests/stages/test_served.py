@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kltune.lm.measure import server as asking
@@ -237,9 +237,20 @@ def test_a_measurement_by_a_recipe_with_a_server_has_its_responses_from_there(tm
     assert server.unloaded == server.names
 
 
-def test_a_server_is_given_adapters_and_no_whole_model(tmp_path, llama, eval_kl):
+@pytest.mark.parametrize(("more", "said"), [
+    (None, "the policy is a whole model"), ({"use_dora": True}, "is a DoRA"), ({"bias": "lora_only"}, "trains a bias"),
+    ({"target_modules": ["q_proj", "lm_head"]}, "changes the head"),
+    ({"target_modules": ["q_proj", "embed_tokens"]}, "changes the embedding"),
+])
+def test_a_server_is_given_a_lora_of_layers_and_nothing_that_it_leaves_out(tmp_path, llama, eval_kl, more, said):
+    policy = llama
+    if more is not None:
+        policy, config = tmp_path / "odd", LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **more})
+        model = get_peft_model(model_of(llama), config)
+        model.save_pretrained(policy)
     with serving(llama) as server:
         recipe = recipe_of(tmp_path, llama, server)
-        code, _, err = eval_kl(llama, "--reference", llama, "--recipe", recipe.folder / "recipe.yaml")
-    assert code == 5
-    assert f"measure it as {server.url}/v1#MODEL" in err
+        code, _, err = eval_kl(policy, "--reference", llama, "--recipe", recipe.folder / "recipe.yaml")
+    assert (code, server.names) == (5, [])
+    assert said in err
+    assert f"measure {server.url}/v1#MODEL" in err
