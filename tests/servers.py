@@ -37,6 +37,7 @@ class StandIn:
     drops: tuple[str, ...] = ()           # keys of the choice to leave out
     short: bool = False
     dies: bool = False
+    vocabulary: float = math.inf
     scores: bool = True
     body: bytes | None = None
     called: str | None = None
@@ -110,7 +111,8 @@ def standing_in(server: StandIn) -> Iterator[StandIn]:
             if server.dies:     # as vLLM: all that was under way is told so, then nobody listens
                 status = 500 if server.asked.count(body) == 1 else 0
             context = getattr(server.model.config, "max_position_embeddings", math.inf)
-            if len(server.prefix) + len(body["prompt"]) + body["max_tokens"] > context:
+            too_long = len(server.prefix) + len(body["prompt"]) + body["max_tokens"] > context
+            if too_long or max(body["prompt"]) >= server.vocabulary:
                 status = 400
             if status == 0:
                 return      # hangs up

@@ -31,7 +31,7 @@ from kltune.lm.data.forms import Asked
 from kltune.lm.data.rows import RowFault, describe
 from kltune.lm.measure.measurement import Measurement
 from kltune.lm.measure.served import expect_same_words, fit_together, logprobs_of
-from kltune.lm.measure.server import NoAnswer, Server
+from kltune.lm.measure.server import CannotScore, NoAnswer, Server
 from kltune.lm.model.adapters.weights import POLICY, read_adapter_config, rewritten_base
 from kltune.lm.model.batches import Rollout, pad_right, response_scatter
 from kltune.lm.model.files import refuse_code
@@ -257,7 +257,13 @@ def _served(section: DistillSection, policy: Policy) -> ServedTeacher:
     fit_together([server], policy)
     teacher = ServedTeacher(server, f"teacher: {server.path}, by its {server.top} likeliest tokens at each place")
     some = torch.linspace(0, len(policy.tokenizer) - 1, PROBED).long().tolist()
-    ranks.from_first(lambda: teacher._asked(policy, [(some[:1], some[1:])]))        # one that fits is asked once more
+    try:
+        ranks.from_first(lambda: teacher._asked(policy, [(some[:1], some[1:])]))
+    except CannotScore:
+        raise
+    except ModelError as error:
+        raise ModelError(f"distill.teacher: {error} (It was asked for {PROBED} tokens out of the whole vocabulary of "
+                         f"{policy.fingerprint.path}, which a teacher has to share.)") from None
     return teacher
 
 

@@ -86,6 +86,7 @@ def test_a_served_teacher_is_learnt_from_its_likeliest_tokens_and_the_one_that_w
 
 @pytest.mark.parametrize(("switches", "kind", "said"), [
     ({"other_words": True}, ModelError, "ids mean other tokens there; .*and in .*tiny"),
+    ({"vocabulary": 2}, ModelError, r"server m: .*HTTP 400.*whole vocabulary of .*tiny_lm"),
     ({"scores": False}, ModelError, "it gives no log-probs of a prompt"),
     ({"fails": [503] * 99}, ServerError, "no answer in 4 tries; the last: HTTP 503"),
 ])
