@@ -224,6 +224,7 @@ def test_a_measurement_by_a_recipe_with_a_server_has_its_responses_from_there(tm
         code, drawn, err = eval_kl(*asked, "--direction", "both")
         assert code == 0, err
         elsewhere = eval_kl(*asked, "--reference", adapter_on(llama, tmp_path / "other", 2))[1]
+        assert f"responses drawn by {server.url}" in eval_kl(*asked[:-1], 8, as_json=False)[1]
     here = eval_kl(adapter, "--prompts", recipe.data.prompts, "--temperature", 0.8, "--max-new-tokens", 6)[1]
     assert here["sampler"] is None
     found, own = (document["kl"]["exact"] for document in (drawn, here))
@@ -233,7 +234,7 @@ def test_a_measurement_by_a_recipe_with_a_server_has_its_responses_from_there(tm
     for document in (drawn, elsewhere):
         assert document["sampler"]["url"] == server.url
         assert 0.0 <= document["sampler"]["kl_nats_per_token"] < 1e-9
-    assert len(server.names) == 2
+    assert len(server.names) == 3
     assert server.unloaded == server.names
 
 
