@@ -58,10 +58,11 @@ class Server:
         """Within: it answers, its model loaded."""
         if self.healthy():
             sys.exit(f"port {self.port} is taken; choose another one with --port")
-        at = ("--host", "127.0.0.1", "--port", str(self.port))
-        command = [self.python, "-m", "transformers.cli.transformers", "serve", self.model, *at]
         with open(self.log, "a", encoding="utf-8") as log:
-            process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                [self.python, *self.command, "--host", "127.0.0.1", "--port", str(self.port)], cwd=self.folder,
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )
         try:
             while not self.healthy():
                 if process.poll() is not None:
@@ -69,8 +70,17 @@ class Server:
                 time.sleep(0.2)
             yield process
         finally:
-            process.kill()
-            process.wait()
+            self.kill(process)
+
+    @property
+    def command(self) -> list[str]:
+        """What its python is given, but for the address."""
+        return ["-m", "transformers.cli.transformers", "serve", self.model]
+
+    def kill(self, process: subprocess.Popen) -> None:
+        """End it at once."""
+        process.kill()
+        process.wait()
 
     @property
     def log(self) -> Path:

@@ -15,8 +15,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 FAULTS = (
-    "stale adapter", "no adapter", "raw log-probs", "other dtype", "hangs up", "503", "503 at first", "short answer",
-    "two replicas", "slow", "no token ids", "refuses adapters", "other base",
+    "stale adapter", "no adapter", "raw log-probs", "other dtype", "hangs up", "dies of it", "503", "503 at first",
+    "lost answers", "short answer", "two replicas", "slow", "no token ids", "refuses adapters", "other base",
 )
 
 
@@ -84,10 +84,14 @@ class StandIn:
         tokens = ids[len(body["prompt"]):]
         if self.now == "short answer":
             tokens, said = tokens[:-1], said[:-1]
-        choice = {"text": "", "token_ids": tokens, "finish_reason": reason, "logprobs": {"token_logprobs": said}}
+        choice = {
+            "index": 0, "text": "", "token_ids": tokens, "prompt_token_ids": body["prompt"], "finish_reason": reason,
+            "stop_reason": None if reason == "length" else tokens[-1], "prompt_logprobs": None,
+            "logprobs": {"token_logprobs": said, "tokens": [""] * len(said), "top_logprobs": [{"": n} for n in said]},
+        }
         if self.now == "no token ids":
             del choice["token_ids"]
-        return {"choices": [choice]}
+        return {"object": "text_completion", "model": body["model"], "choices": [choice]}
 
     def logits(self, name: str, ids: list[int]) -> torch.Tensor:
         """After the last token. [V] float32."""
@@ -126,7 +130,8 @@ def serving(folder: Path, fault: str | None = None, since: int = 1, **told: dict
         def do_GET(self) -> None:
             if self.path.startswith("/server_info"):
                 return self.answer(stand_in.info())
-            return self.answer({"data": [{"id": "base", "parent": None}, {"id": "other", "parent": "base"}]})
+            adapters = [{"id": name, "parent": "base"} for name in ("other", *stand_in.names)]
+            return self.answer({"object": "list", "data": [{"id": "base", "parent": None}, *adapters]})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -134,15 +139,20 @@ def serving(folder: Path, fault: str | None = None, since: int = 1, **told: dict
                 if self.path == "/v1/load_lora_adapter":
                     if stand_in.fault == "refuses adapters":
                         return self.answer({"error": "adapters cannot be loaded"}, 404)
+                    if body["lora_name"] in stand_in.names:
+                        said = f"The lora adapter '{body['lora_name']}' has already been loaded."
+                        return self.answer({"error": {"message": said, "code": 400}}, 400)
                     stand_in.load(body["lora_name"], body["lora_path"])
-                    return self.answer("Success")
+                    return None if stand_in.fault == "lost answers" else self.answer("Success")
                 if self.path == "/v1/unload_lora_adapter":
                     stand_in.unloaded.append(body["lora_name"])
                     return self.answer("Success")
                 stand_in.asked.append(body)
                 fault = stand_in.now
-                if fault == "hangs up":
+                if fault == "hangs up" or (fault == "dies of it" and stand_in.asked.count(body) > 1):
                     return None
+                if fault == "dies of it":       # as vLLM: all that was under way is told so, then nobody listens
+                    return self.answer({"error": {"message": "EngineCore encountered an issue.", "code": 500}}, 500)
                 if fault == "503" or (fault == "503 at first" and len(stand_in.asked) % 7 == 0):
                     return self.answer({"error": "busy"}, 503)
                 if fault != "slow":

@@ -1,6 +1,7 @@
 """A completions server on loopback over a model of transformers, with vLLM's routes and fields, and switches to lie."""
 
 import json
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ class StandIn:
     says: dict[str, Any] = field(default_factory=dict)          # keys of the choice to put in place of the right ones
     drops: tuple[str, ...] = ()           # keys of the choice to leave out
     short: bool = False
+    dies: bool = False
+    vocabulary: float = math.inf
     scores: bool = True
     body: bytes | None = None
     called: str | None = None
@@ -68,10 +71,14 @@ class StandIn:
         choice = {
             "index": 0, "text": self.tokenizer.decode(ids), "token_ids": ids, "prompt_token_ids": prompt,
             "finish_reason": "stop" if ids[-1] == end else "length",
-            "logprobs": None if top is None else {"token_logprobs": own, "top_logprobs": heads},
+            "stop_reason": None, "routed_experts": None,
+            "logprobs": None if top is None else {
+                "text_offset": [0] * len(ids), "token_logprobs": own, "tokens": [f"token_id:{token}" for token in ids],
+                "top_logprobs": heads,
+            },
             "prompt_logprobs": self.scored(prompt, body) if "prompt_logprobs" in body and self.scores else None,
         } | self.says
-        return {"model": self.called or self.name, "choices": [
+        return {"object": "text_completion", "model": self.called or self.name, "usage": {}, "choices": [
             {key: value for key, value in choice.items() if key not in self.drops}
         ]}
 
@@ -101,6 +108,12 @@ def standing_in(server: StandIn) -> Iterator[StandIn]:
             server.asked.append(body)
             server.headers.append(dict(self.headers))
             status = server.fails.pop(0) if server.fails else 200
+            if server.dies:     # as vLLM: all that was under way is told so, then nobody listens
+                status = 500 if server.asked.count(body) == 1 else 0
+            context = getattr(server.model.config, "max_position_embeddings", math.inf)
+            too_long = len(server.prefix) + len(body["prompt"]) + body["max_tokens"] > context
+            if too_long or max(body["prompt"]) >= server.vocabulary:
+                status = 400
             if status == 0:
                 return      # hangs up
             if status != 200:

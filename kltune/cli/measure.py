@@ -99,6 +99,9 @@ def eval_kl_command(
     key_env: Annotated[
         str | None, typer.Option("--key-env", metavar="NAME", help="Environment variable with a server's key.")
     ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Whose tokenizer two served models have.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="One line for a checkpoint: verdict and KL.")] = False,
     processes: ProcessesOption = None,
     trust_remote_code: TrustOption = False,
@@ -124,7 +127,7 @@ def eval_kl_command(
             temperature=temperature, seed=seed, max_kl=max_kl, unit=unit, confidence=confidence, direction=direction,
             texts=texts, top=top, show=show, auto=auto, max_responses=max_responses, top_p=top_p, top_k=top_k,
             trust_remote_code=trust_remote_code, date=date, device=device, dtype=dtype, against=tuple(against or ()),
-            top_logprobs=top_logprobs, key_env=key_env, transcripts=transcripts,
+            top_logprobs=top_logprobs, key_env=key_env, tokenizer=tokenizer, transcripts=transcripts,
         )
         document, code = eval_kl(checkpoints, options)
         if is_extra_process():

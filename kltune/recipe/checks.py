@@ -170,7 +170,7 @@ def path_values(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
     values = by_dotted_key(recipe.model_dump(mode="json"))
     for key, value in values.items():
         if value is not None and re.sub(r"\.\d+\.", ".*.", key) in PATH_KEYS and (
-            (key, value) != ("distill.teacher", REFERENCE)
+            key != "distill.teacher" or not (value == REFERENCE or recipe.distill.served)
         ):
             yield key, value, values.get(f"{key.removesuffix('path')}kind") == "function"
 
@@ -198,9 +198,7 @@ def absolute(value: str, folder: Path) -> str:
 
 def misplaced(key: str, value: str, folder: Path) -> Iterator[Clash]:
     """Refuse addresses, and paths that only exist from where the command was started."""
-    if "://" in value and key == "distill.teacher":
-        yield (key,), f"found the address {value}, wanted a file here: no teacher is asked over the network"
-    elif "://" in value:
+    if "://" in value:
         yield (key,), f"found the address {value}, wanted a file, a folder or a hub name; download it first"
     elif key not in MADE and not os.path.exists(folder / os.path.expanduser(value)) and os.path.exists(value):
         yield ((key,), f"found {value}, which is in the current folder but not in the recipe's; paths start at the "

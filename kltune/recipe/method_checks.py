@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterator
 from string import Formatter
 from typing import Any
+from urllib.parse import urlsplit
 
 from kltune.recipe.faults import Clash
-from kltune.recipe.rewards import asks_for_pairs
+from kltune.recipe.rewards import LOOPBACK, asks_for_pairs
 from kltune.recipe.sections.fields import is_changed
 from kltune.recipe.sections.methods import DPOKLSection, KLSection
 from kltune.recipe.stages import REFERENCE
@@ -25,6 +26,8 @@ VALUE_KEYS = (
     "optim.lr", "optim.schedule", "optim.warmup_steps", "optim.max_grad_norm", "optim.weight_decay",
     "trpo.gamma", "trpo.gae_lambda", "trpo.value_epochs", "trpo.value_minibatch_size",
 )
+ADDRESS = re.compile(r"https?://[^\s/@#?]+(/[^\s@#?]*)?#\S+")
+SERVED = ("teacher_logprobs", "teacher_key_env")       # keys that distill reads with a served teacher
 # keys of the dpo section, and which losses read them
 LOSS_KEYS = {
     "label_smoothing": ("sigmoid", "robust"), "divergence": ("f_dpo",), "alpha": ("f_dpo",),
@@ -110,8 +113,28 @@ def teacher_clashes(recipe: Any) -> Iterator[Clash]:
     for name, text in texts.items():
         if text is not None and (fault := template_fault(text)):
             yield (f"distill.{name}",), fault
+    yield from _served(distill, recipe.sampling.temperature)
     if not recipe.kl.exact:
         yield ("kl.exact",), "found false, wanted true: distill prices and measures the exact KL only"
+
+
+def _served(distill: Any, temperature: float) -> Iterator[Clash]:
+    """A server's address that nobody else can answer at, and what only it reads."""
+    whose = "weights that are here" if distill.served else "a served teacher, http(s)://HOST/v1#MODEL"
+    for name in ("teacher_dtype", "teacher_device") if distill.served else SERVED:
+        if is_changed(distill, name):
+            yield (f"distill.{name}", "distill.teacher"), f"read only with {whose}; remove it"
+    if not distill.served:
+        return
+    if not ADDRESS.fullmatch(distill.teacher):
+        yield (("distill.teacher",), "wanted a server's address and model, as http://127.0.0.1:8000/v1#MODEL; a key "
+               "goes into an environment variable: distill.teacher_key_env")
+    elif distill.teacher.startswith("http:") and urlsplit(distill.teacher).hostname not in LOOPBACK:
+        yield (("distill.teacher",), f"found {distill.teacher}: over http whoever listens can read and change what is "
+               "learnt; wanted https://, or an address of this machine")
+    if temperature != 1.0:
+        yield (("sampling.temperature", "distill.teacher"), f"found {temperature:g}, wanted 1: a server gives "
+               "log-probs of a few tokens, from which those at another temperature do not follow")
 
 
 def template_fault(text: str) -> str | None:

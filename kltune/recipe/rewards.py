@@ -9,6 +9,7 @@ from pydantic import Field
 from kltune.recipe.faults import Clash
 from kltune.recipe.sections.fields import Count, Lines, NotNegative, Positive, Section, Text, is_changed
 
+KeyName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(KEY|TOKEN)$")]
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 HOW = {"weight", "normalize", "name", "concurrency", "timeout_s", "retries", "key_env"}   # no other scorer by them
 NO_SCORES = "a preference between two responses is no score: write mode: score"
@@ -58,7 +59,7 @@ class JudgeReward(Section):
     retries: Annotated[int, Field(ge=0, le=100)] = Field(
         6, description="times that a question is asked again, waiting 1, 2, 4, ... 60 s; then the run saves and stops"
     )
-    key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(KEY|TOKEN)$")] | None = Field(
+    key_env: KeyName | None = Field(
         None, description="name of the environment variable with the endpoint's key, ending in KEY or TOKEN; null "
         "sends none", examples=["JUDGE_API_KEY"]
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr
 
 from kltune.recipe.faults import Place
-from kltune.recipe.rewards import RewardList
+from kltune.recipe.rewards import KeyName, RewardList
 from kltune.recipe.sections.fields import Count, Lines, NotNegative, Section, Text
 from kltune.recipe.sections.methods import (
     BradleyTerrySection,
@@ -145,7 +145,7 @@ class DistillSection(Section):
     teacher: Text = Field(
         description="whom the policy learns from: a run, a checkpoint, an adapter or a model with the same vocabulary, "
         "or reference, the policy's own frozen weights (with teacher_prompt or teacher_system). An adapter on the "
-        "same base needs no second model", examples=["runs/ppo/final"],
+        "same base needs no second model. Or a server of one, http(s)://HOST/v1#MODEL", examples=["runs/ppo/final"],
     )
     teacher_prompt: Lines | None = Field(
         None, description="what the teacher reads in place of the prompt (of messages: of the last one), with {prompt} "
@@ -162,6 +162,14 @@ class DistillSection(Section):
     teacher_device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")] = Field(
         "auto", description="where a teacher's own weights are; auto: where the policy is"
     )
+    teacher_logprobs: Count = Field(
+        20, description="likeliest tokens at each place whose log-probs a served teacher is asked for; the rest is "
+        "estimated from the sampled token, without bias"
+    )
+    teacher_key_env: KeyName | None = Field(
+        None, description="name of the environment variable with a served teacher's key, ending in KEY or TOKEN",
+        examples=["TEACHER_API_KEY"]
+    )
     horizon: Literal["full", "token"] = Field(
         "full", description="full: a token answers for the KL of those that it leads to, as the KL of whole responses "
         "wants; token: for its own alone, which is another objective"
@@ -170,6 +178,11 @@ class DistillSection(Section):
     minibatch_size: Count = Field(
         64, description="responses per update; must divide a step's responses; default: as many of them as fit in 64"
     )
+
+    @property
+    def served(self) -> bool:
+        """Whether the teacher is a server's."""
+        return self.teacher.startswith(("http://", "https://"))
 
 
 class DistillRecipe(Recipe):
@@ -214,6 +227,7 @@ def comparable(recipe: Recipe) -> dict[str, Any]:
             del whole[section][key]
     for key in HOW_A_SERVER_IS_REACHED:
         whole.get("sampling", {}).pop(key, None)
+    whole.get("distill", {}).pop("teacher_key_env", None)
     for entry in (*whole.get("reward", ()), whole.get("eval", {}).get("gold") or {}):
         if entry.get("kind") == "judge":
             for key in HOW_A_JUDGE_IS_REACHED:

@@ -104,6 +104,9 @@ def _checks_and_spread(document: dict[str, Any]) -> Iterator[str]:
         f"  k1 agrees with exact to {round(document['agreement_z'], 1) + 0.0:+.1f} standard errors; "      # no -0.0
         f"{percent(document['truncated_fraction'], 0)}% of the responses reached the length limit"
     )
+    if (sampler := document.get("sampler")) is not None:
+        apart = sampler["kl_nats_per_token"]
+        yield f"  responses drawn by {visible(sampler['url'])}, {apart:.2g} nats per token from the policy's own"
     floor = document["noise_floor"]
     if floor["nats_per_token"] >= SEEN_ROUNDING:
         yield (

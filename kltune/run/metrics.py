@@ -62,7 +62,8 @@ METRICS = (
            "KL(old‖new): how far the step's updates moved the policy (ppo: k3, before the last minibatch's update; "
            "trpo: exact, 0 if no step was accepted; dpo: k3, where there is a target or a cap; distill: as ppo)"),
     Metric("kl/teacher_nats_per_response", "nats per response", ABOVE_0, ("distill",), 3.1,
-           "KL(policy‖teacher) of the step's responses, exact over the vocabulary at each position"),
+           "KL(policy‖teacher) of the step's responses, exact over the vocabulary at each position; of a served "
+           "teacher estimated without bias, so that chance may put it below 0"),
     Metric("kl/teacher_stderr", "nats per response", ABOVE_0, ("distill",), 0.1,
            "standard error of kl/teacher_nats_per_response"),
     Metric("distill/loss", "nats per response", ANY, ("distill",), 2.4,
@@ -72,7 +73,7 @@ METRICS = (
     Metric("distill/minibatches", "updates", "1 or above", ("distill",), 1,
            "updates made in the step; fewer than planned where it came to its limit"),
     Metric("eval/kl_teacher_nats_per_response", "nats per response", ABOVE_0, ("distill",), 3.0,
-           "KL(policy‖teacher) on the answers, exact", of_reference=True),
+           "KL(policy‖teacher) on the answers, exact, or as kl/teacher_nats_per_response", of_reference=True),
     Metric("eval/kl_teacher_stderr", "nats per response", ABOVE_0, ("distill",), 0.1,
            "standard error of eval/kl_teacher_nats_per_response", of_reference=True),
     Metric("kl/step_limit_nats_per_response", "nats per response", ABOVE_0, ("ppo", "dpo", "distill"), 0.1,

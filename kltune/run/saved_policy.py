@@ -241,15 +241,15 @@ def _section(subject: Subject, path: str, options: MeasureOptions) -> ModelSecti
     return ModelSection(**(facts | {"path": path}), trust_remote_code=options.trust_remote_code)
 
 
-def open_alone(subject: Subject, options: MeasureOptions, dtype: str = "auto") -> Policy:
-    """A checkpoint whatever it is held against: an adapter on its own base, a model by itself."""
+def open_alone(subject: Subject, options: MeasureOptions, dtype: str = "auto", empty: bool = False) -> Policy:
+    """A checkpoint whatever it is held against: an adapter on its own base, a model by itself, or its shapes alone."""
     if (subject.folder / "adapter_config.json").exists():
         return _over(subject, own_base(subject, options), options)
     dtype = dtype if subject.info is None else subject.info["reference"]["dtype"]
     section = ModelSection(path=str(subject.folder), dtype=dtype, trust_remote_code=options.trust_remote_code)
     policy = load_reference(
         section, device=pick_device(options.device, "--device"), where=subject.path,
-        chat_template=template_made_with(subject, options), computed_in=options.dtype,
+        chat_template=template_made_with(subject, options), computed_in=options.dtype, empty=empty,
     )
     _tell_day(policy, subject, options)
     return policy

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kltune.core.kl.divergence import kl_k3
 from kltune.core.objectives.advantages import spread_within_groups
-from kltune.core.objectives.distillation import expected_after, token_loss, whole_response_loss
+from kltune.core.objectives.distillation import expected_after, head_and_tail, token_loss, whole_response_loss
 from kltune.core.tensors import expect_finite, per_response
 from kltune.lm.model.batches import Rollout, response_scatter
 from kltune.lm.model.opening import check_first_ratio
@@ -38,20 +38,26 @@ from kltune.train.budget import Budget
 from kltune.train.evaluation.alarms import Alarms
 from kltune.train.learner import ALARMS, Job, Learner, make_job
 from kltune.train.loop import Taken, enforce_cap, load_data, step_size, take_steps
-from kltune.train.teacher import Teacher, load_teacher, rules_of, told
+from kltune.train.teacher import AnyTeacher, Heads, load_teacher, rules_of, told
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """Responses ready for an update. expected: what may be expected to follow each token; see ``expected_after``."""
+    """Responses ready for an update.
+
+    expected: what may be expected to follow each token; see ``expected_after``. heads: what a served teacher says.
+    """
 
     rollout: Rollout
     expected: Tensor
+    heads: Heads | None = None
 
     def select(self, rows: Tensor) -> "Lesson":
         """The lesson of some rows."""
         rollout = self.rollout.select(rows)
-        return Lesson(rollout, self.expected[rows, : rollout.response_mask.shape[1]])
+        width = rollout.response_mask.shape[1]
+        heads = None if self.heads is None else self.heads.select(rows, width)
+        return Lesson(rollout, self.expected[rows, :width], heads)
 
     def minibatches(self, size: int, rng: np.random.Generator) -> Iterator["Lesson"]:
         """``Rollout.minibatches`` with what is expected after their tokens."""
@@ -68,8 +74,8 @@ def run_distill(recipe: DistillRecipe, resume: bool) -> dict[str, Any]:
 
 def train(recipe: DistillRecipe, policy: Policy, run: Run) -> dict[str, Any]:
     """Load what the recipe names, take the steps that are not done yet, and finish."""
-    prompts, held_out = load_data(recipe, policy, run)
     teacher = load_teacher(recipe, policy)
+    prompts, held_out = load_data(recipe, policy, run)
     ask = partial(told, section=recipe.distill, policy=policy, rules=rules_of(recipe, policy))
     steps = total_steps(recipe.run, len(prompts), recipe.sampling.prompts_per_step)
     held_out = replace(held_out, prompts=ask(held_out.prompts), teacher=teacher)
@@ -86,7 +92,7 @@ def make_learner(recipe: DistillRecipe, policy: Policy, steps: int) -> Learner:
     return Learner(policy, optimizers, budget, {ALARMS: Alarms()})
 
 
-def take_step(job: Job, learner: Learner, step: int, teacher: Teacher) -> Taken:
+def take_step(job: Job, learner: Learner, step: int, teacher: AnyTeacher) -> Taken:
     """One turn of the loop: respond, hold against reference and teacher, price, improve."""
     recipe, clock = job.recipe, Clock()
     batch = sample_batch(job, learner, step, clock, keep=["ref_states"])
@@ -100,7 +106,7 @@ def take_step(job: Job, learner: Learner, step: int, teacher: Teacher) -> Taken:
     if not went_back:
         learner.budget = learner.budget.priced(rollout, batch.kl, pull=pull)
         price, mask = learner.budget.price, rollout.response_mask
-        lesson = Lesson(rollout, expected_after(mixture(seen.kl, rollout.ref_kl, price), mask))
+        lesson = Lesson(rollout, expected_after(mixture(seen.kl, rollout.ref_kl, price), mask), seen.heads)
         rng = job.run.rng("minibatches", step)
         update |= improve(recipe, learner, teacher, lesson, lr=lr, room=room, rng=rng)
         clock.lap("update")
@@ -113,7 +119,7 @@ def mixture(teacher_kl: Tensor, ref_kl: Tensor, price: float) -> Tensor:
 
 
 def improve(
-    recipe: DistillRecipe, learner: Learner, teacher: Teacher, lesson: Lesson, *, lr: float, room: float,
+    recipe: DistillRecipe, learner: Learner, teacher: AnyTeacher, lesson: Lesson, *, lr: float, room: float,
     rng: np.random.Generator,
 ) -> dict[str, float | None]:
     """Minibatch steps on one batch of responses, until the policy has come as far as it may.
@@ -150,7 +156,7 @@ def improve(
 
 
 def policy_step(
-    recipe: DistillRecipe, learner: Learner, teacher: Teacher, part: Lesson, *, first: bool, limit: float
+    recipe: DistillRecipe, learner: Learner, teacher: AnyTeacher, part: Lesson, *, first: bool, limit: float
 ) -> tuple[float, dict[str, float] | None]:
     """One step on a minibatch, in micro-batches that add up to it exactly.
 
@@ -161,17 +167,19 @@ def policy_step(
 
     def one(micro: Tensor) -> tuple[Tensor, ...]:
         piece = part.select(micro)
-        old, mask = piece.rollout, piece.rollout.response_mask
+        old, mask, heads = piece.rollout, piece.rollout.response_mask, piece.heads
         logprobs, ref_kl, teacher_kl = (
             response_scatter(flat, mask) for flat in policy.logprobs_and_ref_kl(
-                old.ids, old.scored, temperature, teacher.logits_behind(old), ref_states=old.kept("ref_states"),
-                lower=old.lower,
+                old.ids, old.scored, temperature, *([teacher.logits_behind(old)] if heads is None else []),
+                heads=() if heads is None else heads.at(mask), ref_states=old.kept("ref_states"), lower=old.lower,
             )
         )
         behind = old.logprobs
         if first:       # what they differ by is rounding, in bfloat16 a hundredth
             check_first_ratio(logprobs, old, policy)
             behind = logprobs.detach()
+        if heads is not None:
+            teacher_kl = head_and_tail(teacher_kl, logprobs, behind, heads.said, heads.outside, heads.usual)
         cost = mixture(teacher_kl, ref_kl, learner.budget.price)
         if recipe.distill.horizon == "full":
             loss = whole_response_loss(cost, logprobs, behind, mask, rows, piece.expected)

@@ -7,6 +7,7 @@ very distribution that was measured, and a checkpoint where it does not is refus
 
 import math
 import sys
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from kltune.lm.measure.kl_document import (
 )
 from kltune.lm.measure.likelihood import alignment_tax, document_nats, reference_nats
 from kltune.lm.measure.measurement import Measurement, Round, against, check_agreement, measure_kl
-from kltune.lm.measure.served import check_sampled, described_served, measure_served
+from kltune.lm.measure.served import described_served, fit_together, measure_served
 from kltune.lm.measure.server import Server, is_address
 from kltune.lm.measure.transcripts import recorded
 from kltune.lm.model.policy import Policy, Reference
@@ -49,6 +50,7 @@ from kltune.run.saved_policy import (
     other_dtype,
     resolve_settings,
 )
+from kltune.train.rollout_server import RolloutServer, server_of
 
 VERDICT_CODES = {"fail": 3, "inconclusive": 4, "pass": 0}      # worst first
 
@@ -60,6 +62,7 @@ class EvalKLOptions(MeasureOptions):
     auto: keep sampling until the gate is decided or there are ``max_responses``. top_p, top_k: also measure the policy
     as it is deployed with these. against: further references for the same responses.
     top_logprobs: tokens at each place whose log-probs a server is asked for. key_env: names the variable of its key.
+    tokenizer: a model whose tokenizer and config two served ones have.
     transcripts: a file of responses that were sampled elsewhere, measured in place of fresh ones.
     """
 
@@ -74,6 +77,7 @@ class EvalKLOptions(MeasureOptions):
     against: tuple[str, ...] = ()
     top_logprobs: int = 20
     key_env: str | None = None
+    tokenizer: str | None = None
     transcripts: str | None = None
 
     @property
@@ -99,7 +103,8 @@ def eval_kl(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, A
     """
     check_options(options)
     with ranks.joined("auto", ranks.TIMEOUT, "auto"):
-        if any(is_address(path) for path in (*checkpoints, options.reference or "", *options.against)):
+        paths = (*checkpoints, options.reference or "", *options.against)
+        if options.tokenizer or any(map(is_address, paths)):
             return ranks.from_first(lambda: eval_served(checkpoints, options))
         return _eval_kl(checkpoints, options)
 
@@ -144,7 +149,7 @@ def check_options(options: EvalKLOptions) -> None:
 
 
 def eval_served(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[str, Any], int]:
-    """The same where one of the two models is served: from top-k log-probs, at temperature 1."""
+    """The same where one of the two models is served, or both: from top-k log-probs, at temperature 1."""
     path, reference = checkpoints[0], options.reference
     asked = {
         "more than one checkpoint": len(checkpoints) > 1, "--against": options.against, "--auto": options.auto,
@@ -154,28 +159,27 @@ def eval_served(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[st
         f"--temperature {options.temperature}": options.temperature not in (None, 1),
     }
     if too_much := [name for name, given in asked.items() if given]:
-        raise RecipeError(f"{too_much[0]}: not with a server; wanted one checkpoint against one reference, at "
-                          "temperature 1.")
-    if reference is None or is_address(path) == is_address(reference):
-        raise RecipeError(f"{path}: wanted one served model and one that is here, whose tokenizer is used; give the "
-                          "other as --reference.")
-    served = Server(path if is_address(path) else reference, options.top_logprobs, options.key_env)
-    here = reference if is_address(path) else path
-    alone = replace(options, reference=None)
-    subject = find_checkpoint(here, alone)
+        raise RecipeError(f"{too_much[0]}: not with a server; wanted one checkpoint, one reference and temperature 1.")
+    servers = [Server(one, options.top_logprobs, options.key_env) for one in (path, reference or "") if is_address(one)]
+    if reference is None or (len(servers) == 2) != (options.tokenizer is not None):
+        raise RecipeError(f"{path}: wanted one served model and one that is here, whose tokenizer is used, one of them "
+                          "as --reference; or two that are served, and --tokenizer MODEL.")
+    if options.key_env is not None and len({one.host for one in servers}) == 2:
+        raise RecipeError(f"--key-env {options.key_env}: one key for two hosts would be told to both; wanted one host.")
+    served, alone = servers[0], replace(options, reference=None)
+    subject = find_checkpoint(options.tokenizer or (reference if is_address(path) else path), alone)
     settings = replace(resolve_settings([subject], alone), temperature=1.0)
-    local = open_alone(subject, alone)
-    served.top = min(served.top, local.network.vocabulary)
+    local = open_alone(subject, alone, empty=len(servers) == 2)
+    fit_together(servers, local)
     prompts = measured_prompts(local, settings)
     answered = Round.of(prompts, settings.responses, options.seed)
     if note := answered.drawn_note(options.seed):
         print(f"{path}: {note}", file=sys.stderr)
     with counting("asking the server", answered.responses) as progress:
         measured = measure_served(
-            served, local, answered, settings.draw(options.seed), policy_is_served=is_address(path), progress=progress
+            served, local, answered, settings.draw(options.seed), policy_is_served=is_address(path),
+            reference=servers[1] if len(servers) == 2 else None, progress=progress,
         )
-    checks = measured.checks()
-    check_sampled(served.path, checks)
     gate = None
     if options.max_kl is not None:
         gate = Gate(options.max_kl, options.unit, options.confidence, 1, DIRECTIONS["reverse"], reference)
@@ -183,8 +187,8 @@ def eval_served(checkpoints: list[str], options: EvalKLOptions) -> tuple[dict[st
     document = {
         "schema": "kltune.eval_kl/1", "checkpoint": path, "own_reference": False,
         "max_new_tokens": settings.max_new_tokens, "seed": options.seed, "confidence": options.confidence,
-        **described_served(measured, checks, served, options.confidence),
-        "reference": {"path": reference, "sha256": None} if served.path == reference
+        **described_served(measured, served, options.confidence),
+        "reference": {"path": reference, "sha256": None} if is_address(reference)
         else replace(local.fingerprint, path=reference).as_dict(),
         "prompts_in_file": len(prompts), "gate": None if gate is None else gate.document(), "against": [],
     }
@@ -204,6 +208,7 @@ class OpenCheckpoint:
     options: EvalKLOptions
     against: tuple[Reference, ...] = ()
     recorded: Measurement | None = None
+    server: RolloutServer | None = None     # that draws the policy's responses
 
     @property
     def first_round(self) -> Round:
@@ -218,7 +223,9 @@ def measure_checkpoint(
     policy = open_subject(subject, options)
     others = tuple(open_reference(policy, subject, path, options) for path in options.against)
     if options.transcripts is None:
-        opened = OpenCheckpoint(subject.path, policy, measured_prompts(policy, settings), settings, options, others)
+        server = server_of(options.recipe, settings.temperature, subject.folder.name)
+        prompts = measured_prompts(policy, settings)
+        opened = OpenCheckpoint(subject.path, policy, prompts, settings, options, others, server=server)
     else:
         rows = measured_transcripts(policy, settings, options.transcripts)
         read = recorded(policy, rows, settings.temperature, options.transcripts)
@@ -227,7 +234,8 @@ def measure_checkpoint(
         opened = OpenCheckpoint(subject.path, policy, prompts, settings, options, others, read)
     if note := opened.first_round.drawn_note(options.seed):
         print(f"{subject.path}: {note}", file=sys.stderr)
-    measured = measure(opened)
+    with nullcontext() if opened.server is None else closing(opened.server):
+        measured = measure(opened)
     document = {
         "schema": "kltune.eval_kl/1",
         "checkpoint": subject.path,
@@ -239,6 +247,7 @@ def measure_checkpoint(
         "seed": options.seed,
         **computed_on(policy),
         "recorded": options.transcripts,
+        "sampler": None if opened.server is None else opened.server.described(),
         "template_date": None if policy.template_day is None else policy.template_day.isoformat(),
         "confidence": options.confidence,
         **described_kl(measured, policy, confidence=options.confidence, top=options.top, show=options.show),
@@ -269,6 +278,8 @@ def does_nothing(subject: Subject, policy: Policy, measured: Measurement) -> lis
 def measure(opened: OpenCheckpoint) -> CheckpointKL:
     """All that was asked for of one policy; the gate is on the direction that was asked for."""
     options, forward = opened.options, None
+    if opened.server is not None:
+        opened.server.greet(opened.policy, opened.prompts)
     texts = measured_texts(opened.policy, opened.settings)
     if options.direction == "forward":
         (forward, gate), = sample_and_gate(opened, from_reference=True)
@@ -315,7 +326,7 @@ def sample_and_gate(
         with counting("sampling the reference" if from_reference else "sampling", answered.responses) as progress:
             first = measure_kl(
                 opened.policy, answered, draw, progress=progress, from_reference=from_reference,
-                by_token=not from_reference,
+                by_token=not from_reference, respond=opened.server and opened.server.respond,
             )
         return [first, *(against(opened.policy, other, first, draw.temperature) for other in opened.against)]
 

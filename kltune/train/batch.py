@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -101,10 +102,8 @@ def sample_responses(job: Job, policy: Policy, step: int, keep: Sequence[str] = 
     # Before any update policy and reference differ by nothing, and only passes over the same batches say so.
     keep = ["lower", *(name for name in keep if step > 1 or name != "ref_states")]
     keep += ["states"] if policy.head_reads_states and "states" not in keep else []
-    if job.server is None:
-        rollout = sample_rollout(policy, chosen, uniforms, temperature=sampling.temperature, exact=exact, keep=keep)
-    else:
-        rollout = job.server.respond(policy, chosen, uniforms, exact, keep)
+    respond = partial(sample_rollout, temperature=sampling.temperature) if job.server is None else job.server.respond
+    rollout = respond(policy, chosen, uniforms, exact=exact, keep=keep)
     if policy.value_head is None:
         return rollout
     mask = rollout.response_mask

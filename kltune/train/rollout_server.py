@@ -32,11 +32,12 @@ from kltune.core.kl.intervals import KLSummary, cluster_numbers, summarize
 from kltune.core.tensors import per_response
 from kltune.errors import SamplerError, ServerError
 from kltune.lm.data.examples import Prompt
+from kltune.lm.model.adapters.weights import POLICY
 from kltune.lm.model.batches import Rollout, Samples, response_scatter
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import assemble, measured_rollout
 from kltune.lm.model.snapshot import Snapshot
-from kltune.recipe import SamplingSection
+from kltune.recipe import SamplingSection, load_recipe
 from kltune.recipe.faults import printable
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)      # of adapters that vLLM knows
@@ -73,21 +74,19 @@ class RolloutServer:
         Raises:
             ServerError: it does not answer. SamplerError: it serves something else, or otherwise.
         """
+        if (obstacle := _obstacle(policy)) is not None:
+            other = f"or serve it as a model, and measure {self.sampling.url}/v1#MODEL with eval-kl"
+            raise SamplerError(self._wrong(obstacle, f"wanted a LoRA of layers alone; {other}"))
         ranks.from_first(lambda: self._read_info(policy))
-        head = policy.network.head
-        if head is not None and any(tensor.requires_grad for tensor in head.parameters()):
-            raise SamplerError(self._wrong("the adapter changes the head, which vLLM leaves out", "other lora.targets"))
         some = prompts[:PROBE_RESPONSES]
         uniforms = torch.rand(len(some), PROBE_TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        with policy.reference():
+        with policy.acting_as(None):
             self._held(policy, self._answers(policy, self.base, some, uniforms), "its base")
 
-    def respond(
-        self, policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, exact: bool, keep: Sequence[str] = ()
-    ) -> Rollout:
+    def respond(self, policy: Policy, prompts: Sequence[Prompt], uniforms: Tensor, **asked: Any) -> Rollout:
         """Publish the policy, let it answer as ``sample_rollout`` does, and measure the answers.
 
-        uniforms: a row per response, whose first number is its seed. [B, T]. keep: as ``sample_rollout``.
+        uniforms: a row per response, whose first number is its seed. [B, T]. asked: as of ``measured_rollout``.
 
         Raises:
             ServerError: the server does not answer. SamplerError: it answers with other weights, or otherwise.
@@ -95,7 +94,7 @@ class RolloutServer:
         self._before, self._now = self._now, Snapshot(policy.trainable_parameters())
         name = ranks.from_first(lambda: self._publish(policy))
         samples = self._answers(policy, name, prompts, uniforms)
-        rollout = measured_rollout(policy, samples, self.sampling.temperature, exact=exact, keep=keep)
+        rollout = measured_rollout(policy, samples, self.sampling.temperature, **asked)
         self._apart = self._held(policy, samples, name, rollout)
         return replace(rollout, rounding=kl_k3(samples.logprobs, rollout.logprobs, samples.response_mask))
 
@@ -103,6 +102,11 @@ class RolloutServer:
         """How far the server's distribution of the last responses was from the trainer's, by metric."""
         kl = self._apart
         return {"sampler/kl_nats_per_token": kl.nats_per_token, "sampler/kl_stderr": kl.token_stderr}
+
+    def described(self) -> dict[str, Any]:
+        """The same for the document of a measurement."""
+        kl = self._apart
+        return {"url": self.sampling.url, "kl_nats_per_token": kl.nats_per_token, "kl_stderr": kl.token_stderr}
 
     # --- the same distribution -----------------------------------------------------------------------------------
 
@@ -137,7 +141,7 @@ class RolloutServer:
                 "several replicas alone (data_parallel_size)?"
             )
         elif (logprobs - said).abs()[mask].mean().item() < 0.05:
-            cause = f"it computes in another dtype; wanted --dtype {policy.fingerprint.dtype}"
+            cause = f"it computes in another dtype; wanted --dtype {_dtype(policy)}"
         raise SamplerError(self._wrong(
             f"KL(sampler‖trainer) of {name} is {kl.nats_per_token:.3g} nats per token, and rounding explains {most:g}",
             cause,
@@ -160,8 +164,8 @@ class RolloutServer:
             raise SamplerError(self._wrong("/server_info says nothing of its configuration", self._start(policy)))
         model, lora, parallel = (config.get(f"{part}_config") or {} for part in ("model", "lora", "parallel"))
         dtype, rank = str(model.get("dtype")).removeprefix("torch."), self._rank(policy)
-        if dtype != policy.fingerprint.dtype:
-            raise SamplerError(self._wrong(f"found dtype {dtype}", f"wanted --dtype {policy.fingerprint.dtype}"))
+        if dtype != _dtype(policy):
+            raise SamplerError(self._wrong(f"found dtype {dtype}", f"wanted --dtype {_dtype(policy)}"))
         if not str(model.get("logprobs_mode")).endswith("processed_logprobs") and self.sampling.temperature != 1.0:
             raise SamplerError(self._wrong(f"found logprobs_mode {model.get('logprobs_mode')}",
                                            "wanted --logprobs-mode processed_logprobs"))
@@ -182,8 +186,8 @@ class RolloutServer:
         rank = next((rank for rank in RANKS if rank >= self._rank(policy)), RANKS[-1])
         return (
             "start it as VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 VLLM_SERVER_DEV_MODE=1 vllm serve "
-            f"{policy.fingerprint.path} --enable-lora --max-lora-rank {rank} --max-loras 3 --dtype "
-            f"{policy.fingerprint.dtype} --logprobs-mode processed_logprobs"
+            f"{policy.fingerprint.path if policy.held.own else 'BASE'} --enable-lora --max-lora-rank {rank} "
+            f"--max-loras 3 --dtype {_dtype(policy)} --logprobs-mode processed_logprobs"
         )
 
     def _publish(self, policy: Policy) -> str:
@@ -194,7 +198,11 @@ class RolloutServer:
         hidden.mkdir(parents=True)
         policy.save(hidden)
         hidden.rename(folder)
-        self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())})
+        try:
+            self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())})
+        except SamplerError:    # where the answer to a first request was lost, the second is one too many
+            if name not in {entry["id"] for entry in self._ask("/v1/models")["data"]}:
+                raise
         for old, _ in self._published[-1:]:
             self._ask("/v1/unload_lora_adapter", {"lora_name": old})
         for _, path in self._published[:-1]:
@@ -289,6 +297,7 @@ class RolloutServer:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(address, data, {"Content-Type": "application/json", "User-Agent": "kltune"})
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        reasons: list[str] = []
         for pause in (*(PAUSES if patient else ()), None):
             try:
                 with opener.open(request, timeout=self.sampling.timeout_s) as response:
@@ -306,13 +315,44 @@ class RolloutServer:
                 reason = getattr(error, "reason", None) or error
                 why = str(reason) or repr(reason)
                 if isinstance(reason, TimeoutError):
+                    pause = None
                     why = f"no answer within {self.sampling.timeout_s:g} s (sampling.timeout_s)"
-                    break
+            reasons.append(why)
             if pause is None or self.stopped():
                 break
             time.sleep(pause)
         more = f" Is it up? Then {hint}." if hint else ""
-        raise ServerError(f"sampling.url: {address} does not answer: {why}.{more}")
+        first = "" if reasons[0] == why else f"; at first: {reasons[0]}"    # what was asked may be what ended it
+        raise ServerError(f"sampling.url: {address} does not answer: {why}{first}.{more}")
+
+
+def _obstacle(policy: Policy) -> str | None:
+    """Why no server would answer as the policy, of which it is given the adapter; None where it would."""
+    config = getattr(policy.model, "peft_config", {}).get(POLICY)
+    if config is None:
+        return "the policy is a whole model, and a server is given adapters"
+    if config.peft_type.value != "LORA":
+        return f"the adapter is of type {config.peft_type.value}"
+    places = [name for name, _ in policy.model.named_parameters() if "lora_" in name]
+    head = policy.network.head
+    changes = {
+        "is a DoRA": config.use_dora, "trains a bias": config.bias != "none", "saves modules": config.modules_to_save,
+        "changes the embedding": any("lora_embedding" in name for name in places),
+        "changes the head": head is not None and any("lora_" in name for name, _ in head.named_parameters()),
+    }
+    return next((f"the adapter {what}, which vLLM leaves out" for what, found in changes.items() if found), None)
+
+
+def _dtype(policy: Policy) -> str:
+    return str(policy.dtype).removeprefix("torch.")
+
+
+def server_of(recipe: str | None, temperature: float, run: str) -> RolloutServer | None:
+    """Who draws the responses of a measurement by the recipe of this file; None: whoever measures."""
+    sampling = None if recipe is None else getattr(load_recipe(recipe), "sampling", None)
+    if sampling is None or sampling.engine == "torch":
+        return None
+    return RolloutServer(sampling.model_copy(update={"temperature": temperature}), run)
 
 
 def _shared(rows: Iterator[int], lock: threading.Lock) -> Iterator[int]:

@@ -3,6 +3,7 @@
     an adapter on the policy's own base     one more adapter on the one set of frozen weights
     the reference, asked in other words     the same weights, adapter off
     anything else                           weights of its own, with the same vocabulary
+    a server                                log-probs of its likeliest tokens, and of those that the policy said
 
 A teacher may read another prompt than the policy: the response that both measure is the same.
 """
@@ -17,16 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kltune.core import ranks
 from kltune.core.kl.divergence import kl_k1, kl_of_distributions
 from kltune.core.kl.intervals import cluster_numbers, summarize
+from kltune.core.kl.topk import topk_divergence
 from kltune.core.tensors import expect_finite, log_distribution
-from kltune.errors import DataError, ModelError
+from kltune.errors import DataError, ModelError, ServerError
 from kltune.lm.data.documents import SavedModel
 from kltune.lm.data.encoding import Encoder
 from kltune.lm.data.examples import Prompt, RowRules, fitted_prompt
 from kltune.lm.data.forms import Asked
 from kltune.lm.data.rows import RowFault, describe
 from kltune.lm.measure.measurement import Measurement
+from kltune.lm.measure.served import expect_same_words, fit_together, logprobs_of
+from kltune.lm.measure.server import CannotScore, NoAnswer, Server
 from kltune.lm.model.adapters.weights import POLICY, read_adapter_config, rewritten_base
 from kltune.lm.model.batches import Rollout, pad_right, response_scatter
 from kltune.lm.model.files import refuse_code
@@ -37,18 +42,45 @@ from kltune.recipe import REFERENCE, DistillRecipe, DistillSection, ModelSection
 from kltune.run.checkpoint import read_info, resolve_checkpoint
 
 ADAPTER = "teacher"     # its name on the policy's trunk
+PROBED = 32             # tokens of the whole vocabulary whose meaning a server is asked for
 Metrics = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a served teacher says of responses.
+
+    tokens, logprobs: of its likeliest tokens at each place. [B, T, K] each. said: log-probabilities of the sampled
+    tokens. [B, T]. outside: True where that is none of the likeliest. [B, T] bool. usual: mean of log policy/teacher
+    among the likeliest, under the policy that responded. [B, T].
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    said: Tensor
+    outside: Tensor
+    usual: Tensor
+
+    def select(self, rows: Tensor, width: int) -> "Heads":
+        """Of some rows, so many tokens of each."""
+        return Heads(*(tensor[rows, :width] for tensor in vars(self).values()))
+
+    def at(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``read_logprobs_and_head`` takes, of the places of responses, row after row. [N, K] twice, and [N]."""
+        return self.tokens[mask], self.logprobs[mask], self.usual[mask]
 
 
 @dataclass(frozen=True)
 class Agreement:
     """How a policy and its teacher see the policy's own responses; [B, T] each.
 
-    kl: exact KL(policy ‖ teacher) at each position, nats. logprobs: the teacher's, of the sampled tokens.
+    kl: KL(policy ‖ teacher) at each position, nats: exact, or, with heads, that of ``head_and_tail``. logprobs: the
+    teacher's, of the sampled tokens.
     """
 
     kl: Tensor
     logprobs: Tensor
+    heads: Heads | None = None
 
     def pull(self, rollout: Rollout) -> Tensor:
         """What draws the policy from its reference to the teacher: log teacher − log reference of each response. [B]"""
@@ -137,13 +169,63 @@ class Teacher:
         return teacher_metrics(prefix, nats, measured.tokens, measured.prompt_index)
 
 
-def load_teacher(recipe: DistillRecipe, policy: Policy) -> Teacher:
+@dataclass(frozen=True)
+class ServedTeacher:
+    """A teacher behind a server, which is asked what it makes of responses. note: for the start of a run."""
+
+    server: Server
+    note: str
+
+    def agreement(self, policy: Policy, rollout: Rollout, temperature: float = 1.0) -> Agreement:
+        """As ``Teacher.agreement``, by an unbiased estimate; no temperature but 1, at which servers speak.
+
+        Raises:
+            ServerError: no answer. ModelError: an answer that cannot be right.
+        """
+        own, mask = rollout.ids[rollout.scored].cpu(), rollout.response_mask
+        prompts = [list(prompt.ids) for prompt in rollout.asked]
+        responses = [ids[scored].tolist() for ids, scored in zip(rollout.ids, rollout.scored, strict=True)]
+        asked = [list(prompt.for_teacher) or ids for prompt, ids in zip(rollout.asked, prompts, strict=True)]
+        told = ranks.from_first(lambda: self._asked(policy, list(zip(asked, responses, strict=True))))
+        said, tokens, logprobs = (torch.tensor(column) for column in told)
+        mine = logprobs_of(policy, prompts, responses, torch.cat([own[:, None], tokens], dim=1))
+        inside = (tokens == own[:, None]).any(dim=1)
+        found = topk_divergence(mine[:, 1:], logprobs, mine[:, 0], said, inside)
+        expect_finite("KL(policy ‖ teacher)", found.kl, advice="The teacher gives a token of the policy no chance.")
+        usual = torch.where(found.mass > 0.0, (found.kl - torch.where(inside, 0.0, found.k1)) / found.mass, 0.0)
+        kl, *heads = (
+            response_scatter(flat.to(mask.device), mask)
+            for flat in (found.kl.float(), tokens, logprobs, said, ~inside, usual.float())
+        )
+        return Agreement(kl, heads[2], Heads(*heads))
+
+    def _asked(self, policy: Policy, rows: Sequence[tuple[list[int], list[int]]]) -> list[list[Any]]:
+        """Of each token of the responses: its log-prob, the likeliest tokens, and theirs."""
+        try:
+            answers = self.server.score(rows)
+        except NoAnswer as error:
+            raise ServerError(f"distill.teacher: {error}") from None
+        expect_same_words(self.server, policy, answers)
+        places = [place for answer in answers for place in answer.places]
+        columns = ((place.logprob, [*place.head], [*place.head.values()]) for place in places)
+        return [list(column) for column in zip(*columns, strict=True)]
+
+    held_out = Teacher.held_out
+
+
+AnyTeacher = Teacher | ServedTeacher
+
+
+def load_teacher(recipe: DistillRecipe, policy: Policy) -> AnyTeacher:
     """The teacher that a recipe names.
 
     Raises:
-        CheckpointError, ModelError: it cannot be loaded, or has another vocabulary than the policy.
+        CheckpointError, ModelError: it cannot be loaded, or has another vocabulary than the policy. ServerError: it is
+            served, and does not answer.
     """
     name, trusted = recipe.distill.teacher, recipe.model.trust_remote_code
+    if recipe.distill.served:
+        return _served(recipe.distill, policy)
     if name == REFERENCE or (name == recipe.model.path and recipe.model.sft_adapter is None):
         return Teacher(policy, policy.reference, "teacher: the policy's own frozen weights")
     folder = resolve_checkpoint(name) if Path(name).exists() else None
@@ -168,6 +250,21 @@ def load_teacher(recipe: DistillRecipe, policy: Policy) -> Teacher:
     section = ModelSection(**facts, dtype=recipe.distill.teacher_dtype, trust_remote_code=trusted)
     own = load_saved_policy(folder, section, device=_device(recipe, policy), is_adapter=True)
     return _with_own_weights(own, policy, why=f" ({obstacle})")
+
+
+def _served(section: DistillSection, policy: Policy) -> ServedTeacher:
+    server = Server(section.teacher, section.teacher_logprobs, section.teacher_key_env)
+    fit_together([server], policy)
+    teacher = ServedTeacher(server, f"teacher: {server.path}, by its {server.top} likeliest tokens at each place")
+    some = torch.linspace(0, len(policy.tokenizer) - 1, PROBED).long().tolist()
+    try:
+        ranks.from_first(lambda: teacher._asked(policy, [(some[:1], some[1:])]))
+    except CannotScore:
+        raise
+    except ModelError as error:
+        raise ModelError(f"distill.teacher: {error} (It was asked for {PROBED} tokens out of the whole vocabulary of "
+                         f"{policy.fingerprint.path}, which a teacher has to share.)") from None
+    return teacher
 
 
 def _device(recipe: DistillRecipe, policy: Policy) -> torch.device:

@@ -286,7 +286,7 @@ def test_eval_kl_passes_its_options_and_its_exit_code(run, stage, monkeypatch):
         "temperature": None, "seed": 0, "max_kl": 8.0, "unit": "nats_per_token", "confidence": 0.95,
         "direction": "both", "texts": None, "top": 10, "show": 3, "auto": False, "max_responses": 4096,
         "top_p": None, "top_k": None, "trust_remote_code": False, "date": None, "device": "auto", "dtype": None,
-        "against": (), "top_logprobs": 20, "key_env": None, "transcripts": None,
+        "against": (), "top_logprobs": 20, "key_env": None, "tokenizer": None, "transcripts": None,
     })]
     monkeypatch.setattr("kltune.cli.measure.eval_kl_text", lambda document, colour: "for people")
     code, out, _ = run("eval-kl", "a")

@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kltune.cli.output import result_text
-from kltune.errors import DataError, ModelError, RecipeError
+from kltune.errors import DataError, ModelError, RecipeError, ServerError
+from kltune.lm.measure import server
 from kltune.lm.model.opening import load_saved_policy
 from kltune.recipe import Recipe
 from kltune.report.pages import write_page
+from kltune.stages.distill import run_distill
 from tests.oracles import TinyLM, kl, tiny_adapter, tiny_reference_logits
+from tests.servers import StandIn, standing_in
 from tests.stages.conftest import letter_tokenizer, ran, rows_of, small_llama, write_rows
 from tests.stages.test_oracles import RESPONSES, RHO, spoken
 
@@ -59,6 +62,55 @@ def test_it_ends_at_the_mixture_of_teacher_and_reference(tiny_distill, tiny_teac
     assert kl(found, RHO) == pytest.approx(kl(MIXTURE, RHO), rel=0.02)
     assert result["teacher_kl"] == pytest.approx(kl(MIXTURE, TAUGHT), rel=0.15)       # on 256 responses
     assert result["reference_teacher_kl"] == pytest.approx(kl(RHO, TAUGHT), rel=0.15)
+
+
+@pytest.fixture
+def served_teacher(tiny_lm_folder, tiny_teacher, monkeypatch):
+    """A context: the teacher behind a server with some switches."""
+    monkeypatch.setattr(server, "FIRST_PAUSE", 0.0)
+    model = PeftModel.from_pretrained(TinyLM.from_pretrained(tiny_lm_folder), tiny_teacher).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm_folder)
+    return lambda **switches: standing_in(StandIn(model, tokenizer, **switches))
+
+
+def test_a_served_teacher_is_learnt_from_its_likeliest_tokens_and_the_one_that_was_said(tiny_distill, served_teacher):
+    with served_teacher() as standing:
+        keys = ("distill.teacher_logprobs=2", "distill.epochs=2", "sampling.responses_per_prompt=96", "run.steps=20",
+                "eval.responses=96")
+        found, result = on_tiny(tiny_distill, standing.url, *keys)
+    assert kl(found, MIXTURE) < 3e-3
+    assert result["teacher_kl"] == pytest.approx(kl(found, TAUGHT), abs=0.12)
+    assert result["reference_teacher_kl"] == pytest.approx(kl(RHO, TAUGHT), abs=0.12)
+    assert {body["prompt_logprobs"] for body in standing.asked} == {2}
+
+
+@pytest.mark.parametrize(("switches", "kind", "said"), [
+    ({"other_words": True}, ModelError, "ids mean other tokens there; .*and in .*tiny"),
+    ({"vocabulary": 2}, ModelError, r"server m: .*HTTP 400.*whole vocabulary of .*tiny_lm"),
+    ({"scores": False}, ModelError, "it gives no log-probs of a prompt"),
+    ({"fails": [503] * 99}, ServerError, "no answer in 4 tries; the last: HTTP 503"),
+])
+def test_a_served_teacher_that_cannot_teach_is_named(tiny_distill, served_teacher, switches, kind, said):
+    with served_teacher(**switches) as standing, pytest.raises(kind, match=said) as raised:
+        on_tiny(tiny_distill, standing.url, "distill.teacher_logprobs=2", "run.steps=1")
+    assert raised.value.exit_code == (75 if kind is ServerError else 5)
+
+
+def test_a_served_teacher_that_is_gone_is_waited_for_by_resume(tiny_distill, served_teacher):
+    keys = ("distill.teacher_prompt=null", "run.steps=2", "run.save_every=1")
+    with served_teacher() as standing:
+        recipe = tiny_distill(f"distill.teacher={standing.url}", *keys)
+        answer = standing.complete
+
+        def until_a_step_is_made(body):
+            assert not list(Path(recipe.run.output).glob("checkpoints/step-*"))     # hangs up
+            return answer(body)
+
+        standing.complete = until_a_step_is_made
+        with pytest.raises(ServerError, match=r"distill\.teacher: .*no answer.*--resume goes on after step 1"):
+            run_distill(recipe, resume=False)
+        standing.complete = answer
+        assert run_distill(recipe, resume=True)["status"] == "finished"
 
 
 def test_tokens_on_their_own_end_elsewhere(tiny_distill, tiny_teacher):
@@ -147,7 +199,11 @@ def test_a_row_without_the_field_is_named(distill_recipe):
     (("distill.teacher_prompt=null",), "from which nothing is to be learnt"),
     (("distill.teacher_prompt='{prompt.ids}'",), "wanted the name of a field"),
     (("distill.teacher_prompt='{prompt'",), "do not pair"),
-    (("distill.teacher=http://localhost:8000/v1#big",), "no teacher is asked over the network"),
+    (("distill.teacher=http://localhost:8000/v1",), "wanted a server's address and model"),
+    (("distill.teacher=http://192.0.2.1/v1#big",), "over http whoever listens"),
+    (("distill.teacher=http://localhost:8000/v1#big", "sampling.temperature=0.7"), "wanted 1: a server gives"),
+    (("distill.teacher=http://localhost:8000/v1#big", "distill.teacher_dtype=float32"), "weights that are here"),
+    (("distill.teacher_logprobs=5",), "read only with a served teacher"),
     (("kl.exact=false",), "exact KL only"),
     (("kl.placement=reward",), r"kl\.placement"),
     (("sampling.missing_end_penalty=1",), "nothing scores"),

@@ -1,16 +1,19 @@
 """A served model against one that is here: the same KL, and each thing that a server may do wrong by its name."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kltune.lm.measure import server as asking
+from tests.rollout_servers import serving
 from tests.servers import StandIn, standing_in
 from tests.stages.conftest import HELD_OUT, small_llama, write_rows
 from tests.stages.test_references import adapter_on
+from tests.train.test_rollout_server import recipe_of
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +67,53 @@ def test_both_ways_round_the_kl_is_the_exact_one(eval_kl, serve, adapter, llama,
             assert all(body["temperature"] == body["top_p"] == 1 and body["top_k"] == 0 for body in sampled)
 
 
+def test_of_two_servers_the_tokens_are_summed_that_both_speak_of(eval_kl, serve, adapter, llama, prompts, tmp_path):
+    exact, error = kl_of(eval_kl(adapter, *prompts[:4], "--responses", 400)[1], "exact")
+    words = tmp_path / "words"
+    shutil.copytree(llama, words, ignore=shutil.ignore_patterns("*.safetensors"))
+    with serve() as policy, serve(None) as reference:
+        asked = (policy.url, "--reference", reference.url, *prompts)
+        code, document, err = eval_kl(*asked, "--tokenizer", words, "--responses", 200)
+        assert code == 0, err
+        itself = eval_kl(policy.url, "--reference", policy.url, *prompts, "--tokenizer", words, "--responses", 20)[1]
+        assert eval_kl(*asked)[0] == eval_kl(policy.url, "--reference", llama, *prompts, "--tokenizer", words)[0] == 2
+    topk, spread = kl_of(document, "topk")
+    assert topk == pytest.approx(exact, abs=3 * (error**2 + spread**2) ** 0.5)
+    assert kl_of(itself, "topk") == pytest.approx((0.0, 0.0), abs=1e-4)
+    assert document["reference"] == {"path": reference.url, "sha256": None}
+    assert 0.2 < document["server"]["mass"] < itself["server"]["mass"]
+
+
+def test_rows_that_fill_the_context_leave_room_for_what_scoring_draws(eval_kl, serve, adapter, llama, tmp_path):
+    write_rows(tmp_path / "long.jsonl", [{"prompt": text * 40} for text in HELD_OUT])
+    asked = ("--prompts", tmp_path / "long.jsonl", "--max-new-tokens", 5, "--top-logprobs", 8, "--responses", 10)
+    for served, here in ((adapter, llama), (None, adapter)):
+        with serve(served) as standing:
+            pair = (standing.url, here) if served else (here, standing.url)
+            code, _, err = eval_kl(pair[0], "--reference", pair[1], *asked)
+        assert code == 0, err
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    ({"other_words": True}, "ids mean other tokens there"), ({"scores": False}, "cannot be a reference"),
+])
+def test_a_served_reference_of_a_served_policy_is_looked_at_as_well(eval_kl, serve, llama, prompts, fault, said):
+    with serve() as policy, serve(None, **fault) as reference:
+        asked = (policy.url, "--reference", reference.url, *prompts, "--tokenizer", llama, "--responses", 10)
+        code, _, err = eval_kl(*asked)
+    assert code == 5
+    assert f"{reference.url}: " in err
+    assert said in err
+
+
+def test_one_key_is_not_told_to_two_hosts(eval_kl, serve, llama, prompts, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-very-secret")
+    with serve() as policy, serve(None) as reference:
+        asked = (policy.url, "--reference", reference.url, *prompts, "--tokenizer", llama, "--key-env", "MY_KEY")
+        assert eval_kl(*asked)[0] == 2
+        assert policy.asked == reference.asked == []
+
+
 def test_the_gate_and_its_files_know_a_server(eval_kl, serve, llama, prompts, tmp_path):
     with serve() as standing:
         arguments = (standing.url, "--reference", llama, *prompts, "--responses", 40, "--junit", tmp_path / "kl.xml")
@@ -97,6 +147,7 @@ FAULTS = {
     "a redirect": ({"fails": [302]}, "HTTP 302"),
     "no such model": ({"fails": [404]}, "are url and model right?"),
     "no key": ({"fails": [401]}, "is the key right"),
+    "ended by what it was asked": ({"dies": True}, "; at first: HTTP 500"),
     "always busy": ({"fails": [503] * 999}, "no answer in 4 tries; the last: HTTP 503"),
 }
 
@@ -163,3 +214,44 @@ def test_what_needs_weights_does_not_take_a_server(command, adapter, command_lin
     code, _, err = command(*(adapter if word == "ADAPTER" else word for word in command_line))
     assert code == 2
     assert "a served model has a KL" in err
+
+
+def test_a_measurement_by_a_recipe_with_a_server_has_its_responses_from_there(tmp_path, llama, eval_kl):
+    adapter = adapter_on(llama, tmp_path / "adapter", 1)
+    with serving(llama) as server:
+        recipe = recipe_of(tmp_path, llama, server)
+        asked = (adapter, "--recipe", recipe.folder / "recipe.yaml", "--responses", 60)
+        code, drawn, err = eval_kl(*asked, "--direction", "both")
+        assert code == 0, err
+        elsewhere = eval_kl(*asked, "--reference", adapter_on(llama, tmp_path / "other", 2))[1]
+        assert f"responses drawn by {server.url}" in eval_kl(*asked[:-1], 8, as_json=False)[1]
+    here = eval_kl(adapter, "--prompts", recipe.data.prompts, "--temperature", 0.8, "--max-new-tokens", 6)[1]
+    assert here["sampler"] is None
+    found, own = (document["kl"]["exact"] for document in (drawn, here))
+    assert found["nats_per_response"] == pytest.approx(
+        own["nats_per_response"], abs=3 * (found["stderr"] ** 2 + own["stderr"] ** 2) ** 0.5
+    )
+    for document in (drawn, elsewhere):
+        assert document["sampler"]["url"] == server.url
+        assert 0.0 <= document["sampler"]["kl_nats_per_token"] < 1e-9
+    assert len(server.names) == 3
+    assert server.unloaded == server.names
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    (None, "the policy is a whole model"), ({"use_dora": True}, "is a DoRA"), ({"bias": "lora_only"}, "trains a bias"),
+    ({"target_modules": ["q_proj", "lm_head"]}, "changes the head"),
+    ({"target_modules": ["q_proj", "embed_tokens"]}, "changes the embedding"),
+])
+def test_a_server_is_given_a_lora_of_layers_and_nothing_that_it_leaves_out(tmp_path, llama, eval_kl, more, said):
+    policy = llama
+    if more is not None:
+        policy, config = tmp_path / "odd", LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **more})
+        model = get_peft_model(model_of(llama), config)
+        model.save_pretrained(policy)
+    with serving(llama) as server:
+        recipe = recipe_of(tmp_path, llama, server)
+        code, _, err = eval_kl(policy, "--reference", llama, "--recipe", recipe.folder / "recipe.yaml")
+    assert (code, server.names) == (5, [])
+    assert said in err
+    assert f"measure {server.url}/v1#MODEL" in err

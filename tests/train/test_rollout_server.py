@@ -40,9 +40,11 @@ def recipe_of(tmp_path: Path, model: Path, server, base=PPO, **sampling):
     return load_recipe(write_recipe(tmp_path / "recipe", whole, model))
 
 
-@pytest.mark.parametrize(("base", "run"), [(PPO, run_ppo), (TRPO, run_trpo), (ONLINE, run_dpo)])
-def test_a_server_samples_what_the_trainer_would(tmp_path, model, base, run):
-    with serving(model, "503 at first") as server:
+@pytest.mark.parametrize(("base", "run", "passing"), [
+    (PPO, run_ppo, "503 at first"), (TRPO, run_trpo, "lost answers"), (ONLINE, run_dpo, None),
+])
+def test_a_server_samples_what_the_trainer_would(tmp_path, model, base, run, passing):
+    with serving(model, passing) as server:
         recipe = recipe_of(tmp_path, model, server, base)
         run(recipe, resume=False)
     rows = read_jsonl(Path(recipe.run.output) / "metrics.jsonl")
@@ -62,6 +64,7 @@ CAUSES = {
     "raw log-probs": (1, SamplerError, "before the temperature; start it with --logprobs-mode processed_logprobs"),
     "other dtype": (1, SamplerError, "another dtype; wanted --dtype float32"),
     "hangs up": (2, ServerError, "does not answer"),
+    "dies of it": (2, ServerError, r"does not answer: .*; at first: HTTP 500 \(.*EngineCore"),
     "503": (2, ServerError, r"does not answer: HTTP 503 \(.*busy"),
     "short answer": (2, SamplerError, "wanted one that ends with an end token, or at 6 tokens"),
     "two replicas": (2, SamplerError, r"of 16 responses are of the right weights: .*data_parallel_size"),

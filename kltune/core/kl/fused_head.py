@@ -103,6 +103,29 @@ def read_logprobs_and_kl(
     return Reading(value, _logprob_slope(p, tokens, temperature)), *kls
 
 
+def read_logprobs_and_head(
+    logits: Tensor, tokens: Tensor, heads: Tensor, head_logprobs: Tensor, usual: Tensor, *ref_logits: Tensor,
+    temperature: float, slopes: bool,
+) -> tuple[Reading, ...]:
+    """``read_logprobs_and_kl``, and at each position what a few tokens S add to KL(policy ‖ other), of either sign.
+
+        F = Σ_{v∈S} π(v) (a(v) − b(v)),    ∂F / ∂z := that of F − (1 + u) π(S) = π (1_S (a − b − u) − F + u π(S)) / τ
+
+    What the slope leaves out is made up for by what ``head_and_tail`` leaves out of the other tokens'.
+
+    heads: the tokens in S, none twice. [n, K] int64. head_logprobs: b, the other's log-probabilities of them, taken as
+    constant. [n, K]. usual: u, any number that the token does not decide. [n]. The rest as there.
+    """
+    read = read_logprobs_and_kl(logits, tokens, *ref_logits, temperature=temperature, slopes=slopes)
+    a = log_distribution(logits, temperature)
+    p, gap = a.gather(-1, heads).exp(), gap_where_possible(a.gather(-1, heads), head_logprobs)
+    value, mass = (p * gap).sum(-1), p.sum(-1)
+    if not slopes:
+        return *read, Reading(value - (1.0 + usual) * (mass - mass.detach()), None)
+    slope = a.exp_().mul_((usual * mass - value)[:, None] / temperature)
+    return *read, Reading(value, slope.scatter_add_(1, heads, p * (gap - usual[:, None]) / temperature))
+
+
 def _chosen(a: Tensor, tokens: Tensor) -> Tensor:
     return a.gather(-1, tokens[:, None]).squeeze(-1)
 

@@ -76,6 +76,39 @@ def token_loss(cost: Tensor, mask: Tensor, responses: int) -> Tensor:
     return per_response(cost, mask).sum() / responses
 
 
+def head_and_tail(
+    head: Tensor, logprobs: Tensor, old_logprobs: Tensor, teacher_logprobs: Tensor, outside: Tensor, usual: Tensor
+) -> Tensor:
+    """Cost at each token where a teacher says how likely a few tokens S are, and the one that was sampled.
+
+        D_t ≈ Σ_{v∈S} π(v) log(π(v)/teacher(v)) + 1[y_t ∉ S] w_t log(π(y_t)/teacher(y_t)),    w_t = π_t / π_old,t
+
+    For y_t from π_old and an S that does not depend on it, the mean is KL(π ‖ teacher) at that prefix for *every* π;
+    so the mean of its gradient is that KL's, and whole_response_loss and token_loss of it are what they are of the
+    exact one. Nothing is taken for granted of the tokens that the teacher does not speak of.
+
+    The probabilities of S and of the others add up to 1, so any (1 + u) times both sums may be taken off the gradient.
+    Where u is what log π/teacher usually is, hardly any noise is left near the teacher, and none at it.
+
+    Args:
+        head: the sum over S, carrying the gradient less (1 + u) π(S), as of ``read_logprobs_and_head``. [B, T], nats.
+        logprobs: log π of the sampled tokens, carrying the gradient. [B, T], nats.
+        old_logprobs: the same under the policy that sampled them. [B, T], nats.
+        teacher_logprobs: the teacher's. [B, T], nats.
+        outside: True where the sampled token is not in S, False outside of responses. [B, T], bool.
+        usual: u; must not depend on the sampled token. [B, T], nats.
+
+    Returns:
+        [B, T], nats, of either sign.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    expect_same_shape(head=head, outside=outside, usual=usual)
+    weight = log_ratios(logprobs, old_logprobs.detach(), outside).exp()
+    return head + weight * log_ratios(logprobs, teacher_logprobs, outside) - (1.0 + usual) * (weight - weight.detach())
+
+
 def expected_after(cost: Tensor, mask: Tensor) -> Tensor:
     """What usually follows a token: the mean, over the *other* responses that are as long, of the cost after it.
 

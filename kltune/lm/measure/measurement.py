@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -202,6 +203,7 @@ def measure_kl(
     *,
     from_reference: bool = False,
     by_token: bool = False,
+    respond: Callable[..., Rollout] | None = None,
     progress: Progress = lambda done: None,
 ) -> Measurement:
     """Sample from the policy and measure its KL from the reference: exact, k1 and k3.
@@ -211,17 +213,19 @@ def measure_kl(
     Args:
         from_reference: let the two change places: sample from the reference and measure KL(reference ‖ policy).
         by_token: also add up by token of the vocabulary.
+        respond: who draws the policy's responses, as ``sample_rollout`` does; None: that function.
         progress: told how many responses have been measured, after each pass.
 
     Raises:
         DivergedError: something is not finite.
         ModelError: the sampler drew from another distribution than the one measured.
     """
-    sides = {"temperature": draw.temperature, "from_reference": from_reference, "by_token": by_token}
+    if respond is None or from_reference:
+        respond = partial(sample_rollout, temperature=draw.temperature, from_reference=from_reference)
     rollouts = []
     for prompts, uniforms, done in answered.parts(draw):
         with phase(SAMPLING, policy.device):
-            rollouts.append(sample_rollout(policy, prompts, uniforms, **sides))
+            rollouts.append(respond(policy, prompts, uniforms, by_token=by_token))
         progress(done)
     return measurement_of(rollouts, answered.prompt_index())
 

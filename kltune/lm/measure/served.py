@@ -1,12 +1,15 @@
-"""KL between a model that is served and one that is here, from the log-probs of a few tokens (``core/kl/topk.py``).
+"""KL of a served model from one that is here, or from a served one, by log-probs of a few tokens (``core/kl/topk.py``).
 
-A served policy answers, and its answers are read by the reference here; or the policy here answers, and a served
-reference says what it makes of that. Temperature 1, and no filters. What a server applied is found out: by the answers
-themselves (what they say is as likely as their own log-probs have it, on average), and by scoring some of them again.
+A served policy answers, and its answers are read by the reference; or the policy here answers, and a served reference
+says what it makes of that. Of two servers those tokens are summed that both speak of. Temperature 1, and no filters.
+What a server applied is found out: by the answers themselves (what they say is as likely as their own log-probs have
+it, on average), and by scoring some of them again.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,11 +77,21 @@ class ServedMeasurement:
         }
 
 
+def fit_together(servers: Sequence[Server], local: Policy) -> None:
+    """Ask for no more tokens than there are, and cut rows so that they leave room for the one that scoring draws."""
+    for server in servers:
+        server.top = min(server.top, local.network.vocabulary)
+    if local.max_context is not None:
+        local.max_context -= 1
+
+
 def measure_served(
     served: Server, local: Policy, answered: Round, draw: Draw, *, policy_is_served: bool,
-    progress: Progress = lambda done: None,
+    reference: Server | None = None, progress: Progress = lambda done: None,
 ) -> ServedMeasurement:
     """Let the policy answer, served or here, and hold it against the other of the two.
+
+    reference: it is served too, and of ``local`` the tokenizer alone is used.
 
     Raises:
         ModelError: the server does not give what it takes, or other numbers than those that it samples by.
@@ -87,16 +100,27 @@ def measure_served(
     for prompts, uniforms, done in answered.parts(draw):
         rows = [list(prompt.ids) for prompt in prompts for _ in range(answered.per_prompt)]
         if policy_is_served:
-            answers = served.sample(rows, draw.max_new_tokens, draw.seed + 7919 * len(parts) + answered.number)
+            seed = draw.seed + 7919 * len(parts) + answered.number
+            so_far = partial(_counted, progress, done - len(rows))
+            answers = served.sample(rows, draw.max_new_tokens, seed, so_far)
             answers = [_to_first_end(answer, local.end_ids) for answer in answers]
         else:
             answers = _scored(served, local, prompts, uniforms, answered.per_prompt)
         if not parts:
             probe(served, local, rows, answers)
-        parts.append(_divergences(served, local, rows, answers, policy_is_served))
+        if reference is None:
+            found = _divergences(served, local, rows, answers, policy_is_served)
+        else:
+            found = _between_servers(reference, local, rows, answers)
+        counts = torch.tensor([len(answer.places) for answer in answers])
+        parts.append((*_per_response(found, counts), counts, torch.tensor([answer.truncated for answer in answers])))
         progress(done)
     *sums, counts, cuts = (torch.cat(column) for column in zip(*parts, strict=True))
     return ServedMeasurement(TopKDivergence(*sums), counts, answered.prompt_index(), cuts)
+
+
+def _counted(progress: Progress, before: int, done: int) -> None:
+    progress(before + done)
 
 
 def _scored(
@@ -120,8 +144,8 @@ def _to_first_end(answer: Answer, ends: Sequence[int]) -> Answer:
 
 def _divergences(
     served: Server, local: Policy, rows: Sequence[list[int]], answers: Sequence[Answer], policy_is_served: bool
-) -> tuple[Tensor, ...]:
-    """The sums of ``TopKDivergence``, tokens and truncated of each response. [B] each."""
+) -> TopKDivergence:
+    """Of each token of responses, between a server and the model here."""
     places = [place for answer in answers for place in answer.places]
     heads = torch.tensor([sorted(place.head) for place in places])
     if int(heads.max()) >= local.network.vocabulary:
@@ -133,10 +157,27 @@ def _divergences(
     mine = logprobs_of(local, rows, [answer.ids for answer in answers], torch.cat([said[:, None], heads], dim=1))
     sides = [(theirs, spoken), (mine[:, 1:], mine[:, 0])]
     policy, reference = sides if policy_is_served else reversed(sides)
-    found = topk_divergence(policy[0], reference[0], policy[1], reference[1], (heads == said[:, None]).any(dim=1))
-    counts = torch.tensor([len(answer.places) for answer in answers])
-    cuts = torch.tensor([answer.truncated for answer in answers])
-    return (*_per_response(found, counts), counts, cuts)
+    return topk_divergence(policy[0], reference[0], policy[1], reference[1], (heads == said[:, None]).any(dim=1))
+
+
+def _between_servers(
+    reference: Server, local: Policy, rows: Sequence[list[int]], answers: Sequence[Answer]
+) -> TopKDivergence:
+    """Of each token of a served policy's responses, by the tokens that both servers speak of there."""
+    others = reference.score([(row, answer.ids) for row, answer in zip(rows, answers, strict=True)])
+    expect_same_words(reference, local, others)
+    mine, theirs = ([place for answer in side for place in answer.places] for side in (answers, others))
+    heads: list[list[Any]] = [sorted(a.head.keys() & b.head.keys()) for a, b in zip(mine, theirs, strict=True)]
+    width = max(len(head) for head in heads)
+    heads = [head + [None] * (width - len(head)) for head in heads]
+    policy, ref = (
+        torch.tensor([[place.head.get(token, there_is_none) for token in head]
+                      for head, place in zip(heads, side, strict=True)], dtype=torch.float64)
+        for side, there_is_none in ((mine, -math.inf), (theirs, 0.0))
+    )
+    said, ref_said = (torch.tensor([place.logprob for place in side]).double() for side in (mine, theirs))
+    inside = torch.tensor([place.token in head for head, place in zip(heads, mine, strict=True)])
+    return topk_divergence(policy, ref, said, ref_said, inside)
 
 
 def _per_response(found: TopKDivergence, counts: Tensor) -> list[Tensor]:
@@ -189,13 +230,23 @@ def probe(served: Server, local: Policy, rows: Sequence[list[int]], answers: Seq
             f"{PROBE_GAP}). It may sample at another temperature or with filters, answer from several replicas, or "
             "have changed its weights or adapter meanwhile."
         )
-    words = {token: text for answer in again for place in answer.places for token, text in place.words.items()}
+    expect_same_words(served, local, again)
+
+
+def expect_same_words(served: Server, local: Policy, answers: Sequence[Answer]) -> None:
+    """Raise ModelError unless the ids that a server speaks of are the same tokens here."""
+    words = {token: text for answer in answers for place in answer.places for token, text in place.words.items()}
+    most = max((token for answer in answers for place in answer.places for token in place.head), default=0)
+    here = local.fingerprint.path
+    if most >= local.network.vocabulary:
+        raise ModelError(f"{served.path}: it gives log-probs of token {most}, and {here} has "
+                         f"{local.network.vocabulary} tokens: the two cannot be compared.")
     wrong = [token for token, text in words.items() if not _means(local.tokenizer, token, text)]
     if words and len(wrong) > WRONG_WORDS * len(words):
         token = wrong[0]
         raise ModelError(
             f"{served.path}: {len(wrong)} of {len(words)} ids mean other tokens there; {token} is {words[token]!r}, "
-            f"and here {local.tokenizer.decode([token])!r}. The two cannot be compared."
+            f"and in {here} {local.tokenizer.decode([token])!r}. The two cannot be compared."
         )
 
 
@@ -217,10 +268,14 @@ def check_sampled(path: str, checks: dict[str, float]) -> None:
             )
 
 
-def described_served(
-    measured: ServedMeasurement, checks: dict[str, float], served: Server, confidence: float
-) -> dict[str, Any]:
-    """The measured part of the document; null is what no server lets one know, and what is not asked."""
+def described_served(measured: ServedMeasurement, served: Server, confidence: float) -> dict[str, Any]:
+    """The measured part of the document; null is what no server lets one know, and what is not asked.
+
+    Raises:
+        ModelError: the responses are no sample.
+    """
+    checks = measured.checks()
+    check_sampled(served.path, checks)
     topk = measured.summary("topk", confidence)
     return {
         "direction": DIRECTIONS["reverse"],

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -62,6 +62,10 @@ class CannotScore(ModelError):
     """A server that gives no log-probs of tokens that are there, and so can be no reference."""
 
 
+class NoAnswer(ModelError):
+    """A server that is away, or too busy, now."""
+
+
 def is_address(path: str) -> bool:
     """Whether a checkpoint or reference is a server's."""
     return path.startswith(("http://", "https://"))
@@ -92,17 +96,20 @@ class Server:
                               "https://, or an address of this machine.")
         if key_env is not None and not os.environ.get(key_env):
             raise RecipeError(f"--key-env {key_env}: this environment variable is not set.")
-        self.path, self.top = path, top
+        self.path, self.top, self.host = path, top, url.netloc
         self.notes: list[str] = []      # what could not be looked at
         self._client = Client(Address(address, f"server {self.model}", ModelError, key_env, TIMEOUT_S, LONGEST))
 
-    def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> list[Answer]:
+    def sample(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[Answer]:
         """One response to each prompt, a request each, with seeds that are no neighbours."""
         seeds = np.random.SeedSequence(seed).generate_state(len(prompts)) & 0x7FFFFFFF
         return self._all([
             ({"prompt": list(ids), "max_tokens": max_new_tokens, "seed": own, "logprobs": self.top}, max_new_tokens)
             for ids, own in zip(prompts, seeds.tolist(), strict=True)
-        ], self._sampled)
+        ], self._sampled, progress)
 
     def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Answer]:
         """The log-probabilities of (prompt, response) tokens that are there."""
@@ -111,11 +118,18 @@ class Server:
             for prompt, response in rows
         ], self._scored)
 
-    def _all(self, questions: list[tuple[dict[str, Any], Any]], read: Any) -> list[Answer]:
+    def _all(
+        self, questions: list[tuple[dict[str, Any], Any]], read: Any,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[Answer]:
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             found = [pool.submit(lambda body, about: read(self._asked(body), body, about), *one) for one in questions]
+            answers: list[Answer] = []
             try:
-                return [future.result() for future in found]
+                for future in found:
+                    answers.append(future.result())
+                    progress(len(answers))
+                return answers
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -123,13 +137,16 @@ class Server:
     def _asked(self, question: dict[str, Any]) -> dict[str, Any]:
         """The one choice of an answer."""
         body, pause = {"model": self.model} | NO_FILTER | question, FIRST_PAUSE
+        reasons: list[str] = []
         for number in range(1, TRIES + 1):
             try:
                 answer = self._client.post("/completions", body)
                 break
             except Unanswered as reason:
-                if number == TRIES:
-                    raise self._fault(f"no answer in {TRIES} tries; the last: {reason}") from None
+                reasons.append(str(reason))
+                if number == TRIES:     # what was asked may be what ended the server: the first try says so
+                    first = "" if reasons[0] == reasons[-1] else f"; at first: {reasons[0]}"
+                    raise NoAnswer(f"{self.path}: no answer in {TRIES} tries; the last: {reason}{first}.") from None
                 time.sleep(max(pause, min(reason.after, 60.0)))
                 pause *= 2
         try:

@@ -76,13 +76,15 @@ def load_policy(
 
 def load_reference(
     section: ModelSection, *, device: torch.device, where: str = "model.path", full: bool = False,
-    chat_template: str | None = None, computed_in: str | None = None,
+    chat_template: str | None = None, computed_in: str | None = None, empty: bool = False,
 ) -> Policy:
     """A Policy without an adapter: policy and reference are still the same weights (two copies if ``full``).
 
     chat_template: in the place of the tokenizer's own. computed_in: a dtype to compute in, other than that of the
-    section, by which the weights are loaded and told from others.
+    section, by which the weights are loaded and told from others. empty: shapes without weights do.
     """
+    if empty:
+        return empty_policy(section, None, device=device, chat_template=chat_template)
     if full:
         if section.dtype == "bfloat16":
             raise ModelError(

@@ -18,7 +18,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from kltune.core.kl.divergence import TokenMeasures, VocabularySums, measure_sampled, measure_tokens
-from kltune.core.kl.fused_head import read_logprobs, read_logprobs_and_kl
+from kltune.core.kl.fused_head import read_logprobs, read_logprobs_and_head, read_logprobs_and_kl
 from kltune.errors import ModelError, RecipeError
 from kltune.lm.data.chat import reads_clock, template_of, today
 from kltune.lm.data.encoding import OtherTokenizer
@@ -257,8 +257,8 @@ class Policy:
         finally:
             self.network, self._is_reference = before
 
-    def acting_as(self, adapter: str) -> AbstractContextManager[None]:
-        """Within: this object is its trunk with an adapter that was put ``add_beside``. After: the policy."""
+    def acting_as(self, adapter: str | None) -> AbstractContextManager[None]:
+        """Within: this object is its trunk with an adapter that was put ``add_beside``, or none. After: the policy."""
         return self._switch.active(adapter)
 
     @property
@@ -332,11 +332,12 @@ class Policy:
 
     def logprobs_and_ref_kl(
         self, ids: Tensor, scored: Tensor, temperature: float = 1.0, *others: Callable[[slice], Tensor],
-        ref_states: Tensor | None = None, lower: Tensor | None = None,
+        heads: tuple[Tensor, ...] = (), ref_states: Tensor | None = None, lower: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Log-probabilities and exact KL(policy ‖ reference) per token, all differentiable. Each [N] float32, nats.
 
         others: whose logits at a slice of these positions are taken as constant; a KL(policy ‖ other) for each follows.
+        heads: what ``read_logprobs_and_head`` takes by N positions, for its reading to come last.
         ref_states: the reference's hidden states before the scored tokens, where a measurement kept them. [N, H].
         lower: as ``Network.before``.
         """
@@ -344,9 +345,9 @@ class Policy:
             with torch.no_grad(), self.reference():
                 same = self._held.network is self.base_network
                 ref_states = self.network.before(ids, scored, lower if same else None)
-        reader = partial(read_logprobs_and_kl, temperature=temperature)
+        reader = partial(read_logprobs_and_head if heads else read_logprobs_and_kl, temperature=temperature)
         return self.network.read(
-            self.network.before(ids, scored, lower), reader, ids[scored],
+            self.network.before(ids, scored, lower), reader, ids[scored], *heads,
             lambda part: self.ref_logits(ref_states[part]), *others,
         )
 

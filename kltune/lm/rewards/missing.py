@@ -81,8 +81,12 @@ def _model(recipe: Recipe, notes: list[str]) -> Iterator[Trouble]:
     yield from _folder("model.path", path, recipe.folder, notes, _model_fault)
     if recipe.model.sft_adapter is not None:
         yield from _folder("model.sft_adapter", recipe.model.sft_adapter, recipe.folder, notes, _adapter_fault)
-    if isinstance(recipe, DistillRecipe) and recipe.distill.teacher != REFERENCE:
+    if not isinstance(recipe, DistillRecipe) or recipe.distill.teacher == REFERENCE:
+        return
+    if not recipe.distill.served:
         yield from _folder("distill.teacher", recipe.distill.teacher, recipe.folder, notes, _teacher_fault)
+    elif recipe.distill.teacher_key_env is not None:
+        yield from _key("distill.teacher_key_env", recipe.distill.teacher_key_env)
 
 
 def _folder(
@@ -261,8 +265,13 @@ def _scorers(recipe: Recipe, notes: list[str]) -> Iterator[Trouble]:
             yield from _function(f"{key}.path", entry, recipe)
         elif isinstance(entry, ModelReward | ClassifierReward):
             yield from _folder(f"{key}.path", entry.path, recipe.folder, notes, _scorer_fault)
-        elif isinstance(entry, JudgeReward) and entry.key_env is not None and not os.environ.get(entry.key_env):
-            yield f"{key}.key_env", f"the environment variable {entry.key_env} is not set here; export it first"
+        elif isinstance(entry, JudgeReward) and entry.key_env is not None:
+            yield from _key(f"{key}.key_env", entry.key_env)
+
+
+def _key(key: str, variable: str) -> Iterator[Trouble]:
+    if not os.environ.get(variable):
+        yield key, f"the environment variable {variable} is not set here; export it first"
 
 
 def _function(key: str, entry: FunctionReward, recipe: Recipe) -> Iterator[Trouble]:

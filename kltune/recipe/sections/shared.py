@@ -120,7 +120,8 @@ class SamplingSection(Section):
         0.0, description="subtracted from the score of a response that never ended"
     )
     engine: Literal["torch", "vllm"] = Field(
-        "torch", description="who draws a step's responses: the trainer, or a vLLM server (ppo, trpo, online dpo)"
+        "torch", description="who draws a step's responses: the trainer, or a vLLM server (ppo, trpo, online dpo); "
+        "with eval-kl --recipe: who draws the policy's"
     )
     url: Text | None = Field(
         None, description="address of the server, without /v1 (engine: vllm)", examples=["http://127.0.0.1:8000"]

@@ -38,7 +38,7 @@ from kltune.recipe import Recipe, SamplingSection
 from kltune.run.screen import counted, doing
 from kltune.run.session import Run
 from kltune.train.preferences import Preferences, load_preferences, pair_metrics
-from kltune.train.teacher import Metrics, Teacher
+from kltune.train.teacher import AnyTeacher, Metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +82,7 @@ class HeldOut:
     notes: tuple[str, ...] = ()
     pairs: Preferences | None = None
     apart: bool = True
-    teacher: Teacher | None = None
+    teacher: AnyTeacher | None = None
     _references: dict[int, Reference] = field(default_factory=dict)     # by number of responses; once per run
 
     @property

@@ -10,7 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kltune.core.kl.divergence import kl_exact
-from kltune.core.kl.fused_head import AfterHead, read_logprobs, read_logprobs_and_kl, through_head
+from kltune.core.kl.fused_head import (
+    AfterHead,
+    read_logprobs,
+    read_logprobs_and_head,
+    read_logprobs_and_kl,
+    through_head,
+)
 from kltune.core.tensors import token_logprobs
 
 POSITIONS, HIDDEN, VOCABULARY = 21, 6, 50
@@ -50,6 +56,31 @@ def test_values_and_gradients_are_those_of_autograd_over_all_logits(rows, temper
     _, kl = through_head(hidden, weight, bias, reader, (tokens, ref_logits), rows)
     (mine,) = torch.autograd.grad(kl.sum(), hidden)
     torch.testing.assert_close(mine, torch.autograd.grad(wanted[1].sum(), hidden)[0], atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("k", [1, 7, VOCABULARY])
+def test_what_a_few_tokens_add_to_a_kl_is_differentiated_as_by_autograd(k):
+    hidden, weight, bias, tokens, ref_logits = numbers(k)
+    theirs = (ref_logits / 0.6).log_softmax(-1)
+    heads = theirs.topk(k).indices
+    said = theirs.gather(-1, heads)
+    usual = torch.linspace(-2.0, 1.0, POSITIONS, dtype=torch.float64)
+    reader = partial(read_logprobs_and_head, temperature=0.6)
+    found = through_head(hidden, weight, bias, reader, (tokens, heads, said, usual, ref_logits), 8)
+    logits = hidden @ weight.T + bias
+    a = (logits / 0.6).log_softmax(-1).gather(-1, heads)
+    wanted = token_logprobs(logits, tokens, 0.6), kl_exact(logits, ref_logits, 0.6), (a.exp() * (a - said)).sum(-1)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
+    wanted = (*wanted[:2], wanted[2] - (1.0 + usual) * a.exp().sum(-1))        # whose slope it has
+    plain_reading = reader(logits, tokens, heads, said, usual, ref_logits, slopes=False)[-1].value
+    torch.testing.assert_close(plain_reading, found[-1], atol=1e-12, rtol=1e-12)
+    both = [torch.autograd.grad(value.sum(), hidden, retain_graph=True)[0] for value in (plain_reading, wanted[2])]
+    torch.testing.assert_close(*both, atol=1e-12, rtol=1e-10)
+    upstream = torch.randn(3, POSITIONS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (mine,) = torch.autograd.grad(found, hidden, tuple(upstream))
+    torch.testing.assert_close(
+        mine, torch.autograd.grad(wanted, hidden, tuple(upstream))[0], atol=1e-12, rtol=1e-10
+    )
 
 
 @pytest.mark.parametrize("after", [AfterHead(0.3), AfterHead(3.0, divides=True), AfterHead(0.7, cap=2.0)])

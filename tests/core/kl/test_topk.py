@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,20 +18,28 @@ REPEATS = 1000
 @pytest.fixture(scope="module")
 def tables() -> tuple[Tensor, Tensor]:
     """log p and log q of every token in 256 contexts: stories260K, moved a little, and as it is. [256, 512] each."""
-    if not STORIES.exists():
-        pytest.skip(f"{STORIES} is not here")
-    from transformers import AutoModelForCausalLM
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+    moved, model = models(0.06)
     with torch.no_grad():
         ids = torch.ones(16, 1, dtype=torch.long)
         for _ in range(16):
             ids = torch.cat([ids, torch.multinomial(model(input_ids=ids).logits[:, -1].softmax(-1), 1)], 1)
-        reference = model(input_ids=ids[:, :-1]).logits.double().log_softmax(-1).flatten(0, 1)
-        for tensor in model.parameters():
-            tensor.add_(0.06 * tensor.std() * torch.randn_like(tensor))
-        policy = model(input_ids=ids[:, :-1]).logits.double().log_softmax(-1).flatten(0, 1)
+        reference, policy = (
+            each(input_ids=ids[:, :-1]).logits.double().log_softmax(-1).flatten(0, 1) for each in (model, moved)
+        )
     return policy, reference
+
+
+def models(by: float) -> tuple[Any, Any]:
+    """stories260K with noise on its weights, of so much of their spread; and as it is."""
+    if not STORIES.exists():
+        pytest.skip(f"{STORIES} is not here")
+    from transformers import AutoModelForCausalLM
+    torch.manual_seed(0)
+    moved, model = (AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval() for _ in range(2))
+    with torch.no_grad():
+        for tensor in moved.parameters():
+            tensor.add_(by * tensor.std() * torch.randn_like(tensor))
+    return moved, model
 
 
 def exact(policy: Tensor, reference: Tensor) -> Tensor:
@@ -105,6 +114,57 @@ def test_what_tells_a_sample_from_none_has_mean_0_and_the_variance_that_is_said(
     stderr = check.mean(1).std() / math.sqrt(REPEATS)
     assert abs(check.mean()) < 3 * stderr
     assert found[f"{name}_variance"].mean().item() == pytest.approx(check.var(0).mean().item(), rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def pool() -> dict[str, Tensor]:
+    """Nats of 16,384 responses of 24 tokens: exact, k1, and by k from the k likeliest and from these renormalised."""
+    policy, reference = models(0.05)
+    found: dict[str, list[Tensor]] = {}
+    for _ in range(32):
+        ids = torch.ones(512, 1, dtype=torch.long)
+        with torch.no_grad():
+            state = policy(input_ids=ids, use_cache=True)
+            for _ in range(24):
+                ids = torch.cat([ids, torch.multinomial(state.logits[:, -1].softmax(-1), 1)], 1)
+                state = policy(input_ids=ids[:, -1:], past_key_values=state.past_key_values, use_cache=True)
+            a, b = (model(input_ids=ids[:, :-1]).logits.double().log_softmax(-1) for model in (policy, reference))
+        y = ids[:, 1:, None]
+        said = [side.gather(-1, y).flatten() for side in (a, b)]
+        nats = {"exact": exact(a, b), "k1": said[0] - said[1]}
+        for k in (5, 20, 64):
+            heads = a.topk(k).indices
+            p, q = (side.gather(-1, heads) for side in (a, b))
+            inside = (heads == y).any(-1).flatten()
+            nats[f"{k}"] = topk_divergence(p.flatten(0, 1), q.flatten(0, 1), *said, inside).kl
+            nats[f"{k} renormalised"] = exact(p.log_softmax(-1), q.log_softmax(-1))
+        for name, values in nats.items():
+            found.setdefault(name, []).append(values.view(512, 24).sum(-1))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("k", [5, 20, 64])
+def test_95_percent_intervals_of_whole_responses_hold_the_exact_kl_95_times_in_100(pool, k):
+    estimate, truth, count = pool[f"{k}"], pool["exact"], len(pool["exact"])
+    gap = estimate - truth
+    bias = (gap.mean() / (gap.std() / count**0.5)).item()
+    lost = (pool[f"{k} renormalised"].mean() / truth.mean() - 1.0).item()
+    torch.manual_seed(k)
+    held = within = 0.0
+    for _ in range(4000):
+        kl = summarize("topk", estimate[torch.randint(count, (256,))], torch.full((256,), 24.0), torch.arange(256))
+        within += (abs(kl.nats_per_response - truth.mean()) <= 1.96 * kl.stderr).item() / 4000
+        held += (kl.ci[0] <= truth.mean() <= kl.ci[1]).item() / 4000
+    ratios = {name: (pool[name].std() / truth.std()).item() for name in (f"{k}", "k1")}
+    print(f"k {k}: KL {truth.mean():.3f}, bias {bias:+.2f} SE, spread {ratios} of exact, ± 1.96 SE holds {within:.4f}, "
+          f"the interval {held:.4f}, renormalised {lost:+.1%}")
+    assert abs(bias) < 3.0
+    assert 0.94 <= within <= 0.96
+    assert within <= held <= 0.97           # its ends are the further of two
+    assert 1.0 <= ratios[f"{k}"] < ratios["k1"]
+    if k < 64:
+        assert lost < -0.01
 
 
 def test_a_token_outside_of_a_padded_head_by_hand():

@@ -1,11 +1,19 @@
 """The gradient of distillation, by listing every response of TinyLM; nothing listed here uses kltune."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from kltune.core.kl.divergence import kl_exact
-from kltune.core.objectives.distillation import expected_after, token_loss, whole_response_loss
+from kltune.core.kl.fused_head import read_logprobs_and_head
+from kltune.core.objectives.distillation import (
+    expected_after,
+    head_and_tail,
+    token_loss,
+    whole_response_loss,
+)
 from tests.oracles import Responses, tiny_policy_logits, tiny_reference_logits
 
 RESPONSES = Responses()
@@ -22,16 +30,33 @@ def listed_gradient(logits: Tensor) -> Tensor:
     return logits.grad
 
 
+def cost_from(logits: Tensor, old: Tensor, k: int, tail: bool = True, usual: Tensor | float = 0.0) -> Tensor:
+    """The same where the teacher gives log-probs of its k likeliest tokens and of the one that was said. [B, T]"""
+    states, theirs = RESPONSES.states, TEACHER.log_softmax(-1)[RESPONSES.states]
+    heads = theirs.topk(k).indices
+    usual = torch.zeros_like(RESPONSES.mask, dtype=torch.float64) + usual
+    *_, head = read_logprobs_and_head(
+        logits[states].flatten(0, 1), RESPONSES.tokens.flatten(), heads.flatten(0, 1),
+        theirs.gather(-1, heads).flatten(0, 1), usual.flatten(), temperature=1.0, slopes=False,
+    )
+    outside = RESPONSES.mask & (heads != RESPONSES.tokens[..., None]).all(-1) & tail
+    logprobs, said = RESPONSES.logprobs(logits), RESPONSES.logprobs(TEACHER)
+    cost = head_and_tail(head.value.view(states.shape), logprobs, RESPONSES.logprobs(old), said, outside, usual)
+    return cost + PRICE * kl_exact(logits[states], REFERENCE[states], 1.0)
+
+
 def cost_at(logits: Tensor, states: Tensor) -> Tensor:
     """Exact KL to the teacher + c times that to the reference, where tokens are chosen. [B, T]"""
     mine = logits[states]
     return kl_exact(mine, TEACHER[states], 1.0) + PRICE * kl_exact(mine, REFERENCE[states], 1.0)
 
 
-def expected_gradient(logits: Tensor, sampled_from: Tensor, *, horizon: str, expected: Tensor) -> Tensor:
+def expected_gradient(
+    logits: Tensor, sampled_from: Tensor, *, horizon: str, expected: Tensor, **few: Any
+) -> Tensor:
     """What the loss's gradient tends to on responses of ``sampled_from``: each response by its probability. [7, 3]"""
     logits = logits.clone().requires_grad_()
-    costs = cost_at(logits, RESPONSES.states)
+    costs = cost_from(logits, sampled_from, **few) if few else cost_at(logits, RESPONSES.states)
     logprobs, old = RESPONSES.logprobs(logits), RESPONSES.logprobs(sampled_from)
     probabilities = RESPONSES.probabilities(sampled_from)
     total = torch.zeros((), dtype=torch.float64)
@@ -55,6 +80,29 @@ BY_PREFIX = torch.where(RESPONSES.mask, torch.sin(1.0 + RESPONSES.states), 0.0) 
 def test_the_gradient_is_that_of_the_two_kls_of_whole_responses(now, expected):
     found = expected_gradient(now, POLICY, horizon="full", expected=expected)
     assert torch.allclose(found, listed_gradient(now), rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("horizon", ["full", "token"])
+@pytest.mark.parametrize("now", [POLICY, ONE_STEP_ON], ids=["on policy", "a step on"])
+def test_a_few_tokens_of_the_teacher_and_the_one_that_was_said_give_the_gradient_of_all(now, horizon, k):
+    asked = {"horizon": horizon, "expected": BY_PREFIX}
+    whole = expected_gradient(now, POLICY, **asked)
+    for usual in (0.0, -1.0, BY_PREFIX):
+        found = expected_gradient(now, POLICY, **asked, k=k, usual=usual)
+        assert torch.allclose(found, whole, rtol=0.0, atol=1e-6)
+    if k < 3:       # which the head alone does not
+        alone = expected_gradient(now, POLICY, **asked, k=k, tail=False)
+        assert (alone - whole).norm() > 0.1 * whole.norm()
+
+
+def test_at_the_teacher_nothing_is_left_of_the_noise_of_what_it_does_not_speak_of():
+    logits, states = TEACHER.clone().requires_grad_(), RESPONSES.states
+    cost = cost_from(logits, TEACHER, k=1) - PRICE * kl_exact(logits[states], REFERENCE[states], 1.0)
+    assert cost.detach().abs().max() < 1e-12
+    for row in range(15):
+        (gradient,) = torch.autograd.grad(cost[row][RESPONSES.mask[row]].sum(), logits, retain_graph=True)
+        assert gradient.abs().max() < 1e-12
 
 
 def test_without_the_prefix_term_it_is_another():
