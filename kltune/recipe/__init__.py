@@ -23,6 +23,7 @@ from kltune.recipe.rewards import (
     ModelReward,
     RewardEntry,
     asks_for_pairs,
+    scorers_of,
 )
 from kltune.recipe.sections.methods import DPOSection, KLSection, PPOSection, TRPOSection
 from kltune.recipe.sections.shared import (

@@ -18,7 +18,15 @@ from kltune.errors import RecipeError
 from kltune.recipe.checks import FUNCTION, MADE, absolute, clashes, path_values
 from kltune.recipe.faults import Fault, Place, RecipeFaults
 from kltune.recipe.method_checks import responses_per_step
-from kltune.recipe.rewards import FunctionReward, JudgeReward, ModelReward, RewardEntry, address
+from kltune.recipe.rewards import (
+    NO_SCORES,
+    FunctionReward,
+    JudgeReward,
+    ModelReward,
+    RewardEntry,
+    address,
+    asks_for_pairs,
+)
 from kltune.recipe.stages import STAGES, Recipe, recipe_digest
 from kltune.recipe.wording import (
     dotted,
@@ -38,6 +46,7 @@ NEEDED = {                                       # kinds of a reward entry, and 
 }
 SURROGATE = "[\ud800-\udfff]"                  # what a byte that is not UTF-8 is held as
 KINDS = tuple(NEEDED)
+HELD_OUT_SCORERS = ("eval", "gold"), ("eval", "judge")
 FORMS = "wanted file.py:function, a reward model's folder, or an entry as in a recipe, such as {kind: model, path: x}"
 
 
@@ -276,7 +285,7 @@ def path_of(error: ErrorDetails, root: Node) -> KeyPath:
     path: KeyPath = ()
     steps, kind_passed = error["loc"], False
     for depth, step in enumerate(steps):
-        in_entry = (path[:1] == ("reward",) and len(path) == 2) or path == ("eval", "gold")
+        in_entry = (path[:1] == ("reward",) and len(path) == 2) or path in HELD_OUT_SCORERS
         is_kind = step in KINDS and in_entry and not kind_passed      # the step after it may be a key of such a name
         kind_passed = kind_passed or is_kind
         last_missing = error["type"] == "missing" and depth == len(steps) - 1
@@ -305,8 +314,9 @@ def sound_part(plain: dict[str, Plain], stage: str, bad: list[KeyPath]) -> Recip
         sound["distill"] = {"teacher": "?", **(distill if isinstance(distill, dict) else {})}
     if isinstance(reward, list):
         sound["reward"] = [entry if is_scorer(entry) else {"kind": "model", "path": "?"} for entry in reward]
-    if isinstance(evaluation, dict) and not is_scorer(evaluation.get("gold")):
-        evaluation.pop("gold", None)
+    for _, name in HELD_OUT_SCORERS:
+        if isinstance(evaluation, dict) and not is_scorer(evaluation.get(name)):
+            evaluation.pop(name, None)
     try:
         return STAGES[stage].model_validate(sound)
     except ValidationError:
@@ -354,7 +364,11 @@ def completed(recipe: Recipe, file: Path, output: str | None) -> Recipe:
 def read_judge(text: str, rubric: str | None = None, key_env: str | None = None) -> RewardEntry:
     """``URL#MODEL`` is an AI judge that prefers one of two responses; anything else a scorer, as of ``read_scorer``."""
     url, mark, model = text.partition("#")
-    if "://" not in url:
+    if text.startswith("{") or "://" not in url:
+        for option, value in (("--rubric", rubric), ("--key-env", key_env)):
+            if value is not None:
+                raise RecipeError(f"{option}: read only beside --judge URL#MODEL; found {text}. An entry of "
+                                  "{kind: judge, ...} has rubric and key_env in it, and no other scorer reads them.")
         return read_scorer(text, "--judge")
     if not mark or not model:
         raise RecipeError(f"--judge: found {text}, wanted URL#MODEL, such as http://127.0.0.1:8000/v1#judge.")
@@ -365,9 +379,14 @@ def read_judge(text: str, rubric: str | None = None, key_env: str | None = None)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise RecipeError(f"--judge: {first['loc'][-1]}: {first['msg']}.") from error
-    for keys_at, fault in address("--judge", entry):
-        raise RecipeError(f"{keys_at[0]}: {fault}.")
+    _refuse_address("--judge", entry)
     return entry
+
+
+def _refuse_address(option: str, entry: RewardEntry) -> None:
+    """Raise RecipeError if an AI judge cannot be asked at its address."""
+    for keys_at, fault in address(option, entry) if isinstance(entry, JudgeReward) else ():
+        raise RecipeError(f"{keys_at[0]}: {fault}.")
 
 
 def read_scorer(text: str, option: str = "--gold") -> RewardEntry:
@@ -381,8 +400,12 @@ def read_scorer(text: str, option: str = "--gold") -> RewardEntry:
         raise RecipeError(f"{option}: {faults[0].text if faults else 'empty'}; {FORMS}.")
     root = Node({"reward": Node([node], node.place)}, node.place)
     try:
-        return STAGES["ppo"].model_validate(root.plain() | {"stage": "ppo", "model": {"path": "?"}}).reward[0]
+        entry = STAGES["ppo"].model_validate(root.plain() | {"stage": "ppo", "model": {"path": "?"}}).reward[0]
     except ValidationError as error:
         found = field_faults(error.errors(include_url=False), root, "ppo").values()
         told = "; ".join(f"{fault.key.removeprefix('reward.0').lstrip('.')}: {fault.text}" for fault in found)
         raise RecipeError(f"{option}: {told}; {FORMS}.") from error
+    _refuse_address(option, entry)
+    if option == "--gold" and asks_for_pairs(entry):
+        raise RecipeError(f"{option}: mode: found pair, wanted score: {NO_SCORES}, or --judge in the place of --gold.")
+    return entry

@@ -232,6 +232,12 @@ METRICS = (
            "standard error of eval/gold_z", of_reference=True),
     Metric("eval/gold_gap", "sd of the reference's scores", ANY, SCORED, 0.7,
            "eval/score_z − eval/gold_z: how far the score has run ahead of gold", of_reference=True),
+    Metric("eval/win_rate", "share", SHARE, POLICIES, 0.63,
+           "how often eval.judge prefers the policy's answers to the reference's, a tie ½"),
+    Metric("eval/win_rate_low", "share", SHARE, POLICIES, 0.54,
+           "lower end of the win rate's 95 % interval, by prompt"),
+    Metric("eval/win_rate_high", "share", SHARE, POLICIES, 0.71,
+           "upper end of the win rate's 95 % interval, by prompt"),
     Metric("eval/distinct_1", "share", SHARE, POLICIES, 0.2,
            "different tokens as a share of all, first 50 tokens of each answer", of_reference=True),
     Metric("eval/distinct_2", "share", SHARE, POLICIES, 0.45,
@@ -291,7 +297,7 @@ METRICS = (
            "share of the held-out pairs whose longer response is the chosen one"),
     Metric("eval/longer_scores_higher", "share", SHARE, ("reward",), 0.6,
            "share of the held-out pairs whose longer response scores higher"),
-    # an AI judge, in reward or eval.gold; NAME is the entry's name
+    # an AI judge, in reward, eval.gold or eval.judge; NAME is the entry's name
     Metric("judge/NAME_asked", "questions", ABOVE_0, POLICIES, 64,
            "questions sent to the judge NAME since the last row, tries included"),
     Metric("judge/NAME_kept", "questions", ABOVE_0, POLICIES, 0,
