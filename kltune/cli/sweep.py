@@ -16,6 +16,8 @@ from kltune.cli.options import (
     RecipeOption,
     SetOption,
     TrustOption,
+    read_judge,
+    read_scorer,
     real,
     recipe_named,
     refuse_untrusted,
@@ -23,7 +25,7 @@ from kltune.cli.options import (
 )
 from kltune.cli.output import emit_document
 from kltune.cli.recipes import look_before_running
-from kltune.recipe import Recipe, load_grid, load_recipe, read_judge, read_scorer
+from kltune.recipe import Recipe, load_grid, load_recipe
 from kltune.recipe.checks import path_values
 from kltune.run.screen import doing
 

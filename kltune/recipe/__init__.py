@@ -11,8 +11,6 @@ from kltune.recipe.reading import (
     load_recipe,
     overlap,
     packaged_recipes,
-    read_judge,
-    read_scorer,
     recipe_text,
     recipes_folder,
 )
