@@ -35,8 +35,8 @@ def judges(recipe: Any) -> Iterator[Clash]:
 
 
 PromptInput = Annotated[Literal["text", "messages"], Field(
-    description="what a prompt is to it: text, what was said; messages, with their roles, as the policy was asked, "
-    "a prompt that is text as one of the user",
+    description="how prompts reach it: as text, or as the messages that the policy was asked by, with their roles "
+    "(a plain prompt is one of the user)",
 )]
 
 
@@ -50,7 +50,8 @@ class JudgeReward(Section):
     )
     model: Text = Field(description="the model's name there", examples=["Qwen/Qwen2.5-7B-Instruct"])
     mode: Literal["score", "pair"] = Field(
-        "score", description="score asks for a number; pair which of two is better, in both orders (online dpo)"
+        "score", description="score asks for a number; pair which of two is better, in both orders (online dpo and "
+        "eval.judge)"
     )
     rubric: Lines = Field(
         "Judge how well a response does what its prompt asks for: right, helpful and clearly written. A longer "
