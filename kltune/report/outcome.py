@@ -248,8 +248,8 @@ def _scores(files: Files) -> list[str]:
     if (rate := files.result.get("win_rate")) is not None:
         by, ends = judge_of(files), files.result.get("win_rate_ci95")
         bounds = interval([100 * end for end in ends], 1, (0, 50, 100))
-        sentences.append(f"By {by}, its answers are preferred to the reference's in {percent(rate, 1)} % of all pairs "
-                         f"(95 % interval {bounds} %).")
+        sentences.append(f"{by} prefers its answers to the reference's in {percent(rate, 1)} % of all pairs (95 % "
+                         f"interval {bounds} %).")
     stopped = files.result.get("stopped_early")
     if isinstance(stopped, dict):
         reason = str(stopped.get("reason") or "the gold score had passed its peak").rstrip(".")

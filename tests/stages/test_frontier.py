@@ -156,6 +156,8 @@ def test_win_rates_of_different_judges_are_left_out(frontier, run_folder, tmp_pa
         result = json.loads((folder / "result.json").read_text()) | {"win_rate": 0.7, "win_rate_ci95": [0.6, 0.8]}
         (folder / "result.json").write_text(json.dumps(result))
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        recipe["reward"][0]["path"] = "rewards.py:score"        # what somebody wrote names no file elsewhere
+        shutil.copy(run_folder.parent / "rewards.py", folder)
         recipe["eval"]["judge"] = {"kind": "judge", "url": "http://127.0.0.1:8000/v1", "model": model, "mode": "pair"}
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     alone = frontier(folders[0], "--best-of", 0)[1]
