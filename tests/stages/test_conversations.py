@@ -115,3 +115,16 @@ def test_a_judge_that_was_asked_for_messages_is_recorded_so(talk, endpoint):
 def test_without_the_key_the_function_gets_text(talk):
     with pytest.raises(ScorerError, match="right"):
         ran(talk("ppo_recipe", reward=[RIGHT | {"input": "text"}]))
+
+
+def test_a_reward_model_of_conversations_reads_the_tokens_that_were_sampled(talk, tmp_path, capsys):
+    """Trained on whole conversations, it scores a response behind all that was said before it, system included."""
+    trained = talk("reward_recipe")
+    rows = read_jsonl(tmp_path / "reward" / "judged.jsonl")
+    pairs = [{**conversation(row["prompt"]), "chosen": row["chosen"], "rejected": row["rejected"]} for row in rows]
+    write_rows(tmp_path / "reward" / "judged.jsonl", pairs)
+    final = ran(trained)[0]["final"]
+    capsys.readouterr()
+    result, _ = ran(talk("ppo_recipe", reward=[{"kind": "model", "path": final}]))
+    assert "reads the policy's own tokens, as '<s>be kind</s>hi .oh</s>the  .RESPONSE'" in capsys.readouterr().err
+    assert result["score"] is not None
