@@ -1,14 +1,15 @@
 """How fast and how large: one row per piece of work, on the model and shape that are asked for.
 
     python scripts/bench.py sample score eval-kl --model MODEL [--responses 64 256 1024] [--new-tokens 64]
-    python scripts/bench.py ppo trpo dpo --model MODEL [--responses 128] [--prompt-tokens 12] [--set ppo.epochs=4]...
+    python scripts/bench.py ppo trpo dpo distill --model MODEL [--responses 128] [--set ppo.epochs=4]...
     python scripts/bench.py --compare BEFORE.json AFTER.json
 
 ``sample`` draws responses of full length, then ragged ones, which end at tokens chosen for a mean length of a quarter
 of the limit: what a token costs there, against full length, the pass over the prompts left out; on a GPU, also without
 the captured graph. ``score`` teacher-forces responses through policy and reference for log-probabilities and exact KL;
-``eval-kl`` samples them first. ``ppo``, ``trpo`` and ``dpo`` are whole steps of a run with the recipe's defaults, as
-the run times them; two responses make a pair of ``dpo``, whose KL is not held here.
+``eval-kl`` samples them first. ``ppo``, ``trpo``, ``dpo`` and ``distill`` are whole steps of a run with the recipe's
+defaults, as the run times them; two responses make a pair of ``dpo``, whose KL is not held here, and the teacher of
+``distill`` is an adapter on the same weights. --set of a stage's own section is for that stage alone.
 
 The floor under each is the model's own matrix products over as many positions, one after the other with nothing between
 them, timed in the same process: one pass for each token decoded, one for policy and reference each to score a response,
@@ -48,7 +49,7 @@ from bench_parts import (
     stamped,
 )
 
-STEPS = ("ppo", "trpo", "dpo")
+STEPS = ("ppo", "trpo", "dpo", "distill")
 WORKS = ("sample", "score", "eval-kl", *STEPS)
 
 
@@ -213,17 +214,27 @@ def write_recipe(
     else:
         recipe = common | {
             "sampling": {"prompts_per_step": responses, "max_new_tokens": new_tokens},
-            "reward": [{"kind": "function", "path": "rewards.py:score"}],
         }
+        recipe |= {"reward": [{"kind": "function", "path": "rewards.py:score"}]} if stage != "distill" else {}
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
     return path
 
 
+def save_teacher(model: str, folder: str) -> str:
+    """An adapter of random weights on a model, in a folder."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder)
+    return folder
+
+
 def step_row(
     stage: str, model: str, responses: int, new_tokens: int, repeat: int, prompt_tokens: int, changes: list[str]
 ) -> dict:
-    """Steps of a run of ``kltune ppo``, ``trpo`` or ``dpo``, the first of them to warm up, the last to count."""
+    """Steps of a run of a stage, the first of them to warm up, the last to count."""
     import importlib
 
     from kltune.recipe import load_recipe
@@ -251,7 +262,8 @@ def step_row(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = write_recipe(folder, stage, model, responses, new_tokens, repeat + 2, prompt_tokens)
-        recipe = load_recipe(path, overrides=changes)
+        others = {*STEPS} - {stage}
+        recipe = load_recipe(path, overrides=[one for one in changes if one.partition(".")[0] not in others])
         with contextlib.redirect_stderr(io.StringIO()):
             getattr(module, f"run_{stage}")(recipe, resume=False)
         rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()][1:-1]
@@ -285,6 +297,8 @@ def passes_of(recipe) -> tuple[float, float]:
     if recipe.stage in ("dpo", "sft", "reward"):
         return 2, 0 if recipe.stage == "reward" else 2
     section = getattr(recipe, recipe.stage)
+    if recipe.stage == "distill":       # policy, reference and teacher
+        return 3 + 2 * section.epochs, 3 + 2 * section.epochs
     values = section.baseline == "value" and section.value_function == "lora"
     if recipe.stage == "ppo":
         return 2 + 2 * section.epochs + values * (1 + 2 * section.epochs), 2 + 2 * section.epochs
@@ -307,7 +321,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=12)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--set", action="append", default=[], help="a recipe's key=value, for ppo, trpo and dpo")
+    parser.add_argument("--set", action="append", default=[], help="a recipe's key=value, for whole steps")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.compare:
@@ -319,11 +333,14 @@ def main() -> None:
             Path(folder) / f"llama-h{arguments.hidden}-l{arguments.layers}", hidden=arguments.hidden,
             layers=arguments.layers, vocabulary=arguments.vocabulary, dtype=arguments.dtype,
         ))
-        rows = []
+        rows, changes = [], arguments.set
+        if "distill" in arguments.work:     # in another process than the one that is measured
+            teacher = in_own_process(save_teacher, model, str(Path(folder) / "teacher"))
+            changes = [*changes, f"distill.teacher={teacher}"]
         for work, count in itertools.product(arguments.work, arguments.responses):
             common = (model, count, arguments.new_tokens, arguments.repeat, arguments.prompt_tokens)
             if work in STEPS:
-                rows.append(in_own_process(step_row, work, *common, arguments.set))
+                rows.append(in_own_process(step_row, work, *common, changes))
             else:
                 row_of = {"sample": sample_row, "score": score_row, "eval-kl": eval_kl_row}[work]
                 rows.append(in_own_process(row_of, *common))

@@ -12,7 +12,7 @@ from bench_compare import compare
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("stage", ["ppo", "trpo", "dpo"])
+@pytest.mark.parametrize("stage", ["ppo", "trpo", "dpo", "distill"])
 def test_a_step_of_a_stage_is_timed(stories_model, stage):
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "bench.py", stage, "--model", stories_model, "--responses", "8",

@@ -128,7 +128,8 @@ def texts(answer: Explanation) -> list[str]:
 
 def key_text(key: RecipeKey) -> str:
     """A key of recipes, or a section with its keys."""
-    kinds = f" (kind: {listed(list(key.meaning))})" if key.key.startswith(("reward.", "eval.gold.")) else ""
+    is_of_scorer = key.key.startswith(("reward.", "eval.gold.", "eval.judge."))
+    kinds = f" (kind: {listed(list(key.meaning))})" if is_of_scorer else ""
     sentences = meanings(key) if len(meanings(key)) == 1 else [f"- {sentence}" for sentence in meanings(key)]
     lines = [f"# {key.key}", "", *sentences, "", f"- wanted: {by_reader(key.wanted)}"]
     if key.example:

@@ -8,14 +8,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from kltune.cli.streams import ResultCommand, result_stream
 from kltune.errors import RecipeError
-from kltune.recipe import Recipe
+from kltune.recipe import FunctionReward, JudgeReward, ModelReward, Recipe, RewardEntry, asks_for_pairs
+from kltune.recipe.checks import FUNCTION
+from kltune.recipe.reading import field_faults
+from kltune.recipe.rewards import NO_SCORES, address
+from kltune.recipe.stages import STAGES
 from kltune.recipe.wording import KEYBOARD, key_called, listed
+from kltune.recipe.yaml_tree import Node, read_nodes
 from kltune.run.screen import doing
 from kltune.run.subprocesses import start_processes
 
+FORMS = "wanted file.py:function, a reward model's folder, or an entry as in a recipe, such as {kind: model, path: x}"
 MOST = 10**9            # of what is counted
 MOST_SEED = 2**62       # torch takes 64 bits, and a seed is added to
 TYPES = re.compile(r" <(?:list\[\w+\]|\w+)>")        # how typer shows the type of an argument
@@ -201,3 +208,53 @@ DryRunOption = Annotated[bool, typer.Option(
     "--dry-run", help="Say what would run and what memory it would take; load no weights, write nothing.",
 )]
 JSONOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+
+
+def read_judge(text: str, rubric: str | None = None, key_env: str | None = None) -> RewardEntry:
+    """``URL#MODEL`` is an AI judge that prefers one of two responses; anything else a scorer, as of ``read_scorer``."""
+    url, mark, model = text.partition("#")
+    if text.startswith("{") or "://" not in url:
+        for option, value in (("--rubric", rubric), ("--key-env", key_env)):
+            if value is not None:
+                raise RecipeError(f"{option}: read only beside --judge URL#MODEL; found {text}. An entry of "
+                                  "{kind: judge, ...} has rubric and key_env in it, and no other scorer reads them.")
+        return read_scorer(text, "--judge")
+    if not mark or not model:
+        raise RecipeError(f"--judge: found {text}, wanted URL#MODEL, such as http://127.0.0.1:8000/v1#judge.")
+    more = {"rubric": rubric, "key_env": key_env}
+    keys = {name: value for name, value in more.items() if value is not None}
+    try:
+        entry = JudgeReward(kind="judge", url=url, model=model, mode="pair", **keys)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise RecipeError(f"--judge: {first['loc'][-1]}: {first['msg']}.") from error
+    _refuse_address("--judge", entry)
+    return entry
+
+
+def _refuse_address(option: str, entry: RewardEntry) -> None:
+    """Raise RecipeError if an AI judge cannot be asked at its address."""
+    for keys_at, fault in address(option, entry) if isinstance(entry, JudgeReward) else ():
+        raise RecipeError(f"{keys_at[0]}: {fault}.")
+
+
+def read_scorer(text: str, option: str = "--gold") -> RewardEntry:
+    """``rewards.py:gold`` is a function, ``{kind: ...}`` an entry of a recipe's ``reward``, anything else a model."""
+    if FUNCTION.fullmatch(text):
+        return FunctionReward(kind="function", path=text)
+    if not text.startswith("{"):
+        return ModelReward(kind="model", path=text)
+    node, faults = read_nodes(text, option)
+    if faults or node is None:
+        raise RecipeError(f"{option}: {faults[0].text if faults else 'empty'}; {FORMS}.")
+    root = Node({"reward": Node([node], node.place)}, node.place)
+    try:
+        entry = STAGES["ppo"].model_validate(root.plain() | {"stage": "ppo", "model": {"path": "?"}}).reward[0]
+    except ValidationError as error:
+        found = field_faults(error.errors(include_url=False), root, "ppo").values()
+        told = "; ".join(f"{fault.key.removeprefix('reward.0').lstrip('.')}: {fault.text}" for fault in found)
+        raise RecipeError(f"{option}: {told}; {FORMS}.") from error
+    _refuse_address(option, entry)
+    if option == "--gold" and asks_for_pairs(entry):
+        raise RecipeError(f"{option}: mode: found pair, wanted score: {NO_SCORES}, or --judge in the place of --gold.")
+    return entry

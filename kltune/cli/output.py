@@ -76,6 +76,9 @@ def result_text(result: dict[str, Any]) -> str:
             of_reference = with_error(before, evaluated.get(f"eval/reference_{name}_stderr"))
             start = "" if before is None else f"{of_reference} → "
             rows[name] = start + with_error(result[name], evaluated.get(f"eval/{name}_stderr"))
+    if result.get("win_rate") is not None:
+        bounds = interval(result.get("win_rate_ci95"), against=(0.0, 0.5, 1.0))
+        rows["wins"] = f"{apart(result['win_rate'], 0.0, 0.5, 1.0)[0]} of pairs with the reference (95 %: {bounds})"
     if result.get("teacher_kl") is not None:
         measured = with_error(result["teacher_kl"], result.get("teacher_kl_stderr"))
         start = number(result.get("reference_teacher_kl"))

@@ -16,10 +16,10 @@ from kltune.cli.measure import (
     SourceOption,
     TemperatureOption,
 )
-from kltune.cli.options import DeviceOption, DTypeOption, JSONOption, TrustOption, one_of, whole
+from kltune.cli.options import DeviceOption, DTypeOption, JSONOption, TrustOption, one_of, read_judge, whole
 from kltune.cli.output import emit, emit_document, wants_colour
 from kltune.cli.streams import result_stream
-from kltune.recipe import load_recipe, read_judge
+from kltune.recipe import load_recipe
 from kltune.report.text import answers_text, compare_text, sample_heading, sample_text
 
 

@@ -16,6 +16,8 @@ from kltune.cli.options import (
     RecipeOption,
     SetOption,
     TrustOption,
+    read_judge,
+    read_scorer,
     real,
     recipe_named,
     refuse_untrusted,
@@ -23,7 +25,7 @@ from kltune.cli.options import (
 )
 from kltune.cli.output import emit_document
 from kltune.cli.recipes import look_before_running
-from kltune.recipe import Recipe, load_grid, load_recipe, read_scorer
+from kltune.recipe import Recipe, load_grid, load_recipe
 from kltune.recipe.checks import path_values
 from kltune.run.screen import doing
 
@@ -88,6 +90,12 @@ def frontier_command(
             help="A scorer nobody was trained on: rewards.py:gold, a model's folder, or {kind: ...} as in a recipe.",
         ),
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            "--judge", metavar="URL#MODEL", help="Also the win rate over the reference: an AI judge, or a scorer.",
+        ),
+    ] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="DIR", help="For frontier.json, .svg and .html.")
     ] = None,
@@ -120,7 +128,8 @@ def frontier_command(
     """Show reward against KL: runs, sweeps and alpha curves, beside best of n and the law of over-optimisation.
 
     All runs must share one reference, or be measured against --reference. Seeds of one setting are one point. Each
-    run's own final measurement is used, unless --gold, --recipe, --responses or --reference ask for a fresh one.
+    run's own final measurement is used, unless --gold, --judge, --recipe, --responses or --reference ask for a fresh
+    one.
 
     \b
     kltune frontier sweeps/target --budget 4 -o frontier
@@ -130,11 +139,13 @@ def frontier_command(
     if recipe is not None:
         load_recipe(recipe)
     scorer = None if gold is None else read_scorer(gold)
+    comparer = None if judge is None else read_judge(judge)
     from kltune.report.frontier.page import frontier_text
     from kltune.stages.sweeps.frontier import FrontierOptions, frontier
 
     document = frontier(runs, FrontierOptions(
-        gold=scorer, output=output, budget=budget, at=tuple(at or ()), best_of=best_of, responses=responses,
-        recipe=recipe, reference=reference, scores=tuple(scores or ()), seed=seed, device=device, dtype=dtype,
+        gold=scorer, judge=comparer, output=output, budget=budget, at=tuple(at or ()), best_of=best_of,
+        responses=responses, recipe=recipe, reference=reference, scores=tuple(scores or ()), seed=seed, device=device,
+        dtype=dtype,
     ))
     emit_document(document, as_json, frontier_text)

@@ -11,8 +11,6 @@ from kltune.recipe.reading import (
     load_recipe,
     overlap,
     packaged_recipes,
-    read_judge,
-    read_scorer,
     recipe_text,
     recipes_folder,
 )
@@ -23,6 +21,7 @@ from kltune.recipe.rewards import (
     ModelReward,
     RewardEntry,
     asks_for_pairs,
+    scorers_of,
 )
 from kltune.recipe.sections.methods import DPOSection, KLSection, PPOSection, TRPOSection
 from kltune.recipe.sections.shared import (

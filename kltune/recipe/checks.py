@@ -43,7 +43,7 @@ UNREAD = {
                 "sampling.missing_end_penalty": "nothing scores its responses",
                 "eval.stop_at_gold_peak": NO_PEAK} | NO_PAIRS,
     "reward": {"eval.stop_at_gold_peak": NO_PEAK, "run.until": NO_TARGET}
-    | dict.fromkeys(("eval.prompts", "eval.responses", "eval.texts", "eval.gold"), NO_POLICY),
+    | dict.fromkeys(("eval.prompts", "eval.responses", "eval.texts", "eval.gold", "eval.judge"), NO_POLICY),
 }
 
 def clashes(recipe: Recipe, folder: Path, trusted: bool = False, packaged: bool = False) -> Iterator[Clash]:

@@ -15,10 +15,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from kltune.errors import RecipeError
-from kltune.recipe.checks import FUNCTION, MADE, absolute, clashes, path_values
+from kltune.recipe.checks import MADE, absolute, clashes, path_values
 from kltune.recipe.faults import Fault, Place, RecipeFaults
 from kltune.recipe.method_checks import responses_per_step
-from kltune.recipe.rewards import FunctionReward, JudgeReward, ModelReward, RewardEntry, address
 from kltune.recipe.stages import STAGES, Recipe, recipe_digest
 from kltune.recipe.wording import (
     dotted,
@@ -38,9 +37,7 @@ NEEDED = {                                       # kinds of a reward entry, and 
 }
 SURROGATE = "[\ud800-\udfff]"                  # what a byte that is not UTF-8 is held as
 KINDS = tuple(NEEDED)
-FORMS = "wanted file.py:function, a reward model's folder, or an entry as in a recipe, such as {kind: model, path: x}"
-
-
+HELD_OUT_SCORERS = ("eval", "gold"), ("eval", "judge")
 def recipes_folder() -> Path:
     """Folder of the packaged recipes: inside the installed package, or beside it in a checkout."""
     installed = PACKAGE / "recipes"
@@ -276,7 +273,7 @@ def path_of(error: ErrorDetails, root: Node) -> KeyPath:
     path: KeyPath = ()
     steps, kind_passed = error["loc"], False
     for depth, step in enumerate(steps):
-        in_entry = (path[:1] == ("reward",) and len(path) == 2) or path == ("eval", "gold")
+        in_entry = (path[:1] == ("reward",) and len(path) == 2) or path in HELD_OUT_SCORERS
         is_kind = step in KINDS and in_entry and not kind_passed      # the step after it may be a key of such a name
         kind_passed = kind_passed or is_kind
         last_missing = error["type"] == "missing" and depth == len(steps) - 1
@@ -305,8 +302,9 @@ def sound_part(plain: dict[str, Plain], stage: str, bad: list[KeyPath]) -> Recip
         sound["distill"] = {"teacher": "?", **(distill if isinstance(distill, dict) else {})}
     if isinstance(reward, list):
         sound["reward"] = [entry if is_scorer(entry) else {"kind": "model", "path": "?"} for entry in reward]
-    if isinstance(evaluation, dict) and not is_scorer(evaluation.get("gold")):
-        evaluation.pop("gold", None)
+    for _, name in HELD_OUT_SCORERS:
+        if isinstance(evaluation, dict) and not is_scorer(evaluation.get(name)):
+            evaluation.pop(name, None)
     try:
         return STAGES[stage].model_validate(sound)
     except ValidationError:
@@ -349,40 +347,3 @@ def completed(recipe: Recipe, file: Path, output: str | None) -> Recipe:
     complete = type(recipe).model_validate(whole)
     complete._folder = folder
     return complete
-
-
-def read_judge(text: str, rubric: str | None = None, key_env: str | None = None) -> RewardEntry:
-    """``URL#MODEL`` is an AI judge that prefers one of two responses; anything else a scorer, as of ``read_scorer``."""
-    url, mark, model = text.partition("#")
-    if "://" not in url:
-        return read_scorer(text, "--judge")
-    if not mark or not model:
-        raise RecipeError(f"--judge: found {text}, wanted URL#MODEL, such as http://127.0.0.1:8000/v1#judge.")
-    more = {"rubric": rubric, "key_env": key_env}
-    keys = {name: value for name, value in more.items() if value is not None}
-    try:
-        entry = JudgeReward(kind="judge", url=url, model=model, mode="pair", **keys)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise RecipeError(f"--judge: {first['loc'][-1]}: {first['msg']}.") from error
-    for keys_at, fault in address("--judge", entry):
-        raise RecipeError(f"{keys_at[0]}: {fault}.")
-    return entry
-
-
-def read_scorer(text: str, option: str = "--gold") -> RewardEntry:
-    """``rewards.py:gold`` is a function, ``{kind: ...}`` an entry of a recipe's ``reward``, anything else a model."""
-    if FUNCTION.fullmatch(text):
-        return FunctionReward(kind="function", path=text)
-    if not text.startswith("{"):
-        return ModelReward(kind="model", path=text)
-    node, faults = read_nodes(text, option)
-    if faults or node is None:
-        raise RecipeError(f"{option}: {faults[0].text if faults else 'empty'}; {FORMS}.")
-    root = Node({"reward": Node([node], node.place)}, node.place)
-    try:
-        return STAGES["ppo"].model_validate(root.plain() | {"stage": "ppo", "model": {"path": "?"}}).reward[0]
-    except ValidationError as error:
-        found = field_faults(error.errors(include_url=False), root, "ppo").values()
-        told = "; ".join(f"{fault.key.removeprefix('reward.0').lstrip('.')}: {fault.text}" for fault in found)
-        raise RecipeError(f"{option}: {told}; {FORMS}.") from error

@@ -15,18 +15,30 @@ HOW = {"weight", "normalize", "name", "concurrency", "timeout_s", "retries", "ke
 NO_SCORES = "a preference between two responses is no score: write mode: score"
 
 
+def scorers_of(recipe: Any) -> dict[str, "RewardEntry"]:
+    """Every entry of a recipe that scores or prefers responses, by its key."""
+    entries = {f"reward.{place}": entry for place, entry in enumerate(getattr(recipe, "reward", ()))}
+    held_out = {f"eval.{name}": getattr(recipe.eval, name) for name in ("gold", "judge")}
+    return entries | {key: entry for key, entry in held_out.items() if entry is not None}
+
+
 def judges(recipe: Any) -> Iterator[Clash]:
     """Every judge can be reached without giving its key away, and is asked for what the stage can use."""
-    entries = {f"reward.{place}": entry for place, entry in enumerate(getattr(recipe, "reward", ()))}
-    for key, entry in (entries | {"eval.gold": recipe.eval.gold}).items():
+    for key, entry in scorers_of(recipe).items():
         if not isinstance(entry, JudgeReward):
             continue
         yield from address(key, entry)
         if entry.mode == "score" and entry.lowest >= entry.highest:
             yield ((f"{key}.lowest", f"{key}.highest"),
                    f"found {entry.lowest:g}, wanted less than highest, {entry.highest:g}")
-        if asks_for_pairs(entry):
+        if asks_for_pairs(entry) and key != "eval.judge":
             yield from preference(recipe, key, entry)
+
+
+PromptInput = Annotated[Literal["text", "messages"], Field(
+    description="how prompts reach it: as text, or as the messages that the policy was asked by, with their roles "
+    "(a plain prompt is one of the user)",
+)]
 
 
 class JudgeReward(Section):
@@ -39,7 +51,8 @@ class JudgeReward(Section):
     )
     model: Text = Field(description="the model's name there", examples=["Qwen/Qwen2.5-7B-Instruct"])
     mode: Literal["score", "pair"] = Field(
-        "score", description="score asks for a number; pair which of two is better, in both orders (online dpo)"
+        "score", description="score asks for a number; pair which of two is better, in both orders (online dpo and "
+        "eval.judge)"
     )
     rubric: Lines = Field(
         "Judge how well a response does what its prompt asks for: right, helpful and clearly written. A longer "
@@ -63,6 +76,7 @@ class JudgeReward(Section):
         None, description="name of the environment variable with the endpoint's key, ending in KEY or TOKEN; null "
         "sends none", examples=["JUDGE_API_KEY"]
     )
+    input: PromptInput = "text"
     weight: float = Field(1.0, description="factor in the sum of scores")
     normalize: bool = Field(False, description="standardise on responses of the reference")
     name: Text | None = Field(None, description="its name in the metrics", examples=["helpful"])
@@ -70,8 +84,7 @@ class JudgeReward(Section):
 
 def templates(recipe: Any) -> Iterator[Clash]:
     """A chat template is for a prompt and its response."""
-    entries = {f"reward.{place}": entry for place, entry in enumerate(getattr(recipe, "reward", ()))}
-    for key, entry in (entries | {"eval.gold": recipe.eval.gold}).items():
+    for key, entry in scorers_of(recipe).items():
         if getattr(entry, "template", None) == "chat" and entry.input == "response":
             yield ((f"{key}.template", f"{key}.input"),
                    "found chat, but it reads the response alone; write input: prompt_response, or template: none")
@@ -97,9 +110,9 @@ def address(key: str, entry: JudgeReward) -> Iterator[Clash]:
 
 
 def preference(recipe: Any, key: str, entry: JudgeReward) -> Iterator[Clash]:
-    """A preference makes pairs of dpo, alone; nothing else reads one."""
+    """A preference makes pairs of dpo, alone, or the win rate of eval.judge; nothing else reads one."""
     if key == "eval.gold":
-        yield (f"{key}.mode",), f"found pair, wanted score: {NO_SCORES}"
+        yield (f"{key}.mode",), f"found pair, wanted score: {NO_SCORES}, or eval.judge in the place of eval.gold"
     elif recipe.stage != "dpo":
         yield ((f"{key}.mode",), "found pair, wanted score: among the answers to one prompt the mean of all "
                f"preferences is a half whatever the policy does, and {recipe.stage} wants a score that can rise; "
@@ -114,13 +127,15 @@ def preference(recipe: Any, key: str, entry: JudgeReward) -> Iterator[Clash]:
 class FunctionReward(Section):
     """A Python function ``score(prompts, responses) -> list[float]`` beside the recipe.
 
-    With a third parameter ``rows`` it also gets the data row of each prompt, its other fields and messages included.
+    With a third parameter ``rows`` it also gets the data row of each prompt, its other fields and messages included;
+    with ``input: messages`` prompts are lists of messages.
     """
 
     kind: Literal["function"] = Field(description="a Python function")
     path: Text = Field(
         description="file.py:function, the file in the recipe's own folder", examples=["rewards.py:score"]
     )
+    input: PromptInput = "text"
     weight: float = Field(1.0, description="factor in the sum of scores")
     normalize: bool = Field(False, description="standardise on responses of the reference")
     name: Text | None = Field(None, description="its name in the metrics", examples=["helpful"])

@@ -206,7 +206,7 @@ REFERENCE = "reference"     # as distill.teacher: no path, but the policy's own 
 PATH_KEYS = (
     "model.path", "model.sft_adapter", "data.prompts", "data.texts", "data.pairs", "data.chat_template",
     "reward.*.path", "sampling.publish", "run.output", "eval.prompts", "eval.texts", "eval.pairs", "eval.gold.path",
-    "distill.teacher",
+    "eval.judge.path", "distill.teacher",
 )
 # Keys that change where results are, when, or how much is computed at once, and not what comes out but for rounding.
 NOT_PART_OF_THE_RUN = {
@@ -228,7 +228,8 @@ def comparable(recipe: Recipe) -> dict[str, Any]:
     for key in HOW_A_SERVER_IS_REACHED:
         whole.get("sampling", {}).pop(key, None)
     whole.get("distill", {}).pop("teacher_key_env", None)
-    for entry in (*whole.get("reward", ()), whole.get("eval", {}).get("gold") or {}):
+    held_out = (whole.get("eval", {}).get(name) or {} for name in ("gold", "judge"))
+    for entry in (*whole.get("reward", ()), *held_out):
         if entry.get("kind") == "judge":
             for key in HOW_A_JUDGE_IS_REACHED:
                 del entry[key]

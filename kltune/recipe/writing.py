@@ -189,7 +189,8 @@ def keys_named(word: str) -> list[RecipeKey]:
     known, key = recipe_keys(), re.sub(r"\[\d*\]|\.\d+(?=\.|$)", "", word)
     if key in known:
         return [known[key]]
-    return [known[name] for name in known if name.endswith(f".{key}") and not name.startswith("eval.gold.")]
+    again = ("eval.gold.", "eval.judge.")       # entries like those of reward
+    return [known[name] for name in known if name.endswith(f".{key}") and not name.startswith(again)]
 
 
 @cache

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from kltune.report.frontier.points import identities_of
-from kltune.report.outcome import Files, alarm_of, in_words, kl_in, limits_of, newest_kl, verdict_of
+from kltune.report.outcome import Files, alarm_of, error_of, in_words, kl_in, limits_of, newest_kl, verdict_of
 from kltune.report.plots import Z95
 from kltune.run.screen import ABSENT, common_places, duration, interval, number, with_error
 
-JUDGES = {"gold": "gold score", "score": "score", "accuracy": "held-out accuracy"}      # the first that all runs have
+JUDGES = {      # the first that all runs have
+    "gold": "gold score", "win_rate": "win rate", "score": "score", "accuracy": "held-out accuracy",
+}
 
 TARGETS = {"nats_per_response": "target", "nats_per_token": "target, nats per token"}
 ROUNDING = "KL by rounding alone, nats per response"
@@ -66,6 +68,7 @@ def facts_of(files: Files) -> dict[str, Fact]:
             reference=result.get("reference_score"),
         ),
         "gold score": Fact(result.get("gold"), result.get("gold_stderr"), reference=result.get("reference_gold")),
+        "win rate": Fact(result.get("win_rate"), ci95=result.get("win_rate_ci95")),
         "held-out accuracy": Fact(result.get("accuracy")),
         "calibration error": Fact((result.get("calibration") or {}).get("error")),
         "distinct-2, adjusted": Fact(
@@ -133,14 +136,14 @@ def _judged_alike(runs: Sequence[Files], name: str) -> bool:
     """Whether all runs have a figure, of one scorer."""
     scorers = {
         "gold": [(files.recipe.get("eval") or {}).get("gold") for files in runs],
+        "win_rate": [(files.recipe.get("eval") or {}).get("judge") for files in runs],
         "score": [identities_of(files.record.get("rewards") or []) for files in runs],
     }.get(name, [])
     return len(set(map(repr, scorers))) <= 1 and all(files.result.get(name) is not None for files in runs)
 
 
 def _error(files: Files, name: str) -> float:
-    low, high = files.result.get(f"{name}_ci95") or (0.0, 0.0)
-    return files.result.get(f"{name}_stderr") or (high - low) / (2.0 * Z95)
+    return files.result.get(f"{name}_stderr") or error_of(files.result.get(f"{name}_ci95")) or 0.0
 
 
 def _nats(files: Files) -> float:

@@ -32,8 +32,8 @@ TOLERANCE = 0.15       # how far from its target a KL still counts as on it
 TRAINING = ("kl/ref_nats_per_response", "kl/ref_nats_per_token", "score/mean", "policy/entropy_nats_per_token",
             "response/tokens", "loss/mean", "accuracy/mean", "pairs/margin_nats")      # of one noisy batch each
 HELD_OUT = ("eval/kl_ref_nats_per_response", "eval/kl_ref_nats_per_token", "eval/score_mean", "eval/gold_mean",
-            "eval/entropy_nats_per_token", "eval/response_tokens", "eval/end_fraction", "eval/loss", "eval/accuracy",
-            "eval/margin_nats")
+            "eval/win_rate", "eval/entropy_nats_per_token", "eval/response_tokens", "eval/end_fraction", "eval/loss",
+            "eval/accuracy", "eval/margin_nats")
 CURVE_NAMES = dict.fromkeys(TRAINING, "training") | dict.fromkeys(HELD_OUT, "held out") | {
     "eval/score_z": "proxy (trained on)", "eval/gold_z": "gold",
     "eval/distinct_1": "distinct-1", "eval/distinct_2": "distinct-2",
@@ -128,6 +128,7 @@ def plots_for(limits: KLLimits) -> dict[str, tuple[Plot, ...]]:
             Plot("KL to the reference", limits.unit.replace("_per_", " per "), names, limited="ref"),
             Plot("Score", "score", ("score/mean", "eval/score_mean")),
             Plot("Gold score", "score, never trained on", ("eval/gold_mean",)),
+            Plot("Win rate over the reference", "share, a tie ½", ("eval/win_rate",)),
             Plot("Proxy and gold", "sd of the reference", ("eval/score_z", "eval/gold_z"), zero=True),
             Plot("Price of one nat (beta)", "score per nat", ("kl/beta",), log=True),
             Plot("Cap", "times so far", ("kl/cap_rollbacks", "kl/cap_refusals")),
@@ -172,6 +173,7 @@ COMPARED_CURVES = {      # pictures of a comparison: one metric of every run in 
              limited="ref"),
         Plot("Score", "score", ("score/mean", "eval/score_mean")),
         Plot("Gold score", "score, never trained on", ("eval/gold_mean",)),
+        Plot("Win rate over the reference", "share, a tie ½", ("eval/win_rate",)),
         Plot("Proxy", "sd of the reference", ("eval/score_z",)),
         Plot("Gold", "sd of the reference", ("eval/gold_z",)),
         Plot("Price of one nat (beta)", "score per nat", ("kl/beta",), log=True),

@@ -14,6 +14,7 @@ from kltune.lm.data.foreign import check_shape, read_ordinary
 from kltune.recipe import RecipeFaults
 from kltune.recipe.yaml_tree import read_nodes
 from kltune.report.figures import STANDARD_ERRORS, TOLERANCE, KLLimits, Recorded
+from kltune.report.plots import Z95
 from kltune.run.files import read_json, read_jsonl, read_metrics, readable
 from kltune.run.screen import ABSENT, apart, common_places, interval, is_number, number, out_of, percent, with_error
 
@@ -244,6 +245,11 @@ def _scores(files: Files) -> list[str]:
             else:
                 fallen = f", after a peak of {peak}" if peak else ""
                 sentences.append(f"{title} {word} {before} (the reference's) to {after}{fallen}.")
+    if (rate := files.result.get("win_rate")) is not None:
+        by, ends = judge_of(files), files.result.get("win_rate_ci95")
+        bounds = interval([100 * end for end in ends], 1, (0, 50, 100))
+        sentences.append(f"{by} prefers its answers to the reference's in {percent(rate, 1)} % of all pairs (95 % "
+                         f"interval {bounds} %).")
     stopped = files.result.get("stopped_early")
     if isinstance(stopped, dict):
         reason = str(stopped.get("reason") or "the gold score had passed its peak").rstrip(".")
@@ -251,6 +257,13 @@ def _scores(files: Files) -> list[str]:
         if stopped.get("gold_peak_step") is not None:
             sentences.append(f"final is the policy after step {stopped['gold_peak_step']:,}, where gold was highest.")
     return sentences
+
+
+def judge_of(files: Files) -> str:
+    """What eval.judge of a recipe is called."""
+    entry = (files.recipe.get("eval") or {}).get("judge")
+    known = entry if isinstance(entry, dict) else {}
+    return str(known.get("name") or known.get("model") or known.get("path") or "eval.judge")
 
 
 def alarm_of(files: Files) -> str:
@@ -348,8 +361,13 @@ def figures_of(files: Files) -> list[tuple[str, str, str]]:
     return rows
 
 
+def error_of(ci95: Sequence[float] | None) -> float | None:
+    """The standard error that a 95 % interval is worth; None without one."""
+    return None if ci95 is None else (ci95[1] - ci95[0]) / (2.0 * Z95)
+
+
 def final_figures(result: dict[str, Any]) -> dict[str, Any]:
-    """KL, score and gold of a result.json, each with its standard error; None where not measured.
+    """KL, score, gold and win rate of a result.json, each with its standard error; None where not measured.
 
     reference_score and reference_gold are those of the reference's own responses to the same prompts.
     """
@@ -358,4 +376,6 @@ def final_figures(result: dict[str, Any]) -> dict[str, Any]:
     for name in ("score", "reference_score", "gold", "reference_gold"):
         figures[name] = evaluation.get(f"eval/{name}_mean")
         figures[f"{name}_stderr"] = evaluation.get(f"eval/{name}_stderr")
+    figures["win_rate"] = result.get("win_rate")
+    figures["win_rate_stderr"] = error_of(result.get("win_rate_ci95"))
     return figures | {"score": evaluation.get("eval/score_mean", result.get("score"))}

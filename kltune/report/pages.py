@@ -44,12 +44,12 @@ from kltune.run.screen import ABSENT, duration, number, percent
 
 NAMES_NO_RUN = ("run.output", "run.keep", "run.loggers")      # keys in which any two runs may differ
 ON_THE_REPORT = (
-    "KL, nats per token", "KL, nats per response", "score", "gold score", "distinct-2, adjusted",
+    "KL, nats per token", "KL, nats per response", "score", "gold score", "win rate", "distinct-2, adjusted",
     "alignment tax, nats per token", "held-out accuracy", "calibration error", ROUNDING, "steps", "time",
 )
 IN_THE_COMPARISON = (
     "KL, nats per response", TARGETS["nats_per_response"], "KL, nats per token", TARGETS["nats_per_token"], "score",
-    "gold score", "held-out accuracy", "distinct-2, adjusted", "self-BLEU", "tokens per response",
+    "gold score", "win rate", "held-out accuracy", "distinct-2, adjusted", "self-BLEU", "tokens per response",
     "alignment tax, nats per token", ROUNDING, "steps", "time",
 )
 SIDE_BY_SIDE = 4          # pairs that stand open; the rest is folded

@@ -44,7 +44,7 @@ from kltune.lm.model.batches import Rollout, response_scatter
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.snapshot import Snapshot, kl_to
 from kltune.lm.rewards.judge import Judge
-from kltune.lm.rewards.scorers import load_scorer, name_of
+from kltune.lm.rewards.scorers import judged_prompts, load_scorer, name_of
 from kltune.recipe import DPORecipe, DPOSection, asks_for_pairs
 from kltune.run.optimizer import (
     accumulate,
@@ -230,7 +230,8 @@ def sampled_pairs(job: Job, batch: Batch, clock: Clock) -> Preferences | None:
     sampling, scores = job.recipe.sampling, batch.scores
     if job.pair_judge is not None:
         rollout = batch.rollout
-        scores = win_rates(job.pair_judge, rollout.prompts, rollout.responses, sampling.responses_per_prompt)
+        asked = judged_prompts(job.pair_judge, rollout.prompts, [rollout])
+        scores = win_rates(job.pair_judge, asked, rollout.responses, sampling.responses_per_prompt)
         clock.lap("score")
     return best_against_worst(batch.rollout, scores, sampling.responses_per_prompt, sampling.temperature)
 

@@ -26,9 +26,8 @@ from kltune.lm.measure.measurement import Measurement, Round, answer_both
 from kltune.lm.model.batches import Samples
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import sample as draw_responses
-from kltune.lm.rewards.judge import Judge
-from kltune.lm.rewards.scorers import load_scorer, name_of
-from kltune.recipe import REFERENCE, RewardEntry, asks_for_pairs
+from kltune.lm.rewards.scorers import load_comparison, name_of
+from kltune.recipe import REFERENCE, RewardEntry
 from kltune.run.saved_policy import (
     MeasureOptions,
     Settings,
@@ -137,7 +136,9 @@ def compare(first: str, second: str, options: CompareOptions) -> dict[str, Any]:
         theirs, _ = answers(open_subject(subjects[1], options), settings, options.seed)
     if [text for part in mine for text in part.prompts] != [text for part in theirs for text in part.prompts]:
         raise DataError(f"{settings.prompts}: {first} and {second} keep other rows of it: their answers do not pair.")
-    preferred = preferences(policy, options.judge, mine, theirs)
+    judge = load_comparison(options.judge, Path.cwd(), policy.device, policy)
+    print(judge.note, end="\n" if judge.note else "", file=sys.stderr)
+    preferred = judge.preferences(mine, theirs)
     rate, low, high = clustered_share(preferred, clusters, options.confidence)
     return {
         "schema": "kltune.compare/1",
@@ -167,23 +168,6 @@ def answers(policy: Policy, settings: Settings, seed: int) -> tuple[list[Samples
     parts = answered.parts(settings.draw(seed))
     said = [draw_responses(policy, some, numbers, temperature=settings.temperature) for some, numbers, _ in parts]
     return said, answered.prompt_index()
-
-
-def preferences(policy: Policy, entry: RewardEntry, mine: list[Samples], theirs: list[Samples]) -> Tensor:
-    """How much each answer of ours is preferred to theirs, from 0 to 1; ½ where they are equal. [B]"""
-    prompts, ours = ([text for part in mine for text in getattr(part, name)] for name in ("prompts", "responses"))
-    others = [text for part in theirs for text in part.responses]
-    if not asks_for_pairs(entry):
-        scorer = load_scorer([entry], Path.cwd(), policy.device, policy)
-        ahead = scorer(prompts, ours, mine) - scorer(prompts, others, theirs)
-        return 0.5 + 0.5 * ahead.double().sign()
-    judge = Judge(entry, name_of(entry))
-    print(judge.note, file=sys.stderr)
-    apart = [row for row, (one, other) in enumerate(zip(ours, others, strict=True)) if one != other]
-    found = torch.full((len(ours),), 0.5, dtype=torch.float64)
-    asked = ([side[row] for row in apart] for side in (prompts, ours, others))
-    found[apart] = torch.tensor(judge.preferences(*asked), dtype=torch.float64)
-    return found
 
 
 def mean_tokens(said: list[Samples]) -> float:

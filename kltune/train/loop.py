@@ -421,8 +421,8 @@ def close_step(job: Job, learner: Learner, step: int, taken: Taken) -> None:
         watch_over(job, learner, step, found)
         metrics |= found
         clock.lap("eval")
-    for judge in judges_of(job, learner):
-        metrics |= judge.reported()
+    for name, count in (pair for judge in judges_of(job, learner) for pair in judge.reported().items()):
+        metrics[name] = count + (metrics.get(name) or 0.0)      # two judges may be called alike
     metrics["memory/peak_gb"] = peak_bytes(learner.policy.device) / 1e9
     job.report.step(step, metrics | clock.metrics(*taken.counted))
     if learner.scorer is not None and step == min(FLAT_STEPS, job.steps) and ranks.is_first():

@@ -24,7 +24,16 @@ from kltune.lm.measure.measurement import RESPONSES_PER_PASS
 from kltune.lm.model.loading import pick_device
 from kltune.lm.model.opening import empty_policy
 from kltune.lm.model.policy import Policy
-from kltune.recipe import STAGES, ClassifierReward, DistillRecipe, ModelReward, ModelSection, Recipe, dump_recipe
+from kltune.recipe import (
+    STAGES,
+    ClassifierReward,
+    DistillRecipe,
+    ModelReward,
+    ModelSection,
+    Recipe,
+    dump_recipe,
+    scorers_of,
+)
 from kltune.run.checkpoint import resolve_checkpoint
 from kltune.run.optimizer import total_steps
 from kltune.run.screen import apart, doing, number
@@ -330,7 +339,7 @@ def copies_of(recipe: Recipe, steps: int) -> float:
 
 def scorer_bytes(recipe: Recipe) -> int:
     """Bytes of the files of scorers that are here; one that is a name on the hub is not known."""
-    entries = [*getattr(recipe, "reward", ()), recipe.eval.gold]
+    entries = scorers_of(recipe).values()
     folders = [Path(entry.path) for entry in entries if isinstance(entry, ModelReward | ClassifierReward)]
     return sum(file.stat().st_size for folder in folders if folder.is_dir() for file in folder.glob("*.safetensors"))
 

@@ -20,6 +20,7 @@ from kltune.core.objectives import preferences as losses
 from kltune.core.objectives.bradley_terry import wins
 from kltune.core.tensors import expect_finite, per_response
 from kltune.lm.data.examples import Example, Prompt, counts_line, prompt_ids
+from kltune.lm.data.forms import Asked
 from kltune.lm.data.pairs import Answer, load_labelled, load_pairs
 from kltune.lm.measure.likelihood import document_nats, example_batch, text_rules
 from kltune.lm.model.batches import Rollout, response_scatter
@@ -150,12 +151,12 @@ def best_against_worst(rollout: Rollout, scores: Tensor, per_prompt: int, temper
     return Preferences(tuple(_rollout_example(rollout, row) for row in rows), wanted, nats[rows], 2, temperature)
 
 
-def win_rates(judge: Judge, prompts: Sequence[str], responses: Sequence[str], per_prompt: int) -> Tensor:
+def win_rates(judge: Judge, prompts: Sequence[Asked], responses: Sequence[str], per_prompt: int) -> Tensor:
     """How much a judge prefers each response to the others of its prompt: the mean over them, both orders asked.
 
     Args:
         judge: mode pair; it is asked per_prompt · (per_prompt − 1) questions a prompt.
-        prompts: text, one for each response.
+        prompts: texts or messages, one for each response.
         responses: text, those to one prompt side by side.
         per_prompt: responses to each prompt, at least 2.
 

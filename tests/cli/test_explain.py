@@ -50,16 +50,18 @@ gain on the error now (log_pi)
 INPUT = """\
 # reward.input
 
+- function, judge: how prompts reach it: as text, or as the messages that the policy was asked by, with their roles \
+(a plain prompt is one of the user)
 - model: what the model reads
 - classifier: what the classifier reads
 
-- wanted: prompt_response or response
-- default: prompt_response (model), response (classifier)
-- read by: ppo, trpo, dpo (kind: model or classifier)
+- wanted: text or messages (function, judge), prompt_response or response (model, classifier)
+- default: text (function, judge), prompt_response (model), response (classifier)
+- read by: ppo, trpo, dpo (kind: function, model, classifier or judge)
 - example:
 
       reward:
-      - {kind: model, path: runs/reward/final, input: prompt_response}
+      - {kind: function, path: 'rewards.py:score', input: text}
 """
 STDERR = """\
 # kl/ref_stderr
@@ -111,7 +113,7 @@ eval-kl --max-kl: over the budget at the stated confidence, the whole interval l
 REFUSED = {
     "sft": {"data.prompts", "data.pairs", "sampling.prompts_per_step", "eval.pairs", "eval.pairs_share",
             "eval.stop_at_gold_peak", "run.until"},
-    "reward": {"data.prompts", "data.texts", "eval.prompts", "eval.responses", "eval.texts", "eval.gold",
+    "reward": {"data.prompts", "data.texts", "eval.prompts", "eval.responses", "eval.texts", "eval.gold", "eval.judge",
                "eval.stop_at_gold_peak", "run.until"},
     "ppo": {"data.texts", "data.pairs", "optim.batch_size", "eval.pairs", "eval.pairs_share"},
     "trpo": {"data.texts", "data.pairs", "optim.batch_size", "eval.pairs", "eval.pairs_share"},

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kltune.cli import main
+from kltune.cli.options import read_scorer
 from kltune.errors import Interrupted, RecipeError
 from kltune.recipe import (
     PPORecipe,
@@ -17,7 +18,6 @@ from kltune.recipe import (
     dump_recipe,
     load_recipe,
     packaged_recipes,
-    read_scorer,
     recipes_folder,
 )
 from kltune.recipe.yaml_tree import resolve

@@ -1,11 +1,17 @@
 """``kltune compare``: how often a judge prefers one of two, counted by hand; both orders, ties, and what is refused."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from kltune.core.kl.intervals import clustered_share
+from kltune.report.pages import write_page
+from kltune.stages.ppo import run_ppo
+from kltune.train.evaluation.held_out import EVALUATION_SEED
 from tests.judges import part, serving
-from tests.stages.conftest import REWARDS, write_rows
+from tests.stages.conftest import REWARDS, read_jsonl, write_rows
 
 
 def more_as(_: int, question: str) -> str:
@@ -75,3 +81,36 @@ def test_what_is_no_judge(compare, run_folder, judge, said):
     code, _, err = compare(run_folder, "reference", "--judge", judge)
     assert code in (2, 5)
     assert said in err
+
+
+def test_what_only_an_ai_judge_reads_is_not_taken_in_silence(compare, run_folder):
+    code, _, err = compare(run_folder, "reference", "--judge", "rewards.py:score", "--rubric", "Be kind.")
+    assert code == 2
+    assert "--rubric: read only beside --judge URL#MODEL" in err
+
+
+def test_a_run_measures_its_own_win_rate_as_compare_does_and_the_page_shows_it(ppo_recipe, command, compare):
+    """The same answers, judged by the same judge: the share that the run says is the one that compare counts."""
+    with serving(more_as) as endpoint:
+        judge = {"kind": "judge", "url": endpoint.url, "model": "m", "mode": "pair"}
+        recipe = ppo_recipe("kl.target=2", "run.steps=8", "run.eval_every=3", "eval.responses=32",
+                            f"eval.judge={json.dumps(judge)}", 'eval.prompts="prompts.jsonl"')
+        result = run_ppo(recipe, resume=False)
+    low, high = result["win_rate_ci95"]
+    assert 0.5 < low < result["win_rate"] < high
+    folder = Path(result["output"])
+    rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "eval/win_rate" in row]
+    assert [row["step"] for row in rows if row["judge/m_asked"] > 0] == [3, 6]
+    seed = recipe.run.seed + EVALUATION_SEED
+    with serving(more_as) as endpoint:
+        counted = command("compare", folder, "reference", "--judge", f"{endpoint.url}#m", "--responses", 32,
+                          "--seed", seed)[1]
+    assert (counted["win_rate"], counted["ci"]) == (result["win_rate"], result["win_rate_ci95"])
+    page = write_page(folder).read_text()
+    assert "m prefers its answers to the reference&#39;s in" in page
+    assert "Win rate over the reference" in page
+    code, document, _ = command("frontier", folder, "--best-of", 0, "--output", folder / "frontier")
+    assert (code, document["points"][0]["win_rate"]) == (0, result["win_rate"])
+    assert document["settings"][0]["win_rate_stderr"] == pytest.approx((high - low) / 3.92)
+    assert document["reference"]["win_rate"] == 0.5
+    assert "win rate over the reference against KL" in (folder / "frontier" / "frontier.html").read_text()

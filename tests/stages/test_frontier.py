@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 
 
 @pytest.fixture
@@ -103,6 +104,9 @@ def test_a_reward_that_is_no_longer_what_it_was_is_refused(frontier, run_folder,
     (["--budget", "nan"], 2, "--budget"), (["--gold", "{kind: oracle}"], 2, "--gold"),
     (["--recipe", "no.yaml"], 2, "no.yaml"),
     (["--gold", "missing.py:gold"], 5, "missing.py"),
+    (["--gold", "{kind: judge, url: 'http://127.0.0.1:9/v1', model: m, mode: pair}"], 2, "wanted score"),
+    (["--judge", "http://127.0.0.1:9/v1"], 2, "wanted URL#MODEL"),
+    (["--judge", "{kind: judge, url: 'http://me@127.0.0.1:9/v1', model: m}"], 2, "a user, a query or a fragment"),
 ])
 def test_what_could_not_end_well(frontier, run_folder, arguments, code, wanted):
     left, _, err = frontier(run_folder, *arguments)
@@ -114,3 +118,51 @@ def test_a_folder_that_is_no_run(frontier, tmp_path):
     code, _, err = frontier(tmp_path)
     assert code == 5
     assert "is no run, no sweep and no curve" in err
+
+
+def test_a_win_rate_is_a_third_axis(frontier, run_folder, tmp_path, monkeypatch):
+    """Asked for of every run afresh, it has a column, a picture and an interval; where nothing scores, it picks."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards.py").write_text((run_folder.parent / "rewards.py").read_text())
+    asked = ["--judge", "rewards.py:score", "--responses", 40, "--best-of", 0]
+    code, document, _ = frontier(run_folder, *asked, "--output", "out")
+    assert code == 0
+    point, setting = document["points"][0], document["settings"][0]
+    assert point["win_rate"] > 0.5 + point["win_rate_stderr"]       # it was trained to say a
+    assert setting["win_rate_ci95"][0] < setting["win_rate"] < setting["win_rate_ci95"][1]
+    assert document["judge"] == "score"
+    page = Path("out/frontier.html").read_text()
+    assert page.count("<figure") == 2
+    assert "<th>win rate</th>" in page
+    text = frontier(run_folder, *asked, as_json=False)[1]
+    assert "win rate" in text
+
+    unscored = tmp_path / "unscored"
+    shutil.copytree(run_folder, unscored)
+    result = json.loads((unscored / "result.json").read_text())
+    result |= {"score": None, "win_rate": 0.7, "win_rate_ci95": [0.6, 0.8],
+               "eval": {key: value for key, value in result["eval"].items() if "score" not in key}}
+    (unscored / "result.json").write_text(json.dumps(result))
+    code, document, _ = frontier(unscored, "--best-of", 0, "--budget", 50, "--at", 1)
+    assert code == 0
+    assert (document["judge"], document["pick"]["win_rate"], document["pick"]["reference"]) == ("win_rate", 0.7, 0.5)
+    assert document["fits"] == []
+
+
+def test_win_rates_of_different_judges_are_left_out(frontier, run_folder, tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, model in zip(folders, ("kind", "strict"), strict=True):
+        shutil.copytree(run_folder, folder)
+        result = json.loads((folder / "result.json").read_text()) | {"win_rate": 0.7, "win_rate_ci95": [0.6, 0.8]}
+        (folder / "result.json").write_text(json.dumps(result))
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        recipe["reward"][0]["path"] = "rewards.py:score"        # what somebody wrote names no file elsewhere
+        shutil.copy(run_folder.parent / "rewards.py", folder)
+        recipe["eval"]["judge"] = {"kind": "judge", "url": "http://127.0.0.1:8000/v1", "model": model, "mode": "pair"}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    alone = frontier(folders[0], "--best-of", 0)[1]
+    assert alone["points"][0]["win_rate"] == 0.7
+    code, document, _ = frontier(*folders, "--best-of", 0)
+    assert code == 0
+    assert [point["win_rate"] for point in document["points"]] == [None, None]
+    assert any("win rates are by different judges" in note for note in document["notes"])

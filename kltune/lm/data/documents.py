@@ -280,6 +280,8 @@ class Result(TypedDict, total=False):
     gold: Number
     gold_stderr: Error
     reference_gold: Number
+    win_rate: Number
+    win_rate_ci95: Bounds
     accuracy: Number
     accuracy_ci95: Bounds
     held_out_rows: int | None

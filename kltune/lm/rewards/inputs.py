@@ -20,6 +20,7 @@ from kltune.recipe import (
     differing_keys,
     load_recipe,
     recipe_digest,
+    scorers_of,
 )
 
 ROWS = {"data": ("prompts", "texts", "pairs"), "eval": ("prompts", "texts", "pairs")}
@@ -53,8 +54,7 @@ def inputs_of(recipe: Recipe, *, present: bool = False) -> dict[str, dict[str, s
         final = Path(recipe.distill.teacher) / "final"      # of a run
         folder = final if final.is_dir() else final.parent
         inputs["distill.teacher"] = {"path": recipe.distill.teacher, "sha256": folder_sha256(folder)}
-    entries = {f"reward.{place}": entry for place, entry in enumerate(getattr(recipe, "reward", ()))}
-    for key, entry in (entries | {"eval.gold": recipe.eval.gold}).items():
+    for key, entry in scorers_of(recipe).items():
         if isinstance(entry, FunctionReward):
             if not present or (recipe.folder / entry.path.rpartition(":")[0]).exists():
                 inputs[key] = {"path": entry.path, "sha256": sources_sha256(read_sources(entry, recipe.folder))}

@@ -17,6 +17,7 @@ from contextlib import suppress
 from queue import Empty, Queue
 
 from kltune.errors import JudgeError, ScorerError
+from kltune.lm.data.forms import Asked
 from kltune.lm.rewards.chat_endpoint import Endpoint, Messages
 from kltune.lm.rewards.http_client import Unanswered
 from kltune.lm.rewards.verdicts import read_preference, read_score
@@ -70,7 +71,8 @@ class Judge:
         entry = self.entry
         rubric = hashlib.sha256(entry.rubric.encode()).hexdigest()
         span = {"range": f"{entry.lowest:g} to {entry.highest:g}"} if entry.mode == "score" else {}
-        return {"url": entry.url, "model": entry.model, "mode": entry.mode, "rubric_sha256": rubric, **span}
+        more = span | ({} if entry.input == "text" else {"input": entry.input})
+        return {"url": entry.url, "model": entry.model, "mode": entry.mode, "rubric_sha256": rubric, **more}
 
     @property
     def note(self) -> str:
@@ -88,8 +90,10 @@ class Judge:
             counts, self._counts = self._counts, dict.fromkeys(COUNTED, 0)
         return {f"judge/{self.name}_{name}": float(count) for name, count in counts.items()}
 
-    def scores(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def scores(self, prompts: Sequence[Asked], responses: Sequence[str]) -> list[float]:
         """What each response is worth, from 0 (the recipe's ``lowest``) to 1 (its ``highest``).
+
+        A prompt is a text, or messages, which are asked about with their roles.
 
         Raises:
             JudgeError: the judge does not answer. ScorerError: it refuses, or what it says cannot be read.
@@ -98,7 +102,7 @@ class Judge:
         span = self.entry.highest - self.entry.lowest
         return [(number - self.entry.lowest) / span for number in self._ask_all(asked)]
 
-    def preferences(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+    def preferences(self, prompts: Sequence[Asked], first: Sequence[str], second: Sequence[str]) -> list[float]:
         """How much the first of two responses is preferred: asked in both orders, whose mean it is.
 
         1, ¾, ½ (a tie), ¼ or 0 for each; raises as ``scores``. A judge that goes by the order contradicts itself, and
@@ -110,15 +114,15 @@ class Judge:
         answers = self._ask_all(asked)
         return [0.5 * (ahead + 1.0 - behind) for ahead, behind in zip(answers[0::2], answers[1::2], strict=True)]
 
-    def score_question(self, prompt: str, response: str) -> str:
+    def score_question(self, prompt: Asked, response: str) -> str:
         """What the judge is asked about a response."""
         lowest, highest = self.entry.lowest, self.entry.highest
         form = f'{{"score": N}}, N a number from {lowest:g} (worst) to {highest:g} (best)'
-        return self._question(f"{_part('prompt', prompt)}\n\n{_part('response', response)}", form)
+        return self._question(f"{_prompt_part(prompt)}\n\n{_part('response', response)}", form)
 
-    def pair_question(self, prompt: str, first: str, second: str) -> str:
+    def pair_question(self, prompt: Asked, first: str, second: str) -> str:
         """What the judge is asked about two responses, the first of them called A."""
-        texts = (_part("prompt", prompt), _part("response A", first), _part("response B", second))
+        texts = (_prompt_part(prompt), _part("response A", first), _part("response B", second))
         return self._question("\n\n".join(texts), '{"better": X}, X one of "A", "B" and "tie"')
 
     def _question(self, texts: str, form: str) -> str:
@@ -248,6 +252,14 @@ class Judge:
         """What an answer depends on: who is asked, the rubric and texts, and how the answer is drawn."""
         parts = [self.entry.url, self.entry.model, self.entry.temperature, self.entry.max_tokens, question]
         return hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()
+
+
+def _prompt_part(prompt: Asked) -> str:
+    """Messages as JSON, a line each: what somebody wrote cannot pass for another message."""
+    if isinstance(prompt, str):
+        return _part("prompt", prompt)
+    lines = (json.dumps(message, ensure_ascii=False, default=str) for message in prompt)
+    return _part("prompt, a conversation", "\n".join(lines))
 
 
 def _part(name: str, text: str) -> str:

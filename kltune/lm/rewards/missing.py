@@ -39,6 +39,7 @@ from kltune.recipe import (
     JudgeReward,
     ModelReward,
     Recipe,
+    scorers_of,
 )
 
 LOOKED_AT = 100                 # rows of a file
@@ -259,8 +260,7 @@ def _pair(fields: dict[str, Any], form: Form) -> bool:
 
 
 def _scorers(recipe: Recipe, notes: list[str]) -> Iterator[Trouble]:
-    entries = {f"reward.{place}": entry for place, entry in enumerate(getattr(recipe, "reward", ()))}
-    for key, entry in (entries | {"eval.gold": recipe.eval.gold}).items():
+    for key, entry in scorers_of(recipe).items():
         if isinstance(entry, FunctionReward):
             yield from _function(f"{key}.path", entry, recipe)
         elif isinstance(entry, ModelReward | ClassifierReward):

@@ -17,13 +17,14 @@ from kltune.core import ranks
 from kltune.core.tensors import expect_finite
 from kltune.errors import KltuneError, ScoreOverflow, ScorerError
 from kltune.lm.data.examples import Prompt
+from kltune.lm.data.forms import Message
 from kltune.lm.model.batches import Samples
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.classifiers import ScoreFunction, load_classifier
 from kltune.lm.rewards.functions import load_function, text_of, told, wants_rows
 from kltune.lm.rewards.judge import Answers, Judge
 from kltune.lm.rewards.reward_model import is_reward_model, open_reward_model
-from kltune.recipe import ClassifierReward, FunctionReward, JudgeReward, ModelReward
+from kltune.recipe import ClassifierReward, FunctionReward, JudgeReward, ModelReward, asks_for_pairs
 
 Rows = Sequence[Mapping[str, Any]]
 TokenFunction = Callable[[Samples], Sequence[float]]
@@ -39,7 +40,8 @@ class ScoreSource:
     shared: all processes of a run have it, and divide what it reads among them; else it is there in the first alone.
     tokens: scores the same responses as they were sampled, where more is known of them than their text. note: a line
     for the start of a run. example: a line on what is read of a prompt, likewise. judge: who is asked, where that may
-    take long or fail. rows: the function also takes the data row of each prompt.
+    take long or fail. rows: the function also takes the data row of each prompt. messages: it reads prompts as
+    messages.
     """
 
     name: str
@@ -55,6 +57,7 @@ class ScoreSource:
     judge: Judge | None = None
     shared: bool = False
     rows: bool = False
+    messages: bool = False
 
 
 class Scorer:
@@ -185,12 +188,15 @@ def _scores_of(
         scores = [score for part in samples for score in source.tokens(part)]
         return _checked(source.name, scores, prompts, responses)
     rows = _rows_of(source, samples, len(responses))
+    asked = conversations(prompts, samples) if source.messages else prompts
     try:
-        return _checked(source.name, _called(source, prompts, responses, rows), prompts, responses)
+        return _checked(source.name, _called(source, asked, responses, rows), prompts, responses)
     except (KltuneError, KeyboardInterrupt):
         raise
     except BaseException as error:  # noqa: BLE001  a user's function may raise anything, also SystemExit
-        row, cause = _failing_row(source, prompts, responses, rows, error)
+        place, cause = _failing_row(source, asked, responses, rows, error)
+        row = f"the batch of {len(responses)} (each row alone is fine)" if place is None else (
+            _row(place, prompts[place], responses[place]))
         raise ScorerError(f"reward {source.name}: {row} raised {told(cause)}.") from cause
 
 
@@ -204,22 +210,33 @@ def _rows_of(source: ScoreSource, samples: Sequence[Samples], count: int) -> Row
     return rows
 
 
-def _called(source: ScoreSource, prompts: Sequence[str], responses: Sequence[str], rows: Rows) -> Any:
+def conversations(prompts: Sequence[str], samples: Sequence[Samples]) -> list[list[Message]]:
+    """What the policy was asked, as messages with their roles; a prompt that is text is one of the user.
+
+    samples: the responses to the prompts, as sampled, in parts; () where only the text is known.
+    """
+    known = [messages for part in samples for messages in part.messages or [()] * len(part.prompts)]
+    asked = zip(prompts, known or [()] * len(prompts), strict=True)
+    return [[dict(one) for one in messages] or [{"role": "user", "content": text}] for text, messages in asked]
+
+
+def _called(source: ScoreSource, prompts: Sequence[Any], responses: Sequence[str], rows: Rows) -> Any:
     more = {"rows": [dict(row) for row in rows]} if source.rows else {}      # whatever the function does to its own
     return source.function(list(prompts), list(responses), **more)
 
 
 def _failing_row(
-    source: ScoreSource, prompts: Sequence[str], responses: Sequence[str], rows: Rows, error: BaseException
-) -> tuple[str, BaseException]:
+    source: ScoreSource, prompts: Sequence[Any], responses: Sequence[str], rows: Rows, error: BaseException
+) -> tuple[int | None, BaseException]:
+    """The first row that fails alone, None where none does, and what it raised."""
     for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         try:
             _called(source, [prompt], [response], rows[index : index + 1])
         except KeyboardInterrupt:
             raise
         except BaseException as cause:  # noqa: BLE001  as above
-            return _row(index, prompt, response), cause
-    return f"the batch of {len(responses)} (each row alone is fine)", error
+            return index, cause
+    return None, error
 
 
 def _checked(name: str, scores: Sequence[float], prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
@@ -282,6 +299,8 @@ def load_scorer(
         else:
             function, identity, more = _load_in_first(entry, folder, device, policy)
         identity = {"kind": entry.kind, **identity}
+        if reads_messages(entry):
+            identity, more = {**identity, "input": "messages"}, {**more, "messages": True}
         sources.append(ScoreSource(name, function, entry.weight, entry.normalize, identity, **more))
     return Scorer(sources)
 
@@ -310,6 +329,11 @@ def _load_in_first(
     return function, identity, {"tokens": function.read, "example": function.example}
 
 
+def reads_messages(entry: RewardSource) -> bool:
+    """Whether prompts reach a function or a judge as messages."""
+    return entry.kind in ("function", "judge") and entry.input == "messages"
+
+
 def name_of(entry: RewardSource) -> str:
     """What an entry is called in messages and metrics: its own name, or that of its function or model."""
     if entry.name is not None:
@@ -329,3 +353,54 @@ def _load_reward_model(
     reader, digest, note = open_reward_model(Path(entry.path), policy, device)
     more = {"tokens": reader.read, "note": note, "example": reader.example, "shared": True}
     return reader, {"path": entry.path, "sha256": digest}, more
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Who says which of two answers to a prompt is better: an AI judge, or a scorer, by the higher score."""
+
+    judge: Judge | None
+    scorer: Scorer | None
+
+    @property
+    def note(self) -> str:
+        """A line for the start of a run."""
+        return " ".join(self.scorer.notes) if self.judge is None else self.judge.note
+
+    def preferences(self, mine: Sequence[Samples], theirs: Sequence[Samples]) -> Tensor:
+        """How much each of our answers is preferred to theirs, from 0 to 1; ½ where they are equal. [B] float64.
+
+        A judge is asked in both orders, and contradicting itself is a tie; of equal answers nobody is asked.
+
+        Args:
+            mine, theirs: answers to the same prompts, in the same order, in parts.
+
+        Raises:
+            JudgeError, ScorerError: there is no answer, or no score.
+        """
+        prompts, ours = ([text for part in mine for text in getattr(part, name)] for name in ("prompts", "responses"))
+        others = [text for part in theirs for text in part.responses]
+        if self.judge is None:
+            ahead = self.scorer(prompts, ours, mine) - self.scorer(prompts, others, theirs)
+            return 0.5 + 0.5 * ahead.double().sign()
+        apart = [row for row, (one, other) in enumerate(zip(ours, others, strict=True)) if one != other]
+        found = torch.full((len(ours),), 0.5, dtype=torch.float64)
+        asked = ([side[row] for row in apart] for side in (judged_prompts(self.judge, prompts, mine), ours, others))
+        preferred = ranks.from_first(lambda: self.judge.preferences(*asked))
+        found[apart] = torch.tensor(preferred, dtype=torch.float64)
+        return found
+
+
+def judged_prompts(judge: Judge, prompts: Sequence[str], samples: Sequence[Samples]) -> Sequence[Any]:
+    """The prompts as a judge reads them, text or messages; arguments of ``conversations``."""
+    return conversations(prompts, samples) if reads_messages(judge.entry) else prompts
+
+
+def load_comparison(
+    entry: RewardSource, folder: Path, device: torch.device, policy: Policy | None = None,
+    answers: Answers | None = None,
+) -> Comparison:
+    """Who an entry says is to compare; arguments and errors are those of ``load_scorer``."""
+    if asks_for_pairs(entry):
+        return Comparison(Judge(entry, name_of(entry), answers), None)
+    return Comparison(None, load_scorer([entry], folder, device, policy, answers))

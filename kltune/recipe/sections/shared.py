@@ -224,6 +224,11 @@ class EvalSection(Section):
         None, description="a scorer that is measured and never trained on",
         examples=[{"kind": "function", "path": "rewards.py:gold"}],
     )
+    judge: RewardEntry | None = Field(
+        None, description="who prefers the policy's answers or the reference's, which gives the win rate: an AI judge "
+        "(mode: pair), asked in both orders, or any scorer, by the higher score",
+        examples=[{"kind": "judge", "url": "http://127.0.0.1:8000/v1", "model": "judge", "mode": "pair"}],
+    )
     stop_at_gold_peak: bool = Field(
         False, description="end the run where gold falls while the score rises; final is the policy of gold's peak"
     )

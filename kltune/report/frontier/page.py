@@ -42,15 +42,17 @@ def write_frontier(folder: Path, document: dict[str, Any]) -> None:
 
 def frontier_html(document: dict[str, Any]) -> str:
     """The page: pictures, tables and fits."""
-    names = [document["judge"], *(["score"] if document["judge"] == "gold" else [])]
+    wins = ["win_rate"] if has_wins(document) else []
+    names = dict.fromkeys([document["judge"], *(["score"] if document["judge"] == "gold" else []), *wins])
     held = [] if document.get("held_out") is None else list(held_out_lines(document["held_out"]))[:1]
     return environment().get_template("frontier.html.j2").render(
         document=document,
+        judged=spoken(document["judge"]),
         headline=(advice := advice_on_budget(document))[:1].upper() + advice[1:],
         picked=picked_row(document),
         pictures=[
             # safe: matplotlib escapes what it writes
-            *((f"{name} against KL", Markup(svg)) for name in names
+            *((f"{spoken(name)} against KL", Markup(svg)) for name in names
               if (svg := frontier_svg(document, name, inside=True))),
             *((line, Markup(held_out_svg(document["held_out"], inside=True))) for line in held),
         ],
@@ -61,6 +63,16 @@ def frontier_html(document: dict[str, Any]) -> str:
     )
 
 
+def spoken(name: str) -> str:
+    """A figure as people say it."""
+    return {"win_rate": "win rate over the reference"}.get(name, name)
+
+
+def has_wins(document: dict[str, Any]) -> bool:
+    """Whether a judge has compared some policy with the reference."""
+    return any(row["win_rate"] is not None for row in document["settings"])
+
+
 def picked_row(document: dict[str, Any]) -> list[str] | None:
     """Curve and setting of the one to pick; None where none is."""
     picked = document["pick"] or {"curve": None}
@@ -68,25 +80,23 @@ def picked_row(document: dict[str, Any]) -> list[str] | None:
 
 
 def frontier_svg(document: dict[str, Any], name: str, inside: bool = False) -> str:
-    """Score or gold, as ``name`` says, against KL with 95 % error bars, best of n and σ√(2 KL) as an ``<svg>``.
-
-    "" where none is known.
+    """One of the figures against KL with 95 % error bars, best of n and σ√(2 KL), an ``<svg>``; "" where none is known.
     """
     curves = _measured_curves(document, name)
     if not curves:
         return ""
-    best_of_n, base = document["best_of_n"], document["reference"][name]
+    best_of_n, base = document["best_of_n"], document["reference"].get(name)
     sigma = best_of_n["sigma"].get(name) if best_of_n is not None else None
     if sigma and base is not None:
         far = max(point.x + point.x_error for curve in curves for point in curve.points)
         nats = np.linspace(0.0, far**0.5, AXIS) ** 2
         gains = zip(nats, base + tilt_gain(sigma, nats), strict=True)
         curves.append(Curve("σ√(2 KL), Gaussian scores", [CurvePoint(x, y) for x, y in gains], marked=False))
-    title = f"{name} against KL"
+    title = f"{spoken(name)} against KL"
     budget = None if document["pick"] is None else document["pick"]["budget"]
-    return curve_svg(
-        curves, Frame(x=NATS, y=name, title=title, name=f"frontier-{name}", root=True, inside=inside, budget=budget)
-    )
+    return curve_svg(curves, Frame(
+        x=NATS, y=spoken(name), title=title, name=f"frontier-{name}", root=True, inside=inside, budget=budget,
+    ))
 
 
 def _measured_curves(document: dict[str, Any], name: str) -> list[Curve]:
@@ -118,7 +128,7 @@ def _half(row: dict[str, Any], name: str) -> float:
 def _curves_of_best_of_n(document: dict[str, Any], name: str) -> Iterator[Curve]:
     """At the bound of its KL, and where responses tie often, at the KL that those ties leave."""
     points = (document["best_of_n"] or {"points": []})["points"]
-    scored = [point for point in points if point[name] is not None]
+    scored = [point for point in points if point.get(name) is not None]
     tied = any(point["kl_with_ties"] < 0.98 * point["kl_bound"] for point in scored)
     for style, kl, title in (BEST_OF_N if tied else BEST_OF_N[:1]) if scored else ():
         yield Curve(title, [
@@ -137,7 +147,8 @@ def frontier_text(document: dict[str, Any]) -> str:
         f"{document['direction']}, nats per response; reference {visible(reference['path'])}, sha256 "
         f"{reference['sha256'][:12]}; measured {document['measured']}",
         *aligned(settings_table(document)),
-        f"the reference's own {name}: {with_error(reference[name], reference[f'{name}_stderr'])}",
+        *([f"the reference's own {name}: {with_error(reference[name], reference[f'{name}_stderr'])}"]
+          if name != "win_rate" else []),
     ]
     best_of_n = document["best_of_n"]
     if best_of_n is not None:
@@ -148,7 +159,7 @@ def frontier_text(document: dict[str, Any]) -> str:
             *aligned(best_of_n_table(document)),
         ]
     if document["at"]:
-        lines += ["", f"{name} at equal KL", *aligned(at_table(document))]
+        lines += ["", f"{spoken(name)} at equal KL", *aligned(at_table(document))]
     lines += ["", "Gao's law of over-optimisation"] if document["fits"] else []
     lines += [f"  {visible(fit['curve'])}: {fit_line(fit)}" for fit in document["fits"]]
     if document.get("held_out") is not None:
@@ -163,20 +174,21 @@ def frontier_text(document: dict[str, Any]) -> str:
 
 def settings_table(document: dict[str, Any]) -> Table:
     """One row for each setting; a column only where some setting has it."""
-    golden = any(row["gold"] is not None for row in document["settings"])
+    golden, won = any(row["gold"] is not None for row in document["settings"]), has_wins(document)
     steps = any(step is not None for row in document["settings"] for step in row["steps_to_target"])
     share = any(row["efficiency"] is not None for row in document["settings"])
     table = [[
         "curve", "setting", "seeds", "KL", "95 %", "score", *(["gold"] if golden else []),
-        *(["of σ√(2 KL)"] if share else []), *(["steps to target"] if steps else []),
+        *(["win rate"] if won else []), *(["of σ√(2 KL)"] if share else []), *(["steps to target"] if steps else []),
     ]]
-    places = places_of(document["settings"], ("kl", "score", "gold"))
+    places = places_of(document["settings"], ("kl", "score", "gold", "win_rate"))
     for row in document["settings"]:
         cells = [
             row["curve"], row["setting"], str(row["seeds"]), with_error(row["kl"], row["kl_stderr"], places["kl"]),
             interval(row["kl_ci95"], places["kl"]), with_error(row["score"], row["score_stderr"], places["score"]),
         ]
         cells += [with_error(row["gold"], row["gold_stderr"], places["gold"])] if golden else []
+        cells += [with_error(row["win_rate"], row["win_rate_stderr"], places["win_rate"])] if won else []
         cells += [ABSENT if row["efficiency"] is None else f"{number(100 * row['efficiency'], 0)} %"] if share else []
         cells += [", ".join(number(step) for step in row["steps_to_target"])] if steps else []
         table.append(cells)
@@ -241,9 +253,9 @@ def advice_on_budget(document: dict[str, Any]) -> str:
         )
     name, budget = picked["judge"], picked["budget"]
     if picked["curve"] is None:
-        return f"budget {budget:g} nats: no setting with a known {name} keeps within it at 95 % confidence."
+        return f"budget {budget:g} nats: no setting with a known {spoken(name)} keeps within it at 95 % confidence."
     text = (
-        f"budget {budget:g} nats: pick {picked['curve']}, {picked['setting']}: {name} "
+        f"budget {budget:g} nats: pick {picked['curve']}, {picked['setting']}: {spoken(name)} "
         f"{with_error(picked[name], picked[f'{name}_stderr'])} at {apart(picked['kl'], budget)[0]} nats "
         f"(95 %: {interval(picked['kl_ci95'], against=(budget,))})."
     )

@@ -55,6 +55,8 @@ class FrontierPoint:
     gold: float | None = None
     gold_stderr: float | None = None
     steps_to_target: int | None = None
+    win_rate: float | None = None       # over the reference
+    win_rate_stderr: float | None = None
 
 
 def find_sources(paths: Sequence[str]) -> list[FrontierSource]:
@@ -168,6 +170,13 @@ def check_one_reward(sources: Sequence[FrontierSource]) -> None:
             f"These were scored by different rewards, so their scores do not compare:{lines}\nGive --recipe R.yaml to "
             "score them all afresh by the rewards of one recipe."
         )
+
+
+def judges_of_wins(sources: Sequence[FrontierSource]) -> int:
+    """How many different judges the win rates of runs are by."""
+    judged = [source for source in sources if source.document.get("win_rate") is not None]
+    return len({repr([source.settings[key] for key in sorted(source.settings) if key.startswith("eval.judge")])
+                for source in judged})
 
 
 def differing_measures(sources: Sequence[FrontierSource]) -> list[str]:

@@ -1,6 +1,6 @@
 """What points of reward against KL say together: seeds of one setting, the law of a curve, the setting to pick.
 
-``name`` is which of a point's figures is meant: "score" or "gold".
+``name`` is which of a point's figures is meant: "score", "gold" or "win_rate".
 """
 
 import math
@@ -15,7 +15,7 @@ from kltune.core.kl.intervals import error_of_shares, student_t_quantile
 from kltune.report.frontier.points import FrontierPoint
 from kltune.report.plots import Z95
 
-PromptShares = dict[str, np.ndarray]    # of a run's kl, score and gold: ``intervals.prompt_shares``, [m] each
+PromptShares = dict[str, np.ndarray]    # of a run's kl, score, gold and win rate: ``intervals.prompt_shares``, [m] each
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class Setting:
     runs: tuple[str, ...]
     score_ci95: tuple[float, float] | None = None
     gold_ci95: tuple[float, float] | None = None
+    win_rate: float | None = None
+    win_rate_stderr: float | None = None
+    win_rate_ci95: tuple[float, float] | None = None
 
     def half(self, name: str) -> float:
         """Half of a figure's 95 % interval; 0 where its error is not known."""
@@ -64,12 +67,12 @@ def pooled(points: Sequence[FrontierPoint], shares: Mapping[str, PromptShares] |
             None if None in intervals
             else (min(low for low, _ in intervals), max(high for _, high in intervals))
         )
-        kl, score, gold = (_mean(members, name, shares or {}) for name in ("kl", "score", "gold"))
+        kl, score, gold, wins = (_mean(members, name, shares or {}) for name in ("kl", "score", "gold", "win_rate"))
         settings.append(Setting(
             curve, setting, len(members),
             *kl[:2], envelope, *score[:2], *gold[:2],
             tuple(point.steps_to_target for point in members), tuple(point.run for point in members),
-            score[2], gold[2],
+            score[2], gold[2], *wins,
         ))
     order = list(dict.fromkeys(setting.curve for setting in settings))
     return sorted(settings, key=lambda setting: (order.index(setting.curve), setting.kl))
@@ -158,6 +161,8 @@ def fits(
 ) -> list[dict[str, Any]]:
     """Gao's law for every curve that is scored, and for best of n; or why it is not claimed."""
     documents = []
+    if name == "win_rate":      # a share is no gain, and has an end
+        return documents
     base = reference[name]
     scored = [point for point in points if getattr(point, name) is not None and getattr(point, f"{name}_stderr")]
     for curve in dict.fromkeys(point.curve for point in scored):

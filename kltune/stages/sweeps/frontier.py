@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kltune.core.kl.intervals import prompt_shares
+from kltune.core.kl.intervals import clustered_share, prompt_shares
 from kltune.errors import RecipeError, ScorerError
 from kltune.lm.measure.best_of_n import Scorers, best_of_n_round, measure_best_of_n
 from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model.policy import Policy
 from kltune.lm.rewards.functions import read_sources, sources_sha256
-from kltune.lm.rewards.scorers import load_scorer
+from kltune.lm.rewards.scorers import Comparison, load_comparison, load_scorer
 from kltune.recipe import FunctionReward, RewardEntry, asks_for_pairs, load_recipe
 from kltune.report.frontier.held_out import held_out_document
 from kltune.report.frontier.page import write_frontier
@@ -28,10 +28,11 @@ from kltune.report.frontier.points import (
     check_one_reward,
     differing_measures,
     find_sources,
+    judges_of_wins,
     points_of,
 )
 from kltune.report.frontier.pooling import PromptShares, curves_at, efficiency, fits, pick, pooled
-from kltune.report.outcome import final_figures
+from kltune.report.outcome import error_of, final_figures
 from kltune.run.files import refuse_place
 from kltune.run.recorder import counting
 from kltune.run.saved_policy import (
@@ -43,16 +44,20 @@ from kltune.run.saved_policy import (
     resolve_settings,
 )
 
+UNMEASURED = ("score", "score_stderr", "gold", "gold_stderr", "win_rate", "win_rate_stderr")
+
 
 @dataclass(frozen=True)
 class FrontierOptions(MeasureOptions):
     """The command's options.
 
-    gold: a second scorer, None for none. best_of: reference responses to each prompt, 0 for none. budget: nats to pick
-    a setting for. at: KLs to compare curves at. scores: files of held-out benchmarks.
+    gold: a second scorer, None for none. judge: who prefers a policy's answers or the reference's. best_of: reference
+    responses to each prompt, 0 for none. budget: nats to pick a setting for. at: KLs to compare curves at. scores:
+    files of held-out benchmarks.
     """
 
     gold: RewardEntry | None = None
+    judge: RewardEntry | None = None
     output: str | None = None
     budget: float | None = None
     best_of: int = 16
@@ -62,7 +67,7 @@ class FrontierOptions(MeasureOptions):
     @property
     def afresh(self) -> bool:
         """Whether all runs are measured again, rather than taken as they measured themselves."""
-        return any(asked is not None for asked in (self.gold, self.recipe, self.responses, self.reference))
+        return any(asked is not None for asked in (self.gold, self.judge, self.recipe, self.responses, self.reference))
 
 
 def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
@@ -96,9 +101,15 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
         notes, computed = notes + measured.notes, measured.computed
         against = against if measured.against is None else measured.against
     elif options.afresh:
-        raise RecipeError("--gold, --recipe, --responses and --reference measure runs again; found none among what was "
-                          "given.")
-    name = "gold" if options.gold is not None or all(point.gold is not None for point in points) else "score"
+        raise RecipeError("--gold, --judge, --recipe, --responses and --reference measure runs again; found none among "
+                          "what was given.")
+    if not options.afresh and judges_of_wins(sources) > 1:
+        points = [replace(point, win_rate=None, win_rate_stderr=None) for point in points]
+        notes.append("win rates are by different judges, so they do not compare and are left out; --judge measures "
+                     "them all afresh.")
+    if any(point.win_rate is not None for point in points):
+        reference = reference | {"win_rate": 0.5, "win_rate_stderr": 0.0}
+    name = judged_by(points, options)
     unscored = sorted({point.curve for point in points if getattr(point, name) is None})
     if unscored:
         notes.append(f"no {name} is known of: {'; '.join(unscored)}. --gold or --recipe score runs afresh.")
@@ -126,6 +137,15 @@ def frontier(runs: Sequence[str], options: FrontierOptions) -> dict[str, Any]:
     if options.output is not None:
         write_frontier(Path(options.output), document)
     return document
+
+
+def judged_by(points: Sequence[FrontierPoint], options: FrontierOptions) -> str:
+    """The figure that settings are picked by: gold where all have it, else the score, or where none has, the win rate.
+    """
+    if options.gold is not None or all(point.gold is not None for point in points):
+        return "gold"
+    only_wins = all(point.score is None for point in points) and any(point.win_rate is not None for point in points)
+    return "win_rate" if only_wins else "score"
 
 
 @dataclass(frozen=True)
@@ -168,6 +188,7 @@ def measured_afresh(
     notes: list[str] = []
     best_of_n = None
     scorers: Scorers | None = None
+    comparison: Comparison | None = None
     fresh: dict[str, dict[str, Any]] = {}
     shares: dict[str, PromptShares] = {}
     for number, (source, subject) in enumerate(zip(trained, subjects, strict=True)):
@@ -176,6 +197,9 @@ def measured_afresh(
         draw, answered = settings.draw(options.seed), Round.of(prompts, settings.responses, options.seed)
         if scorers is None:
             scorers = open_scorers(trained, policy, options)
+            if options.judge is not None:
+                comparison = load_comparison(options.judge, Path.cwd(), policy.device, policy)
+                print(comparison.note, end="\n" if comparison.note else "", file=sys.stderr)
             if options.afresh or scorers.want_reference_samples:
                 with counting("sampling the reference", answered.responses) as progress:
                     sampled = measure_kl(policy, answered, draw, from_reference=True, progress=progress)
@@ -197,8 +221,13 @@ def measured_afresh(
         shares[source.path]["kl"] = prompt_shares((measurement.exact, measurement.prompt_index))
         fresh[source.path] = {
             "kl": kl.nats_per_response, "kl_stderr": kl.stderr, "kl_ci95": kl.ci,
-            **dict.fromkeys(("score", "score_stderr", "gold", "gold_stderr")), **means,
+            **dict.fromkeys(UNMEASURED), **means,
         }
+        if comparison is not None:
+            preferred = comparison.preferences(measurement.rollouts, sampled.rollouts)
+            rate, *ends = clustered_share(preferred, measurement.prompt_index)
+            fresh[source.path] |= {"win_rate": rate, "win_rate_stderr": error_of(ends)}
+            shares[source.path]["win_rate"] = prompt_shares((preferred, measurement.prompt_index))
     if options.afresh:
         others = sorted({point.curve for point in points if point.run not in fresh})
         if others:

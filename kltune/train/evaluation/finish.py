@@ -22,7 +22,7 @@ from kltune.run.checkpoint import save_final, saved_step, whole_checkpoints
 from kltune.run.files import read_jsonl
 from kltune.run.optimizer import most_steps
 from kltune.run.screen import apart, doing, interval, number, with_error
-from kltune.train.evaluation.held_out import Metrics, before_and_after, gold_result, teacher_result
+from kltune.train.evaluation.held_out import Metrics, before_and_after, gold_result, teacher_result, win_result
 from kltune.train.learner import ALARMS, Job, Learner
 
 MORE_RESPONSES = 4  # times as many, where the first measurement of a final state leaves it open, and in a landing
@@ -71,7 +71,8 @@ def finish(job: Job, learner: Learner, steps: int) -> dict[str, Any]:
     told = {"kl": kl, "target": None, "score": None, "perplexity": found.metrics.get("eval/perplexity")}
     if learner.budget is not None:
         told = {"kl": kl} | budget_result(job, learner, found)
-    told |= {"held_out": job.held_out.apart} | gold_result(found.metrics) | teacher_result(found.metrics)
+    told |= {"held_out": job.held_out.apart} | gold_result(found.metrics) | win_result(found.metrics)
+    told |= teacher_result(found.metrics)
     return conclude(job, learner, steps, found.metrics, samples=shown, told=told)
 
 

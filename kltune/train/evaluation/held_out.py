@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kltune.core.hacking.diversity import distinct_stderr, diversity
-from kltune.core.kl.intervals import clustered_mean
+from kltune.core.kl.intervals import clustered_mean, clustered_share
 from kltune.core.objectives.advantages import spread
 from kltune.lm.data.examples import (
     Example,
@@ -33,7 +33,7 @@ from kltune.lm.model.batches import Rollout
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import Draw
 from kltune.lm.rewards.judge import Judge
-from kltune.lm.rewards.scorers import Scorer, load_scorer
+from kltune.lm.rewards.scorers import Comparison, Scorer, load_comparison, load_scorer
 from kltune.recipe import Recipe, SamplingSection
 from kltune.run.screen import counted, doing
 from kltune.run.session import Run
@@ -69,8 +69,8 @@ class HeldOut:
 
     apart: there are rows besides those of training in each file that it is measured on.
 
-    gold: a scorer that is never trained on. teacher: whom the policy imitates. seed: the same for every evaluation of a
-    run, so that they are paired.
+    gold: a scorer that is never trained on. comparison: who prefers the policy's answers or the reference's. teacher:
+    whom the policy imitates. seed: the same for every evaluation of a run, so that they are paired.
     """
 
     prompts: Sequence[Prompt]
@@ -83,6 +83,7 @@ class HeldOut:
     pairs: Preferences | None = None
     apart: bool = True
     teacher: AnyTeacher | None = None
+    comparison: Comparison | None = None
     _references: dict[int, Reference] = field(default_factory=dict)     # by number of responses; once per run
 
     @property
@@ -98,7 +99,8 @@ class HeldOut:
     @property
     def judges(self) -> tuple[Judge, ...]:
         """The AI judges that an evaluation may ask."""
-        return () if self.gold is None else self.gold.judges
+        comparing = None if self.comparison is None else self.comparison.judge
+        return (*(() if self.gold is None else self.gold.judges), *(() if comparing is None else [comparing]))
 
     def measured(self, policy: Policy, scorer: Scorer | None, times: int = 1) -> tuple[Metrics, Measurement | None]:
         """KL, scores, diversity, and what becomes of texts, beside the reference's own.
@@ -133,6 +135,8 @@ class HeldOut:
             scores = measured_scores(scorers, measured, self.sampling.missing_end_penalty)
             metrics |= score_metrics("eval/", scores, measured.prompt_index, reference.scales)
             metrics |= text_metrics("eval/", measured, policy.network.vocabulary)
+            if self.comparison is not None:
+                metrics |= win_metrics(self.comparison, measured, reference.answers)
             if self.teacher is not None:
                 metrics |= self.teacher.held_out("eval/kl_", policy, measured, self.sampling.temperature)
         if self.texts:
@@ -234,10 +238,15 @@ def load_held_out(
     if section.gold is not None:
         gold = load_scorer([section.gold], recipe.folder, policy.device, policy, run.answers)
         notes += (*gold.notes, *gold.examples(prompts))
+    comparison = None
+    if section.judge is not None:
+        comparison = load_comparison(section.judge, recipe.folder, policy.device, policy, run.answers)
+        notes.append(comparison.note)
     measured = [rows for rows in (prompts, texts) if rows]
     apart = bool(measured) and not any(trained.issuperset(row.ids for row in rows) for rows in measured)
     seed = recipe.run.seed + EVALUATION_SEED
-    held_out = HeldOut(prompts, texts, gold, section.responses, recipe.sampling, seed, pairs=pairs, apart=apart)
+    held_out = HeldOut(prompts, texts, gold, section.responses, recipe.sampling, seed, pairs=pairs, apart=apart,
+                       comparison=comparison)
     drawn = held_out.answered(section.responses).drawn_note(recipe.run.seed) if prompts else None
     return replace(held_out, notes=(*notes, *([f"an evaluation {drawn}"] if drawn else [])))
 
@@ -246,6 +255,24 @@ def gold_result(metrics: Metrics) -> Metrics:
     """What result.json says of the scorer that was never trained on; None without one."""
     names = {"gold": "gold_mean", "gold_stderr": "gold_stderr", "reference_gold": "reference_gold_mean"}
     return {name: metrics.get(f"eval/{metric}") for name, metric in names.items()}
+
+
+def win_metrics(comparison: Comparison, measured: Measurement, answers: Measurement) -> Metrics:
+    """The share of prompts at which the policy's answers are preferred to the reference's, a tie ½, and its interval.
+
+    Args:
+        comparison: who is asked.
+        measured, answers: of the policy and of the reference, with the same random numbers.
+    """
+    preferred = comparison.preferences(measured.rollouts, answers.rollouts)
+    names = "eval/win_rate", "eval/win_rate_low", "eval/win_rate_high"
+    return dict(zip(names, clustered_share(preferred, measured.prompt_index), strict=True))
+
+
+def win_result(metrics: Metrics) -> dict[str, Any]:
+    """What result.json says of the win rate over the reference; None without a judge."""
+    rate, *ends = (metrics.get(f"eval/win_rate{end}") for end in ("", "_low", "_high"))
+    return {"win_rate": rate, "win_rate_ci95": None if rate is None else ends}
 
 
 def teacher_result(metrics: Metrics) -> Metrics:

@@ -108,6 +108,18 @@ def test_a_function_beside_the_recipe_gets_prompts_and_responses_as_lists_of_tex
     assert scorer.sources[0].identity == identity
 
 
+def test_a_function_that_asks_for_messages_gets_them_and_the_row_that_fails_is_named_by_its_text(tmp_path):
+    code = "return [len(p) + 1 / (p[-1]['content'] != 'no') for p in asked]"
+    write_function(tmp_path, f"def score(asked, said):\n    {code}\n")
+    scorer = load_function(tmp_path, input="messages")
+    asked = [[{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}], ()]
+    assert scorer(["system: be kind\n\nuser: hi", "plain"], ["a", "b"], [sampled("xy", "ab", asked)]).tolist() == [3, 2]
+    assert scorer(["plain"], ["a"]).tolist() == [2]
+    assert scorer.identity[0]["input"] == "messages"
+    with pytest.raises(ScorerError, match=r"row 1 \(prompt 'no', response 'b'\) raised ZeroDivisionError"):
+        scorer(["plain", "no"], ["a", "b"])
+
+
 def test_what_was_hashed_is_what_runs_even_if_the_file_changes(tmp_path):
     write_function(tmp_path, "def score(prompts, responses):\n    return [1] * len(responses)\n")
     scorer = load_function(tmp_path)
