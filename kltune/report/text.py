@@ -203,8 +203,15 @@ def verdict_and_kl(document: dict[str, Any]) -> str:
 
 def pair_name(document: dict[str, Any]) -> str:
     """A checkpoint, and what it is held against where that is not its own reference."""
-    own = document.get("own_reference", True)
-    return document["checkpoint"] + ("" if own else f" against {document['reference']['path']}")
+    reference = document["reference"]
+    names = [document["checkpoint"] + _rounded(document)]
+    if not document.get("own_reference", True) or reference.get("quantization"):
+        names.append(reference["path"] + _rounded(reference))
+    return " against ".join(names)
+
+
+def _rounded(facts: dict[str, Any]) -> str:
+    return f" ({facts['quantization']})" if facts.get("quantization") else ""
 
 
 def verdict_line(gate: dict[str, Any]) -> str:

@@ -66,7 +66,7 @@ def load_policy(
     Raises:
         ModelError: missing, not a causal LM, an adapter, a tokenizer that differs, or a base-changing SFT adapter.
     """
-    section = section if lora is None else to_train(section, device)
+    section = to_train(section, device, full=lora is None)
     policy = load_reference(section, device=device, full=lora is None, chat_template=chat_template)
     if lora is not None:
         policy.add_adapter(lora)
@@ -120,7 +120,8 @@ def empty_policy(
 
     Its tokenizer is real, so that rows become tokens; raises as ``load_policy``, but for what is wrong with weights.
     """
-    section = section.model_copy(update={"dtype": "float32"}) if lora is None else to_train(section, device)
+    section = to_train(section, device, full=lora is None)
+    section = section.model_copy(update={"dtype": "float32"}) if lora is None else section
     model = empty_base(section, device)
     tokenizer = load_tokenizer(section.path, section.trust_remote_code)
     tokenizer.chat_template = chat_template or tokenizer.chat_template
@@ -302,7 +303,7 @@ def check_causal(network: Network, what: str) -> None:
     first, second, both = (network.logits(network.hidden(ids)).float() for ids in (one, other, torch.cat([one, other])))
     if not torch.isfinite(both).all():
         raise ModelError(f"{what}: its logits are not finite; are its files whole?")
-    dtype = next(network.causal.parameters()).dtype
+    dtype = network.rounds_as
     # Wanted is what holds, not its contrary: NaN is above no limit.
     if not (moved := _moved(first[:, :cut], second[:, :cut])) <= LEAK.get(dtype, NARROW):
         raise ModelError(
