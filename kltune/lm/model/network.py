@@ -161,8 +161,7 @@ class Network:
 
     @property
     def rounds_as(self) -> torch.dtype:
-        """The dtype by whose rounding its numbers may move: some backends of quantised models round what they are given.
-        """
+        """The dtype by whose rounding its numbers may move; some backends of quantised models round inputs too."""
         quantised = self.dtype == torch.float32 and quantisation_of(self.causal.config) is not None
         return torch.float16 if quantised else self.dtype
 
