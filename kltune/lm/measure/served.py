@@ -177,19 +177,20 @@ def probe(served: Server, local: Policy, rows: Sequence[list[int]], answers: Seq
         again = served.score(few)
     except CannotScore:
         served.notes.append("it does not score given tokens, so what it samples by could not be scored again")
-        return
+        again = []
     gaps = torch.tensor([
         one.logprob - other.logprob
         for answer, second in zip(answers, again, strict=False)
         for one, other in zip(answer.places, second.places, strict=True)
     ])
-    if not (gap := gaps.abs().mean().item()) <= PROBE_GAP:
+    if again and not (gap := gaps.abs().mean().item()) <= PROBE_GAP:
         raise ModelError(
             f"{served.path}: the same tokens scored twice differ by {gap:.3g} nats each on average (allowed: "
             f"{PROBE_GAP}). It may sample at another temperature or with filters, answer from several replicas, or "
             "have changed its weights or adapter meanwhile."
         )
-    words = {token: text for answer in again for place in answer.places for token, text in place.words.items()}
+    places = [place for answer in (*again, *answers[:PROBED]) for place in answer.places]
+    words = {token: text for place in places for token, text in place.words.items()}
     wrong = [token for token, text in words.items() if not _means(local.tokenizer, token, text)]
     if words and len(wrong) > WRONG_WORDS * len(words):
         token = wrong[0]

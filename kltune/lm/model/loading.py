@@ -1,6 +1,7 @@
 """Read models and tokenizers from a folder or the hub, and say exactly which ones they were."""
 
 import importlib.util
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -169,6 +170,7 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
     config = read_config(section, where)
     named = where if section.attention == "auto" else "model.attention"
     rounded = quantisation_of(config) is not None
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)       # or it tells at each product what it rounds
     with phase(LOADING, device), reading(path, named, failed=NO_CAUSAL):
         model, report = AutoModelForCausalLM.from_pretrained(
             path,

@@ -27,7 +27,7 @@ from kltune.lm.model.adapters.weights import (
     wrap,
 )
 from kltune.lm.model.batches import Rollout, pad_right
-from kltune.lm.model.files import reading, refuse_code
+from kltune.lm.model.files import quantisation_of, reading, refuse_code
 from kltune.lm.model.fingerprint import Fingerprint, probed
 from kltune.lm.model.loading import (
     check_made_for,
@@ -305,7 +305,14 @@ def check_causal(network: Network, what: str) -> None:
         raise ModelError(f"{what}: its logits are not finite; are its files whole?")
     dtype = network.rounds_as
     # Wanted is what holds, not its contrary: NaN is above no limit.
-    if not (moved := _moved(first[:, :cut], second[:, :cut])) <= LEAK.get(dtype, NARROW):
+    moved, quantised = _moved(first[:, :cut], second[:, :cut]), quantisation_of(network.causal.config)
+    if quantised and not moved <= NARROW:
+        raise ModelError(
+            f"{what}: quantised ({quantised}), it rounds by what else is in the batch, and the logits move by "
+            f"{moved:.3g} of their size with it: no number would hold. bitsandbytes in 8 bit does that where inputs of "
+            "its layers are large. Give the weights as the numbers that they stand for: kltune explain references."
+        )
+    if not moved <= LEAK.get(dtype, NARROW):
         raise ModelError(
             f"{what} reads the tokens it is to predict: other tokens at the end move the logits before them, by "
             f"{moved:.3g} of their size. Wanted a causal language model."
