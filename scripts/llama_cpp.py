@@ -50,7 +50,8 @@ def serving(programs: Path, model: Path, port: int) -> Iterator[str]:
         sys.exit(f"port {port} is taken; choose another one with --port")
     at = ("--host", "127.0.0.1", "--port", str(port), "-t", "1", "-np", "1", "-c", "2048", "--no-webui")
     with open(server.log, "w", encoding="utf-8") as log:
-        process = subprocess.Popen([server.python, "-m", model, *at], stdout=log, stderr=subprocess.STDOUT)
+        command = [server.python, "-m", model, "--alias", model.name, *at]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         while not server.healthy():
             if process.poll() is not None:
