@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from kltune.report.text import eval_kl_text
 from tests.stages.conftest import HELD_OUT, letter_tokenizer, write_recipe, write_rows
 
 ASKED = ("--responses", 100, "--max-new-tokens", 6, "--show", 0)
@@ -184,6 +185,9 @@ def test_a_policy_on_a_quantised_base_has_two_numbers_in_one_command(eval_kl, ba
                                   "--responses", 400, "--max-new-tokens", 6, "--show", 0)
     assert code == 0, err
     assert document["reference"]["path"] == str(small)
+    named = document["reference"]["quantization"]
+    assert named == (None if quantise is rounded else "bitsandbytes, 4 bit")
+    assert (f"reference {small} ({named})" in eval_kl_text(document)) == (named is not None)
     assert document["against"][0]["reference"]["path"] == str(base)
     policy = PeftModel.from_pretrained(loaded(small), adapter).eval()
     numbers = []
