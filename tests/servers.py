@@ -5,7 +5,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -96,6 +96,36 @@ class StandIn:
              for t, v in self.head(tables[place - 1], prompt[place], body["prompt_logprobs"]).items()}
             for place in range(1, len(prompt))
         ]
+
+
+@dataclass
+class LlamaCpp(StandIn):
+    """The same as llama.cpp's server says it: each token an entry with its id, and nothing of the prompt.
+
+    hides: places whose entries it leaves out, as it does with tokens that end inside of a character.
+    """
+
+    hides: int = 0
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request."""
+        answer = StandIn.complete(replace(self, says={}), body)
+        choice = answer["choices"][0]
+        given, shift = choice["logprobs"] or {"token_logprobs": [], "top_logprobs": []}, int(self.other_words)
+        entries = [
+            {"id": token, "token": self.tokenizer.decode([token]), "logprob": own, "top_logprobs": [
+                {"id": int(name.removeprefix("token_id:")), "logprob": value,
+                 "token": self.tokenizer.decode([int(name.removeprefix("token_id:")) + shift])}
+                for name, value in sorted(head.items(), key=lambda one: -one[1])[: body["logprobs"]]
+            ]}
+            for token, own, head in zip(
+                choice["token_ids"], given["token_logprobs"], given["top_logprobs"], strict=False
+            )
+        ]
+        shown = {"text": choice["text"], "index": 0, "finish_reason": choice["finish_reason"],
+                 "logprobs": {"content": entries[self.hides:]} if entries else None} | self.says
+        usage = {"completion_tokens": len(choice["token_ids"])}
+        return {"model": answer["model"], "usage": usage, "choices": [shown]}
 
 
 @contextmanager

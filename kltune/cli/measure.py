@@ -36,6 +36,9 @@ SourceOption = Annotated[
 ReferenceOption = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Instead of its own: whatever CHECKPOINT may be.")
 ]
+OnOption = Annotated[str | None, typer.Option(
+    "--base", metavar="MODEL", help="What the adapter lies on, instead of the model that it names.",
+)]
 BaseOption = Annotated[str | None, typer.Option(metavar="MODEL", help="The adapter's base, where it moved.")]
 PromptsOption = Annotated[
     str | None, typer.Option(metavar="FILE", help="Prompts to respond to.  [default: those of the run]")
@@ -64,6 +67,7 @@ def eval_kl_command(
     ],
     recipe: SourceOption = None,
     reference: ReferenceOption = None,
+    base: OnOption = None,
     against: Annotated[
         list[str] | None, typer.Option("--against", metavar="MODEL", help="A further reference; may be repeated.")
     ] = None,
@@ -123,11 +127,12 @@ def eval_kl_command(
 
         count, transcripts = (None, responses) if isinstance(responses, str) else (responses, None)
         options = EvalKLOptions(
-            recipe=recipe, reference=reference, prompts=prompts, responses=count, max_new_tokens=max_new_tokens,
-            temperature=temperature, seed=seed, max_kl=max_kl, unit=unit, confidence=confidence, direction=direction,
-            texts=texts, top=top, show=show, auto=auto, max_responses=max_responses, top_p=top_p, top_k=top_k,
-            trust_remote_code=trust_remote_code, date=date, device=device, dtype=dtype, against=tuple(against or ()),
-            top_logprobs=top_logprobs, key_env=key_env, tokenizer=tokenizer, transcripts=transcripts,
+            recipe=recipe, reference=reference, base=base, prompts=prompts, responses=count, temperature=temperature,
+            max_new_tokens=max_new_tokens, seed=seed, max_kl=max_kl, unit=unit, confidence=confidence,
+            direction=direction, texts=texts, top=top, show=show, auto=auto, max_responses=max_responses, top_p=top_p,
+            top_k=top_k, trust_remote_code=trust_remote_code, date=date, device=device, dtype=dtype,
+            against=tuple(against or ()), top_logprobs=top_logprobs, key_env=key_env, tokenizer=tokenizer,
+            transcripts=transcripts,
         )
         document, code = eval_kl(checkpoints, options)
         if is_extra_process():

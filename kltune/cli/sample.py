@@ -10,6 +10,7 @@ from kltune.cli.measure import (
     ConfidenceOption,
     DateOption,
     LengthOption,
+    OnOption,
     PromptsOption,
     ReferenceOption,
     SeedOption,
@@ -33,6 +34,7 @@ def sample_command(
     )] = "auto",
     recipe: SourceOption = None,
     reference: ReferenceOption = None,
+    base: OnOption = None,
     max_new_tokens: LengthOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = 0,
@@ -53,8 +55,8 @@ def sample_command(
     from kltune.stages.sample import SampleOptions, open_speaker, sample
 
     options = SampleOptions(
-        recipe=recipe, reference=reference, prompts=prompts, max_new_tokens=max_new_tokens, temperature=temperature,
-        seed=seed, per_prompt=responses, template=None if template == "auto" else template,
+        recipe=recipe, reference=reference, base=base, prompts=prompts, max_new_tokens=max_new_tokens,
+        temperature=temperature, seed=seed, per_prompt=responses, template=None if template == "auto" else template,
         trust_remote_code=trust_remote_code, date=date, device=device, dtype=dtype,
     )
     colour = wants_colour(result_stream())

@@ -39,9 +39,12 @@ def eval_kl_text(document: dict[str, Any], *, colour: bool = False) -> str:
 
 def _estimates(document: dict[str, Any]) -> Iterator[str]:
     dtype = f" · {document['dtype']}" if "dtype" in document else ""
-    other = "" if document.get("own_reference", True) else f" · reference {visible(document['reference']['path'])}"
+    reference = document.get("reference") or {}
+    told = not document.get("own_reference", True) or reference.get("quantization")
+    other = f" · reference {visible(reference['path'])}{_rounded(reference)}" if told else ""
     yield (
-        f"{document['direction']} · {visible(document['checkpoint'])}{other} · {document['responses']} responses to "
+        f"{document['direction']} · {visible(document['checkpoint'])}{_rounded(document)}{other} · "
+        f"{document['responses']} responses to "
         f"{document['prompts']} prompts · temperature {document['temperature']:g} · "
         f"at most {document['max_new_tokens']} tokens{dtype}"
     )
@@ -206,8 +209,15 @@ def verdict_and_kl(document: dict[str, Any]) -> str:
 
 def pair_name(document: dict[str, Any]) -> str:
     """A checkpoint, and what it is held against where that is not its own reference."""
-    own = document.get("own_reference", True)
-    return document["checkpoint"] + ("" if own else f" against {document['reference']['path']}")
+    reference = document.get("reference") or {}
+    names = [document["checkpoint"] + _rounded(document)]
+    if not document.get("own_reference", True) or reference.get("quantization"):
+        names.append(reference["path"] + _rounded(reference))
+    return " against ".join(names)
+
+
+def _rounded(facts: dict[str, Any]) -> str:
+    return f" ({facts['quantization']})" if facts.get("quantization") else ""
 
 
 def verdict_line(gate: dict[str, Any]) -> str:

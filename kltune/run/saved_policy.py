@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from kltune.errors import CheckpointError, DataError, KltuneError, ModelError, RecipeError
-from kltune.lm.data.chat import read_template, template_of, today
+from kltune.lm.data.chat import parsed_day, read_template, template_of, today
 from kltune.lm.data.documents import SavedModel
 from kltune.lm.data.examples import Example, Prompt, RowRules, counts_line, load_examples, load_prompts
 from kltune.lm.data.rows import looks_like_a_path
 from kltune.lm.measure.server import is_address
 from kltune.lm.measure.transcripts import Transcript, read_transcripts
 from kltune.lm.model.adapters.weights import load_weights, read_adapter_config
-from kltune.lm.model.files import refuse_code
+from kltune.lm.model.files import quantisation_of, refuse_code
 from kltune.lm.model.fingerprint import section_of
 from kltune.lm.model.loading import own_tokenizer, pick_device
 from kltune.lm.model.opening import hold_adapter, hold_model, load_reference, load_saved_policy
@@ -40,12 +40,13 @@ BY_ROWS = "tokenizer_sha256", "template_sha256"     # held against each other ov
 class MeasureOptions:
     """What these commands can be asked; None takes the checkpoint's own settings, then the defaults of ``Settings``.
 
-    date: the day that a chat template is told, as 2026-01-31. device: auto, cpu, cuda or cuda:1. dtype: of computing;
-    None: that of the training.
+    base: what adapters lie on, in the place of the model that they name. date: the day that a chat template is told, as
+    2026-01-31. device: auto, cpu, cuda or cuda:1. dtype: of computing; None: that of the training.
     """
 
     recipe: str | None = None
     reference: str | None = None
+    base: str | None = None
     prompts: str | None = None
     responses: int | None = None
     max_new_tokens: int | None = None
@@ -151,7 +152,7 @@ def _opened(subject: Subject, options: MeasureOptions) -> Policy:
     if options.reference is None:
         return _over(subject, own_base(subject, options), options)
     base = _section(subject, options.reference, options)
-    if _is_base(subject, options.reference):
+    if _is_base(subject, options.reference, options.base):
         return _over(subject, base, options)
     if subject.info is not None and not _lies_on_another(options.reference):
         with suppress(CheckpointError, ModelError):     # another model: it is looked at again, as a reference
@@ -195,7 +196,7 @@ def open_reference(policy: Policy, subject: Subject, path: str, options: Measure
     return hold_model(policy, other, fingerprint)
 
 
-def _is_base(subject: Subject, path: str) -> bool:
+def _is_base(subject: Subject, path: str, base: str | None) -> bool:
     """Whether ``--reference`` can only be the base that an adapter lies on, which it names otherwise or not at all.
 
     A model, where what the adapter names is not here; or the very folder that it names.
@@ -205,9 +206,9 @@ def _is_base(subject: Subject, path: str) -> bool:
     if not (subject.folder / "adapter_config.json").exists():
         return subject.info is None
     if subject.info is None:
-        named = read_adapter_config(subject.folder).get("base_model_name_or_path")
+        named = base or read_adapter_config(subject.folder).get("base_model_name_or_path")
     else:
-        named = subject.info["reference"]["path"]
+        named = base or subject.info["reference"]["path"]
     return named is None or not Path(named).exists() or os.path.realpath(named) == os.path.realpath(path)
 
 
@@ -227,10 +228,12 @@ def _same_base(policy: Policy, subject: Subject, other: Subject, options: Measur
 
 
 def own_base(subject: Subject, options: MeasureOptions) -> ModelSection:
-    """The model that a checkpoint lies on, or was trained from."""
-    if subject.info is not None:
-        return _section(subject, subject.info["reference"]["path"], options)
-    return _section(subject, _named_base(subject.folder, (subject.folder / "adapter_config.json").exists()), options)
+    """The model that a checkpoint lies on, or was trained from; RecipeError for a ``--base`` of a full model."""
+    is_adapter = (subject.folder / "adapter_config.json").exists()
+    if options.base is not None and not is_adapter:
+        raise RecipeError(f"--base: {subject.path} is a full model, which lies on no other; leave it out.")
+    recorded = None if subject.info is None else subject.info["reference"]["path"]
+    return _section(subject, options.base or recorded or _named_base(subject.folder, is_adapter), options)
 
 
 def _section(subject: Subject, path: str, options: MeasureOptions) -> ModelSection:
@@ -281,9 +284,10 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def computed_on(policy: Policy) -> dict[str, str]:
-    """What of the machine moves the last digits of a measurement, for a document."""
-    return {"dtype": _name_of(policy.dtype), "device": policy.device.type}
+def computed_on(policy: Policy) -> dict[str, str | None]:
+    """What moves the last digits of a measurement beside the policy's numbers, for a document."""
+    rounded = quantisation_of(policy.network.causal.config)
+    return {"dtype": _name_of(policy.dtype), "device": policy.device.type, "quantization": rounded}
 
 
 def other_dtype(subject: Subject, policy: Policy) -> list[str]:
@@ -366,14 +370,6 @@ def _recorded(info: dict[str, Any]) -> dict[str, Any]:
     data = DataSection(**{"transcripts": "text"} | {name: own[name] for name in READ_BY if name in own})
     day = {"day": parsed_day(own["template_date"])} if own.get("template_date") else {}
     return {"data": data} | day | {name: own[name] for name in ("prompts", "max_new_tokens", "temperature")}
-
-
-def parsed_day(text: str) -> date:
-    """A date as it was typed; RecipeError if it is none."""
-    try:
-        return date.fromisoformat(text)
-    except ValueError:
-        raise RecipeError(f"--date: found {text!r}, wanted a day as 2026-01-31.") from None
 
 
 def _of_recipe(path: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from kltune.errors import ModelError, RecipeError
 from kltune.lm.measure.kl_document import Gate, kl_figures
 from kltune.lm.measure.measurement import Measurement, Round, check_agreement, measure_kl
 from kltune.lm.model.adapters.weights import load_weights, merge_adapter
+from kltune.lm.model.files import refuse_quantised
 from kltune.lm.model.loading import published_dtype
 from kltune.lm.model.opening import load_reference
 from kltune.lm.model.policy import Policy, Reference
@@ -69,6 +70,7 @@ def merge(checkpoint: str, options: MergeOptions) -> tuple[dict[str, Any], int]:
         raise ModelError(f"{checkpoint}: it holds a full model, in which there is no adapter to merge.")
     settings = resolve_settings([subject], options, needs_prompts=options.max_kl is not None)
     policy = open_subject(subject, options)
+    refuse_quantised(policy.network.causal.config, policy.fingerprint.path, checkpoint)
     if not policy.held.own:
         raise RecipeError(f"--reference: {options.reference} is not the base of this adapter; leave --reference out.")
     dtype = published_dtype(

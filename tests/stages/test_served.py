@@ -1,6 +1,7 @@
 """A served model against one that is here: the same KL, and each thing that a server may do wrong by its name."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kltune.lm.measure import server as asking
 from tests.rollout_servers import serving
-from tests.servers import StandIn, standing_in
+from tests.servers import LlamaCpp, StandIn, standing_in
 from tests.stages.conftest import HELD_OUT, small_llama, write_rows
 from tests.stages.test_references import adapter_on
 from tests.train.test_rollout_server import recipe_of
@@ -176,6 +177,47 @@ def test_a_server_that_scores_no_prompts_can_be_a_policy_and_no_reference(eval_k
         code, _, err = eval_kl(adapter, "--reference", standing.url, *prompts, "--responses", 20)
     assert code == 5
     assert "cannot be a reference" in err
+
+
+def llama_cpp(llama, adapter, **switches):
+    return standing_in(LlamaCpp(model_of(llama, adapter), AutoTokenizer.from_pretrained(llama), **switches))
+
+
+def test_the_server_of_llama_cpp_is_measured_as_the_policy(eval_kl, adapter, llama, prompts):
+    with llama_cpp(llama, adapter) as standing:
+        code, document, err = eval_kl(standing.url, "--reference", llama, *prompts, "--responses", 100)
+        assert code == 0, err
+        assert "could not be scored again" in err
+        kl, stderr = kl_of(document, "topk")
+        exact, exact_stderr = kl_of(eval_kl(adapter, *prompts[:4], "--responses", 400)[1], "exact")
+        assert kl == pytest.approx(exact, abs=3 * math.hypot(stderr, exact_stderr))
+        code, _, err = eval_kl(adapter, "--reference", standing.url, *prompts, "--responses", 20)
+    assert code == 5
+    assert "cannot be a reference" in err
+
+
+LLAMA_CPP_FAULTS = {
+    "a token inside of a character": ({"hides": 1}, "of 5 tokens: llama.cpp leaves out"),
+    "other tokens": ({"other_words": True}, "ids mean other tokens there"),
+    "top-k": ({"keep": 4}, "not a sample of the distribution"),
+    "no ids": ({"says": {"logprobs": {"content": [{"token": "a", "logprob": -1, "top_logprobs": []}]}}}, "name no ids"),
+    "no log-probs": ({"says": {"logprobs": {"content": [{"id": 3, "logprob": -1.0}]}}}, "name no ids"),
+    "other things": ({"says": {"logprobs": {"content": ["a", None]}}}, "name no ids"),
+    "a log-prob that is none": ({"says": {"logprobs": {"content": [{"id": 3, "logprob": "x", "top_logprobs": [
+        {"id": place, "logprob": -9.0} for place in range(8)]}] * 5}}}, "missing, no number or above 0"),
+    "an id that is none": ({"says": {"logprobs": {"content": [{"id": -3, "logprob": -1.0, "top_logprobs": []}] * 5}}},
+                           "no token ids"),
+}
+
+
+@pytest.mark.parametrize("fault", LLAMA_CPP_FAULTS)
+def test_each_fault_of_llama_cpp_is_named(eval_kl, adapter, llama, prompts, fault):
+    switches, words = LLAMA_CPP_FAULTS[fault]
+    with llama_cpp(llama, adapter, **switches) as standing:
+        count = 120 if "sample" in words else 10
+        code, document, err = eval_kl(standing.url, "--reference", llama, *prompts, "--responses", count)
+    assert (code, document) == (5, "")
+    assert words in err
 
 
 def test_a_key_comes_from_the_environment_and_goes_nowhere_else(eval_kl, serve, llama, prompts, monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import jinja2
 import jinja2.ext
 
-from kltune.errors import DataError, ModelError
+from kltune.errors import DataError, ModelError, RecipeError
 from kltune.lm.data.foreign import memory_limit, read_ordinary, time_limit
 from kltune.lm.data.forms import Message
 from kltune.lm.data.rows import RowFault
@@ -46,6 +46,14 @@ def tokenizing(tokenizer: "PreTrainedTokenizerBase", what: str) -> Iterator[None
 def today() -> date:
     """The day by the clock that transformers gives to templates."""
     return datetime.now().date()
+
+
+def parsed_day(text: str) -> date:
+    """A date as it was typed; RecipeError if it is none."""
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise RecipeError(f"--date: found {text!r}, wanted a day as 2026-01-31.") from None
 
 
 def read_template(file: str | None) -> str | None:

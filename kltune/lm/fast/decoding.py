@@ -121,8 +121,9 @@ class _Layer:
 
 
 def _linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A plain linear layer as a direct call of ``F.linear``; with an adapter in it, the module."""
-    return partial(F.linear, weight=module.weight, bias=module.bias) if type(module) is nn.Linear else module
+    """A plain linear layer as a direct call of ``F.linear``; with an adapter in it, or quantised, the module."""
+    plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter
+    return partial(F.linear, weight=module.weight, bias=module.bias) if plain else module
 
 
 def _normed(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -70,7 +70,7 @@ def measure_deployed(
         if not all(torch.isfinite(column).all() for column in flat):
             raise DivergedError("a log-probability or KL of the deployed policy is not finite; are the weights whole?")
         inside, logprobs, *rest = (response_scatter(column, samples.response_mask) for column in flat)
-        check_sampler(samples, logprobs, samples.response_mask & inside.bool(), policy.dtype)
+        check_sampler(samples, logprobs, samples.response_mask & inside.bool(), policy.network.rounds_as)
         ties += int((samples.response_mask & ~inside.bool()).sum())
         count += int(samples.response_mask.sum())
         rows.append((samples.lengths.cpu(), *(per_response(x, samples.response_mask).cpu() for x in rest)))

@@ -218,19 +218,19 @@ def probe(served: Server, local: Policy, rows: Sequence[list[int]], answers: Seq
         again = served.score(few)
     except CannotScore:
         served.notes.append("it does not score given tokens, so what it samples by could not be scored again")
-        return
+        again = []
     gaps = torch.tensor([
         one.logprob - other.logprob
         for answer, second in zip(answers, again, strict=False)
         for one, other in zip(answer.places, second.places, strict=True)
     ])
-    if not (gap := gaps.abs().mean().item()) <= PROBE_GAP:
+    if again and not (gap := gaps.abs().mean().item()) <= PROBE_GAP:
         raise ModelError(
             f"{served.path}: the same tokens scored twice differ by {gap:.3g} nats each on average (allowed: "
             f"{PROBE_GAP}). It may sample at another temperature or with filters, answer from several replicas, or "
             "have changed its weights or adapter meanwhile."
         )
-    expect_same_words(served, local, again)
+    expect_same_words(served, local, (*again, *answers[:PROBED]))
 
 
 def expect_same_words(served: Server, local: Policy, answers: Sequence[Answer]) -> None:

@@ -1,7 +1,7 @@
 """A model that is served: responses and log-probabilities by token id, from an OpenAI-compatible completions endpoint.
 
 Nothing that a server says is taken on trust: each answer is looked through, and the same tokens are scored twice.
-Servers: vLLM; others that give token ids and log-probs likewise.
+Servers: vLLM; llama.cpp's, which scores no tokens that are there; others that give ids and log-probs as one of them.
 """
 
 import json
@@ -163,10 +163,12 @@ class Server:
         if echoed is not None and list(echoed) != question["prompt"]:
             raise self._fault(f"it read {len(echoed)} tokens of prompt, other ones than the {len(question['prompt'])} "
                               "that were sent: does it cut prompts, or put a token before them?")
-        return choice
+        return choice | {"usage": content.get("usage")}
 
     def _sampled(self, choice: dict[str, Any], body: dict[str, Any], limit: int) -> Answer:
-        ids, given = choice.get("token_ids"), choice.get("logprobs") or {}
+        if isinstance(entries := (choice.get("logprobs") or {}).get("content"), list):
+            choice = choice | self._of_entries(entries, choice["usage"])
+        ids, given, words = choice.get("token_ids"), choice.get("logprobs") or {}, choice.get("words") or {}
         if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
             raise self._fault(f"its answer has no token ids. {START}")
         heads, own = given.get("top_logprobs"), given.get("token_logprobs")
@@ -179,8 +181,26 @@ class Server:
             raise self._fault(f"it cut a response at {len(ids)} tokens, asked for {limit}; is its context full?")
         places = []
         for token, logprob, head in zip(ids, own, heads, strict=True):
-            places.append(self._place(token, logprob, {_id_of(name): value for name, value in (head or {}).items()}))
+            place = self._place(token, logprob, {_id_of(name): value for name, value in (head or {}).items()})
+            places.append(replace(place, words=words))
         return Answer(tuple(places), finish == "length")
+
+    def _of_entries(self, entries: list[Any], usage: Any) -> dict[str, Any]:
+        """What llama.cpp's server says of each token with its id, in vLLM's fields."""
+        tops = [entry.get("top_logprobs") if isinstance(entry, dict) else None for entry in entries]
+        every = [*entries, *(one for top in tops if isinstance(top, list) for one in top)]
+        if None in tops or not all(isinstance(one, dict) and {"id", "logprob"} <= one.keys() for one in every):
+            raise self._fault(f"its log-probs name no ids of tokens. {START}")
+        if isinstance(usage, dict) and usage.get("completion_tokens") not in (None, len(entries)):
+            raise self._fault(f"it gives log-probs of {len(entries)} of {usage['completion_tokens']} tokens: llama.cpp "
+                              "leaves out those that end inside of a character. Ask for prompts, or a --seed, whose "
+                              "answers have none")
+        heads = [{str(one["id"]): one["logprob"] for one in top} for top in tops]
+        return {
+            "token_ids": [entry["id"] for entry in entries],
+            "logprobs": {"token_logprobs": [entry["logprob"] for entry in entries], "top_logprobs": heads},
+            "words": {one["id"]: one["token"] for top in tops for one in top if isinstance(one.get("token"), str)},
+        }
 
     def _scored(self, choice: dict[str, Any], body: dict[str, Any], response: Sequence[int]) -> Answer:
         given = choice.get("prompt_logprobs")

@@ -10,6 +10,7 @@ model a shallower one. What nobody reads is looked at here.
 
 import errno
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -47,6 +48,14 @@ DIGITS = re.compile(r"\d+")
 STORED_AS = re.compile(r"[0-9a-f]{32,64}")
 MOST_MADE_UP = 10_000_000       # numbers that a model may have beside those in its files: more are refused unmade
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+# Ways of quantising that transformers loads without kernels of the hub, and by which packages. Others would fetch code,
+# or unpack unasked.
+MEASURED = {
+    "bitsandbytes": ("bitsandbytes", "accelerate"), "compressed-tensors": ("compressed_tensors", "accelerate"),
+    "torchao": ("torchao", "accelerate"), "gptq": ("gptqmodel", "optimum", "accelerate"),
+    "awq": ("gptqmodel", "accelerate"),
+}
+IN_EXTRA = {"bitsandbytes", "compressed_tensors", "accelerate"}      # of kltune[quant]
 WAYS_ON = {     # by what an exception's class, or else its text, has in it
     "SafetensorError": "a file is damaged or cut off; download or copy it again",
     "untagged enum": "tokenizer.json is of another version of tokenizers than the one here; upgrade it, or save the "
@@ -184,19 +193,44 @@ def first_line(error: BaseException) -> str:
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
+def quantisation_of(config: Any) -> str | None:
+    """How the weights of a model are rounded, by its configuration, as ``bitsandbytes, 4 bit``; None: they are not."""
+    found = next((q for q in _own(config, "quantization_config") + _own(config, "compression_config") if q), None)
+    if found is None:
+        return None
+    stored = found if isinstance(found, dict) else found.to_dict()
+    method = getattr(stored.get("quant_method"), "value", stored.get("quant_method")) or "an unnamed method"
+    loads = next((bits for bits in (4, 8) if stored.get(f"load_in_{bits}bit")), None)      # as bitsandbytes has it
+    bits = stored.get("bits") or loads
+    return f"{method}, {bits} bit" if type(bits) is int else str(method)
+
+
 def refuse_quantised(config: Any, path: str, where: str, error: type[KltuneError] = ModelError) -> None:
     """Raise unless a model's configuration says that its weights are stored as they are.
 
-    Quantised ones are rounded, some differently on each device; neither exact KL nor gradients are those of the model.
+    Quantised ones are rounded, some differently on each device; gradients through them are not those of the model.
     """
-    found = next((q for q in _own(config, "quantization_config") + _own(config, "compression_config") if q), None)
-    if found is not None:
-        stored = found if isinstance(found, dict) else vars(found)
-        method = getattr(stored.get("quant_method"), "value", stored.get("quant_method")) or "an unnamed method"
+    if method := quantisation_of(config):
         raise error(
             f"{where}: {path} is quantised ({method}); give the unquantised model, also for an adapter trained on this "
-            "one (--reference, or model.path in a recipe)."
+            "one. Quantised models are measured (kltune eval-kl, sample), and nothing is trained on or merged into one."
         )
+
+
+def refuse_unmeasured(config: Any, path: str, where: str) -> None:
+    """Raise ModelError for a model that is quantised in a way that nothing here computes; names what is missing."""
+    method = quantisation_of(config)
+    if method is None:
+        return
+    needed = MEASURED.get(method.partition(",")[0])
+    if needed is None:
+        raise ModelError(f"{where}: {path} is quantised ({method}); kltune measures models of "
+                         f"{', '.join(MEASURED)} and GGUF files. Give the unquantised model.")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        named = " ".join(name.replace("_", "-") for name in missing)
+        install = "'kltune[quant]'" if IN_EXTRA.issuperset(missing) else named
+        raise ModelError(f"{where}: {path} is quantised ({method}), which needs {named} to be computed, not installed "
+                         f"here: pip install {install}.")
 
 
 def _own(config: Any, name: str) -> list[Any]:

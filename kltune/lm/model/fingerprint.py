@@ -5,7 +5,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from kltune.errors import ModelError
 from kltune.lm.data.chat import template_of
-from kltune.lm.model.files import say_once
+from kltune.lm.model.files import quantisation_of, say_once
 from kltune.recipe import ModelSection
 
 # Lines of a README: what the SFT adapter changes in one of two tied layers must not reach the other when it is merged.
@@ -55,7 +55,7 @@ class Fingerprint:
     float32. config: the settings of config.json that can move a logit. ends: the fields of its EndTokens. probe: a few
     of its logits on a few tokens, as ``probed`` picks them. The last three are empty where they are not known, the
     probe also of a model that computes in another dtype than its own. base: of an adapter at ``path`` that is the
-    reference, the model it lies on; sha256 is then of both.
+    reference, the model it lies on; sha256 is then of both. quantization: how the weights are rounded, if they are.
     """
 
     path: str
@@ -72,6 +72,7 @@ class Fingerprint:
     ends: dict[str, Any] = field(default_factory=dict)
     probe: list[float] = field(default_factory=list)
     base: str | None = None
+    quantization: str | None = None
 
     @classmethod
     def of(cls, section: ModelSection, model: nn.Module, tokenizer) -> "Fingerprint":
@@ -85,6 +86,7 @@ class Fingerprint:
             tokenizer_sha256=tokenizer_sha256(tokenizer),
             template_sha256=sha256_text(template_of(tokenizer)),
             config=settings_of(model.config),
+            quantization=quantisation_of(model.config),
         )
 
     def of_adapter(self, path: str, weights: dict[str, Tensor]) -> "Fingerprint":
@@ -144,6 +146,7 @@ class Fingerprint:
             merged = f" + {self.sft_adapter}" + (f" ({', '.join(said)})" if said else "")
         merged = ("" if self.base is None else f" on {self.base}") + merged
         off = " (adapter off)" if own else ""
+        merged += "" if self.quantization is None else f", quantised ({self.quantization})"
         return f"reference = {self.path}{merged}, frozen, {self.dtype}, sha256 {self.sha256[:12]}{off}"
 
     def how_to_load(self, what: str = "LoRA adapter", imports: str = "", use: str = "") -> str:
@@ -181,6 +184,7 @@ def weights_sha256(tensors: dict[str, Tensor], where: str = "the model") -> str:
         ModelError: a number in a tensor is NaN or infinite; ``where`` begins the message.
     """
     digest, seen, said, hashed = hashlib.sha256(), set(), time.monotonic(), 0
+    tensors = dict(_unwrapped(tensors))
     for name in sorted(tensors):
         if time.monotonic() - said > SAID_EVERY:
             said = time.monotonic()
@@ -199,6 +203,15 @@ def weights_sha256(tensors: dict[str, Tensor], where: str = "the model") -> str:
         hashed += tensor.numel() * tensor.element_size()
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by name; of one that stands for packed numbers, the tensors that it holds."""
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "__tensor_flatten__"):
+            yield from _unwrapped({f"{name}.{part}": getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]})
+        else:
+            yield name, tensor
 
 
 def tokenizer_sha256(tokenizer) -> str:

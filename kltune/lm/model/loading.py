@@ -1,6 +1,7 @@
 """Read models and tokenizers from a folder or the hub, and say exactly which ones they were."""
 
 import importlib.util
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,11 +21,13 @@ from kltune.lm.data.foreign import read_json
 from kltune.lm.machine.out_of_memory import LOADING, phase
 from kltune.lm.model.files import (
     check_all_read,
+    quantisation_of,
     reading,
     refuse_code,
     refuse_other_heads,
     refuse_oversized,
     refuse_quantised,
+    refuse_unmeasured,
     say_once,
 )
 from kltune.lm.model.fingerprint import (
@@ -159,13 +162,15 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
 
     Raises:
         ModelError: missing, damaged, not a causal LM, pickled weights only, a tensor missing or of another shape, or
-            an adapter, which leaves the reference unsaid.
+            an adapter, which leaves the reference unsaid; quantised in a way that cannot be computed here.
     """
     path = section.path
     if is_gguf(path):
         return _unpacked(section, device, where)
     config = read_config(section, where)
     named = where if section.attention == "auto" else "model.attention"
+    rounded = quantisation_of(config) is not None
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)       # or it tells at each product what it rounds
     with phase(LOADING, device), reading(path, named, failed=NO_CAUSAL):
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
@@ -177,12 +182,17 @@ def load_base(section: ModelSection, device: torch.device, where: str = "model.p
             ignore_mismatched_sizes=True,  # reported, and refused below
             **_attention(section.attention, device),
             **_locality(path),
+            **({"device_map": {"": device}} if rounded else {}),      # what is packed is put there once, and not moved
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(f"{where}: {path} is an adapter, not a model; give its base as model.path.")
     check_all_read(model, report, path, where)
+    for layer in model.modules():
+        # A way of bitsandbytes for such CPUs: rounds to bfloat16, and is wrong once state_dict was called (0.50).
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     with phase(LOADING, device):
-        return model.to(device)
+        return model if rounded else model.to(device)
 
 
 def empty_base(section: ModelSection, device: torch.device, where: str = "model.path") -> nn.Module:
@@ -197,11 +207,12 @@ def empty_base(section: ModelSection, device: torch.device, where: str = "model.
     return model
 
 
-def read_config(section: ModelSection, where: str = "model.path") -> Any:
-    """The configuration of a causal LM that can be loaded, as far as can be seen without its weights.
+def read_config(section: ModelSection, where: str = "model.path", *, to_train: bool = False) -> Any:
+    """The configuration of a causal LM that can be loaded, or trained, as far as can be seen without its weights.
 
     Raises:
-        ModelError: missing, no causal LM, an adapter, quantised, or one that would have code run.
+        ModelError: missing, no causal LM, an adapter, quantised (to be trained at all, or in a way that nothing here
+            measures), or one that would have code run.
     """
     path = section.path
     if is_gguf(path):
@@ -214,16 +225,23 @@ def read_config(section: ModelSection, where: str = "model.path") -> Any:
     refuse_code(path, where, trusted=section.trust_remote_code)
     with reading(path, where, failed=NO_CAUSAL):
         config = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code, **_locality(path))
-    refuse_quantised(config, path, where)
+    (refuse_quantised if to_train else refuse_unmeasured)(config, path, where)
     refuse_other_heads(config, path, where)
     refuse_oversized(config, path, where, ModelError, AutoModelForCausalLM.from_config)
     return config
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The same model, computing in a dtype: its weights rounded to it, but those that its class keeps in float32."""
+    """The same model, computing in a dtype: its weights rounded to it, but those that its class keeps in float32.
+
+    Raises:
+        ModelError: its weights are quantised, and packed in numbers that no rounding may touch.
+    """
     if model.get_input_embeddings().weight.dtype == dtype:
         return model
+    if method := quantisation_of(model.config):
+        raise ModelError(f"--dtype: {model.name_or_path} is quantised ({method}) and was loaded in "
+                         f"{model.get_input_embeddings().weight.dtype}; wanted auto, float32 or bfloat16.")
     kept = [*(getattr(model, "_keep_in_fp32_modules", None) or ()),
             *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
     for name, tensor in model.named_parameters():
@@ -363,17 +381,23 @@ def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _published_in_half(config) and device.type == "cuda" else torch.float32
 
 
-def to_train(section: ModelSection, device: torch.device) -> ModelSection:
+def to_train(section: ModelSection, device: torch.device, *, full: bool = False) -> ModelSection:
     """The section with what ``model.dtype: auto`` comes to in a training, which on a CPU is not what measuring takes.
 
     A CPU that multiplies bfloat16 itself trains a model that is published in half precision and at least 512 wide as a
-    GPU does, in bfloat16: a step took .71 to .5 of the time in float32 at 512 and 576, and .8 at 256.
+    GPU does, in bfloat16: a step took .71 to .5 of the time in float32 at 512 and 576, and .8 at 256. full: every
+    weight is trained, which is never done in bfloat16.
+
+    Raises:
+        ModelError: quantised; or as ``read_config``.
     """
+    if is_gguf(section.path):       # unpacked as it is loaded
+        return section
+    config = read_config(section, to_train=True)
     processor = getattr(torch.cpu, "get_capabilities", dict)()
     native = processor.get("avx512_bf16") or processor.get("amx_bf16")
-    if section.dtype != "auto" or device.type != "cpu" or not native or is_gguf(section.path):
+    if full or section.dtype != "auto" or device.type != "cpu" or not native:
         return section
-    config = read_config(section)
     wide = (getattr(config.get_text_config(), "hidden_size", None) or 0) >= WIDE
     return section.model_copy(update={"dtype": "bfloat16"}) if wide and _published_in_half(config) else section
 

@@ -33,7 +33,7 @@ from kltune.lm.fast.shared_prefix import NO_CACHE
 from kltune.lm.machine.sharding import ShardedLayers
 from kltune.lm.model.adapters.weights import AdapterSwitch
 from kltune.lm.model.batches import FixedRows, Parts
-from kltune.lm.model.files import reading
+from kltune.lm.model.files import quantisation_of, reading
 
 # float32 logits that may exist at once, per model. On a CPU more are slower: what is made of them is fresh memory each
 # time; 64 MB took 1.6 times as long as 8 to measure KL at V = 8,192, 1.7 at 32,000. A GPU wants large launches.
@@ -160,6 +160,12 @@ class Network:
         return self.causal.get_input_embeddings().weight.dtype
 
     @property
+    def rounds_as(self) -> torch.dtype:
+        """The dtype by whose rounding its numbers may move; some backends of quantised models round inputs too."""
+        quantised = self.dtype == torch.float32 and quantisation_of(self.causal.config) is not None
+        return torch.float16 if quantised else self.dtype
+
+    @property
     def hidden_size(self) -> int:
         """Width of the hidden states; ModelError where a model gives none."""
         if self._width is None:
@@ -226,7 +232,8 @@ class Network:
         or functions that give those of a slice.
         """
         head, rows = self.head, self.chunk_rows
-        if self.split and type(head) is nn.Linear and not any(tensor.requires_grad for tensor in head.parameters()):
+        plain = self.split and type(head) is nn.Linear and type(head.weight) is nn.Parameter      # not a packed one
+        if plain and not any(tensor.requires_grad for tensor in head.parameters()):
             return through_head(hidden, head.weight, head.bias, reader, others, rows, self.after)
 
         def some(states: Tensor, part: slice) -> tuple[Tensor, ...]:

@@ -27,7 +27,7 @@ from kltune.lm.model.adapters.weights import (
     wrap,
 )
 from kltune.lm.model.batches import Rollout, pad_right
-from kltune.lm.model.files import reading, refuse_code
+from kltune.lm.model.files import quantisation_of, reading, refuse_code
 from kltune.lm.model.fingerprint import Fingerprint, probed
 from kltune.lm.model.loading import (
     check_made_for,
@@ -66,7 +66,7 @@ def load_policy(
     Raises:
         ModelError: missing, not a causal LM, an adapter, a tokenizer that differs, or a base-changing SFT adapter.
     """
-    section = section if lora is None else to_train(section, device)
+    section = to_train(section, device, full=lora is None)
     policy = load_reference(section, device=device, full=lora is None, chat_template=chat_template)
     if lora is not None:
         policy.add_adapter(lora)
@@ -122,7 +122,8 @@ def empty_policy(
 
     Its tokenizer is real, so that rows become tokens; raises as ``load_policy``, but for what is wrong with weights.
     """
-    section = section.model_copy(update={"dtype": "float32"}) if lora is None else to_train(section, device)
+    section = to_train(section, device, full=lora is None)
+    section = section.model_copy(update={"dtype": "float32"}) if lora is None else section
     model = empty_base(section, device)
     tokenizer = load_tokenizer(section.path, section.trust_remote_code)
     tokenizer.chat_template = chat_template or tokenizer.chat_template
@@ -304,9 +305,16 @@ def check_causal(network: Network, what: str) -> None:
     first, second, both = (network.logits(network.hidden(ids)).float() for ids in (one, other, torch.cat([one, other])))
     if not torch.isfinite(both).all():
         raise ModelError(f"{what}: its logits are not finite; are its files whole?")
-    dtype = next(network.causal.parameters()).dtype
+    dtype = network.rounds_as
     # Wanted is what holds, not its contrary: NaN is above no limit.
-    if not (moved := _moved(first[:, :cut], second[:, :cut])) <= LEAK.get(dtype, NARROW):
+    moved, quantised = _moved(first[:, :cut], second[:, :cut]), quantisation_of(network.causal.config)
+    if quantised and not moved <= NARROW:
+        raise ModelError(
+            f"{what}: quantised ({quantised}), it rounds by what else is in the batch, and the logits move by "
+            f"{moved:.3g} of their size with it: no number would hold. bitsandbytes in 8 bit does that where inputs of "
+            "its layers are large. Give the weights as the numbers that they stand for: kltune explain references."
+        )
+    if not moved <= LEAK.get(dtype, NARROW):
         raise ModelError(
             f"{what} reads the tokens it is to predict: other tokens at the end move the logits before them, by "
             f"{moved:.3g} of their size. Wanted a causal language model."

@@ -83,7 +83,8 @@ def sample_rollout(
         policy, samples, temperature, exact=exact, from_reference=from_reference, by_token=by_token, keep=keep
     )
     mask = samples.response_mask
-    check_sampler(samples, rollout.logprobs, mask, policy.dtype)
+    speaks = policy.held.network if from_reference else policy.network
+    check_sampler(samples, rollout.logprobs, mask, speaks.rounds_as)
     # The sampler saw the tokens one at a time in other batches: in a narrow dtype as another policy would.
     return replace(rollout, rounding=kl_k3(samples.logprobs, rollout.logprobs, mask))
 

@@ -14,6 +14,7 @@ from typing import Any
 from kltune.core.kl.intervals import rank_correlation
 from kltune.errors import DataError
 from kltune.lm.data.foreign import read_json
+from kltune.lm.model.files import say_once
 from kltune.report.frontier.points import FrontierPoint
 from kltune.report.plots import Z95, Curve, CurvePoint, Frame, curve_svg
 from kltune.run.screen import number
@@ -35,9 +36,15 @@ def read_scores(path: str) -> list[Benchmarked]:
     """The checkpoints of a file, with their scores.
 
     Raises:
-        DataError: it is none of the three kinds, or names no checkpoint.
+        DataError: it is none of the three kinds, names no checkpoint, or has no score that is a number.
     """
+    if path.endswith(".eval"):
+        raise DataError(f"--scores: {path} is a packed log of inspect; wanted one in JSON: inspect log convert {path} "
+                        "--to json --output-dir DIR, or inspect eval --log-format json.")
     content = read_json(Path(path), DataError, dict[str, Any], "--scores", finite=False)
+    if isinstance(content.get("eval"), dict) and content.get("status", "success") != "success":
+        raise DataError(f"{path}: a log of inspect whose status is {str(content['status'])[:40]!r}, wanted 'success': "
+                        "the evaluation did not end.")
     if isinstance(content.get("results"), dict) and isinstance(content.get("eval"), dict):
         found = [_of_inspect(path, content)]
     elif isinstance(content.get("results"), dict):
@@ -51,38 +58,69 @@ def read_scores(path: str) -> list[Benchmarked]:
         )
     for one in found:
         if not one.tasks:
-            raise DataError(f"{path}: no score of a task in it.")
+            raise DataError(f"{path}: no score of a task in it; wanted {', '.join(FIRST)}, or a figure that its "
+                            "higher_is_better speaks of.")
     return found
 
 
 def _of_harness(path: str, content: dict[str, Any]) -> Benchmarked:
+    """Each task, or each of its filters where it has several; of a group that stands beside its tasks, the tasks."""
     arguments = _object(content.get("config")).get("model_args")
     if isinstance(arguments, str):
         arguments = dict(part.partition("=")[::2] for part in arguments.split(","))
     arguments = _object(arguments)
     checkpoint = arguments.get("peft") or arguments.get("pretrained") or content.get("model_name")
-    tasks = {}
-    for task, figures in content["results"].items():
-        numbers = {name.split(",")[0]: value for name, value in _object(figures).items() if _is_number(value)}
-        tasks |= _score(task, numbers, numbers)
+    results, members = content["results"], _object(content.get("group_subtasks"))
+    tasks: dict[str, Any] = {}
+    for task, figures in results.items():
+        if any(member in results for member in members.get(task) or ()):
+            continue
+        filters: dict[str, dict[str, Any]] = {}
+        for name, value in _object(figures).items():
+            metric, comma, chosen = name.partition(",")
+            if comma:       # else it describes the task
+                filters.setdefault(chosen, {})[metric] = value
+        rising = _object(_object(content.get("higher_is_better")).get(task))
+        for chosen, metrics in filters.items():
+            named = f"{task}/{chosen}" if len(filters) > 1 else task
+            tasks |= _score(path, named, metrics, metrics, [name for name in metrics if rising.get(name)])
     return _named(path, checkpoint, tasks)
 
 
 def _of_inspect(path: str, content: dict[str, Any]) -> Benchmarked:
+    """Each scorer of the task, by each reducer of epochs where it has several."""
     told = content["eval"]
     checkpoint = _object(told.get("model_args")).get("model_path") or str(told.get("model", "")).removeprefix("hf/")
-    tasks = {}
+    tasks: dict[str, Any] = {}
     scores = content["results"].get("scores")
-    for score in map(_object, scores if isinstance(scores, list) else []):
+    scores = [_object(score) for score in (scores if isinstance(scores, list) else [])]
+    names = [score.get("name") for score in scores]
+    for score in scores:
         metrics = {name: _object(metric).get("value") for name, metric in _object(score.get("metrics")).items()}
-        numbers = {name: value for name, value in metrics.items() if _is_number(value)}
-        tasks |= _score(f"{told.get('task')}/{score.get('name')}", numbers, {"accuracy_stderr": numbers.get("stderr")})
+        several = names.count(score.get("name")) > 1
+        named = f"{told.get('task')}/{score.get('name')}" + (f"/{score.get('reducer')}" if several else "")
+        rising = [name for name in metrics if "std" not in name and name != "var"]
+        tasks |= _score(path, named, metrics, {f"{name}_stderr": metrics.get("stderr") for name in metrics}, rising)
     return _named(path, checkpoint, tasks)
 
 
-def _score(task: str, numbers: dict[str, float], errors: dict[str, float | None]) -> dict[str, Any]:
-    name = next((name for name in FIRST if name in numbers), None)
-    return {} if name is None else {task: (float(numbers[name]), errors.get(f"{name}_stderr"))}
+def _score(
+    path: str, task: str, metrics: dict[str, Any], errors: dict[str, Any], rising: Sequence[str]
+) -> dict[str, tuple[float, float | None]]:
+    """A task's score with its standard error: the first figure of ``FIRST``, or else of those that are to be high.
+
+    Raises:
+        DataError: it is no finite number.
+    """
+    name = next((name for name in (*FIRST, *rising) if name in metrics), None)
+    if name is None:
+        found = ", ".join(sorted(metrics)[:5]) or "no figures"
+        say_once(f"note: {path}: {task} has {found}, none known to be better when higher; it is left out.")
+        return {}
+    if not _is_number(metrics[name]):
+        raise DataError(f"{path}: {name} of {task} is {str(metrics[name])[:40]}; wanted a finite number.")
+    stderr = errors.get(f"{name}_stderr")
+    return {task: (float(metrics[name]), float(stderr) if _is_number(stderr) else None)}
 
 
 def _named(path: str, checkpoint: Any, tasks: dict[str, Any]) -> Benchmarked:

@@ -25,13 +25,13 @@ from tests.tiny_policies import VOCABULARY, save_tiny_model, tiny_config, word_t
 
 CPU = torch.device("cpu")
 METHODS = {
-    "gptq": {"quant_method": "gptq", "bits": 4},
-    "awq": {"quant_method": "awq", "bits": 4, "version": "gemm"},
-    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "gptq, 4 bit": {"quant_method": "gptq", "bits": 4},
+    "awq, 4 bit": {"quant_method": "awq", "bits": 4, "version": "gemm"},
+    "bitsandbytes, 4 bit": {"quant_method": "bitsandbytes", "load_in_4bit": True},
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
     "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     "of an unknown kind": {"quant_method": "of an unknown kind"},
-    "an unnamed method": {"bits": 4},
+    "an unnamed method, 4 bit": {"bits": 4},
 }
 
 

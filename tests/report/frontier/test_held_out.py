@@ -68,6 +68,72 @@ def test_logs_of_inspect_and_plain_scores_are_read_too(tmp_path, points):
     assert held_out_document(points, [plain])["rank_correlation"] == 1.0
 
 
+def as_lm_eval_writes(folder, results, **more):
+    """A file of lm-evaluation-harness 0.4.13, but for what nobody reads."""
+    return written(folder / "results_2026-11-30T10-24-53.142238.json", {
+        "results": results, "group_subtasks": {}, "configs": {}, "versions": {}, "n-shot": {}, "n-samples": {},
+        "higher_is_better": {}, "git_hash": None, "model_source": "hf", "model_name": str(folder / "a"),
+        "config": {"model": "hf", "model_args": {"pretrained": "base", "peft": str(folder / "a"), "dtype": "float32"}},
+    } | more)
+
+
+def scores_of(path) -> dict[str, tuple[float, float | None]]:
+    (one,) = read_scores(path)
+    return one.tasks
+
+
+def test_a_file_as_the_harness_writes_it(tmp_path, points, capsys):
+    arc = {"name": "arc", "alias": "arc", "sample_len": 40, "acc,none": 0.5, "acc_stderr,none": 0.08}
+    assert scores_of(as_lm_eval_writes(tmp_path, {"arc": arc})) == {"arc": (0.5, 0.08)}
+    # a group beside its tasks would count them twice
+    part = {"acc,none": 0.2, "acc_stderr,none": "N/A"}
+    grouped = {"mmlu": {"acc,none": 0.3, "acc_stderr,none": 0.01}, "mmlu_x": part}
+    assert scores_of(as_lm_eval_writes(tmp_path, grouped, group_subtasks={"mmlu": ["mmlu_x"], "mmlu_x": []})) == {
+        "mmlu_x": (0.2, None)}
+    alone = as_lm_eval_writes(tmp_path, grouped, group_subtasks={"mmlu": ["elsewhere"]})
+    assert scores_of(alone)["mmlu"] == (0.3, 0.01)
+    # two filters are two scores
+    filtered = {"exact_match,strict-match": 0.1, "exact_match_stderr,strict-match": 0.01,
+                "exact_match,flexible-extract": 0.3, "exact_match_stderr,flexible-extract": 0.02}
+    assert scores_of(as_lm_eval_writes(tmp_path, {"gsm8k": filtered})) == {
+        "gsm8k/strict-match": (0.1, 0.01), "gsm8k/flexible-extract": (0.3, 0.02)}
+    # other figures count where the file says that high is good; perplexity is left out, and that is said
+    odd = {"cola": {"mcc,none": 0.2, "mcc_stderr,none": 0.03}, "wiki": {"word_perplexity,none": 12.0}}
+    better = {"cola": {"mcc": True}, "wiki": {"word_perplexity": False}}
+    assert scores_of(as_lm_eval_writes(tmp_path, odd, higher_is_better=better)) == {"cola": (0.2, 0.03)}
+    assert "wiki has word_perplexity" in capsys.readouterr().err
+    with pytest.raises(DataError, match="no score of a task in it; wanted acc_norm"):
+        read_scores(as_lm_eval_writes(tmp_path, odd))
+    with pytest.raises(DataError, match="acc of arc is nan; wanted a finite number"):
+        read_scores(as_lm_eval_writes(tmp_path, {"arc": {"acc,none": float("nan")}}))
+
+
+def test_a_log_as_inspect_writes_it(tmp_path):
+    def logged(scores, **more):
+        return written(tmp_path / "2026-11-30T10-26-51-00-00_says_cUVUnC478TfvEQLbb6K664.json", {
+            "version": 2, "status": "success", "plan": {}, "samples": [],
+            "results": {"total_samples": 6, "scores": scores},
+            "eval": {"task": "says", "model": "hf/x", "model_args": {"model_path": str(tmp_path / "a")}},
+        } | more)
+
+    def score(name, value, **more):
+        return {"name": name, "scorer": name, "params": {}, **more, "metrics": {
+            "accuracy": {"name": "accuracy", "value": value, "params": {}},
+            "stderr": {"name": "stderr", "value": 0.2, "params": {}}}}
+
+    assert scores_of(logged([score("includes", 0.5), score("match", 0.0)])) == {
+        "says/includes": (0.5, 0.2), "says/match": (0.0, 0.2)}
+    twice = [score("match", 0.5, reducer="mean"), score("match", 0.8, reducer="pass_at_2")]
+    assert scores_of(logged(twice)) == {"says/match/mean": (0.5, 0.2), "says/match/pass_at_2": (0.8, 0.2)}
+    mean = {"name": "grade", "metrics": {"stderr": {"value": 0.1}, "mean": {"value": 3.0}}}
+    assert scores_of(logged([mean])) == {"says/grade": (3.0, 0.1)}
+    with pytest.raises(DataError, match="whose status is 'error', wanted 'success'"):
+        read_scores(logged([], status="error", results=None))
+    (tmp_path / "a.eval").write_bytes(b"PK\x03\x04")
+    with pytest.raises(DataError, match=r"inspect log convert .*--to json"):
+        read_scores(str(tmp_path / "a.eval"))
+
+
 def test_only_tasks_that_all_have_are_compared(tmp_path, points):
     files = [harness(tmp_path, "a", 0.5, more={"acc,none": 0.1}), harness(tmp_path, "b", 0.6)]
     assert held_out_document(points, files)["tasks"] == ["arc", "story"]
