@@ -36,7 +36,7 @@ from kltune.cli.options import (
     refuse_untrusted,
     whole,
 )
-from kltune.cli.output import as_user_error, complain, emit, emit_document, result_text
+from kltune.cli.output import as_user_error, complain, emit, emit_document, plan_text, result_text
 from kltune.cli.recipes import look_before_running, recipes
 from kltune.cli.sample import compare_command, sample_command
 from kltune.cli.streams import LossyText, guard_streams, has_no_reader, leave_stdout
@@ -111,7 +111,7 @@ def add_stage(stage: str, summary: str) -> None:
             print(f"{stage} {loaded.name}: looking at what it names, then loading the libraries", file=sys.stderr)
         look_before_running(loaded)
         if dry_run:
-            from kltune.train.plan import plan, plan_text
+            from kltune.train.plan import plan
 
             return emit_document(plan(loaded), as_json, plan_text)
         in_processes(context, loaded.run.processes, stage=True)

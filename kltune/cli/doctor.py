@@ -16,6 +16,7 @@ from kltune import __version__
 from kltune.cli.options import JSONOption
 from kltune.cli.output import emit_document
 from kltune.errors import InputError, KltuneError
+from kltune.run.screen import GB
 
 EXTRAS = {
     "tensorboard": "curves while training", "trackio": "curves while training, kept here",
@@ -172,7 +173,7 @@ def setting_findings() -> Iterator[Finding]:
 def model_findings(model: str) -> list[Finding]:
     """What each stage would take on a model, against what is there; then a step with it, where that fits."""
     print(f"looking at {model}: its configuration, then a step with it", file=sys.stderr)
-    from kltune.train.plan import ANSWERED, ASKED, GB, plans_for
+    from kltune.train.plan import ANSWERED, ASKED, plans_for
 
     found: list[Finding] = []
     try:

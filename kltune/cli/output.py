@@ -14,7 +14,7 @@ from kltune.recipe import RecipeFaults
 from kltune.recipe.faults import redact, visible
 from kltune.report.ci import escaped
 from kltune.run.files import CANNOT_WRITE, refused, to_json
-from kltune.run.screen import apart, duration, interval, number, undressed, wants_colour, with_error
+from kltune.run.screen import GB, apart, duration, interval, number, undressed, wants_colour, with_error
 from kltune.run.subprocesses import is_extra_process
 
 GATE = 1.25     # times the target: what the command that is suggested allows
@@ -152,3 +152,31 @@ def _folder_is_gone() -> bool:
     except FileNotFoundError:
         return True
     return False
+
+
+def plan_text(document: dict[str, Any]) -> str:
+    """The document of a dry run for people."""
+    memory, disk, tokens = document["memory"], document["disk"], document["tokens"]
+    lines = [f"{document['stage']} would run on {document['device']} in {document['dtype']}: "
+             f"{number(document['parameters']['all'])} parameters, {number(document['parameters']['trained'])} trained"]
+    for key, rows in document["rows"].items():
+        lost = [f"{rows[name]:,} {name}" for name in ("truncated", "dropped", "skipped") if rows[name]]
+        lines.append(f"  {key}: {rows['kept']:,} of {rows['read']:,} rows{f' ({chr(44).join(lost)})' if lost else ''}")
+    lines.append(f"  {document['steps']:,} steps, {document['epochs']:.3g} times through the rows; at most "
+                 f"{tokens['per_step']:,} tokens a step, {tokens['total']:,} in all")
+    phases = {name: memory["held"] + more for name, more in ({"held all the time": 0} | memory["phases"]).items()}
+    lines += [f"  memory, {name:<17} {value / GB:8.2f} GB" for name, value in phases.items()]
+    if memory["processes"] > 1:
+        base = "a piece of each layer of the base" if memory["shard"] == "full" else "the whole base"
+        lines.append(f"  {memory['processes']} processes share the work, and each of them holds {base}")
+    verdict, beside = "fits" if memory["fits"] else "DOES NOT FIT", memory["processes_on_a_device"]
+    peak, planned = apart(memory["peak"] / GB, memory["planned"] / beside / GB, places=2)
+    shared = f"; {beside} processes share it" if beside > 1 else ""
+    lines.append(f"  {verdict}: {peak} GB at the peak; {planned} GB are planned "
+                 f"with, of {memory['there'] / GB:.2f} GB{shared}")
+    lines.append(f"  trained on at once: {memory['trained_at_once']} rows of {memory['tokens_of_a_row']} tokens"
+                 + (", their layers computed again" if memory["checkpointed"] else "")
+                 + f"; up to {memory['largest_micro_batch']} would fit")
+    lines.append(f"  disk: {disk['needed'] / GB:.2f} GB in {document['output']}, {disk['free'] / GB:.1f} GB free")
+    lines.append("nothing was loaded and nothing written; the recipe as it would run: kltune recipe check")
+    return "\n".join(lines)

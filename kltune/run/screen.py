@@ -13,6 +13,7 @@ from kltune.recipe.faults import redact, visible
 SILENCE_SECONDS = 4.0       # that a user waits at most before a line says what is being done
 FIRST_SECONDS = 1.5         # the same, from the start of a command
 ABSENT = "–"
+GB = 1e9        # bytes
 LEAST_DIGITS, MOST_DIGITS = 3, 12     # that count: of a number alone, and those by which two numbers differ
 OWN_DIGITS = 10         # of a number that a user wrote, without the noise of binary fractions
 MOST_PLACES = 6         # of a number with an error; beyond these each has its own digits

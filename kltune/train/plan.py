@@ -36,11 +36,10 @@ from kltune.recipe import (
 )
 from kltune.run.checkpoint import resolve_checkpoint
 from kltune.run.optimizer import total_steps
-from kltune.run.screen import apart, doing, number
+from kltune.run.screen import GB, doing
 from kltune.run.subprocesses import device_count
 from kltune.train.teacher import rules_of, told
 
-GB = 1e9
 ASKED, ANSWERED = 256, 128      # tokens of a usual row
 SAMPLED = "ppo", "trpo", "distill"      # stages that learn from what the policy says
 MODEL_STAGES = {"sft": {"texts": "t"}, "ppo": {"prompts": "p"}, "trpo": {"prompts": "p"}, "dpo": {"pairs": "p"},
@@ -382,31 +381,3 @@ def plans_for(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield stage, memory_of(
             recipe, policy, sizes, there=device_bytes(device), device=device.type, steps=1, trains=stage != "eval-kl"
         )
-
-
-def plan_text(document: dict[str, Any]) -> str:
-    """The document of a dry run for people."""
-    memory, disk, tokens = document["memory"], document["disk"], document["tokens"]
-    lines = [f"{document['stage']} would run on {document['device']} in {document['dtype']}: "
-             f"{number(document['parameters']['all'])} parameters, {number(document['parameters']['trained'])} trained"]
-    for key, rows in document["rows"].items():
-        lost = [f"{rows[name]:,} {name}" for name in ("truncated", "dropped", "skipped") if rows[name]]
-        lines.append(f"  {key}: {rows['kept']:,} of {rows['read']:,} rows{f' ({chr(44).join(lost)})' if lost else ''}")
-    lines.append(f"  {document['steps']:,} steps, {document['epochs']:.3g} times through the rows; at most "
-                 f"{tokens['per_step']:,} tokens a step, {tokens['total']:,} in all")
-    phases = {name: memory["held"] + more for name, more in ({"held all the time": 0} | memory["phases"]).items()}
-    lines += [f"  memory, {name:<17} {value / GB:8.2f} GB" for name, value in phases.items()]
-    if memory["processes"] > 1:
-        base = "a piece of each layer of the base" if memory["shard"] == "full" else "the whole base"
-        lines.append(f"  {memory['processes']} processes share the work, and each of them holds {base}")
-    verdict, beside = "fits" if memory["fits"] else "DOES NOT FIT", memory["processes_on_a_device"]
-    peak, planned = apart(memory["peak"] / GB, memory["planned"] / beside / GB, places=2)
-    shared = f"; {beside} processes share it" if beside > 1 else ""
-    lines.append(f"  {verdict}: {peak} GB at the peak; {planned} GB are planned "
-                 f"with, of {memory['there'] / GB:.2f} GB{shared}")
-    lines.append(f"  trained on at once: {memory['trained_at_once']} rows of {memory['tokens_of_a_row']} tokens"
-                 + (", their layers computed again" if memory["checkpointed"] else "")
-                 + f"; up to {memory['largest_micro_batch']} would fit")
-    lines.append(f"  disk: {disk['needed'] / GB:.2f} GB in {document['output']}, {disk['free'] / GB:.1f} GB free")
-    lines.append("nothing was loaded and nothing written; the recipe as it would run: kltune recipe check")
-    return "\n".join(lines)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from kltune.cli.output import plan_text
 from kltune.lm.machine.live_bytes import LiveBytes
 from kltune.lm.measure.footprint import Footprint
 from kltune.lm.model.opening import empty_policy, load_policy
@@ -19,7 +20,7 @@ from kltune.recipe import LoraSection, ModelSection, load_recipe
 from kltune.run.recorder import Report
 from kltune.train import plan as planning
 from kltune.train.evaluation import finish
-from kltune.train.plan import plan, plan_text, shard_line, shard_of
+from kltune.train.plan import plan, shard_line, shard_of
 from tests.core.test_ranks import as_several
 from tests.tiny_policies import SPECIAL, word_tokenizer
 from tests.train.test_dry_run import RUN, write_recipe
