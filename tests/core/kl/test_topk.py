@@ -151,17 +151,15 @@ def test_95_percent_intervals_of_whole_responses_hold_the_exact_kl_95_times_in_1
     bias = (gap.mean() / (gap.std() / count**0.5)).item()
     lost = (pool[f"{k} renormalised"].mean() / truth.mean() - 1.0).item()
     torch.manual_seed(k)
-    held = within = 0.0
+    held = 0.0
     for _ in range(4000):
         kl = summarize("topk", estimate[torch.randint(count, (256,))], torch.full((256,), 24.0), torch.arange(256))
-        within += (abs(kl.nats_per_response - truth.mean()) <= 1.96 * kl.stderr).item() / 4000
         held += (kl.ci[0] <= truth.mean() <= kl.ci[1]).item() / 4000
     ratios = {name: (pool[name].std() / truth.std()).item() for name in (f"{k}", "k1")}
-    print(f"k {k}: KL {truth.mean():.3f}, bias {bias:+.2f} SE, spread {ratios} of exact, ± 1.96 SE holds {within:.4f}, "
-          f"the interval {held:.4f}, renormalised {lost:+.1%}")
+    print(f"k {k}: KL {truth.mean():.3f}, bias {bias:+.2f} SE, spread {ratios} of exact, the interval holds "
+          f"{held:.4f}, renormalised {lost:+.1%}")
     assert abs(bias) < 3.0
-    assert 0.94 <= within <= 0.96
-    assert within <= held <= 0.97           # its ends are the further of two
+    assert 0.94 <= held <= 0.965            # the further of two ends: rather too often than too rarely
     assert 1.0 <= ratios[f"{k}"] < ratios["k1"]
     if k < 64:
         assert lost < -0.01
