@@ -23,7 +23,7 @@ from kltune.run.files import storing
 POLL_SECONDS = 0.05
 # What asks a process to stop: Ctrl-C, a scheduler, a terminal that closes, and a scheduler's warning of its time limit.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-LEAVE_SECONDS = 20.0    # that the others have to end by themselves after one has failed
+LEAVE_SECONDS = 12.0    # that the others have to end by themselves after one has failed; it may wait 10 to be heard
 STARTED = "KLTUNE_STARTED"       # in the environment of processes that a kltune has started, which has looked
 MOST_AUTO = 4           # processes that "auto" starts on a CPU
 PR_SET_PDEATHSIG = 1        # of prctl(2)
