@@ -171,8 +171,18 @@ def device_count() -> int:
 
 def end_with_torchrun() -> None:
     """Be asked to stop where torchrun, which started this process, is killed and can hand nothing on (on Linux)."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal_of_parents_death(signal.SIGTERM)
+
+
+def signal_of_parents_death(number: int) -> None:
+    """What this process is sent when its parent dies; 0: nothing (on Linux).
+
+    Linux sends it for each thread that the parent had. Who has heard the first wants no other, which would be taken for
+    a second Ctrl-C.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _dying_with_parent() -> Callable[[], None] | None:
