@@ -25,7 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from kltune import errors
-from kltune.errors import DivergedError, KltuneError, OutOfMemory, PeerError, RecipeError, StorageError
+from kltune.errors import DivergedError, KltuneError, PeerError, RecipeError, StorageError
 
 Part = TypeVar("Part")
 Row = tuple[Tensor | None, ...]
@@ -164,7 +164,10 @@ def spread(
         if idle is not None:
             error.heard = error.unheard = True
             raise
-        raise _first_failure(_exchange(_failure(error, place)), error) from error
+        failure = _first_failure(_exchange(_failure(error, place)), error)
+        if failure is error:        # which is not its own cause
+            raise
+        raise failure from error
     payloads = _exchange(save({name: tensor.detach().cpu().contiguous() for name, tensor in done.items()}))
     if (failure := _first_failure(payloads)) is not None:
         raise failure
@@ -189,7 +192,10 @@ def gathered(work: Callable[[], Any]) -> list[Any]:
     try:
         value = work()
     except Exception as error:
-        raise _first_failure(_exchange(_failure(error)), error) from error
+        failure = _first_failure(_exchange(_failure(error)), error)
+        if failure is error:        # which is not its own cause
+            raise
+        raise failure from error
     payloads = _exchange(save({"value": _bytes(json.dumps(value).encode())}))
     if (failure := _first_failure(payloads)) is not None:
         raise failure
@@ -254,7 +260,7 @@ def _exchange(payload: bytes, timeout: float | None = None) -> list[bytes]:
 def _failure(error: Exception, place: int = -1) -> bytes:
     """An error as the others hear of it: its kind where a user can put it right, and what it says."""
     kind = next((cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__), None)
-    kind = OutOfMemory.__name__ if errors.is_out_of_memory(error) else kind
+    kind = MemoryError.__name__ if errors.is_out_of_memory(error) else kind     # each says then what to do about it
     text = str(error) if kind is not None else f"{type(error).__name__}: {error}"
     code = getattr(error, "exit_code", 1)
     told = {"place": place, "rank": _here.rank, "kind": kind, "text": text, "code": code}
@@ -275,14 +281,16 @@ def _first_failure(payloads: Sequence[bytes], mine: Exception | None = None) -> 
 
 def _of_process(error: Exception, rank: int) -> Exception:
     """The error, with whose it is where it is that of a process, and not of what the run was given."""
-    if isinstance(error, DivergedError | StorageError):
+    if isinstance(error, DivergedError | StorageError | MemoryError):
         error.process = errors.failed_process(error) or f"process {rank} of {_here.size}, while {_here.phase}: "
     return error
 
 
-def _rebuilt(told: dict[str, Any]) -> KltuneError:
+def _rebuilt(told: dict[str, Any]) -> KltuneError | MemoryError:
     if told["kind"] is None:
         return PeerError(f"process {told['rank']} of {_here.size} failed while {_here.phase}: {told['text']}")
+    if told["kind"] == MemoryError.__name__:
+        return MemoryError(told["text"])
     kind = getattr(errors, told["kind"])
     return kind(told["text"], told["code"] - 128) if kind is errors.Interrupted else kind(told["text"])
 

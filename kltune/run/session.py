@@ -50,7 +50,7 @@ from kltune.run.files import (
 )
 from kltune.run.loggers import wanted_loggers
 from kltune.run.screen import doing
-from kltune.run.subprocesses import end_at_once, on_stop_signals, tell_at_once
+from kltune.run.subprocesses import end_at_once, on_stop_signals, signal_of_parents_death, tell_at_once
 
 Train = Callable[[Any, Policy, "Run"], dict[str, Any]]
 SAME_SIGNAL_SECONDS = 0.1      # `timeout` and wrappers that forward send one signal twice, within milliseconds
@@ -165,6 +165,7 @@ class Run:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.stop_signal is None:
             self.stop_signal, self._signalled_at = number, time.monotonic()
+            signal_of_parents_death(0)
             if ranks.is_first():
                 name = signal.Signals(number).name
                 tell_at_once(f"{name}: finishing this step, then saving; a second signal ends at once.\n")

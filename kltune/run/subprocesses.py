@@ -23,7 +23,7 @@ from kltune.run.files import storing
 POLL_SECONDS = 0.05
 # What asks a process to stop: Ctrl-C, a scheduler, a terminal that closes, and a scheduler's warning of its time limit.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-LEAVE_SECONDS = 20.0    # that the others have to end by themselves after one has failed
+LEAVE_SECONDS = 12.0    # that the others have to end by themselves after one has failed; it may wait 10 to be heard
 STARTED = "KLTUNE_STARTED"       # in the environment of processes that a kltune has started, which has looked
 MOST_AUTO = 4           # processes that "auto" starts on a CPU
 PR_SET_PDEATHSIG = 1        # of prctl(2)
@@ -171,8 +171,18 @@ def device_count() -> int:
 
 def end_with_torchrun() -> None:
     """Be asked to stop where torchrun, which started this process, is killed and can hand nothing on (on Linux)."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal_of_parents_death(signal.SIGTERM)
+
+
+def signal_of_parents_death(number: int) -> None:
+    """What this process is sent when its parent dies; 0: nothing (on Linux).
+
+    Linux sends it for each thread that the parent had. Who has heard the first wants no other, which would be taken for
+    a second Ctrl-C.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _dying_with_parent() -> Callable[[], None] | None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kltune.core import ranks
-from kltune.errors import DivergedError, PeerError, StorageError, failed_process
+from kltune.errors import DivergedError, OutOfMemory, PeerError, StorageError, failed_process
+from kltune.lm.machine.out_of_memory import SAMPLING, phase
 
 
 def as_several(count: int, work: Callable[[int], str | None]) -> list[str]:
@@ -124,6 +125,25 @@ def test_an_error_says_whose_it_is_through_what_it_becomes():
             return repr((again.process, failed_process(again)))
 
     assert as_several(2, told) == ["('', 'process 1 of 2, while updating: ')"] * 2
+
+
+def test_memory_that_ran_out_in_another_process_is_told_as_ones_own():
+    def told(rank: int) -> str:
+        def runs_out(part: int) -> tuple[()]:
+            if part == 1:
+                raise RuntimeError("can't allocate memory: you tried to allocate 4096 bytes")
+            return ()
+
+        try:
+            with ranks.phase("sampling"), phase(SAMPLING, torch.device("cpu")):
+                ranks.spread([0, 1], runs_out)
+        except OutOfMemory as error:
+            cause = error.__cause__
+            return repr((str(error)[:60], failed_process(error) if rank == 0 else "", cause.__cause__ is not cause))
+
+    start = "memory ran out while sampling responses and measuring them: 0.00 GB"[:60]
+    assert as_several(2, told) == [
+        repr((start, "process 1 of 2, while sampling: ", True)), repr((start, "", True))]
 
 
 def test_one_that_comes_late_is_named_with_what_it_is_waited_for():

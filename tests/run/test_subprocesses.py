@@ -15,6 +15,7 @@ from kltune.run.subprocesses import (
     last_lines,
     on_stop_signals,
     run_commands,
+    signal_of_parents_death,
     tell_at_once,
     thread_share,
 )
@@ -133,6 +134,40 @@ def test_no_child_outlives_whoever_runs_it(tmp_path, number):
     while any(Path(f"/proc/{child}").exists() for child in lines()):
         assert time.monotonic() < give_up, "a child is left"
         time.sleep(0.01)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells children that their parent died")
+def test_of_a_parent_with_threads_the_death_is_heard_once():
+    reading, writing = os.pipe()
+
+    def child() -> None:
+        heard = []
+
+        def hear(number, _frame):
+            heard.append(number)
+            signal_of_parents_death(0)
+
+        signal.signal(signal.SIGTERM, hear)
+        signal_of_parents_death(signal.SIGTERM)
+        os.write(writing, b"+")
+        deadline = time.monotonic() + 20
+        while not heard and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.write(writing, str(len(heard)).encode())
+
+    def parent() -> None:
+        start(child)
+        for _ in range(8):
+            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        time.sleep(60)
+
+    pid = start(parent)
+    assert os.read(reading, 1) == b"+"
+    time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    exit_code(pid)
+    assert os.read(reading, 1) == b"1"
 
 
 def test_a_hang_up_that_was_ignored_stays_ignored():

@@ -132,7 +132,7 @@ def test_a_process_that_is_stopped_ends_the_run_after_the_timeout(whole, tmp_pat
     os.kill(stopped, signal.SIGSTOP)
     err = assert_all_end(launcher, process, output, 75)
     assert f"process {rank} of 2 did not come within 3 s (run.timeout_s) while " in err
-    assert ("did not end within 20 s" in err) == (launcher == OWN)
+    assert ("did not end within 12 s" in err) == (launcher == OWN)
 
 
 @pytest.mark.stress
