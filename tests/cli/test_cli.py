@@ -282,7 +282,7 @@ def test_eval_kl_passes_its_options_and_its_exit_code(run, stage, monkeypatch):
                        "--direction", "both", "--json")
     assert (code, json.loads(out)) == (3, document)
     assert seen == [(["a", "b"], {
-        "recipe": None, "reference": None, "prompts": None, "responses": 64, "max_new_tokens": None,
+        "recipe": None, "reference": None, "base": None, "prompts": None, "responses": 64, "max_new_tokens": None,
         "temperature": None, "seed": 0, "max_kl": 8.0, "unit": "nats_per_token", "confidence": 0.95,
         "direction": "both", "texts": None, "top": 10, "show": 3, "auto": False, "max_responses": 4096,
         "top_p": None, "top_k": None, "trust_remote_code": False, "date": None, "device": "auto", "dtype": None,
