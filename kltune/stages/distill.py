@@ -95,7 +95,7 @@ def make_learner(recipe: DistillRecipe, policy: Policy, steps: int) -> Learner:
 def take_step(job: Job, learner: Learner, step: int, teacher: AnyTeacher) -> Taken:
     """One turn of the loop: respond, hold against reference and teacher, price, improve."""
     recipe, clock = job.recipe, Clock()
-    batch = sample_batch(job, learner, step, clock, keep=["ref_states"])
+    batch = sample_batch(job, learner, step, clock, keep=["ref_states", *teacher.keeps])
     rollout = batch.rollout
     seen = teacher.agreement(learner.policy, rollout, recipe.sampling.temperature)
     pull = spread_within_groups(seen.pull(rollout), recipe.sampling.responses_per_prompt)

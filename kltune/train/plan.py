@@ -248,7 +248,7 @@ def kept_of(recipe: Recipe, footprint: Footprint, sizes: Sizes, *selected: int) 
         return 0
     *_, step = answered_rows(recipe, sizes)
     by_head = getattr(section, "baseline", None) == "value" and section.value_function == "head"
-    states = priced + (recipe.stage == "trpo") + by_head
+    states = priced + (recipe.stage == "trpo" or (recipe.stage == "distill" and not section.served)) + by_head
     return footprint.kept(step, states) + sum(footprint.kept(step.of(some), states) for some in {*selected})
 
 

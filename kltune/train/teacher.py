@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -100,12 +100,13 @@ def teacher_metrics(prefix: str, nats: Tensor, tokens: Tensor, clusters: Tensor)
 @dataclass(frozen=True)
 class Teacher:
     """Who is imitated. model: whose network reads. acting: within it, that network is the teacher. note: for the start
-    of a run.
+    of a run. keeps: what ``agreement`` wants of a rollout, to read nothing twice.
     """
 
     model: Policy
     acting: Callable[[], AbstractContextManager[None]]
     note: str
+    keeps: ClassVar[tuple[str, ...]] = ("states",)
 
     @torch.no_grad()
     def logits_behind(self, rollout: Rollout) -> Callable[[slice], Tensor]:
@@ -142,7 +143,9 @@ class Teacher:
         rows = policy.network.batching.to_read(rollout.ids, rollout.scored)
         for part in rows:
             some = rollout.select(torch.tensor(part, device=rollout.ids.device))
-            hidden, tokens = policy.network.before(some.ids, some.scored), some.ids[some.scored]
+            hidden, tokens = some.kept("states"), some.ids[some.scored]
+            if hidden is None:
+                hidden = policy.network.before(some.ids, some.scored)
             behind = self.logits_behind(some)
             found = []
             for start in range(0, len(hidden), policy.network.chunk_rows):
@@ -161,7 +164,6 @@ class Teacher:
         expect_finite("KL(policy ‖ teacher)", kl, logprobs, advice="The teacher gives a token of the policy no chance.")
         return Agreement(kl, logprobs)
 
-
     def held_out(self, prefix: str, policy: Policy, measured: Measurement, temperature: float) -> Metrics:
         """KL(policy ‖ teacher) of the responses of a measurement."""
         kls = [self.agreement(policy, rollout, temperature).kl for rollout in measured.rollouts]
@@ -175,6 +177,7 @@ class ServedTeacher:
 
     server: Server
     note: str
+    keeps: ClassVar[tuple[str, ...]] = ()
 
     def agreement(self, policy: Policy, rollout: Rollout, temperature: float = 1.0) -> Agreement:
         """As ``Teacher.agreement``, by an unbiased estimate; no temperature but 1, at which servers speak.
