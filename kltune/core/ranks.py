@@ -300,11 +300,13 @@ def _say(error: Exception) -> None:
     if getattr(error, "heard", False) or isinstance(error, PeerError):
         return
     try:
-        _exchange(_failure(_of_process(error, _here.rank)), FAREWELL_SECONDS)
+        payloads = [load(payload) for payload in _exchange(_failure(error), FAREWELL_SECONDS)]
     except PeerError:
         error.unheard = True
     else:
         error.heard = True
+        if not all("failure" in payload for payload in payloads):       # else it is of what all know
+            _of_process(error, _here.rank)
 
 
 @contextmanager

@@ -58,6 +58,8 @@ def named(kind: str, phase: str, rank: int) -> list[str]:
         return [f"process {rank} of 2 was killed by SIGKILL", f"process {rank} of 2 ended while {DOING[phase]}"]
     if kind == "exception":
         return [f"process 1 of 2 failed while {DOING[phase]}"] if rank else ["LookupError: an odd one"]
+    if kind == "NaN" and phase in ("sampling", "evaluation"):
+        return ["not finite"]       # of what all have gathered
     return [f"process {rank} of 2, while {DOING[phase]}"]
 
 
