@@ -54,6 +54,7 @@ STANDS_FOR = {
     "METRIC": "score/mean", "COMMAND": "ppo", "A": "runs/ppo", "B|reference": "reference", "P": "prompts.jsonl",
 }
 JUDGE, RELEASE, BASE = "URL#MODEL", "http://127.0.0.1:8000/v1#release", "https://host/v1#base"   # who others are
+JUDGED = "http://127.0.0.1:8000/v1#judge"
 DISTILL = """stage: distill
 model: {path: my-model}
 data: {prompts: prompts.jsonl}
@@ -120,16 +121,19 @@ def lived_in(tmp_path_factory, fresh) -> Path:
         for stage, rows in {"trpo": "prompts", "sft": "texts", "reward": "pairs", "dpo": "pairs"}.items():
             more = ["--reward", "rewards.py"] if stage == "trpo" else []
             run(["init", stage, "--model", "my-model", "--prompts", f"{rows}.jsonl", *more])
-        for name in ("ppo", "my"):
+        for name in ("ppo", "my", "eval-kl"):
             shutil.copy("first.yaml", f"{name}.yaml")
         Path("distill.yaml").write_text(DISTILL)
-        for name in ("models/chat", "path/to/model"):
+        for name in ("models/chat", "models/chat-4bit", "path/to/model"):
             shutil.copytree("my-model", name)
         run(["ppo", "first.yaml"])
         for name in ("ppo", "far", "a", "b", "trpo...", "dpo_online", "dpo", "new", "last"):
             shutil.copytree("runs/first", f"runs/{name}")
         run(["merge", "runs/ppo", "--output", "release"])
-        shutil.copytree("runs/first/final", "adapters/release")
+        for name in ("release", "qlora"):
+            shutil.copytree("runs/first/final", f"adapters/{name}")
+        with open("rewards.py", "a") as file:
+            file.write("\n\ngold = score\n")
         run(["sweep", "R.yaml", "--over", "kl.target=9", "--over", "run.seed=0", "-o", "sweeps/target"])
         shutil.copytree("sweeps/target", "sweeps/ppo")
         run(["project", "runs/far", "--curve", "--recipe", "R.yaml", "--output", "curve"])
@@ -192,8 +196,10 @@ def type_in(line: str) -> None:
 @pytest.mark.parametrize("lines", [marked(lines, name) for name, language, lines in TYPED if language != "make"])
 def test_a_block_of_commands_can_be_typed(lines, place, monkeypatch):
     monkeypatch.setenv("SERVER_KEY", "secret")
-    with serving(lambda number, question: Reply("7")) as judge, ExitStack() as servers:
+    answer = "A" if any("kltune compare" in line for line in lines) else "7"      # which of two, or how good
+    with serving(lambda number, question: Reply(answer)) as judge, ExitStack() as servers:
         for line in lines:
+            line = line.replace(JUDGED, f"{judge.url}#m")
             asks = f" --set reward.0.url={judge.url}" if "ppo_judge.yaml" in line else ""
             type_in(with_servers(line, servers) + asks)
 
