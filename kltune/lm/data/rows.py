@@ -101,7 +101,10 @@ def is_place(path: str, home: str | os.PathLike[str] = "") -> bool:
 
 def _folder_rows(folder: str) -> Iterator[Row]:
     """Rows of the files of a folder in the order of their names, or of what ``save_to_disk`` of ``datasets`` wrote."""
-    names = sorted(os.listdir(folder))
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror or error}.") from error
     if "state.json" in names:
         yield from _saved_rows(folder)
         return
@@ -121,7 +124,7 @@ def _saved_rows(folder: str) -> Iterator[Row]:
 
     try:
         loaded = datasets.load_from_disk(folder)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, KeyError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise DataError(f"{folder} is damaged, or no dataset that was saved to disk: {error}") from error
     yield from (Row(f"{os.path.basename(folder)}:row {number}", row) for number, row in enumerate(loaded, start=1))
 

@@ -232,6 +232,15 @@ def test_a_folder_of_no_or_of_several_sets_and_an_unknown_kind_of_file_are_refus
 
 
 @pytest.mark.usefixtures("no_lookup")
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+    def denied(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "listdir", denied)
+    assert refusal(str(tmp_path)) == f"{tmp_path} cannot be read: Permission denied."
+
+
+@pytest.mark.usefixtures("no_lookup")
 def test_shards_in_a_folder_are_one_set_of_rows_in_the_order_of_their_names(tmp_path):
     for name, text in (("train-00001-of-00002.jsonl", "b"), ("train-00000-of-00002.jsonl", "a"), ("README.md", "c")):
         write(tmp_path, json.dumps({"prompt": text}) + "\n", name)
@@ -244,6 +253,8 @@ def test_a_data_set_that_was_saved_to_disk_is_read_and_one_of_splits_names_them(
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "all")
     assert texts_of(str(tmp_path / "all" / "train")) == {"train:row 1": "a", "train:row 2": "b"}
     assert "holds several sets of rows; wanted one of them: test, train" in refusal(str(tmp_path / "all"))
+    (tmp_path / "all" / "train" / "state.json").write_text("[]")
+    assert "is damaged, or no dataset that was saved to disk" in refusal(str(tmp_path / "all" / "train"))
     next((tmp_path / "all" / "test").glob("*.arrow")).unlink()
     assert "is damaged, or no dataset that was saved to disk" in refusal(str(tmp_path / "all" / "test"))
 
