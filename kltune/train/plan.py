@@ -376,6 +376,8 @@ def plans_for(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
         policy = empty_policy(section, recipe.lora, device=device)
         context = (policy.max_context or ASKED + ANSWERED) - 1
         prompt, response = min(ASKED, context // 2), min(ANSWERED, context - context // 2)
+        said = recipe.sampling.model_copy(update={"max_new_tokens": response})
+        recipe = recipe.model_copy(update={"sampling": said})
         count, group = (64, 1) if stage in ("ppo", "trpo") else (2 * recipe.optim.batch_size, 2)
         sizes = Sizes(count, count, Rows(count, prompt, response, group), prompt, count * (prompt + response))
         yield stage, memory_of(

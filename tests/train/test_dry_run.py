@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from kltune.cli import main
@@ -14,12 +15,13 @@ from kltune.lm.machine.live_bytes import LiveBytes
 from kltune.recipe import load_recipe
 from kltune.stages.distill import run_distill
 from kltune.stages.dpo import run_dpo
+from kltune.stages.eval_kl import EvalKLOptions, eval_kl
 from kltune.stages.ppo import run_ppo
 from kltune.stages.reward import run_reward
 from kltune.stages.sft import run_sft
 from kltune.stages.trpo import run_trpo
 from kltune.train.evaluation import finish
-from kltune.train.plan import plan
+from kltune.train.plan import plan, plans_for
 from tests.tiny_policies import SPECIAL, word_tokenizer
 
 RUN = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "trpo": run_trpo, "dpo": run_dpo, "distill": run_distill}
@@ -112,6 +114,23 @@ def test_the_memory_told_is_what_a_run_takes(tmp_path, monkeypatch, shape, stage
     told = plan(recipe)["memory"]
     assert not (tmp_path / "run").exists()
     taken = measured_peak(lambda: RUN[stage](recipe, resume=False))
+    assert told["peak"] == pytest.approx(taken, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", ["deep", *(pytest.param(shape, marks=pytest.mark.stress) for shape in SHAPES
+                                             if shape != "deep")])
+def test_the_memory_told_of_a_measurement_is_what_it_takes(tmp_path, shape):
+    write_recipe(tmp_path, "sft", shape)
+    made, dtype = SHAPES[shape]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
+    adapter = get_peft_model(model, LoraConfig(target_modules="all-linear", r=16, init_lora_weights=False))
+    adapter.save_pretrained(tmp_path / "adapter")
+    # Rows of doctor's usual length, as far as the model's context goes.
+    asked = [{"prompt": words(11 * row, 63, made.vocab_size)} for row in range(300)]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    options = EvalKLOptions(prompts=str(tmp_path / "many.jsonl"), responses=256, max_new_tokens=64)
+    told = dict(plans_for(str(tmp_path / "model")))["eval-kl"]
+    taken = measured_peak(lambda: eval_kl([str(tmp_path / "adapter")], options))
     assert told["peak"] == pytest.approx(taken, rel=0.05)
 
 

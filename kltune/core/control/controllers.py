@@ -158,7 +158,9 @@ class LogPI:
     gathers until the KL is near (0.7) is hurry: a price that makes a KL hurry is not the one that holds it, so hurry
     counts for no more than is left of the last 0.3. (Kept whole, it took a small model from 4 nats to 6 before the
     price was back.) Once arrived, the gain is ki, or 1.4 by the steps that it took to come near where that is less:
-    what took long to come up takes long to answer. Far above the target it is twice that.
+    what took long to come up takes long to answer. But no more than half of ``plan`` counts: a run of which little is
+    left would end before its price had moved. (A heavy tail's last third lay at .8 of its target.) Far above the target
+    it is twice that.
     With ``fixed_feed_forward`` the recipe's own β takes the place of σ / √(2·target). A β to begin with is kept: the
     first batch makes an integral of what lies between it and the feed-forward.
 
@@ -213,7 +215,8 @@ class LogPI:
             integral = self._within(math.log(max(self.beta, self.beta_min) / base)) if base > 0.0 else 0.0
         late = steps > FIRST_STEPS and _arrival(recent, before, steps, target) > max(self.plan, steps + FIRST_STEPS)
         if arrived:
-            gain = min(self.ki, NEAR_GAIN / max(near, 1)) * (2.0 if ref_kl > FAR_ABOVE * target else 1.0)
+            slow = min(max(near, 1), 0.5 * self.plan)
+            gain = min(self.ki, NEAR_GAIN / slow) * (2.0 if ref_kl > FAR_ABOVE * target else 1.0)
             integral = self._within(integral + gain * distance)
         else:
             left = min(left, max(1.0 - recent / target, 0.0) / (1.0 - NEAR))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from kltune.core.kl.divergence import measure_tokens
 from kltune.lm.fast.decoding import GROWTH, bytes_held
@@ -194,21 +195,25 @@ class Footprint:
 
     def sampling(self, rows: Rows) -> int:
         """Reading prompts, and drawing all of their responses' tokens, as many side by side as there is room for."""
-        network, longest = self.policy.network, rows.length
-        with self._traced(1) as live, torch.no_grad():
-            prompts = min(rows.count // rows.group, max(1, TOKENS_PER_PASS // rows.prompt))
-            logits, cache = network.step(*shapes(Rows(prompts, rows.prompt, 0), masks=False), None)
-            each = bytes_held(cache) / (prompts * rows.prompt)      # a token's keys and values
-            reading = live.peak - live.before
-        fit = int((self.planned - self.held()) / (CACHE * each * longest))
+        _, logits, cache = self._reading(1, rows.prompt)
+        each = bytes_held(cache) / rows.prompt      # a token's keys and values
+        fit = int((self.planned - self.held()) / (CACHE * each * rows.length))
         most = min(ROWS_PER_PASS, fit, rows.count, self._piece(rows.count, PASSES_PER_SAMPLE))
         side_by_side = max(1, most // rows.group) * rows.group
+        prompts = min(side_by_side // rows.group, max(1, TOKENS_PER_PASS // rows.prompt))
+        reading, *_ = self._reading(prompts, rows.prompt)
         width = rows.prompt + math.ceil(rows.response / GROWTH) * GROWTH
         layers = max(1, len(cache.layers))
         cached = each * side_by_side * width * (1 + 1 / layers)
-        said = 2 * side_by_side * network.vocabulary * logits.element_size()
+        said = 2 * side_by_side * self.policy.network.vocabulary * logits.element_size()
         begun = each * rows.prompt * side_by_side / rows.group * (2 if prompts * rows.group < side_by_side else 1)
         return int(max(reading + begun, cached + said + DRAWN))
+
+    def _reading(self, prompts: int, tokens: int) -> tuple[int, Tensor, Cache]:
+        """Bytes that reading so many prompts takes, logits after them, and the cache."""
+        with self._traced(1) as live, torch.no_grad():
+            logits, cache = self.policy.network.step(*shapes(Rows(prompts, tokens, 0), masks=False), None)
+        return live.peak - live.before, logits, cache
 
     def curvature(self, rows: Rows, sequences: int | None) -> int:
         """Products with the Fisher matrix of rows, ``sequences`` at once, or as many as fit."""
