@@ -136,7 +136,7 @@ def improve(
     steps: list[dict[str, float]] = []
     moved, rounding, rests = 0.0, rounding_of(lesson.rollout), False
     for part in (part for _ in range(section.epochs) for part in lesson.minibatches(section.minibatch_size, rng)):
-        most = room + rounding if steps else math.inf
+        most = room + 2.0 * rounding if steps else math.inf         # of few responses, it scatters as much
         take = partial(policy_step, recipe, learner, teacher, part, first=not steps, limit=most)
         measured, stats = learner.update(take)
         rounding = rounding if steps else max(rounding, measured)       # before any update it is nothing else
@@ -147,7 +147,7 @@ def improve(
     made = len(steps) if rests else len(steps) - 1      # updates that the last measurement saw
     if planned == 1:
         made, moved = 1, max(moved_since(learner.policy, part.rollout, recipe) - rounding, 0.0)
-    learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, made / planned))
+    learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, made / planned, rounding))
     return {name: sum(stats[name] for stats in steps) / len(steps) for name in steps[0]} | {
         "kl/step_nats_per_response": moved,
         "kl/step_limit_nats_per_response": None if math.isinf(room) else room,

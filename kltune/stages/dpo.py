@@ -216,7 +216,7 @@ def take_step(job: Job, learner: Learner, step: int, pairs: Preferences | None) 
         update |= learner.update(partial(improve, job, learner, part, batch if priced else None, step))
         if limited:
             moved = max(moved_since(learner.policy, batch.rollout, recipe) - rounding, 0.0)
-            learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, share=1.0))
+            learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, 1.0, rounding))
             update |= {"kl/step_nats_per_response": moved, "kl/step_limit_nats_per_response": room}
     if moving is not None and step % recipe.dpo.reference_every == 0:
         moving.snapshot.approach(recipe.dpo.reference_alpha)

@@ -189,7 +189,7 @@ def improve(
     moved, rounding, rests = 0.0, rounding_of(experience.rollout), False
     for part in parts:
         if not rests:
-            most = limit + rounding if steps else math.inf
+            most = limit + 2.0 * rounding if steps else math.inf        # of few responses, it scatters as much
             take = partial(policy_step, recipe, learner, part, None if steps else gaps, limit=most)
             measured, stats = learner.update(take)
             rounding = rounding if steps else max(rounding, measured)       # before any update it is nothing else
@@ -202,7 +202,7 @@ def improve(
     made = len(steps) if rests else len(steps) - 1      # updates that the last measurement saw
     if planned == 1:
         made, moved = 1, max(moved_since(learner.policy, part.rollout, recipe) - rounding, 0.0)
-    learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, made / planned))
+    learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, made / planned, rounding))
     return mean_of(steps) | mean_of(fits) | rounding_metrics(gaps) | {
         "kl/step_nats_per_response": moved,
         "kl/step_limit_nats_per_response": None if math.isinf(limit) else limit,

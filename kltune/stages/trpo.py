@@ -186,8 +186,11 @@ def trust_region_step(
     if not all(trial.within_cap for trial in result.trials):
         learner.budget = learner.budget.refused()
     done = result.trials[-1] if result.accepted else Trial(step_kl=0.0, gain=0.0)
+    length = done.step_kl
+    if result.accepted and length <= rounding_of(batch.rollout):    # which hides it: as long as was foretold
+        length = 0.5 * result.scale**2 * natural.curvature_along
     region = learner.parts[TRUST_REGION] = TrustRegion(
-        region.damping.updated(result, first) if movable else region.damping, region.radius.stepped(done.step_kl),
+        region.damping.updated(result, first) if movable else region.damping, region.radius.stepped(length),
         result.scale * natural.direction if result.accepted else None,
     )
     return {

@@ -17,6 +17,7 @@ NEAR = 0.005        # of the KL aimed at: what a step may move even where the po
 LEAST_SHARE = 0.2   # of that: shorter steps could not bring a KL back that is beyond it
 USED = 0.7          # of what a step may move, on average: a batch's own KL(old ‖ new) scatters
 FIRST_SHARE = 0.3   # of the learning rate, in a first step of which nothing is known
+PLAIN = 3.0         # times what rounding does: no chance
 MEMORY = 0.5        # share of the running mean of log KL that a new observation leaves
 
 
@@ -64,16 +65,23 @@ class StepSize:
             return FIRST_SHARE * most
         return min(most, math.sqrt(USED * limit) * math.exp(-0.5 * self.log_reach))
 
-    def observed(self, lr: float, step_kl: float, share: float) -> "StepSize":
+    def observed(self, lr: float, step_kl: float, share: float, rounding: float = 0.0) -> "StepSize":
         """After a step.
+
+        In a narrow dtype a policy that did not move is some way from itself, and near its target a step is shorter than
+        that: what it seems to have moved is chance, and does not count. (Where it did, each such step made the next
+        learning rate smaller, from 1e-4 to 1e-8, and the policy stayed below its target.)
 
         Args:
             lr: its learning rate.
-            step_kl: KL(old ‖ new) that was measured, nats per response.
+            step_kl: KL(old ‖ new) that was measured, nats per response, less ``rounding``.
             share: of its updates that had been made by then; KL grows with their square.
+            rounding: KL between two roundings of one policy.
         """
         if not (lr > 0.0 and step_kl > 0.0 and share > 0.0):
             return self
-        reach = math.log(step_kl) - 2.0 * math.log(lr * share)
-        known = self.log_reach
+        known, squared = self.log_reach, (lr * share) ** 2
+        if known is not None and math.exp(known) * squared <= rounding and step_kl <= PLAIN * rounding:
+            return self
+        reach = math.log(max(step_kl, rounding) / squared)
         return replace(self, log_reach=reach if known is None else MEMORY * known + (1.0 - MEMORY) * reach)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from kltune.core.control.step_size import FIRST_SHARE, USED, StepSize, step_limit
@@ -54,3 +55,23 @@ def test_one_odd_step_is_half_believed_and_one_that_did_not_move_says_nothing():
     odd = size.observed(1e-3, 1.0, share=1.0)
     assert odd.learning_rate(1.0, 0.1) == pytest.approx(size.learning_rate(1.0, 0.1) / math.sqrt(10.0))
     assert all(size.observed(*odd) is size for odd in ((1e-3, 0.0, 1.0), (0.0, 0.1, 1.0), (1e-3, 0.1, 0.0)))
+
+
+@pytest.mark.parametrize("limit", [0.3, 0.06, 0.01])
+def test_steps_that_rounding_hides_leave_the_learning_rate_where_it_was(limit):
+    rounding, reach, rng = 0.05, 1e7, np.random.default_rng(0)      # SmolLM2 in bfloat16: a rate of 1e-4 moves 0.1 nats
+    size, lr, moved = StepSize(), 1e-4, []
+    for step in range(200):
+        true = reach * lr**2
+        moved.append(true)
+        seen = max(true * rng.lognormal(0.0, 0.3) + 0.5 * rounding * rng.standard_normal(), 0.0)
+        size = size.observed(lr, seen, 1.0, rounding)
+        lr = size.learning_rate(3e-4, 0.3 if step < 10 else limit)      # on its way first
+    assert 0.5 * USED * limit <= sum(moved[100:]) / 100 <= 1.5 * USED * limit
+
+
+def test_a_model_that_moves_further_than_was_known_is_seen_above_rounding():
+    size = StepSize().observed(1e-4, 0.1, 1.0, 0.05)
+    for _ in range(6):      # from now on twenty times as far, where a twentieth of rounding was foretold
+        size = size.observed(1e-5, 20 * 0.001 * 10, 1.0, 0.05)
+    assert math.exp(size.log_reach) * 1e-10 == pytest.approx(0.2, rel=0.5)
