@@ -33,7 +33,7 @@ from kltune.recipe import DistillRecipe
 from kltune.run.optimizer import accumulate, guarded_step, make_optimizer, set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
-from kltune.train.batch import moved_since, rounding_of, sample_batch
+from kltune.train.batch import moved_since, rounding_of, rounding_scatter, sample_batch
 from kltune.train.budget import Budget
 from kltune.train.evaluation.alarms import Alarms
 from kltune.train.learner import ALARMS, Job, Learner, make_job
@@ -135,8 +135,9 @@ def improve(
     planned = section.epochs * len(lesson.expected) // section.minibatch_size
     steps: list[dict[str, float]] = []
     moved, rounding, rests = 0.0, rounding_of(lesson.rollout), False
+    scatter = rounding_scatter(lesson.rollout, section.minibatch_size)
     for part in (part for _ in range(section.epochs) for part in lesson.minibatches(section.minibatch_size, rng)):
-        most = room + 2.0 * rounding if steps else math.inf         # of few responses, it scatters as much
+        most = room + rounding + scatter if steps else math.inf
         take = partial(policy_step, recipe, learner, teacher, part, first=not steps, limit=most)
         measured, stats = learner.update(take)
         rounding = rounding if steps else max(rounding, measured)       # before any update it is nothing else

@@ -29,7 +29,7 @@ from kltune.recipe import PPORecipe
 from kltune.run.optimizer import accumulate, guarded_step, make_optimizer, set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
-from kltune.train.batch import Batch, moved_since, rounding_of, sample_batch
+from kltune.train.batch import Batch, moved_since, rounding_of, rounding_scatter, sample_batch
 from kltune.train.budget import Budget
 from kltune.train.evaluation.alarms import Alarms
 from kltune.train.experience import (
@@ -187,9 +187,10 @@ def improve(
     fits: list[dict[str, float]] = []
     gaps: list[Tensor] = []
     moved, rounding, rests = 0.0, rounding_of(experience.rollout), False
+    scatter = rounding_scatter(experience.rollout, ppo.minibatch_size)
     for part in parts:
         if not rests:
-            most = limit + 2.0 * rounding if steps else math.inf        # of few responses, it scatters as much
+            most = limit + rounding + scatter if steps else math.inf
             take = partial(policy_step, recipe, learner, part, None if steps else gaps, limit=most)
             measured, stats = learner.update(take)
             rounding = rounding if steps else max(rounding, measured)       # before any update it is nothing else

@@ -1,5 +1,6 @@
 """The responses of one step: sampled, scored, measured, and how they are reported."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -139,6 +140,14 @@ def rounding_of(rollout: Rollout) -> float:
     stories260K at any change of the weights from 1e-4 on, and this says 0.025; as a step's own it would stop a run.
     """
     return 0.0 if rollout.rounding is None else per_response(rollout.rounding, rollout.response_mask).mean().item()
+
+
+def rounding_scatter(rollout: Rollout, responses: int) -> float:
+    """How far ``rounding_of`` so many responses may lie from that of all by chance: two standard errors, nats."""
+    if rollout.rounding is None:
+        return 0.0
+    each = per_response(rollout.rounding, rollout.response_mask)
+    return 2.0 * each.std(correction=0).item() / math.sqrt(responses)
 
 
 @torch.no_grad()
