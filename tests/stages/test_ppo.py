@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from kltune.core.tensors import per_response
 from kltune.errors import DivergedError, ModelError, ScorerError
 from kltune.lm.data.examples import Prompt
 from kltune.lm.fast.lower_layers import LowerLayers
@@ -388,3 +389,7 @@ def test_in_bfloat16_rounding_is_not_taken_for_a_step(open_policy, ppo_recipe):
     moved, rounding = batches.moved_since(policy, rollout, recipe), batches.rounding_of(rollout)
     assert 1e-4 < moved < 0.1       # as far as a short step, of which next to nothing is one
     assert rounding == pytest.approx(moved, rel=0.6)
+    # Of eight responses it scatters about that of all.
+    of_eight = per_response(rollout.rounding, rollout.response_mask).view(3, 8).mean(1)
+    assert ((of_eight - rounding).abs() <= batches.rounding_scatter(rollout, 8)).all()
+    assert batches.rounding_scatter(rollout, 8) < 3.0 * rounding
