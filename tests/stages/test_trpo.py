@@ -112,6 +112,14 @@ def test_equal_scores_move_nothing(trpo_recipe, monkeypatch):
     assert [(row["trpo/accepted"], row["trpo/line_search_tries"]) for row in ran(recipe)[1]] == [(0.0, 0.0)] * 2
 
 
+def test_a_step_that_rounding_hides_is_taken_to_be_as_long_as_foretold(trpo_recipe, monkeypatch, tmp_path):
+    plain = ran(trpo_recipe())[1]
+    monkeypatch.setattr(trpo, "rounding_of", lambda rollout: 10.0)      # nats: nothing is seen of any step
+    hidden = ran(trpo_recipe(output=str(tmp_path / "hidden")))[1]
+    assert [row["kl/step_nats_per_response"] for row in hidden] == [0.0] * len(hidden)
+    assert hidden[1]["trpo/gain_rate"] == pytest.approx(plain[1]["trpo/gain_rate"], rel=0.3)
+
+
 def test_fitting_values_does_not_move_the_policy(trpo_recipe, monkeypatch):
     fit, moved = trpo.fit_values, []
 

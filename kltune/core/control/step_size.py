@@ -17,7 +17,7 @@ NEAR = 0.005        # of the KL aimed at: what a step may move even where the po
 LEAST_SHARE = 0.2   # of that: shorter steps could not bring a KL back that is beyond it
 USED = 0.7          # of what a step may move, on average: a batch's own KL(old ‖ new) scatters
 FIRST_SHARE = 0.3   # of the learning rate, in a first step of which nothing is known
-PLAIN = 3.0         # times what rounding does: no chance
+PLAIN = 3.0         # times what rounding makes of no step: what was seen is no chance
 MEMORY = 0.5        # share of the running mean of log KL that a new observation leaves
 
 

@@ -17,7 +17,7 @@ from dataclasses import FrozenInstanceError, asdict, replace
 import numpy as np
 import pytest
 
-from kltune.core.control.controllers import Controller, Dual, FixedBeta, Ziegler, feed_forward
+from kltune.core.control.controllers import Controller, Dual, FixedBeta, LogPI, Ziegler, feed_forward
 from kltune.recipe import KLSection
 from kltune.train.budget import Budget
 from tests.oracles import BANDIT_REFERENCE, BANDIT_REWARDS
@@ -287,3 +287,14 @@ def test_a_raised_price_stays_raised(controller):
     assert seen(raised, [1.0]).beta > 1.5 * seen(before, [1.0]).beta
     assert before.raised(2.0, least=9.0 * before.beta).beta == pytest.approx(9.0 * before.beta)
     assert make(controller, beta_max=0.5).raised(2.0, least=7.0).beta == 0.5  # before the first batch, and at the bound
+
+
+@pytest.mark.parametrize(("near", "plan", "gain"), [
+    (4, 20.0, 0.2), (10, 20.0, 0.14), (30, 20.0, 0.14), (30, 300.0, 1.4 / 30),
+])
+def test_what_came_late_is_corrected_within_the_steps_that_are_left(near, plan, gain):
+    there = LogPI(
+        None, kp=0.0, ki=0.2, look_ahead=0.0, plan=plan, beta_min=1e-4, beta_max=1e3, pull=1.0, near=near, arrived=True,
+        recent=3.0, before=3.0, level=3.0, steps=near + 5,
+    )
+    assert there.updated(2.4, 3.0, pull=1.0, responses=128).integral == pytest.approx(-0.2 * gain)
