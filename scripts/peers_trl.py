@@ -232,6 +232,7 @@ def ppo(folder: Path, settings: str, watch: Watch) -> None:
     work = load_work(folder)
     prompts = json.loads((folder / "prompts.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(work.model, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = load_model(work)
     watch.loaded()
     critic = load_model(work, AutoModelForSequenceClassification, num_labels=1)

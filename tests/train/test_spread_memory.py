@@ -39,7 +39,7 @@ class Allocated(ctypes.Structure):
 def allocated() -> int:
     """Bytes that this process's allocator has handed out.
 
-    What earlier tests left in cycles is inherited by a fork: collect it first (``gc.collect``), or it counts as given back.
+    A fork inherits what earlier tests left in cycles: collect it first (``gc.collect``), or it counts as given back.
     """
     ask = ctypes.CDLL(None).mallinfo2
     ask.restype = Allocated

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from kltune.core.kl.divergence import gap_where_possible, kl_of_distributions, never_below_zero
+from kltune.core.products import product
 from kltune.core.tensors import log_distribution
 
 
@@ -167,12 +167,13 @@ class _ThroughHead(torch.autograd.Function):
         moved: list[list[Tensor]] = []
         for start in range(0, max(1, len(hidden)), rows):
             part = slice(start, start + rows)
-            logits = after(functional.linear(hidden[part], weight, bias))
+            logits = after(product(hidden[part], weight, bias))
             beside = [other[part] if isinstance(other, Tensor) else other(part) for other in others]
             readings = reader(logits, *beside, slopes=slopes)
             values.append([reading.value for reading in readings])
             if slopes:
-                moved.append([after.before(reading.slope, logits).to(weight.dtype) @ weight for reading in readings])
+                backs = (after.before(reading.slope, logits).to(weight.dtype) for reading in readings)
+                moved.append([product(back, weight.t()) for back in backs])
         if slopes:
             ctx.save_for_backward(*(torch.cat(column) for column in zip(*moved, strict=True)))
         return tuple(torch.cat(column) for column in zip(*values, strict=True))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from kltune.core.products import linear_of
 from kltune.core.tensors import close
 from kltune.lm.fast.lora import EXACT
 from kltune.lm.fast.shared_prefix import attends_to_all
@@ -91,10 +92,10 @@ class _Layer:
     def __init__(self, layer: nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
         self._before, self._between = _normed(layer.input_layernorm), _normed(layer.post_attention_layernorm)
-        self._projections = [_linear(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        self._projections = [linear_of(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
         own = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         self._own_norms = None if None in own else [_normed(norm) for norm in own]
-        self._mlp = [_linear(getattr(mlp, name)) for name in ("gate_proj", "up_proj", "down_proj")]
+        self._mlp = [linear_of(getattr(mlp, name)) for name in ("gate_proj", "up_proj", "down_proj")]
         self._act, self._size, self._scale = mlp.act_fn, attention.head_dim, attention.scaling
 
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, unseen: Tensor, held: CacheLayerMixin) -> Tensor:
@@ -118,12 +119,6 @@ class _Layer:
         queries = both[:, :heads].reshape(rows, groups, heads // groups, size)
         read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=unseen, scale=self._scale)
         return out(read.reshape(rows, heads * size))
-
-
-def _linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A plain linear layer as a direct call of ``F.linear``; with an adapter in it, or quantised, the module."""
-    plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter
-    return partial(F.linear, weight=module.weight, bias=module.bias) if plain else module
 
 
 def _normed(module: nn.Module) -> Callable[[Tensor], Tensor]:

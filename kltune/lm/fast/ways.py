@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from kltune.core.products import linear_of
 from kltune.lm.fast.cuda_graph import CapturedDecoder, can_capture
 from kltune.lm.fast.decoding import FusedStep, GrowingDecoder, Step, can_decode, joined
 from kltune.lm.fast.lora import MergedTrunk, speed_up
@@ -88,5 +89,5 @@ class FastWays:
         """``step`` for one more token of each row, with the weights as they are now; rows have so many positions."""
         if not self.decodes:
             return self.step
-        fused, head = FusedStep(self.causal.base_model, positions), self.causal.get_output_embeddings()
+        fused, head = FusedStep(self.causal.base_model, positions), linear_of(self.causal.get_output_embeddings())
         return lambda ids, mask, places, cache: (head(fused(ids, mask, places, cache)), cache)

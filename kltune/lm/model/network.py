@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from kltune.core.kl.fused_head import AS_THEY_ARE, AfterHead, Reader, through_head
+from kltune.core.products import linear_of
 from kltune.core.tensors import close
 from kltune.errors import ModelError
 from kltune.lm.fast import ways
@@ -221,7 +222,7 @@ class Network:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits in the model's own dtype. [N, H] -> [N, V]."""
-        return self.after(self.head(hidden)) if self.split else hidden
+        return self.after(linear_of(self.head)(hidden)) if self.split else hidden
 
     def read(
         self, hidden: Tensor, reader: Reader, *others: Tensor | Callable[[slice], Tensor]
