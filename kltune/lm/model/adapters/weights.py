@@ -25,7 +25,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kltune.core.kl.divergence import kl_exact
-from kltune.core.products import LINEAR, product
 from kltune.core.tensors import at_least_float32, close, log_distribution
 from kltune.errors import ModelError
 from kltune.lm.data.documents import AdapterSettings
@@ -357,7 +356,7 @@ class UpdatedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        out = product(x, self.weight, self.bias)
+        out = nn.functional.linear(x, self.weight, self.bias)
         flat = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.update_a)
         return torch.addmm(out.reshape(len(flat), -1), flat, self.update_b.t(), alpha=self.update_scale).view(out.shape)
 
@@ -374,7 +373,7 @@ def keep_adapter(model: nn.Module, folder: Path) -> nn.Module:
     for name, layer in adapted.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
-        plain = isinstance(layer, LoraLayer) and not layer.lora_variant and type(layer.get_base_layer()) in LINEAR
+        plain = isinstance(layer, LoraLayer) and not layer.lora_variant and type(layer.get_base_layer()) is nn.Linear
         if not plain or layer.lora_bias[POLICY]:
             raise ModelError(
                 f"{folder}: its layer {name} is more than a LoRA on a linear layer, which model.merge: false cannot "
