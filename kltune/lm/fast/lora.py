@@ -24,8 +24,6 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kltune.core.products import LINEAR, FrozenLinear, product
-
 EXACT = (torch.float32, torch.float64)
 NARROW = {torch.float32, torch.bfloat16}        # of an adapter and its base
 
@@ -46,8 +44,8 @@ class LoraLinear(Linear):
         (a, b), scaling = self._matrices(name), self.scaling[name]
         positions = x.numel() // x.shape[-1]
         if x.dtype in EXACT and _adds_first(*base.weight.shape, len(a), positions, torch.is_grad_enabled()):
-            return product(x, torch.addmm(base.weight, b, a, alpha=scaling), base.bias)
-        out = product(x, base.weight, base.bias)        # not of x made flat: that may round another way
+            return nn.functional.linear(x, torch.addmm(base.weight, b, a, alpha=scaling), base.bias)
+        out = nn.functional.linear(x, base.weight, base.bias)   # not of x made flat: that may round another way
         flat = nn.functional.linear(x.reshape(-1, x.shape[-1]), a)
         return torch.addmm(out.reshape(len(flat), -1), flat, b.t(), alpha=scaling).view(out.shape)
 
@@ -85,17 +83,9 @@ def _adds_first(out: int, inside: int, rank: int, positions: int, trains: bool) 
 
 
 def speed_up(model: nn.Module) -> None:
-    """Give linear layers the forward pass of ``FrozenLinear``, and PEFT's plain LoRA layers on them ``LoraLinear``'s.
-
-    The head stays: TRPO differentiates it forwards, which a product by oneDNN does not know.
-    """
-    head = model.get_output_embeddings() or nn.Identity()
-    in_head = set(head.modules())
+    """Give PEFT's plain LoRA layers on linear layers the forward pass of ``LoraLinear``."""
     for module in model.modules():
-        if type(module) is nn.Linear and module not in in_head and not module.weight.requires_grad:
-            module.__class__ = FrozenLinear
-    for module in model.modules():
-        if type(module) is Linear and type(module.base_layer) in LINEAR and not module.fan_in_fan_out:
+        if type(module) is Linear and type(module.base_layer) is nn.Linear and not module.fan_in_fan_out:
             module.__class__ = LoraLinear
 
 
@@ -144,7 +134,7 @@ class MergedTrunk:
         """The layer's stand-in, holding W + scaling · B A as they are now."""
         base, adapter = layer.get_base_layer(), layer.active_adapters[0]
         if layer not in self._merged:
-            empty = FrozenLinear(layer.in_features, layer.out_features, bias=False, device="meta")
+            empty = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             empty.weight = nn.Parameter(torch.empty(layer.out_features, layer.in_features), requires_grad=False)
             empty.bias = base.bias
             self._merged[layer] = empty
@@ -183,7 +173,7 @@ def _can_merge(layer: Linear) -> bool:
         and adapter not in layer.lora_variant  # DoRA and its kin
         and not layer.lora_bias[adapter]
         and not layer.lora_dropout[adapter].training
-        and type(base) in (*LINEAR, Conv1D)
+        and type(base) in (nn.Linear, Conv1D)
         and base.weight.dtype == torch.float32
         and base.weight.device.type == "cpu"
     )
