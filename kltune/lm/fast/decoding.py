@@ -212,12 +212,14 @@ def bytes_held(cache: Cache) -> int:
 
 
 def joined(caches: Sequence[Cache]) -> Cache:
-    """Concatenate the rows of plain caches of as many tokens, into the first of them."""
+    """Concatenate the rows of plain caches of as many tokens into the first, layer by layer; the others are emptied."""
     first = caches[0]
     if len(caches) > 1:
-        for index, layer in enumerate(first.layers):
-            layer.keys = torch.cat([cache.layers[index].keys for cache in caches])
-            layer.values = torch.cat([cache.layers[index].values for cache in caches])
+        for layers in zip(*(cache.layers for cache in caches), strict=True):
+            for name in ("keys", "values"):
+                whole = torch.cat([getattr(layer, name) for layer in layers])
+                for layer in layers:
+                    setattr(layer, name, whole if layer is layers[0] else None)
     return first
 
 

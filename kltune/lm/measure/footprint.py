@@ -206,7 +206,7 @@ class Footprint:
         layers = max(1, len(cache.layers))
         cached = each * side_by_side * width * (1 + 1 / layers)
         said = 2 * side_by_side * self.policy.network.vocabulary * logits.element_size()
-        begun = each * rows.prompt * side_by_side / rows.group * (2 if prompts * rows.group < side_by_side else 1)
+        begun = each * rows.prompt * side_by_side / rows.group * (1 + (prompts * rows.group < side_by_side) / layers)
         return int(max(reading + begun, cached + said + DRAWN))
 
     def _reading(self, prompts: int, tokens: int) -> tuple[int, Tensor, Cache]:

@@ -6,7 +6,8 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kltune.lm.fast import decoding as kv_cache
-from kltune.lm.fast.decoding import GROWTH, GrowingLayer, give_room
+from kltune.lm.fast.decoding import GROWTH, GrowingLayer, bytes_held, give_room, joined
+from kltune.lm.machine.live_bytes import LiveBytes
 
 ROWS, HEADS, SIZE, PROMPT = 3, 2, 4, 5
 TOKENS = 2 * GROWTH + 3
@@ -74,3 +75,20 @@ def test_layers_of_another_kind_and_empty_ones_are_left_alone(filled):
     give_room(cache)
     full = GrowingLayer if filled else DynamicLayer
     assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer, full]
+
+
+def test_caches_of_parts_are_joined_with_a_layer_at_most_there_twice():
+    layers, parts = 4, [DynamicCache() for _ in range(3)]
+    for rows, part in enumerate(parts, start=1):
+        for layer in range(layers):
+            part.update(*states(rows, PROMPT), layer)
+    wanted = [[torch.cat([getattr(part.layers[layer], name) for part in parts]) for name in ("keys", "values")]
+              for layer in range(layers)]
+    with LiveBytes() as live:
+        live.count([[layer.keys, layer.values] for part in parts for layer in part.layers])
+        before = live.now
+        whole = joined(parts)
+    for layer, tensors in zip(whole.layers, wanted, strict=True):
+        assert all(map(torch.equal, (layer.keys, layer.values), tensors))
+    assert bytes_held(whole) == before
+    assert before < live.peak <= before * (1 + 1 / layers)
