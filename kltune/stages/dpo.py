@@ -55,6 +55,7 @@ from kltune.run.optimizer import (
     total_steps,
 )
 from kltune.run.recorder import Clock
+from kltune.run.screen import doing
 from kltune.run.session import Run, run_stage
 from kltune.train.batch import Batch, moved_since, rounding_of, sample_batch
 from kltune.train.budget import LOSS_PULL, Budget
@@ -152,7 +153,9 @@ def train(recipe: DPORecipe, policy: Policy, run: Run) -> dict[str, Any]:
         )
         steps = total_steps(recipe.run, len(pairs), recipe.optim.batch_size)
         held_out = held_out.against(pairs, recipe.eval.pairs)
-        pairs = pairs.measured(policy, positions(recipe, pairs, 1, most_steps(recipe.run, steps)), run.ref_logprobs)
+        learnt = positions(recipe, pairs, 1, most_steps(recipe.run, steps))
+        doing(f"measuring the reference on {len(learnt)} rows of {recipe.data.pairs}")
+        pairs = pairs.measured(policy, learnt, run.ref_logprobs)
     learner = make_learner(recipe, policy, steps)
     pair_judge = None
     if recipe.reward and asks_for_pairs(recipe.reward[0]):

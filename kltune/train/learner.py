@@ -25,6 +25,7 @@ from kltune.recipe.stages import prompts_source
 from kltune.run.checkpoint import measure_settings, read_state
 from kltune.run.optimizer import load_optimizer, optimizer_tensors
 from kltune.run.recorder import Report
+from kltune.run.screen import doing
 from kltune.run.session import Run
 from kltune.train.budget import Budget, Groups
 from kltune.train.evaluation.alarms import Alarms
@@ -76,6 +77,7 @@ class Job:
 
     def measured(self, model: Any, scorer: Scorer | None, times: int = 1) -> tuple[Metrics, Any]:
         """What ``held_out`` measures of the model; DivergedError names a metric that is not finite."""
+        doing("evaluation")
         with ranks.phase("evaluating"):
             metrics, measured = self.held_out.measured(model, scorer, times)
         expect_finite_metrics(metrics)
