@@ -41,8 +41,8 @@ from kltune.train.evaluation.finish import conclude
 from kltune.train.learner import Job, Learner, make_job
 from kltune.train.loop import Taken, take_steps
 
-# Training rows at most, over which the saved scores have mean 0, to a twentieth of their spread. Every row of a small
-# model is soon read; 1,400 pairs of a 135M model took longer than the 80 steps before.
+# Training rows at most, over which the saved scores have mean 0: over all it is 0 to a twentieth of their spread then,
+# and 1,400 pairs of a 135M model took longer than the 80 steps before.
 CENTRED_ON = 256
 
 
