@@ -15,9 +15,11 @@ from kltune.lm.rewards.reward_model import HEAD, open_reward_model
 from kltune.recipe import load_recipe
 from kltune.report.outcome import read_files, verdict_of
 from kltune.run.checkpoint import read_info
+from kltune.stages import reward
 from kltune.stages.ppo import run_ppo
 from kltune.stages.reward import run_reward
 from kltune.stages.trpo import run_trpo
+from kltune.train import learner
 from tests.oracles import BANDIT_REWARDS
 from tests.stages.conftest import PROMPTS, REWARD, ran, read_jsonl, rows_of, write_recipe, write_rows
 
@@ -90,6 +92,16 @@ def test_final_scores_have_mean_0_on_the_training_rows_and_its_file_says_so(rewa
     assert told == result["centred"] == {"rows": len(rows), "shift": pytest.approx(told["shift"])}
     checkpoint = load_file(Path(recipe.run.output) / "checkpoints" / "step-000006" / HEAD)["bias"].item()
     assert load_file(final / HEAD)["bias"].item() == pytest.approx(checkpoint + told["shift"], abs=1e-5)
+
+
+def test_of_many_training_rows_a_few_are_centred_on_and_what_takes_long_is_said(reward_recipe, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(reward, "CENTRED_ON", 5)
+    monkeypatch.setattr(reward, "doing", said.append)
+    monkeypatch.setattr(learner, "doing", said.append)
+    result = run_reward(reward_recipe("run.steps=1"), resume=False)
+    assert result["centred"]["rows"] == 5
+    assert said[-2:] == ["centring the scores on 5 training rows", "evaluation"]
 
 
 def test_micro_batches_change_no_number(reward_recipe, tmp_path):
