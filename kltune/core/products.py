@@ -1,7 +1,7 @@
-"""A product of few rows with frozen weights, by whichever of torch's two libraries is faster at it on a CPU.
+"""A product with frozen weights, by whichever of torch's ways is fastest at it on a CPU.
 
-In float32 torch multiplies by MKL, which puts a transposed weight into an order of its own at every call; with few
-rows, as where tokens are drawn or a chunk of logits is made, that is half of the time. oneDNN, by which torch
+Float32, few rows: torch multiplies by MKL, which puts a transposed weight into an order of its own at every call; with
+few rows, as where tokens are drawn or a chunk of logits is made, that is half of the time. oneDNN, by which torch
 multiplies bfloat16, reads it as it lies. GFLOP/s of two cores (AMD EPYC with AVX-512), MKL and oneDNN:
 
     rows      16          64          350
@@ -11,11 +11,20 @@ multiplies bfloat16, reads it as it lies. GFLOP/s of two cores (AMD EPYC with AV
 
 oneDNN compiles code for each number of rows, 0.6 MB of it and a millisecond, and of float32 never drops it: 4,000
 numbers took 3.7 GB. So rows are filled up to one of a few numbers, and products of many rows stay with MKL.
+
+Half precision without AVX-512: no oneDNN, and torch falls back on loops. Widened to float32 a piece at a time, each sum
+is rounded once all the same, as by hardware that multiplies bfloat16. GFLOP/s of one core (AMD EPYC with AVX2), in
+bfloat16 by torch and widened, and of float32:
+
+    [16, 576] x [576, 49152]        5.9, 22, 17
+    [128, 576] x [576, 49152]       4.2, 48, 28
+    [1024, 576] x [576, 1536]       5.8, 50, 50
 """
 
 import platform
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +32,21 @@ from torch.nn import functional
 
 FEWEST_WEIGHTS = 1 << 18
 FEWEST_ROWS, MOST_ROWS, STEP = 9, 128, 16
-ONEDNN = (
-    platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-)
+PIECE = 1 << 20     # weights in float32 at once
+X86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+ONEDNN = X86 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+WIDENED = {
+    dtype for dtype, known in (
+        (torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported"),
+    )
+    if X86 and hasattr(torch.ops.mkldnn, known) and not getattr(torch.ops.mkldnn, known)()
+}
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``functional.linear``: x Wᵀ + b. [..., in] x [out, in] -> [..., out]."""
+    if _widens(weight) and x.dtype == weight.dtype and x.numel():
+        return _Widened.apply(x, weight, bias, 1.0)
     if not _serves(x, weight):
         return functional.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
@@ -39,10 +55,26 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out[: len(rows)].view(*x.shape[:-1], len(weight))
 
 
+def with_update(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """out + s · B A x, rounded once where it is added up. [..., out], [..., in] x [r, in], [out, r] -> [..., out]."""
+    inner = product(x.reshape(-1, x.shape[-1]), a)
+    flat = out.reshape(len(inner), -1)
+    if _widens(b) and inner.dtype == b.dtype and inner.numel():
+        return _Widened.apply(inner, b, flat, scale).view(out.shape)
+    return torch.addmm(flat, inner, b.t(), alpha=scale).view(out.shape)
+
+
 def linear_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """A plain linear layer as a direct call of ``product``; with an adapter in it, or quantised, the module."""
     plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter
     return partial(product, weight=module.weight, bias=module.bias) if plain else module
+
+
+def widen(model: nn.Module) -> None:
+    """Let a model's plain linear layers multiply by ``product`` where it widens them."""
+    for module in model.modules():
+        if type(module) is nn.Linear and _widens(module.weight):
+            module.forward = MethodType(lambda layer, x: product(x, layer.weight, layer.bias), module)
 
 
 def _serves(x: Tensor, weight: Tensor) -> bool:
@@ -53,3 +85,57 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
         and FEWEST_ROWS <= x.numel() // x.shape[-1] <= MOST_ROWS
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     )
+
+
+def _widens(weight: Tensor) -> bool:
+    return weight.dtype in WIDENED and weight.device.type == "cpu" and type(weight) in (Tensor, nn.Parameter)
+
+
+class _Widened(torch.autograd.Function):
+    """added + s · x Wᵀ by float32, rounded once; what it keeps and gives is as narrow as what it was given."""
+
+    @staticmethod
+    def forward(x, weight, added, scale):
+        """Pieces of the longer side of the weight: of the outputs, or of what is summed over."""
+        out, inside = weight.shape
+        rows = x.reshape(-1, inside)
+        total = torch.zeros(len(rows), out)
+        step = max(1, PIECE // min(out, inside))
+        if out >= inside:
+            rows = rows.float()
+            for at in range(0, out, step):
+                total[:, at : at + step] = functional.linear(rows, weight[at : at + step].float())
+        else:
+            for at in range(0, inside, step):
+                total.addmm_(rows[:, at : at + step].float(), weight[:, at : at + step].float().t())
+        if scale != 1.0:
+            total *= scale
+        if added is not None:
+            total += added.reshape(-1, out)
+        return total.to(x.dtype).view(*x.shape[:-1], out)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keep the input only for weights that are trained."""
+        x, weight, added, ctx.scale = inputs
+        ctx.flat = added is not None and added.dim() == 1
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Gradients of what wants one, by products of the same kind: differentiable again."""
+        (x, weight), rows = ctx.saved_tensors, gradient.reshape(-1, gradient.shape[-1])
+        for_x, for_weight, for_added, _ = ctx.needs_input_grad
+        by_x = _Widened.apply(gradient, weight.t(), None, ctx.scale) if for_x else None
+        by_weight = _Widened.apply(rows.t(), x.reshape(len(rows), -1).t(), None, ctx.scale) if for_weight else None
+        return by_x, by_weight, (rows.sum(0) if ctx.flat else gradient) if for_added else None, None
+
+    @staticmethod
+    def jvp(ctx, of_x, of_weight, of_added, _):
+        """How the sum moves with what is in it."""
+        x, weight = ctx.saved_tensors
+        moved = None if of_x is None else _Widened.apply(of_x, weight, of_added, ctx.scale)
+        if of_weight is None:
+            return of_added if moved is None else moved
+        return _Widened.apply(x, of_weight, of_added if moved is None else moved, ctx.scale)

@@ -24,6 +24,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from kltune.core.products import widen, with_update
+
 EXACT = (torch.float32, torch.float64)
 NARROW = {torch.float32, torch.bfloat16}        # of an adapter and its base
 
@@ -45,9 +47,7 @@ class LoraLinear(Linear):
         positions = x.numel() // x.shape[-1]
         if x.dtype in EXACT and _adds_first(*base.weight.shape, len(a), positions, torch.is_grad_enabled()):
             return nn.functional.linear(x, torch.addmm(base.weight, b, a, alpha=scaling), base.bias)
-        out = nn.functional.linear(x, base.weight, base.bias)   # not of x made flat: that may round another way
-        flat = nn.functional.linear(x.reshape(-1, x.shape[-1]), a)
-        return torch.addmm(out.reshape(len(flat), -1), flat, b.t(), alpha=scaling).view(out.shape)
+        return with_update(base(x), x, a, b, scaling)   # base not of x made flat: that may round another way
 
     def _matrices(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B in the dtype of the base: [r, in], [out, r]."""
@@ -83,7 +83,8 @@ def _adds_first(out: int, inside: int, rank: int, positions: int, trains: bool) 
 
 
 def speed_up(model: nn.Module) -> None:
-    """Give PEFT's plain LoRA layers on linear layers the forward pass of ``LoraLinear``."""
+    """Give PEFT's plain LoRA layers on linear layers the forward pass of ``LoraLinear``, and widen narrow products."""
+    widen(model)
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear and not module.fan_in_fan_out:
             module.__class__ = LoraLinear

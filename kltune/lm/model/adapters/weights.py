@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kltune.core.kl.divergence import kl_exact
+from kltune.core.products import product, with_update
 from kltune.core.tensors import at_least_float32, close, log_distribution
 from kltune.errors import ModelError
 from kltune.lm.data.documents import AdapterSettings
@@ -356,9 +357,8 @@ class UpdatedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        out = nn.functional.linear(x, self.weight, self.bias)
-        flat = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.update_a)
-        return torch.addmm(out.reshape(len(flat), -1), flat, self.update_b.t(), alpha=self.update_scale).view(out.shape)
+        out = product(x, self.weight, self.bias)
+        return with_update(out, x, self.update_a, self.update_b, self.update_scale)
 
 
 def keep_adapter(model: nn.Module, folder: Path) -> nn.Module:
