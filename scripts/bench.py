@@ -299,11 +299,13 @@ def passes_of(recipe) -> tuple[float, float]:
     section = getattr(recipe, recipe.stage)
     if recipe.stage == "distill":       # policy, reference and teacher
         return 3 + 2 * section.epochs, 3 + 2 * section.epochs
-    values = section.baseline == "value" and section.value_function == "lora"
+    values, below = section.baseline == "value" and section.value_function != "head", 0
+    if section.value_function == "upper":       # what is below is read once
+        values, below = values * section.value_layers, values * (1 - section.value_layers)
     if recipe.stage == "ppo":
-        return 2 + 2 * section.epochs + values * (1 + 2 * section.epochs), 2 + 2 * section.epochs
+        return 2 + 2 * section.epochs + below + values * (1 + 2 * section.epochs), 2 + 2 * section.epochs
     policy = 2 + 2 + 2 * section.cg_iterations * section.fisher_fraction + 1
-    return policy + values * (1 + 2 * section.value_epochs), policy
+    return policy + below + values * (1 + 2 * section.value_epochs), policy
 
 
 def main() -> None:

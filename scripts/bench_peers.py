@@ -50,6 +50,7 @@ ROWS = {  # what is done; on which model, and in which sizes, is below
     "score": PART | {"part": "score"},
     "eval-kl": PART | {"part": "eval-kl"},
     "ppo": PPO,
+    "ppo-upper": PPO | {"section": {"value_function": "upper"}},
     "ppo-head": PPO | {"section": {"value_function": "head"}},
     "ppo-rloo": PPO | {"section": {"baseline": "rloo"}, "group": 4},
     "rloo": GROUPS | {"peer": "rloo", "section": {"baseline": "rloo"}, "group": 4},

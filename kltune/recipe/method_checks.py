@@ -195,6 +195,9 @@ def policy_update(recipe: Any) -> Iterator[Clash]:
     baseline = getattr(section, "baseline", None)
     if stage == "ppo":
         yield from group_losses(recipe)
+    if getattr(section, "value_function", "upper") != "upper" and is_changed(section, "value_layers"):
+        yield ((f"{stage}.value_layers", f"{stage}.value_function"),
+               f"read only with value_function: upper, found {section.value_function}; remove it")
     if baseline not in (None, "value") and sampling.responses_per_prompt < 2:
         yield (("sampling.responses_per_prompt", f"{stage}.baseline"),
                f"found {sampling.responses_per_prompt}, wanted at least 2: {baseline} compares a response with the "

@@ -109,11 +109,12 @@ def sample_responses(job: Job, policy: Policy, step: int, keep: Sequence[str] = 
         return rollout
     mask = rollout.response_mask
     kept = rollout.states[mask] if policy.head_reads_states else None
+    lower = policy.lower_of_values(rollout)
     values, states = (
         None if flat is None else response_scatter(flat, mask)
-        for flat in policy.measure_values(rollout.ids, rollout.scored, kept, rollout.lower)
+        for flat in policy.measure_values(rollout.ids, rollout.scored, kept, lower)
     )
-    return replace(rollout, values=values, value_states=states)
+    return replace(rollout, values=values, value_states=states, value_lower=lower)
 
 
 def standardize(scorer: Scorer, policy: Policy, job: Job) -> Scorer:

@@ -107,7 +107,7 @@ def add_value_function(recipe: BudgetRecipe, section: PPOSection | TRPOSection, 
     """Give a learner the value function that a stage's section asks for, with an optimizer of its own; or nothing."""
     if section.baseline != "value":
         return
-    learner.policy.add_value_function(recipe.lora if section.value_function == "lora" else None)
+    learner.policy.add_value_function(*section.value_adapter(recipe.lora))
     learner.parts[VALUES] = ValueFunction(learner.policy)
     learner.optimizers[VALUES] = make_optimizer(learner.policy.value_parameters(), recipe.optim, "value function")
 

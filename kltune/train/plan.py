@@ -173,7 +173,7 @@ def memory_of(
     stage, section = recipe.stage, getattr(recipe, recipe.stage, None)
     valued = getattr(section, "baseline", None) == "value"
     if valued:
-        policy.add_value_function(recipe.lora if section.value_function == "lora" else None)
+        policy.add_value_function(*section.value_adapter(recipe.lora))
     footprint = Footprint(
         policy, there, fraction=recipe.run.memory_fraction, checkpoint_layers=recipe.optim.checkpoint_layers,
         device=device,

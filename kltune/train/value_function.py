@@ -68,7 +68,10 @@ class ValueFunction:
             old, mask = piece.rollout, piece.rollout.response_mask
             states = old.value_states
             alone = states is not None
-            flat = self.policy.value_head(states[mask]) if alone else self.policy.values(old.ids, old.scored, old.lower)
+            flat = (
+                self.policy.value_head(states[mask]) if alone
+                else self.policy.values(old.ids, old.scored, old.value_lower)
+            )
             values = response_scatter(flat, mask)
             loss = clipped_value_loss(values, old.values, piece.returns, mask, clip_range, tokens)
             return coef * loss, loss

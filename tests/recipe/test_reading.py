@@ -102,6 +102,8 @@ WRONG = {
     "dropout": (PPO + "lora: {dropout: 0.1}\n", 7, ["lora.dropout", "found 0.1", "wanted 0", "noise"]),
     "auto price in plain dpo": (DPO + "kl: {control: fixed}\n", 4, ["kl.beta", "found auto", "0 for plain DPO"]),
     "a price in the reward of dpo": (DPO + "kl: {placement: reward}\n", 4, ["kl.placement", "wanted loss"]),
+    "layers of no value function": (
+        PPO + "ppo: {baseline: value, value_layers: 0.5}\n", 7, ["ppo.value_layers", "value_function: upper"]),
     "another loss's key": (DPO + "dpo: {gap: 2.0}\n", 4, ["dpo.gap", "read only by loss simpo"]),
     "a dynamic beta of another loss": (
         DPO + "dpo: {loss: ipo, dynamic_beta: 0.6}\n", 4, ["dpo.dynamic_beta", "read only by loss sigmoid"]),

@@ -62,6 +62,10 @@ COSTS = {       # words: passes, operations, waits. Reference, policy and values
     ("ppo", f"ppo.epochs={EPOCHS}"): (READ + 3 + 2 * EPOCHS, 3581, 112),
     # a head reads what scoring the policy has left
     ("ppo", f"ppo.epochs={EPOCHS}", "ppo.value_function=head"): (READ + 2 + EPOCHS, 2887, 104),
+    # below it the frozen layer computes once more, above it value function alone
+    ("ppo", f"ppo.epochs={EPOCHS}", "ppo.value_function=upper", "ppo.value_layers=0.5"): (
+        READ + 2 + EPOCHS + 0.5 + (1 + EPOCHS) / 2, 3300, 114,
+    ),
     # the layer below the first adapter computes once, beside sampling; the other in every pass
     ("ppo", f"ppo.epochs={EPOCHS}", "lora.layers=0.5"): (READ + 0.5 + (3 + 2 * EPOCHS) / 2, 2914, 107),
     # the reference's hidden states serve the KL of every epoch

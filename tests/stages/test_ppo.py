@@ -151,7 +151,7 @@ def test_adapters_on_upper_layers_are_saved_as_such_and_what_is_computed_once_ch
     assert all(".layers.1." in name for name in adapter(final))
     recipe = ppo_recipe(*changes, output=str(tmp_path / "anew"))
     policy = load_saved_policy(final, recipe.model, device=torch.device("cpu"), is_adapter=True)
-    assert policy.network.fast.lower_layers.there
+    assert policy.network.fast.lower_layers().there
     monkeypatch.setattr(LowerLayers, "_serve", lambda self: False)
     other, others = ran(recipe)
     assert other["kl"]["nats_per_response"] == pytest.approx(result["kl"]["nats_per_response"], rel=1e-3)

@@ -20,6 +20,7 @@ STAGES = {
     "ppo rloo": PPO | {"ppo": PPO["ppo"] | {"baseline": "rloo"}},
     "ppo grpo": PPO | {"ppo": PPO["ppo"] | {"baseline": "grpo"}, "kl": {"target": 0.5, "placement": "loss"}},
     "ppo with a head alone": PPO | {"ppo": PPO["ppo"] | {"value_function": "head"}},
+    "ppo with values above": PPO | {"ppo": PPO["ppo"] | {"value_function": "upper", "value_layers": 0.5}},
     "ppo of an upper layer": PPO | {"lora": {"rank": 4, "alpha": 8.0, "layers": 0.5}, "kl": {"placement": "loss"}},
     "trpo": TRPO | {"kl": {"target": 0.5, "hard_cap": 3.0}},
     "sft": SFT | {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1}},

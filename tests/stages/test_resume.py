@@ -130,6 +130,10 @@ RESUMED = {
         PPO, ("ppo.value_function=head", "ppo.value_lr=0.01", "kl.controller=dual", "ppo.epochs=1"),
         "policy_optimizer value value_optimizer",
     ),
+    "ppo, values above": (
+        PPO, ("ppo.value_function=upper", "ppo.value_layers=0.5", "ppo.epochs=1"),
+        "policy_optimizer value value_optimizer",
+    ),
     "ppo, rloo, fixed": (PPO, ("ppo.baseline=rloo", "ppo.entropy_floor=3.2", NORMALIZED, *FIXED), "policy_optimizer"),
     "ppo, a reward model": (PPO, (MODEL,), "policy_optimizer value value_optimizer"),
     "ppo, a reward model, rloo": (PPO, (MODEL, "ppo.baseline=rloo", "kl.controller=ziegler"), "policy_optimizer"),

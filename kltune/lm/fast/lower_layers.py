@@ -1,7 +1,8 @@
 """What the layers below the first adapted one make of rows is computed once, for policy, reference and value function.
 
 With adapters on the upper layers alone (``lora.layers``) the lower ones give the same in every pass over the same rows,
-whoever is on. So a pass is given what they gave, and goes on from there: the layers below hand through what comes.
+whoever is on. So a pass is given what they gave, and goes on from there: the layers below hand through what comes. A
+value function on the upper layers (``value_function: upper``) goes on from what the frozen ones below its own gave.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,14 +25,14 @@ class LowerLayers:
     of the layers, that such a pass computes.
     """
 
-    def __init__(self, trunk: nn.Module):
-        """Find them; anew after an adapter has come."""
+    def __init__(self, trunk: nn.Module, adapter: str | None = None):
+        """Find them; anew after an adapter has come. adapter: the one that passes have on; None: any."""
         self._trunk, layers = trunk, layers_of(trunk)
-        adapted = [_adapters_in(layer) for layer in layers]
+        adapted = [_adapters_in(layer, adapter) for layer in layers]
         first = next((number for number, count in enumerate(adapted) if count), 0)
         self._lower, self._upper = layers[:first], layers[first:]
         self.share_above = len(self._upper) / max(1, len(layers))
-        self.there = first > 0 and sum(adapted) == _adapters_in(trunk) and self._serve()
+        self.there = first > 0 and sum(adapted) == _adapters_in(trunk, adapter) and self._serve()
 
     @torch.no_grad()
     def states(self, ids: Tensor) -> Tensor:
@@ -62,8 +63,11 @@ class LowerLayers:
             return False
 
 
-def _adapters_in(module: nn.Module) -> int:
-    return sum(isinstance(part, BaseTunerLayer) for part in module.modules())
+def _adapters_in(module: nn.Module, adapter: str | None) -> int:
+    """How many layers within have an adapter, or one of this name."""
+    layers = [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
+    return sum(adapter is None or any(adapter in getattr(part, kind) for kind in part.adapter_layer_names)
+               for part in layers)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class FastWays:
         """Take the model's layers as they are now, after an adapter may have wrapped them."""
         speed_up(self.causal)
         self.merged_trunk = MergedTrunk(self.causal.base_model)
-        self.lower_layers = LowerLayers(self.causal.base_model)
+        self._lower_layers: dict[str | None, LowerLayers] = {}
         self.batching.refresh()
         # Anew for each adapter: some, as those that go through a Fourier transform, cannot be captured.
         device = next(self.causal.parameters()).device
@@ -62,11 +62,19 @@ class FastWays:
         rows = shared_prefixes(ids, scored) if self.shares_prefixes else None
         return None if rows is None else states_before(self.causal.base_model, rows)
 
-    def lower_states(self, ids: Tensor, scored: Tensor) -> Callable[[Tensor], Tensor] | None:
+    def lower_layers(self, adapter: str | None = None) -> LowerLayers:
+        """The layers below any adapter, or below this one, for passes that have no other on."""
+        if adapter not in self._lower_layers:
+            self._lower_layers[adapter] = LowerLayers(self.causal.base_model, adapter)
+        return self._lower_layers[adapter]
+
+    def lower_states(
+        self, ids: Tensor, scored: Tensor, adapter: str | None = None
+    ) -> Callable[[Tensor], Tensor] | None:
         """What gives the states that passes over these rows go on from; None where there are none, or where reading
-        shared prompts once, which cannot go on from them, takes less.
+        shared prompts once, which cannot go on from them, takes less. adapter: as ``lower_layers``.
         """
-        lower = self.lower_layers
+        lower = self.lower_layers(adapter)
         if not lower.there:
             return None
         rows = shared_prefixes(ids, scored) if self.shares_prefixes else None

@@ -90,7 +90,7 @@ class Footprint:
         speed_up(policy.model)
         self.trained = [*policy.trainable_parameters().values(), *policy.value_parameters().values()]
         network = policy.network
-        self._lower = LowerLayers(network.causal.base_model)
+        self._lower = {name: LowerLayers(network.causal.base_model, name) for name in {None, policy.values_above}}
         network.stands_for = device
         with traced(1):
             found = training_room(network.causal, network.causal.base_model if network.split else network.causal)
@@ -171,7 +171,8 @@ class Footprint:
         network = self.policy.network
         if not network.split:
             return 0
-        cells = states * rows.count * rows.response + self._goes_on(rows) * rows.count * rows.length
+        lower = sum(self._goes_on(rows, adapter) for adapter in self._lower)
+        cells = states * rows.count * rows.response + lower * rows.count * rows.length
         return cells * network.hidden_size * self.policy.dtype.itemsize
 
     def measuring(self, rows: Rows, *, by_token: bool = False) -> int:
@@ -259,9 +260,10 @@ class Footprint:
         finally:
             network.fast = None
 
-    def _goes_on(self, rows: Rows) -> bool:
+    def _goes_on(self, rows: Rows, adapter: str | None = None) -> bool:
         """Whether passes over rows go on from what unadapted layers gave, as ``FastWays.lower_states`` decides."""
-        return self.policy.network.split and self._lower.there and self._lower.share_above < self._read_share(rows)
+        lower = self._lower[adapter]
+        return self.policy.network.split and lower.there and lower.share_above < self._read_share(rows)
 
     def _read_share(self, rows: Rows) -> float:
         """Share of the tokens of rows that is read where rows of one prompt read it once; 1 where that does not pay."""

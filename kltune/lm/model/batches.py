@@ -82,6 +82,7 @@ class Rollout(Samples):
     value_states: the hidden states that a value head alone reads it off, [B, T, H]; None without one.
     states, ref_states: those that policy and reference were measured by, where they are kept; [B, T, H] each.
     lower: ``Network.lower_states``, from which passes over these sequences go on; [B, S, H], None without.
+    value_lower: the same for the value function's own, ``Policy.lower_of_values``.
     sums: what each token of the vocabulary adds to ref_kl; None where that was not asked for.
     rounding: KL of whoever responded, as it sampled, to itself as it was measured, by k3: what is no change of weights.
     """
@@ -96,6 +97,7 @@ class Rollout(Samples):
     states: Tensor | None = None
     ref_states: Tensor | None = None
     lower: Tensor | None = None
+    value_lower: Tensor | None = None
     sums: VocabularySums | None = None
     rounding: Tensor | None = None
 
@@ -114,7 +116,7 @@ class Rollout(Samples):
         """The rollout of some rows only, cut to the longest sequence among them."""
         seq = _width(self.scored[rows])
         longest = int(self.lengths[rows].max())
-        cut = {"ids": seq, "scored": seq, "lower": seq}
+        cut = {"ids": seq, "scored": seq, "lower": seq, "value_lower": seq}
         chosen = {}
         for one in fields(self):
             value = getattr(self, one.name)

@@ -189,36 +189,41 @@ class Network:
             return model(input_ids=ids, use_cache=False)
 
     @torch.no_grad()
-    def lower_states(self, ids: Tensor, scored: Tensor) -> Tensor | None:
+    def lower_states(self, ids: Tensor, scored: Tensor, adapter: str | None = None) -> Tensor | None:
         """What the layers below the first adapted one make of rows, for ``before``; None where there are none or it
-        does not pay.
+        does not pay. adapter: below this one, which alone is on.
 
         [B, S] ×2 -> [B, S, H], rows in parts; 0 behind their last scored token.
         """
-        states = None if self.fast is None or self.sharded is not None else self.fast.lower_states(ids, scored)
+        plain = self.fast is None or self.sharded is not None
+        states = None if plain else self.fast.lower_states(ids, scored, adapter)
         if states is None:
             return None
         parts = self.parts(ids, scored)
         found = parts.spread(lambda place: (states(parts[place][0]),))
         return parts.rows_joined([states for (states,) in found])
 
-    def before(self, ids: Tensor, scored: Tensor, lower: Tensor | None = None) -> Tensor:
+    def before(
+        self, ids: Tensor, scored: Tensor, lower: Tensor | None = None, adapter: str | None = None
+    ) -> Tensor:
         """What ``logits`` takes, where it predicts the scored tokens: position i − 1 for token i. [B, S] ×2 -> [N, H].
 
         Prompts that neighbouring rows share are read once where that pays (``fast/shared_prefix.py``).
 
-        lower: ``lower_states`` of these rows, from which the pass goes on. [B, S, H].
+        lower, adapter: ``lower_states`` of these rows, from which the pass goes on, [B, S, H]; and below which.
         """
         if lower is not None:
-            with self.fast.lower_layers.given(lower):
+            with self.fast.lower_layers(adapter).given(lower):
                 return self.hidden(ids)[:, :-1][scored[:, 1:]]
         plain = self.fast is None or self._in_step or self._too_large(ids)
         states = None if plain else self.fast.states_before(ids, scored)
         return self.hidden(ids)[:, :-1][scored[:, 1:]] if states is None else states
 
-    def trunk_before(self, ids: Tensor, scored: Tensor, lower: Tensor | None = None) -> Tensor:
+    def trunk_before(
+        self, ids: Tensor, scored: Tensor, lower: Tensor | None = None, adapter: str | None = None
+    ) -> Tensor:
         """Last hidden states at the same positions, also of a model that cannot be cut. [B, S] ×2 -> [N, H]."""
-        return self.before(ids, scored, lower) if self.split else self.trunk(ids)[:, :-1][scored[:, 1:]]
+        return self.before(ids, scored, lower, adapter) if self.split else self.trunk(ids)[:, :-1][scored[:, 1:]]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits in the model's own dtype. [N, H] -> [N, V]."""

@@ -5,7 +5,6 @@ function is one more adapter on the same trunk with a small head, so fitting val
 fine-tuning (``kltune sft`` with ``lora: null``) holds a second, frozen copy of the model.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from kltune.lm.data.chat import reads_clock, template_of, today
 from kltune.lm.data.encoding import OtherTokenizer
 from kltune.lm.data.examples import RowRules
 from kltune.lm.machine.sharding import layers_of
-from kltune.lm.model.adapters.configs import config_beside, lora_config
+from kltune.lm.model.adapters.configs import config_beside, lora_config, sort_targets
 from kltune.lm.model.adapters.weights import POLICY, VALUE, AdapterSwitch, config_to_fill, fill, load_compatible, wrap
 from kltune.lm.model.batches import Rollout, pad_right
 from kltune.lm.model.files import reading
@@ -58,10 +57,10 @@ class Policy:
         self.device = next(model.parameters()).device
         self.max_context = context_of(model)
         self.value_head: ScalarHead | None = None
+        self.values_above: str | None = None       # the adapter below which the value function's own passes go on
         self.untrained: dict[str, Tensor] = {}
         self.full = frozen is not None
-        held = [part.get_input_embeddings().weight for part in (model, frozen) if part is not None]
-        self._words = min(weight.shape[0] for weight in held)
+        self._words = min(part.get_input_embeddings().weight.shape[0] for part in (model, frozen) if part is not None)
         # state_dict tensors share storage with the parameters, so hashing them later sees what they hold then.
         self._reference_tensors = dict((frozen or model).state_dict())
         self._frozen_places: dict[str, tuple[nn.Module, str]] = {}
@@ -115,8 +114,10 @@ class Policy:
         # B is 0 and a magnitude is the base's own: what the adapter's tensors hold where it does nothing.
         self.untrained = {name: tensor.detach().clone() for name, tensor in self.trainable_parameters().items()}
 
-    def add_value_function(self, lora: LoraSection | None) -> None:
+    def add_value_function(self, lora: LoraSection | None, upper: float | None = None) -> None:
         """Add a value head that reads the trunk through a LoRA adapter of its own, or, with None, the policy's trunk.
+
+        upper: the share of the layers, from above, that the adapter is on; None: those that the policy's is on.
 
         Separate tensors, separate optimizer: fitting values cannot move the policy by a single bit. The adapter is the
         default because a head alone sees little: on stories260K with a reward for a word, of the variance of the next
@@ -124,7 +125,8 @@ class Policy:
         Adam or by least squares, 0.03 to 0.06.
         """
         if lora is not None:
-            self.add_beside(VALUE, config_beside(self.model.peft_config[POLICY], lora))
+            self.add_beside(VALUE, config_beside(self.model, POLICY, lora, upper, self.fingerprint.path))
+            self.values_above = None if upper is None else VALUE
         self.value_head = ScalarHead(self.network.hidden_size).to(self.device)
         for tensor in self.value_parameters().values():
             tensor.requires_grad_(True)
@@ -240,8 +242,7 @@ class Policy:
         """The value function's tensors by name: its adapter and its head."""
         if self.value_head is None:
             return {}
-        head = {f"head.{name}": tensor for name, tensor in self.value_head.named_parameters()}
-        return self._switch.parameters(VALUE) | head
+        return self._switch.parameters(VALUE) | {f"head.{n}": own for n, own in self.value_head.named_parameters()}
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -316,12 +317,7 @@ class Policy:
             self.model.save_pretrained(folder)
         else:
             self.model.save_pretrained(folder, selected_adapters=[POLICY], save_embedding_layers=False)
-            # PEFT keeps the names of layers as a set: sorted, equal runs leave equal files.
-            path = folder / "adapter_config.json"
-            config = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(config["target_modules"], list):
-                config["target_modules"].sort()
-            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+            sort_targets(folder)
             (folder / "README.md").write_text(self.fingerprint.how_to_load(), encoding="utf-8")
         self.tokenizer.save_pretrained(folder)
 
@@ -354,7 +350,14 @@ class Policy:
     def values(self, ids: Tensor, scored: Tensor, lower: Tensor | None = None) -> Tensor:
         """Expected return before each scored token, differentiable in the value function only. [N] float32."""
         with self._switch.active(VALUE):
-            return self.value_head(self.network.trunk_before(ids, scored, lower))
+            return self.value_head(self.network.trunk_before(ids, scored, lower, self.values_above))
+
+    def lower_of_values(self, rollout: Rollout) -> Tensor | None:
+        """What ``values`` goes on from: what the frozen layers below its own give, or as all passes do. [B, S, H]."""
+        if self.values_above is None:
+            return rollout.lower
+        with self._switch.active(VALUE):
+            return self.network.lower_states(rollout.ids, rollout.scored, VALUE)
 
     def measure(
         self, ids: Tensor, scored: Tensor, temperature: float = 1.0, *, exact: bool = True, swap: bool = False,

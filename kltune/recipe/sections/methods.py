@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kltune.recipe.sections.fields import Count, Fraction, NotNegative, Positive, Section
+from kltune.recipe.sections.shared import LoraSection
 
 
 class KLSection(Section):
@@ -71,13 +72,28 @@ class DPOKLSection(KLSection):
     ki: NotNegative = Field(0.3, description="gain on the error summed over steps (log_pi)")
 
 
-ValueFunctionKind = Annotated[Literal["lora", "head"], Field(
-    description="baseline: value reads the trunk through an adapter of its own, or with a head alone what the "
-    "policy's trunk holds: about half the work of an update, and far coarser",
-)]
+class ValuedSection(Section):
+    """What a value function is, and how its values become advantages (baseline: value)."""
+
+    value_function: Literal["lora", "upper", "head"] = Field(
+        "lora", description="baseline: value reads the trunk through an adapter of its own (lora); through one on its "
+        "upper layers, going on from what the reference's lower ones gave (upper); or with a head alone what the "
+        "policy's trunk holds (head), which is far coarser",
+    )
+    value_layers: float = Field(
+        0.25, gt=0, lt=1, description="share of the layers, from above, that value_function: upper has an adapter on",
+        examples=[0.5],
+    )
+    gamma: Fraction = Field(1.0, description="discount per token (baseline: value)")
+    gae_lambda: Fraction = Field(0.95, description="1 is unbiased, lower is calmer (baseline: value)")
+
+    def value_adapter(self, lora: LoraSection) -> tuple[LoraSection | None, float | None]:
+        """The value function's own adapter, None for a head alone, and the upper share of the layers that it is on."""
+        upper = self.value_layers if self.value_function == "upper" else None
+        return None if self.value_function == "head" else lora, upper
 
 
-class PPOSection(Section):
+class PPOSection(ValuedSection):
     """Clipped policy steps."""
 
     baseline: Literal["value", "rloo", "grpo", "dr_grpo", "reinforce_pp"] = Field(
@@ -96,7 +112,6 @@ class PPOSection(Section):
         "response's by its own, which favours short right answers and long wrong ones; limit: all alike, by "
         "max_new_tokens, which has no bias. Default tokens; limit with dr_grpo, responses with loss: sequence",
     )
-    value_function: ValueFunctionKind = "lora"
     epochs: Count = Field(4, description="passes over one step's responses")
     minibatch_size: Count = Field(
         64, description="responses per update; must divide a step's responses; default: as many of them as fit in 64"
@@ -107,8 +122,6 @@ class PPOSection(Section):
     )
     value_clip_range: Positive = Field(0.2, description="a value may move so far, in sd of first scores")
     value_coef: NotNegative = Field(0.1, description="weight of the value loss")
-    gamma: Fraction = Field(1.0, description="discount per token")
-    gae_lambda: Fraction = Field(0.95, description="1 is unbiased, lower is calmer")
     stop_step_kl: Positive | None = Field(
         None, description="nats per response; leaves the epochs once KL(old‖new) passes it; null never does",
         examples=[0.5],
@@ -122,7 +135,7 @@ class PPOSection(Section):
     )
 
 
-class TRPOSection(Section):
+class TRPOSection(ValuedSection):
     """Natural-gradient steps inside a KL ball."""
 
     max_step_kl: Positive = Field(0.2, description="nats per response; KL(old‖new) of no step passes it")
@@ -135,9 +148,6 @@ class TRPOSection(Section):
         0.25, gt=0, le=1, description="share of a step's responses that the curvature is measured on"
     )
     baseline: Literal["value", "rloo", "grpo"] = Field("value", description="what a response is compared with")
-    value_function: ValueFunctionKind = "lora"
-    gamma: Fraction = Field(1.0, description="discount per token (baseline: value)")
-    gae_lambda: Fraction = Field(0.95, description="1 is unbiased, lower is calmer (baseline: value)")
     value_epochs: Count = Field(2, description="passes of the value function over one step's responses")
     value_minibatch_size: Count = Field(64, description="responses per update of the value function")
 

@@ -1,6 +1,7 @@
 """What no adapter is on is computed once, and all who read it give the numbers they gave before."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,9 +38,9 @@ def test_passes_from_the_lower_layers_on_are_the_same_to_the_last_bit(open_polic
     policy = open_policy(architecture, lora=UPPER)
     randomize(policy.trainable_parameters())
     ids, scored = random_batch()
-    assert policy.network.fast.lower_layers.there
+    assert policy.network.fast.lower_layers().there
     with torch.no_grad():
-        lower, states = policy.network.fast.lower_layers.states(ids), policy.network.before(ids, scored)
+        lower, states = policy.network.fast.lower_layers().states(ids), policy.network.before(ids, scored)
         assert torch.equal(policy.network.before(ids, scored, lower), states)
         assert torch.equal(policy.network.before(ids, scored), states)      # and nothing of it is left
     found = torch.autograd.grad(policy.logprobs(ids, scored, 1.0, lower).sum(), policy.trainable_parameters().values())
@@ -63,7 +64,7 @@ def test_layers_that_read_keys_of_lower_ones_are_run_whole(open_policy, tmp_path
     word_tokenizer().save_pretrained(tmp_path)
     upper = LoraSection(rank=2, alpha=4.0, targets="all-linear", layers=(3,))
     policy = open_policy(path=tmp_path, lora=upper)
-    assert not policy.network.fast.lower_layers.there
+    assert not policy.network.fast.lower_layers().there
     assert torch.isfinite(policy.logprobs(*random_batch())).all()
 
 
@@ -98,7 +99,7 @@ def test_scoring_computes_them_once_for_policy_reference_and_values(open_policy,
     assert counts == [0, 4]
     policy.network.lower_states(ids, scored)
     assert counts == [1, 4]
-    monkeypatch.setattr(policy.network.fast.lower_layers, "there", False)
+    monkeypatch.setattr(policy.network.fast.lower_layers(), "there", False)
     plain = sample_rollout(policy, PROMPTS, UNIFORMS, temperature=1.0, keep=("lower",))
     assert plain.lower is None
     for name in ("logprobs", "ref_logprobs", "ref_kl", "entropy"):
@@ -107,6 +108,32 @@ def test_scoring_computes_them_once_for_policy_reference_and_values(open_policy,
     assert torch.equal(values[0], policy.measure_values(ids, scored)[0])
     torch.testing.assert_close(logprobs, policy.logprobs(some.ids, some.scored), atol=1e-5, rtol=0.0)
     assert kept.ref_kl.max() > 1e-3
+
+
+def test_a_value_function_above_goes_on_from_what_the_frozen_layers_gave(open_policy, monkeypatch):
+    policy = open_policy()
+    randomize(policy.trainable_parameters())
+    policy.add_value_function(LoraSection(), 0.5)
+    randomize(policy.value_parameters(), seed=5)
+    assert all(".layers.1." in name for name in policy.model.peft_config["value"].target_modules)
+    monkeypatch.setattr(policy.network.fast, "shares_prefixes", False)
+    rollout = sample_rollout(policy, PROMPTS, UNIFORMS, temperature=1.0, keep=("lower",))
+    assert rollout.lower is None        # the policy's own adapter is on all layers
+    rollout = replace(rollout, value_lower=policy.lower_of_values(rollout))
+    ids, scored, some = rollout.ids, rollout.scored, rollout.select(torch.tensor([7, 2, 4]))
+    counts, parameters = layers_called(policy), policy.value_parameters().values()
+    found, _ = policy.measure_values(ids, scored, None, rollout.value_lower)
+    slopes = torch.autograd.grad(policy.values(some.ids, some.scored, some.value_lower).sum(), parameters)
+    assert counts == [0, 2]
+    assert torch.equal(found, policy.measure_values(ids, scored)[0])
+    whole = torch.autograd.grad(policy.values(some.ids, some.scored).sum(), parameters)
+    torch.testing.assert_close(slopes, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_a_value_function_above_what_is_adapted_is_refused(open_policy):
+    policy = open_policy(lora=LoraSection(layers=(0,)))
+    with pytest.raises(ModelError, match=r"value_layers: lora.layers leaves the upper 0.5 .* larger share"):
+        policy.add_value_function(LoraSection(), 0.5)
 
 
 def test_shared_prompts_are_read_once_where_that_saves_more(open_policy):
@@ -122,7 +149,7 @@ def test_layers_are_chosen_by_number_or_as_an_upper_share(open_policy, tmp_path)
         policy = open_policy(lora=LoraSection(layers=layers))
         policy.save(tmp_path)
         assert json.loads((tmp_path / "adapter_config.json").read_text())["layers_to_transform"] == numbers
-        assert policy.network.fast.lower_layers.there == (numbers == [1])
+        assert policy.network.fast.lower_layers().there == (numbers == [1])
     with pytest.raises(ModelError, match=r"lora.layers: found 2, 7; .* has 2 layers, numbered from 0"):
         open_policy(lora=LoraSection(layers=(2, 0, 7)))
 
@@ -144,8 +171,8 @@ def test_only_layers_that_read_text_are_chosen_of_a_model_that_sees_too(open_pol
 
 def test_there_are_none_where_an_adapter_is_on_what_comes_before_them(open_policy):
     assert not open_policy(lora=LoraSection(targets=("q_proj", "embed_tokens"), layers="all")).network.fast \
-        .lower_layers.there
+        .lower_layers().there
     policy = open_policy(lora=UPPER)
     policy.add_value_function(UPPER)
-    assert policy.network.fast.lower_layers.there
+    assert policy.network.fast.lower_layers().there
     assert not LowerLayers(policy.network._trunk.layers[0]).there

@@ -1,11 +1,14 @@
 """What PEFT is told of a recipe's adapter."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -20,8 +23,7 @@ def lora_config(lora: LoraSection, model: nn.Module, path: str) -> LoraConfig:
     chosen = {} if lora.layers == "all" else _chosen(lora.layers, model, path)
     names = [name for name, _ in model.named_modules()]
     if chosen:      # only of what lies in them
-        (called,), numbers = chosen["layers_pattern"], "|".join(map(str, chosen["layers_to_transform"]))
-        names = [name for name in names if re.match(rf"(.*\.)?{called}\.({numbers})\.", name)]
+        names = _within(names, chosen)
         if targets == "all-linear":     # beside which PEFT takes no numbers
             linear = (name for name in names if isinstance(model.get_submodule(name), nn.Linear | Conv1D))
             targets = sorted({name.rpartition(".")[2] for name in linear})
@@ -34,6 +36,12 @@ def lora_config(lora: LoraSection, model: nn.Module, path: str) -> LoraConfig:
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM",
         **chosen,
     )
+
+
+def _within(names: Iterable[str], chosen: Mapping[str, list]) -> list[str]:
+    """Those of the names that lie in the layers of ``_chosen``."""
+    (called,), numbers = chosen["layers_pattern"], "|".join(map(str, chosen["layers_to_transform"]))
+    return [name for name in names if re.match(rf"(.*\.)?{called}\.({numbers})\.", name)]
 
 
 def _chosen(layers: float | Sequence[int], model: nn.Module, path: str) -> dict[str, list]:
@@ -81,9 +89,30 @@ def _called(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
     return list(dict.fromkeys(called))
 
 
-def config_beside(own: LoraConfig, lora: LoraSection) -> LoraConfig:
-    """The configuration of one more adapter, of a recipe's size, on the layers of another."""
-    return LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=own.target_modules, task_type="CAUSAL_LM",
-        layers_to_transform=own.layers_to_transform, layers_pattern=own.layers_pattern,
-    )
+def config_beside(model: nn.Module, name: str, lora: LoraSection, upper: float | None, path: str) -> LoraConfig:
+    """The configuration of one more adapter, of a recipe's size, on the layers of another, or those in an upper share.
+
+    Raises:
+        ModelError: the other is on no layer of that share.
+    """
+    own = model.peft_config[name]
+    size = {"r": lora.rank, "lora_alpha": lora.alpha, "task_type": "CAUSAL_LM"}
+    if upper is None:
+        chosen = {"layers_to_transform": own.layers_to_transform, "layers_pattern": own.layers_pattern}
+        return LoraConfig(**size, **chosen, target_modules=own.target_modules)
+    base = model.get_base_model()
+    adapted = [name for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)]
+    targets = _within(adapted, _chosen(upper, base, path))
+    if not targets:
+        raise ModelError(f"value_layers: lora.layers leaves the upper {upper:g} of the layers of {path} without an "
+                         "adapter; wanted a larger share, or value_function: lora.")
+    return LoraConfig(**size, target_modules=targets)
+
+
+def sort_targets(folder: Path) -> None:
+    """Sort the names of layers in a saved configuration, which PEFT keeps as a set: equal runs leave equal files."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
