@@ -85,7 +85,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a run has measured: its rows of metrics.jsonl, and the evaluation of what it saved ({} before that).
+    """What a run has measured: its rows as of ``read_metrics``, and the evaluation of what it saved ({} before that).
 
     final_step: steps that what was saved had done; None is all of them.
     """
@@ -102,16 +102,15 @@ class Recorded:
     @cached_property
     def names(self) -> list[str]:
         """Everything that was measured, in alphabetical order."""
-        rows = (*self.rows, self.final)
-        return sorted({name for row in rows for name, value in row.items() if is_number(value)})
+        found: set[str] = set()
+        for row in (*self.rows, self.final):
+            found |= {name for name in row.keys() - found if is_number(row[name])}
+        return sorted(found)
 
     def series(self, name: str) -> Series:
         """What the rows hold of one metric; [] if nothing was measured."""
         error = STANDARD_ERRORS.get(name, "")
-        return [
-            (row["step"], row[name], row[error] if is_number(row.get(error)) else None)
-            for row in self.rows if is_number(row.get(name)) and is_number(row.get("step"))
-        ]
+        return [(row["step"], row[name], row.get(error)) for row in self.rows if row.get(name) is not None]
 
     def reference(self, name: str) -> float | None:
         """What the reference's own responses gave where ``name`` is the policy's; None where that was not measured."""

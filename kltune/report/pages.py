@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -196,14 +196,17 @@ def timings_of(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, float, floa
 
 def first_and_last(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, Any, Any]]:
     """(name, first value, last value) of everything in metrics.jsonl that is a number."""
-    first: dict[str, float] = {}
-    last: dict[str, float] = {}
-    for row in metrics:
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                first.setdefault(name, value)
-                last[name] = value
+    first, last = met_first(metrics), met_first(reversed(metrics))
     return [(name, first[name], last[name]) for name in sorted(first)]
+
+
+def met_first(metrics: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """What the first row that has it as a number says of everything but the step."""
+    found: dict[str, float] = {}
+    for row in metrics:
+        found |= {name: row[name] for name in row.keys() - found.keys() if isinstance(row[name], int | float)}
+    found.pop("step", None)
+    return found
 
 
 def next_commands(files: Files) -> list[tuple[str, str]]:

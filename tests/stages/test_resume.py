@@ -172,7 +172,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(request, tmp_path, llama, base, keys,
     checkpoint = tmp_path / "unbroken" / "checkpoints" / f"step-{done['steps']:06d}"
     tensors, state = read_state(checkpoint)
     wanted = set(groups.split())
-    # Where a cap refused the last step, and whose that is depends on the processor's last digits, trpo holds no direction.
+    # Whether a cap refuses the last step depends on a processor's last digits; trpo holds no direction then.
     assert wanted - ({"trust_region"} if "budget" in wanted else set()) <= tensors.keys() <= wanted
     assert (checkpoint / "reward_head.safetensors").exists() == (base is REWARD)
     assert ("means" in state) == any(key in keys for key in ("dpo.loss=bco", "dpo.dynamic_beta=0.6"))
