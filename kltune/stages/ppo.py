@@ -29,7 +29,7 @@ from kltune.recipe import PPORecipe
 from kltune.run.optimizer import accumulate, guarded_step, make_optimizer, set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
-from kltune.train.batch import Batch, moved_since, rounding_of, rounding_scatter, sample_batch
+from kltune.train.batch import Batch, moved_since, only_noise, rounding_of, rounding_scatter, sample_batch
 from kltune.train.budget import Budget
 from kltune.train.evaluation.alarms import Alarms
 from kltune.train.experience import (
@@ -150,7 +150,9 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
         if VALUES in learner.optimizers:
             value_lr = schedule_share(job, step) * (ppo.value_lr or recipe.optim.lr)
             set_learning_rate(learner.optimizers[VALUES], value_lr)
-        update |= improve(recipe, learner, experience, lr=lr, room=room, rng=job.run.rng("minibatches", step))
+        rests = only_noise(learner, batch) and not update.get("policy/entropy_price")
+        rng = job.run.rng("minibatches", step)
+        update |= improve(recipe, learner, experience, lr=lr, room=room, rng=rng, rests=rests)
         clock.lap("update")
     return Taken(update, clock, batch, went_back)
 
@@ -166,7 +168,8 @@ def price_entropy(learner: Learner, batch: Batch) -> dict[str, float]:
 
 
 def improve(
-    recipe: PPORecipe, learner: Learner, experience: Experience, *, lr: float, room: float, rng: np.random.Generator
+    recipe: PPORecipe, learner: Learner, experience: Experience, *, lr: float, room: float, rng: np.random.Generator,
+    rests: bool = False,
 ) -> dict[str, float | None]:
     """Several epochs of clipped minibatch steps on one batch of experience.
 
@@ -177,6 +180,7 @@ def improve(
         experience: of the step.
         lr, room: from ``step_size``.
         rng: for the order of the minibatches.
+        rests: from the start.
     """
     ppo = recipe.ppo
     set_learning_rate(learner.optimizers["policy"], lr)
@@ -186,7 +190,7 @@ def improve(
     steps: list[dict[str, float]] = []
     fits: list[dict[str, float]] = []
     gaps: list[Tensor] = []
-    moved, rounding, rests = 0.0, rounding_of(experience.rollout), False
+    moved, rounding = 0.0, rounding_of(experience.rollout)
     scatter = rounding_scatter(experience.rollout, ppo.minibatch_size)
     for part in parts:
         if not rests:
@@ -201,7 +205,7 @@ def improve(
         elif rests:
             break
     made = len(steps) if rests else len(steps) - 1      # updates that the last measurement saw
-    if planned == 1:
+    if planned == 1 and not rests:
         made, moved = 1, max(moved_since(learner.policy, part.rollout, recipe) - rounding, 0.0)
     learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, made / planned, rounding))
     return mean_of(steps) | mean_of(fits) | rounding_metrics(gaps) | {

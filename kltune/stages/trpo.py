@@ -47,7 +47,7 @@ from kltune.recipe import TRPORecipe
 from kltune.run.optimizer import set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
-from kltune.train.batch import Batch, rounding_of, sample_batch
+from kltune.train.batch import Batch, only_noise, rounding_of, sample_batch
 from kltune.train.budget import Budget
 from kltune.train.evaluation.alarms import Alarms
 from kltune.train.experience import Experience, centred, compute_advantages, explained_variance
@@ -131,7 +131,9 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
         batch, learner.budget.price, trpo, per_prompt=recipe.sampling.responses_per_prompt,
         unit=unit_of_values(learner),
     )
-    update = trust_region_step(job, learner, batch, experience, job.run.rng("curvature", step))
+    update: dict[str, float | None] = {"kl/step_nats_per_response": 0.0}
+    if not only_noise(learner, batch):
+        update = trust_region_step(job, learner, batch, experience, job.run.rng("curvature", step))
     if VALUES in learner.parts:
         lr = schedule_share(job, step) * recipe.optim.lr
         set_learning_rate(learner.optimizers[VALUES], lr)
@@ -161,8 +163,9 @@ def trust_region_step(
     experience = centred(experience)
     gradient, rounding = learner.update(partial(policy_gradient, job.recipe, learner.policy, experience))
     region, fresh_gain = region.observed(gradient, price)
-    room = learner.budget.room(batch.rollout, batch.kl, share=1.0)
-    radius = region.radius.allowed(min(trpo.max_step_kl, room), price)
+    radius = min(trpo.max_step_kl, learner.budget.room(batch.rollout, batch.kl, share=1.0))
+    if not learner.budget.on_its_way(batch.rollout, batch.kl):
+        radius = region.radius.allowed(radius, price)
     with phase(CURVATURE, learner.policy.device):       # nobody holds its graphs while a step is tried
         natural = natural_gradient(
             fisher_on_some(job.recipe, learner.policy, experience, rng), gradient, region.damping, trpo.cg_iterations,

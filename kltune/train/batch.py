@@ -35,13 +35,15 @@ class Batch:
     """The responses of a step, and how far their policy is from the reference.
 
     scores: [B]; None where nothing scores them. spread: standard deviation of the scores of answers to one prompt, in
-    the unit that a price is in; None where there are no scores. more: metrics of how they were sampled.
+    the unit that a price is in; None where there are no scores. alike: no scores of answers to one prompt differ. more:
+    metrics of how they were sampled.
     """
 
     rollout: Rollout
     kl: KLSummary
     scores: Tensor | None = None
     spread: float | None = None
+    alike: bool = False
     more: Mapping[str, float | None] = field(default_factory=dict)
 
 
@@ -64,7 +66,19 @@ def sample_batch(job: Job, learner: Learner, step: int, clock: Clock, keep: Sequ
     clock.lap("score")
     if VALUES in learner.parts:
         learner.parts[VALUES] = learner.parts[VALUES].started(scores)
-    return Batch(rollout, kl_of(rollout), scores, pulling_spread(job, learner, rollout, scores), more)
+    alike = spread_within_groups(scores, sampling.responses_per_prompt) == 0.0
+    return Batch(rollout, kl_of(rollout), scores, pulling_spread(job, learner, rollout, scores), alike, more)
+
+
+def only_noise(learner: Learner, batch: Batch) -> bool:
+    """Whether a step on a batch would follow noise alone: all answers to a prompt score alike, and no price matters.
+
+    Values that a value function foretold differ all the same, and so do log-ratios that are priced; a step as long as
+    any other went along them. Of a reward that 1 in 100 responses earns, a quarter of the first batches are such, and
+    0.17 nats went on each. Above the target, or where a fixed price holds the policy, the price is no noise.
+    """
+    budget = learner.budget
+    return batch.alike and (budget.price == 0.0 or budget.short_of_target(batch.rollout, batch.kl))
 
 
 def pulling_spread(job: Job, learner: Learner, rollout: Rollout, scores: Tensor) -> float:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from kltune.core.control.controllers import Controller, Dual, FixedBeta, LogPI, Ziegler, feed_forward
+from kltune.core.control.controllers import NEAR, Controller, Dual, FixedBeta, LogPI, Ziegler, feed_forward
 from kltune.core.control.step_size import StepSize, step_limit
 from kltune.core.kl.gate import Standing, standing, verdict
 from kltune.core.kl.intervals import KLSummary
@@ -131,6 +131,14 @@ class Budget:
         if self.target is not None:
             return self.target * self._tokens(rollout)
         return math.inf if self.cap is None else BELOW_CAP * self.cap * self._tokens(rollout)
+
+    def short_of_target(self, rollout: Rollout, kl: KLSummary, share: float = 1.0) -> bool:
+        """Whether a batch's KL is below its target, or a share of it."""
+        return self.target is not None and kl.nats_per_response < share * self.aim(rollout)
+
+    def on_its_way(self, rollout: Rollout, kl: KLSummary) -> bool:
+        """Whether the target is still so far that there is nothing to hold."""
+        return self.short_of_target(rollout, kl, NEAR)
 
     def room(self, rollout: Rollout, kl: KLSummary, share: float) -> float:
         """How far one step may move the policy that sampled a batch; see ``step_limit``."""
