@@ -208,7 +208,7 @@ def improve(
     if planned == 1 and not rests:
         made, moved = 1, max(moved_since(learner.policy, part.rollout, recipe) - rounding, 0.0)
     learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, made / planned, rounding))
-    return mean_of(steps) | mean_of(fits) | rounding_metrics(gaps) | {
+    return mean_of(steps) | mean_of(fits) | (rounding_metrics(gaps) if gaps else {}) | {
         "kl/step_nats_per_response": moved,
         "kl/step_limit_nats_per_response": None if math.isinf(limit) else limit,
         "ppo/minibatches": float(len(steps)),

@@ -339,6 +339,23 @@ def test_a_constant_on_all_scores_and_their_unit_change_nothing(ppo_recipe, tmp_
             assert mine["kl/ref_nats_per_response"] == pytest.approx(plain["kl/ref_nats_per_response"], rel=2e-2)
 
 
+@pytest.mark.parametrize("baseline", ["value", "rloo", "grpo"])
+@pytest.mark.parametrize("price", [(), ("kl.control=fixed", "kl.beta=0")])
+def test_a_batch_of_like_scores_moves_no_policy_that_is_below_its_target_or_free(ppo_recipe, baseline, price):
+    keys = ("reward.0.path=rewards.py:flat", f"ppo.baseline={baseline}", "run.steps=3", *price)
+    result, rows = ran(ppo_recipe(*keys))
+    assert [row["kl/ref_nats_per_response"] for row in rows] == [0.0] * 3
+    assert [row["ppo/minibatches"] for row in rows] == [0.0] * 3
+    assert not any(tensor.any() for name, tensor in adapter(Path(result["final"])).items() if "lora_B" in name)
+    assert all(("ppo/value_loss" in row) == (baseline == "value") for row in rows)      # it is fitted all the same
+
+
+def test_a_fixed_price_draws_a_policy_back_whatever_the_scores(ppo_recipe):
+    keys = ("kl.control=fixed", "kl.beta=1.0", "run.steps=2", "ppo.baseline=rloo", "reward.0.path=rewards.py:flat")
+    _, rows = ran(ppo_recipe(*keys))
+    assert all(row["ppo/minibatches"] > 0.0 for row in rows)
+
+
 def test_a_run_until_its_target_goes_on_and_resumes_where_it_was(ppo_recipe):
     settings = ("run.until=target", "run.steps=4", "kl.target=0.3", "optim.lr=0.02", "run.save_every=5")
     recipe = ppo_recipe(*settings)

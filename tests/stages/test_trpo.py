@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kltune.core.control.adaptation import FIRST_SEEN
+from kltune.core.control.adaptation import FIRST_SEEN, AdaptiveRadius
 from kltune.core.kl.divergence import kl_exact
 from kltune.core.tensors import per_response
 from kltune.errors import DivergedError, RecipeError
@@ -47,6 +47,26 @@ def test_a_run_leaves_what_every_run_leaves(trpo_recipe, monkeypatch):
     assert not list((folder / "checkpoints" / "step-000004" / "state").glob("policy_optimizer*"))
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert all(title in page for title in ("Gain of the surrogate", "Damping", "Tries of the line search"))
+
+
+@pytest.mark.parametrize("baseline", ["value", "rloo"])
+def test_a_batch_of_like_scores_moves_nothing_below_the_target(trpo_recipe, baseline):
+    keys = () if baseline == "value" else ("optim.lr=1e-4", "trpo.value_minibatch_size=64")
+    _, rows = ran(trpo_recipe(
+        "reward.0.path=rewards.py:flat", f"trpo.baseline={baseline}", "sampling.responses_per_prompt=4", *keys
+    ))
+    for row in rows:
+        assert (row["kl/ref_nats_per_response"], row["kl/step_nats_per_response"]) == (0.0, 0.0)
+        assert row.get("trpo/gain") is None
+
+
+def test_on_the_way_to_a_target_steps_are_as_long_as_the_room_whatever_the_last_ones_gained(trpo_recipe, monkeypatch):
+    monkeypatch.setattr(AdaptiveRadius, "allowed", lambda *_: pytest.fail("asked how long a step may be"))
+    recipe = trpo_recipe("kl.target=4", "run.steps=5")
+    _, rows = ran(recipe)
+    limit = 0.06 * 4.0
+    assert all(row["kl/ref_nats_per_response"] < 0.7 * 4.0 for row in rows)
+    assert all(row["trpo/radius_nats_per_response"] >= 0.9 * min(limit, recipe.trpo.max_step_kl) for row in rows)
 
 
 @pytest.mark.parametrize("baseline", ["value", "rloo", "grpo"])

@@ -129,6 +129,15 @@ def test_a_step_has_the_room_that_target_or_cap_leave_it():
     assert budget().room(ROLLOUT, kl, 1.0) == math.inf
 
 
+def test_a_policy_is_short_of_a_target_and_on_its_way_below_seven_tenths_of_it():
+    found = [
+        (held.short_of_target(ROLLOUT, kl), held.on_its_way(ROLLOUT, kl))
+        for held in (Budget.of(KLSection(target=0.4, unit="nats_per_token"), steps=50), budget(0.5, hard_cap=2.0))
+        for kl in (measured(1.0, 1.3, 1.5), measured(1.3, 1.5, 1.8), measured(1.8, 2.1, 2.4))
+    ]
+    assert found == [(True, True), (True, False), (False, False)] + [(False, False)] * 3
+
+
 def test_it_says_what_was_measured_and_what_to_change():
     kl = measured(2.0, 3.0, 4.25)
     assert budget().describe(kl) == "3 nats per response (95 %: 2.00 to 4.25)"
