@@ -46,7 +46,7 @@ WIDENED = {
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``functional.linear``: x Wᵀ + b. [..., in] x [out, in] -> [..., out]."""
     if _widens(weight) and x.dtype == weight.dtype and x.numel():
-        return _Widened.apply(x, weight, bias, 1.0)
+        return _widened(x, weight, bias, 1.0)
     if not _serves(x, weight):
         return functional.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
@@ -60,7 +60,7 @@ def with_update(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> T
     inner = product(x.reshape(-1, x.shape[-1]), a)
     flat = out.reshape(len(inner), -1)
     if _widens(b) and inner.dtype == b.dtype and inner.numel():
-        return _Widened.apply(inner, b, flat, scale).view(out.shape)
+        return _widened(inner, b, flat, scale).view(out.shape)
     return torch.addmm(flat, inner, b.t(), alpha=scale).view(out.shape)
 
 
@@ -91,28 +91,40 @@ def _widens(weight: Tensor) -> bool:
     return weight.dtype in WIDENED and weight.device.type == "cpu" and type(weight) in (Tensor, nn.Parameter)
 
 
+def _widened(x: Tensor, weight: Tensor, added: Tensor | None, scale: float) -> Tensor:
+    """added + s · x Wᵀ by float32, rounded once."""
+    tensors = (x, weight) if added is None else (x, weight, added)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _Widened.apply(x, weight, added, scale)
+    return _by_float32(x, weight, added, scale)
+
+
+def _by_float32(x: Tensor, weight: Tensor, added: Tensor | None, scale: float) -> Tensor:
+    """A piece at a time of the longer side of the weight: of the outputs, or of what is summed over."""
+    out, inside = weight.shape
+    rows, linear = x.reshape(-1, inside), functional.linear
+    if out * inside <= PIECE:
+        total = linear(rows.float(), weight.float())
+    elif out >= inside:
+        rows = rows.float()
+        total = torch.cat([linear(rows, piece.float()) for piece in weight.split(max(1, PIECE // inside))], dim=1)
+    else:
+        pieces = zip(*(side.split(max(1, PIECE // out), dim=1) for side in (rows, weight)), strict=True)
+        total = sum(linear(some.float(), piece.float()) for some, piece in pieces)
+    if scale != 1.0:
+        total = total * scale
+    if added is not None:
+        total = total + added.reshape(-1, out)
+    return total.to(x.dtype).view(*x.shape[:-1], out)
+
+
 class _Widened(torch.autograd.Function):
-    """added + s · x Wᵀ by float32, rounded once; what it keeps and gives is as narrow as what it was given."""
+    """``_by_float32``, which keeps for its gradients what is as narrow as what it was given."""
 
     @staticmethod
     def forward(x, weight, added, scale):
-        """Pieces of the longer side of the weight: of the outputs, or of what is summed over."""
-        out, inside = weight.shape
-        rows = x.reshape(-1, inside)
-        total = torch.zeros(len(rows), out)
-        step = max(1, PIECE // min(out, inside))
-        if out >= inside:
-            rows = rows.float()
-            for at in range(0, out, step):
-                total[:, at : at + step] = functional.linear(rows, weight[at : at + step].float())
-        else:
-            for at in range(0, inside, step):
-                total.addmm_(rows[:, at : at + step].float(), weight[:, at : at + step].float().t())
-        if scale != 1.0:
-            total *= scale
-        if added is not None:
-            total += added.reshape(-1, out)
-        return total.to(x.dtype).view(*x.shape[:-1], out)
+        """The sum."""
+        return _by_float32(x, weight, added, scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -127,15 +139,15 @@ class _Widened(torch.autograd.Function):
         """Gradients of what wants one, by products of the same kind: differentiable again."""
         (x, weight), rows = ctx.saved_tensors, gradient.reshape(-1, gradient.shape[-1])
         for_x, for_weight, for_added, _ = ctx.needs_input_grad
-        by_x = _Widened.apply(gradient, weight.t(), None, ctx.scale) if for_x else None
-        by_weight = _Widened.apply(rows.t(), x.reshape(len(rows), -1).t(), None, ctx.scale) if for_weight else None
+        by_x = _widened(gradient, weight.t(), None, ctx.scale) if for_x else None
+        by_weight = _widened(rows.t(), x.reshape(len(rows), -1).t(), None, ctx.scale) if for_weight else None
         return by_x, by_weight, (rows.sum(0) if ctx.flat else gradient) if for_added else None, None
 
     @staticmethod
     def jvp(ctx, of_x, of_weight, of_added, _):
         """How the sum moves with what is in it."""
         x, weight = ctx.saved_tensors
-        moved = None if of_x is None else _Widened.apply(of_x, weight, of_added, ctx.scale)
+        moved = None if of_x is None else _widened(of_x, weight, of_added, ctx.scale)
         if of_weight is None:
             return of_added if moved is None else moved
-        return _Widened.apply(x, of_weight, of_added if moved is None else moved, ctx.scale)
+        return _widened(x, of_weight, of_added if moved is None else moved, ctx.scale)
