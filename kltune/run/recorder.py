@@ -188,6 +188,7 @@ class Report:
         self._task: TaskID | None = None
         self._curves = Curves(self.folder, wanted_loggers(loggers if ranks.is_first() else ()), self.warn)
         self._began = self._printed_at = self._stepped_at = -math.inf
+        self._noted: set[str] = set()
 
     def __enter__(self) -> Self:
         for name in ("metrics.jsonl", "samples.jsonl") if ranks.is_first() else ():
@@ -257,6 +258,12 @@ class Report:
             self._console.print(Text(text))
         else:
             print(text, file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """Print a message on stderr, the first time that it comes up."""
+        if text not in self._noted:
+            self._noted.add(text)
+            self.say(f"note: {text}")
 
     def warn(self, text: str) -> None:
         """Print a warning on stderr."""

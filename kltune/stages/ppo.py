@@ -150,7 +150,7 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
         if VALUES in learner.optimizers:
             value_lr = schedule_share(job, step) * (ppo.value_lr or recipe.optim.lr)
             set_learning_rate(learner.optimizers[VALUES], value_lr)
-        rests = only_noise(learner, batch) and not update.get("policy/entropy_price")
+        rests = only_noise(job, learner, batch) and not update.get("policy/entropy_price")
         rng = job.run.rng("minibatches", step)
         update |= improve(recipe, learner, experience, lr=lr, room=room, rng=rng, rests=rests)
         clock.lap("update")

@@ -132,7 +132,7 @@ def take_step(job: Job, learner: Learner, step: int) -> Taken:
         unit=unit_of_values(learner),
     )
     update: dict[str, float | None] = {"kl/step_nats_per_response": 0.0}
-    if not only_noise(learner, batch):
+    if not only_noise(job, learner, batch):
         update = trust_region_step(job, learner, batch, experience, job.run.rng("curvature", step))
     if VALUES in learner.parts:
         lr = schedule_share(job, step) * recipe.optim.lr

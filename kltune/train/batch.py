@@ -70,7 +70,7 @@ def sample_batch(job: Job, learner: Learner, step: int, clock: Clock, keep: Sequ
     return Batch(rollout, kl_of(rollout), scores, pulling_spread(job, learner, rollout, scores), alike, more)
 
 
-def only_noise(learner: Learner, batch: Batch) -> bool:
+def only_noise(job: Job, learner: Learner, batch: Batch) -> bool:
     """Whether a step on a batch would follow noise alone: all answers to a prompt score alike, and no price matters.
 
     Values that a value function foretold differ all the same, and so do log-ratios that are priced; a step as long as
@@ -78,7 +78,10 @@ def only_noise(learner: Learner, batch: Batch) -> bool:
     0.17 nats went on each. Above the target, or where a fixed price holds the policy, the price is no noise.
     """
     budget = learner.budget
-    return batch.alike and (budget.price == 0.0 or budget.short_of_target(batch.rollout, batch.kl))
+    found = batch.alike and (budget.price == 0.0 or budget.short_of_target(batch.rollout, batch.kl))
+    if found and ranks.is_first():
+        job.report.note("all answers to a prompt scored alike: a step with only such has nothing to follow and is not taken")
+    return found
 
 
 def pulling_spread(job: Job, learner: Learner, rollout: Rollout, scores: Tensor) -> float:

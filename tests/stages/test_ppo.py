@@ -341,9 +341,10 @@ def test_a_constant_on_all_scores_and_their_unit_change_nothing(ppo_recipe, tmp_
 
 @pytest.mark.parametrize("baseline", ["value", "rloo", "grpo"])
 @pytest.mark.parametrize("price", [(), ("kl.control=fixed", "kl.beta=0")])
-def test_a_batch_of_like_scores_moves_no_policy_that_is_below_its_target_or_free(ppo_recipe, baseline, price):
+def test_a_batch_of_like_scores_moves_no_policy_that_is_below_its_target_or_free(ppo_recipe, capsys, baseline, price):
     keys = ("reward.0.path=rewards.py:flat", f"ppo.baseline={baseline}", "run.steps=3", *price)
     result, rows = ran(ppo_recipe(*keys))
+    assert capsys.readouterr().err.count("all answers to a prompt scored alike") == 1
     assert [row["kl/ref_nats_per_response"] for row in rows] == [0.0] * 3
     assert [row["ppo/minibatches"] for row in rows] == [0.0] * 3
     assert not any(tensor.any() for name, tensor in adapter(Path(result["final"])).items() if "lora_B" in name)
