@@ -67,7 +67,8 @@ def sample_batch(job: Job, learner: Learner, step: int, clock: Clock, keep: Sequ
     if VALUES in learner.parts:
         learner.parts[VALUES] = learner.parts[VALUES].started(scores)
     alike = spread_within_groups(scores, sampling.responses_per_prompt) == 0.0
-    return Batch(rollout, kl_of(rollout), scores, pulling_spread(job, learner, rollout, scores), alike, more)
+    spread = 0.0 if alike else pulling_spread(job, learner, rollout, scores)
+    return Batch(rollout, kl_of(rollout), scores, spread, alike, more)
 
 
 def only_noise(job: Job, learner: Learner, batch: Batch) -> bool:
