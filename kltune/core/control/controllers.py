@@ -196,7 +196,7 @@ class LogPI:
         """See ``Controller.updated``.
 
         A batch below the target that nothing drives away says nothing, neither of σ nor of how fast the KL comes. (Of a
-        reward that none of the first 15 batches earned they left a hundredth of the price, and the KL went to 1.4 of
+        reward that hardly one of the first 15 batches earned they left a thirtieth of the price: the KL went to 1.4 of
         its target.)
         """
         _check(ref_kl, target, pull)
