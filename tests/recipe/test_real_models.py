@@ -47,7 +47,9 @@ def test_every_recipe_opens_with_the_architecture_it_names(tmp_path, size):
         (folder / "recipe.yaml").write_text(Path(file).read_text())
         recipe = load_recipe(folder / "recipe.yaml", ("model.path=model",))
         policy = load_policy(recipe.model, recipe.lora, device=torch.device("cpu"))
-        assert policy.dtype == torch.bfloat16
+        # What is made for a GPU names its dtype; on a CPU it is the one that the processor is fast in.
+        assert recipe.model.dtype == ("auto" if size == "smollm2" else "bfloat16")
+        assert size == "smollm2" or policy.dtype == torch.bfloat16
         assert policy.trainable_parameters()
 
 
