@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from kltune.core.control.controllers import ARRIVED, NEAR, Controller, Dual, FixedBeta, LogPI, Ziegler, feed_forward
-from kltune.core.control.step_size import MOST_HASTE, StepSize, step_limit
+from kltune.core.control.controllers import NEAR, Controller, Dual, FixedBeta, LogPI, Ziegler, feed_forward
+from kltune.core.control.step_size import StepSize, step_limit
 from kltune.core.kl.gate import Standing, standing, verdict
 from kltune.core.kl.intervals import KLSummary
 from kltune.lm.model.batches import Rollout
@@ -141,16 +141,10 @@ class Budget:
         return self.short_of_target(rollout, kl, NEAR)
 
     def room(self, rollout: Rollout, kl: KLSummary, share: float) -> float:
-        """How far one step may move the policy that sampled a batch; see ``step_limit``.
-
-        Where the KL should have arrived by now and never was near its target, steps are as long as haste makes them:
-        half of what was left, however little, left a target of 6 at 5.4. Once it was there long steps only scatter it.
-        """
+        """How far one step may move the policy that sampled a batch; see ``step_limit``."""
         aim, late = self.aim(rollout), 0.0
         if self.target is not None:
             late = min(1.0, len(self.course) / (PLAN * self.steps))
-            if late == 1.0 and max(self.course) < ARRIVED * self.target:
-                late = MOST_HASTE
         return aim if math.isinf(aim) else step_limit(kl.nats_per_response, aim, share, late)
 
     def standing(self, kl: KLSummary) -> Standing:

@@ -129,14 +129,6 @@ def test_a_step_has_the_room_that_target_or_cap_leave_it():
     assert budget().room(ROLLOUT, kl, 1.0) == math.inf
 
 
-def test_a_run_that_never_was_near_its_target_in_time_may_go_all_of_the_way_in_a_step():
-    held = Budget.of(KLSection(target=4.0), steps=10)
-    kl, room = measured(2.5, 2.56, 2.6), []
-    for course in ((2.0,) * 4, (2.0,) * 5, (2.0, 3.7, 2.0, 2.0, 2.0)):
-        room.append(replace(held, course=course).room(ROLLOUT, kl, 1.0))
-    assert room == pytest.approx([0.25 * 0.4**2, 0.4**2, 0.25 * (1.25 * 0.4) ** 2])
-
-
 def test_a_policy_is_short_of_a_target_and_on_its_way_below_seven_tenths_of_it():
     found = [
         (held.short_of_target(ROLLOUT, kl), held.on_its_way(ROLLOUT, kl))

@@ -37,9 +37,8 @@ def step_limit(ref_kl: float, aim: float, share: float, late: float = 0.0) -> fl
         ref_kl: KL(policy ‖ reference), nats per response.
         aim: where it should be.
         share: of the learning rate that its schedule leaves.
-        late: share of the way, in √KL, that should have been made by now; 0 where nothing is planned, more than 1 where
-            the aim should have been met. With few responses most of a step is noise, and a short run that took no
-            longer steps would not arrive.
+        late: share of the way, in √KL, that should have been made by now; 0 where nothing is planned. With few
+            responses most of a step is noise, and a short run that took no longer steps would not arrive.
     """
     haste = min(max(late * math.sqrt(aim / max(ref_kl, 1e-9 * aim)), 1.0), MOST_HASTE)
     room = 0.25 * (haste * max(math.sqrt(aim) - math.sqrt(max(ref_kl, 0.0)), 0.0)) ** 2
