@@ -81,7 +81,7 @@ def only_noise(job: Job, learner: Learner, batch: Batch) -> bool:
     budget = learner.budget
     found = batch.alike and (budget.price == 0.0 or budget.short_of_target(batch.rollout, batch.kl))
     if found and ranks.is_first():
-        job.report.note("all answers to a prompt scored alike: a step with only such has nothing to follow and is not taken")
+        job.report.note("all answers to a prompt scored alike: nothing to follow, so such steps are not taken")
     return found
 
 
