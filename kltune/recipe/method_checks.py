@@ -24,7 +24,8 @@ CONTROLLER_KEYS = {
 # keys that trpo reads to fit its value function
 VALUE_KEYS = (
     "optim.lr", "optim.schedule", "optim.warmup_steps", "optim.max_grad_norm", "optim.weight_decay",
-    "trpo.gamma", "trpo.gae_lambda", "trpo.value_epochs", "trpo.value_minibatch_size",
+    "trpo.gamma", "trpo.gae_lambda", "trpo.value_epochs", "trpo.value_minibatch_size", "trpo.value_function",
+    "trpo.value_layers",
 )
 ADDRESS = re.compile(r"https?://[^\s/@#?]+(/[^\s@#?]*)?#\S+")
 SERVED = ("teacher_logprobs", "teacher_key_env")       # keys that distill reads with a served teacher

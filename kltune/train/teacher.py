@@ -41,7 +41,7 @@ from kltune.lm.model.policy import Policy
 from kltune.recipe import REFERENCE, DistillRecipe, DistillSection, ModelSection
 from kltune.run.checkpoint import read_info, resolve_checkpoint
 
-ADAPTER = "teacher"     # its name on the policy's trunk
+ADAPTER = "kltune_teacher"   # its name on the policy's trunk
 PROBED = 32             # tokens of the whole vocabulary whose meaning a server is asked for
 Metrics = dict[str, float | None]
 

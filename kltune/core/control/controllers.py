@@ -3,6 +3,10 @@
 Every controller is frozen and small: ``updated`` returns the next one, ``asdict`` is its whole state, and β is always
 within [beta_min, beta_max]. All see the same two numbers once per step, *before* the batch is priced, so that the price
 answers the very samples it is put on: the measured KL and the target, both in nats per response.
+
+A batch below the target that nothing drives away says nothing, neither of what a nat is worth nor of how fast the KL
+comes: no controller hears of it. (Of a reward that hardly one of the first 15 batches earned they left a thirtieth of
+the price: the KL went to 1.4 of its target.)
 """
 
 import math
@@ -91,6 +95,8 @@ class Ziegler:
         _check(ref_kl, target, pull)
         if self.beta is None or self.waiting:
             return _started(self, pull, target)
+        if _says_nothing(ref_kl, target, pull):
+            return self
         error = min(max(ref_kl / target - 1.0, -0.2), 0.2)
         return replace(self, beta=_bounded(self.beta * max(0.1, 1.0 + error * responses / self.horizon), self))
 
@@ -123,6 +129,8 @@ class Dual:
         _check(ref_kl, target, pull)
         if self.beta is None or self.waiting:
             return _started(self, pull, target)
+        if _says_nothing(ref_kl, target, pull):
+            return self
         error = min(max(ref_kl / target - 1.0, -1.0), 1.0)
         return replace(self, beta=_bounded(self.beta * math.exp(self.lr * error), self))
 
@@ -193,14 +201,9 @@ class LogPI:
     steps: int = 0
 
     def updated(self, ref_kl: float, target: float, *, pull: float, responses: int) -> "LogPI":
-        """See ``Controller.updated``.
-
-        A batch below the target that nothing drives away says nothing, neither of σ nor of how fast the KL comes. (Of a
-        reward that hardly one of the first 15 batches earned they left a thirtieth of the price: the KL went to 1.4 of
-        its target.)
-        """
+        """See ``Controller.updated``."""
         _check(ref_kl, target, pull)
-        if pull == 0.0 and ref_kl < target and self.fixed_feed_forward is None:
+        if _says_nothing(ref_kl, target, pull):
             return self if self.beta is not None else replace(self, beta=self.beta_min)
         steps = self.steps + 1
         smoothed = 0.9 * self.pull + 0.1 * pull
@@ -285,6 +288,10 @@ def _arrival(recent: float, before: float, steps: int, target: float) -> float:
 def _started(controller: Any, pull: float, target: float) -> Any:
     """The controller with its first price; it waits for one where nothing pulls yet, as a rare reward at first."""
     return replace(controller, beta=_bounded(feed_forward(pull, target), controller), waiting=not pull > 0.0)
+
+
+def _says_nothing(ref_kl: float, target: float, pull: float) -> bool:
+    return pull == 0.0 and ref_kl < target
 
 
 def _bounded(beta: float, controller: Any) -> float:

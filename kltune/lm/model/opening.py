@@ -193,7 +193,7 @@ def hold_adapter(policy: Policy, folder: Path, name: str) -> Reference | None:
         return None
     if trained_base(config, load_weights(folder), policy.model):
         return None
-    before, beside = probe_logits(policy), f"reference{len(policy.model.peft_config)}"
+    before, beside = probe_logits(policy), f"kltune_reference{len(policy.model.peft_config)}"
     weights = policy.load_beside(beside, folder)
     if not torch.equal(before, probe_logits(policy)):
         raise ModelError(f"{folder}: with this adapter beside the policy's, the policy is another; merge it into a "

@@ -45,7 +45,7 @@ hidden = model.get_base_model().base_model(input_ids=ids).last_hidden_state[0, -
 score = (hidden @ head["weight"][0] + head["bias"][0]).item()
 '''
 FILES = ("adapter_model.safetensors", HEAD)
-ADAPTER = "reward"      # its name beside the policy's; a second one gets a number
+ADAPTER = "kltune_reward"   # its name beside the policy's; a second one gets a number
 
 
 class RewardModel:

@@ -206,17 +206,14 @@ def test_a_controller_waits_for_something_that_pulls_before_it_sets_its_first_pr
     assert seen(make(name, beta=0.3), [0.0], pull=2.0).beta < 0.3      # a price that was given is where it starts
 
 
-def test_batches_that_nothing_pulls_leave_a_target_controller_as_it_was_below_its_target():
-    fresh = make("log_pi").updated(0.0, 4.0, pull=0.0, responses=64)
-    assert (fresh.steps, fresh.beta) == (0, 1e-4)
-    waited = fresh
-    for _ in range(15):
-        waited = waited.updated(0.3, 4.0, pull=0.0, responses=64)
-    assert waited == fresh
-    found = [start.updated(0.3, 4.0, pull=0.5, responses=64) for start in (fresh, waited)]
-    assert found[0] == found[1] == make("log_pi").updated(0.3, 4.0, pull=0.5, responses=64)
-    above = found[0].updated(5.0, 4.0, pull=0.0, responses=64)     # there the KL has to come down
-    assert above.steps == found[0].steps + 1
+@pytest.mark.parametrize("name", ["log_pi", "ziegler", "dual"])
+def test_batches_that_nothing_pulls_leave_a_target_controller_as_it_was_below_its_target(name):
+    fresh = make(name).updated(0.0, 4.0, pull=0.0, responses=64)
+    assert fresh.beta == 1e-4
+    for start in (fresh, make(name, beta=0.3), seen(make(name), [1.0, 2.0], 4.0)):
+        assert seen(start, [0.3] * 15, 4.0, pull=0.0) == start
+    assert seen(start, [5.0], 4.0, pull=0.0) != start     # there the KL has to come down
+    assert seen(fresh, [0.3], 4.0, pull=0.5).beta == seen(make(name), [0.3], 4.0, pull=0.5).beta
 
 
 def test_a_kl_that_stops_far_below_lowers_the_price_in_time_and_one_on_its_way_does_not():

@@ -13,6 +13,7 @@ from transformers import AutoConfig, Gemma3Config, Gemma3ForConditionalGeneratio
 from kltune.errors import ModelError
 from kltune.lm.data.examples import Prompt
 from kltune.lm.fast.lower_layers import LowerLayers
+from kltune.lm.model.adapters.weights import VALUE
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import sample_rollout, uniform_numbers
 from kltune.recipe import LoraSection
@@ -115,7 +116,7 @@ def test_a_value_function_above_goes_on_from_what_the_frozen_layers_gave(open_po
     randomize(policy.trainable_parameters())
     policy.add_value_function(LoraSection(), 0.5)
     randomize(policy.value_parameters(), seed=5)
-    assert all(".layers.1." in name for name in policy.model.peft_config["value"].target_modules)
+    assert all(".layers.1." in name for name in policy.model.peft_config[VALUE].target_modules)
     monkeypatch.setattr(policy.network.fast, "shares_prefixes", False)
     rollout = sample_rollout(policy, PROMPTS, UNIFORMS, temperature=1.0, keep=("lower",))
     assert rollout.lower is None        # the policy's own adapter is on all layers

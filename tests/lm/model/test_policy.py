@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,9 +20,11 @@ from kltune.lm.fast import memory
 from kltune.lm.fast.lora import LoraLinear
 from kltune.lm.measure.likelihood import text_rules
 from kltune.lm.model import network as network_module
+from kltune.lm.model.adapters.weights import VALUE
 from kltune.lm.model.opening import check_fresh_policy, check_frozen, load_reference
 from kltune.lm.model.policy import Policy
 from kltune.recipe import DataSection, LoraSection, ModelSection
+from tests.foreign_models import save_model
 from tests.tiny_policies import (
     ARCHITECTURES,
     CONTEXT,
@@ -220,13 +223,21 @@ def test_the_values_come_from_the_trunk_with_the_value_adapter(policy, tiny_mode
     policy.add_value_function(LORA)
     randomize(policy.trainable_parameters())
     randomize(policy.value_parameters(), seed=5)
-    policy.model.save_pretrained(tmp_path, selected_adapters=["value"])
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model()), tmp_path / "value").eval()
+    policy.model.save_pretrained(tmp_path, selected_adapters=[VALUE])
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model()), tmp_path / VALUE).eval()
     with torch.no_grad():
         hidden = plain.base_model.model.model(input_ids=IDS).last_hidden_state[:, :-1][SCORED[:, 1:]].double()
     head = policy.value_head.linear
     by_hand = hidden @ head.weight[0].double() + head.bias.double()
     assert (policy.measure_values(IDS, SCORED)[0] - by_hand).abs().max() < 1e-5
+
+
+def test_what_is_saved_is_whole_where_a_layer_is_called_value(open_policy, tmp_path):
+    policy = open_policy(path=save_model("big_bird", tmp_path / "base"))
+    policy.add_value_function(LORA)
+    policy.save(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert len(saved) == len(policy.trainable_parameters())
 
 
 def test_a_value_head_alone_reads_what_the_policys_trunk_holds_and_moves_no_bit_of_it(policy):
@@ -444,7 +455,7 @@ def test_plain_peft_and_transformers_load_what_is_saved_bit_for_bit(
     monkeypatch.setattr(LoraLinear, "forward", Linear.forward)  # but for the order of its sums
     assert torch.equal(plain, all_logits(policy))
     assert AutoTokenizer.from_pretrained(tmp_path)("w3 w7")["input_ids"] == [3, 7]
-    assert not (tmp_path / "value").exists()
+    assert not (tmp_path / VALUE).exists()
     assert "PeftModel.from_pretrained" in (tmp_path / "README.md").read_text()
 
 

@@ -33,7 +33,9 @@ from kltune.lm.data.foreign import read_json, time_limit
 from kltune.lm.model.files import NAMES_CODE, reading, refuse_code
 
 POLICY = "default"  # PEFT saves an adapter of this name at the root of the folder, where every loader looks
-VALUE = "value"
+# Others lie beside it under names that no layer of a model has: PEFT leaves out of a file every tensor that has one of
+# their names in its own, and of BERT's kind each attention has a layer called value.
+VALUE = "kltune_value"
 # These rewrite the base weights when the adapter is made, so "adapter off" is no longer the model that was loaded.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # These put virtual tokens in front of a prompt; there is no layer to switch off.
