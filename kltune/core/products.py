@@ -93,16 +93,18 @@ def _widens(weight: Tensor) -> bool:
 
 def _widened(x: Tensor, weight: Tensor, added: Tensor | None, scale: float) -> Tensor:
     """added + s · x Wᵀ by float32, rounded once."""
-    tensors = (x, weight) if added is None else (x, weight, added)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _Widened.apply(x, weight, added, scale)
-    return _by_float32(x, weight, added, scale)
+    rows = x.reshape(-1, x.shape[-1])
+    if added is not None and added.dim() > 1:
+        added = added.reshape(-1, len(weight))
+    tensors = (rows, weight) if added is None else (rows, weight, added)
+    remembered = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    total = (_Widened.apply if remembered else _by_float32)(rows, weight, added, scale)
+    return total.view(*x.shape[:-1], -1)    # not inside the function: a model may add to it in place
 
 
-def _by_float32(x: Tensor, weight: Tensor, added: Tensor | None, scale: float) -> Tensor:
+def _by_float32(rows: Tensor, weight: Tensor, added: Tensor | None, scale: float) -> Tensor:
     """A piece at a time of the longer side of the weight: of the outputs, or of what is summed over."""
-    out, inside = weight.shape
-    rows, linear = x.reshape(-1, inside), functional.linear
+    (out, inside), dtype, linear = weight.shape, rows.dtype, functional.linear
     if out * inside <= PIECE:
         total = linear(rows.float(), weight.float())
     elif out >= inside:
@@ -114,8 +116,8 @@ def _by_float32(x: Tensor, weight: Tensor, added: Tensor | None, scale: float) -
     if scale != 1.0:
         total = total * scale
     if added is not None:
-        total = total + added.reshape(-1, out)
-    return total.to(x.dtype).view(*x.shape[:-1], out)
+        total = total + added
+    return total.to(dtype)
 
 
 class _Widened(torch.autograd.Function):
@@ -137,11 +139,11 @@ class _Widened(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         """Gradients of what wants one, by products of the same kind: differentiable again."""
-        (x, weight), rows = ctx.saved_tensors, gradient.reshape(-1, gradient.shape[-1])
+        x, weight = ctx.saved_tensors
         for_x, for_weight, for_added, _ = ctx.needs_input_grad
         by_x = _widened(gradient, weight.t(), None, ctx.scale) if for_x else None
-        by_weight = _widened(rows.t(), x.reshape(len(rows), -1).t(), None, ctx.scale) if for_weight else None
-        return by_x, by_weight, (rows.sum(0) if ctx.flat else gradient) if for_added else None, None
+        by_weight = _widened(gradient.t(), x.t(), None, ctx.scale) if for_weight else None
+        return by_x, by_weight, (gradient.sum(0) if ctx.flat else gradient) if for_added else None, None
 
     @staticmethod
     def jvp(ctx, of_x, of_weight, of_added, _):

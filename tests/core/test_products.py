@@ -120,6 +120,14 @@ def test_gradients_of_widened_products_are_those_of_the_sum(narrow):
             assert (one.double() - other).norm() < 0.02 * other.norm()
 
 
+def test_a_widened_product_may_be_added_to_in_place(narrow):
+    x, weight = torch.randn(2, 3, 8).to(narrow).requires_grad_(), torch.randn(4, 8).to(narrow)
+    out = product(x, weight)
+    out.add_(1.0)
+    found, = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(found, weight.sum(0).expand_as(x), rtol=2e-2, atol=1e-2)
+
+
 def second_derivatives(function, point, along):
     """How Jᵀw moves with w, as the curvature of a policy is read."""
     point = [tensor.detach().requires_grad_(True) for tensor in point]

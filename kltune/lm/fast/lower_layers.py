@@ -25,9 +25,9 @@ class LowerLayers:
     of the layers, that such a pass computes.
     """
 
-    def __init__(self, trunk: nn.Module, adapter: str | None = None):
+    def __init__(self, trunk: nn.Module | None, adapter: str | None = None):
         """Find them; anew after an adapter has come. adapter: the one that passes have on; None: any."""
-        self._trunk, layers = trunk, layers_of(trunk)
+        self._trunk, layers = trunk, [] if trunk is None else layers_of(trunk)
         adapted = [_adapters_in(layer, adapter) for layer in layers]
         first = next((number for number, count in enumerate(adapted) if count), 0)
         self._lower, self._upper = layers[:first], layers[first:]

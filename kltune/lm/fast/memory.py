@@ -19,6 +19,7 @@ from kltune.core import ranks
 from kltune.lm.fast.decoding import Step, bytes_held, is_plain
 from kltune.lm.fast.shared_prefix import begins_another, scored_spans
 from kltune.lm.machine.device_memory import SHARE, free_bytes
+from kltune.lm.machine.sharding import trunk_of
 
 BACKWARD = 1.7          # times what a forward pass saves: the peak of the backward pass over it
 CACHE = 1.5             # times the keys and values: room to grow, and a layer's copy while rows are dropped
@@ -128,7 +129,7 @@ class Batching:
         Measured when first asked, with the adapter that is on then; from then on larger passes checkpoint their layers.
         """
         if self._room is None:
-            trained = self._causal.base_model if self._split else self._causal
+            trained = trunk_of(self._causal) if self._split else self._causal
             self._room = training_room(self._causal, trained, self.fraction)
         return self._room.rows(length)
 
@@ -194,7 +195,7 @@ def pass_tokens(causal: nn.Module, device: str) -> float:
     """How many tokens of padding cost what one more pass costs, on a type of device."""
     words = causal.get_input_embeddings().weight.numel()
     layers = getattr(causal.config.get_text_config(), "num_hidden_layers", 1)
-    weights = sum(tensor.numel() for tensor in causal.base_model.parameters()) - words
+    weights = sum(tensor.numel() for tensor in (trunk_of(causal) or causal).parameters()) - words
     return PASS_READS + PASS_PRODUCTS.get(device, PASS_PRODUCTS["cpu"]) * layers / max(1, weights)
 
 

@@ -17,6 +17,7 @@ from kltune.lm.fast.lora import MergedTrunk, speed_up
 from kltune.lm.fast.lower_layers import LowerLayers
 from kltune.lm.fast.memory import Batching
 from kltune.lm.fast.shared_prefix import can_share, shared_prefixes, states_before
+from kltune.lm.machine.sharding import trunk_of
 
 wanted = True
 
@@ -65,7 +66,7 @@ class FastWays:
     def lower_layers(self, adapter: str | None = None) -> LowerLayers:
         """The layers below any adapter, or below this one, for passes that have no other on."""
         if adapter not in self._lower_layers:
-            self._lower_layers[adapter] = LowerLayers(self.causal.base_model, adapter)
+            self._lower_layers[adapter] = LowerLayers(trunk_of(self.causal), adapter)
         return self._lower_layers[adapter]
 
     def lower_states(

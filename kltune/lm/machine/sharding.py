@@ -11,6 +11,7 @@ from collections.abc import Set
 
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -48,3 +49,11 @@ class ShardedLayers:
 def layers_of(trunk: nn.Module) -> list[nn.Module]:
     """Those that are spread."""
     return [module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def trunk_of(causal: nn.Module) -> nn.Module | None:
+    """The part that gives hidden states: what a model names as its base, else the one model inside it; None without."""
+    if causal.base_model is not causal:
+        return causal.base_model
+    inner = [child for child in causal.children() if isinstance(child, PreTrainedModel)]
+    return inner[0] if len(inner) == 1 else None

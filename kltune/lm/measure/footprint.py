@@ -36,7 +36,7 @@ from kltune.lm.fast.memory import (
 from kltune.lm.fast.shared_prefix import WORTH_IT, SharedPrefixes, attends_to_all, states_before
 from kltune.lm.machine.device_memory import TRAINED_BYTES
 from kltune.lm.machine.live_bytes import LiveBytes, traced
-from kltune.lm.machine.sharding import layers_of
+from kltune.lm.machine.sharding import layers_of, trunk_of
 from kltune.lm.model.adapters.weights import POLICY
 from kltune.lm.model.curvature import Fisher
 from kltune.lm.model.network import ScalarHead
@@ -90,10 +90,11 @@ class Footprint:
         speed_up(policy.model)
         self.trained = [*policy.trainable_parameters().values(), *policy.value_parameters().values()]
         network = policy.network
-        self._lower = {name: LowerLayers(network.causal.base_model, name) for name in {None, policy.values_above}}
+        trunk = trunk_of(network.causal)
+        self._lower = {name: LowerLayers(trunk, name) for name in {None, policy.values_above}}
         network.stands_for = device
         with traced(1):
-            found = training_room(network.causal, network.causal.base_model if network.split else network.causal)
+            found = training_room(network.causal, trunk if network.split else network.causal)
         numbers = sum(tensor.numel() for tensor in self.trained)
         room = self.planned - self.weights - TRAINED_BYTES * numbers
         self.room = TrainingRoom(room, found.per_token, found.per_square)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
@@ -31,7 +31,7 @@ from kltune.core.tensors import close
 from kltune.errors import ModelError
 from kltune.lm.fast import ways
 from kltune.lm.fast.shared_prefix import NO_CACHE
-from kltune.lm.machine.sharding import ShardedLayers
+from kltune.lm.machine.sharding import ShardedLayers, trunk_of
 from kltune.lm.model.adapters.weights import AdapterSwitch
 from kltune.lm.model.batches import FixedRows, Parts
 from kltune.lm.model.files import quantisation_of, reading
@@ -79,7 +79,7 @@ class Network:
 
     def refresh(self) -> None:
         """Find trunk and head again, after an adapter may have wrapped them."""
-        self._trunk = _trunk_of(self.causal)
+        self._trunk = trunk_of(self.causal)
         self.head = self.causal.get_output_embeddings()
         self._layers = CheckpointedLayers(self.causal if self._trunk is None else self._trunk)
         if self.fast is not None:
@@ -441,11 +441,3 @@ def _checkpointed(forward: Callable[..., Any], switch: AdapterSwitch, *args, **k
             return forward(*args, **kwargs)
 
     return checkpoint(again, *args, use_reentrant=False, **kwargs)
-
-
-def _trunk_of(causal: nn.Module) -> nn.Module | None:
-    """The part that gives hidden states: what a model names as its base, else the one model inside it; None without."""
-    if causal.base_model is not causal:
-        return causal.base_model
-    inner = [child for child in causal.children() if isinstance(child, PreTrainedModel)]
-    return inner[0] if len(inner) == 1 else None

@@ -17,6 +17,7 @@ from kltune.lm.model.adapters.weights import VALUE
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import sample_rollout, uniform_numbers
 from kltune.recipe import LoraSection
+from tests.foreign_models import save_model
 from tests.tiny_policies import ARCHITECTURES, SIZES, SPECIAL, random_batch, random_model, randomize, word_tokenizer
 
 PROMPTS = [Prompt(tuple(ids), "text", "prompts.jsonl:1") for ids in ([3, 4], [9], [20, 21, 22, 23])]
@@ -129,6 +130,18 @@ def test_a_value_function_above_goes_on_from_what_the_frozen_layers_gave(open_po
     assert torch.equal(found, policy.measure_values(ids, scored)[0])
     whole = torch.autograd.grad(policy.values(some.ids, some.scored).sum(), parameters)
     torch.testing.assert_close(slopes, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_they_are_those_of_the_trunk_where_a_model_names_none_as_its_base(open_policy, tmp_path):
+    upper = UPPER.model_copy(update={"targets": ("q_proj", "down_proj")})
+    policy = open_policy(path=save_model("llama4_text", tmp_path), lora=upper)
+    assert policy.network.causal.base_model is policy.network.causal
+    randomize(policy.trainable_parameters())
+    lower = policy.network.fast.lower_layers()
+    assert lower.there
+    ids, scored = random_batch()
+    given = policy.logprobs(ids, scored, 1.0, lower.states(ids))
+    torch.testing.assert_close(given, policy.logprobs(ids, scored), atol=1e-5, rtol=0.0)
 
 
 def test_a_value_function_above_what_is_adapted_is_refused(open_policy):
