@@ -239,7 +239,8 @@ def write_recipe(folder: Path, base: dict[str, Any], model: Path, prompts: tuple
     judged = [{"prompt": text, "chosen": good, "rejected": bad} for text in PROMPTS for good, bad in sides]
     write_rows(folder / "judged.jsonl", judged)
     (folder / "rewards.py").write_text(REWARDS, encoding="utf-8")
-    whole = base | {"model": {"path": str(model)}, "run": base["run"] | {"output": str(folder / "run")}}
+    model_keys = base.get("model", {}) | {"path": str(model)}
+    whole = base | {"model": model_keys, "run": base["run"] | {"output": str(folder / "run")}}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(whole), encoding="utf-8")
     return path

@@ -137,7 +137,8 @@ class Policy:
         Raises as ``load_adapter``.
         """
         weights = load_compatible(folder, self.model)
-        self.add_beside(name, config_to_fill(folder))
+        with reading(folder, "adapter", failed="cannot lie beside another on one model"):
+            self.add_beside(name, config_to_fill(folder))
         fill(self.model, weights, folder, name)
         return weights
 

@@ -150,6 +150,18 @@ def test_a_value_function_above_what_is_adapted_is_refused(open_policy):
         policy.add_value_function(LoraSection(), 0.5)
 
 
+def test_a_value_function_above_leaves_experts_alone_and_wants_a_list_of_layers(open_policy, tmp_path):
+    policy = open_policy(path=save_model("flex_olmo", tmp_path / "experts"), lora=LoraSection(targets="all-linear"))
+    assert policy.model.peft_config["default"].target_parameters
+    policy.add_value_function(LoraSection(), 0.5)
+    targets = policy.model.peft_config[VALUE].target_modules
+    assert targets
+    assert all(".layers.1." in name and ".experts" not in name for name in targets)
+    policy = open_policy(path=save_model("ctrl", tmp_path / "ctrl"))
+    with pytest.raises(ModelError, match=r"value_layers: .* no one list of layers .*; write value_function: lora"):
+        policy.add_value_function(LoraSection(), 0.5)
+
+
 def test_shared_prompts_are_read_once_where_that_saves_more(open_policy):
     policy = open_policy(lora=UPPER)
     ids = torch.tensor([[3] * 20 + [row, 4, 1] for row in range(5, 13)])

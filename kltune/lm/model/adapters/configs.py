@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -44,17 +45,20 @@ def _within(names: Iterable[str], chosen: Mapping[str, list]) -> list[str]:
     return [name for name in names if re.match(rf"(.*\.)?{called}\.({numbers})\.", name)]
 
 
-def _chosen(layers: float | Sequence[int], model: nn.Module, path: str) -> dict[str, list]:
-    """What PEFT is told of the layers that ``lora.layers`` names: their numbers, and what their list is called.
+def _chosen(
+    layers: float | Sequence[int], model: nn.Module, path: str, key: str = "lora.layers", other: str = "all"
+) -> dict[str, list]:
+    """What PEFT is told of the layers that a key names: their numbers, and what their list is called.
 
-    By its last name, or where another list has that too, as a vision tower's, by its full path.
+    By its last name, or where another list has that too, as a vision tower's, by its full path. other: what to write
+    where there is no such list.
     """
     marked = {name: layer for name, layer in model.named_modules() if isinstance(layer, GradientCheckpointingLayer)}
     lists = _lists(marked)
     if len(lists) > 1:
         lists = _lists(_called(model, marked))
     if len(lists) != 1:
-        raise ModelError(f"lora.layers: {path} has no one list of layers to choose from; write all.")
+        raise ModelError(f"{key}: {path} has no one list of layers to choose from; write {other}.")
     (called,), (count,) = lists, lists.values()
     if isinstance(layers, float):
         layers = range(count - max(1, round(layers * count)), count)
@@ -101,8 +105,10 @@ def config_beside(model: nn.Module, name: str, lora: LoraSection, upper: float |
         chosen = {"layers_to_transform": own.layers_to_transform, "layers_pattern": own.layers_pattern}
         return LoraConfig(**size, **chosen, target_modules=own.target_modules)
     base = model.get_base_model()
-    adapted = [name for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)]
-    targets = _within(adapted, _chosen(upper, base, path))
+    # Of experts, whose matrices are no layers, PEFT takes one set of names for all adapters, wherever they lie.
+    adapted = [name for name, layer in base.named_modules()
+               if isinstance(layer, BaseTunerLayer) and not isinstance(layer, ParamWrapper)]
+    targets = _within(adapted, _chosen(upper, base, path, "value_layers", "value_function: lora"))
     if not targets:
         raise ModelError(f"value_layers: lora.layers leaves the upper {upper:g} of the layers of {path} without an "
                          "adapter; wanted a larger share, or value_function: lora.")
