@@ -13,7 +13,6 @@ score log teacher / reference and a price of 1 + c. So the controller is PPO's, 
 Sources: Agarwal et al. 2024, arXiv 2306.13649 (on-policy distillation); docs/maths.md 9 (its gradient).
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,10 +29,10 @@ from kltune.lm.model.batches import Rollout, response_scatter
 from kltune.lm.model.opening import check_first_ratio
 from kltune.lm.model.policy import Policy
 from kltune.recipe import DistillRecipe
-from kltune.run.optimizer import accumulate, guarded_step, make_optimizer, set_learning_rate, total_steps
+from kltune.run.optimizer import accumulate, guarded_step, make_optimizer, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
-from kltune.train.batch import moved_since, rounding_of, rounding_scatter, sample_batch
+from kltune.train.batch import minibatch_updates, sample_batch
 from kltune.train.budget import Budget
 from kltune.train.evaluation.alarms import Alarms
 from kltune.train.learner import ALARMS, Job, Learner, make_job
@@ -130,30 +129,10 @@ def improve(
         lr, room: from ``step_size``.
         rng: for the order of the minibatches.
     """
-    section = recipe.distill
-    set_learning_rate(learner.optimizers["policy"], lr)
-    planned = section.epochs * len(lesson.expected) // section.minibatch_size
-    steps: list[dict[str, float]] = []
-    moved, rounding, rests = 0.0, rounding_of(lesson.rollout), False
-    scatter = rounding_scatter(lesson.rollout, section.minibatch_size)
-    for part in (part for _ in range(section.epochs) for part in lesson.minibatches(section.minibatch_size, rng)):
-        most = room + rounding + scatter if steps else math.inf
-        take = partial(policy_step, recipe, learner, teacher, part, first=not steps, limit=most)
-        measured, stats = learner.update(take)
-        rounding = rounding if steps else max(rounding, measured)       # before any update it is nothing else
-        moved, rests = max(measured - rounding, 0.0), stats is None
-        if rests:
-            break
-        steps.append(stats)
-    made = len(steps) if rests else len(steps) - 1      # updates that the last measurement saw
-    if planned == 1:
-        made, moved = 1, max(moved_since(learner.policy, part.rollout, recipe) - rounding, 0.0)
-    learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, made / planned, rounding))
-    return {name: sum(stats[name] for stats in steps) / len(steps) for name in steps[0]} | {
-        "kl/step_nats_per_response": moved,
-        "kl/step_limit_nats_per_response": None if math.isinf(room) else room,
-        "distill/minibatches": float(len(steps)),
-    }
+    def take(part: Lesson, first: bool, limit: float) -> tuple[float, dict[str, float] | None]:
+        return policy_step(recipe, learner, teacher, part, first=first, limit=limit)
+
+    return minibatch_updates(recipe, learner, lesson, recipe.distill, take, lr=lr, limit=room, rng=rng)
 
 
 def policy_step(

@@ -29,7 +29,7 @@ from kltune.recipe import PPORecipe
 from kltune.run.optimizer import accumulate, guarded_step, make_optimizer, set_learning_rate, total_steps
 from kltune.run.recorder import Clock
 from kltune.run.session import Run, run_stage
-from kltune.train.batch import Batch, moved_since, only_noise, rounding_of, rounding_scatter, sample_batch
+from kltune.train.batch import Batch, mean_of, minibatch_updates, only_noise, sample_batch
 from kltune.train.budget import Budget
 from kltune.train.evaluation.alarms import Alarms
 from kltune.train.experience import (
@@ -182,42 +182,22 @@ def improve(
         rng: for the order of the minibatches.
         rests: from the start.
     """
-    ppo = recipe.ppo
-    set_learning_rate(learner.optimizers["policy"], lr)
-    limit = min(room, math.inf if ppo.stop_step_kl is None else STOP * ppo.stop_step_kl)
-    planned = ppo.epochs * len(experience.advantages) // ppo.minibatch_size
-    parts = (part for _ in range(ppo.epochs) for part in experience.minibatches(ppo.minibatch_size, rng))
-    steps: list[dict[str, float]] = []
+    stop = recipe.ppo.stop_step_kl
+    limit = min(room, math.inf if stop is None else STOP * stop)
     fits: list[dict[str, float]] = []
     gaps: list[Tensor] = []
-    moved, rounding = 0.0, rounding_of(experience.rollout)
-    scatter = rounding_scatter(experience.rollout, ppo.minibatch_size)
-    for part in parts:
-        if not rests:
-            most = limit + rounding + scatter if steps else math.inf
-            take = partial(policy_step, recipe, learner, part, None if steps else gaps, limit=most)
-            measured, stats = learner.update(take)
-            rounding = rounding if steps else max(rounding, measured)       # before any update it is nothing else
-            moved, rests = max(measured - rounding, 0.0), stats is None
-            steps += [] if rests else [stats]
-        if VALUES in learner.parts:
-            fits.append(learner.update(partial(value_step, recipe, learner, part)))
-        elif rests:
-            break
-    made = len(steps) if rests else len(steps) - 1      # updates that the last measurement saw
-    if planned == 1 and not rests:
-        made, moved = 1, max(moved_since(learner.policy, part.rollout, recipe) - rounding, 0.0)
-    learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, made / planned, rounding))
-    return mean_of(steps) | mean_of(fits) | (rounding_metrics(gaps) if gaps else {}) | {
-        "kl/step_nats_per_response": moved,
-        "kl/step_limit_nats_per_response": None if math.isinf(limit) else limit,
-        "ppo/minibatches": float(len(steps)),
-    }
 
+    def take(part: Experience, first: bool, limit: float) -> tuple[float, dict[str, float] | None]:
+        return policy_step(recipe, learner, part, gaps if first else None, limit=limit)
 
-def mean_of(done: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the minibatches of one step; nothing of none."""
-    return {name: sum(stats[name] for stats in done) / len(done) for name in (done[0] if done else ())}
+    def fit(part: Experience) -> None:
+        fits.append(learner.update(partial(value_step, recipe, learner, part)))
+
+    taken = minibatch_updates(
+        recipe, learner, experience, recipe.ppo, take, lr=lr, limit=limit, rng=rng, rests=rests,
+        also=fit if VALUES in learner.parts else None,
+    )
+    return taken | mean_of(fits) | (rounding_metrics(gaps) if gaps else {})
 
 
 def policy_step(

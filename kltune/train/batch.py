@@ -1,10 +1,12 @@
-"""The responses of one step: sampled, scored, measured, and how they are reported."""
+"""The responses of one step: sampled, scored, measured, learnt from in minibatches, and how they are reported."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,8 @@ from kltune.lm.model.batches import Rollout, response_scatter
 from kltune.lm.model.policy import Policy
 from kltune.lm.model.sampler import sample, sample_rollout, uniform_numbers
 from kltune.lm.rewards.scorers import Scorer
+from kltune.recipe import DistillSection, PPOSection
+from kltune.run.optimizer import set_learning_rate
 from kltune.run.recorder import Clock
 from kltune.train.learner import VALUES, BudgetRecipe, Job, Learner
 
@@ -189,6 +193,57 @@ def moved_since(policy: Policy, rollout: Rollout, recipe: BudgetRecipe) -> float
     moved = sum(nats.item() for (nats,) in ranks.spread(micros, one))
     expect_finite("KL(old ‖ new) of the step", moved)
     return moved / rows
+
+
+def minibatch_updates(
+    recipe: BudgetRecipe, learner: Learner, data: Any, section: PPOSection | DistillSection,
+    take: Callable[..., tuple[float, dict[str, float] | None]], *, lr: float, limit: float, rng: np.random.Generator,
+    rests: bool = False, also: Callable[[Any], None] | None = None,
+) -> dict[str, float | None]:
+    """Several epochs of minibatch steps on one batch, until the policy has come as far as it may; then it rests.
+
+    Args:
+        recipe, learner: of the run; the learner's budget hears how far a learning rate has moved the policy.
+        data: what was made of the batch, with its ``rollout`` and ``minibatches``.
+        section: of the stage: epochs, minibatch_size.
+        take: ``take(part, first, limit)`` makes a step on a minibatch. It returns KL(old ‖ new) of the updates before,
+            nats per response, and metrics; None, and makes no step, where the first passes ``limit``.
+        lr: of the policy.
+        limit: nats per response; see ``step_size``.
+        rng: for the order of the minibatches.
+        rests: from the start.
+        also: what is fitted to each minibatch, whether the policy rests or not.
+    """
+    set_learning_rate(learner.optimizers["policy"], lr)
+    planned = section.epochs * len(data.rollout.lengths) // section.minibatch_size
+    steps: list[dict[str, float]] = []
+    moved, rounding = 0.0, rounding_of(data.rollout)
+    scatter = rounding_scatter(data.rollout, section.minibatch_size)
+    for part in (part for _ in range(section.epochs) for part in data.minibatches(section.minibatch_size, rng)):
+        if not rests:
+            most = limit + rounding + scatter if steps else math.inf
+            measured, stats = learner.update(partial(take, part, first=not steps, limit=most))
+            rounding = rounding if steps else max(rounding, measured)       # before any update it is nothing else
+            moved, rests = max(measured - rounding, 0.0), stats is None
+            steps += [] if rests else [stats]
+        if also is not None:
+            also(part)
+        elif rests:
+            break
+    made = len(steps) if rests else len(steps) - 1      # updates that the last measurement saw
+    if planned == 1 and not rests:
+        made, moved = 1, max(moved_since(learner.policy, part.rollout, recipe) - rounding, 0.0)
+    learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, made / planned, rounding))
+    return mean_of(steps) | {
+        "kl/step_nats_per_response": moved,
+        "kl/step_limit_nats_per_response": None if math.isinf(limit) else limit,
+        f"{recipe.stage}/minibatches": float(len(steps)),
+    }
+
+
+def mean_of(done: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the minibatches of one step; nothing of none."""
+    return {name: sum(stats[name] for stats in done) / len(done) for name in (done[0] if done else ())}
 
 
 def batch_metrics(batch: Batch, beta: float) -> dict[str, float | None]:
