@@ -298,7 +298,9 @@ class Network:
         self, lengths: Sequence[int], sequences: int | None, *, group: int = 1, most: int | None = None
     ) -> list[list[int]]:
         """Cut a batch into parts that are trained on one after the other; arguments as ``Batching.micro_batches``."""
-        parts = self.batching.micro_batches(lengths, sequences, group, most)
+        dtype = str(self.causal.dtype).removeprefix("torch.")
+        with reading(self.causal.name_or_path, "model", failed=f"cannot be trained in {dtype}"):    # first pass for it
+            parts = self.batching.micro_batches(lengths, sequences, group, most)
         if not self.halved:
             return parts
         halves = [(part[: -(-len(part) // 2)], part[-(-len(part) // 2) :]) for part in parts]
