@@ -121,17 +121,23 @@ def test_a_damped_step_still_ends_at_the_optimum_along_it():
 # line search
 
 
-def test_the_first_cut_aims_at_the_ball_and_later_ones_halve():
+def test_a_cut_aims_at_the_ball_and_halves_what_lies_within_it():
     seen = []
 
     def measure(scale: float) -> Trial:
         seen.append(scale)
-        return Trial(step_kl=0.04 if len(seen) == 1 else 0.02, gain=1.0)
+        return Trial(step_kl=(0.04, 0.02, 0.005, 0.001)[len(seen) - 1], gain=0.0)
 
     result = line_search(measure, 1.0, max_step_kl=0.01, tries=4)
-    assert seen == pytest.approx([1.0, 0.49, 0.245, 0.1225])  # .98 √(.01 / .04) = .49
+    assert seen == pytest.approx([1.0, 0.49, 0.33955, 0.169775], rel=1e-4)     # .98 √(.01 / .04), .98 √(.01 / .02), ½
     assert not result.accepted
     assert len(result.trials) == 4
+
+
+def test_a_step_far_outside_whose_kl_grows_by_less_than_its_square_ends_near_the_edge():
+    result = line_search(lambda scale: Trial(step_kl=2.4 * scale**1.5, gain=1.0), 1.0, max_step_kl=0.3, tries=10)
+    assert 0.85 * 0.3 < result.trials[-1].step_kl <= 0.3
+    assert len(result.trials) <= 4
 
 
 NOT_FINITE = (

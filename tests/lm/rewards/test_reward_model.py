@@ -203,7 +203,7 @@ def test_two_reward_models_lie_side_by_side(open_policy, new_reward, saved_rewar
     second = save_reward(tmp_path / "second", other)
     policy = open_policy()
     readers = [open_reward_model(folder, policy, CPU)[0] for folder in (saved_reward, second)]
-    assert [reader.model.adapter for reader in readers] == ["reward", "reward1"]
+    assert [reader.model.adapter for reader in readers] == ["kltune_reward", "kltune_reward1"]
     wanted = [open_reward_model(folder, None, CPU)[0].model.measure_rows(ROWS) for folder in (saved_reward, second)]
     for reader, scores in zip(readers, wanted, strict=True):
         assert torch.equal(reader.model.measure_rows(ROWS), scores)
