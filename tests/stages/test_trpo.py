@@ -184,10 +184,15 @@ def test_trust_region_steps_find_the_optimum_of_tiny_lm(tiny_trpo):
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
+ALONE = ("trpo.baseline=rloo", "optim.lr=1e-4", "trpo.value_minibatch_size=64")
+
+
 @pytest.mark.parametrize(("keys", "named"), [
     (("kl.placement=loss",), r"kl\.placement"),
     (("trpo.baseline=rloo",), r"optim\.lr"),
     (("trpo.baseline=rloo", "optim.lr=1e-4"), r"trpo\.value_minibatch_size"),
+    ((*ALONE, "trpo.value_function=head"), r"trpo\.value_function"),
+    ((*ALONE, "trpo.value_function=upper", "trpo.value_layers=0.5"), r"trpo\.value_layers"),
     (("optim.batch_size=8",), r"optim\.batch_size"),
     (("trpo.fisher_fraction=0",), r"trpo\.fisher_fraction"),
 ])
