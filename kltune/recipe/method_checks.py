@@ -21,12 +21,12 @@ BAD_PRICES = {
 CONTROLLER_KEYS = {
     "horizon": "ziegler", "kp": "log_pi", "ki": "log_pi", "look_ahead": "log_pi", "dual_lr": "dual",
 }
-# keys that trpo reads to fit its value function
-VALUE_KEYS = (
-    "optim.lr", "optim.schedule", "optim.warmup_steps", "optim.max_grad_norm", "optim.weight_decay",
-    "trpo.gamma", "trpo.gae_lambda", "trpo.value_epochs", "trpo.value_minibatch_size", "trpo.value_function",
-    "trpo.value_layers",
-)
+# keys that nothing but a value function reads; in trpo it alone has an optimizer
+VALUE_KEYS = {
+    "ppo": ("value_function", "value_layers", "gamma", "gae_lambda", "value_clip_range", "value_coef", "value_lr"),
+    "trpo": ("value_function", "value_layers", "gamma", "gae_lambda", "value_epochs", "value_minibatch_size"),
+}
+VALUE_OPTIM_KEYS = ("lr", "schedule", "warmup_steps", "max_grad_norm", "weight_decay")
 ADDRESS = re.compile(r"https?://[^\s/@#?]+(/[^\s@#?]*)?#\S+")
 SERVED = ("teacher_logprobs", "teacher_key_env")       # keys that distill reads with a served teacher
 # keys of the dpo section, and which losses read them
@@ -38,22 +38,28 @@ LOSS_KEYS = {
 
 
 def natural_gradient_clashes(recipe: Any) -> Iterator[Clash]:
-    """What trpo shares with ppo but has no use for: a price in the loss, and an optimizer where nothing is left to fit.
-
-    The natural gradient is no optimizer's: ``optim`` is that of the value function.
-    """
+    """What trpo shares with ppo but cannot do: a price in the loss, and attention that is differentiated once."""
     if recipe.model.attention == "flash_attention_2":
         yield (("model.attention",), "found flash_attention_2, wanted auto, sdpa or eager: attention is differentiated "
                "twice for the curvature, and its backward pass cannot be")
     if recipe.kl.placement == "loss":
         yield ("kl.placement",), "found loss, wanted reward: the trust-region step prices KL in the reward only"
-    if recipe.trpo.baseline == "value":
+
+
+def unread_of_values(recipe: Any) -> Iterator[Clash]:
+    """What only a value function reads, beside a baseline that has none."""
+    stage, baseline = recipe.stage, baseline_of(recipe)
+    keys = [f"{stage}.{name}" for name in VALUE_KEYS[stage]]
+    if baseline == "value":
         return
-    alone = f"baseline {recipe.trpo.baseline} has no value function, and the policy's step takes no learning rate"
-    for key in VALUE_KEYS:
+    alone = f"nothing reads it: baseline {baseline} has no value function"
+    if stage == "trpo":
+        keys = [f"optim.{name}" for name in VALUE_OPTIM_KEYS] + keys
+        alone += ", and the policy's step takes no learning rate"
+    for key in keys:
         section, name = key.split(".")
         if is_changed(getattr(recipe, section), name):
-            yield (key, "trpo.baseline"), f"nothing reads it: {alone}; remove it"
+            yield (key, f"{stage}.baseline"), f"{alone}; remove it, or write baseline: value"
 
 
 def preference_clashes(recipe: Any) -> Iterator[Clash]:
@@ -193,10 +199,12 @@ def policy_update(recipe: Any) -> Iterator[Clash]:
                "different logprobs each time, so ratios and KL would be noise")
     sampling, stage = recipe.sampling, recipe.stage
     section = getattr(recipe, stage)
-    baseline = getattr(section, "baseline", None)
+    baseline = baseline_of(recipe)
     if stage == "ppo":
         yield from group_losses(recipe)
-    if getattr(section, "value_function", "upper") != "upper" and is_changed(section, "value_layers"):
+    if stage in VALUE_KEYS:
+        yield from unread_of_values(recipe)
+    if baseline == "value" and section.value_function != "upper" and is_changed(section, "value_layers"):
         yield ((f"{stage}.value_layers", f"{stage}.value_function"),
                f"read only with value_function: upper, found {section.value_function}; remove it")
     if baseline not in (None, "value") and sampling.responses_per_prompt < 2:
@@ -216,11 +224,11 @@ def policy_update(recipe: Any) -> Iterator[Clash]:
 
 def group_losses(recipe: Any) -> Iterator[Clash]:
     """A loss of whole responses has one advantage for each, and is a mean over them."""
-    ppo, alone = recipe.ppo, recipe.sampling.responses_per_prompt == 1
+    ppo = recipe.ppo
     if ppo.entropy_floor is not None and not recipe.kl.exact:
         yield (("ppo.entropy_floor", "kl.exact"), "found exact: false, wanted true: the entropy is measured with the "
                "exact KL")
-    if ppo.loss == "sequence" and ppo.baseline == "value" and (alone or "baseline" in ppo.model_fields_set):
+    if ppo.loss == "sequence" and baseline_of(recipe) == "value":
         yield (("ppo.loss", "ppo.baseline"), "found sequence with baseline: value, whose advantages differ from token "
                "to token; wanted rloo, grpo, dr_grpo or reinforce_pp")
     if ppo.loss == "sequence" and ppo.average != "responses":
@@ -228,6 +236,14 @@ def group_losses(recipe: Any) -> Iterator[Clash]:
     if ppo.average == "responses" and recipe.kl.placement == "loss":
         yield (("kl.placement", "ppo.average"), "found loss, wanted reward: a mean over each response's own tokens has "
                "no scale on which the KL of whole responses could stand beside it")
+
+
+def baseline_of(recipe: Any) -> str | None:
+    """What a response is compared with: as written, or ppo's default, which goes by the responses to a prompt."""
+    section = getattr(recipe, recipe.stage)
+    if recipe.stage == "ppo" and "baseline" not in section.model_fields_set:
+        return "rloo" if recipe.sampling.responses_per_prompt > 1 else "value"
+    return getattr(section, "baseline", None)
 
 
 def responses_per_step(recipe: Any) -> int:

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 from kltune.errors import RecipeError
 from kltune.recipe.checks import MADE, absolute, clashes, path_values
 from kltune.recipe.faults import Fault, Place, RecipeFaults
-from kltune.recipe.method_checks import responses_per_step
+from kltune.recipe.method_checks import baseline_of, responses_per_step
 from kltune.recipe.stages import STAGES, Recipe, recipe_digest
 from kltune.recipe.wording import (
     dotted,
@@ -338,8 +338,8 @@ def completed(recipe: Recipe, file: Path, output: str | None) -> Recipe:
     for place in (str(folder), whole["run"]["output"]):
         if re.search(SURROGATE, place):
             raise RecipeError(f"{place} is not UTF-8, and a recipe's paths are text; give the folder a name that is.")
-    if recipe.stage == "ppo" and "baseline" not in recipe.ppo.model_fields_set:
-        whole["ppo"]["baseline"] = "rloo" if recipe.sampling.responses_per_prompt > 1 else "value"
+    if recipe.stage == "ppo":
+        whole["ppo"]["baseline"] = baseline_of(recipe)
     own = getattr(recipe, recipe.stage, None)
     if recipe.stage in ("ppo", "distill") and "minibatch_size" not in own.model_fields_set:
         responses = responses_per_step(recipe)

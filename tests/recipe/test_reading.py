@@ -104,6 +104,9 @@ WRONG = {
     "a price in the reward of dpo": (DPO + "kl: {placement: reward}\n", 4, ["kl.placement", "wanted loss"]),
     "layers of no value function": (
         PPO + "ppo: {baseline: value, value_layers: 0.5}\n", 7, ["ppo.value_layers", "value_function: upper"]),
+    "a value function's key without one": (
+        PPO + "sampling: {responses_per_prompt: 4}\nppo: {value_function: head, value_coef: 0.5}\n", 8,
+        ["ppo.value_coef", "baseline rloo has no value function", "write baseline: value"]),
     "another loss's key": (DPO + "dpo: {gap: 2.0}\n", 4, ["dpo.gap", "read only by loss simpo"]),
     "a dynamic beta of another loss": (
         DPO + "dpo: {loss: ipo, dynamic_beta: 0.6}\n", 4, ["dpo.dynamic_beta", "read only by loss sigmoid"]),
