@@ -170,7 +170,7 @@ def plan_text(document: dict[str, Any]) -> str:
         base = "a piece of each layer of the base" if memory["shard"] == "full" else "the whole base"
         lines.append(f"  {memory['processes']} processes share the work, and each of them holds {base}")
     verdict, beside = "fits" if memory["fits"] else "DOES NOT FIT", memory["processes_on_a_device"]
-    peak, planned = apart(memory["peak"] / GB, memory["planned"] / beside / GB, places=2)
+    peak, planned = apart(memory["peak"] / GB, memory["planned"] / GB, places=2)
     shared = f"; {beside} processes share it" if beside > 1 else ""
     lines.append(f"  {verdict}: {peak} GB at the peak; {planned} GB are planned "
                  f"with, of {memory['there'] / GB:.2f} GB{shared}")

@@ -25,7 +25,7 @@ from kltune.errors import (
     ServerError,
 )
 from kltune.lm.data.examples import Prompt, counts_line, distinct_prompts, load_prompts
-from kltune.lm.machine.device_memory import device_bytes, device_name, held_bytes, peak_bytes
+from kltune.lm.machine.device_memory import device_bytes, device_name, held_bytes, peak_bytes, planned_bytes
 from kltune.lm.machine.out_of_memory import SAMPLING, phase
 from kltune.lm.measure.measurement import Measurement
 from kltune.lm.model.opening import check_fresh_policy
@@ -192,19 +192,20 @@ def seed_others(rng: np.random.Generator) -> None:
 
 def planned(job: Job, learner: Learner) -> str:
     """What is computed on, in what, with how much memory; one line, put in run.json too."""
-    policy, fraction = learner.policy, job.recipe.run.memory_fraction
+    policy = learner.policy
     there, held = device_bytes(policy.device), held_bytes(policy.model)
+    ours = planned_bytes(policy.device, job.recipe.run.memory_fraction)
     trained = sum(tensor.numel() for tensor in learner.model.trainable_parameters().values())
     whole = sum(tensor.numel() for tensor in policy.model.parameters())
     facts = {
         "device": str(policy.device), "name": device_name(policy.device), "dtype": str(policy.dtype)[6:],
         "parameters": whole, "trained_parameters": trained, "memory_bytes": there,
-        "planned_bytes": int(fraction * there), "held_bytes": held,
+        "planned_bytes": int(ours), "held_bytes": held,
     }
     job.run.record(machine=facts)
     chosen = " (model.dtype: auto)" if job.recipe.model.dtype == "auto" and policy.dtype != torch.float32 else ""
     return (f"{facts['name']}, {facts['dtype']}{chosen}: {whole:,} parameters, {trained:,} trained; "
-            f"{held / 1e9:.2f} GB for them, {fraction * there / 1e9:.2f} GB planned with of {there / 1e9:.2f}")
+            f"{held / 1e9:.2f} GB for them, {ours / 1e9:.2f} GB planned with of {there / 1e9:.2f}")
 
 
 def spread_base(job: Job, learner: Learner) -> str | None:

@@ -175,8 +175,8 @@ def memory_of(
     if valued:
         policy.add_value_function(*section.value_adapter(recipe.lora))
     footprint = Footprint(
-        policy, there, fraction=recipe.run.memory_fraction, checkpoint_layers=recipe.optim.checkpoint_layers,
-        device=device,
+        policy, there, fraction=recipe.run.memory_fraction / processes.on_a_device,
+        checkpoint_layers=recipe.optim.checkpoint_layers, device=device,
     )
     if not trains:
         return measured_only(footprint, sizes, recipe)
@@ -204,9 +204,9 @@ def memory_of(
         else:       # what is sampled with comes after the last step
             phases |= {name: phases[name] + footprint.merged for name in ("sample", "measure")}
     shard, gathered = recipe.run.shard if processes.count > 1 and recipe.lora is not None else "none", 0
-    whole_peak, most = held + max(phases.values()), footprint.planned / processes.on_a_device
+    whole_peak = held + max(phases.values())
     peak, unit = whole_peak, rows.of(rows.group)
-    if shard == "full" or (shard == "auto" and whole_peak > most):
+    if shard == "full" or (shard == "auto" and whole_peak > footprint.planned):
         layers, closes = footprint.spread_over(processes.count), stage != "trpo"
         alike = kind | {"shares": False, "checkpointed": recipe.optim.checkpoint_layers == "always"} if closes else kind
         closed = trained(alike)     # passes of all processes at once, of one kind
@@ -219,7 +219,7 @@ def memory_of(
         "shard": "full" if shard == "full" else "none", "whole_peak": whole_peak,
         "parameters": {"all": numbers(policy, trained=False), "trained": numbers(policy, trained=True)},
         "there": int(there), "planned": int(footprint.planned), "held": held, "phases": phases, "peak": peak,
-        "fits": peak <= most, "trained_at_once": size, "tokens_of_a_row": rows.length,
+        "fits": peak <= footprint.planned, "trained_at_once": size, "tokens_of_a_row": rows.length,
         "checkpointed": kind["checkpointed"],
         "largest_micro_batch": footprint.largest(unit, held + gathered, **kind),
     }
@@ -283,7 +283,7 @@ def shard_of(recipe: Recipe) -> tuple[str, str | None]:
 
 def shard_line(memory: Mapping[str, Any]) -> str:
     """Why ``run.shard: auto`` came to what it did."""
-    there = f"{memory['planned'] / memory['processes_on_a_device'] / GB:.2f} GB are planned with"
+    there = f"{memory['planned'] / GB:.2f} GB are planned with"
     whole, peak = (f"{memory[name] / GB:.2f} GB" for name in ("whole_peak", "peak"))
     start = f"run.shard: auto is {memory['shard']}: with a whole base each of {memory['processes']} processes takes"
     if memory["shard"] == "full":

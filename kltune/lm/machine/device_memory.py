@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from kltune.core import ranks
+
 SHARE = 0.8             # of the memory is planned with unless told otherwise; the rest is for kernels and fragments
 TRAINED_BYTES = 24      # float32 gradient, its sum in float64 and Adam's moments per trained number; a frozen copy too
 MEMINFO = "/proc/meminfo"
@@ -19,7 +21,12 @@ def free_bytes(model: nn.Module, device: torch.device, fraction: float = SHARE) 
 
     Other models on the device, as a reward model with weights of its own, are not known here.
     """
-    return fraction * device_bytes(device) - held_bytes(model)
+    return planned_bytes(device, fraction) - held_bytes(model)
+
+
+def planned_bytes(device: torch.device, fraction: float) -> float:
+    """The bytes of a device that this process plans with; a CPU's memory is that of all processes beside it too."""
+    return fraction * device_bytes(device) / (ranks.beside() if device.type == "cpu" else 1)
 
 
 def held_bytes(model: nn.Module) -> int:

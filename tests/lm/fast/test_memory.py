@@ -147,6 +147,21 @@ def test_measuring_draws_no_random_numbers_and_asks_for_the_devices_memory_once(
     assert torch.equal(torch.rand(1), after)
 
 
+def test_processes_plan_with_their_part_of_the_machines_memory(open_policy, monkeypatch):
+    policy = open_policy(lora=LoraSection(rank=4, alpha=8.0))
+    needed = device_memory.held_bytes(policy.network.causal)
+    monkeypatch.setattr(device_memory, "device_bytes", lambda _: 4 * (needed + 2**20) / device_memory.SHARE)
+
+    def rows(processes: int) -> tuple[int, int]:
+        monkeypatch.setattr(device_memory.ranks, "beside", lambda: processes)
+        policy.network.refresh()
+        return policy.network.batching.trained_rows(50), policy.network.batching.sampled_rows(50, 10**6)
+
+    assert all(2 * several < one for one, several in zip(rows(1), rows(4), strict=True))
+    assert free_bytes(policy.network.causal, policy.device) == pytest.approx(2**20)
+    assert free_bytes(policy.network.causal, torch.device("cuda")) == pytest.approx(3 * needed + 2**22)
+
+
 def test_a_trunk_that_is_not_trained_fits_always(tiny_lm_policy):
     assert tiny_lm_policy.network.batching.trained_rows(10**6) > 10**9  # the adapter is on the head
 
