@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from kltune.errors import DivergedError, RecipeError
 from kltune.lm.data.examples import RowRules, load_prompts
+from kltune.lm.measure import interpolation
 from kltune.lm.measure.measurement import Round, measure_kl
 from kltune.lm.model.opening import load_saved_policy
 from kltune.lm.model.sampler import Draw
@@ -20,6 +21,7 @@ from kltune.report.outcome import read_files, verdict_of
 from kltune.stages import dpo, ppo
 from kltune.stages.ppo import run_ppo
 from kltune.train.evaluation import finish as finishing
+from kltune.train.evaluation import held_out as evaluation
 from kltune.train.evaluation.finish import finish
 from kltune.train.evaluation.held_out import HeldOut
 from tests.stages.conftest import ran, rows_of
@@ -178,6 +180,21 @@ def test_a_final_beyond_its_target_lands_on_it(ppo_recipe, monkeypatch, tmp_path
     for name in whole:
         scale = results["true"]["alpha"] if "lora_B" in name else 1.0
         torch.testing.assert_close(landed[name], scale * whole[name])
+
+
+def test_what_has_landed_is_measured_on_numbers_that_did_not_choose_it(ppo_recipe, monkeypatch):
+    monkeypatch.setattr(ppo, "take_steps", pushed_away(0.1))
+    looks = {evaluation: [], interpolation: []}
+    for module, seen in looks.items():
+        def looked(policy, asked, draw, *, seen=seen, measure=module.measure_kl, **more):
+            seen.append((draw.seed, asked))
+            return measure(policy, asked, draw, **more)
+
+        monkeypatch.setattr(module, "measure_kl", looked)
+    assert run_ppo(ppo_recipe("kl.target=0.3", "run.steps=4", *HELD_OUT), resume=False)["alpha"] < 1.0
+    *before, (seed, asked) = looks[evaluation]
+    assert seed not in {each for each, _ in before + looks[interpolation]}
+    assert asked == before[-1][1]
 
 
 def test_a_final_that_is_landed_twice_says_what_is_left_of_its_adapter(ppo_recipe, monkeypatch, tmp_path):

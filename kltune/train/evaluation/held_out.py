@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 SHOWN_PROMPTS = 8      # held-out prompts that a run's page shows before and after
 EVALUATION_SEED = 2_000_003     # beyond the run's own: a gate is not to draw again what chose the policy that it judges
+REDRAWN_SEED = 4_000_037        # beyond that
 Scales = Mapping[str, tuple[float, float]]
 
 
@@ -70,7 +71,8 @@ class HeldOut:
     apart: there are rows besides those of training in each file that it is measured on.
 
     gold: a scorer that is never trained on. comparison: who prefers the policy's answers or the reference's. teacher:
-    whom the policy imitates. seed: the same for every evaluation of a run, so that they are paired.
+    whom the policy imitates. seed: the same for every evaluation of a run, so that they are paired. redrawn: with
+    other random numbers all the same, to the same prompts.
     """
 
     prompts: Sequence[Prompt]
@@ -84,12 +86,14 @@ class HeldOut:
     apart: bool = True
     teacher: AnyTeacher | None = None
     comparison: Comparison | None = None
+    redrawn: bool = False
     _references: dict[int, Reference] = field(default_factory=dict)     # by number of responses; once per run
 
     @property
     def draw(self) -> Draw:
         """How responses are drawn."""
-        return Draw(self.sampling.max_new_tokens, self.sampling.temperature, self.seed)
+        seed = self.seed + REDRAWN_SEED * self.redrawn
+        return Draw(self.sampling.max_new_tokens, self.sampling.temperature, seed)
 
     @property
     def scored(self) -> bool:
