@@ -234,8 +234,9 @@ def minibatch_updates(
     if planned == 1 and not rests:
         made, moved = 1, max(moved_since(learner.policy, part.rollout, recipe) - rounding, 0.0)
     learner.budget = replace(learner.budget, size=learner.budget.size.observed(lr, moved, made / planned, rounding))
+    unseen = 1.0 if rests else planned / made       # the last update's part: KL grows with the square; 4 times of two
     return mean_of(steps) | {
-        "kl/step_nats_per_response": moved,
+        "kl/step_nats_per_response": moved * unseen**2,
         "kl/step_limit_nats_per_response": None if math.isinf(limit) else limit,
         f"{recipe.stage}/minibatches": float(len(steps)),
     }

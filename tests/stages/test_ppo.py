@@ -245,7 +245,8 @@ def test_a_step_goes_no_further_than_the_target_leaves_room_for(ppo_recipe):
     _, rows = ran(ppo_recipe("ppo.epochs=4", "optim.lr=0.05", "run.steps=8", "kl.target=0.5"))
     for row in rows:
         assert row["kl/step_limit_nats_per_response"] <= 4 * 0.06 * 0.5 + 1e-12
-        assert row["kl/step_nats_per_response"] <= row["kl/step_limit_nats_per_response"] or row["ppo/minibatches"] < 8
+        seen = row["kl/step_nats_per_response"] * (7 / 8) ** 2      # before the last of eight updates
+        assert seen <= row["kl/step_limit_nats_per_response"] or row["ppo/minibatches"] < 8
     assert rows[-1]["optim/lr"] < 0.1 * 0.05
     assert max(row["kl/ref_nats_per_response"] for row in rows) < 1.0
 
@@ -355,6 +356,23 @@ def test_a_fixed_price_draws_a_policy_back_whatever_the_scores(ppo_recipe):
     keys = ("kl.control=fixed", "kl.beta=1.0", "run.steps=2", "ppo.baseline=rloo", "reward.0.path=rewards.py:flat")
     _, rows = ran(ppo_recipe(*keys))
     assert all(row["ppo/minibatches"] > 0.0 for row in rows)
+
+
+@pytest.mark.parametrize(("epochs", "close"), [(2, 0.3), (4, 0.15)])
+def test_the_length_of_a_step_has_its_last_update_in_it(ppo_recipe, monkeypatch, epochs, close):
+    improve, found = ppo.improve, []
+
+    def improved(recipe, learner, experience, **more):
+        metrics = improve(recipe, learner, experience, **more)
+        found.append((batches.moved_since(learner.policy, experience.rollout, recipe), metrics))
+        return metrics
+
+    monkeypatch.setattr(ppo, "improve", improved)
+    size = (f"ppo.epochs={epochs}", "ppo.minibatch_size=16", "optim.lr=1e-3", "run.steps=4", "kl.target=50")
+    run_ppo(ppo_recipe(*size), resume=False)
+    for moved, metrics in found:
+        assert metrics["ppo/minibatches"] == epochs
+        assert metrics["kl/step_nats_per_response"] == pytest.approx(moved, rel=close)
 
 
 def test_a_run_until_its_target_goes_on_and_resumes_where_it_was(ppo_recipe):
