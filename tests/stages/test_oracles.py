@@ -46,7 +46,7 @@ BANDIT_BEST_KL = 0.53564290
 ONE_STEP = ("ppo.epochs=1", "ppo.minibatch_size=256", "optim.lr=0.1")
 RLOO = ("ppo.baseline=rloo", *ONE_STEP)
 # A critic that can keep up: the default coefficient and clip are for scores near 1 and many more steps.
-CRITIC = ("ppo.gae_lambda=1", "ppo.value_coef=1.0", "ppo.value_clip_range=10", "ppo.value_lr=0.1")
+CRITIC = ("ppo.baseline=value", "ppo.gae_lambda=1", "ppo.value_coef=1.0", "ppo.value_clip_range=10", "ppo.value_lr=0.1")
 
 
 def trained(recipe: PPORecipe) -> tuple[Policy, dict]:
