@@ -139,7 +139,7 @@ def test_no_child_outlives_whoever_runs_it(tmp_path, number):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells children that their parent died")
 def test_of_a_parent_with_threads_the_death_is_heard_once():
     # On a busy machine more threads may die before the handler has run; a run takes those for one signal.
-    assert any(deaths_heard() == 1 for _ in range(4))
+    assert sum(deaths_heard() == 1 for _ in range(5)) >= 3
 
 
 def deaths_heard() -> int:
