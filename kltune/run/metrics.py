@@ -59,9 +59,8 @@ METRICS = (
     Metric("kl/beta_feed_forward", "score per nat", ABOVE_0, ("ppo", "trpo"), 0.17,
            "the price at which scores as far apart as this step's would hold an ideal policy at the target"),
     Metric("kl/step_nats_per_response", "nats per response", ABOVE_0, BUDGETED, 0.08,
-           "KL(old‖new): how far the step's updates moved the policy (ppo: k3 before the last minibatch's update, "
-           "times the square of all updates ÷ those before; trpo: exact, 0 if no step was accepted; dpo: k3, where "
-           "there is a target or a cap; distill: as ppo)"),
+           "KL(old‖new) of the step (ppo, distill: k3 before the last update, times the square of all ÷ those before; "
+           "trpo: exact, 0 if none was accepted; dpo: k3, where there is a target or a cap)"),
     Metric("kl/teacher_nats_per_response", "nats per response", ABOVE_0, ("distill",), 3.1,
            "KL(policy‖teacher) of the step's responses, exact over the vocabulary at each position; of a served "
            "teacher estimated without bias, so that chance may put it below 0"),
