@@ -20,7 +20,6 @@ ARRIVED = 0.9   # of the target: from here on the integral corrects what is left
 FIRST_STEPS = 4     # before as many, the course of the KL says nothing
 NEAR_GAIN = 1.4     # by the steps that the KL took to come near: the most that the integral's gain may be
 PLAN_GAIN = 10.0    # by the steps that the KL may take to arrive: the same before it has
-PLANNED = 25.0      # steps to arrive in, from which on ki is the gain: fewer would be over before a price had moved
 INTEGRAL_LIMIT = 3.0    # either way: 20 times the feed-forward, or a twentieth
 
 
@@ -163,14 +162,13 @@ class LogPI:
 
     The integral removes what offset the feed-forward leaves. On the way up there is none to remove, only a distance:
     until the KL has arrived (0.9 of the target) the integral moves only where the KL would come too late, after
-    ``plan`` steps, if it went on as it has so far, with a gain of ki, or 10 by the plan where that is less; of a plan
-    of less than 25 steps with as many times more, for it is over before ki alone has moved a price. (A chat model lay
-    at two thirds of its target for the second half of 20 steps.) What it gathers until the KL is near (0.7) is hurry: a
-    price that makes a KL hurry is not the one that holds it, so hurry counts for no more than is left of the last 0.3.
-    (Kept whole, it took a small model from 4 nats to 6 before the price was back.) Once arrived, the gain is ki, or 1.4
-    by the steps that it took to come near where that is less: what took long to come up takes long to answer. But no
-    more than half of ``plan`` counts: a run of which little is left would end before its price had moved. (A heavy
-    tail's last third lay at .8 of its target.) Far above the target it is twice that.
+    ``plan`` steps, if it went on as it has so far, with a gain of ki, or 10 by the plan where that is less. What it
+    gathers until the KL is near (0.7) is hurry: a price that makes a KL hurry is not the one that holds it, so hurry
+    counts for no more than is left of the last 0.3. (Kept whole, it took a small model from 4 nats to 6 before the
+    price was back.) Once arrived, the gain is ki, or 1.4 by the steps that it took to come near where that is less:
+    what took long to come up takes long to answer. But no more than half of ``plan`` counts: a run of which little is
+    left would end before its price had moved. (A heavy tail's last third lay at .8 of its target.) Far above the target
+    it is twice that.
     With ``fixed_feed_forward`` the recipe's own β takes the place of σ / √(2·target). A β to begin with is kept: the
     first batch makes an integral of what lies between it and the feed-forward.
 
@@ -232,8 +230,7 @@ class LogPI:
             integral = self._within(integral + gain * distance)
         else:
             left = min(left, max(1.0 - recent / target, 0.0) / (1.0 - NEAR))
-            gain = min(self.ki * max(1.0, PLANNED / self.plan), PLAN_GAIN / self.plan)
-            more = gain * distance if late else 0.0
+            more = min(self.ki, PLAN_GAIN / self.plan) * distance if late else 0.0
             hurry, integral = (hurry, self._within(integral + more)) if near else (self._within(hurry + more), integral)
         after = replace(
             self, pull=smoothed, level=ref_kl, slope=slope, recent=recent, before=before, near=near, arrived=arrived,

@@ -225,15 +225,6 @@ def test_a_kl_that_stops_far_below_lowers_the_price_in_time_and_one_on_its_way_d
     assert on_its_way.offset > -0.05
 
 
-@pytest.mark.parametrize(("plan", "gain"), [(8.0, 0.625), (20.0, 0.25), (25.0, 0.2), (100.0, 0.1)])
-def test_a_kl_that_stands_still_is_hurried_by_as_much_as_the_plan_is_short(plan, gain):
-    still = LogPI(
-        None, kp=0.0, ki=0.2, look_ahead=0.0, plan=plan, beta_min=1e-4, beta_max=1e3, pull=1.0, recent=1.0, before=1.0,
-        level=1.0, steps=int(plan),
-    )
-    assert still.updated(1.0, 4.0, pull=1.0, responses=32).hurry == pytest.approx(-0.75 * gain)
-
-
 def test_a_price_that_made_the_kl_hurry_is_let_go_before_it_arrives():
     # of 50 steps: a KL that step limits and noise hold up, half of the way after 25 and there after 36
     slow = [4.0 * (n / 36) ** 2 for n in range(1, 37)] + [4.0] * 4
