@@ -191,10 +191,12 @@ def test_what_has_landed_is_measured_on_numbers_that_did_not_choose_it(ppo_recip
             return measure(policy, asked, draw, **more)
 
         monkeypatch.setattr(module, "measure_kl", looked)
-    assert run_ppo(ppo_recipe("kl.target=0.3", "run.steps=4", *HELD_OUT), resume=False)["alpha"] < 1.0
-    *before, (seed, asked) = looks[evaluation]
-    assert seed not in {each for each, _ in before + looks[interpolation]}
-    assert asked == before[-1][1]
+    result = run_ppo(ppo_recipe("kl.target=0.3", "run.steps=4", *HELD_OUT), resume=False)
+    assert result["alpha"] < 1.0
+    *chosen, reference, policy = looks[evaluation]
+    assert policy == reference      # of which it says the same prompts and numbers
+    assert policy[0] not in {seed for seed, _ in chosen + looks[interpolation]}
+    assert f"--seed {policy[0]} " in (Path(result["final"]) / "README.md").read_text()
 
 
 def test_a_final_that_is_landed_twice_says_what_is_left_of_its_adapter(ppo_recipe, monkeypatch, tmp_path):

@@ -63,7 +63,7 @@ def finish(job: Job, learner: Learner, steps: int) -> dict[str, Any]:
         steps: steps done.
     """
     newest = steps if learner.alarms.stopped is None else return_to_peak(job, learner)
-    found = land_on_target(job, learner, settle(job, learner, newest))
+    job, found = land_on_target(job, learner, settle(job, learner, newest))
     if learner.alarms.peak is None:
         watch_over(job, learner, found.step, found.metrics)
     kl = None if found.measured is None else kl_result(found.measured)
@@ -295,24 +295,25 @@ def land_within_cap(job: Job, learner: Learner, step: int) -> Final | None:
     return None
 
 
-def land_on_target(job: Job, learner: Learner, found: Final) -> Final:
+def land_on_target(job: Job, learner: Learner, found: Final) -> tuple[Job, Final]:
     """Dial a policy that was measured beyond its target back to it.
 
     Beyond is an interval that lies above the target altogether. A policy below its target stays where it is: an adapter
     times more than 1 is no policy that was ever trained. What has landed is measured with other random numbers: those
-    it was found beyond with say more of a policy than there is (4.32 ± 0.15 of one that was at its target of 4).
+    it was found beyond with say more of a policy than there is (4.32 ± 0.15 of one that was at its target of 4). The
+    job that is returned has them.
     """
     budget = learner.budget
     if budget is None or not budget.section.land or not budget.is_passed(found.kl):
-        return found
+        return job, found
     share = make_interpolation(job, learner).meet(budget.target, MORE_RESPONSES * job.held_out.responses)
     alpha = found.alpha * share     # the cap may have had its share already
     job.report.say(
         f"landing: {budget.describe(found.kl)} is beyond the target {budget.target:g}; final is {alpha:.4f} times the "
         "adapter."
     )
-    job = replace(job, held_out=replace(job.held_out, redrawn=True))
-    return replace(evaluate_final(job, learner, found.step), alpha=alpha)
+    job = replace(job, held_out=job.held_out.redrawn())
+    return job, replace(evaluate_final(job, learner, found.step), alpha=alpha)
 
 
 def make_interpolation(job: Job, learner: Learner) -> Interpolation:

@@ -71,8 +71,7 @@ class HeldOut:
     apart: there are rows besides those of training in each file that it is measured on.
 
     gold: a scorer that is never trained on. comparison: who prefers the policy's answers or the reference's. teacher:
-    whom the policy imitates. seed: the same for every evaluation of a run, so that they are paired. redrawn: with
-    other random numbers all the same, to the same prompts.
+    whom the policy imitates. seed: the same for every evaluation of a run, so that they are paired.
     """
 
     prompts: Sequence[Prompt]
@@ -86,14 +85,12 @@ class HeldOut:
     apart: bool = True
     teacher: AnyTeacher | None = None
     comparison: Comparison | None = None
-    redrawn: bool = False
     _references: dict[int, Reference] = field(default_factory=dict)     # by number of responses; once per run
 
     @property
     def draw(self) -> Draw:
         """How responses are drawn."""
-        seed = self.seed + REDRAWN_SEED * self.redrawn
-        return Draw(self.sampling.max_new_tokens, self.sampling.temperature, seed)
+        return Draw(self.sampling.max_new_tokens, self.sampling.temperature, self.seed)
 
     @property
     def scored(self) -> bool:
@@ -194,6 +191,10 @@ class HeldOut:
             tokens = sum(sum(example.scored) for example in self.texts)
             metrics["eval/reference_texts_nats_per_token"] = text_nats.sum().item() / tokens
         return Reference(metrics, scales, text_nats, measured)
+
+    def redrawn(self) -> "HeldOut":
+        """The same with other random numbers, the reference's answers too."""
+        return replace(self, seed=self.seed + REDRAWN_SEED, _references={})
 
     def against(self, trained: Preferences, source: str) -> "HeldOut":
         """The same, once the pairs that are trained on are known: those of ``source`` may be among them."""
